@@ -1,0 +1,193 @@
+"""Confidence intervals and paired tests for benchmark scores.
+
+In: counts or one number per answer. Out: 95 % intervals, and differences of two models on the same questions
+with their p-value. All randomness comes from the `seed` argument. Treats answers as independent draws;
+questions that share an image make the true interval somewhat wider.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmit.errors import MmitError
+
+Z95 = 1.959963984540054
+RESAMPLES = 1000
+# Above this many distinct values, resampling positions is cheaper than one multinomial draw over the values.
+_MAX_DISTINCT = 2000
+_CHUNK = 4_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """Model A minus model B on the same n questions: mean difference, 95 % interval, two-sided p."""
+
+    difference: float
+    ci95: tuple[float, float]
+    p: float
+    n: int
+    method: str
+
+
+def wilson(k: float, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval of k successes in n trials (Wilson 1927); (0, 1) for n = 0.
+
+    Raises:
+        MmitError: k is not in 0..n.
+    """
+    if not 0 <= k <= n:
+        raise MmitError(f"{k} successes in {n} trials", where="wilson", remedy="Give 0 <= k <= n.")
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = k / n, Z95 * Z95
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    # The ends are exact at k = 0 and k = n; rounding must not move them inside.
+    return (0.0 if k == 0 else centre - half), (1.0 if k == n else centre + half)
+
+
+def _quantiles(draws: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def _resampled_means(values: np.ndarray, *, seed: int, resamples: int) -> np.ndarray:
+    """Return (resamples,) means of n values drawn with replacement."""
+    rng, n = np.random.default_rng(seed), len(values)
+    distinct, counts = np.unique(values, return_counts=True)
+    if len(distinct) <= _MAX_DISTINCT:
+        # How often each distinct value is drawn is multinomial: the same distribution without n positions.
+        return rng.multinomial(n, counts / n, size=resamples) @ distinct / n
+    rows = max(1, _CHUNK // n)
+    means = [
+        values[rng.integers(0, n, size=(min(rows, resamples - done), n), dtype=np.int32)].mean(axis=1)
+        for done in range(0, resamples, rows)
+    ]
+    return np.concatenate(means)
+
+
+def bootstrap_mean(
+    values: Sequence[float] | np.ndarray, *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """Return the 95 % percentile bootstrap interval of the mean of `values` (n,).
+
+    Raises:
+        MmitError: no values.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if not len(array):
+        raise MmitError("no values", where="bootstrap_mean", remedy="Give at least one value.")
+    return _quantiles(_resampled_means(array, seed=seed, resamples=resamples))
+
+
+def bootstrap_counts(
+    counts: Sequence[int],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a statistic of a table of counts, such as F1 of a 2x2 table.
+
+    Args:
+        counts: (C,) how many answers fell in each cell.
+        statistic: maps (resamples, C) counts to (resamples,) numbers.
+        seed: of the resampling.
+        resamples: how many tables are drawn.
+
+    Raises:
+        MmitError: all counts are zero.
+    """
+    table = np.asarray(counts, dtype=np.float64)
+    n = int(table.sum())
+    if n == 0:
+        raise MmitError("no counts", where="bootstrap_counts", remedy="Give at least one answer.")
+    draws = np.random.default_rng(seed).multinomial(n, table / n, size=resamples)
+    return _quantiles(np.asarray(statistic(draws), dtype=np.float64))
+
+
+def _two_sided_sign_p(b: int, c: int) -> float:
+    """Return the exact two-sided p of b against c under Binomial(b + c, 1/2)."""
+    n, k = b + c, min(b, c)
+    if n == 0 or 2 * k == n:
+        return 1.0
+    log_term = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
+    # Terms shrink geometrically below k, so a relative cut ends the sum early even for a million questions.
+    total, term = 0.0, 1.0
+    while k >= 0 and term > 1e-17 * total:
+        total += term
+        term *= k / (n - k + 1)
+        k -= 1
+    return min(1.0, 2 * math.exp(log_term + math.log(total)))
+
+
+def _pair(
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, where: str
+) -> tuple[np.ndarray, np.ndarray]:
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if len(first) != len(second) or not len(first):
+        raise MmitError(
+            f"{len(first)} values of A against {len(second)} of B",
+            where=where,
+            remedy="Give both models' values on the same questions, in the same order.",
+        )
+    return first, second
+
+
+def mcnemar(
+    correct_a: Sequence[bool] | np.ndarray, correct_b: Sequence[bool] | np.ndarray
+) -> PairedDifference:
+    """Compare two models' right/wrong answers to the same questions.
+
+    The p-value is McNemar's exact test (two-sided binomial on the questions where just one model is right);
+    the interval of the difference in accuracy is Agresti and Min's (2005): half an observation per cell.
+
+    Raises:
+        MmitError: different lengths, no questions, or values other than 0 and 1.
+    """
+    first, second = _pair(correct_a, correct_b, "mcnemar")
+    if not np.isin(first, (0, 1)).all() or not np.isin(second, (0, 1)).all():
+        raise MmitError(
+            "values other than right (1) and wrong (0)",
+            where="mcnemar",
+            remedy="Use paired_bootstrap for these.",
+        )
+    n = len(first)
+    b, c = int(((first == 1) & (second == 0)).sum()), int(((first == 0) & (second == 1)).sum())
+    centre = (b - c) / (n + 2)
+    half = Z95 * math.sqrt(max(0.0, (b + c + 1) / (n + 2) - centre * centre)) / math.sqrt(n + 2)
+    ci = (max(-1.0, centre - half), min(1.0, centre + half))
+    return PairedDifference(difference=(b - c) / n, ci95=ci, p=_two_sided_sign_p(b, c), n=n, method="mcnemar")
+
+
+def paired_bootstrap(
+    values_a: Sequence[float] | np.ndarray,
+    values_b: Sequence[float] | np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = 10_000,
+) -> PairedDifference:
+    """Compare two models' scores on the same questions by resampling questions.
+
+    The p-value is the share of resampled differences, shifted to mean zero, at least as far out as the
+    observed one (with one added to both counts, so it is never 0).
+
+    Raises:
+        MmitError: different lengths or no questions.
+    """
+    first, second = _pair(values_a, values_b, "paired_bootstrap")
+    gap = first - second
+    observed = float(gap.mean())
+    means = _resampled_means(gap, seed=seed, resamples=resamples)
+    beyond = int((np.abs(means - observed) >= abs(observed) - 1e-12).sum())
+    return PairedDifference(
+        difference=observed,
+        ci95=_quantiles(means),
+        p=(beyond + 1) / (resamples + 1),
+        n=len(gap),
+        method="paired_bootstrap",
+    )

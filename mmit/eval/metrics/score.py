@@ -1,0 +1,184 @@
+"""The result of one metric, and the small steps that every metric shares.
+
+In: one number per answer (or counts of a table). Out: a `Score` with its sample size, its 95 % interval, the
+share of answers that could not be read, and the same numbers per group. Knows no benchmark's rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mmit.errors import MmitError, nearest
+from mmit.eval.metrics.intervals import bootstrap_mean, wilson
+
+# Keys of `Score.details` with one entry per answer, in input order: what a report shows and `compare` pairs.
+PER_ANSWER = ("values", "parsed")
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One metric over n answers.
+
+    `value` is a share in 0..1 unless the metric says otherwise (MME sums, OCRBench points, CIDEr).
+    `unparsed_rate` is the share of answers that are empty or not in a form the metric can read.
+    `details["values"]` has one number per scored unit and `details["parsed"]` what was read from each answer.
+    """
+
+    name: str
+    profile: str
+    value: float
+    n: int
+    ci95: tuple[float, float]
+    unparsed_rate: float = 0.0
+    by_group: Mapping[str, Score] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self, *, per_answer: bool = False) -> dict[str, Any]:
+        """Return plain JSON data; the lists with one entry per answer only when `per_answer` is set."""
+        details = {k: v for k, v in self.details.items() if per_answer or k not in PER_ANSWER}
+        return {
+            "name": self.name,
+            "profile": self.profile,
+            "value": self.value,
+            "n": self.n,
+            "ci95": list(self.ci95),
+            "unparsed_rate": self.unparsed_rate,
+            "by_group": {k: v.to_json(per_answer=per_answer) for k, v in self.by_group.items()},
+            "details": details,
+        }
+
+
+def check_lengths(
+    name: str, predictions: Sequence[Any] | np.ndarray, **others: Sequence[Any] | np.ndarray | None
+) -> None:
+    """Refuse empty input and columns of different length.
+
+    Raises:
+        MmitError: nothing to score, or a column does not have one entry per prediction.
+    """
+    if not len(predictions):
+        raise MmitError(
+            "nothing to score: no predictions", where=name, remedy="Check the task's data and limit."
+        )
+    for column, values in others.items():
+        if values is not None and len(values) != len(predictions):
+            raise MmitError(
+                f"{len(predictions)} predictions but {len(values)} {column}",
+                where=name,
+                remedy="Give one entry per prediction, in the same order.",
+            )
+
+
+def need(reference: Any, keys: Sequence[str], *, where: str) -> None:
+    """Check that a reference that has several parts is a mapping with all of `keys`.
+
+    Raises:
+        MmitError: names the missing keys.
+    """
+    missing = [k for k in keys if not isinstance(reference, Mapping) or k not in reference]
+    if missing:
+        raise MmitError(
+            f"a reference lacks {', '.join(missing)}; got {str(reference)[:80]!r}",
+            where=where,
+            remedy=f"Each reference of this metric is a mapping with the keys {', '.join(keys)}.",
+        )
+
+
+def pick(table: Mapping[str, Any], profile: str, *, where: str) -> Any:
+    """Return `table[profile]`.
+
+    Raises:
+        MmitError: lists the valid profiles.
+    """
+    if profile not in table:
+        raise MmitError(f"unknown profile '{profile}'", where=where, remedy=nearest(profile, table))
+    return table[profile]
+
+
+def interval(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % interval of a mean: Wilson when every value is 0 or 1, else a seeded bootstrap."""
+    array = np.asarray(values, dtype=np.float64)
+    if bool(((array == 0) | (array == 1)).all()):
+        return wilson(int(array.sum()), len(array))
+    return bootstrap_mean(array, seed=seed)
+
+
+def split(groups: Sequence[str] | None) -> dict[str, list[int]]:
+    """Return the positions of each group, groups in order of first appearance; {} without groups."""
+    where: dict[str, list[int]] = {}
+    for i, group in enumerate(groups or ()):
+        where.setdefault(str(group), []).append(i)
+    return where
+
+
+def mean_score(
+    name: str,
+    profile: str,
+    values: Sequence[float] | np.ndarray,
+    *,
+    parsed: Sequence[Any] | None = None,
+    unparsed: Sequence[bool] | np.ndarray | None = None,
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+    details: Mapping[str, Any] | None = None,
+) -> Score:
+    """Build the Score of a metric that is the mean of one number per answer.
+
+    Args:
+        name: metric, for messages and reports.
+        profile: which reference's rule was used.
+        values: (n,) one number per answer.
+        parsed: (n,) what was read from each answer, kept for reports.
+        unparsed: (n,) True where nothing could be read; default: none.
+        groups: (n,) group of each answer; each group gets its own Score.
+        seed: of the bootstrap.
+        details: further facts, kept as they are.
+
+    Raises:
+        MmitError: no values, or columns of different length.
+    """
+    check_lengths(name, values, parsed=parsed, unparsed=unparsed, groups=groups)
+    array = np.asarray(values, dtype=np.float64)
+    missing = np.zeros(len(array), bool) if unparsed is None else np.asarray(unparsed, bool)
+
+    def part(at: list[int] | slice, by_group: Mapping[str, Score], more: Mapping[str, Any]) -> Score:
+        some = array[at]
+        return Score(
+            name=name,
+            profile=profile,
+            # The plain running sum is what the official scripts use, so the last digit agrees with theirs.
+            value=sum(some.tolist()) / len(some),
+            n=len(some),
+            ci95=interval(some, seed=seed),
+            unparsed_rate=float(missing[at].mean()),
+            by_group=by_group,
+            details=more,
+        )
+
+    groups_of = {g: part(at, {}, {}) for g, at in split(groups).items()}
+    kept: dict[str, Any] = {"values": array.tolist(), **(details or {})}
+    if parsed is not None:
+        kept["parsed"] = list(parsed)
+    return part(slice(None), groups_of, kept)
+
+
+def memo(function: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Remember a pure function of one string.
+
+    Benchmarks repeat a few thousand short answers millions of times, so normalising each distinct string once
+    is what makes a million answers cheap. The table lives as long as the returned function: one metric call.
+    """
+    seen: dict[str, Any] = {}
+
+    def cached(text: str) -> Any:
+        try:
+            return seen[text]
+        except KeyError:
+            result = seen[text] = function(text)
+            return result
+
+    return cached
