@@ -1,0 +1,368 @@
+"""What a run is made of: typed sections, read from a YAML file plus `key=value` overrides.
+
+In: a YAML file (see `mmit.yamlio` for its scalars), an optional `base:` file under it (path relative to the
+file), and overrides such as `train.steps=50` or `data.train.0.path=rows.jsonl`. Out: one frozen `Config`.
+Every problem is a `ConfigError` naming the line or override, the dotted key, the value and what was expected.
+Other relative paths in a config are left as they are: their users resolve them against the working directory.
+This module fills in nothing from the environment and builds nothing; components take plain arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from mmit import sections
+from mmit.errors import ConfigError, nearest
+from mmit.sections import Entry, Section, brief
+from mmit.yamlio import Keys, dump_yaml, flatten, inline_yaml, merge, parse_override, parse_yaml, set_key
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# YAML has lists only; strict validation would ask for a Python tuple.
+Betas = Annotated[tuple[Beta, Beta], Field(strict=False)]
+Size = Annotated[tuple[PositiveInt, PositiveInt], Field(strict=False)]
+LORA_DEFAULTS = {"r": 16, "alpha": 32}
+
+
+class RunConfig(Section):
+    """Where a run lives and how it treats restarts and bad records."""
+
+    dir: str
+    """folder of the run: checkpoints, metrics, reports"""
+    seed: NonNegativeInt = 0
+    """decides data order, initial weights and dropout"""
+    resume: str | None = None
+    """auto continues the newest valid checkpoint in run.dir, a path continues that one, null starts anew"""
+    init_from: str | None = None
+    """checkpoint folder whose weights this run starts from, with a fresh optimizer (a second stage)"""
+    on_bad_record: Literal["error", "skip"] = "error"
+    """stop at the first unusable record, or leave it out, count it and list it"""
+    max_bad_fraction: Fraction = 0.01
+    """with on_bad_record=skip: a larger share of bad records stops the run"""
+
+
+class VisionConfig(Section):
+    """The eye: which encoder, which layer of it, and how pictures are fitted to it."""
+
+    kind: str
+    """library the encoder comes from: open_clip, timm or hf"""
+    name: str
+    """model name in that library, hub id, or folder"""
+    weights: str | bool | None = None
+    """pretrained tag or local weights file; true takes the library's default, null or false random weights"""
+    layer: int | None = None
+    """layer whose output is read, negative counts from the end; null takes the encoder's own choice"""
+    select: Literal["patch", "cls_patch"] = "patch"
+    """patch tokens only, or the class token before them"""
+    image_size: PositiveInt | Size | None = None
+    """side or [height, width] in pixels; null takes the encoder's own size"""
+    fit: Literal["resize", "pad", "crop"] = "pad"
+    """how a picture of another shape is brought to image_size: stretched, padded, or centre-cropped"""
+    key_order: bool = False
+    """match a local weights file to the model by order of its tensors instead of by their names"""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """number format of the tower; null follows train.precision when frozen, fp32 when trained"""
+    cache: Literal["off", "memory", "disk"] = "off"
+    """keep the features of a frozen tower instead of computing them in every epoch"""
+
+
+class ProjectorConfig(Section):
+    """The bridge from vision features to LLM embeddings."""
+
+    kind: str = "mlp"
+    """linear, mlp, pixel_shuffle_mlp, avg_pool_mlp or resampler"""
+    options: dict[str, Any] = {}
+    """arguments of that projector (depth, factor, queries, ...), checked by the projector itself"""
+
+
+class LlmConfig(Section):
+    """The language model."""
+
+    name: str
+    """hub id, local folder, .gguf file, or package: spec of a causal language model"""
+    revision: str | None = None
+    """branch, tag or commit on the hub"""
+    dtype: Literal["bf16", "fp32", "fp16"] | None = None
+    """number format of frozen weights; null follows train.precision (trained parts keep fp32 masters)"""
+    random_init: dict[str, Any] | None = None
+    """model configuration to build with random weights instead of loading any (dry runs and tests)"""
+
+
+class ChatConfig(Section):
+    """How turns become text."""
+
+    format: str = "hf"
+    """hf (the tokenizer's own template), plain, vicuna_v1, chatml, or the path of a .jinja file"""
+
+
+class ModelConfig(Section):
+    """The parts of the model."""
+
+    vision: VisionConfig | None = None
+    """the vision encoder; null for a text-only model"""
+    projector: ProjectorConfig = ProjectorConfig()
+    """the projector; unused without a vision encoder"""
+    llm: LlmConfig
+    """the language model"""
+    chat: ChatConfig = ChatConfig()
+    """the chat format"""
+
+
+class ComponentTune(Section):
+    """How one component is trained. Keys left out take the component's own defaults."""
+
+    mode: str = "frozen"
+    """frozen, full, or a method such as lora"""
+    lr: PositiveFloat | None = None
+    """peak learning rate; required unless frozen"""
+    options: dict[str, Any] = {}
+    """arguments of the method, checked by the method itself"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_lr_when_frozen(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("mode", cls.model_fields["mode"].default) != "frozen":
+            return given
+        # An lr beside a written `frozen` is a switch left for later; beside a mode left out it is a mistake.
+        if "mode" not in given and given.get("lr") is not None:
+            raise ValueError("has a learning rate but stays frozen; give a mode, e.g. full")
+        return {"lr": None, **given}
+
+    @model_validator(mode="after")
+    def _lr_when_trained(self) -> ComponentTune:
+        if self.mode != "frozen" and self.lr is None:
+            raise ValueError(
+                f"mode '{self.mode}' trains this component, but lr is null; give a learning rate"
+            )
+        return self
+
+
+class VisionTune(ComponentTune):
+    """Training of the vision encoder."""
+
+
+class ProjectorTune(ComponentTune):
+    """Training of the projector."""
+
+    mode: str = "full"
+    """frozen or full"""
+    lr: PositiveFloat | None = 1e-3
+    """peak learning rate; null when frozen"""
+
+
+class LlmTune(ComponentTune):
+    """Training of the language model."""
+
+    mode: str = "lora"
+    """frozen, full, or a method such as lora"""
+    lr: PositiveFloat | None = 2e-4
+    """peak learning rate; null when frozen"""
+    options: dict[str, Any] = {}
+    """arguments of the method, checked by the method itself; lora takes r=16, alpha=32 where not given"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lora_defaults(cls, given: Any) -> Any:
+        # By key, so that `tune.llm.options.r=64` does not lose alpha. Other methods get what is written.
+        if isinstance(given, dict) and given.get("mode", "lora") == "lora":
+            options = given.get("options", {})
+            if isinstance(options, dict):
+                return {**given, "options": {**LORA_DEFAULTS, **options}}
+        return given
+
+
+class TuneConfig(Section):
+    """What is trained, per component."""
+
+    vision: VisionTune = VisionTune()
+    """the vision encoder"""
+    projector: ProjectorTune = ProjectorTune()
+    """the projector"""
+    llm: LlmTune = LlmTune()
+    """the language model"""
+
+
+class SourceConfig(Section):
+    """One file or folder of records."""
+
+    path: str
+    """file, folder or shards to read"""
+    format: str = "mmit"
+    """format of its rows: mmit, llava, alpaca, sharegpt, messages"""
+    image_root: str | None = None
+    """folder that relative image paths start from; null takes the folder of path"""
+    weight: PositiveFloat = 1.0
+    """how often its records are drawn, relative to once per epoch"""
+    limit: PositiveInt | None = None
+    """use only this many records, null all"""
+    name: str | None = None
+    """name in reports, null derives it from path"""
+
+
+class DataConfig(Section):
+    """What is learned from, and how records fill rows."""
+
+    train: list[SourceConfig] = Field(min_length=1)
+    """sources to train on"""
+    eval: list[SourceConfig] = []
+    """sources to evaluate on"""
+    split_turns: bool = False
+    """make each question-answer pair of a record its own record"""
+    max_length: PositiveInt = 2048
+    """longest record in tokens, image tokens included"""
+    pack_tokens: PositiveInt = 2048
+    """capacity of a row in tokens"""
+    packing: bool = True
+    """put several records, isolated from each other, into one row"""
+    share_prefix: bool = True
+    """let records that begin alike (the same image) share that beginning in a row"""
+    workers: NonNegativeInt = 2
+    """processes that read and decode"""
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    epochs: PositiveFloat | None = None
+    """passes over the data; give this or steps"""
+    steps: PositiveInt | None = None
+    """optimizer steps; give this or epochs"""
+    rows_per_step: PositiveInt = 8
+    """packed rows per optimizer step, over all ranks"""
+    micro_rows: PositiveInt = 1
+    """rows per forward pass on each rank"""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """course of the learning rate after warm-up"""
+    warmup: NonNegativeFloat = 0.03
+    """warm-up as a fraction of all steps if below 1, else in steps"""
+    min_lr_ratio: Fraction = 0.0
+    """final learning rate as a share of the peak"""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW weight decay"""
+    betas: Betas = (0.9, 0.999)
+    """AdamW betas"""
+    eps: PositiveFloat = 1e-8
+    """AdamW epsilon"""
+    clip: PositiveFloat | None = 1.0
+    """largest gradient norm, null never clips"""
+    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
+    """number format of the computation"""
+    save_every: PositiveInt | None = None
+    """steps between checkpoints; null saves at the end only"""
+    keep_last: PositiveInt = 2
+    """checkpoints kept"""
+    log_every: PositiveInt = 1
+    """steps between lines of metrics"""
+    checkpointing: Literal["none", "full"] = "none"
+    """recompute activations in the backward pass: slower, less memory"""
+    compile: bool = False
+    """compile the model with torch.compile"""
+    threads: PositiveInt | None = None
+    """CPU threads of each rank, null leaves torch's choice"""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(
+                f"give exactly one of epochs and steps (epochs is {inline_yaml(self.epochs)}, steps is "
+                f"{inline_yaml(self.steps)}); the other can be set to null"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """What carries out a step."""
+
+    kind: Literal["torch", "deepspeed", "auto"] = "auto"
+    """auto: deepspeed when started by its launcher, else plain torch on one device"""
+    deepspeed: str = "zero2"
+    """zero0, zero1, zero2, zero3, or the path of a DeepSpeed JSON"""
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig
+    """folder, seed, restarts"""
+    model: ModelConfig
+    """what is built"""
+    tune: TuneConfig = TuneConfig()
+    """what is trained"""
+    data: DataConfig
+    """what is learned from"""
+    train: TrainConfig
+    """the optimisation"""
+    engine: EngineConfig = EngineConfig()
+    """what carries out a step"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to compute; auto takes CUDA where there is a device"""
+
+    @classmethod
+    def from_dict(cls, raw: Any, *, where: str = "", origins: Mapping[Keys, str] | None = None) -> Config:
+        """Validate plain data. `where` and `origins` (line of each key) go into the ConfigError."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise sections.config_error(error, cls, raw, where=where, origins=origins) from None
+
+    def to_yaml(self) -> str:
+        """Return the resolved config, every default written out; loads back to an equal config."""
+        return dump_yaml(self.model_dump())
+
+    def flat(self) -> dict[str, Any]:
+        """Return {dotted key: value} for logs; list entries by index, as overrides name them."""
+        return dict(flatten(self.model_dump()))
+
+
+def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
+    """Read `path`, put the `key=value` overrides on top in their order, and validate. Raises ConfigError."""
+    raw, origins = _read(Path(path))
+    for text in overrides:
+        keys, value = parse_override(text)
+        where = f"override '{text}'"
+        raw = set_key(raw, keys, value, where=where)
+        # What the file said below this key is gone, so its lines may not be blamed.
+        origins = {k: place for k, place in origins.items() if k[: len(keys)] != keys} | {keys: where}
+    return Config.from_dict(raw, where=str(path), origins=origins)
+
+
+def _read(path: Path, *, is_base: bool = False) -> tuple[dict[str, Any], dict[Keys, str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        beside = [entry.name for entry in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        remedy = nearest(path.name, beside) if beside else f"{path.parent} holds no .yaml file"
+        raise ConfigError("no such config file", where=str(path), remedy=remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path)) from None
+    raw, lines = parse_yaml(text, where=str(path))
+    if not isinstance(raw, dict):
+        names = ", ".join(Config.model_fields)
+        raise ConfigError(f"expected the sections {names}, got {brief(raw)}", where=str(path))
+    origins = {keys: f"{path}:{line}" for keys, line in lines.items()}
+    base = raw.pop("base", None)
+    if base is None:
+        return raw, origins
+    if is_base or not isinstance(base, str):
+        problem = "a base file cannot have a base itself" if is_base else "expected the path of a YAML file"
+        raise ConfigError(f"base: {problem}, got {brief(base)}", where=origins["base",])
+    below, below_origins = _read(path.parent / base, is_base=True)
+    return merge(below, raw), below_origins | origins
+
+
+def describe() -> list[Entry]:
+    """Return (dotted key, type, default, help) of every key that can be set, in order."""
+    return list(sections.describe(Config))
