@@ -11,7 +11,9 @@ import pytest
 
 pytest.importorskip("importlinter")
 ROOT = Path(__file__).parents[1]
-LINT = "import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_cache=True, no_logo=True))"
+LINT = (
+    "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True, no_logo=True))"
+)
 
 
 def run(code: str, *, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

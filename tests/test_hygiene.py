@@ -1,0 +1,188 @@
+"""Static gate: no call that can run foreign code or fill a disk, and no machine's own paths in the repository.
+
+Reads syntax trees, so that a comment may speak of pickle and `model.eval()` is not `eval()`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# (file, rule): the reason why it is safe there.
+ALLOWED: dict[tuple[str, str], str] = {}
+
+UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+YAML = {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.unsafe_load_all"}
+
+
+def rules_broken(source: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, rule) for every forbidden call or import in Python source."""
+    tree = ast.parse(source)
+    names = _imported_names(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and _unpickles(node, tree):
+            yield node.lineno, "pickle"
+        elif isinstance(node, ast.Call):
+            yield from ((node.lineno, rule) for rule in _call_rules(node, names))
+
+
+def _unpickles(node: ast.Import | ast.ImportFrom, tree: ast.Module) -> bool:
+    """Say whether an import brings in more of an unpickler than its exception types."""
+    if isinstance(node, ast.ImportFrom):
+        foreign = (node.module or "").split(".")[0] in UNPICKLERS
+        return foreign and not all(alias.name.endswith("Error") for alias in node.names)
+    bound = {a.asname or a.name.split(".")[0] for a in node.names if a.name.split(".")[0] in UNPICKLERS}
+    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in bound]
+    errors = [n.value for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.endswith("Error")]
+    return bool(bound) and (not uses or any(use not in errors for use in uses))
+
+
+def _imported_names(tree: ast.Module) -> dict[str, str]:
+    """Return {name in this file: full name}, for `from torch import load` and `import yaml as y`."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update({a.asname: a.name for a in node.names if a.asname})
+        elif isinstance(node, ast.ImportFrom):
+            names.update({a.asname or a.name: f"{node.module}.{a.name}" for a in node.names})
+    return names
+
+
+def _call_rules(call: ast.Call, names: dict[str, str]) -> Iterator[str]:
+    first, _, rest = ast.unparse(call.func).partition(".")
+    called = names.get(first, first) + (f".{rest}" if rest else "")
+    constants = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+    given = [a.value for a in call.args if isinstance(a, ast.Constant)]
+    if called == "torch.load" and constants.get("weights_only") is not True:
+        yield "torch.load without weights_only=True"
+    if called in {"eval", "exec", "builtins.eval", "builtins.exec"}:
+        yield "eval"
+    if called in YAML:
+        yield "yaml.load"
+    if called in SHELLS or constants.get("shell") is True:
+        yield "shell=True"
+    if called.endswith(".extractall") or called == "shutil.unpack_archive":
+        yield "extractall"
+    if called in {"importlib.import_module", "__import__"} and UNPICKLERS & {*map(str, given)}:
+        yield "pickle"
+    if constants.get("allow_pickle") is True:
+        yield "pickle"
+    if constants.get("trust_remote_code") is True:
+        yield "trust_remote_code=True"
+
+
+def tracked_files() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def python_files() -> list[Path]:
+    return [path for folder in ("mmit", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_no_dangerous_call() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}: {rule}"
+        for path in python_files()
+        for line, rule in rules_broken(path.read_text(encoding="utf-8"))
+        if (str(path.relative_to(ROOT)), rule) not in ALLOWED
+    ]
+    assert len(python_files()) > 5 and not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("source", "rule"),
+    [
+        ("import torch\ntorch.load(f)", "torch.load without weights_only=True"),
+        ("import torch\ntorch.load(f, weights_only=False)", "torch.load without weights_only=True"),
+        ("import torch\ntorch.load(f, weights_only=flag)", "torch.load without weights_only=True"),
+        ("from torch import load\nload(f)", "torch.load without weights_only=True"),
+        ("import torch as t\nt.load(f)", "torch.load without weights_only=True"),
+        ("import pickle", "pickle"),
+        ("from pickle import loads", "pickle"),
+        ("import pickle\ntry:\n    pickle.load(f)\nexcept pickle.UnpicklingError:\n    raise", "pickle"),
+        ("import pickle as p\nfrom torch import Tensor\ng(pickle_module=p)", "pickle"),
+        ("def f():\n    import joblib.numpy_pickle", "pickle"),
+        ("import importlib\nimportlib.import_module('pickle')", "pickle"),
+        ("import numpy as np\nnp.load(f, allow_pickle=True)", "pickle"),
+        ("eval(text)", "eval"),
+        ("exec(text)", "eval"),
+        ("import subprocess\nsubprocess.run(c, shell=True)", "shell=True"),
+        ("import os\nos.system(c)", "shell=True"),
+        ("from os import system\nsystem(c)", "shell=True"),
+        ("tar.extractall(d)", "extractall"),
+        ("import yaml\nyaml.load(t, Loader=yaml.Loader)", "yaml.load"),
+        ("from yaml import unsafe_load\nunsafe_load(t)", "yaml.load"),
+        ("AutoModel.from_pretrained(n, trust_remote_code=True)", "trust_remote_code=True"),
+    ],
+)
+def test_the_gate_closes(source: str, rule: str) -> None:
+    assert [found for _, found in rules_broken(source)] == [rule]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load(f, weights_only=True)",
+        "model.eval()",
+        "import pickle\ntry:\n    f()\nexcept pickle.UnpicklingError:\n    raise",
+        "from pickle import UnpicklingError",
+        "# pickle, eval( and shell=True are words here\nx = 'pickle'",
+        "import yaml\nyaml.safe_load(t)",
+        "import json\njson.load(f)",
+        "import subprocess\nsubprocess.run([c], shell=False)",
+        "f(trust_remote_code=False)",
+    ],
+)
+def test_the_gate_lets_pass(source: str) -> None:
+    assert not list(rules_broken(source))
+
+
+def test_shell_scripts_and_configs_trust_no_remote_code() -> None:
+    found = [
+        str(path.relative_to(ROOT))
+        for path in tracked_files()
+        if path.suffix in {".sh", ".yaml", ".yml", ".json", ".toml"}
+        and re.search(
+            r"trust_remote_code\W{1,4}true|(curl|wget)[^\n|]*\|\s*(ba)?sh", path.read_text("utf-8"), re.I
+        )
+    ]
+    assert not found
+
+
+# A folder of some machine: the path starts there, unlike the one inside https://host/work/.
+MACHINE_PATH = re.compile(rb"(?<![\w.}~/-])/(?:work|tmp|root|home|Users|mnt|scratch)/[\w.]")
+
+
+@pytest.mark.parametrize(
+    ("text", "hit"),
+    [
+        ("cd {}work/main", True),
+        ("'{}tmp/w/v'", True),
+        ("see https://host{}work/main", False),
+        ("a{}tmp/b", False),
+    ],
+)
+def test_what_counts_as_a_machine_path(text: str, hit: bool) -> None:
+    assert bool(MACHINE_PATH.search(text.format("/").encode())) == hit
+
+
+def test_no_machine_path_in_tracked_files() -> None:
+    found = []
+    for path in tracked_files():
+        content = path.read_bytes()
+        if b"\0" in content:  # a picture or another binary file
+            continue
+        for number, line in enumerate(content.splitlines(), 1):
+            if MACHINE_PATH.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line[:120]!r}")
+    assert not found, "\n".join(found)
