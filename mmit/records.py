@@ -328,8 +328,8 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, _json_line(line, f"{os.fspath(path)}:{number}")
-    except OSError as error:
-        raise RecordError(f"cannot read: {error.strerror}", where=str(path), remedy="Check the path.") from error
+    except OSError as e:
+        raise RecordError(f"cannot read: {e.strerror}", where=str(path), remedy="Check the path.") from e
 
 
 def _json_line(line: bytes, where: str) -> Any:
