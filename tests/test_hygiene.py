@@ -1,4 +1,4 @@
-"""Static gate: no call that can run foreign code or fill a disk, and no machine's own paths in the repository.
+"""Static gate: no call that can run foreign code or fill a disk, and no machine path in the repository.
 
 Reads syntax trees, so that a comment may speak of pickle and `model.eval()` is not `eval()`.
 """
