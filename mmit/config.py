@@ -62,9 +62,10 @@ class VisionConfig(Section):
     name: str
     """model name in that library, hub id, or folder"""
     weights: str | bool | None = None
-    """pretrained tag or local weights file; true takes the library's default, null or false random weights"""
+    """file (path or package:name/inside), open_clip tag, true (as published), false (random), or null: what
+    a hub id or folder brings, random for a bare architecture"""
     layer: int | None = None
-    """layer whose output is read, negative counts from the end; null takes the encoder's own choice"""
+    """layer that is read: 1 follows the first block, -1 is the last, null -2; stages count from 0, null -1"""
     select: Literal["patch", "cls_patch"] = "patch"
     """patch tokens only, or the class token before them"""
     image_size: PositiveInt | Size | None = None
@@ -72,7 +73,7 @@ class VisionConfig(Section):
     fit: Literal["resize", "pad", "crop"] = "pad"
     """how a picture of another shape is brought to image_size: stretched, padded, or centre-cropped"""
     key_order: bool = False
-    """match a local weights file to the model by order of its tensors instead of by their names"""
+    """timm: match the tensors of a weights file to the model by their order instead of by their names"""
     dtype: Literal["bf16", "fp32"] | None = None
     """number format of the tower; null follows train.precision when frozen, fp32 when trained"""
     cache: Literal["off", "memory", "disk"] = "off"

@@ -49,7 +49,7 @@ def describe(section: type[Section], *, prefix: str = "", defaults: Section | No
             else:
                 shown = inline_yaml(list(default) if isinstance(default, tuple) else default)
             kind = _type_text(field.annotation, field.metadata)
-            yield Entry(f"{prefix}{name}", kind, shown, field.description or "")
+            yield Entry(f"{prefix}{name}", kind, shown, " ".join((field.description or "").split()))
         if inner is not None:
             below = default if isinstance(default, Section) else None
             yield from describe(inner, prefix=f"{prefix}{name}." + ("0." if is_list else ""), defaults=below)

@@ -266,6 +266,7 @@ def test_every_key_is_described(file: Path) -> None:
     keys = [entry.key for entry in entries]
     assert len(set(keys)) == len(keys)
     assert all(entry.help and entry.type and entry.default for entry in entries)
+    assert not any("\n" in text for entry in entries for text in entry)
     by_key = {entry.key: entry for entry in entries}
     assert by_key["run.dir"].default == "required"
     assert by_key["tune.llm.options"].default == "{r: 16, alpha: 32}"
