@@ -84,8 +84,23 @@ def bootstrap_mean(
     return _quantiles(_resampled_means(array, seed=seed, resamples=resamples))
 
 
+def resample_counts(
+    counts: Sequence[int] | np.ndarray, *, seed: int | Sequence[int] = 0, resamples: int = RESAMPLES
+) -> np.ndarray:
+    """Return (resamples, C) tables of counts, each drawn with replacement from the answers in `counts` (C,).
+
+    Raises:
+        MmitError: all counts are zero.
+    """
+    table = np.asarray(counts, dtype=np.float64)
+    n = int(table.sum())
+    if n == 0:
+        raise MmitError("no counts", where="resample_counts", remedy="Give at least one answer.")
+    return np.random.default_rng(seed).multinomial(n, table / n, size=resamples)
+
+
 def bootstrap_counts(
-    counts: Sequence[int],
+    counts: Sequence[int] | np.ndarray,
     statistic: Callable[[np.ndarray], np.ndarray],
     *,
     seed: int = 0,
@@ -102,11 +117,7 @@ def bootstrap_counts(
     Raises:
         MmitError: all counts are zero.
     """
-    table = np.asarray(counts, dtype=np.float64)
-    n = int(table.sum())
-    if n == 0:
-        raise MmitError("no counts", where="bootstrap_counts", remedy="Give at least one answer.")
-    draws = np.random.default_rng(seed).multinomial(n, table / n, size=resamples)
+    draws = resample_counts(counts, seed=seed, resamples=resamples)
     return _quantiles(np.asarray(statistic(draws), dtype=np.float64))
 
 

@@ -88,6 +88,20 @@ def need(reference: Any, keys: Sequence[str], *, where: str) -> None:
         )
 
 
+def options_of(reference: str | Sequence[str], *, where: str) -> tuple[str, ...]:
+    """Return a reference as a tuple: a lone string is one accepted answer.
+
+    Raises:
+        MmitError: no accepted answer.
+    """
+    answers = (reference,) if isinstance(reference, str) else tuple(reference)
+    if not answers:
+        raise MmitError(
+            "no reference answer", where=where, remedy="Leave the question out or give an answer."
+        )
+    return answers
+
+
 def pick(table: Mapping[str, Any], profile: str, *, where: str) -> Any:
     """Return `table[profile]`.
 
