@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from mmit.eval.metrics import text
+from mmit.errors import MmitError, nearest
+from mmit.eval.metrics import captions, choice, ifeval, mathvista, mmmu, similarity, text, vqa, yesno
 from mmit.eval.metrics.intervals import (
     PairedDifference,
     bootstrap_counts,
@@ -26,12 +27,71 @@ __all__ = [
     "Score",
     "bootstrap_counts",
     "bootstrap_mean",
+    "get_metric",
     "mcnemar",
     "paired_bootstrap",
     "wilson",
 ]
 
-METRICS: dict[str, Callable[..., Score]] = {
+Metric = Callable[..., Score]
+
+# What a reference must be is in each function's docstring.
+METRICS: dict[str, Metric] = {
+    "vqa:official": partial(vqa.vqa_accuracy, profile="official"),
+    "vqa:evalai": partial(vqa.vqa_accuracy, profile="evalai"),
+    "vqa:lmms_vqav2": partial(vqa.vqa_accuracy, profile="lmms_vqav2"),
+    "vqa:vlmeval": partial(vqa.vqa_accuracy, profile="vlmeval"),
     "exact": partial(text.exact_match, profile="plain"),
     "exact:strict": partial(text.exact_match, profile="strict"),
+    "exact:vlmeval": partial(text.exact_match, profile="vlmeval"),
+    "gqa:lmms": partial(text.exact_match, profile="gqa_lmms"),
+    "gqa:llava": partial(text.exact_match, profile="gqa_llava"),
+    "ai2d:lmms": partial(text.exact_match, profile="ai2d_lmms"),
+    "anls:lmms": partial(similarity.anls, profile="lmms"),
+    "anls:normalised": partial(similarity.anls, profile="normalised"),
+    "relaxed:lmms": partial(similarity.relaxed_accuracy, profile="lmms"),
+    "relaxed:vlmeval": partial(similarity.relaxed_accuracy, profile="vlmeval"),
+    "rouge_l": partial(similarity.rouge_l, profile="f1"),
+    "rouge_l:coco": partial(similarity.rouge_l, profile="coco"),
+    "ocrbench:lmms": partial(text.ocrbench, profile="lmms"),
+    "ocrbench:vlmeval": partial(text.ocrbench, profile="vlmeval"),
+    "gsm8k:strict": partial(text.gsm8k, profile="strict"),
+    "gsm8k:flexible": partial(text.gsm8k, profile="flexible"),
+    "pope:official": partial(yesno.pope, profile="official"),
+    "pope:lmms": partial(yesno.pope, profile="lmms"),
+    "pope:vlmeval": partial(yesno.pope, profile="vlmeval"),
+    "mme:official": partial(yesno.mme, profile="official"),
+    "mme:lmms": partial(yesno.mme, profile="lmms"),
+    "nlvr2:official": partial(yesno.nlvr2, profile="official"),
+    "nlvr2:words": partial(yesno.nlvr2, profile="words"),
+    "choice": partial(choice.choice_accuracy, profile="extract"),
+    "seed:lmms": partial(choice.choice_accuracy, profile="seed_lmms"),
+    "seed:llava": partial(choice.choice_accuracy, profile="seed_llava"),
+    "scienceqa:lmms": partial(choice.choice_accuracy, profile="scienceqa_lmms"),
+    "scienceqa:llava": partial(choice.choice_accuracy, profile="scienceqa_llava"),
+    "realworldqa:lmms": choice.realworldqa,
+    "mmbench:prefetch": partial(choice.mmbench, profile="prefetch"),
+    "mmbench:static": partial(choice.mmbench, profile="static"),
+    "mmmu": partial(mmmu.mmmu, profile="unparsed_wrong"),
+    "mmmu:random": partial(mmmu.mmmu, profile="random"),
+    "mathvista:offline": partial(mathvista.mathvista, profile="offline"),
+    "mathvista:extracted": partial(mathvista.mathvista, profile="extracted"),
+    "captions:coco": partial(captions.captions, profile="coco"),
+    "captions:simple": partial(captions.captions, profile="simple"),
+    "captions:vlmeval": partial(captions.captions, profile="vlmeval"),
+    "ifeval:strict": partial(ifeval.ifeval, profile="strict"),
+    "ifeval:loose": partial(ifeval.ifeval, profile="loose"),
+    "ifeval:strict-nltk": partial(ifeval.ifeval, profile="strict", tokeniser="nltk"),
+    "ifeval:loose-nltk": partial(ifeval.ifeval, profile="loose", tokeniser="nltk"),
 }
+
+
+def get_metric(name: str) -> Metric:
+    """Return `METRICS[name]`.
+
+    Raises:
+        MmitError: unknown metric; lists the valid names with the nearest one.
+    """
+    if name not in METRICS:
+        raise MmitError(f"unknown metric '{name}'", where="metric", remedy=nearest(name, METRICS))
+    return METRICS[name]

@@ -184,6 +184,31 @@ def _mme_points(pairs: np.ndarray) -> np.ndarray:
     return 100.0 * ((pairs[..., 1] + 2 * pairs[..., 2]) / (2 * images) + pairs[..., 2] / images)
 
 
+def _mme_categories(
+    right: Sequence[float], references: Sequence[dict], *, seed: int
+) -> tuple[dict[str, dict[str, float]], tuple[float, float]]:
+    """Return each category's points, and the interval of their sum (images resampled per category)."""
+    images: dict[str, dict[Any, list[float]]] = {}
+    for value, reference in zip(right, references, strict=True):
+        images.setdefault(reference["category"], {}).setdefault(reference["image"], []).append(value)
+    categories, draws = {}, np.zeros(1)
+    for order, (category, pairs) in enumerate(images.items()):
+        odd = next((image for image, values in pairs.items() if len(values) != 2), None)
+        if odd is not None:
+            raise MmitError(
+                f"image {odd!r} of category '{category}' has {len(pairs[odd])} questions, not 2",
+                where="mme",
+                remedy="Score whole images: MME asks two questions about each.",
+            )
+        counts = np.bincount([int(sum(v)) for v in pairs.values()], minlength=3)
+        both = 100.0 * int(counts[2]) / len(pairs)
+        accuracy = 100.0 * int(counts[1] + 2 * counts[2]) / (2 * len(pairs))
+        categories[category] = {"accuracy": accuracy, "accuracy_plus": both, "score": accuracy + both}
+        draws = draws + _mme_points(resample_counts(counts, seed=(seed, order)))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return categories, (float(low), float(high))
+
+
 def mme(
     predictions: Sequence[str],
     references: Sequence[dict],
@@ -208,26 +233,11 @@ def mme(
     read = memo(pick(MME, profile, where="mme"))
     check_lengths("mme", predictions, references=references)
     said = [read(p) for p in predictions]
-    right: list[float] = []
-    images: dict[str, dict[Any, list[float]]] = {}
+    right = []
     for i, reference in enumerate(references):
         need(reference, ("answer", "category", "image"), where=f"mme: question {i}")
         right.append(float(said[i] == _binary(reference["answer"], where=f"mme: question {i}")))
-        images.setdefault(reference["category"], {}).setdefault(reference["image"], []).append(right[-1])
-    categories, draws = {}, np.zeros(1)
-    for order, (category, pairs) in enumerate(images.items()):
-        odd = next((image for image, values in pairs.items() if len(values) != 2), None)
-        if odd is not None:
-            raise MmitError(
-                f"image {odd!r} of category '{category}' has {len(pairs[odd])} questions, not 2",
-                where="mme",
-                remedy="Score whole images: MME asks two questions about each.",
-            )
-        counts = np.bincount([int(sum(v)) for v in pairs.values()], minlength=3)
-        points = float(_mme_points(counts))
-        both = 100.0 * int(counts[2]) / int(counts.sum())
-        categories[category] = {"accuracy": points - both, "accuracy_plus": both, "score": points}
-        draws = draws + _mme_points(resample_counts(counts, seed=(seed, order)))
+    categories, ci95 = _mme_categories(right, references, seed=seed)
     base = mean_score(
         "mme",
         profile,
@@ -237,14 +247,13 @@ def mme(
         groups=groups or [r["category"] for r in references],
         seed=seed,
     )
-    low, high = np.quantile(draws, [0.025, 0.975])
     known = (*MME_PERCEPTION, *MME_COGNITION)
     return Score(
         name="mme",
         profile=profile,
         value=sum(c["score"] for c in categories.values()),
         n=base.n,
-        ci95=(float(low), float(high)),
+        ci95=ci95,
         unparsed_rate=base.unparsed_rate,
         by_group=base.by_group,
         details={

@@ -1,0 +1,149 @@
+"""IFEval (Zhou et al. 2023): does an answer obey instructions that a program can verify.
+
+In: answers and {"prompt", "instruction_id_list", "kwargs"} references. Out: a Score, per prompt and per
+instruction, strict and loose. The checks themselves are in `ifeval_rules`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mmit.errors import MmitError, nearest
+from mmit.eval.metrics.ifeval_rules import RULES, WORD_TOOLS, Words
+from mmit.eval.metrics.intervals import wilson
+from mmit.eval.metrics.score import Score, check_lengths, mean_score, need, pick
+
+
+def loose_variants(text: str) -> list[str]:
+    """Return the eight texts of which one must obey: less the first, last or both lines; less "*"."""
+    lines = text.split("\n")
+    cut = ["\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1])]
+    variants = [text, *cut]
+    return variants + [v.replace("*", "") for v in variants]
+
+
+def _arguments(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    # The published file on the hub fills every unused argument with null.
+    return {k: v for k, v in (kwargs or {}).items() if v is not None}
+
+
+def follows(text: str, instruction: str, *, kwargs: Mapping[str, Any], words: Words, where: str = "") -> bool:
+    """Return whether a text obeys one instruction; an empty text obeys none.
+
+    Raises:
+        MmitError: unknown instruction, or an argument that it needs is missing.
+    """
+    if instruction not in RULES:
+        raise MmitError(
+            f"unknown instruction '{instruction}'", where=where, remedy=nearest(instruction, RULES)
+        )
+    names, rule = RULES[instruction]
+    missing = [n for n in names if n not in kwargs]
+    if missing:
+        raise MmitError(
+            f"instruction '{instruction}' lacks {', '.join(missing)}",
+            where=where,
+            remedy="Take the reference from IFEval's input_data.jsonl unchanged.",
+        )
+    try:
+        return bool(text.strip()) and rule(text, {n: kwargs[n] for n in names}, words)
+    except re.error as error:
+        raise MmitError(
+            f"a keyword of '{instruction}' is not a regular expression: {error}",
+            where=where,
+            remedy="IFEval reads keywords as regular expressions; escape marks such as + and (.",
+        ) from error
+
+
+def _obeyed(text: str, reference: Any, *, words: Words, where: str) -> list[tuple[str, bool, bool]]:
+    """Return (instruction, obeyed strictly, obeyed loosely) for each instruction of one row."""
+    need(reference, ("instruction_id_list", "kwargs"), where=where)
+    names, arguments = reference["instruction_id_list"], reference["kwargs"]
+    if len(names) != len(arguments):
+        raise MmitError(
+            f"{len(names)} instructions but {len(arguments)} kwargs", where=where, remedy="Give one each."
+        )
+    variants = loose_variants(text)
+    found = []
+    for name, raw in zip(names, arguments, strict=True):
+        kwargs = _arguments(raw)
+        strict = follows(text, name, kwargs=kwargs, words=words, where=where)
+        loose = strict or any(follows(v, name, kwargs=kwargs, words=words, where=where) for v in variants)
+        found.append((name, strict, loose))
+    return found
+
+
+# Which of the two modes is the value; both are in the details.
+PROFILES: dict[str, str] = {"strict": "strict", "loose": "loose"}
+
+
+def ifeval(
+    predictions: Sequence[str],
+    references: Sequence[Mapping[str, Any]],
+    *,
+    profile: str = "strict",
+    tokeniser: str = "builtin",
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Score:
+    """IFEval prompt-level accuracy; `details` has prompt and instruction level, strict and loose.
+
+    Each reference is a row of the benchmark's file: {"prompt", "instruction_id_list", "kwargs"} (one
+    mapping per instruction). `details["by_instruction"]` is the strict accuracy of each instruction.
+
+    Profiles: strict (the answer as it is), loose (any of eight variants, see `loose_variants`).
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) rows.
+        profile: strict or loose.
+        tokeniser: how sentences and capital words are counted: builtin (no download), or nltk (the published
+            scorer's; needs nltk and its punkt data).
+        groups: (n,) group of each prompt.
+        seed: of the interval.
+
+    Raises:
+        MmitError: unknown profile, tokeniser or instruction, columns of different length, a reference
+            without its keys, or a package that an instruction needs is missing.
+    """
+    mode = pick(PROFILES, profile, where="ifeval")
+    words = pick(WORD_TOOLS, tokeniser, where="ifeval")()
+    check_lengths("ifeval", predictions, references=references)
+    per_prompt: dict[str, list[bool]] = {"strict": [], "loose": []}
+    per_instruction: dict[str, list[bool]] = {"strict": [], "loose": []}
+    counts: dict[str, list[int]] = {}
+    parsed = []
+    for row, (text, reference) in enumerate(zip(predictions, references, strict=True)):
+        found = _obeyed(text, reference, words=words, where=f"ifeval: prompt {row}")
+        obeyed = {"strict": [s for _, s, _ in found], "loose": [loose for _, _, loose in found]}
+        for name, strict, _ in found:
+            tally = counts.setdefault(name, [0, 0])
+            tally[0] += strict
+            tally[1] += 1
+        for kind, flags in obeyed.items():
+            per_prompt[kind].append(all(flags))
+            per_instruction[kind].extend(flags)
+        parsed.append(obeyed[mode])
+    total = len(per_instruction["strict"])
+    details: dict[str, Any] = {
+        "by_instruction": {name: right / asked for name, (right, asked) in sorted(counts.items())},
+        "tokeniser": tokeniser,
+        "instructions": total,
+    }
+    for kind in ("strict", "loose"):
+        right = sum(per_instruction[kind])
+        details[f"prompt_level_{kind}"] = sum(per_prompt[kind]) / len(per_prompt[kind])
+        details[f"instruction_level_{kind}"] = right / max(1, total)
+        details[f"instruction_level_{kind}_ci95"] = list(wilson(right, total))
+    return mean_score(
+        "ifeval",
+        profile,
+        [float(v) for v in per_prompt[mode]],
+        parsed=parsed,
+        unparsed=[not p.strip() for p in predictions],
+        groups=groups,
+        seed=seed,
+        details=details,
+    )
