@@ -1,8 +1,8 @@
 """The easy-VQA package (coloured shapes, 64 x 64 pixels, MIT licence) as records.
 
 Reads the data files of the installed `easy-vqa` package without importing it, keeps its own train/test split,
-and makes one record per image: all its questions in turn, or one caption derived from the answers. Never opens
-a picture.
+and makes one record per image: all its questions in turn, or one caption derived from the answers. Never
+opens a picture.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def easy_vqa_captions(
 ) -> Iterator[Record]:
     """Return one caption record per image: the user shows the image, the assistant says "a blue rectangle".
 
-    The caption states what the split's own answers imply, "a blue shape" or "a rectangle" if only one fact is
-    known. Images with neither are left out: each one's id goes to `on_skip`, their number to the log. Meant for
+    The caption states what the split's own answers imply, "a blue shape" or "a rectangle" if only one fact
+    is known. Images with neither are left out: each one's id goes to `on_skip`, their number to the log. Meant for
     aligning a projector on "train"; captions of "test" would leak the test's answers into training.
     Raises what `easy_vqa` does, and RecordError if answers contradict each other.
     """
