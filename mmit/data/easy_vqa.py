@@ -57,8 +57,8 @@ def easy_vqa_captions(
     """Return one caption record per image: the user shows the image, the assistant says "a blue rectangle".
 
     The caption states what the split's own answers imply, "a blue shape" or "a rectangle" if only one fact
-    is known. Images with neither are left out: each one's id goes to `on_skip`, their number to the log. Meant for
-    aligning a projector on "train"; captions of "test" would leak the test's answers into training.
+    is known. Images with neither are left out: each one's id goes to `on_skip`, their number to the log.
+    Meant for aligning a projector on "train"; captions of "test" would leak the test's answers into training.
     Raises what `easy_vqa` does, and RecordError if answers contradict each other.
     """
     pictures = _pictures(split, package_dir)
