@@ -1,0 +1,244 @@
+"""Instruction data: records of several sources, measured once, then served as tokenised samples by number.
+
+Owns the scan that measures every record before training (so that a bad one stops the run, or is counted and
+listed, before an hour is spent) and the units of the data order. A unit is a record or, with `split_turns`, as many
+of its question-answer pairs as fit a row. Takes an `encode` callable; knows no tokenizer. Refuses to cut a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mmit.data.chat import Encoded
+from mmit.data.packing import Sample, trie_length
+from mmit.data.sources import Source
+from mmit.errors import RecordError
+from mmit.records import Image, Record, Turn
+
+Encode = Callable[[Sequence[Turn]], Encoded]
+
+
+def image_key(image: Image) -> Hashable:
+    """What identifies a picture: its path, or the hash of its bytes."""
+    if isinstance(image.source, str):
+        return image.source
+    if isinstance(image.source, bytes):
+        return hashlib.sha256(image.source).hexdigest()
+    return ("pil", id(image.source))
+
+
+def split_pairs(record: Record) -> list[tuple[Turn, ...]]:
+    """Each question-answer pair as a conversation of its own; all keep the system turn and the images.
+
+    The images must stand in the first user turn, where every pair can see them.
+    """
+    turns = list(record.turns)
+    system = tuple(t for t in turns[:1] if t.role == "system")
+    dialogue = turns[len(system) :]
+    first = tuple(p for p in dialogue[0].parts if isinstance(p, Image))
+    if len(first) != len(record.images):
+        raise RecordError(
+            "has images after its first user turn, so its pairs cannot be split",
+            where=record.where,
+            remedy="set data.split_turns=false for this data",
+        )
+    pairs = []
+    for i in range(0, len(dialogue), 2):
+        question, answer = dialogue[i], dialogue[i + 1]
+        if i:
+            question = Turn("user", (*first, *question.parts))
+        pairs.append((*system, question, answer))
+    return pairs
+
+
+@dataclass
+class Scan:
+    """What the scan found; arrays have one entry per unit."""
+
+    record: np.ndarray  # (U,) int64, number of the record over all sources
+    first: np.ndarray  # (U,) int64, first pair of the unit
+    last: np.ndarray  # (U,) int64, one past its last pair
+    length: np.ndarray  # (U,) int64, tokens it takes in a row of its own
+    source: np.ndarray  # (U,) int64, which source
+    supervised: int = 0  # supervised tokens in all
+    shared: int = 0  # tokens every unit begins with
+    images: dict[Hashable, Image] = field(default_factory=dict)
+    bad: list[RecordError] = field(default_factory=list)
+    records: int = 0
+
+
+class InstructionData:
+    """Records of several sources as samples.
+
+    Args:
+        sources: opened files.
+        encode: turns -> ids and mask.
+        image_tokens: M, tokens per image.
+        max_length: longest sample in tokens, image tokens included.
+        capacity: tokens in a row; a unit never exceeds it.
+        split_turns: make each question-answer pair a sample of its own.
+        share_prefix: count shared beginnings once.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        encode: Encode,
+        *,
+        image_tokens: int,
+        max_length: int,
+        capacity: int,
+        split_turns: bool = False,
+        share_prefix: bool = True,
+    ) -> None:
+        self.sources, self._encode = list(sources), encode
+        self.image_tokens, self.max_length, self.capacity = image_tokens, max_length, capacity
+        self.split_turns, self.share_prefix = split_turns, share_prefix
+        self._starts = np.cumsum([0] + [len(s) for s in self.sources])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def record(self, number: int) -> Record:
+        """Read record `number` (counted over all sources)."""
+        source = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self.sources[source][number - int(self._starts[source])]
+
+    def source_of(self, number: int) -> int:
+        """Which source record `number` belongs to."""
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
+
+    def samples(self, number: int) -> tuple[list[Sample], dict[Hashable, Image]]:
+        """Tokenise record `number`. Raises RecordError when it is invalid or longer than `max_length`."""
+        record = self.record(number)
+        record.validate(for_training=True)
+        images = {image_key(i): i for i in record.images}
+        keys = tuple(image_key(i) for i in record.images)
+        if keys and not self.image_tokens:
+            raise RecordError(
+                "has images, but the model has no vision tower", where=record.where, remedy="set model.vision"
+            )
+        conversations = split_pairs(record) if self.split_turns else [record.turns]
+        samples = []
+        for turns in conversations:
+            encoded = self._encode(turns)
+            length = len(encoded.ids) + len(keys) * (self.image_tokens - 1)
+            if length > self.max_length:
+                raise RecordError(
+                    f"takes {length} tokens ({len(keys)} images of {self.image_tokens}), more than "
+                    f"data.max_length={self.max_length}",
+                    where=record.where,
+                    remedy="raise data.max_length and data.pack_tokens, shorten the record, or set "
+                    "run.on_bad_record=skip",
+                )
+            samples.append(Sample(encoded.ids, encoded.supervised, keys, number))
+        return samples, images
+
+    def unit_samples(self, scan: Scan, unit: int) -> tuple[list[Sample], dict[Hashable, Image]]:
+        """Samples of one unit of a scan."""
+        samples, images = self.samples(int(scan.record[unit]))
+        return samples[int(scan.first[unit]) : int(scan.last[unit])], images
+
+    def _measure(self, number: int) -> _Measured | RecordError:
+        try:
+            samples, images = self.samples(number)
+            record = self.record(number)
+            if error := _wrong_images(images, record):
+                return error
+        except RecordError as error:
+            where = error.where or self.record(number).where
+            return type(error)(error.problem, where=where, remedy=error.remedy)
+        spans = _chunks(samples, self.image_tokens, self.capacity, self.share_prefix)
+        supervised = sum(sum(s.supervised) for s in samples)
+        head = samples[0].ids
+        for s in samples[1:]:
+            head = head[: _common(head, s.ids)]
+        return _Measured(spans, supervised, head[: next((i for i, t in enumerate(head) if t < 0), None)], images)
+
+    def scan(self, *, workers: int = 0, numbers: Iterable[int] | None = None) -> Scan:
+        """Measure every record, in `workers` processes; bad ones are listed in the result, not raised."""
+        numbers = range(len(self)) if numbers is None else list(numbers)
+        if workers > 1 and len(numbers) > 2000:
+            global _scanned
+            _scanned = self
+            with multiprocessing.get_context("fork").Pool(workers) as pool:
+                results = pool.map(_measure_one, numbers, chunksize=256)
+            _scanned = None
+        else:
+            results = [self._measure(n) for n in numbers]
+        rows: list[tuple[int, int, int, int, int]] = []
+        out = Scan(*(np.zeros(0, dtype=np.int64),) * 5, records=len(numbers))
+        head: tuple[int, ...] | None = None
+        for number, result in zip(numbers, results, strict=True):
+            if isinstance(result, RecordError):
+                out.bad.append(result)
+                continue
+            source = self.source_of(number)
+            rows.extend((number, *span, source) for span in result.spans)
+            out.supervised += result.supervised
+            out.images.update(result.images)
+            head = result.head if head is None else head[: _common(head, result.head)]
+        table = np.array(rows, dtype=np.int64).reshape(-1, 5)
+        out.record, out.first, out.last, out.length, out.source = table.T
+        out.shared = len(head or ()) if self.share_prefix else 0
+        return out
+
+
+@dataclass(slots=True)
+class _Measured:
+    spans: list[tuple[int, int, int]]  # first pair, one past the last, tokens
+    supervised: int
+    head: tuple[int, ...]
+    images: dict[Hashable, Image]
+
+
+_scanned: InstructionData | None = None
+
+
+def _measure_one(number: int) -> _Measured | RecordError:
+    assert _scanned is not None
+    return _scanned._measure(number)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
+
+
+def _wrong_images(images: dict[Hashable, Image], record: Record) -> RecordError | None:
+    """A missing file is found in the scan; a damaged one when it is decoded."""
+    from pathlib import Path
+
+    for image in images.values():
+        if isinstance(image.source, str) and not Path(image.source).is_file():
+            return RecordError(
+                f"image file is missing: {image.source}",
+                where=record.where,
+                remedy="check image_root, or set run.on_bad_record=skip",
+            )
+    return None
+
+
+def _chunks(
+    samples: Sequence[Sample], image_tokens: int, capacity: int, share: bool
+) -> list[tuple[int, int, int]]:
+    """Cut a record's samples into units that fit a row, as (first, one past last, tokens)."""
+    whole = trie_length(samples, image_tokens, share=share)
+    if whole <= capacity:
+        return [(0, len(samples), whole)]
+    spans: list[tuple[int, int, int]] = []
+    first, length = 0, 0
+    for i in range(len(samples)):
+        longer = trie_length(samples[first : i + 1], image_tokens, share=share)
+        if longer > capacity and i > first:
+            spans.append((first, i, length))
+            first, longer = i, trie_length(samples[i : i + 1], image_tokens, share=share)
+        length = longer
+    return [*spans, (first, len(samples), length)]

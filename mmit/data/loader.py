@@ -1,0 +1,159 @@
+"""Micro-batches: rows built and pictures decoded ahead of time, in worker processes.
+
+Owns the hand-over from numbers (which units share a row) to tensors. Order comes in, batches come out in the same
+order whatever the number of workers. A record that turns out bad here follows the same policy as in the scan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mmit.data.dataset import InstructionData, Scan
+from mmit.data.packing import Row, build_row
+from mmit.errors import RecordError
+from mmit.records import Image
+
+LoadImage = Callable[[Image, str], torch.Tensor]
+
+
+@dataclass
+class MicroBatch:
+    """One row ready for the model, and what it is made of."""
+
+    tensors: dict[str, torch.Tensor]  # keyword arguments of VLM.forward
+    image_keys: list[Hashable]  # of the distinct pictures, in the order of `pixels`
+    records: list[int]
+    target_records: torch.Tensor  # (S,)
+    weight: float  # 0 for a row that only keeps ranks in step
+    unshared_tokens: int = 0
+    bad: list[RecordError] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed."""
+        return len(self.tensors["input_ids"]) if self.weight else 0
+
+    @property
+    def targets(self) -> int:
+        """Supervised tokens."""
+        return len(self.tensors["targets"]) if self.weight else 0
+
+    def to(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Tensors on the device; `nodes` stays on the CPU, where the attention plan is made."""
+        return {
+            k: v if k == "nodes" else v.to(device, non_blocking=True) for k, v in self.tensors.items()
+        }
+
+
+def to_micro_batch(row: Row, pixels: torch.Tensor | None = None) -> MicroBatch:
+    """Wrap a row; equal pictures are encoded once."""
+    keys = list(dict.fromkeys(row.images))
+    number = {k: i for i, k in enumerate(keys)}
+    tensors = {
+        "input_ids": row.input_ids,
+        "positions": row.positions,
+        "nodes": row.nodes,
+        "predict_at": row.predict_at,
+        "targets": row.targets,
+        "image_positions": row.image_positions,
+        "image_index": torch.tensor([number[k] for k in row.images], dtype=torch.int64),
+    }
+    if pixels is not None:
+        tensors["pixels"] = pixels
+    return MicroBatch(tensors, keys, row.records, row.target_records, 1.0, row.unshared_tokens)
+
+
+def idle_batch() -> MicroBatch:
+    """A row of one token and no weight, for a rank that has none left in the last step."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    row = Row(zero, zero, zero[:0], torch.tensor([[0, 1, -1]]), zero, zero, zero)
+    batch = to_micro_batch(row)
+    batch.weight = 0.0
+    return batch
+
+
+class _MicroBatches(Dataset):
+    """Map-style view: entry i is the micro-batch made of `units[i]` (None = idle)."""
+
+    def __init__(
+        self,
+        data: InstructionData,
+        scan: Scan,
+        units: Sequence[list[int]],
+        *,
+        load_image: LoadImage | None,
+        skip_bad: bool,
+    ) -> None:
+        self.data, self.scan, self.units = data, scan, units
+        self.load_image, self.skip_bad = load_image, skip_bad
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        samples: list[Any] = []
+        pixels: dict[Hashable, torch.Tensor] = {}
+        bad: list[RecordError] = []
+        for unit in self.units[index]:
+            try:
+                new, images = self.data.unit_samples(self.scan, unit)
+                if self.load_image is not None:
+                    where = self.data.record(int(self.scan.record[unit])).where if images else ""
+                    for key, image in images.items():
+                        if key not in pixels:
+                            pixels[key] = self.load_image(image, where)
+            except RecordError as error:
+                if not self.skip_bad:
+                    raise
+                bad.append(error)
+                continue
+            samples.extend(new)
+        if not samples:
+            batch = idle_batch()
+        else:
+            row = build_row(samples, image_tokens=self.data.image_tokens, share=self.data.share_prefix)
+            batch = to_micro_batch(row)
+            if pixels:
+                batch.tensors["pixels"] = torch.stack([pixels[k] for k in batch.image_keys])
+        batch.bad = bad
+        return batch
+
+
+def micro_batches(
+    data: InstructionData,
+    scan: Scan,
+    units: Sequence[list[int]],
+    *,
+    load_image: LoadImage | None,
+    skip_bad: bool = False,
+    workers: int = 0,
+) -> Iterator[MicroBatch]:
+    """Yield the micro-batch of each entry of `units`, in order, prepared ahead by `workers` processes.
+
+    Args:
+        units: for each micro-batch the units it holds; an empty list gives an idle batch.
+        load_image: picture -> (3, H, W) uint8; None where features are cached.
+        skip_bad: leave bad records out and hand them over in `MicroBatch.bad`; else raise the first.
+    """
+    dataset = _MicroBatches(data, scan, units, load_image=load_image, skip_bad=skip_bad)
+    if workers == 0:
+        yield from (dataset[i] for i in range(len(dataset)))
+        return
+    yield from DataLoader(
+        dataset,
+        batch_size=None,
+        shuffle=False,
+        num_workers=workers,
+        prefetch_factor=4,
+        multiprocessing_context="fork",
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

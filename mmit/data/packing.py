@@ -1,0 +1,243 @@
+"""Rows: many records in one sequence, each seeing only itself, with shared prefixes computed once.
+
+Owns the trie that lays tokenised records into one row, the label shift (the only one in mmit) and the plan that
+says which records share a row. Takes `Sample`s (ids and mask from `data/chat.py`), gives plain tensors. Refuses to
+cut: a sample that does not fit a row is an error that names its record.
+
+A row is a forest. Records that begin with the same tokens (the system prompt, the same image) share those tokens;
+every token attends to its own node and to the ancestors of that node, nothing else, and its position is its depth.
+So a packed row computes exactly what its records would compute alone. Several questions about one image are the
+"message trees" of Molmo (arXiv:2409.17146); plain packing is the special case of a forest of single nodes.
+
+Dimensions: T tokens in the row, S supervised targets, I images, M tokens per image, K nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from mmit.errors import RecordError
+
+Symbol = tuple[int, Hashable]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One tokenised record.
+
+    `ids[i] < 0` is an image slot standing for M image tokens; the slots take `images` in order. `images` are keys
+    of the pictures (equal key = same picture). `record` is the position in the data set, for messages and metrics.
+    """
+
+    ids: tuple[int, ...]
+    supervised: tuple[bool, ...]
+    images: tuple[Hashable, ...] = ()
+    record: int = -1
+
+
+@dataclass(slots=True)
+class Row:
+    """Tensors of one row; see the module docstring for the letters."""
+
+    input_ids: torch.Tensor  # (T,) int64, 0 under image tokens
+    positions: torch.Tensor  # (T,) int64, depth in the forest
+    image_positions: torch.Tensor  # (I * M,) int64, where the tokens of each image go
+    nodes: torch.Tensor  # (K, 3) int64: first token, length, parent node or -1
+    predict_at: torch.Tensor  # (S,) int64, position whose hidden state predicts the target
+    targets: torch.Tensor  # (S,) int64, the supervised token ids
+    target_records: torch.Tensor  # (S,) int64, which record asks for it
+    images: list[Hashable] = field(default_factory=list)
+    records: list[int] = field(default_factory=list)
+    unshared_tokens: int = 0  # what the records would take without sharing
+
+
+class _Node:
+    __slots__ = ("children", "parent", "symbols")
+
+    def __init__(self, parent: _Node | None, symbols: list[Symbol]) -> None:
+        self.parent, self.symbols = parent, symbols
+        self.children: dict[Symbol, _Node] = {}
+
+
+def _symbols(sample: Sample) -> list[Symbol]:
+    """Tokens that must run: everything before the last supervised token (later ones teach nothing)."""
+    last = max((i for i, s in enumerate(sample.supervised) if s), default=-1)
+    images = iter(sample.images)
+    return [(t, None) if t >= 0 else (-1, next(images)) for t in sample.ids[: max(last, 0)]]
+
+
+def _insert(root: _Node, symbols: Sequence[Symbol], share: bool) -> list[tuple[_Node, int]]:
+    """Insert a sample; return, for each of its symbols, (node, index in node). Splits nodes where paths part."""
+    node, i = root, 0
+    path: list[_Node] = []
+    while i < len(symbols):
+        child = node.children.get(symbols[i]) if share else None
+        if child is None:
+            leaf = _Node(node, list(symbols[i:]))
+            node.children[symbols[i] if share else (len(node.children), object())] = leaf
+            path.append(leaf)
+            break
+        n = 0
+        while n < len(child.symbols) and i + n < len(symbols) and child.symbols[n] == symbols[i + n]:
+            n += 1
+        if n < len(child.symbols):  # paths part inside the node: keep its head, hang the tail below
+            head = _Node(node, child.symbols[:n])
+            node.children[symbols[i]] = head
+            child.symbols, child.parent = child.symbols[n:], head
+            head.children[child.symbols[0]] = child
+            child = head
+        path.append(child)
+        node, i = child, i + n
+    return [(p, j) for p in path for j in range(len(p.symbols))]
+
+
+def trie_length(samples: Sequence[Sample], image_tokens: int, *, share: bool = True) -> int:
+    """Tokens that the samples take in a row of their own."""
+    root = _Node(None, [])
+    for s in samples:
+        _insert(root, _symbols(s), share)
+    total, stack = 0, list(root.children.values())
+    while stack:
+        node = stack.pop()
+        total += sum(image_tokens if t < 0 else 1 for t, _ in node.symbols)
+        stack.extend(node.children.values())
+    return total
+
+
+def build_row(samples: Sequence[Sample], *, image_tokens: int, share: bool = True) -> Row:
+    """Lay samples into one row.
+
+    Args:
+        samples: tokenised records; every one has at least one supervised token that is not its first.
+        image_tokens: M, tokens per image slot.
+        share: share common prefixes. Off, every record is a node of its own (same loss, more tokens).
+
+    Raises:
+        RecordError: a sample has nothing to learn, or its slots and images differ in number.
+    """
+    root = _Node(None, [])
+    symbol_lists = []
+    for s in samples:
+        slots = sum(t < 0 for t in s.ids)
+        if slots != len(s.images):
+            raise RecordError(f"{slots} image slots but {len(s.images)} images", where=f"record {s.record}")
+        if not any(s.supervised[1:]):
+            raise RecordError("no supervised token: there is nothing to learn from it", where=f"record {s.record}")
+        symbol_lists.append(_symbols(s))
+        _insert(root, symbol_lists[-1], share)
+
+    ids: list[int] = []
+    positions: list[int] = []
+    image_positions: list[int] = []
+    images: list[Hashable] = []
+    nodes: list[tuple[int, int, int]] = []
+    last_at: dict[tuple[int, int], int] = {}  # (id of node, symbol index) -> last row position of the symbol
+    stack = [(child, -1, 0) for child in reversed(list(root.children.values()))]
+    while stack:
+        node, parent, depth = stack.pop()
+        start = len(ids)
+        for j, (token, image) in enumerate(node.symbols):
+            width = 1 if token >= 0 else image_tokens
+            if token < 0:
+                images.append(image)
+                image_positions.extend(range(len(ids), len(ids) + width))
+            ids.extend([max(token, 0)] * width)
+            last_at[id(node), j] = len(ids) - 1
+        length = len(ids) - start
+        positions.extend(range(depth, depth + length))
+        nodes.append((start, length, parent))
+        mine = len(nodes) - 1
+        stack.extend((c, mine, depth + length) for c in reversed(list(node.children.values())))
+
+    predict_at: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    paths = _paths(root, symbol_lists, share)
+    for s, path in zip(samples, paths, strict=True):
+        for i in range(1, len(s.ids)):
+            if s.supervised[i]:
+                node, j = path[i - 1]
+                predict_at.append(last_at[id(node), j])
+                targets.append(s.ids[i])
+                owners.append(s.record)
+    tensor = lambda x: torch.tensor(x, dtype=torch.int64)  # noqa: E731
+    return Row(
+        input_ids=tensor(ids),
+        positions=tensor(positions),
+        image_positions=tensor(image_positions),
+        nodes=tensor(nodes).reshape(-1, 3),
+        predict_at=tensor(predict_at),
+        targets=tensor(targets),
+        target_records=tensor(owners),
+        images=images,
+        records=[s.record for s in samples],
+        unshared_tokens=sum(
+            image_tokens if t < 0 else 1 for symbols in symbol_lists for t, _ in symbols
+        ),
+    )
+
+
+def _paths(root: _Node, symbol_lists: Sequence[list[Symbol]], share: bool) -> list[list[tuple[_Node, int]]]:
+    """Where every symbol of every sample ended up, after all splits."""
+    if not share:
+        return [[(n, j) for j in range(len(n.symbols))] for n in root.children.values()]
+    paths = []
+    for symbols in symbol_lists:
+        node, path = root, []
+        while len(path) < len(symbols):
+            node = node.children[symbols[len(path)]]
+            path.extend((node, j) for j in range(len(node.symbols)))
+        paths.append(path)
+    return paths
+
+
+def plan_rows(
+    lengths: np.ndarray, *, capacity: int, order: np.ndarray, shared: int = 0, window: int = 4096
+) -> list[list[int]]:
+    """Best-fit-decreasing packing, a pure function of its arguments.
+
+    Bundles are taken in `order`, `window` at a time; inside a window the longest goes first into the fullest row
+    that still takes it. Rows of a window are then put back in the order of their earliest bundle, so that the
+    shuffle survives.
+
+    Args:
+        lengths: (B,) tokens of each bundle (a bundle is never split).
+        capacity: tokens per row.
+        order: (B,) permutation of bundles.
+        shared: tokens that every bundle begins with and that a row holds once (the system prompt).
+        window: bundles looked at together.
+
+    Returns:
+        rows as lists of bundle numbers.
+    """
+    rows: list[list[int]] = []
+    for begin in range(0, len(order), window):
+        chunk = order[begin : begin + window]
+        rank = {int(b): i for i, b in enumerate(chunk)}
+        by_size = chunk[np.argsort(-lengths[chunk], kind="stable")]
+        free: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # free[r]: rows with r tokens left
+        highest = -1
+        done: list[list[int]] = []
+        for b in by_size:
+            need = int(lengths[b]) - shared
+            r = need
+            while r <= highest and not free[r]:
+                r += 1
+            if r <= highest:
+                row = free[r].pop()
+                row.append(int(b))
+                left = r - need
+            else:
+                row, left = [int(b)], capacity - int(lengths[b])
+                done.append(row)
+            free[max(left, 0)].append(row)
+            highest = max(highest, left)
+        for row in done:
+            row.sort(key=rank.__getitem__)
+        done.sort(key=lambda row: rank[row[0]])
+        rows.extend(done)
+    return rows

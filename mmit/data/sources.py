@@ -1,0 +1,98 @@
+"""A source: one file of records, opened for random access.
+
+Owns the line index of mmit JSONL files and the one-time conversion of every other format into such a file. Holds
+offsets in memory, never records, so that a file of any size costs 8 bytes a record. Refuses nothing by itself: a bad
+row is a RecordError for the policy of the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mmit.data.formats import import_file
+from mmit.errors import ConfigError, RecordError
+from mmit.records import Record, write_jsonl
+
+
+@dataclass(frozen=True)
+class Source:
+    """An mmit JSONL file and the byte offset of each of its records."""
+
+    name: str
+    path: Path
+    offsets: np.ndarray  # (n + 1,) int64, non-blank lines
+    origin: str  # the file the user named, for messages
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __getitem__(self, index: int) -> Record:
+        """Read one record. Raises RecordError naming the file."""
+        with open(self.path, "rb") as file:
+            file.seek(int(self.offsets[index]))
+            line = file.readline()
+        where = f"{self.origin}, record {index + 1}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RecordError(f"not JSON: {error}", where=where, remedy="mend or remove this line") from error
+        record = Record.from_json(row, where=where, root=str(self.path.parent))
+        if not record.source and record.row is None:
+            record = replace(record, source=self.origin, row=index + 1)
+        return record
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    format: str = "mmit",
+    image_root: str | None = None,
+    name: str | None = None,
+    limit: int | None = None,
+    cache: str | os.PathLike[str] = ".",
+    on_bad: Callable[[RecordError], None] | None = None,
+) -> Source:
+    """Open a source; a format other than "mmit" is first converted into a JSONL under `cache`, once.
+
+    Args:
+        path: the file. format: a key of FORMATS. image_root: where its relative image paths start.
+        limit: use only its first `limit` records.
+        cache: folder for converted files; the file name carries a hash of the input's path, size and time.
+        on_bad: receives rows that cannot be converted; None raises the first.
+
+    Raises:
+        ConfigError: no such file, or no record in it. RecordError: a bad row.
+    """
+    origin = Path(path)
+    if not origin.is_file():
+        raise ConfigError("no such file", where=str(origin), remedy="check data.train.*.path")
+    stat = origin.stat()
+    key = json.dumps([str(origin.resolve()), stat.st_size, stat.st_mtime_ns, format, image_root])
+    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
+    file = origin
+    if format != "mmit" or image_root is not None:
+        file = Path(cache) / f"{origin.stem}-{fingerprint}.jsonl"
+        if not file.exists():
+            write_jsonl(import_file(origin, format, image_root=image_root, on_bad=on_bad), file)
+    offsets = _line_offsets(file)[:limit]
+    if not len(offsets):
+        raise ConfigError("holds no record", where=str(origin), remedy="check the file and its format")
+    return Source(name or origin.stem, file.resolve(), offsets, str(origin), fingerprint)
+
+
+def _line_offsets(path: Path) -> np.ndarray:
+    offsets, at = [], 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.strip():
+                offsets.append(at)
+            at += len(line)
+    return np.array(offsets, dtype=np.int64)

@@ -1,0 +1,77 @@
+"""From the `model` section of a config, as plain data, to the parts of a model.
+
+Owns the order in which parts are built and the checks between them. Takes a mapping (never a config object).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mmit.models.llm import DTYPES, load_llm, load_tokenizer
+from mmit.models.projectors import build_projector
+from mmit.models.vision import VisionTower, build_vision
+from mmit.models.vlm import VLM
+
+
+def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionTower:
+    """Build the tower that a `model.vision` section describes; `dtype` where the section does not say."""
+    size = vision["image_size"]
+    return build_vision(
+        vision["kind"],
+        vision["name"],
+        weights=vision["weights"],
+        layer=vision["layer"],
+        select=vision["select"],
+        image_size=tuple(size) if isinstance(size, (list, tuple)) else size,
+        key_order=vision["key_order"],
+        dtype=DTYPES[vision["dtype"]] if vision["dtype"] else dtype,
+    )
+
+
+def assemble(
+    model: Mapping[str, Any],
+    *,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device_map: str | dict[str, Any] | None = None,
+    packed: bool = True,
+) -> tuple[VLM, PreTrainedTokenizerBase]:
+    """Build the composite and its tokenizer from a `model` section.
+
+    Args:
+        model: {"vision": {...} | None, "projector": {...}, "llm": {...}, "chat": {...}} with every key present.
+        dtype: number format of frozen weights where a section does not say.
+        seed: of the weights that start random (the projector).
+        device_map: placement of the LLM, handed to transformers.
+        packed: see `load_llm`.
+
+    Raises:
+        ModelError: a part cannot be built or parts do not fit.
+    """
+    llm_options = model["llm"]
+    tokenizer = load_tokenizer(llm_options["name"], revision=llm_options["revision"])
+    torch.manual_seed(seed)
+    llm = load_llm(
+        llm_options["name"],
+        revision=llm_options["revision"],
+        dtype=DTYPES[llm_options["dtype"]] if llm_options["dtype"] else dtype,
+        random_init=llm_options["random_init"],
+        device_map=device_map,
+        packed=packed,
+    )
+    if model["vision"] is None:
+        return VLM(llm, vision=None, projector=None), tokenizer
+    vision = assemble_vision(model["vision"], dtype=dtype)
+    torch.manual_seed(seed)
+    projector = build_projector(
+        model["projector"]["kind"],
+        vision_dim=vision.dim,
+        llm_dim=llm.get_input_embeddings().weight.shape[1],
+        grid=vision.grid,
+        **model["projector"]["options"],
+    ).to(llm.get_input_embeddings().weight.dtype)
+    return VLM(llm, vision=vision, projector=projector), tokenizer

@@ -1,0 +1,111 @@
+"""The language model: any Hugging Face causal LM and its tokenizer, by hub id, local folder or `.gguf` file.
+
+Owns loading and the choice of attention function. Refuses remote code: a repository that needs its own modelling
+code is an error, not an execution.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mmit.errors import ModelError
+from mmit.models import attention
+from mmit.models.files import resolve_file
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _source(name: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a hub id, a folder, a `.gguf` path or a `package:` file."""
+    if name.startswith("package:") or name.endswith(".gguf"):
+        path = resolve_file(name)
+        if path.suffix == ".gguf":
+            return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        return {"pretrained_model_name_or_path": str(path)}
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise ModelError("no such folder", where=name, remedy="give a hub id, an existing folder or a .gguf file")
+    return {"pretrained_model_name_or_path": str(Path(name).expanduser()) if name.startswith("~") else name}
+
+
+def _explain(name: str, error: Exception) -> ModelError:
+    text = str(error).strip().splitlines()
+    return ModelError(
+        f"cannot be loaded: {text[0][:300] if text else type(error).__name__}",
+        where=name,
+        remedy="check the id or folder, the network, and that the model is a causal LM transformers supports "
+        "without remote code",
+    )
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that belongs to the model `name` (see `load_llm`). Raises ModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(**_source(name), revision=revision)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _explain(name, error) from error
+
+
+def load_llm(
+    name: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    random_init: dict[str, Any] | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    packed: bool = True,
+) -> PreTrainedModel:
+    """Load a causal LM, ready for packed rows.
+
+    Args:
+        name: hub id, local folder, `.gguf` file (dequantised on loading) or `package:module/file`.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights.
+        random_init: a model config (with `model_type`) to build with random weights instead of loading any.
+        device_map: passed to transformers (accelerate) for models larger than one device.
+        packed: use mmit's attention function, which runs packed rows; off leaves the model's own choice.
+
+    Raises:
+        ModelError: it cannot be found, read or built, or its attention cannot be replaced.
+    """
+    implementation = {"attn_implementation": attention.NAME} if packed else {}
+    try:
+        if random_init is not None:
+            options = dict(random_init)
+            config = AutoConfig.for_model(options.pop("model_type", "llama"), **options)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation)
+        source = _source(name)
+        if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
+            source["quantization_config"] = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, revision=revision, dtype=dtype, device_map=device_map, **implementation
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise _explain(name, error) from error
+    if "gguf_file" in source:
+        _forget_quantization(model)
+    return model
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A dequantised model is a plain one: without this, saving and tuning would treat it as quantised."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False  # type: ignore[assignment]
+    model.hf_quantizer = None
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens the model was built for, or None where its config does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)

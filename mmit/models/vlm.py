@@ -1,0 +1,169 @@
+"""The composite: vision tower + projector + causal LM.
+
+Owns the splice of image tokens into text embeddings and its alignment check, and the training forward over one
+packed row. Takes tensors only; knows neither tokenizers nor chat formats. Refuses to guess: image tokens and image
+positions that differ in number are an error that states both.
+
+Dimensions: T tokens in the row, S supervised targets, I image slots, U distinct pictures (U <= I), N vision tokens
+and M image tokens per picture, D_v / D widths of tower and LLM.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from mmit.errors import ModelError
+from mmit.models.attention import make_plan
+from mmit.models.projectors import Projector
+from mmit.models.vision import VisionTower
+
+MAX_LOGIT_ROWS = 8192  # supervised positions whose logits may be alive at once
+
+
+class VLM(nn.Module):
+    """A language model that can be handed pictures; text-only when `vision` is None."""
+
+    def __init__(self, llm: PreTrainedModel, *, vision: VisionTower | None, projector: Projector | None) -> None:
+        super().__init__()
+        if (vision is None) != (projector is None):
+            raise ModelError("a vision tower needs a projector and the other way round")
+        self.llm, self.vision, self.projector = llm, vision, projector
+
+    @property
+    def image_tokens(self) -> int:
+        """M, the LLM tokens one picture becomes; 0 for a text-only model."""
+        return self.projector.tokens if self.projector is not None else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.llm.get_input_embeddings().weight.device
+
+    def see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Features of pictures: (U, 3, H, W) uint8 -> (U, N, D_v)."""
+        if self.vision is None:
+            raise ModelError("this model has no vision tower", remedy="train it with model.vision set, or send text only")
+        return self.vision(pixels)
+
+    def image_embeddings(self, features: torch.Tensor) -> torch.Tensor:
+        """Image tokens for the LLM: (U, N, D_v) -> (U, M, D)."""
+        assert self.projector is not None
+        weight = next(self.projector.parameters())
+        return self.projector(features.to(weight.device, weight.dtype))
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        image_positions: torch.Tensor,
+        image_index: torch.Tensor,
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Text embeddings with image tokens spliced in.
+
+        Args:
+            input_ids: (T,) token ids; whatever stands under an image position is ignored.
+            image_positions: (I * M,) where image tokens go, slot by slot.
+            image_index: (I,) which of the U pictures fills each slot.
+            features: (U, N, D_v) of the pictures, or None when there are none.
+
+        Returns:
+            (T, D)
+
+        Raises:
+            ModelError: the image tokens do not fill the image positions exactly.
+        """
+        embeddings = self.llm.get_input_embeddings()(input_ids)
+        if features is None or len(image_index) == 0:
+            if len(image_positions):
+                raise ModelError(
+                    f"{len(image_positions)} image positions but no image",
+                    remedy="the record's images were not loaded; check its image parts",
+                )
+            return embeddings
+        images = self.image_embeddings(features)[image_index].flatten(0, 1)
+        if len(images) != len(image_positions):
+            raise ModelError(
+                f"{len(image_index)} images give {len(images)} image tokens, but the text has "
+                f"{len(image_positions)} image positions",
+                remedy=f"the projector gives {self.image_tokens} tokens per image; rows must be built with that number",
+            )
+        return embeddings.index_copy(0, image_positions, images.to(embeddings))
+
+    def forward(
+        self,
+        *,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        nodes: torch.Tensor,
+        predict_at: torch.Tensor,
+        targets: torch.Tensor,
+        image_positions: torch.Tensor,
+        image_index: torch.Tensor,
+        pixels: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cross-entropy of one packed row, per supervised target.
+
+        Args:
+            input_ids, positions: (T,). nodes: (K, 3), on the CPU. predict_at, targets: (S,).
+            image_positions: (I * M,). image_index: (I,).
+            pixels: (U, 3, H, W) uint8, or features: (U, N, D_v) computed before.
+
+        Returns:
+            (S,) float32 losses. Logits exist only at the S positions.
+        """
+        if features is None and pixels is not None and len(pixels):
+            features = self.see(pixels)
+        embeddings = self.embed(
+            input_ids, image_positions=image_positions, image_index=image_index, features=features
+        )
+        if features is None and self.projector is not None and self.projector.training:
+            embeddings = embeddings + self._untouched_projector(embeddings)
+        logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=predict_at)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def row_logits(
+        self, embeddings: torch.Tensor, *, positions: torch.Tensor, nodes: torch.Tensor, at: torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of a packed row: (T, D) embeddings -> (S, V) at positions `at` (S,).
+
+        A row of one node is ordinary causal attention and needs nothing of the model; more nodes need mmit's
+        attention function.
+        """
+        if len(at) > MAX_LOGIT_ROWS:
+            raise ModelError(
+                f"{len(at)} supervised tokens in one row", remedy="lower data.pack_tokens or train.micro_rows"
+            )
+        arguments: dict[str, Any] = {}
+        plan = None
+        if len(nodes) > 1:
+            plan = make_plan(nodes.cpu()).to(embeddings.device)
+            # A 4-D mask is handed through untouched by transformers; the plan replaces it.
+            arguments = {"mmit_plan": plan, "attention_mask": embeddings.new_zeros(1, 1, 1, 1)}
+        out = self.llm(
+            inputs_embeds=embeddings[None],
+            position_ids=positions[None],
+            use_cache=False,
+            logits_to_keep=at,
+            **arguments,
+        )
+        if plan is not None and plan.calls == 0:
+            raise ModelError(
+                f"{type(self.llm).__name__} does not route its attention through transformers' attention "
+                "interface, so records packed in one row would see each other",
+                remedy="set data.packing=false, or use an architecture that supports attention backends",
+            )
+        return out.logits[0]
+
+    def _untouched_projector(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Zero that runs through the projector: under ZeRO-3 every rank must touch every trained module."""
+        assert self.projector is not None and self.vision is not None
+        weight = next(self.projector.parameters())
+        nothing = torch.zeros(1, self.vision.tokens, self.vision.dim, dtype=weight.dtype, device=weight.device)
+        return (self.projector(nothing).sum() * 0).to(embeddings)
