@@ -1,0 +1,188 @@
+"""The eye: uint8 pictures in, features of one layer of a vision encoder out.
+
+Owns the one interface over open_clip, timm and transformers encoders: normalisation with the encoder's own
+constants, freezing, and the fingerprint that keys a feature cache. Runs nothing above the layer that is read.
+Refuses float pixels, so that constants cannot be applied twice.
+
+B images, H x W pixels, h x w patches, N = tokens, D = encoder width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmit.errors import ModelError, nearest
+from mmit.models.vision_encoder import SELECT, Encoder
+from mmit.models.vision_hf import hf_encoder
+from mmit.models.vision_open_clip import open_clip_encoder
+from mmit.models.vision_timm import timm_encoder
+
+ENCODERS = {"open_clip": open_clip_encoder, "timm": timm_encoder, "hf": hf_encoder}
+
+
+def build_vision(
+    kind: str,
+    name: str | Mapping[str, Any],
+    *,
+    weights: str | bool | None = None,
+    layer: int | None = None,
+    select: str = "patch",
+    image_size: int | tuple[int, int] | None = None,
+    normalize: bool | None = None,
+    key_order: bool | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> VisionTower:
+    """Build a frozen vision tower.
+
+    Args:
+        kind: "open_clip", "timm" or "hf".
+        name: an open_clip architecture, `hf-hub:org/repo` or `local-dir:/folder`; a timm model name; a
+            transformers hub id or folder, or the dict of a CLIP / SigLIP vision config.
+        weights: a file (`path` or `package:some_package/file`); a pretrained tag (open_clip); True for what
+            the library publishes under that name; False for random. None takes the weights a hub id or folder
+            brings, and random ones for a bare architecture.
+        layer: of a transformer, counted as Hugging Face's `hidden_states` for every kind: 1 is the output of
+            the first block, -1 of the last; default -2, as LLaVA (arXiv:2310.03744). Of an encoder whose
+            stages shrink the picture (convolutions, Swin), the stage counted from 0; default -1.
+        select: "patch" leaves the CLS token out, "cls_patch" puts it first.
+        image_size: side or (H, W) when it is not the encoder's own; position embeddings are interpolated.
+        normalize: apply the encoder's final norm, which is possible at the last layer only.
+        key_order: timm only; name the tensors of a weight file by their order.
+        dtype: of the weights and of the features.
+
+    Raises:
+        ModelError: unknown kind, name, tag, layer or option (with the nearest valid one), weights that do not
+            fit or were trained with another activation.
+    """
+    if kind not in ENCODERS:
+        raise ModelError(f"unknown vision kind '{kind}'", remedy=nearest(kind, ENCODERS))
+    if select not in SELECT:
+        raise ModelError(f"unknown select '{select}'", where=f"{kind} {name}", remedy=nearest(select, SELECT))
+    options: dict[str, Any] = {"key_order": bool(key_order)} if kind == "timm" else {}
+    if key_order and (kind != "timm" or not isinstance(weights, str)):
+        raise ModelError(
+            "key_order is for a timm model with a weight file",
+            where=f"{kind} {name}",
+            remedy="leave key_order out",
+        )
+    if not isinstance(name, str) and kind != "hf":
+        raise ModelError(
+            "only kind hf takes a config dict", where=kind, remedy="give the name of an architecture"
+        )
+    build: Any = ENCODERS[kind]
+    encoder = build(
+        name,
+        weights=weights,
+        layer=layer,
+        select=select,
+        image_size=image_size,
+        normalize=bool(normalize),
+        **options,
+    )
+    return VisionTower(kind, encoder).to(dtype)
+
+
+class VisionTower(nn.Module):
+    """A vision encoder cut at the layer that is read, frozen until `unfreeze()`.
+
+    Attributes: kind, name, weights_id, layer, image_size (H, W), grid (h, w), prefix (1 with a CLS token in
+    front, else 0), tokens N = prefix + h*w, dim D, mean, std, interpolation, trainable.
+    """
+
+    def __init__(self, kind: str, encoder: Encoder) -> None:
+        super().__init__()
+        self.kind, self.name, self.weights_id = kind, encoder.name, encoder.weights_id
+        self.layer, self.normalize, self.identity = encoder.layer, encoder.normalize, encoder.identity
+        self.image_size, self.grid = encoder.image_size, encoder.grid
+        self.prefix, self.dim = encoder.prefix, encoder.dim
+        self.tokens = encoder.prefix + encoder.grid[0] * encoder.grid[1]
+        self.mean, self.std, self.interpolation = encoder.mean, encoder.std, encoder.interpolation
+        self.encoder = encoder.reader
+        # Some encoders carry fixed tables as parameters; unfreezing must not start to train those.
+        self._learned = [name for name, weight in self.encoder.named_parameters() if weight.requires_grad]
+        self.trainable = False
+        self.freeze()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of the features."""
+        return next(self.encoder.parameters()).dtype
+
+    def freeze(self) -> None:
+        """Stop training the encoder: no gradients, eval mode whatever the parent does."""
+        self.trainable = False
+        self.encoder.requires_grad_(False)
+        self.encoder.set_frozen(True)
+        self.eval()
+
+    def unfreeze(self) -> None:
+        """Train the encoder: gradients flow, and train() and eval() act on it."""
+        self.trainable = True
+        self.encoder.set_frozen(False)
+        for name in self._learned:
+            self.encoder.get_parameter(name).requires_grad_(True)
+        self.train()
+
+    def train(self, mode: bool = True) -> VisionTower:
+        """Switch to train mode only when trainable: frozen batch norm and dropout must not wake up."""
+        super().train(mode and self.trainable)
+        return self
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return features (B, N, D) in the tower's dtype for RGB pixels (B, 3, H, W) of dtype uint8.
+
+        Raises ModelError for another dtype or size.
+        """
+        if pixels.dtype != torch.uint8:
+            raise ModelError(
+                f"pixels are {pixels.dtype}, and the tower normalises uint8 pixels itself",
+                where=f"vision tower {self.name}",
+                remedy="pass the picture as loaded, 0..255",
+            )
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, *self.image_size):
+            raise ModelError(
+                f"pixels have shape {tuple(pixels.shape)}",
+                where=f"vision tower {self.name}",
+                remedy=f"it takes (B, 3, {self.image_size[0]}, {self.image_size[1]})",
+            )
+        if not len(pixels):
+            return torch.zeros(0, self.tokens, self.dim, dtype=self.dtype, device=pixels.device)
+        # no_grad, not inference_mode: the projector saves these features for its backward pass, which
+        # autograd forbids for inference tensors, and a clone out of that mode would copy every feature.
+        with nullcontext() if self.trainable else torch.no_grad():
+            return self.encoder(self._normalise(pixels)).to(self.dtype)
+
+    def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        # In float32 whatever the tower's dtype: bf16 has 8 bits of mantissa, and 0..255 needs them all.
+        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        return ((pixels.float() / 255 - mean) / std).to(self.dtype)
+
+    def fingerprint(self) -> str:
+        """Return a sha256 over all that decides the features of a given uint8 picture.
+
+        Covers architecture, weights, layer, selected tokens, dtype, image size and constants; not the path
+        the weights came from. Reads every weight, so call it once per run.
+        """
+        facts = [
+            self.identity,
+            self.layer,
+            self.normalize,
+            self.prefix,
+            str(self.dtype),
+            self.image_size,
+            self.mean,
+            self.std,
+        ]
+        digest = hashlib.sha256(json.dumps(facts).encode())
+        for key, value in sorted(self.encoder.state_dict().items()):
+            digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
