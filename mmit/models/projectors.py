@@ -334,7 +334,10 @@ def _pooled(grid: tuple[int, int], side: int | tuple[int, int] | None, tokens: i
                 remedy=f"nearest: {root**2}; or give side: [rows, columns]",
             )
         side = root
-    rows, columns = (side, side) if isinstance(side, int) else side  # type: ignore[misc]
+    sides = (side, side) if isinstance(side, int) else tuple(side or ())
+    if len(sides) != 2:
+        raise ModelError(f"side is {side!r}", where=where, remedy="give one number, or [rows, columns]")
+    rows, columns = sides
     _whole(rows=rows, columns=columns)
     if grid[0] % rows or grid[1] % columns:
         raise ModelError(
