@@ -143,7 +143,7 @@ def test_hf_tower_is_the_hidden_state_of_that_number(family, layer, tmp_path):
     ("layer", "normalize"), [(1, False), (2, False), (-2, False), (-1, False), (-1, True)]
 )
 def test_open_clip_equals_hf_at_the_same_layer(quick, layer, normalize, tmp_path):
-    """QuickGELU both ways; source of the mistake: mlfoundations/open_clip #771, #915."""
+    """QuickGELU both ways: the same weights under the other activation give other features."""
     name = "tiny-clip-quickgelu" if quick else "tiny-clip"
     model = noise(open_clip.create_model(name))
     torch.save(model.state_dict(), tmp_path / "both.pt")
