@@ -250,7 +250,7 @@ def _is_tag(name: str, weights: str | bool | None) -> bool:
 
 
 def _check_activation(architecture: str, tag: str) -> None:
-    """Refuse weights trained with QuickGELU in an architecture without it; open_clip only warns and goes on."""
+    """Refuse weights trained with QuickGELU in an architecture without it, where open_clip only warns."""
     import open_clip
 
     trained = open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu", False)
