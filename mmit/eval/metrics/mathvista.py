@@ -122,5 +122,6 @@ def mathvista(
         said = None if found is None else normalise(found, reference)
         values.append(float(said is not None and said.strip() == str(reference["answer"]).strip()))
         parsed.append(said)
-    missing = [p is None for p in parsed]
+    # An empty extraction still becomes the nearest choice, as published, but nothing was read from it.
+    missing = [p is None or not t.strip() for p, t in zip(parsed, predictions, strict=True)]
     return mean_score("mathvista", profile, values, parsed=parsed, unparsed=missing, groups=groups, seed=seed)

@@ -16,8 +16,16 @@ from mmit.eval.metrics.score import Score, check_lengths, mean_score, options_of
 
 def edit_distance(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
     """Return the Levenshtein distance of two strings or token lists (Myers 1999, Hyyro 2003)."""
+    if first == second:
+        return 0
     if len(first) < len(second):
         first, second = second, first
+    # What both begin and end with never costs an edit, and answers near their reference share most of it.
+    start = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
+    first, second = first[start:], second[start:]
+    back = zip(reversed(first), reversed(second), strict=False)
+    end = next((i for i, (a, b) in enumerate(back) if a != b), len(second))
+    first, second = first[: len(first) - end], second[: len(second) - end]
     if not second:
         return len(first)
     where: dict[Hashable, int] = {}
@@ -64,9 +72,9 @@ def anls_one(prediction: str, references: Sequence[str], *, profile: str = "lmms
         MmitError: unknown profile.
     """
     raw_lengths = pick(ANLS, profile, where="anls")
-    distances = []
+    distances, answer = [], _collapse(prediction)
     for reference in references:
-        answer, gold = _collapse(prediction), _collapse(reference)
+        gold = _collapse(reference)
         longest = max(len(reference), len(prediction)) if raw_lengths else max(len(gold), len(answer))
         # Two empty strings are equal, not undefined.
         distances.append(0.0 if longest == 0 else float(edit_distance(gold, answer)) / float(longest))

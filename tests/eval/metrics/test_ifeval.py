@@ -1,0 +1,175 @@
+"""IFEval's instructions, each with texts that obey and that do not."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmit.errors import MmitError
+from mmit.eval.metrics import METRICS, ifeval_rules
+from mmit.eval.metrics.ifeval import follows, loose_variants
+from mmit.eval.metrics.ifeval_rules import RULES, WORD_TOOLS
+
+WORDS = WORD_TOOLS["builtin"]()
+CASES = [
+    ("keywords:existence", {"keywords": ["sun", "Moon"]}, ["The SUN and moon."], ["sun only"]),
+    (
+        "keywords:frequency",
+        {"keyword": "ab", "frequency": 2, "relation": "at least"},
+        ["ab cab"],
+        ["ab", "a b"],
+    ),
+    ("keywords:forbidden_words", {"forbidden_words": ["no"]}, ["nothing here"], ["No!"]),
+    (
+        "keywords:letter_frequency",
+        {"letter": "q", "let_frequency": 2, "let_relation": "less than"},
+        ["Quite"],
+        ["Queue of q"],
+    ),
+    (
+        "length_constraints:number_sentences",
+        {"num_sentences": 3, "relation": "less than"},
+        ["Dr. Ray met J. Doe. He left!", "One, e.g. this."],
+        ["One. Two? Three!"],
+    ),
+    (
+        "length_constraints:number_paragraphs",
+        {"num_paragraphs": 2},
+        ["one\n***\ntwo", "***\none\n***\ntwo\n***"],
+        ["one", "a *** *** b"],
+    ),
+    (
+        "length_constraints:number_words",
+        {"num_words": 3, "relation": "at least"},
+        ["one, two-three"],
+        ["it's"],
+    ),
+    (
+        "length_constraints:nth_paragraph_first_word",
+        {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "Hello"},
+        ['x\n\n"hello, you'],
+        ["hello\n\nx", "x\n\nhello\n\ny", "x"],
+    ),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, ["[a] and [b c]"], ["[a]"]),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, ["x\np.s. y"], ["ps: x"]),
+    ("detectable_content:postscript", {"postscript_marker": "P.P.S"}, ["P. P. S. y"], ["p.s. x"]),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, ["* a\n  - b"], ["* a", "** a **\n- b"]),
+    ("detectable_format:constrained_response", {}, ["Well: My answer is maybe."], ["My answer is maybe"]),
+    (
+        "detectable_format:number_highlighted_sections",
+        {"num_highlights": 2},
+        ["*a* and *b*"],
+        ["*a* **", "* *"],
+    ),
+    (
+        "detectable_format:multiple_sections",
+        {"section_spliter": "Section", "num_sections": 2},
+        ["Section 1\na\nSection 2\nb"],
+        ["Section 1 a section 2 b"],
+    ),
+    ("detectable_format:json_format", {}, ['```json\n{"a": 1}\n```', "[1]"], ["{'a': 1}", "a"]),
+    ("detectable_format:title", {}, ["<<song>>"], ["<< >>", "<song>"]),
+    ("combination:two_responses", {}, ["a\n******\nb"], ["a", "a******a", "a******b******c"]),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say hi"}, ["say HI now"], ["I say hi"]),
+    ("startend:end_checker", {"end_phrase": "The end."}, ['"... the END."'], ["the end. Not."]),
+    (
+        "change_case:capital_word_frequency",
+        {"capital_frequency": 2, "capital_relation": "at least"},
+        ["GO, WELL-KNOWN one", "DON'T"],
+        ["GO now"],
+    ),
+    ("punctuation:no_comma", {}, ["a; b"], ["a, b"]),
+    ("startend:quotation", {}, [' "a" '], ['"', '"a']),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "good", "bad"), CASES, ids=[c[0] for c in CASES])
+def test_instruction(name, kwargs, good, bad):
+    for text in good:
+        assert follows(text, name, kwargs=kwargs, words=WORDS), text
+    for text in (*bad, "", " \n"):
+        assert not follows(text, name, kwargs=kwargs, words=WORDS), text
+
+
+def test_every_instruction_has_a_case():
+    language = {"language:response_language", "change_case:english_capital", "change_case:english_lowercase"}
+    assert {c[0] for c in CASES} == set(RULES) - language
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "good", "bad"),
+    [
+        ("language:response_language", {"language": "fr"}, "bonjour", "hello"),
+        ("change_case:english_capital", {}, "HELLO", "BONJOUR"),
+        ("change_case:english_lowercase", {}, "hello", "Hello"),
+    ],
+)
+def test_language_instructions(monkeypatch, name, kwargs, good, bad):
+    monkeypatch.setattr(ifeval_rules, "_language", lambda text: "fr" if "bon" in text.lower() else "en")
+    assert follows(good, name, kwargs=kwargs, words=WORDS)
+    assert not follows(bad, name, kwargs=kwargs, words=WORDS)
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(ifeval_rules, "find_spec", lambda name: None)
+    row = {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "fr"}]}
+    with pytest.raises(MmitError, match="pip install langdetect"):
+        METRICS["ifeval:strict"](["bonjour"], [row])
+    with pytest.raises(MmitError, match="tokeniser=builtin"):
+        METRICS["ifeval:strict-nltk"](["bonjour"], [row])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0),
+        ("No mark", 1),
+        ("Mr. Fox ran. He (the fox) hid!", 2),
+        ("Is it 3.5? Yes.", 2),
+        ("Wait... what? Go", 3 - 1),
+        ('He said "Go." Then left.', 2),
+        ("I. Go.", 2),
+    ],
+)
+def test_builtin_sentences(text, count):
+    assert WORDS.sentences(text) == count
+
+
+@given(st.text(max_size=40))
+def test_loose_only_adds(text):
+    names = ["punctuation:no_comma", "startend:quotation", "detectable_format:title"]
+    row = {"instruction_id_list": names, "kwargs": [{}] * 3}
+    strict, loose = METRICS["ifeval:strict"]([text], [row]), METRICS["ifeval:loose"]([text], [row])
+    assert strict.value <= loose.value
+    assert all(a <= b for a, b in zip(strict.details["parsed"][0], loose.details["parsed"][0], strict=True))
+    assert text in loose_variants(text) and len(loose_variants(text)) == 8
+
+
+def test_scores():
+    rows = [
+        {"instruction_id_list": ["punctuation:no_comma", "detectable_format:title"], "kwargs": [{}, {}]},
+        # The hub's file fills unused arguments with null.
+        {
+            "instruction_id_list": ["detectable_content:number_placeholders"],
+            "kwargs": [{"num_placeholders": 1, "letter": None}],
+        },
+    ]
+    score = METRICS["ifeval:strict"](["Sure, here:\n<<a>>", "[x]"], rows)
+    d = score.details
+    assert (score.value, d["prompt_level_loose"]) == (0.5, 1.0)
+    assert d["instruction_level_strict"] == pytest.approx(2 / 3) and d["instruction_level_loose"] == 1.0
+    assert d["by_instruction"]["punctuation:no_comma"] == 0.0 and d["instructions"] == 3
+    assert METRICS["ifeval:loose"](["Sure, here:\n<<a>>", "[x]"], rows).value == 1.0
+
+
+@pytest.mark.parametrize(
+    ("names", "kwargs", "says"),
+    [
+        (["punctuation:no_coma"], [{}], "did you mean 'punctuation:no_comma'"),
+        (["startend:end_checker"], [{}], "lacks end_phrase"),
+        (["startend:quotation"], [], "1 instructions but 0 kwargs"),
+        (["keywords:existence"], [{"keywords": ["("]}], "regular expression"),
+    ],
+)
+def test_bad_rows(names, kwargs, says):
+    with pytest.raises(MmitError, match=says):
+        METRICS["ifeval:strict"](["a"], [{"instruction_id_list": names, "kwargs": kwargs}])
