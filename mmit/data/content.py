@@ -1,0 +1,268 @@
+"""Text to token ids without letting text turn into control tokens.
+
+Owns the two ways a chat is tokenised: template text, in which the tokenizer's control tokens are meant, and
+content, in which they cannot be written at all. Takes a fast Hugging Face tokenizer as an object and leaves
+it untouched; gives lists of ids. Refuses tokenizers without a Rust form and text the vocabulary cannot spell.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import weakref
+from typing import Any, Literal, NoReturn
+
+from mmit.errors import ConfigError, RecordError
+from mmit.records import short
+
+# What stands to the left of a piece: nothing (or an image), a control token, or ordinary text.
+After = Literal["start", "control", "text"]
+
+_BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_WHITESPACE = " \t\r\n\u2581"
+
+
+class PieceTokenizer:
+    """Tokenises template pieces and content pieces so that their ids can be joined.
+
+    For ordinary text the joined ids equal those of tokenising the whole text at once. Content is encoded by
+    a private copy of the tokenizer whose control tokens are renamed to names nobody can type, so no spelling,
+    whole or in parts, reaches them; ids are unchanged. A second copy, without the space that SentencePiece
+    puts in front of a text, encodes whatever does not stand at the start.
+
+    Attributes:
+        control_ids: ids that content never yields: all special tokens, and all added tokens except those that
+            are only whitespace, which pre-training wrote as ordinary text.
+        bos: the text of the BOS token if the tokenizer puts one in front of every text by itself, else "".
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = _backend(tokenizer)
+        added = backend.get_added_tokens_decoder()
+        control = {i for i, token in added.items() if token.special or token.content.strip(_WHITESPACE)}
+        spec = json.loads(backend.to_str())
+        model = spec["model"]
+        self._unknown_id = _unknown_id(model)
+        special = {i for i in tokenizer.all_special_ids if i is not None}
+        unknown = set() if self._unknown_id is None else {self._unknown_id}
+        self.control_ids: frozenset[int] = frozenset(control | special | unknown)
+        self._added_ids = frozenset(added)
+        self._byte_names = bool(model.get("byte_fallback"))
+        self._alphabet = _alphabet(spec)
+        self._spellable: set[str] = set()
+        self._prefix_each_section = _prefixes_each_section(spec)
+
+        _rename(spec, self.control_ids)
+        spec.update(truncation=None, padding=None, post_processor=None)
+        build = type(backend)
+        self._full = _assemble(backend, backend.model, [added[i] for i in sorted(added)])
+        self._start = build.from_str(json.dumps(spec))
+        renamed = self._start.get_added_tokens_decoder()
+        if renamed.keys() != added.keys():
+            raise ConfigError(
+                "the tokenizer's added tokens change their ids when it is reloaded",
+                remedy="Save it with save_pretrained and load it again, or mend its tokenizer.json.",
+            )
+        self._middle = _assemble(
+            build.from_str(json.dumps(_without_prefix(spec))),
+            self._start.model,
+            [renamed[i] for i in sorted(renamed)],
+        )
+        first = tokenizer("a")["input_ids"][0]
+        self.bos = tokenizer.bos_token if tokenizer.bos_token and first == tokenizer.bos_token_id else ""
+        self._templates: dict[tuple[str, After], tuple[int, ...]] = {}
+
+    def template(self, text: str, after: After) -> tuple[int, ...]:
+        """Encode template text, control tokens included. Cached: a chat format has few distinct pieces."""
+        key = (text, after)
+        if key not in self._templates:
+            self._templates[key] = tuple(self._encode_template(text, after))
+        return self._templates[key]
+
+    def _encode_template(self, text: str, after: After) -> list[int]:
+        if self._own_start(after):
+            ids = self._full.encode(text, add_special_tokens=False).ids
+        else:
+            # Only the part before the first added token continues the text on the left.
+            head = text[: next((start for start, _ in self._spans(text, self._added_ids)), len(text))]
+            ids = self._middle.encode(head, add_special_tokens=False).ids
+            ids = ids + self._full.encode(text[len(head) :], add_special_tokens=False).ids
+        if self._unknown_id in ids and self._full.id_to_token(self._unknown_id) not in text:
+            raise ConfigError(
+                f"the tokenizer cannot write the chat template's text {text!r}",
+                remedy="Choose a chat format that suits this tokenizer.",
+            )
+        return ids
+
+    def content(self, text: str, after: After) -> list[int]:
+        """Encode content: none of the ids is a control token, and they decode to `text`.
+
+        Raises RecordError for a character that the vocabulary cannot spell, rather than losing it.
+        """
+        encoder = self._start if self._own_start(after) else self._middle
+        if self._byte_names and "<0x" in text:
+            # Byte tokens cannot be renamed, since the model looks them up by name: a literal "<0x0A>" is cut.
+            ids = []
+            for part in _cut_byte_names(text):
+                ids += encoder.encode(part, add_special_tokens=False).ids
+                encoder = self._middle
+        else:
+            ids = encoder.encode(text, add_special_tokens=False).ids
+        if not ids and text.strip():
+            _refuse(text)
+        if not self.control_ids.isdisjoint(ids):
+            _refuse(next((char for char in text if self._unknown_id in self._alone(char)), text))
+        if self._alphabet is not None:
+            for char in set(text) - self._spellable:
+                if not self._alphabet.issuperset(self._symbols(char)):
+                    _refuse(char)
+                self._spellable.add(char)
+        return ids
+
+    def control_spans(self, text: str) -> list[tuple[int, int]]:
+        """Return the (start, end) of every control token in template text."""
+        return self._spans(text, self.control_ids)
+
+    def _spans(self, text: str, which: frozenset[int]) -> list[tuple[int, int]]:
+        encoding = self._full.encode(text, add_special_tokens=False)
+        wanted = self._added_ids & which
+        return [span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i in wanted]
+
+    def _own_start(self, after: After) -> bool:
+        return after == "start" or (after == "control" and self._prefix_each_section)
+
+    def _alone(self, text: str) -> list[int]:
+        return self._middle.encode(text, add_special_tokens=False).ids
+
+    def _symbols(self, text: str) -> set[str]:
+        """Return the characters `text` is spelled with before merging, stand-ins for bytes if byte-level."""
+        if self._middle.normalizer is not None:
+            text = self._middle.normalizer.normalize_str(text)
+        if self._middle.pre_tokenizer is None:
+            return set(text)
+        return set().union(*(word for word, _ in self._middle.pre_tokenizer.pre_tokenize_str(text)))
+
+
+def _refuse(text: str) -> NoReturn:
+    raise RecordError(
+        f"the tokenizer has no token for '{short(text)}'",
+        remedy="Remove or replace it, or use a model whose vocabulary has every byte.",
+    )
+
+
+_cache: weakref.WeakKeyDictionary[Any, tuple[int, PieceTokenizer]] = weakref.WeakKeyDictionary()
+
+
+def piece_tokenizer(tokenizer: Any) -> PieceTokenizer:
+    """Return the PieceTokenizer of a tokenizer, built once and again after tokens were added to it."""
+    size = _backend(tokenizer).get_vocab_size()
+    found = _cache.get(tokenizer)
+    if found is None or found[0] != size:
+        found = _cache[tokenizer] = (size, PieceTokenizer(tokenizer))
+    return found[1]
+
+
+def _backend(tokenizer: Any) -> Any:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ConfigError(
+            f"{type(tokenizer).__name__} has no fast (Rust) form",
+            remedy="Load it with AutoTokenizer.from_pretrained, or convert it to a tokenizer.json.",
+        )
+    return backend
+
+
+def _assemble(parts: Any, model: Any, added: list[Any]) -> Any:
+    """Build a tokenizer from the normalizer and pre-tokenizer of `parts`, a shared model and added tokens."""
+    out = type(parts)(model)
+    if parts.normalizer is not None:
+        out.normalizer = parts.normalizer
+    if parts.pre_tokenizer is not None:
+        out.pre_tokenizer = parts.pre_tokenizer
+    out.add_tokens(added)
+    return out
+
+
+def _rename(spec: dict[str, Any], ids: frozenset[int]) -> None:
+    """Give the tokens `ids` of a tokenizer.json, wherever they are named, names that no text contains."""
+    nonce = secrets.token_hex(16)
+    new = {i: f"\ue000{nonce}-{i}\ue000" for i in ids}
+    for token in spec["added_tokens"]:
+        token["content"] = new.get(token["id"], token["content"])
+    model = spec["model"]
+    if model["type"] == "Unigram":  # a list of [name, score]; the unknown token is known by id
+        for i in ids & set(range(len(model["vocab"]))):
+            model["vocab"][i][0] = new[i]
+        return
+    unknown = _unknown_id(model)
+    if unknown is not None:
+        model["unk_token"] = new[unknown]
+    old = {name for name, i in model["vocab"].items() if i in ids}
+    model["vocab"] = {new.get(i, name): i for name, i in model["vocab"].items()}
+    if model["type"] == "BPE" and old:
+        skip = len(model.get("continuing_subword_prefix") or "")
+        pairs = (pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model["merges"])
+        model["merges"] = [[a, b] for a, b in pairs if old.isdisjoint((a, b, a + b[skip:]))]
+
+
+def _unknown_id(model: dict[str, Any]) -> int | None:
+    """Return the id a model writes for text it cannot spell, None if it has none."""
+    if model["type"] == "Unigram":
+        return model["unk_id"]
+    return model["vocab"].get(model.get("unk_token"))
+
+
+def _alphabet(spec: dict[str, Any]) -> frozenset[str] | None:
+    """Return the characters a BPE model can spell if it drops others without a trace, else None."""
+    model = spec["model"]
+    if model["type"] != "BPE" or model.get("byte_fallback") or _unknown_id(model) is not None:
+        return None
+    alphabet = frozenset(name for name in model["vocab"] if len(name) == 1)
+    byte_level = any(part["type"] == "ByteLevel" for part in _parts(spec))
+    # 256 printable stand-ins: then every byte has a token and there is nothing to check.
+    return None if byte_level and len(alphabet) == 256 else alphabet
+
+
+def _parts(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """List the normalizers and pre-tokenizers of a tokenizer.json, sequences taken apart."""
+
+    def flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+        if part is None:
+            return []
+        members = part.get("normalizers") or part.get("pretokenizers")
+        return [part] if members is None else [leaf for member in members for leaf in flat(member)]
+
+    return flat(spec["normalizer"]) + flat(spec["pre_tokenizer"])
+
+
+def _prefixes_each_section(spec: dict[str, Any]) -> bool:
+    """Tell whether a space is put before the text after every control token, not only at the very start."""
+    return any(
+        part["type"] == "Prepend" or part.get("prepend_scheme") == "always" or part.get("add_prefix_space")
+        for part in _parts(spec)
+    )
+
+
+def _without_prefix(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return `spec` with a placeholder model and with nothing that adds or strips text at the ends."""
+
+    def edit(part: dict[str, Any] | None) -> dict[str, Any] | None:
+        if part is None or part["type"] in ("Prepend", "Strip"):
+            return None
+        for members in ("normalizers", "pretokenizers"):
+            if members in part:
+                return {**part, members: [kept for member in part[members] if (kept := edit(member))]}
+        if part["type"] == "Metaspace":
+            return {**part, "prepend_scheme": "never"}
+        return {**part, "add_prefix_space": False} if "add_prefix_space" in part else part
+
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+    edited = {key: edit(spec[key]) for key in ("normalizer", "pre_tokenizer")}
+    return {**spec, **edited, "model": model, "added_tokens": []}
+
+
+def _cut_byte_names(text: str) -> list[str]:
+    """Cut "a<0x0A>b" into "a<" and "0x0A>b", so that no part holds the name of a byte token."""
+    cuts = [0, *(match.start() + 1 for match in _BYTE_NAME.finditer(text)), len(text)]
+    return [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if a < b]
