@@ -1,0 +1,149 @@
+"""Shows an encoded record token by token, so that the mask can be checked by eye.
+
+Takes what `encode` returns and its tokenizer; gives a rich Text for the terminal or an HTML page of its own.
+Every token is shown, white space and invisible characters made visible; nothing a record holds reaches the
+terminal or the page as code. Reads only: it neither encodes nor changes a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Any
+
+from rich.text import Text
+
+from mmit.data.chat import IMAGE_SLOT, Encoded
+from mmit.data.chat_builtin import Origin
+
+_VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
+_STYLE = """
+body { font: 15px/1.9 ui-monospace, monospace; color: #111; background: #fff; margin: 2em; max-width: 60em }
+pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
+span { border-left: 1px solid #0003; padding: 1px 0 }
+.template { color: #888 } .supervised { background: #9fdfa6; color: #063 }
+.image { background: #cfe0ff; color: #024; padding: 1px 6px; border-radius: 4px }
+.legend { color: #555; margin-top: 1em; border-top: 1px solid #ddd }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One token as it is shown, or several that only together make a character, or one image."""
+
+    ids: tuple[int, ...]
+    text: str
+    origin: Origin
+    supervised: bool
+
+
+def cells(encoded: Encoded, tokenizer: Any) -> list[Cell]:
+    """Return the tokens of a record with their text, every invisible character made visible."""
+    out: list[Cell] = []
+    rows = zip(encoded.ids, encoded.origin, encoded.supervised, strict=True)
+    for is_image, chunk in groupby(rows, key=lambda row: row[0] == IMAGE_SLOT):
+        kept = list(chunk)
+        if is_image:
+            out += [Cell((IMAGE_SLOT,), "[image]", "image", False)] * len(kept)
+            continue
+        ids = [i for i, _, _ in kept]
+        for start, end, text in _decode_each(ids, [row[1:] for row in kept], tokenizer):
+            _, origin, supervised = kept[start]
+            out.append(Cell(tuple(ids[start:end]), _visible(text), origin, supervised))
+    return out
+
+
+def to_rich(encoded: Encoded, tokenizer: Any, *, image_tokens: int | None = None) -> Text:
+    """Return a record for the terminal: supervised tokens on green between «», template dim, a legend below.
+
+    `image_tokens` is what one image becomes inside the model, shown as [image x16].
+    """
+    out = Text()
+    previous = False
+    for cell in cells(encoded, tokenizer):
+        if cell.supervised != previous:
+            out.append("«" if cell.supervised else "»", style="bold green")
+        elif len(out) and not out.plain.endswith("\n"):
+            out.append("│", style="dim")
+        out.append(_label(cell, image_tokens), style=_rich_style(cell))
+        previous = cell.supervised
+    if previous:
+        out.append("»", style="bold green")
+    if not out.plain.endswith("\n"):
+        out.append("\n")
+    return out.append(
+        legend(encoded, image_tokens=image_tokens) + ", «supervised», │ between tokens", style="italic"
+    )
+
+
+def to_html(
+    encoded: Encoded, tokenizer: Any, *, title: str = "Record", image_tokens: int | None = None
+) -> str:
+    """Return a record as an HTML page of its own; the id of a token shows when the mouse rests on it."""
+    spans = []
+    for cell in cells(encoded, tokenizer):
+        kind = "supervised" if cell.supervised else cell.origin
+        hint = f"{cell.origin}, id {' '.join(map(str, cell.ids))}" if cell.origin != "image" else "image slot"
+        spans.append(f'<span class="{kind}" title="{hint}">{escape(_label(cell, image_tokens))}</span>')
+    note = f'{legend(encoded, image_tokens=image_tokens)}; <span class="supervised">supervised</span>'
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head>\n<body><pre>{''.join(spans)}</pre>\n"
+        f'<p class="legend">{note}, <span class="template">template</span>, '
+        f'<span class="content">content</span></p></body></html>\n'
+    )
+
+
+def legend(encoded: Encoded, *, image_tokens: int | None = None) -> str:
+    """Return the counts of a record in one line."""
+    images = encoded.ids.count(IMAGE_SLOT)
+    counts = [
+        f"{len(encoded.ids) - images} text tokens",
+        f"{sum(encoded.supervised)} supervised",
+        f"{images} image slot{'' if images == 1 else 's'}",
+    ]
+    if image_tokens is not None:
+        counts.append(f"{len(encoded.ids) + images * (image_tokens - 1)} positions in the model")
+    return ", ".join(counts)
+
+
+def _label(cell: Cell, image_tokens: int | None) -> str:
+    if cell.origin == "image" and image_tokens is not None:
+        return f"[image x{image_tokens}]"
+    return cell.text
+
+
+def _rich_style(cell: Cell) -> str:
+    if cell.supervised:
+        return "black on green"
+    return {"image": "black on blue", "template": "dim", "content": ""}[cell.origin]
+
+
+def _decode_each(ids: Sequence[int], groups: Sequence[Any], tokenizer: Any) -> Iterator[tuple[int, int, str]]:
+    """Yield (start, end, text) of every token.
+
+    Each is decoded behind the one before it, since decoders drop the first space of a text. Tokens that each
+    hold a part of a character's bytes come together, within one of `groups`.
+    """
+    window = start = 0
+    for end in range(1, len(ids) + 1):
+        before = _decode(ids[window:start], tokenizer)
+        text = _decode(ids[window:end], tokenizer)
+        new = text[len(before) :] if text.startswith(before) else ""
+        unfinished = new.endswith("\ufffd") and end - start < 4
+        if unfinished and end < len(ids) and groups[end] == groups[start]:
+            continue
+        # A token that adds nothing is still a token: show its name in the vocabulary.
+        yield start, end, new or "".join(map(str, tokenizer.convert_ids_to_tokens(list(ids[start:end]))))
+        window, start = start, end
+
+
+def _decode(ids: Sequence[int], tokenizer: Any) -> str:
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _visible(text: str) -> str:
+    """Show white space by signs, and what cannot be seen (escapes, writing directions) by its code."""
+    return "".join(_VISIBLE.get(c) or (c if c.isprintable() else f"\\u{ord(c):04x}") for c in text)
