@@ -234,6 +234,17 @@ class DataConfig(Section):
     """processes that read and decode"""
 
 
+class AlignConfig(Section):
+    """Word alignment of the projector before the first step; needs no forward pass of the LLM."""
+
+    captions: str
+    """mmit JSONL of captions: one image and one answer a record"""
+    epochs: PositiveInt = 10
+    """passes over the captions"""
+    lr: PositiveFloat = 2e-3
+    """peak learning rate"""
+
+
 class TrainConfig(Section):
     """The optimisation."""
 
@@ -304,6 +315,8 @@ class Config(Section):
     """what is trained"""
     data: DataConfig
     """what is learned from"""
+    align: AlignConfig | None = None
+    """word alignment of the projector before training, null for none"""
     train: TrainConfig
     """the optimisation"""
     engine: EngineConfig = EngineConfig()

@@ -96,7 +96,7 @@ class InstructionData:
         split_turns: bool = False,
         share_prefix: bool = True,
     ) -> None:
-        self.sources, self._encode = list(sources), encode
+        self.sources, self.encode = list(sources), encode
         self.image_tokens, self.max_length, self.capacity = image_tokens, max_length, capacity
         self.split_turns, self.share_prefix = split_turns, share_prefix
         self._starts = np.cumsum([0] + [len(s) for s in self.sources])
@@ -126,7 +126,7 @@ class InstructionData:
         conversations = split_pairs(record) if self.split_turns else [record.turns]
         samples = []
         for turns in conversations:
-            encoded = self._encode(turns)
+            encoded = self.encode(turns)
             length = len(encoded.ids) + len(keys) * (self.image_tokens - 1)
             if length > self.max_length:
                 raise RecordError(

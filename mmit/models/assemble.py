@@ -39,6 +39,7 @@ def assemble(
     seed: int = 0,
     device_map: str | dict[str, Any] | None = None,
     packed: bool = True,
+    tokenizer: str | None = None,
 ) -> tuple[VLM, PreTrainedTokenizerBase]:
     """Build the composite and its tokenizer from a `model` section.
 
@@ -48,12 +49,16 @@ def assemble(
         seed: of the weights that start random (the projector).
         device_map: placement of the LLM, handed to transformers.
         packed: see `load_llm`.
+        tokenizer: folder of the tokenizer where it is not the LLM's own (a checkpoint's copy).
 
     Raises:
         ModelError: a part cannot be built or parts do not fit.
     """
     llm_options = model["llm"]
-    tokenizer = load_tokenizer(llm_options["name"], revision=llm_options["revision"])
+    if tokenizer is not None:
+        tokens = load_tokenizer(tokenizer)
+    else:
+        tokens = load_tokenizer(llm_options["name"], revision=llm_options["revision"])
     torch.manual_seed(seed)
     llm = load_llm(
         llm_options["name"],
@@ -64,7 +69,7 @@ def assemble(
         packed=packed,
     )
     if model["vision"] is None:
-        return VLM(llm, vision=None, projector=None), tokenizer
+        return VLM(llm, vision=None, projector=None), tokens
     vision = assemble_vision(model["vision"], dtype=dtype)
     torch.manual_seed(seed)
     projector = build_projector(
@@ -72,6 +77,7 @@ def assemble(
         vision_dim=vision.dim,
         llm_dim=llm.get_input_embeddings().weight.shape[1],
         grid=vision.grid,
+        prefix=vision.prefix,
         **model["projector"]["options"],
     ).to(llm.get_input_embeddings().weight.dtype)
-    return VLM(llm, vision=vision, projector=projector), tokenizer
+    return VLM(llm, vision=vision, projector=projector), tokens

@@ -1,0 +1,319 @@
+"""Checkpoints: folders that describe themselves, appear whole or not at all, and are verified before use.
+
+Owns the layout, the manifest (size and sha256 of every file, written last) and the way back into a model. Everything
+mmit writes is safetensors, JSON or YAML; DeepSpeed's optimizer shards are its own format and are only read from a
+folder whose manifest verifies. Frozen base weights are referenced by the config, and copied in only on request.
+
+    step-000200/
+      manifest.json          written last: {"format", "files": {name: {"size", "sha256"}}}
+      config.yaml            the resolved config of the run
+      mmit.json              step, chat format, image preparation, versions
+      projector.safetensors  adapter/ (PEFT layout)  tokenizer/
+      llm/  vision.safetensors      only where they were trained, or with include_base
+      trainer/               step, optimizer, random states
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import mmit
+from mmit.config import Config
+from mmit.data.chat import ChatFormat
+from mmit.errors import CheckpointError
+from mmit.models.assemble import assemble
+from mmit.models.vlm import VLM
+from mmit.yamlio import parse_yaml
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Loaded:
+    """A model read from a checkpoint, ready for use."""
+
+    vlm: VLM
+    tokenizer: Any
+    chat: ChatFormat
+    image: dict[str, Any]  # size (H, W), fit, interpolation, fill; {} for a text-only model
+    folder: Path
+    meta: dict[str, Any]  # mmit.json
+    config: Config
+
+
+def image_preparation(vlm: VLM, fit: str) -> dict[str, Any]:
+    """How a picture is brought to the tower: arguments of `data.images.fit`."""
+    if vlm.vision is None:
+        return {}
+    fill = [round(255 * m) for m in vlm.vision.mean]  # padding that normalises to zero, as LLaVA
+    return {
+        "size": list(vlm.vision.image_size),
+        "mode": fit,
+        "interpolation": vlm.vision.interpolation,
+        "fill": fill,
+    }
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None], *, main: bool, barrier: Callable[[], None]) -> None:
+    """Write a folder that appears whole: into a temporary one, fsynced, manifest last, renamed.
+
+    Args:
+        folder: the final name; an older folder of that name is replaced.
+        fill: writes the files under the temporary folder; called on every rank.
+        main: this rank makes the folder, the manifest and the rename.
+        barrier: waits for all ranks.
+    """
+    draft = folder.with_name(f".{folder.name}.tmp")
+    if main:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    barrier()
+    fill(draft)
+    barrier()
+    if main:
+        files = sorted(p for p in draft.rglob("*") if p.is_file())
+        listing = {
+            p.relative_to(draft).as_posix(): {"size": p.stat().st_size, "sha256": _hash(p)} for p in files
+        }
+        for p in [*files, *(d for d in draft.rglob("*") if d.is_dir())]:
+            _sync(p)
+        manifest = draft / MANIFEST
+        manifest.write_text(json.dumps({"format": FORMAT, "files": listing}, indent=1))
+        _sync(manifest)
+        _sync(draft)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            draft.rename(folder)
+            shutil.rmtree(old)
+        else:
+            draft.rename(folder)
+        _sync(folder.parent)
+    barrier()
+
+
+def verify(folder: Path) -> None:
+    """Check every file against the manifest. Raises CheckpointError naming what is wrong."""
+    remedy = "use another checkpoint of the run; resume=auto takes the newest one that is whole"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+    except FileNotFoundError:
+        raise CheckpointError(f"has no {MANIFEST}, so it is not a whole checkpoint", where=str(folder), remedy=remedy) from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=str(folder), remedy=remedy) from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"has layout {manifest.get('format')}, this version reads {FORMAT}", where=str(folder), remedy="update mmit"
+        )
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError("is missing from the checkpoint", where=str(path), remedy=remedy)
+        if path.stat().st_size != expected["size"]:
+            raise CheckpointError(
+                f"has {path.stat().st_size} bytes instead of {expected['size']}", where=str(path), remedy=remedy
+            )
+        if _hash(path) != expected["sha256"]:
+            raise CheckpointError("was changed after it was written (sha256 differs)", where=str(path), remedy=remedy)
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, whole or not."""
+    return sorted(p for p in (Path(run_dir) / "checkpoints").glob("step-*") if p.is_dir())
+
+
+def newest(run_dir: str | Path, *, warn: Callable[[str], None] = lambda text: None) -> Path | None:
+    """Newest checkpoint of a run that verifies; broken ones are named through `warn`."""
+    for folder in reversed(checkpoints(run_dir)):
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            warn(f"passing over a damaged checkpoint: {error}")
+    return None
+
+
+def find(folder: str | Path, *, warn: Callable[[str], None] = lambda text: None) -> Path:
+    """Resolve a checkpoint folder or a run folder to a verified checkpoint. Raises CheckpointError."""
+    folder = Path(folder)
+    if (folder / MANIFEST).exists() or (folder / "mmit.json").exists():
+        verify(folder)
+        return folder
+    found = newest(folder, warn=warn) if folder.is_dir() else None
+    if found is None:
+        what = "holds no whole checkpoint" if folder.is_dir() else "no such folder"
+        raise CheckpointError(what, where=str(folder), remedy="give a run folder or one of its checkpoints/step-*")
+    return found
+
+
+def write_model(
+    folder: Path,
+    vlm: VLM,
+    *,
+    config: Config,
+    tokenizer: Any,
+    chat: ChatFormat,
+    step: int,
+    include_base: bool = False,
+) -> None:
+    """Write everything but the trainer's state (see the module docstring)."""
+    (folder / "config.yaml").write_text(config.to_yaml())
+    fit = config.model.vision.fit if config.model.vision else "pad"
+    meta = {
+        "format": FORMAT,
+        "step": step,
+        "chat": chat.to_json(),
+        "image": image_preparation(vlm, fit),
+        "image_tokens": vlm.image_tokens,
+        "versions": {"mmit": mmit.__version__, "torch": torch.__version__},
+    }
+    (folder / "mmit.json").write_text(json.dumps(meta, indent=1))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    if vlm.projector is not None:
+        save_file(_state(vlm.projector), folder / "projector.safetensors")
+    if isinstance(vlm.llm, PeftModel):
+        vlm.llm.save_pretrained(folder / "adapter", state_dict=vlm.llm.state_dict())
+    if config.tune.llm.mode == "full" or include_base:
+        _base_llm(vlm).save_pretrained(folder / "llm", state_dict=_plain_state(_base_llm(vlm)))
+    if vlm.vision is not None and (config.tune.vision.mode == "full" or include_base):
+        save_file(_state(vlm.vision), folder / "vision.safetensors")
+
+
+def _base_llm(vlm: VLM) -> Any:
+    return vlm.llm.get_base_model() if isinstance(vlm.llm, PeftModel) else vlm.llm
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+
+
+def _plain_state(llm: Any) -> dict[str, torch.Tensor]:
+    """The base model's own tensors under their own names, adapters left out."""
+    state = {k.replace(".base_layer.", "."): v for k, v in llm.state_dict().items() if ".lora_" not in k}
+    return {k: v for k, v in state.items() if not k.startswith("lora_")}
+
+
+def read_weights(vlm: VLM, folder: Path) -> None:
+    """Put the tensors of a verified checkpoint into a composite that was built from its config.
+
+    Raises CheckpointError when tensors are missing, left over or of another shape.
+    """
+    if vlm.projector is not None:
+        _strict(vlm.projector, load_file(folder / "projector.safetensors"), folder / "projector.safetensors")
+    if (folder / "vision.safetensors").exists() and vlm.vision is not None:
+        _strict(vlm.vision, load_file(folder / "vision.safetensors"), folder / "vision.safetensors")
+    adapter = folder / "adapter"
+    if not adapter.exists():
+        return
+    if not isinstance(vlm.llm, PeftModel):
+        vlm.llm = PeftModel.from_pretrained(vlm.llm, str(adapter), autocast_adapter_dtype=False)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    expected = get_peft_model_state_dict(vlm.llm)
+    _compare(expected, tensors, adapter / "adapter_model.safetensors")
+    set_peft_model_state_dict(vlm.llm, tensors)
+
+
+def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: Path) -> None:
+    problems = [f"missing {k}" for k in expected if k not in found]
+    problems += [f"left over {k}" for k in found if k not in expected]
+    problems += [
+        f"{k} is {tuple(found[k].shape)}, the model has {tuple(expected[k].shape)}"
+        for k in expected
+        if k in found and found[k].shape != expected[k].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"does not fit the model: {'; '.join(problems[:3])}{more}",
+            where=str(where),
+            remedy="load it with the config it was made with (config.yaml beside it)",
+        )
+
+
+def _strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    _compare(module.state_dict(), tensors, where)
+    module.load_state_dict(dict(tensors))
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved config of a checkpoint."""
+    path = folder / "config.yaml"
+    raw, _ = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    return Config.from_dict(raw, where=str(path))
+
+
+def load_model(
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> Loaded:
+    """Read a model for use.
+
+    Args:
+        folder: a checkpoint, or a run (its newest whole checkpoint is taken).
+        device: "auto", "cpu", "cuda" or "cuda:N"; ignored for the LLM where `device_map` places it.
+        dtype: number format; by default bf16 for a model trained in bf16, else float32.
+        device_map: placement of a large LLM, handed to transformers (accelerate).
+
+    Raises:
+        CheckpointError: nothing there, or not whole. ModelError: a base it refers to cannot be loaded.
+    """
+    path = find(folder)
+    config = read_config(path)
+    meta = json.loads((path / "mmit.json").read_text())
+    model = config.model.model_dump()
+    if (path / "llm").exists():
+        model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
+    if dtype is None:
+        dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    else:
+        model["llm"]["dtype"] = None
+        if model["vision"]:
+            model["vision"]["dtype"] = None
+    vlm, tokenizer = assemble(
+        model, dtype=dtype, seed=config.run.seed, device_map=device_map, tokenizer=str(path / "tokenizer")
+    )
+    read_weights(vlm, path)
+    vlm.eval().requires_grad_(False)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device_map is None:
+        vlm.to(place)
+    else:
+        for part in (vlm.vision, vlm.projector):
+            if part is not None:
+                part.to(vlm.device)
+    chat = ChatFormat.from_json(meta["chat"], tokenizer)
+    return Loaded(vlm, tokenizer, chat, meta["image"], path, meta, config)

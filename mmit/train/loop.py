@@ -1,0 +1,157 @@
+"""The train loop: the only one.
+
+In: an engine, a walk through the data, schedule numbers, callables for batches and saves. Out: a trained model, a
+metrics file. A step's loss is summed over its supervised tokens and divided by their number over all ranks and
+micro-batches, so that splitting the same rows differently changes nothing. Refuses to go on after
+`MAX_BAD_STEPS` steps in a row whose loss or gradient was not finite.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from mmit.data.loader import MicroBatch
+from mmit.data.mixture import Walk
+from mmit.errors import MmitError, RecordError
+from mmit.train.engine import Engine
+from mmit.train.metrics_log import RunLog, memory_gib
+from mmit.train.schedule import lr_factor
+
+MAX_BAD_STEPS = 8
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything a resumed run needs besides tensors."""
+
+    step: int = 0  # optimizer steps taken
+    tokens: int = 0
+    supervised: int = 0
+    skipped_steps: int = 0
+    bad_records: int = 0
+    bad_in_a_row: int = field(default=0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run that do not change."""
+
+    schedule: str
+    warmup: float
+    min_lr_ratio: float
+    peak_lr: float
+    capacity: int
+    micro_rows: int
+    log_every: int
+    save_every: int | None
+    max_bad: int  # bad records that are tolerated while running
+
+
+def train(
+    engine: Engine,
+    walk: Walk,
+    batches: Iterable[MicroBatch],
+    *,
+    plan: Plan,
+    progress: Progress,
+    log: RunLog,
+    prepare: Callable[[MicroBatch], dict[str, torch.Tensor]],
+    save: Callable[[Progress], None],
+    on_bad: Callable[[RecordError], None],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Run from `progress.step` to the end of `walk`; `progress` is kept up to date.
+
+    Args:
+        batches: this rank's micro-batches from `progress.step` on, in order.
+        prepare: a micro-batch -> model arguments on the device (looks cached features up).
+        save: writes a checkpoint. on_bad: notes a record that was left out.
+        should_stop: asked after every step, on every rank; True ends the run early.
+
+    Returns:
+        True when the walk was finished, False when stopped early.
+    """
+    source = iter(batches)
+    micros = len(walk.micro_positions(0, rank=engine.rank, world=engine.world, micro_rows=plan.micro_rows))
+    while progress.step < walk.steps:
+        began = time.perf_counter()
+        step_batches = [next(source) for _ in range(micros)]
+        for batch in step_batches:
+            for error in batch.bad:
+                progress.bad_records += 1
+                on_bad(error)
+        tokens = sum(b.tokens for b in step_batches)
+        local = [float(sum(b.targets for b in step_batches)), float(tokens), float(progress.bad_records)]
+        targets, all_tokens, all_bad = engine.all_sum(local)
+        if all_bad > plan.max_bad:
+            raise MmitError(
+                f"{all_bad:.0f} bad records were met while training, more than the {plan.max_bad} that are tolerated",
+                remedy="see bad_records.jsonl in the run folder; mend the data or raise run.max_bad_fraction",
+            )
+        total = 0.0
+        for i, batch in enumerate(step_batches):
+            scale = batch.weight / max(targets, 1.0)
+            losses = engine.forward_backward(prepare(batch), scale=scale, last=i == micros - 1)
+            total += float(losses.sum()) * batch.weight
+        factor = lr_factor(
+            progress.step,
+            steps=walk.steps,
+            schedule=plan.schedule,
+            warmup=plan.warmup,
+            min_ratio=plan.min_lr_ratio,
+        )
+        norm = engine.step(factor)
+        (total,) = engine.all_sum([total])
+        loss = total / max(targets, 1.0)
+        _note_finiteness(progress, loss, norm, step_batches)
+        progress.step += 1
+        progress.tokens += int(all_tokens)
+        progress.supervised += int(targets)
+        seconds = time.perf_counter() - began
+        row = {
+            "step": progress.step,
+            "epoch": round(walk.epoch_at(progress.step * walk.rows_per_step), 4),
+            "loss": loss,
+            "lr": plan.peak_lr * factor,
+            "grad_norm": norm,
+            "tokens": int(all_tokens),
+            "supervised": int(targets),
+            "records": sum(len(b.records) for b in step_batches),
+            "tokens_per_s": all_tokens / seconds,
+            "supervised_per_s": targets / seconds,
+            "fill": all_tokens / (walk.rows_per_step * plan.capacity),
+            "shared": 1 - tokens / max(sum(b.unshared_tokens for b in step_batches), 1),
+            "memory_gib": memory_gib(engine.device),
+            "skipped_steps": progress.skipped_steps,
+            "bad_records": int(all_bad),
+            "seconds": seconds,
+        }
+        log.step(row, write=progress.step % plan.log_every == 0 or progress.step == walk.steps)
+        stop = engine.all_sum([float(should_stop())])[0] > 0
+        done = progress.step == walk.steps
+        if stop or done or (plan.save_every and progress.step % plan.save_every == 0):
+            save(progress)
+        if stop and not done:
+            return False
+    return True
+
+
+def _note_finiteness(progress: Progress, loss: float, norm: float, batches: list[MicroBatch]) -> None:
+    """Count a step that was skipped; every rank sees the same loss and norm, so all of them stop together."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        progress.bad_in_a_row = 0
+        return
+    progress.skipped_steps += 1
+    progress.bad_in_a_row += 1
+    if progress.bad_in_a_row >= MAX_BAD_STEPS:
+        records = sorted({r for b in batches for r in b.records})
+        raise MmitError(
+            f"the loss or its gradient was not finite in {MAX_BAD_STEPS} steps in a row "
+            f"(step {progress.step + 1}, loss {loss}, gradient norm {norm}, records {records[:10]})",
+            remedy="lower the learning rates, lengthen train.warmup, or look at these records with mmit inspect",
+        )
