@@ -28,9 +28,9 @@ class PieceTokenizer:
 
     The joined ids equal those of tokenising the whole text at once, unless that would put a token across the
     seam between two pieces (some tokenizers have one for "?" and a newline). Content is encoded by a private
-    copy of the tokenizer whose control tokens are renamed to names nobody can type, so no spelling, whole or in
-    parts, reaches them; ids are unchanged. A second copy, without the space that SentencePiece puts in front
-    of a text, encodes whatever does not stand at the start.
+    copy of the tokenizer whose control tokens are renamed to names nobody can type, so no spelling, whole or
+    in parts, reaches them; ids are unchanged. A second copy, without the space that SentencePiece puts in
+    front of a text, encodes whatever does not stand at the start.
 
     Attributes:
         control_ids: ids that content never yields: all special tokens, and all added tokens except those that
