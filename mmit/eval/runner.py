@@ -1,0 +1,339 @@
+"""Asks a model a task's questions and keeps every answer.
+
+In: anything that can `generate`, and a Task. Out: a `Result`, and answers-<label>.jsonl: a line of settings,
+then one line per question, appended batch by batch. A run that was cut off goes on where it stopped; answers
+of another model or other settings are refused, never mixed in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import PIL.Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mmit.errors import MmitError, ModelError
+from mmit.eval.metrics import METRICS, Score
+from mmit.eval.tasks import Item, Task, task_items
+from mmit.records import Image, Record, json_lines
+
+FORMAT = "mmit answers 1"
+# Prompts in one step of length stay in data order, which keeps the questions about one picture together.
+_LENGTH_STEP = 64
+# What must not have changed between an item and its answer on file.
+_ASKED = ("prompt", "images", "reference", "group")
+
+Row = dict[str, Any]
+
+
+class Generates(Protocol):
+    """What an evaluation needs of a model; `mmit.generate.Model` has it."""
+
+    def generate(
+        self,
+        records: Sequence[Record],
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        blank_images: bool = False,
+        temperature: float = 0.0,
+    ) -> list[str]:
+        """Return one answer per record, in their order."""
+        ...
+
+
+class Lazy:
+    """A model that is built when it is first asked: never, if all of its answers are on file."""
+
+    def __init__(self, build: Callable[[], Generates]) -> None:
+        self._build = build
+        self._model: Generates | None = None
+
+    def generate(self, records: Sequence[Record], **options: Any) -> list[str]:
+        """Build the model if need be, and let it answer."""
+        if self._model is None:
+            self._model = self._build()
+        return self._model.generate(records, **options)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One model's answers to a task, scored; `generated` of the `score.n` are new, the rest were on file."""
+
+    label: str
+    score: Score
+    invalid_rate: float
+    path: Path
+    seconds: float
+    generated: int
+
+
+def evaluate(
+    model: Generates,
+    task: Task,
+    *,
+    out_dir: str | os.PathLike[str],
+    fingerprint: str,
+    limit: int | None = None,
+    seed: int | None = None,
+    items: Sequence[Item] | None = None,
+    batch_size: int = 64,
+    blank_images: bool = False,
+    label: str = "tuned",
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Ask `model` the task's questions, greedily, and score the answers.
+
+    Args:
+        model: what answers.
+        task: what is asked and how it is scored.
+        out_dir: folder of answers-<label>.jsonl; made if need be.
+        fingerprint: tells this model's answers from another's, e.g. a checkpoint's hash.
+        limit: number of questions, drawn with `seed`; None takes the task's own sample.
+        seed: of the sample and of resampled intervals; None takes the task's.
+        items: ask exactly these instead.
+        batch_size: questions per call of the model.
+        blank_images: have the model see a blank picture in place of each.
+        label: names the file of answers.
+        overwrite, progress: drop the answers on file and start anew; show a progress bar.
+
+    Raises:
+        MmitError: the answers on file are of another model, task or setting, or damaged; or the model does
+            not give one text per question.
+    """
+    start = time.monotonic()
+    seed = task.seed if seed is None else seed
+    items = task_items(task, limit, seed) if items is None else list(items)
+    settings = _settings(task, label=label, fingerprint=fingerprint, blank_images=blank_images)
+    path = Path(out_dir) / f"answers-{label}.jsonl"
+    asked = {item.id: _asked(item) for item in items}
+    rows = _open_answers(path, settings, asked, overwrite=overwrite)
+    missing = len(asked.keys() - rows.keys())
+    with _bar(f"{task.name} {label}", len(items), done=len(items) - missing, show=progress) as advance:
+        for batch in _batches(items, batch_size):
+            if all(item.id in rows for item in batch):
+                continue
+            answers = _generate(model, batch, task.max_new_tokens, blank_images=blank_images)
+            pairs = zip(batch, answers, strict=True)
+            new = [asked[item.id] | {"answer": text} for item, text in pairs if item.id not in rows]
+            _append(path, new)
+            rows |= {row["id"]: row for row in new}
+            advance(len(new))
+    ordered = [rows[item.id] for item in items]
+    score = _score(task, ordered, seed)
+    others = [row for name, row in rows.items() if name not in asked]
+    # Scored rows come first; answers to questions outside this sample are kept, without a score.
+    replace_file(path, _lines([settings, *_with_scores(ordered, score), *_with_scores(others, None)]))
+    invalid = invalid_rate(task, score, [row["answer"] for row in ordered])
+    return Result(label, score, invalid, path, time.monotonic() - start, missing)
+
+
+def _settings(task: Task, **more: Any) -> Row:
+    """Return the first line of a file of answers: what must be equal for them to be kept.
+
+    Neither metric nor sample: a metric can score answers that another asked for, and a sample can grow.
+    """
+    return {"format": FORMAT, "task": task.name, "max_new_tokens": task.max_new_tokens, **more}
+
+
+def invalid_rate(task: Task, score: Score, answers: Sequence[str]) -> float:
+    """Return the share of answers outside the task's closed set as the metric reads them.
+
+    Without a closed set: the share that the metric cannot read.
+    """
+    if task.answers is None:
+        return score.unparsed_rate
+    known = METRICS[task.metric](task.answers, task.answers)
+    valid = set(map(str, known.details.get("parsed", task.answers)))
+    return sum(str(read) not in valid for read in score.details.get("parsed", answers)) / len(answers)
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a file that appears whole or not at all. Raises MmitError."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "w", encoding="utf-8", newline="\n") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _unwritable(path: Path, error: OSError) -> MmitError:
+    remedy = "Check that the folder can be written and the disk is not full."
+    return MmitError(f"cannot write: {error}", where=str(path), remedy=remedy)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(_line(row) + "\n" for row in rows)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # an answer may hold half of a surrogate pair, which only an escape can keep
+        return json.dumps(row)
+    return text
+
+
+def _append(path: Path, rows: Sequence[Row]) -> None:
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(_lines(rows))
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _asked(item: Item) -> Row:
+    """Return the row of a question without its answer, as it comes back from JSON."""
+    row = {
+        "id": item.id,
+        "group": item.group,
+        "prompt": item.text,
+        "images": [_image_name(image) for image in item.prompt.images],
+        "reference": item.reference,
+    }
+    try:
+        return json.loads(json.dumps(row, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        problem = f"a reference that JSON cannot keep: {error}"
+        remedy = "References are text, numbers, lists and mappings of these."
+        raise MmitError(problem, where=item.id, remedy=remedy) from error
+
+
+def _image_name(image: Image) -> str:
+    """Return the path of a picture, or the hash of one that has none."""
+    source = image.source
+    if isinstance(source, PIL.Image.Image):
+        source = f"{source.mode} {source.size} ".encode() + source.tobytes()
+    return source if isinstance(source, str) else f"sha256:{hashlib.sha256(source).hexdigest()}"
+
+
+def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Yield batches of prompts that are about as long as each other.
+
+    They do not depend on which answers are on file: in low precision an answer may hang on its neighbours.
+    """
+    if size < 1:
+        raise MmitError(f"batches of {size}", where="batch_size", remedy="Give at least 1.")
+    alike = sorted(items, key=lambda item: (len(item.prompt.images), len(item.text) // _LENGTH_STEP))
+    for start in range(0, len(alike), size):
+        yield alike[start : start + size]
+
+
+def _generate(
+    model: Generates, batch: Sequence[Item], max_new_tokens: int, *, blank_images: bool
+) -> Sequence[str]:
+    answers = model.generate(
+        [item.prompt for item in batch],
+        batch_size=len(batch),
+        max_new_tokens=max_new_tokens,
+        blank_images=blank_images,
+        temperature=0.0,
+    )
+    if len(answers) != len(batch) or not all(isinstance(answer, str) for answer in answers):
+        problem = f"{len(answers)} answers to {len(batch)} questions, or some that are not text"
+        raise ModelError(problem, where="generate", remedy="It must return one text per record, in order.")
+    return answers
+
+
+def _score(task: Task, rows: Sequence[Row], seed: int) -> Score:
+    groups = None if task.group_by is None else [row["group"] for row in rows]
+    answers, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
+    return METRICS[task.metric](answers, references, groups=groups, seed=seed)
+
+
+def _with_scores(rows: Sequence[Row], score: Score | None) -> Iterator[Row]:
+    """Add what the metric read (`parsed`) and its verdict (`correct`: true, false, or partial credit).
+
+    Metrics over more than single answers (captions, pairs of questions) have none of these: null.
+    """
+    details = {} if score is None else score.details
+    columns = [details.get(key, ()) for key in ("parsed", "values")]
+    parsed, values = (column if len(column) == len(rows) else [None] * len(rows) for column in columns)
+    for row, read, value in zip(rows, parsed, values, strict=True):
+        correct = bool(value) if value in (0, 1) else value
+        yield {key: row[key] for key in ("id", *_ASKED, "answer")} | {"parsed": read, "correct": correct}
+
+
+def _open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwrite: bool) -> dict[str, Row]:
+    """Return the usable rows on file by id, and leave a file that ends with a whole line."""
+    rows: dict[str, Row] = {}
+    if path.exists() and not overwrite:
+        _drop_half_line(path)
+        rows = _read_answers(path, settings, asked)
+    if not rows:
+        replace_file(path, _lines([settings]))
+    return rows
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut off what a killed process left of a last line."""
+    try:
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _read_answers(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]:
+    """Check every row on file against what is asked now. Raises MmitError for the first that does not fit."""
+    rows: dict[str, Row] = {}
+    for place, (line, row) in enumerate(json_lines(path)):
+        problem = _row_problem(row, rows, asked) if place else _settings_problem(row, settings)
+        if problem:
+            remedy = "Give another output folder, or drop these answers with overwrite=True (--overwrite)."
+            raise MmitError(problem, where=f"{path}:{line}", remedy=remedy)
+        if place:
+            rows[row["id"]] = row
+    return rows
+
+
+def _settings_problem(found: Any, settings: Row) -> str:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        return "not a file of answers of this version of mmit"
+    changed = [key for key in settings if found.get(key) != settings[key]]
+    if not changed:
+        return ""
+    listed = "; ".join(f"{key} was {found.get(key)!r}, is now {settings[key]!r}" for key in changed)
+    return f"the answers on file were made with another model or other settings: {listed}"
+
+
+def _row_problem(row: Any, rows: Mapping[str, Row], asked: Mapping[str, Row]) -> str:
+    if not isinstance(row, dict) or not {"id", *_ASKED, "answer"} <= row.keys():
+        return "not an answer, so the file is damaged"
+    name = row["id"]
+    if name in rows:
+        return f"question '{name}' is answered twice: two evaluations wrote this file at once"
+    now = asked.get(name, row)
+    changed = [key for key in _ASKED if row[key] != now[key]]
+    if changed:
+        return f"question '{name}' was another when it was answered: {', '.join(changed)} changed"
+    return ""
+
+
+@contextmanager
+def _bar(title: str, total: int, *, done: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """Show questions answered and time left; yields a function that counts further ones."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+        task_id = bar.add_task(title, total=total, completed=done)
+        yield lambda count: bar.advance(task_id, count)
