@@ -1,0 +1,190 @@
+"""From a model and a task to a report: the score beside its baselines, as JSON, Markdown and a table.
+
+In: the tuned model, a way to build the untuned one, a Task. Out: report.json, report.md, and one file of
+answers per model. Every number comes with its n and 95 % interval; a baseline that does not exist is null
+and says why, it is never left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import mmit
+from mmit.eval.baselines import LABELS, Baselines, run_baselines
+from mmit.eval.metrics import Score
+from mmit.eval.runner import Generates, Result, evaluate, replace_file
+from mmit.eval.tasks import Task, sample_items, task_items
+
+COLUMNS = ("answers by", "score", "95 % interval", "questions", "invalid")
+
+
+def run_task(
+    model_tuned: Generates,
+    *,
+    untuned_factory: Callable[[], Generates] | None,
+    task: Task,
+    out_dir: str | os.PathLike[str],
+    model_name: str,
+    fingerprint: str,
+    sample: int | None = None,
+    seed: int | None = None,
+    baseline_n: int = 500,
+    batch_size: int = 64,
+    flat: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Evaluate the tuned model, then the baselines, write the report, print it, and return it.
+
+    Args:
+        model_tuned: what is evaluated.
+        untuned_factory: builds the untuned model, called only if its answers are missing; None leaves it out.
+        task: what is asked.
+        out_dir: results go to <out_dir>/<task name>, with `flat` to out_dir itself.
+        model_name: the model in the report, e.g. its folder.
+        fingerprint: tells this model's answers from another's, e.g. a checkpoint's hash.
+        sample: number of questions; None takes the task's own sample, or all.
+        seed: of the samples and of resampled intervals; None takes the task's.
+        baseline_n: questions the untuned and the blind model are asked.
+        batch_size, progress: as in `evaluate`.
+        flat: no folder per task.
+        overwrite: drop answers on file and start anew; otherwise they are kept.
+        console: where the table is printed; None is standard output.
+
+    Raises what `task_items` and `evaluate` do.
+    """
+    start = time.monotonic()
+    seed = task.seed if seed is None else seed
+    folder = Path(out_dir) if flat else Path(out_dir, task.name)
+    items = task_items(task.model_copy(update={"sample": None}))
+    n = task.sample.n if sample is None and task.sample else sample
+    asked = sample_items(items, n, seed)
+    console = console or Console()
+    count = f"{len(asked):,} of {len(items):,} questions"
+    console.print(Text(f"{task.name}: {count}, the first asked as: {asked[0].text!r}"))
+    common: dict[str, Any] = {"out_dir": folder, "fingerprint": fingerprint, "seed": seed}
+    common |= {"batch_size": batch_size, "overwrite": overwrite, "progress": progress}
+    tuned = evaluate(model_tuned, task, items=asked, **common)
+    questions: dict[str, Any] = {"items": items, "asked": asked, "baseline_n": baseline_n}
+    beside = run_baselines(model_tuned, task, untuned_factory=untuned_factory, **questions, **common)
+    seconds = time.monotonic() - start
+    report = build_report(task, tuned, beside, model=model_name, seed=seed, seconds=seconds)
+    write_report(report, folder, notes=beside.notes)
+    console.print(console_table(report, notes=beside.notes))
+    console.print(Text(f"Written to {folder}"))
+    return report
+
+
+def build_report(
+    task: Task, tuned: Result, beside: Baselines, *, model: str, seed: int, seconds: float
+) -> dict[str, Any]:
+    """Return the content of report.json; `seconds` is what it all took, less what was on file."""
+    by_type = {name: _numbers(score) for name, score in sorted(tuned.score.by_group.items())}
+    baselines = {key: result and _with_invalid(result) for key, result in beside.results.items()}
+    return {
+        **_with_invalid(tuned),
+        "by_type": by_type,
+        "baselines": baselines,
+        "task": task.name,
+        "metric": task.metric,
+        "seed": seed,
+        "model": model,
+        "versions": {"mmit": mmit.__version__} | {name: _version(name) for name in ("torch", "transformers")},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+    }
+
+
+def _numbers(score: Score) -> dict[str, Any]:
+    return {"accuracy": score.value, "ci95": list(score.ci95), "n": score.n}
+
+
+def _with_invalid(result: Result) -> dict[str, Any]:
+    return _numbers(result.score) | {"invalid_rate": result.invalid_rate}
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def write_report(report: Mapping[str, Any], folder: Path, *, notes: Mapping[str, str] | None = None) -> None:
+    """Write report.json and report.md into `folder`, each whole or not at all. Raises MmitError."""
+    replace_file(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    replace_file(folder / "report.md", markdown(report, notes=notes))
+
+
+def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the table's rows, one text per column of COLUMNS: the model, its types, the baselines."""
+    percent = all(0 <= x <= 1 for part in _parts(report) for x in (part["accuracy"], *part["ci95"]))
+
+    def row(name: str, part: Mapping[str, Any] | None) -> tuple[str, ...]:
+        if part is None:
+            return (name, "-", "-", "-", "-")
+        # Sums such as MME's are not shares; they are shown as they are.
+        score, low, high = (
+            f"{100 * x:.1f} %" if percent else f"{x:.2f}" for x in (part["accuracy"], *part["ci95"])
+        )
+        invalid = part.get("invalid_rate")
+        share = "" if invalid is None else f"{100 * invalid:.1f} %"
+        return (name, score, f"{low} to {high}", f"{part['n']:,}", share)
+
+    yield row("tuned model", report)
+    for name, part in report["by_type"].items():
+        yield row(f"- {name}", part)
+    for key, name in LABELS.items():
+        yield row(name, report["baselines"][key])
+
+
+def _parts(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    found = [report, *report["by_type"].values(), *report["baselines"].values()]
+    return [part for part in found if part is not None]
+
+
+def _caption(report: Mapping[str, Any], notes: Mapping[str, str] | None) -> Iterator[str]:
+    """Yield the lines under the table: what was measured, and what is special."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    yield f"Model {report['model']}, metric {report['metric']}, seed {report['seed']}."
+    yield f"{report['created']}, {report['seconds']:.0f} s, {versions}."
+    for key, note in (notes or {}).items():
+        yield f"{LABELS[key].capitalize()}: {note}."
+
+
+def markdown(report: Mapping[str, Any], *, notes: Mapping[str, str] | None = None) -> str:
+    """Return the report as Markdown, its table ready to be pasted."""
+    lines = [f"## {report['task']}", "", _line(COLUMNS), _line(("---", *["---:"] * (len(COLUMNS) - 1)))]
+    lines += [_line(row) for row in rows(report)]
+    lines += ["", *(f"{line}  " for line in _caption(report, notes))]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    # Names of types come from data: a bar in one would be read as a new cell.
+    return "| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |"
+
+
+def console_table(report: Mapping[str, Any], *, notes: Mapping[str, str] | None = None) -> Table:
+    """Return the report as a rich table."""
+    # Text objects, since the names of types and models may hold square brackets, which rich takes for styles.
+    caption = Text("\n".join(_caption(report, notes)))
+    table = Table(title=report["task"], caption=caption, caption_justify="left")
+    for place, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if place else "left")
+    for place, cells in enumerate(rows(report)):
+        table.add_row(*map(Text, cells), style="bold" if place == 0 else "")
+    return table
