@@ -187,7 +187,7 @@ def _paths(root: _Node, symbol_lists: Sequence[list[Symbol]], share: bool) -> li
         return [[(n, j) for j in range(len(n.symbols))] for n in root.children.values()]
     paths = []
     for symbols in symbol_lists:
-        node, path = root, []
+        node, path = root, list[tuple[_Node, int]]()
         while len(path) < len(symbols):
             node = node.children[symbols[len(path)]]
             path.extend((node, j) for j in range(len(node.symbols)))

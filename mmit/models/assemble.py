@@ -71,13 +71,14 @@ def assemble(
     if model["vision"] is None:
         return VLM(llm, vision=None, projector=None), tokens
     vision = assemble_vision(model["vision"], dtype=dtype)
+    words = VLM(llm, vision=None, projector=None).word_embeddings
     torch.manual_seed(seed)
     projector = build_projector(
         model["projector"]["kind"],
         vision_dim=vision.dim,
-        llm_dim=llm.get_input_embeddings().weight.shape[1],
+        llm_dim=words.shape[1],
         grid=vision.grid,
         prefix=vision.prefix,
         **model["projector"]["options"],
-    ).to(llm.get_input_embeddings().weight.dtype)
+    ).to(words.dtype)
     return VLM(llm, vision=vision, projector=projector), tokens

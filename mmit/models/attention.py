@@ -50,8 +50,14 @@ class Plan:
 
     def to(self, device: torch.device | str) -> Plan:
         """Copy the index tensors to a device."""
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
-        buckets = [Bucket(move(b.queries), move(b.keys), move(b.keep), move(b.mask), b.size) for b in self.buckets]
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        buckets = [
+            Bucket(move(b.queries), move(b.keys), move(b.keep), None if b.mask is None else move(b.mask), b.size)
+            for b in self.buckets
+        ]
         return Plan(buckets, move(self.inverse), self.longest)
 
 
@@ -186,14 +192,14 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function transformers calls in every layer."""
-    if mmit_plan is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    window, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
-    if softcap is not None or kwargs.get("position_bias") is not None:
+    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
         raise ModelError(
             f"{type(module).__name__} uses soft-capping or a position bias, which packed attention does not compute",
             remedy="set data.packing=false",
         )
+    if mmit_plan is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
     if window is not None and mmit_plan.longest > window:
         raise ModelError(
             f"a record of {mmit_plan.longest} tokens is longer than the model's sliding window of {window}",

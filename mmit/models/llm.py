@@ -6,6 +6,8 @@ code is an error, not an execution.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from mmit.errors import ModelError
 from mmit.models import attention
 from mmit.models.files import resolve_file
+
+if not sys.stderr.isatty():  # a progress bar in a log file is noise
+    disable_progress_bar()
+# peft asks every model it wraps; the answer does not change
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -102,10 +110,10 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized = False  # type: ignore[assignment]
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]
 
 
-def context_length(model: PreTrainedModel) -> int | None:
+def context_length(model: Any) -> int | None:
     """Tokens the model was built for, or None where its config does not say."""
     config = model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,11 +29,14 @@ MAX_LOGIT_ROWS = 8192  # supervised positions whose logits may be alive at once
 class VLM(nn.Module):
     """A language model that can be handed pictures; text-only when `vision` is None."""
 
-    def __init__(self, llm: PreTrainedModel, *, vision: VisionTower | None, projector: Projector | None) -> None:
+    def __init__(
+        self, llm: PreTrainedModel | PeftModel, *, vision: VisionTower | None, projector: Projector | None
+    ) -> None:
         super().__init__()
         if (vision is None) != (projector is None):
             raise ModelError("a vision tower needs a projector and the other way round")
-        self.llm, self.vision, self.projector = llm, vision, projector
+        self.llm: PreTrainedModel | PeftModel = llm
+        self.vision, self.projector = vision, projector
 
     @property
     def image_tokens(self) -> int:
@@ -42,12 +46,17 @@ class VLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.llm.get_input_embeddings().weight.device
+        return self.word_embeddings.device
+
+    @property
+    def word_embeddings(self) -> nn.Parameter:
+        """(V, D) input embeddings of the LLM."""
+        return self.llm.get_input_embeddings().weight  # type: ignore[operator, return-value]
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
         """Features of pictures: (U, 3, H, W) uint8 -> (U, N, D_v)."""
         if self.vision is None:
-            raise ModelError("this model has no vision tower", remedy="train it with model.vision set, or send text only")
+            raise ModelError("this model has no vision tower", remedy="set model.vision, or send text only")
         return self.vision(pixels)
 
     def image_embeddings(self, features: torch.Tensor) -> torch.Tensor:

@@ -129,7 +129,8 @@ def verify(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = manifest["files"]
     except FileNotFoundError:
-        raise CheckpointError(f"has no {MANIFEST}, so it is not a whole checkpoint", where=str(folder), remedy=remedy) from None
+        problem = f"has no {MANIFEST}, so it is not a whole checkpoint"
+        raise CheckpointError(problem, where=str(folder), remedy=remedy) from None
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=str(folder), remedy=remedy) from None
     if manifest.get("format") != FORMAT:
@@ -203,7 +204,10 @@ def write_model(
     if vlm.projector is not None:
         save_file(_state(vlm.projector), folder / "projector.safetensors")
     if isinstance(vlm.llm, PeftModel):
-        vlm.llm.save_pretrained(folder / "adapter", state_dict=vlm.llm.state_dict())
+        for adapter in vlm.llm.peft_config.values():
+            adapter.base_model_name_or_path = config.model.llm.name
+        # The embeddings belong to the base; peft would otherwise ask the base's folder about its vocabulary.
+        vlm.llm.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     if config.tune.llm.mode == "full" or include_base:
         _base_llm(vlm).save_pretrained(folder / "llm", state_dict=_plain_state(_base_llm(vlm)))
     if vlm.vision is not None and (config.tune.vision.mode == "full" or include_base):
@@ -279,6 +283,7 @@ def load_model(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     device_map: str | dict[str, Any] | None = None,
+    untuned: bool = False,
 ) -> Loaded:
     """Read a model for use.
 
@@ -287,6 +292,7 @@ def load_model(
         device: "auto", "cpu", "cuda" or "cuda:N"; ignored for the LLM where `device_map` places it.
         dtype: number format; by default bf16 for a model trained in bf16, else float32.
         device_map: placement of a large LLM, handed to transformers (accelerate).
+        untuned: the model as it was before training (base weights, freshly drawn projector), for comparison.
 
     Raises:
         CheckpointError: nothing there, or not whole. ModelError: a base it refers to cannot be loaded.
@@ -295,7 +301,7 @@ def load_model(
     config = read_config(path)
     meta = json.loads((path / "mmit.json").read_text())
     model = config.model.model_dump()
-    if (path / "llm").exists():
+    if (path / "llm").exists() and not (untuned and config.tune.llm.mode == "full"):
         model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
     if dtype is None:
         dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
@@ -304,9 +310,15 @@ def load_model(
         if model["vision"]:
             model["vision"]["dtype"] = None
     vlm, tokenizer = assemble(
-        model, dtype=dtype, seed=config.run.seed, device_map=device_map, tokenizer=str(path / "tokenizer")
+        model,
+        dtype=dtype,
+        seed=config.run.seed,
+        device_map=device_map,
+        packed=config.data.packing,
+        tokenizer=str(path / "tokenizer"),
     )
-    read_weights(vlm, path)
+    if not untuned:
+        read_weights(vlm, path)
     vlm.eval().requires_grad_(False)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device_map is None:

@@ -81,7 +81,7 @@ def compute_features(
     need = forecast_bytes(tower, len(images))
     if need > max_bytes:
         raise ConfigError(
-            f"a feature cache of {len(images)} pictures takes {need / 2**30:.1f} GiB, the limit is {max_bytes / 2**30:.1f}",
+            f"the features of {len(images)} pictures take {need / 2**30:.1f} GiB, the limit is {max_bytes / 2**30:.1f}",
             where="model.vision.cache",
             remedy="set model.vision.cache=off",
         )

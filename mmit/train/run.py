@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from mmit.config import Config
 from mmit.data.chat import ChatFormat, chat_format, encode
-from mmit.data.dataset import InstructionData, Scan, image_key
+from mmit.data.dataset import InstructionData, Scan, image_key, split_pairs
 from mmit.data.images import fit, load_rgb
 from mmit.data.loader import MicroBatch, micro_batches
 from mmit.data.mixture import Walk, epoch_order
@@ -36,7 +37,7 @@ from mmit.models.vlm import VLM
 from mmit.records import Image
 from mmit.train import checkpoint
 from mmit.train.align import align_words
-from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
+from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine, join_deepspeed
 from mmit.train.features import FeatureCache, compute_features
 from mmit.train.loop import Plan, Progress, train
 from mmit.train.metrics_log import RunLog
@@ -83,7 +84,8 @@ def run(config: Config) -> int:
     progress = _restore(engine, resume, scan=scan, seed=config.run.seed)
     vlm.train()
     log = RunLog(run_dir, active=world.rank == 0, total=walk.steps, start=progress.step)
-    batches = _batches(config, data, scan, walk, engine=engine, start=progress.step, cached=features is not None, load_image=load_image)
+    loader = None if features is not None else load_image
+    batches = _batches(config, data, scan, walk, engine=engine, start=progress.step, load_image=loader)
     with _signals() as stopped:
         try:
             finished = train(
@@ -100,7 +102,8 @@ def run(config: Config) -> int:
             )
         finally:
             log.close()
-    say(f"{'finished' if finished else 'stopped by a signal'} at step {progress.step}; checkpoint: {checkpoint.checkpoints(run_dir)[-1]}")
+    what = "finished" if finished else "stopped by a signal"
+    say(f"{what} at step {progress.step}; checkpoint: {checkpoint.checkpoints(run_dir)[-1]}")
     return 0 if finished else EXIT_STOPPED
 
 
@@ -135,8 +138,6 @@ def _join_ranks(config: Config) -> _World:
         torch.cuda.set_device(device)
     if kind == "torch":
         return _World(0, 1, device, deepspeed=False)
-    from mmit.train.engine import join_deepspeed
-
     rank, size = join_deepspeed(cuda=cuda)
     return _World(rank, size, device, deepspeed=True)
 
@@ -165,7 +166,8 @@ def _resume_from(config: Config, run_dir: Path, say: Any) -> Path | None:
     if config.run.resume == "auto":
         found = checkpoint.newest(run_dir, warn=say)
         if found is None and checkpoint.checkpoints(run_dir):
-            raise CheckpointError("none of its checkpoints is whole", where=str(run_dir), remedy="remove them to start anew")
+            problem = "none of its checkpoints is whole"
+            raise CheckpointError(problem, where=str(run_dir), remedy="remove them to start anew")
         return found
     return checkpoint.find(config.run.resume, warn=say)
 
@@ -194,7 +196,7 @@ def _read_data(
     options = config.data
     if options.max_length > options.pack_tokens:
         raise ConfigError(
-            f"max_length={options.max_length} is more than pack_tokens={options.pack_tokens}, so a record may not fit a row",
+            f"max_length={options.max_length} is more than pack_tokens={options.pack_tokens}: a record may not fit",
             where="data",
             remedy="raise data.pack_tokens or lower data.max_length",
         )
@@ -334,7 +336,7 @@ def _align(
         vlm.projector,
         features.get(keys),
         words,
-        vlm.llm.get_input_embeddings().weight.detach(),
+        vlm.word_embeddings.detach(),
         epochs=options.epochs,
         lr=options.lr,
         seed=config.run.seed,
@@ -366,7 +368,9 @@ def _deepspeed_json(name: str) -> dict[str, Any]:
         return json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(
-            f"no DeepSpeed config '{name}'", where="engine.deepspeed", remedy="use zero0 ... zero3, or the path of a JSON"
+            f"no DeepSpeed config '{name}'",
+            where="engine.deepspeed",
+            remedy="use zero0 ... zero3, or the path of a JSON",
         ) from None
     except ValueError as error:
         raise ConfigError(f"is not JSON: {error}", where=str(path), remedy="mend the file") from None
@@ -396,7 +400,6 @@ def _batches(
     *,
     engine: Engine,
     start: int,
-    cached: bool,
     load_image: Any,
 ) -> Iterator[MicroBatch]:
     """This rank's micro-batches from step `start` on."""
@@ -412,7 +415,7 @@ def _batches(
         data,
         scan,
         units,
-        load_image=None if cached else load_image,
+        load_image=load_image,
         skip_bad=config.run.on_bad_record == "skip",
         workers=config.data.workers,
     )
@@ -457,8 +460,6 @@ def _save(
 
     checkpoint.write_folder(folder, fill, main=engine.rank == 0, barrier=engine.barrier)
     if engine.rank == 0:
-        import shutil
-
         for old in checkpoint.checkpoints(run_dir)[: -config.train.keep_last]:
             shutil.rmtree(old)
     log.say(f"saved {folder}")
@@ -541,9 +542,5 @@ def _echo(
         )
     say(table)
     record = data.record(int(scan.record[0]))
-    turns = record.turns if not data.split_turns else None
-    if turns is None:
-        from mmit.data.dataset import split_pairs
-
-        turns = split_pairs(record)[0]
+    turns = split_pairs(record)[0] if data.split_turns else record.turns
     say(to_rich(data.encode(turns), tokenizer, image_tokens=vlm.image_tokens))
