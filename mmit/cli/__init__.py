@@ -1,0 +1,52 @@
+"""The command line: `mmit train | eval | chat | data import | inspect | env | config`.
+
+Each command reads like a table of contents and lives in a module of its own; what it needs of torch and the rest
+is imported when it runs, so that help is instant. A user's mistake ends with one message and exit code 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from mmit import __version__
+from mmit.cli import chat, config, data, env, evaluate, inspect, train
+from mmit.cli.errors import Commands
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback that reaches a person is a defect to report: it should be whole, and show no values of variables.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command("chat")(chat.chat)
+app.add_typer(data.app, name="data")
+app.command("inspect")(inspect.inspect)
+app.command("env")(env.env)
+app.command("config")(config.config)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"mmit {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def mmit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Multimodal instruction tuning: a vision encoder, a projector and any Hugging Face causal LLM."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; `arguments` replace those of the process. Ends the process with its exit code."""
+    app(args=None if arguments is None else list(arguments), prog_name="mmit")

@@ -1,0 +1,132 @@
+"""`mmit chat`: one answer, or a conversation in the terminal.
+
+In: a run or checkpoint, pictures and words. Out: answers on stdout as they are made. What a model says cannot act on
+the terminal; through a pipe it arrives untouched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmit.cli.errors import printable, show_error
+from mmit.errors import MmitError
+
+if TYPE_CHECKING:
+    from mmit.records import Record
+
+HELP = "/image PATH shows a picture with the next message, /reset begins anew, /quit leaves"
+
+
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; may be repeated.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="Answer this and end; without it, a conversation.")
+    ] = None,
+    *,
+    system: Annotated[str | None, typer.Option(help="The system turn.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.")] = None,
+) -> None:
+    """Talk with a trained model.
+
+    Inside a conversation, /image PATH shows a picture with the next message, /reset begins anew, /quit leaves.
+    """
+    from mmit.generate import load
+
+    model = load(run, device=device, dtype=dtype)
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    options |= {"top_p": top_p, "seed": seed}
+    talk = Conversation(model, system=system, options=options)
+    for path in image or []:
+        talk.show(str(path))
+    if prompt is None:
+        _converse(talk)
+    else:
+        talk.say(prompt)
+
+
+class Conversation:
+    """What has been said so far, and the pictures that go with the next message."""
+
+    def __init__(self, model: Any, *, system: str | None, options: dict[str, Any]) -> None:
+        self._model, self._system, self._options = model, system, options
+        self._pictures: list[str] = []
+        self._history: Record | None = None
+
+    def show(self, path: str) -> None:
+        """Keep a picture for the next message. Raises ImageError now rather than when it is asked about."""
+        from mmit.data.images import load_rgb
+        from mmit.records import Image
+
+        load_rgb(Image(path))
+        self._pictures.append(path)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._pictures, self._history = [], None
+
+    def say(self, text: str) -> None:
+        """Ask, and write the answer to stdout while it is made."""
+        from mmit.generate import ask
+        from mmit.records import Record, Text, Turn
+
+        system = self._system if self._history is None else None
+        question: dict[str, Any] = {"history": self._history, "system": system}
+        answer = ""
+        for piece in self._model.stream(self._pictures, text, **question, **self._options):
+            _write(piece)
+            answer += piece
+        _write("\n")
+        if not answer.strip():
+            typer.echo("(the answer is empty)", err=True)
+            return
+        asked = ask(self._pictures, text, **question)
+        self._history = Record((*asked.turns, Turn("assistant", (Text(answer),))))
+        self._pictures = []
+
+
+def _write(text: str) -> None:
+    import sys
+
+    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
+    sys.stdout.flush()
+
+
+def _converse(talk: Conversation) -> None:
+    """Read messages until /quit or the end of input. A mistake is told and the conversation goes on."""
+    import sys
+
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  its import gives the prompt line editing and a history
+    typer.echo(HELP, err=True)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        word, _, rest = line.partition(" ")
+        if word == "/quit":
+            return
+        try:
+            if word == "/reset":
+                talk.reset()
+            elif word == "/image":
+                talk.show(rest.strip())
+            elif word.startswith("/") and word[1:].isalpha():
+                typer.echo(f"unknown command {word}; {HELP}", err=True)
+            elif line:
+                talk.say(line)
+        except MmitError as error:
+            show_error(error)
+        except KeyboardInterrupt:  # ends this answer, not the conversation
+            typer.echo("")

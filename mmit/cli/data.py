@@ -1,0 +1,152 @@
+"""`mmit data import`: files of other formats become mmit JSONL.
+
+Every row that is left out is told, with its place and reason; without --skip-bad the first one ends the import and
+nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmit.errors import ConfigError, RecordError, nearest
+
+if TYPE_CHECKING:
+    from mmit.records import Record
+
+app = typer.Typer(help="Bring data into mmit's format.", no_args_is_help=True)
+SHOWN = 20  # bad rows told in the terminal; all of them are in the file beside the output
+PACKAGES = ("easy-vqa", "easy-vqa-captions")
+
+
+@app.callback()
+def data() -> None:
+    """Bring data into mmit's format."""
+
+
+@app.command("import")
+def import_(
+    format: Annotated[
+        str,
+        typer.Argument(
+            metavar="FORMAT", help=f"llava, alpaca, ...; auto looks at the file; {' and '.join(PACKAGES)} need no PATH."
+        ),
+    ],
+    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="A JSON or JSONL file.")] = None,
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.jsonl", help="The file to write.")],
+    image_root: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where relative image paths start. [default: PATH's folder]")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help=f"train or test, of {' and '.join(PACKAGES)}.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Noted in records that state none.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and list them.")] = False,
+    check_images: Annotated[bool, typer.Option(help="A row whose image file is missing is bad.")] = True,
+) -> None:
+    """Convert a data file, or the data of a Python package, into mmit JSONL."""
+    bad: list[RecordError] = []
+    if format in PACKAGES:
+        given = {"PATH": path, "--image-root": image_root, "--licence": licence}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise typer.BadParameter(f"{format} brings its own: leave it out", param_hint=unused[0])
+        records = _package(format, split)
+    else:
+        if split is not None:
+            raise typer.BadParameter(f"only {' and '.join(PACKAGES)} have splits", param_hint="--split")
+        format, file = _checked(format, path)
+
+        from mmit.data.formats import import_file
+
+        records = import_file(
+            file,
+            format,
+            image_root=image_root,
+            licence=licence,
+            check_images=check_images,
+            on_bad=bad.append if skip_bad else None,
+        )
+    counts = _write(records, out, bad)
+    _report(counts, out, bad)
+
+
+def _package(name: str, split: str | None) -> Iterator[Record]:
+    from mmit.data.formats import easy_vqa, easy_vqa_captions
+
+    if split is None:
+        raise typer.BadParameter(f"{name} has the splits train and test: choose one", param_hint="--split")
+    return easy_vqa(split) if name == "easy-vqa" else easy_vqa_captions(split)
+
+
+def _checked(format: str, path: Path | None) -> tuple[str, Path]:
+    """Return the format, detected where it is "auto", and the file."""
+    from mmit.data.formats import FORMATS, detect_format
+
+    if format != "auto" and format not in FORMATS:
+        raise ConfigError(
+            f"unknown data format '{format}'", where="FORMAT", remedy=nearest(format, [*FORMATS, *PACKAGES, "auto"])
+        )
+    if path is None:
+        raise typer.BadParameter(f"format {format} needs a file", param_hint="PATH")
+    if not path.is_file():
+        raise ConfigError("no such file", where=str(path), remedy="Give the path of a JSON or JSONL file.")
+    if format == "auto":
+        format, reason = detect_format(path)
+        typer.echo(f"format: {format} ({reason})")
+    return format, path
+
+
+class _Counts:
+    def __init__(self) -> None:
+        self.records = self.answers = self.text_only = self.dropped = 0
+        self.images: set[object] = set()
+
+    def watch(self, records: Iterator[Record]) -> Iterator[Record]:
+        for record in records:
+            self.records += 1
+            self.answers += sum(turn.role == "assistant" for turn in record.turns)
+            self.text_only += not record.images
+            self.dropped += "dropped_leading_turn" in record.meta
+            self.images.update(image.source for image in record.images)
+            yield record
+
+
+def _write(records: Iterator[Record], out: Path, bad: list[RecordError]) -> _Counts:
+    """Write the records; nothing is written, and no earlier file lost, when there is none."""
+    from mmit.records import write_jsonl
+
+    first = next(records, None)
+    if first is None:
+        if bad:
+            raise RecordError(
+                f"no usable row, {len(bad)} bad ones; the first: {bad[0].problem}",
+                where=bad[0].where,
+                remedy=bad[0].remedy,
+            )
+        raise RecordError("no rows", remedy="Check the file.")
+    counts = _Counts()
+    write_jsonl(counts.watch(chain([first], records)), out)
+    return counts
+
+
+def _report(counts: _Counts, out: Path, bad: list[RecordError]) -> None:
+    typer.echo(
+        f"{counts.records:,} records ({counts.text_only:,} without images), {counts.answers:,} answers, "
+        f"{len(counts.images):,} different images"
+    )
+    if counts.dropped:
+        typer.echo(f"{counts.dropped:,} records began with the assistant's turn; it is kept in their meta only")
+    if bad:
+        beside = out.with_name(f"{out.stem}.bad.jsonl")
+        lines = [json.dumps({"where": e.where, "problem": e.problem, "remedy": e.remedy}) for e in bad]
+        beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        typer.echo(f"{len(bad):,} bad rows left out, listed in {beside}:")
+        for error in bad[:SHOWN]:
+            typer.echo(f"  {error.where}: {error.problem}")
+        if len(bad) > SHOWN:
+            typer.echo(f"  ... and {len(bad) - SHOWN:,} more")
+    typer.echo(f"written to {out}")

@@ -1,0 +1,66 @@
+"""`mmit env`: what is installed and what it can compute on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+# Distribution -> the extra that brings it; "" for what every installation needs.
+PACKAGES = {
+    "torch": "",
+    "transformers": "",
+    "peft": "",
+    "open_clip_torch": "",
+    "timm": "",
+    "webdataset": "",
+    "accelerate": "",
+    "deepspeed": "deepspeed",
+    "gguf": "gguf",
+}
+
+
+def env() -> None:
+    """Show versions, devices and CPU threads."""
+    from rich.console import Console
+    from rich.table import Table
+
+    import mmit
+
+    table = Table("what", "version", "state")
+    table.add_row("mmit", mmit.__version__, "ok")
+    table.add_row("python", platform.python_version(), "ok")
+    for name, extra in PACKAGES.items():
+        try:
+            table.add_row(name, metadata.version(name), "[green]ok[/]")
+        except metadata.PackageNotFoundError:
+            remedy = f"pip install 'mmit-tune\\[{extra}]'" if extra else f"pip install {name}"
+            table.add_row(name, "-", f"[{'yellow' if extra else 'red'}]missing[/]: {remedy}")
+    for row in _devices():
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _devices() -> list[tuple[str, str, str]]:
+    rows = [("CPU", platform.machine(), f"{_cores()} cores")]
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library torch is linked to is not there
+        return [*rows, ("devices", "-", f"[red]torch cannot be imported[/]: {error}")]
+    rows.append(("CPU threads", str(torch.get_num_threads()), "of torch; OMP_NUM_THREADS or train.threads sets them"))
+    if not torch.cuda.is_available():
+        built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for the CPU"
+        return [*rows, ("CUDA", "-", f"no device ({built})")]
+    return rows + [_cuda(torch, number) for number in range(torch.cuda.device_count())]
+
+
+def _cuda(torch: Any, number: int) -> tuple[str, str, str]:
+    facts = torch.cuda.get_device_properties(number)
+    bf16 = "bf16" if facts.major >= 8 else "no bf16"
+    return f"cuda:{number}", f"CUDA {torch.version.cuda}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {bf16}"
+
+
+def _cores() -> int:
+    """Cores this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

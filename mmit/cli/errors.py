@@ -1,0 +1,60 @@
+"""How a mistake reaches the user: one message on stderr (place, problem, remedy) and an exit code.
+
+2 for an MmitError, 130 for Ctrl-C. MMIT_TRACEBACK=1 shows where in the code an MmitError came from. Anything else
+is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from mmit.errors import MmitError
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class Commands(TyperGroup):
+    """A group of commands that turns errors into messages, also where it is called from a test."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except MmitError as error:
+            show_error(error)
+            raise typer.Exit(EXIT_ERROR) from error
+        except KeyboardInterrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def show_error(error: MmitError) -> None:
+    """Print an error on stderr, its remedy on lines of its own."""
+    from rich.console import Console
+    from rich.text import Text
+
+    if os.environ.get("MMIT_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    # Each rank of a launched run has its own stderr, and all end up in one terminal.
+    label = f"error (rank {os.environ['RANK']}): " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "error: "
+    problem = f"{error.where}: {error.problem}" if error.where else error.problem
+    message = Text(label, style="bold red")
+    message.append(problem.replace("\n", "\n  "), style="not bold default")
+    if error.remedy:
+        message.append("\n  " + error.remedy.replace("\n", "\n  "), style="not bold default")
+    Console(stderr=True, highlight=False).print(printable(message), soft_wrap=True)
+
+
+def printable(text: Any) -> Any:
+    """Return a text in which nothing can act on the terminal; line breaks stay."""
+    plain = text if isinstance(text, str) else text.plain
+    safe = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in plain)
+    if isinstance(text, str):
+        return safe
+    text.plain = safe
+    return text

@@ -1,0 +1,226 @@
+"""`mmit inspect`: one record as the model will see it, token by token, its mask plain to the eye.
+
+In: a data file or a training config. Out: the terminal, an HTML page, an SVG picture. Loads a tokenizer and, to
+count image tokens, builds a vision encoder without its weights; never loads a language model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmit.errors import ConfigError, MmitError, RecordError
+
+if TYPE_CHECKING:
+    from mmit.config import Config
+    from mmit.records import Record, Turn
+
+SVG_WIDTH = 100
+Source = tuple[Path, str | None, str | None]  # file, format (None: to be found out), image root
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """One encoded conversation and what is said about it."""
+
+    encoded: Any
+    tokenizer: Any
+    title: str
+    notes: list[str]
+    image_tokens: int | None
+
+
+def inspect(
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA_OR_CONFIG", help="A data file of any format, or the YAML of a run.")
+    ],
+    row: Annotated[int, typer.Option(min=1, help="Which record, counted from 1.")] = 1,
+    pair: Annotated[
+        int, typer.Option(min=1, help="Which question-answer pair, where data.split_turns makes them records.")
+    ] = 1,
+    *,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", metavar="FILE", help="Take tokenizer, chat format and image tokens from here."),
+    ] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Hub id, folder or .gguf file.")] = None,
+    chat: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="hf, plain, vicuna_v1, chatml or a .jinja file. [default: hf]"),
+    ] = None,
+    image_tokens: Annotated[int | None, typer.Option(min=1, metavar="M", help="Tokens per image.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the record as an HTML page.")] = None,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the terminal's picture as SVG.")] = None,
+) -> None:
+    """Show a record's tokens, those the loss is taken on in colour."""
+    if data.suffix in (".yaml", ".yml"):
+        if config is not None:
+            raise typer.BadParameter("DATA is a config already", param_hint="--config")
+        config = data
+    settings = _config(config)
+    if settings is None and tokenizer is None:
+        raise typer.BadParameter("give --config FILE, or --tokenizer NAME (and --chat, --image-tokens)")
+    record = _record(_sources(data, settings), row)
+    shown = _encode(record, settings, pair=pair, tokenizer=tokenizer, chat=chat, image_tokens=image_tokens)
+    _print(shown)
+    if html is not None:
+        _write_html(shown, html)
+    if svg is not None:
+        _write_svg(shown, svg)
+
+
+def _config(path: Path | None) -> Config | None:
+    from mmit.config import load_config
+
+    return None if path is None else load_config(path)
+
+
+def _sources(data: Path, settings: Config | None) -> list[Source]:
+    if settings is not None and data.suffix in (".yaml", ".yml"):
+        return [(Path(s.path), s.format, s.image_root) for s in settings.data.train]
+    return [(data, None, None)]
+
+
+def _record(sources: Sequence[Source], row: int) -> Record:
+    """Return the record of that number over all sources, bad rows counted; raises its error if it is bad."""
+    rows = chain.from_iterable(_rows(*source) for source in sources)
+    number = 0
+    for number, item in enumerate(rows, 1):
+        if number == row:
+            if isinstance(item, RecordError):
+                raise item
+            return item
+    files = ", ".join(str(source[0]) for source in sources)
+    raise ConfigError(f"there is no row {row}: {number} rows", where=files, remedy=f"Give --row 1 to {number}.")
+
+
+def _rows(path: Path, format: str | None, image_root: str | None) -> Iterator[Record | RecordError]:
+    from mmit.data.formats import detect_format, import_file
+
+    if not path.is_file():
+        raise ConfigError("no such file", where=str(path), remedy="Check the path, or data.train.*.path of the config.")
+    bad: list[RecordError] = []
+    for record in import_file(path, format or detect_format(path)[0], image_root=image_root, on_bad=bad.append):
+        yield from bad  # found on the way to this record
+        bad.clear()
+        yield record
+    yield from bad
+
+
+def _encode(
+    record: Record,
+    settings: Config | None,
+    *,
+    pair: int,
+    tokenizer: str | None,
+    chat: str | None,
+    image_tokens: int | None,
+) -> _Shown:
+    """Encode as training would; what is given on the command line goes before the config."""
+    from mmit.data.chat import chat_format, encode
+    from mmit.models.llm import load_tokenizer
+
+    record.validate(for_training=True)
+    name, revision = tokenizer, None
+    if name is None:
+        assert settings is not None
+        name, revision = settings.model.llm.name, settings.model.llm.revision
+    tokens = load_tokenizer(name, revision=revision)
+    form = chat_format(chat or (settings.model.chat.format if settings else "hf"), tokens)
+    if image_tokens is None and settings is not None and record.images:
+        image_tokens = _image_tokens(settings.model.model_dump(), record.where)
+    turns, which = _conversation(record, pair, split=settings is not None and settings.data.split_turns)
+    encoded = encode(turns, form, tokens)
+    notes = [f"{record.where}{which}, chat format {form.name}", *_pictures(record)]
+    length = len(encoded.ids) + len(record.images) * ((image_tokens or 1) - 1)
+    if settings is not None and length > settings.data.max_length:
+        notes.append(f"training refuses it: {length} tokens, more than data.max_length={settings.data.max_length}")
+    return _Shown(encoded, tokens, record.where, notes, image_tokens)
+
+
+def _conversation(record: Record, pair: int, *, split: bool) -> tuple[Sequence[Turn], str]:
+    """Return the turns that are one training sample, and which of the record's samples that is."""
+    from mmit.data.dataset import split_pairs
+
+    pairs = split_pairs(record) if split else [record.turns]
+    if pair > len(pairs):
+        hint = "" if split else " (data.split_turns is off, so a record is one sample)"
+        raise ConfigError(
+            f"there is no pair {pair}: {len(pairs)}{hint}", where=record.where, remedy=f"Give --pair 1 to {len(pairs)}."
+        )
+    return pairs[pair - 1], f", pair {pair} of {len(pairs)}" if split else ""
+
+
+def _image_tokens(model: dict[str, Any], where: str) -> int:
+    """Count the tokens of an image by building the eye and the projector without their weights."""
+    if model["vision"] is None:
+        raise RecordError("has images, but the model has no vision tower", where=where, remedy="set model.vision")
+    import torch
+
+    from mmit.models.assemble import assemble_vision
+    from mmit.models.projectors import build_projector
+
+    vision = assemble_vision({**model["vision"], "weights": False, "key_order": False}, dtype=torch.float32)
+    projector = build_projector(
+        model["projector"]["kind"],
+        vision_dim=vision.dim,
+        llm_dim=8,  # any width: it does not change the count
+        grid=vision.grid,
+        prefix=vision.prefix,
+        **model["projector"]["options"],
+    )
+    return projector.tokens
+
+
+def _pictures(record: Record) -> list[str]:
+    lines = []
+    for number, image in enumerate(record.images, 1):
+        source = image.source
+        name = source if isinstance(source, str) else "inside the record"
+        missing = " (no such file)" if isinstance(source, str) and not Path(source).is_file() else ""
+        lines.append(f"image {number}: {name}{missing}")
+    return lines
+
+
+def _print(shown: _Shown, console: Any = None) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from mmit.cli.errors import printable
+    from mmit.data.viewer import to_rich
+
+    console = console or Console(highlight=False)
+    for note in shown.notes:
+        console.print(Text(printable(note), "bold red" if note.startswith("training refuses") else "bold"))
+    console.print(to_rich(shown.encoded, shown.tokenizer, image_tokens=shown.image_tokens))
+
+
+def _write_html(shown: _Shown, path: Path) -> None:
+    from mmit.data.viewer import to_html
+
+    page = to_html(shown.encoded, shown.tokenizer, title=shown.title, image_tokens=shown.image_tokens)
+    _write(page, path)
+
+
+def _write_svg(shown: _Shown, path: Path) -> None:
+    import io
+
+    from rich.console import Console
+
+    console = Console(record=True, width=SVG_WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
+    _print(shown, console)
+    _write(console.export_svg(title=f"mmit inspect {shown.title}"), path)
+
+
+def _write(text: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise MmitError(f"cannot write: {error.strerror}", where=str(path), remedy="Check the folder.") from error
+    typer.echo(f"written to {path}")
