@@ -1,0 +1,67 @@
+"""Decoding at full speed: encoded bytes to an RGB tensor, without a PIL picture between where none is needed.
+
+Plain JPEGs, most of every data set, go through torchvision's libjpeg-turbo binding, which gives Pillow's pixels and
+skips two copies; everything else goes through mmit.data.images. Refuses what load_rgb refuses, before decoding.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+
+from mmit.data.images import MAX_ASPECT, MIN_SIDE, load_rgb
+from mmit.records import Image
+
+# Frame headers of baseline, extended and progressive Huffman JPEGs; the other SOFs are lossless or arithmetic.
+_FRAMES = (0xC0, 0xC1, 0xC2)
+_OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+_ADOBE = 0xEE
+_EXIF = 0xE1
+_SCAN = 0xDA
+
+
+def decode_rgb(data: bytes, *, where: str = "", max_pixels: int = 50_000_000) -> torch.Tensor:
+    """Decode a picture to uint8 (3, H, W), the pixels of `load_rgb`; the memory layout is (H, W, 3).
+
+    Raises ImageError as load_rgb does.
+    """
+    if data[:2] == b"\xff\xd8" and _is_plain_jpeg(data, max_pixels):
+        pixels = _decode_jpeg(data)
+        if pixels is not None:
+            return pixels
+        # Damaged in some way: load_rgb decides, so that both ways refuse the same files with the same words.
+    picture = load_rgb(Image(data), where=where, max_pixels=max_pixels)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def _decode_jpeg(data: bytes) -> torch.Tensor | None:
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoded = torch.frombuffer(data, dtype=torch.uint8)
+    try:
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+
+
+def _is_plain_jpeg(data: bytes, max_pixels: int) -> bool:
+    """Say whether a JPEG is 8-bit YCbCr or grey, of a decent size, and with nothing that would turn it."""
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAMES:
+            height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            small, large = min(height, width), max(height, width)
+            decent = small >= MIN_SIDE and large <= MAX_ASPECT * small and small * large <= max_pixels
+            # Three components without an Adobe marker are YCbCr to Pillow and torchvision alike.
+            return decent and data[at + 4] == 8 and data[at + 9] in (1, 3)
+        if marker in (_EXIF, _ADOBE, _SCAN) or marker in _OTHER_FRAMES:
+            return False
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return False
+
+

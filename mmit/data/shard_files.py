@@ -1,0 +1,174 @@
+"""Files of shards, local or remote: opening, reading ranges, and running one job per shard in processes.
+
+Owns the list of schemes. Anything else before "://", and every "pipe:", is refused: a path must not run a program.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import Any, BinaryIO, TypeVar
+
+from mmit.errors import MmitError
+from mmit.records import short
+
+REMOTE = ("hf", "s3", "http", "https")
+_PACKAGES = {"hf": "huggingface_hub", "s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(pipe):")
+_TRIES = 3
+_OPEN_FILES = 128
+T = TypeVar("T")
+
+
+class ShardFileError(MmitError):
+    """A shard or index cannot be reached. Not a fault of one record: skipping records would hide it."""
+
+
+def is_remote(path: str) -> bool:
+    """Say whether `path` is a URL of an accepted scheme. Raises ShardFileError for any other scheme."""
+    match = _SCHEME.match(path)
+    if match is None:
+        return False
+    if match[1] not in REMOTE:
+        remedy = f"Give a local path or one of {', '.join(f'{s}://' for s in REMOTE)}."
+        raise ShardFileError(f"'{match[1] or match[2]}' is not an accepted scheme", where=short(path), remedy=remedy)
+    return True
+
+
+def filesystem(path: str) -> Any:
+    """Return the fsspec filesystem of a URL. Raises ShardFileError, naming the package, if it is not installed."""
+    scheme = path.partition("://")[0]
+    package = _PACKAGES.get(scheme, "")
+    try:
+        import fsspec
+
+        return fsspec.filesystem(scheme)
+    except ImportError as error:
+        remedy = f"pip install fsspec {package}".rstrip()
+        raise ShardFileError(f"{scheme}:// needs packages that are missing", where=path, remedy=remedy) from error
+
+
+@contextmanager
+def open_shard(path: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a file for reading; give (file, size). Raises ShardFileError."""
+    try:
+        if is_remote(path):
+            with filesystem(path).open(path, "rb") as file:
+                yield file, file.size
+            return
+        if not os.path.isfile(path):
+            # Opening a pipe or a device would wait for ever.
+            raise ShardFileError("no such file", where=path, remedy="Check the path.")
+        with open(path, "rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise _unreachable(path, error) from error
+
+
+def _unreachable(path: str, error: Exception) -> ShardFileError:
+    cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    remedy = "Check the path, the permissions and the connection, then run again: nothing was skipped."
+    return ShardFileError(f"cannot read: {short(cause, 160)}", where=path, remedy=remedy)
+
+
+class RangeReader:
+    """Reads byte ranges of many files. Opens lazily, in each process anew, and keeps the last used files open."""
+
+    def __init__(self) -> None:
+        self._pid = 0
+        self._open: OrderedDict[str, Any] = OrderedDict()
+
+    def read(self, path: str, start: int, size: int) -> bytes:
+        """Return `size` bytes from `start`, fewer if the file ends before. Raises ShardFileError."""
+        if self._pid != os.getpid():
+            # A forked child must not share connections with its parent; plain files do no harm, but stay its own.
+            self._pid, self._open = os.getpid(), OrderedDict()
+        handle = self._open.get(path)
+        try:
+            if handle is None:
+                handle = self._handle(path)
+            self._open.move_to_end(path)
+            if isinstance(handle, int):
+                return _pread(handle, start, size)
+            return _fetch(handle, path, start, size)
+        except (OSError, OverflowError) as error:
+            raise _unreachable(path, error) from error
+
+    def _handle(self, path: str) -> Any:
+        handle = filesystem(path) if is_remote(path) else os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._open[path] = handle
+        if len(self._open) > _OPEN_FILES:
+            _, old = self._open.popitem(last=False)
+            if isinstance(old, int):
+                os.close(old)
+        return handle
+
+    def close(self) -> None:
+        """Close what this process has opened."""
+        if self._pid == os.getpid():
+            for handle in self._open.values():
+                if isinstance(handle, int):
+                    os.close(handle)
+        self._open = OrderedDict()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _pread(handle: int, start: int, size: int) -> bytes:
+    data = os.pread(handle, size, start)
+    while 0 < len(data) < size:
+        more = os.pread(handle, size - len(data), start + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def _fetch(files: Any, path: str, start: int, size: int) -> bytes:
+    """Fetch a range; a passing fault of the network is tried again."""
+    for attempt in range(_TRIES):
+        try:
+            return files.cat_file(path, start=start, end=start + size)
+        except FileNotFoundError:
+            raise
+        except OSError:
+            if attempt == _TRIES - 1:
+                raise
+            time.sleep(2.0**attempt)
+    raise AssertionError
+
+
+def run_jobs(job: Callable[..., T], arguments: Iterable[Sequence[Any]], *, workers: int) -> Iterator[T]:
+    """Run `job(*arguments)` in `workers` processes; yield the results in the order of the arguments.
+
+    At most two jobs per worker are in flight, so that a stream of arguments is never held whole. Raises what a job
+    raises, and MmitError if a process is killed (often for want of memory).
+    """
+    if workers <= 1:
+        for one in arguments:
+            yield job(*one)
+        return
+    # fork where there is one, since spawn would run a script without a main guard again in every worker.
+    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+    waiting: list[Future[T]] = []
+    try:
+        for one in arguments:
+            waiting.append(pool.submit(job, *one))
+            if len(waiting) >= 2 * workers:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+    except BrokenProcessPool as error:
+        remedy = "It was probably out of memory: use fewer workers, or a smaller max_bytes."
+        raise MmitError("a worker process was killed", remedy=remedy) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,314 @@
+"""Reading shards: any record of an indexed folder by its number, every byte checked against the index.
+
+Takes a folder with an index (local or hf://, s3://, http(s)://), gives Records whose image parts are bytes. Holds no
+data: the index is memory-mapped, a record costs one range read. Refuses bytes that changed since indexing, and never
+unpacks a member to disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmit.data.shard_files import RangeReader, ShardFileError, is_remote, open_shard
+from mmit.data.shard_index import ARRAYS, DTYPES, INDEX, VERSION, write_atomic
+from mmit.data.shard_records import Limits, check_members, to_record
+from mmit.data.tar_headers import padded
+from mmit.errors import ConfigError, RecordError
+from mmit.records import Record, short
+
+# Members of a sample that lie this close are fetched with one read.
+_GAP = 1 << 16
+_CHANGED = "The shard changed since it was indexed: restore it, or index it again if the change was meant."
+_REBUILD = "Build or index the folder again."
+
+
+@dataclass
+class Index:
+    """An opened index: what index.json says, and the arrays described in mmit.data.shard_index."""
+
+    header: dict[str, Any]
+    samples: np.ndarray
+    members: np.ndarray
+    keys: np.ndarray
+
+
+class ShardSource:
+    """A folder of shards as a source of records; see `open_shards`.
+
+    Attributes:
+        name: of the source. origin: the folder, for messages. fingerprint: hash of the whole index, and so of every
+        checksum in it. index: the memory-mapped arrays, e.g. `source.index.samples["chars"]`.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        name: str = "",
+        limit: int | None = None,
+        cache: str = "",
+        limits: Limits | None = None,
+    ) -> None:
+        self.origin, self._cache, self._limit = folder, cache, limit
+        self._limits = limits or Limits()
+        self._index: Index | None = None
+        self._ranges = RangeReader()
+        header = self.index.header
+        self.name = name or folder.rstrip("/").rpartition("/")[2]
+        self.fingerprint = str(header["fingerprint"]) + ("" if limit is None else f"-{len(self)}")
+        self._paths = [_join(folder, shard["name"]) for shard in header["shards"]]
+
+    @property
+    def index(self) -> Index:
+        """The index, opened at first use in each process."""
+        if self._index is None:
+            self._index = _open_index(self.origin, self._cache)
+        return self._index
+
+    def __len__(self) -> int:
+        number = len(self.index.samples)
+        return number if self._limit is None else min(number, self._limit)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory-mapped array would be copied whole into every worker.
+        return self.__dict__ | {"_index": None, "_ranges": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ranges = RangeReader()
+
+    def __getitem__(self, number: int) -> Record:
+        """Read record `number`, image parts as bytes.
+
+        Raises RecordError, naming shard, key, member and cause, if a byte changed or the sample breaks a rule;
+        ShardFileError if the shard cannot be reached; IndexError past the end.
+        """
+        members = self.members(number)
+        where = self.where(number)
+        record = to_record(self.key(number), members, where=where, caption_prompt=self.index.header["caption_prompt"])
+        if not record.source and record.row is None:
+            record = replace(record, source=self.origin, row=number + 1)
+        return record
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[number] for number in range(len(self)))
+
+    def key(self, number: int) -> str:
+        """The key of a sample."""
+        row = self._row(number)
+        start = int(row["key"])
+        return self.index.keys[start : start + int(row["key_size"])].tobytes().decode("utf-8", "replace")
+
+    def where(self, number: int) -> str:
+        """Shard and key of a sample, for messages."""
+        return f"{self._shard(self._row(number))[0]}: {short(self.key(number))}"
+
+    def members(self, number: int) -> dict[str, bytes]:
+        """Read the members of sample `number` as {suffix: bytes}, in the tar's order. Raises as `__getitem__`."""
+        row = self._row(number)
+        shard, path = self._shard(row)
+        place = f"{shard}: {short(self.key(number))}"
+        first, count = int(row["member"]), int(row["members"])
+        rows = self.index.members[first : first + count].tolist()
+        suffixes = self.index.header["suffixes"]
+        wanted = [m for m in rows if not m[_INLINE]]
+        if len(rows) != count or not wanted or any(m[_SUFFIX] >= len(suffixes) for m in wanted):
+            raise RecordError("the index is damaged", where=place, remedy=_REBUILD)
+        sizes = [(suffixes[m[_SUFFIX]], m[_SIZE]) for m in wanted]
+        check_members(sizes, where=place, limits=self._limits)
+        found = {}
+        for start, data, group in self._spans(path, wanted):
+            for m in group:
+                suffix = suffixes[m[_SUFFIX]]
+                begin, end = m[_START] - start, m[_START] - start + _span(m)
+                piece = data[begin:end]
+                if len(piece) < end - begin:
+                    left = f"member {short(suffix)} is cut short ({len(piece):,} of {end - begin:,} bytes)"
+                    raise RecordError(left, where=place, remedy=_CHANGED)
+                if zlib.crc32(piece) != m[_CRC]:
+                    problem = f"member {short(suffix)} is not what was indexed (crc32 differs)"
+                    raise RecordError(problem, where=place, remedy=_CHANGED)
+                found[suffix] = bytes(piece[m[_LEAD] : m[_LEAD] + m[_SIZE]])
+        return found
+
+    def verify(self) -> list[RecordError]:
+        """Read every shard whole; return what differs from the index, headers and ends of archives included."""
+        problems = []
+        for shard, path in zip(self.index.header["shards"], self._paths, strict=True):
+            crc = length = 0
+            with open_shard(path) as (file, _):
+                while chunk := file.read(1 << 20):
+                    crc, length = zlib.crc32(chunk, crc), length + len(chunk)
+            if (crc, length) != (shard["crc32"], shard["size"]):
+                problem = f"{length:,} bytes with crc32 {crc:08x}, {shard['size']:,} with {shard['crc32']:08x} indexed"
+                problems.append(RecordError(problem, where=shard["name"], remedy=_CHANGED))
+        return problems
+
+    def _row(self, number: int) -> np.void:
+        if not 0 <= number < len(self):
+            raise IndexError(f"record {number} of {len(self)}")
+        return self.index.samples[number]
+
+    def _shard(self, row: np.void) -> tuple[str, str]:
+        shard = int(row["shard"])
+        if shard >= len(self._paths):
+            raise RecordError("the index is damaged", where=self.origin, remedy=_REBUILD)
+        return self.index.header["shards"][shard]["name"], self._paths[shard]
+
+    def _spans(self, path: str, members: list[tuple]) -> Iterator[tuple[int, memoryview, list[tuple]]]:
+        """Read neighbouring members together; yield (start, bytes, members)."""
+        group: list[tuple] = []
+        end = 0
+        for m in members:
+            if group and not 0 <= m[_START] - end <= _GAP:
+                yield self._span(path, group, end)
+                group = []
+            group.append(m)
+            end = m[_START] + _span(m)
+        yield self._span(path, group, end)
+
+    def _span(self, path: str, group: list[tuple], end: int) -> tuple[int, memoryview, list[tuple]]:
+        start = group[0][_START]
+        return start, memoryview(self._ranges.read(path, start, end - start)), group
+
+
+# Places in a MEMBER row, which is read as one tuple since fields of numpy records are slow one by one.
+_START, _LEAD, _SIZE, _CRC, _SUFFIX, _INLINE = (
+    (DTYPES["members"].names or ()).index("start"),
+    1,
+    2,
+    3,
+    6,
+    7,
+)
+
+
+def _span(member: tuple) -> int:
+    return member[_LEAD] + padded(member[_SIZE])
+
+
+def open_shards(
+    folder: str | os.PathLike[str],
+    *,
+    name: str = "",
+    limit: int | None = None,
+    cache: str | os.PathLike[str] = ".",
+    limits: Limits | None = None,
+) -> ShardSource:
+    """Open a folder written by `build_shards` or `index_tars`.
+
+    Args:
+        folder: local, or hf://, s3://, http(s)://, whose index (not its shards) is copied to `cache` once.
+        limit: use only the first `limit` records. limits: of members and samples.
+
+    Raises:
+        ConfigError: no index, one of another version, or shards that are missing or of another size than indexed.
+        ShardFileError: a remote folder that cannot be reached, or a refused scheme.
+    """
+    path = os.fspath(folder)
+    source = ShardSource(
+        path if is_remote(path) else os.path.abspath(path),
+        name=name,
+        limit=limit,
+        cache=os.fspath(cache),
+        limits=limits,
+    )
+    _check_shards(source)
+    return source
+
+
+def has_index(folder: str | os.PathLike[str]) -> bool:
+    """Say whether a local folder holds an index of shards."""
+    return os.path.isfile(os.path.join(folder, INDEX))
+
+
+def _check_shards(source: ShardSource) -> None:
+    wrong = []
+    for shard, path in zip(source.index.header["shards"], source._paths, strict=True):
+        if is_remote(path):
+            continue
+        try:
+            size = os.stat(path).st_size
+        except OSError as error:
+            wrong.append(f"{shard['name']}: {error.strerror}")
+            continue
+        if size != shard["size"]:
+            wrong.append(f"{shard['name']}: {size:,} bytes, {shard['size']:,} when indexed")
+    if wrong:
+        number = len(source.index.header["shards"])
+        listed = "; ".join(wrong[:5]) + (" ..." if len(wrong) > 5 else "")
+        problem = f"{len(wrong)} of {number} shards are missing or changed ({listed})"
+        raise ConfigError(problem, where=source.origin, remedy="Restore them, or index the folder again.")
+
+
+def _join(folder: str, name: str) -> str:
+    if is_remote(name) or os.path.isabs(name):
+        return name
+    return f"{folder.rstrip('/')}/{name}"
+
+
+def _open_index(folder: str, cache: str) -> Index:
+    try:
+        with open_shard(_join(folder, INDEX)) as (file, _):
+            header = json.loads(file.read())
+    except ShardFileError as error:
+        remedy = "Write one with `mmit data build`, or `mmit data index` for existing tars."
+        raise ConfigError(f"no index of shards ({error.problem})", where=folder, remedy=remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("index.json is damaged", where=folder, remedy=_REBUILD) from error
+    _check_header(header, folder)
+    local = Path(folder) / header["folder"] if not is_remote(folder) else _fetched(folder, header, Path(cache))
+    arrays = {}
+    for name in ARRAYS:
+        try:
+            # A mapping of nothing is refused by the system.
+            array = np.load(local / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(f"{name}.npy is missing or damaged", where=str(local), remedy=_REBUILD) from error
+        if array.dtype != DTYPES[name] or array.shape != (header["lengths"][name],):
+            raise ConfigError(f"{name}.npy does not fit index.json", where=str(local), remedy=_REBUILD)
+        arrays[name] = array.view(np.ndarray)
+    return Index(header, **arrays)
+
+
+def _check_header(header: Any, folder: str) -> None:
+    """Check the types that the reader relies on: an index may come from anywhere."""
+    version = header.get("mmit_index") if isinstance(header, dict) else None
+    if version != VERSION:
+        problem = f"index.json is of version {short(version)}, not {VERSION}"
+        raise ConfigError(problem, where=folder, remedy=_REBUILD)
+    sound = (
+        all(isinstance(header.get(k), list) for k in ("shards", "sources", "suffixes"))
+        and all(isinstance(header.get(k), str) for k in ("folder", "fingerprint", "caption_prompt"))
+        and isinstance(header.get("lengths"), dict)
+        and all(isinstance(header["lengths"].get(k), int) for k in ARRAYS)
+        and all(isinstance(s, str) for s in header["suffixes"])
+        and all(isinstance(s, dict) for s in header["shards"])
+        and all(isinstance(s.get("name"), str) for s in header["shards"])
+        and all(isinstance(s.get(k), int) for s in header["shards"] for k in ("size", "crc32"))
+        and "/" not in header["folder"]
+    )
+    if not sound:
+        raise ConfigError("index.json is damaged", where=folder, remedy=_REBUILD)
+
+
+def _fetched(folder: str, header: dict[str, Any], cache: Path) -> Path:
+    """Copy the arrays of a remote index to `cache`, once."""
+    digest = hashlib.sha256(f"{folder} {header['fingerprint']}".encode()).hexdigest()[:16]
+    local = cache / f"shards-{digest}"
+    for name in ARRAYS:
+        target = local / f"{name}.npy"
+        if not target.exists():
+            with open_shard(_join(folder, f"{header['folder']}/{name}.npy")) as (file, _):
+                local.mkdir(parents=True, exist_ok=True)
+                write_atomic(target, file.read())
+    return local

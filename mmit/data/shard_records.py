@@ -1,0 +1,321 @@
+"""Samples: from the members of one key in a WebDataset tar to a Record, and back.
+
+Owns which members are accepted (an allow-list: text and pictures, nothing that can execute), how large and how many
+they may be, and which layouts are understood. Never decodes a picture: bytes go in, an image part with bytes comes out.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO
+from typing import Any, NoReturn
+
+import PIL.Image
+
+from mmit.data.images import FORMATS as PICTURES
+from mmit.errors import ImageError, RecordError
+from mmit.records import Image, Record, Text, Turn, short
+
+TEXTS = ("json", "txt")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_LAYOUTS = (
+    "A sample is a .json with 'turns' (mmit), 'conversations' (LLaVA, ShareGPT), 'messages' or 'text_list' "
+    "(interleaved), or one picture with a .txt (caption); pictures lie beside it under the same key."
+)
+# Where a name ends and the member's type begins: at the first dot of the last path component, as in WebDataset.
+_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)", re.DOTALL)
+# The index has 32 bits for a size and 16 for a number of members.
+_MOST_BYTES, _MOST_MEMBERS = 0xFFFFFFFF, 0xFFFF
+_ORIENTATION_TAG = 0x0112
+# What Pillow's EXIF reader is seen to raise for a damaged block, which then counts as none (see images.load_rgb).
+_BROKEN_EXIF = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one sample may hold; more is refused before it is read."""
+
+    member_bytes: int = 256 << 20
+    sample_bytes: int = 512 << 20
+    members: int = 256
+    key_bytes: int = 1024
+
+
+def split_name(name: str, *, where: str = "") -> tuple[str, str]:
+    """Return (key, suffix) of a member's name: "a/b.0.jpg" -> ("a/b", "0.jpg"). Raises RecordError without a dot."""
+    match = _NAME.fullmatch(name)
+    if not match:
+        remedy = "Name members KEY.jpg, KEY.json and so on."
+        raise RecordError(f"member {short(name)} has no extension", where=where, remedy=remedy)
+    return match[1], match[2]
+
+
+def extension(suffix: str) -> str:
+    """Return the type of a member: "0.JPG" -> "jpg"."""
+    return suffix.rpartition(".")[2].lower()
+
+
+def check_members(members: Sequence[tuple[str, int]], *, where: str, limits: Limits) -> None:
+    """Raise RecordError if the (suffix, bytes) of one sample break the allow-list or a limit, or repeat a suffix."""
+    if len(members) > min(limits.members, _MOST_MEMBERS // 2):
+        _fail(
+            f"{len(members)} members are more than the {limits.members} allowed",
+            where,
+            "Split the sample.",
+        )
+    seen: set[str] = set()
+    for suffix, size in members:
+        if extension(suffix) not in TEXTS + IMAGES:
+            remedy = f"Accepted: {', '.join(TEXTS + IMAGES)}. Name this one in `ignore` to leave such members out."
+            _fail(f"member '{short(suffix)}' is of a type that is not accepted", where, remedy)
+        if suffix in seen:
+            _fail(
+                f"the member '{short(suffix)}' is there twice",
+                where,
+                "Give each member a name of its own.",
+            )
+        if size > min(limits.member_bytes, _MOST_BYTES):
+            problem = f"member '{short(suffix)}' of {size:,} bytes is over the limit of {limits.member_bytes:,}"
+            _fail(problem, where, "Leave it out, or raise the limit if its origin is trusted.")
+        seen.add(suffix)
+    total = sum(size for _, size in members)
+    if total > limits.sample_bytes:
+        problem = f"{total:,} bytes are over the limit of {limits.sample_bytes:,} for one sample"
+        _fail(problem, where, "Split the sample, or raise the limit if its origin is trusted.")
+
+
+def to_record(key: str, members: Mapping[str, bytes], *, where: str, caption_prompt: str = "") -> Record:
+    """Build the record of one sample from {suffix: bytes}; every picture must be used by it.
+
+    Captions (img2dataset): the user shows the picture, with `caption_prompt` if it is not empty, the assistant says
+    the .txt; a .json beside it becomes meta. Interleaved documents (OpenFlamingo): each picture opens a user turn,
+    the sentences from its own to the next picture's are the answer; what comes before the first picture is the
+    user's. Raises RecordError.
+    """
+    images = {s: d for s, d in members.items() if extension(s) in IMAGES}
+    jsons = [s for s in members if extension(s) == "json"]
+    texts = [s for s in members if extension(s) == "txt"]
+    row: Any = None
+    if len(jsons) > 1 or len(texts) > 1:
+        _fail(f"more than one text member: {', '.join(map(short, jsons + texts))}", where, _LAYOUTS)
+    if jsons:
+        row = _json(members[jsons[0]], jsons[0], where)
+    keys = row.keys() if isinstance(row, dict) else ()
+    if "turns" in keys and not texts:
+        record = _with_bytes(Record.from_json(row, where=where), key, images, where=where)
+    elif "text_list" in keys and not texts:
+        record = _interleaved(row, images, where)
+    elif ("conversations" in keys or "messages" in keys) and not texts:
+        record = _foreign(row, images, where)
+    elif texts and len(images) == 1:
+        record = _caption(row, members[texts[0]], next(iter(images.values())), prompt=caption_prompt, where=where)
+    else:
+        found = ", ".join(short(s, 40) for s in list(members)[:8])
+        _fail(f"cannot tell what the sample is (members: {found})", where, _LAYOUTS)
+    record = record if record.id else replace(record, id=key)
+    try:
+        record.validate(for_training=None)
+    except RecordError as error:
+        raise RecordError(error.problem, where=where, remedy=error.remedy) from error
+    return record
+
+
+def from_record(record: Record, key: str, pictures: Sequence[bytes]) -> dict[str, bytes]:
+    """Return the members {suffix: bytes} of a record whose image parts hold `pictures`, in reading order.
+
+    Equal pictures of one record are stored once. The JSON is the canonical one, its image parts being the names of
+    members.
+    """
+    members: dict[str, bytes] = {}
+    known: dict[bytes, str] = {}
+    names = []
+    for data in pictures:
+        if data not in known:
+            known[data] = f"{len(known)}.{_EXTENSION[picture_format(data, where=record.where)]}"
+            members[known[data]] = data
+        names.append(f"{key}.{known[data]}")
+    named = iter(names)
+    turns = tuple(
+        Turn(t.role, tuple(Image(next(named)) if isinstance(p, Image) else p for p in t.parts)) for t in record.turns
+    )
+    row = replace(record, turns=turns).to_json()
+    members["json"] = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    return members
+
+
+def picture_format(data: bytes, *, where: str) -> str:
+    """Return the name in images.FORMATS that the first bytes of a picture tell. Raises ImageError."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "JPEG"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "PNG"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP"
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return "GIF"
+    if data[:2] == b"BM":
+        return "BMP"
+    problem = f"not a {', '.join(PICTURES)} picture (it begins with {data[:8]!r})" if data else "the image is empty"
+    raise ImageError(problem, where=where, remedy="Convert it, fetch it again if it is damaged, or leave it out.")
+
+
+def picture_size(data: bytes, *, where: str) -> tuple[int, int]:
+    """Return (width, height) as seen, EXIF orientation applied, from the header alone. Raises ImageError."""
+    try:
+        with PIL.Image.open(BytesIO(data), formats=PICTURES) as picture:
+            width, height = picture.size
+            try:
+                turned = picture.getexif().get(_ORIENTATION_TAG) in (5, 6, 7, 8)
+            except _BROKEN_EXIF:
+                turned = False
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pillow's plugins raise whatever a malformed header leads to (struct.error, KeyError, ...).
+        cause = f"cannot read its header ({len(data):,} bytes): {short(str(error) or type(error).__name__)}"
+        remedy = "Fetch the picture again, or leave the record out."
+        raise ImageError(cause, where=where, remedy=remedy) from error
+    return (height, width) if turned else (width, height)
+
+
+def _fail(problem: str, where: str, remedy: str) -> NoReturn:
+    raise RecordError(problem, where=where, remedy=remedy)
+
+
+def _json(data: bytes, suffix: str, where: str) -> Any:
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        _fail(
+            f"{short(suffix)} is not JSON: {short(str(error))}",
+            where,
+            "Write the sample again, or leave it out.",
+        )
+
+
+def _with_bytes(record: Record, key: str, images: Mapping[str, bytes], *, where: str) -> Record:
+    """Replace image parts that name members by the members' bytes."""
+    used: set[str] = set()
+
+    def fill(part: Text | Image) -> Text | Image:
+        if not isinstance(part, Image) or not isinstance(part.source, str):
+            return part
+        suffix = part.source.removeprefix(f"{key}.")
+        if suffix not in images:
+            have = ", ".join(short(s, 30) for s in images) or "none"
+            _fail(
+                f"image part {short(part.source)} is no member (pictures: {have})",
+                where,
+                "Write it again.",
+            )
+        used.add(suffix)
+        return Image(images[suffix])
+
+    turns = tuple(Turn(turn.role, tuple(fill(part) for part in turn.parts)) for turn in record.turns)
+    if unused := images.keys() - used:
+        problem = f"{', '.join(map(short, sorted(unused)))} is shown by no image part"
+        _fail(problem, where, "Name it in an image part, or leave it out of the tar.")
+    return replace(record, turns=turns)
+
+
+def _foreign(row: dict[str, Any], images: Mapping[str, bytes], where: str) -> Record:
+    """Read LLaVA, ShareGPT or messages rows; the members take the places of the row's image files, in order."""
+    from mmit.data.formats import FORMATS
+
+    names = sorted(images, key=_natural)
+    if "conversations" in row and names:
+        row = {k: v for k, v in row.items() if k != "images"} | {"image": names}
+    kind = "messages" if "messages" in row else "llava"
+    try:
+        record = FORMATS[kind](row, image_root="")
+    except RecordError as error:
+        place = f"{where}: {error.where}" if error.where else where
+        raise RecordError(error.problem, where=place, remedy=error.remedy) from error
+    paths = [image for image in record.images if isinstance(image.source, str)]
+    if len(paths) != len(names):
+        _fail(
+            f"{len(paths)} image parts, but {len(names)} pictures",
+            where,
+            "Give each image part its picture.",
+        )
+    left = iter(names)
+    turns = tuple(
+        Turn(
+            turn.role,
+            tuple(
+                Image(images[next(left)]) if isinstance(p, Image) and isinstance(p.source, str) else p
+                for p in turn.parts
+            ),
+        )
+        for turn in record.turns
+    )
+    return replace(record, turns=turns)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order "2.jpg" before "10.jpg"."""
+    return [(int(p), "") if p.isdecimal() else (0, p) for p in re.findall(r"[0-9]{1,18}|[^0-9]+", name)]
+
+
+def _caption(row: Any, text: bytes, picture: bytes, *, prompt: str, where: str) -> Record:
+    try:
+        caption = text.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise RecordError("the .txt is not UTF-8", where=where, remedy="Export the captions again.") from error
+    question = (Image(picture), Text(prompt)) if prompt else (Image(picture),)
+    meta = row if isinstance(row, dict) else {}
+    licence = meta.get("license")
+    return Record(
+        (Turn("user", question), Turn("assistant", (Text(caption),))),
+        licence=licence if isinstance(licence, str) and licence else None,
+        meta=meta,
+    )
+
+
+def _interleaved(row: dict[str, Any], images: Mapping[str, bytes], where: str) -> Record:
+    sentences, pictures = row.get("text_list"), row.get("image_info") or []
+    if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
+        _fail("'text_list' is not a list of strings", where, _LAYOUTS)
+    if images or not isinstance(pictures, list) or not all(isinstance(p, dict) for p in pictures):
+        _fail(
+            "pictures of an interleaved document belong into 'image_info' as 'image_base64'",
+            where,
+            _LAYOUTS,
+        )
+    at: dict[int, list[Image]] = {}
+    for number, info in enumerate(pictures):
+        place = info.get("matched_text_index", number)
+        if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < len(sentences):
+            _fail(
+                f"picture {number + 1} matches no sentence of {len(sentences)}",
+                where,
+                "Mend matched_text_index.",
+            )
+        at.setdefault(place, []).append(Image(_base64(info.get("image_base64"), number, where)))
+    if not at:
+        _fail("the document has no picture", where, "Import text without pictures from JSONL instead.")
+    starts = sorted(at)
+    turns = []
+    for n, start in enumerate(starts):
+        end = starts[n + 1] if n + 1 < len(starts) else len(sentences)
+        context = (Text(" ".join(sentences[:start]) + "\n"),) if n == 0 and start else ()
+        turns.append(Turn("user", (*context, *at[start])))
+        turns.append(Turn("assistant", (Text(" ".join(sentences[start:end])),)))
+    # The matrix and the pictures are what the turns were made of; the rest is provenance.
+    meta = {k: v for k, v in row.items() if k not in ("text_list", "image_info", "similarity_matrix")}
+    return Record(tuple(turns), meta=meta)
+
+
+def _base64(text: Any, number: int, where: str) -> bytes:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (TypeError, ValueError, binascii.Error) as error:
+        remedy = "Write the encoded picture's bytes with base64.b64encode."
+        raise RecordError(f"picture {number + 1} is not base64", where=where, remedy=remedy) from error
+    return data

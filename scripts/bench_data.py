@@ -1,0 +1,200 @@
+"""Measures what the data layer promises; prints one JSON. See --help.
+
+1. shard -> RGB tensor, one process, crc checked, against webdataset + PIL: the same tars, in turns, medians.
+2. Start-up (seconds, memory) on an index of a million rows, in a fresh process.
+3. Resume at 10 % and 90 % of an epoch of a million: order, position, first record read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+# What a fresh process does from a cold start to its first record; memory is this process's own.
+START = """
+import json, resource, sys, time
+begin = time.perf_counter()
+from mmit.data.shard_reader import open_shards
+source = open_shards(sys.argv[1])
+size, row = len(source), source.index.samples[len(source) // 2]
+source.index.members[int(row["member"])]
+seconds = time.perf_counter() - begin
+status = open("/proc/self/status").read()
+rss = int(status.split("VmRSS:")[1].split()[0]) / 1024
+print(json.dumps({"rows": size, "seconds": round(seconds, 3), "rss_mb": round(rss, 1)}))
+"""
+RESUME = """
+import json, sys, time
+from mmit.data.mixture import epoch_order
+from mmit.data.shard_reader import open_shards
+found = {}
+for percent in (10, 90, 10, 90):
+    begin = time.perf_counter()
+    source = open_shards(sys.argv[1])
+    order = epoch_order([len(source)], [1.0], seed=1, epoch=3)
+    source.key(int(order[len(order) * percent // 100]))
+    found.setdefault(f"at_{percent}_percent_s", []).append(round(time.perf_counter() - begin, 3))
+print(json.dumps(found))
+"""
+
+
+def picture(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
+    """A JPEG with structure and some noise, so that its size is that of a photograph."""
+    import PIL.Image
+
+    width, height = size
+    coarse = PIL.Image.fromarray(rng.integers(0, 255, (height // 16 + 1, width // 16 + 1, 3), dtype=np.uint8))
+    noise = PIL.Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+    out = io.BytesIO()
+    PIL.Image.blend(coarse.resize(size, PIL.Image.Resampling.BICUBIC), noise, 0.06).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def build(folder: Path, *, number: int, size: tuple[int, int]) -> None:
+    """Write `number` captioned pictures as shards."""
+    from mmit.data.shards import build_shards
+    from mmit.records import Record
+
+    rng = np.random.default_rng(0)
+    pictures = [picture(rng, size) for _ in range(min(number, 64))]
+    # A comment after the end of the picture makes each file differ, so that none is stored once for two records.
+    records = (
+        Record.triple("What is shown?", f"picture {i}", images=[pictures[i % len(pictures)]]) for i in range(number)
+    )
+    build_shards(records, folder, max_bytes=64 << 20)
+
+
+def with_mmit(folder: Path) -> Iterator[object]:
+    """Yield tensors, every record parsed and every byte checked."""
+    from mmit.data.decode import decode_rgb
+    from mmit.data.shard_reader import open_shards
+
+    source = open_shards(folder)
+    for number in range(len(source)):
+        for image in source[number].images:
+            assert isinstance(image.source, bytes)
+            yield decode_rgb(image.source)
+
+
+def with_mmit_shuffled(folder: Path) -> Iterator[object]:
+    """The same in random order, which webdataset cannot do."""
+    from mmit.data.decode import decode_rgb
+    from mmit.data.mixture import epoch_order
+    from mmit.data.shard_reader import open_shards
+
+    source = open_shards(folder)
+    for number in epoch_order([len(source)], [1.0], seed=0, epoch=0).tolist():
+        for image in source[number].images:
+            assert isinstance(image.source, bytes)
+            yield decode_rgb(image.source)
+
+
+def with_webdataset(folder: Path) -> Iterator[object]:
+    """webdataset's own decoder to uint8 tensors (PIL inside), JSON parsed, nothing checked."""
+    import webdataset
+
+    shards = sorted(str(path) for path in folder.glob("*.tar"))
+    for sample in webdataset.WebDataset(shards, shardshuffle=False).decode("torchrgb8"):
+        yield sample["0.jpg"]
+
+
+def rate(read: Callable[[Path], Iterator[object]], folder: Path) -> float:
+    """Samples per second of one pass."""
+    begin = time.perf_counter()
+    number = sum(1 for _ in read(folder))
+    return number / (time.perf_counter() - begin)
+
+
+def throughput(scratch: Path, *, number: int, size: tuple[int, int], rounds: int) -> dict[str, object]:
+    """Run the readers in turns on the same tars."""
+    import torch
+
+    folder = scratch / f"shards-{size[0]}x{size[1]}"
+    build(folder, number=number, size=size)
+    ours, theirs = next(with_mmit(folder)), next(with_webdataset(folder))
+    assert torch.equal(ours, theirs)  # type: ignore[arg-type]
+    readers = {"mmit": with_mmit, "webdataset": with_webdataset, "mmit_shuffled": with_mmit_shuffled}
+    found: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(rounds):
+        for name, read in readers.items():
+            found[name].append(rate(read, folder))
+    ratios = [a / b for a, b in zip(found["mmit"], found["webdataset"], strict=True)]
+    return {
+        "picture": f"{size[0]}x{size[1]}",
+        "samples": number,
+        "samples_per_s": {name: round(statistics.median(values)) for name, values in found.items()},
+        "ratio_median": round(statistics.median(ratios), 2),
+        "ratio_range": [round(min(ratios), 2), round(max(ratios), 2)],
+    }
+
+
+def million_rows(folder: Path, rows: int) -> None:
+    """Write an index of `rows` samples without their tars' contents, two members each."""
+    from mmit.data.shard_index import MEMBER, SAMPLE, Part, write_index
+
+    per_shard, parts = 10_000, []
+    for number in range(-(-rows // per_shard)):
+        count = min(per_shard, rows - number * per_shard)
+        samples, members = np.zeros(count, SAMPLE), np.zeros(2 * count, MEMBER)
+        samples["member"], samples["members"], samples["images"] = np.arange(count) * 2, 2, 1
+        samples["key"], samples["key_size"], samples["chars"] = np.arange(count) * 9, 9, 100
+        members["start"], members["lead"], members["size"] = np.arange(2 * count) * 2048, 512, 1000
+        keys = "".join(f"{number * per_shard + i:09d}" for i in range(count)).encode()
+        size = 2 * count * 2048 + 1024
+        part = Part(f"shard-{number:06d}.tar", size, 0, samples, members, bytearray(keys), {"": 0}, {"json": 0})
+        with open(folder / part.name, "wb") as file:
+            file.truncate(size)  # a hole: takes no room
+        parts.append(part)
+    write_index(parts, folder)
+
+
+def fresh(code: str, folder: Path) -> dict[str, object]:
+    """Run code in a new interpreter."""
+    run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=600)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    args = parser.parse_args()
+    import torch
+    import webdataset
+
+    torch.set_num_threads(1)
+    report: dict[str, object] = {
+        "python": platform.python_version(),
+        "webdataset": webdataset.__version__,
+        "machine": platform.processor() or platform.machine(),
+    }
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        sizes = [(64, 64), (336, 336), (640, 480)]
+        report["throughput"] = [
+            throughput(scratch, number=args.samples, size=size, rounds=args.rounds) for size in sizes
+        ]
+        rows = scratch / "million"
+        rows.mkdir()
+        million_rows(rows, args.rows)
+        report["index_bytes_per_row"] = round(sum(f.stat().st_size for f in rows.glob("index*/*")) / args.rows, 1)
+        report["start_up"] = fresh(START, rows)
+        report["resume"] = fresh(RESUME, rows)
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
