@@ -1,0 +1,386 @@
+"""Decoding: from prompts laid into rows to new tokens, one step for all unfinished prompts at a time.
+
+Owns the key-value cache of a batch, the choice of the next token and the sums behind likelihood scoring. Takes
+embeddings and index tensors of rows, gives token ids; knows neither tokenizers nor records. Many prompts run as
+one row, so what they share (system prompt, picture) is computed once; then every prompt's path is copied out
+into a left-padded batch. Refuses what a model's cache does not allow: see `support`.
+
+Dimensions: T tokens in a row, B prompts, S targets, L longest path, KV key heads, D head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from mmit.errors import ConfigError, ModelError
+from mmit.models.attention import NAME, make_plan
+from mmit.models.vlm import VLM
+
+LLM = PreTrainedModel | PeftModel
+ROOM = 64  # tokens by which the buffers of a batch cache grow
+CROWDED = 0.75  # a batch is closed up when no more than this share of its places is still at work
+
+Stop = Callable[[int, Sequence[int]], bool]
+
+
+class Prompts(NamedTuple):
+    """A row of prompts: token embeddings and where each prompt ends."""
+
+    embeddings: torch.Tensor  # (T, width of the LLM)
+    positions: torch.Tensor  # (T,)
+    nodes: torch.Tensor  # (K, 3) first token, length, parent or -1; parents come first
+    predict_at: torch.Tensor  # (B,) last token of each prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is chosen; temperature 0 is greedy, top_k 0 keeps every token.
+
+    `seed` and a prompt's number alone decide its random draws, whatever else is in the batch.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature}", remedy="Give 0 (greedy) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}", remedy="Give a number above 0 and up to 1.")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k is {self.top_k}", remedy="Give 0 (every token) or more.")
+
+    def generator(self, prompt: int) -> torch.Generator:
+        """Return the source of randomness of one prompt. On the CPU, so that every device draws the same."""
+        digest = hashlib.blake2b(f"{self.seed} {prompt}".encode(), digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What a language model's attention and cache allow."""
+
+    batched: bool  # prompts of several lengths can be decoded together
+    shared: bool  # many prompts can run as one row
+    window: int | None = None  # longest prompt in a row of many, where some layers look back no further
+
+
+def support(llm: LLM) -> Support:
+    """Find out what a language model allows, by its kinds of cache layer and a row of two tokens.
+
+    Keys and values of every past token can be copied and padded; a running state (convolutions, linear
+    attention) cannot, so such a model decodes one prompt at a time with the cache it makes itself. Layers with a
+    sliding window are kept whole: transformers' mask hides what lies outside the window.
+    """
+    layers = DynamicCache(config=llm.config).layers
+    chunked = getattr(llm.config.get_text_config(), "attention_chunk_size", None) is not None
+    if chunked or not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return Support(batched=False, shared=False)
+    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    return Support(batched=True, shared=_shares_rows(llm), window=min(windows, default=None))
+
+
+def _embeddings(llm: LLM) -> torch.Tensor:
+    """The table of token embeddings: inputs go where it is."""
+    return cast(torch.Tensor, llm.get_input_embeddings().weight)
+
+
+def _shares_rows(llm: LLM) -> bool:
+    if llm.config._attn_implementation != NAME:
+        return False
+    weight = _embeddings(llm)
+    two = Prompts(
+        weight.detach()[:1].expand(2, -1),
+        torch.zeros(2, dtype=torch.int64, device=weight.device),
+        torch.tensor([[0, 1, -1], [1, 1, -1]]),
+        torch.tensor([1], device=weight.device),
+    )
+    try:
+        _run(llm, two, DynamicCache())
+    except (ModelError, TypeError):  # attention mmit does not compute, or a forward without extra arguments
+        return False
+    return True
+
+
+@dataclass(slots=True)
+class State:
+    """A batch between two steps."""
+
+    cache: Cache
+    argument: str  # the name by which the model takes its cache
+    lengths: torch.Tensor  # (B,) on the CPU, tokens of each prompt that are in the cache
+    logits: torch.Tensor  # (B, V) for the next token
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values in buffers with room to spare, so that a step writes its token and copies nothing."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self._buffers = [keys, values]
+        self._show(length)
+
+    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append (B, KV, new, D) states and return all."""
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for number, states in enumerate((key_states, value_states)):
+            missing = end - self._buffers[number].shape[-2]
+            if missing > 0:
+                self._buffers[number] = F.pad(self._buffers[number], (0, 0, 0, missing + ROOM))
+            self._buffers[number][:, :, start:end] = states
+        return self._show(end)
+
+    def select(self, places: torch.Tensor, trim: int) -> None:
+        """Keep some places of the batch, and drop `trim` tokens of padding on the left."""
+        length = self.get_seq_length() - trim
+        places = places.to(self.device)
+        self._buffers = [buffer[:, :, trim:].index_select(0, places) for buffer in self._buffers]
+        self._show(length)
+
+
+def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
+    """Run the prompts and lay them into one batch, row after row.
+
+    Args:
+        llm: the language model.
+        rows: one row of many prompts where `able.shared`; else rows of one prompt each, and just one such row
+            unless `able.batched`.
+        able: `support(llm)`.
+
+    Raises:
+        ModelError: the model does not support rows of this kind.
+    """
+    if not able.batched:
+        (row,) = rows
+        out = _run(llm, row, None)
+        names = ("past_key_values", "cache_params")
+        argument = next((name for name in names if getattr(out, name, None) is not None), None)
+        if argument is None:
+            raise ModelError(
+                f"{type(llm).__name__} returns no cache that the next step could go on from",
+                remedy="use an architecture that transformers can decode with a cache",
+            )
+        return State(getattr(out, argument), argument, torch.tensor([len(row.embeddings)]), out.logits[0])
+    caches: list[Cache] = [DynamicCache() for _ in rows]
+    logits = [_run(llm, row, cache).logits[0] for row, cache in zip(rows, caches, strict=True)]
+    paths = [_paths(row.nodes.tolist(), row.predict_at.tolist()) for row in rows]
+    lengths = torch.tensor([len(path) for row in paths for path in row])
+    return State(_batch_cache(caches, paths), "past_key_values", lengths, torch.cat(logits))
+
+
+def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
+    arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    plan = None
+    if len(row.nodes) > 1:
+        plan = make_plan(row.nodes.cpu()).to(row.embeddings.device)
+        # A 4-D mask is handed through untouched by transformers; the plan replaces it.
+        arguments |= {"mmit_plan": plan, "attention_mask": row.embeddings.new_zeros(1, 1, 1, 1)}
+    out = llm(
+        inputs_embeds=row.embeddings[None],
+        position_ids=row.positions[None],
+        use_cache=True,
+        logits_to_keep=row.predict_at,
+        **arguments,
+    )
+    if plan is not None and plan.calls == 0:
+        raise ModelError(f"{type(llm).__name__} does not route its attention through transformers' interface")
+    return out
+
+
+def _paths(nodes: list[list[int]], predict_at: list[int]) -> list[list[int]]:
+    """Row positions of each prompt's tokens, in order."""
+    above: list[list[int]] = []
+    for _, _, parent in nodes:
+        start, length, _ = nodes[parent]
+        above.append([] if parent < 0 else above[parent] + list(range(start, start + length)))
+    owner = {start + i: n for n, (start, length, _) in enumerate(nodes) for i in range(length)}
+    return [above[owner[at]] + list(range(nodes[owner[at]][0], at + 1)) for at in predict_at]
+
+
+def _batch_cache(caches: list[Cache], paths: list[list[list[int]]]) -> Cache:
+    """Copy every prompt's path out of its row's cache; empties the row caches as it goes."""
+    batch, width = sum(map(len, paths)), max(len(path) for row in paths for path in row)
+    indices = []
+    for row in paths:
+        longest = max(map(len, row))
+        # Padding repeats the row's first token: the mask hides it, and it is finite.
+        indices.append(torch.tensor([[0] * (longest - len(path)) + path for path in row]))
+    layers: list[Any] = []
+    for number in range(len(caches[0].layers)):
+        buffers = []
+        for name in ("keys", "values"):
+            first = getattr(caches[0].layers[number], name)
+            buffer = first.new_zeros(batch, first.shape[1], width + ROOM, first.shape[3])
+            begin = 0
+            for cache, index in zip(caches, indices, strict=True):
+                states = getattr(cache.layers[number], name)[0]  # (KV, T, D)
+                n, longest = index.shape
+                picked = states.index_select(1, index.flatten().to(states.device)).unflatten(1, (n, longest))
+                buffer[begin : begin + n, :, width - longest : width] = picked.transpose(0, 1)
+                begin += n
+            buffers.append(buffer)
+        for cache in caches:
+            cache.layers[number].reset()
+        layers.append(_GrowingLayer(buffers[0], buffers[1], width))
+    return Cache(layers=layers)
+
+
+def _close_up(state: State, places: list[int]) -> None:
+    """Drop the places of finished prompts."""
+    index = torch.tensor(places)
+    lengths = state.lengths[index]
+    trim = state.cache.get_seq_length() - int(lengths.max())
+    for layer in state.cache.layers:
+        cast(_GrowingLayer, layer).select(index, trim)
+    state.lengths = lengths
+
+
+def steps(
+    llm: LLM,
+    state: State,
+    *,
+    limits: Sequence[int],
+    end_ids: Sequence[int],
+    sampling: Sampling | None = None,
+    numbers: Sequence[int] | None = None,
+    stop: Stop | None = None,
+) -> Iterator[list[tuple[int, int]]]:
+    """Decode, yielding after each step the new tokens as (prompt, id); uses the state up.
+
+    Args:
+        llm: the language model.
+        state: from `prefill`.
+        limits: (B,) most new tokens of each prompt, at least 1.
+        end_ids: ids that end an answer; they are not yielded.
+        sampling: greedy if None.
+        numbers: (B,) what stands for each prompt in its random draws; default its place in the batch.
+        stop: asked after each token with the prompt and all its new ids; True ends it.
+
+    Raises:
+        ModelError: the model's logits are not finite.
+    """
+    sampling = sampling or Sampling()
+    places = list(range(len(limits)))  # the prompt that each place of the batch works for
+    draws = [sampling.generator(n) for n in (places if numbers is None else numbers)]
+    answers: list[list[int]] = [[] for _ in places]
+    running = set(places)
+    logits = state.logits
+    while True:
+        chosen = choose(logits, sampling, [draws[prompt] for prompt in places])
+        new = []
+        for prompt, token in zip(places, chosen, strict=True):
+            if prompt not in running:
+                continue
+            if token in end_ids:
+                running.remove(prompt)
+                continue
+            answers[prompt].append(token)
+            new.append((prompt, token))
+            if len(answers[prompt]) >= limits[prompt] or (stop is not None and stop(prompt, answers[prompt])):
+                running.remove(prompt)
+        if new:
+            yield new
+        if not running:
+            return
+        if len(running) <= CROWDED * len(places):
+            kept = [place for place, prompt in enumerate(places) if prompt in running]
+            _close_up(state, kept)
+            places, chosen = [places[k] for k in kept], [chosen[k] for k in kept]
+        logits = _step(llm, state, chosen)
+
+
+def _step(llm: LLM, state: State, chosen: list[int]) -> torch.Tensor:
+    """Feed one token per place; return (B, V) logits."""
+    device = _embeddings(llm).device
+    padding = state.cache.get_seq_length() - state.lengths if len(chosen) > 1 else torch.zeros(1)
+    mask = None
+    if padding.any():
+        columns = torch.arange(state.cache.get_seq_length() + 1)
+        mask = (columns >= padding[:, None]).long().to(device)
+    out = llm(
+        input_ids=torch.tensor(chosen, device=device)[:, None],
+        attention_mask=mask,
+        position_ids=state.lengths[:, None].to(device),
+        use_cache=True,
+        logits_to_keep=1,
+        **{state.argument: state.cache},
+    )
+    state.lengths = state.lengths + 1
+    return out.logits[:, -1]
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> list[int]:
+    """Choose the next token of every place.
+
+    Nucleus sampling (top_p) is arXiv:1904.09751; top_k is applied before it, as transformers does.
+
+    Args:
+        logits: (B, V).
+        sampling: how.
+        draws: (B,) generators, each advanced by one draw unless greedy.
+    """
+    best = logits.max(-1)
+    if not torch.isfinite(best.values).all():
+        raise ModelError("the model's logits are not finite", remedy="load it with dtype bf16 or fp32")
+    if sampling.temperature == 0:
+        return best.indices.tolist()
+    ordered, ids = torch.sort(logits.float() / sampling.temperature, dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        ordered[:, sampling.top_k :] = float("-inf")
+    share = ordered.softmax(-1)
+    total = share.cumsum(-1)
+    share = share.masked_fill(total - share >= sampling.top_p, 0.0)
+    total = share.cumsum(-1)
+    uniform = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(total.device)
+    # Below the last token kept: rounding in the sum must not let a token of probability 0 through.
+    last = (share > 0).sum(-1) - 1
+    place = torch.minimum((total <= uniform[:, None] * total[:, -1:]).sum(-1), last)
+    return ids.gather(-1, place[:, None])[:, 0].tolist()
+
+
+def decode(llm: LLM, state: State, *, limits: Sequence[int], **options: Any) -> list[list[int]]:
+    """Return the new ids of every prompt, (B,) lists; arguments as `steps`."""
+    answers: list[list[int]] = [[] for _ in limits]
+    for new in steps(llm, state, limits=limits, **options):
+        for prompt, token in new:
+            answers[prompt].append(token)
+    return answers
+
+
+def log_likelihoods(vlm: VLM, row: Prompts, *, targets: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:
+    """Sum the log-probabilities of given continuations.
+
+    Args:
+        vlm: the composite.
+        row: the prompts with their continuations; `predict_at` (S,) is where each target is predicted.
+        targets: (S,) the tokens of the continuations.
+        owners: (S,) which of the `count` continuations each belongs to.
+        count: number of continuations.
+
+    Returns:
+        (count,) float32
+    """
+    logits = vlm.row_logits(row.embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at)
+    targets, owners = targets.to(logits.device), owners.to(logits.device)
+    log_probabilities = -F.cross_entropy(logits.float(), targets, reduction="none")
+    return torch.zeros(count, device=logits.device).index_add_(0, owners, log_probabilities)

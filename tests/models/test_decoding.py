@@ -1,0 +1,287 @@
+"""Batched decoding from shared rows equals one prompt at a time with transformers' own generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from mmit.data.packing import Sample, build_row
+from mmit.errors import ConfigError, ModelError
+from mmit.models import decoding
+from mmit.models.decoding import Prompts, Sampling, Support
+from mmit.models.llm import load_llm
+from mmit.models.vlm import VLM
+
+VOCABULARY = 50
+COMMON: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.6,  # far from uniform, so that rounding does not decide
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+# All, and what they allow: batched, shared, window.
+FAMILIES: dict[str, tuple[dict[str, Any], Support]] = {
+    "llama": ({"model_type": "llama"}, Support(True, True)),
+    "qwen2": ({"model_type": "qwen2", "tie_word_embeddings": True}, Support(True, True)),
+    "sliding": ({"model_type": "mistral", "sliding_window": 6}, Support(True, True, 6)),
+    "wide window": ({"model_type": "mistral", "sliding_window": 24}, Support(True, True, 24)),
+    "some sliding": (
+        {
+            "model_type": "gemma3_text",
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "query_pre_attn_scalar": 4,
+        },
+        Support(True, True, 6),
+    ),
+    "learnt positions": (
+        {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 256},
+        Support(True, True),
+    ),
+    "state space": ({"model_type": "mamba", "state_size": 4}, Support(False, False)),
+    "convolutions": (
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+        Support(False, False),
+    ),
+}
+
+
+def model(family: str = "llama", **options: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = COMMON | FAMILIES[family][0]
+    return load_llm("tiny", random_init=config, dtype=torch.float32, **options).eval()
+
+
+# A system prompt, a picture of three tokens, questions; one prompt begins another, two are equal.
+SYSTEM, IMAGE = (3, 4, 5), -200
+PROMPTS: list[tuple[tuple[int, ...], tuple[str, ...]]] = [
+    ((*SYSTEM, IMAGE, 11, 12, 13), ("cat",)),
+    ((*SYSTEM, IMAGE, 11, 14), ("cat",)),
+    ((*SYSTEM, IMAGE, 11), ("cat",)),
+    ((*SYSTEM, IMAGE, 11, 14), ("cat",)),
+    ((*SYSTEM, IMAGE, 11, 12, 13), ("dog",)),
+    ((*SYSTEM, *range(20, 40)), ()),
+    ((9,), ()),
+    ((8, IMAGE, 7, IMAGE, 6), ("dog", "cat")),
+]
+IMAGE_TOKENS = 3
+
+
+def samples() -> list[Sample]:
+    return [Sample((*ids, 0), (False,) * len(ids) + (True,), images, n) for n, (ids, images) in enumerate(PROMPTS)]
+
+
+def lay(llm: PreTrainedModel, some: list[Sample], *, share: bool = True) -> Prompts:
+    row = build_row(some, image_tokens=IMAGE_TOKENS, share=share)
+    embeddings = llm.get_input_embeddings()(row.input_ids)
+    if row.images:
+        pictures = [picture(llm, str(key)) for key in row.images]
+        embeddings = embeddings.index_copy(0, row.image_positions, torch.cat(pictures))
+    return Prompts(embeddings, row.positions, row.nodes, row.predict_at)
+
+
+def picture(llm: PreTrainedModel, name: str) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(len(name) + ord(name[0]))
+    return torch.randn(IMAGE_TOKENS, llm.get_input_embeddings().weight.shape[1], generator=draw)
+
+
+def batch(llm: PreTrainedModel, some: list[Sample], able: Support) -> list[decoding.State]:
+    """Prefill as the model allows."""
+    longest = max(len(lay(llm, [s]).positions) for s in some)
+    if able.shared and (able.window is None or longest <= able.window):
+        return [decoding.prefill(llm, [lay(llm, some)], able=able)]
+    if able.batched:
+        return [decoding.prefill(llm, [lay(llm, [s]) for s in some], able=able)]
+    return [decoding.prefill(llm, [lay(llm, [s])], able=able) for s in some]
+
+
+@torch.inference_mode()
+def answer(llm: PreTrainedModel, some: list[Sample], limit: int, **options: Any) -> list[list[int]]:
+    out: list[list[int]] = []
+    numbers = options.pop("numbers", [s.record for s in some])
+    for state in batch(llm, some, decoding.support(llm)):
+        n = len(state.lengths)
+        mine = numbers[len(out) : len(out) + n]
+        out += decoding.decode(llm, state, limits=[limit] * n, numbers=mine, **{"end_ids": ()} | options)
+    return out
+
+
+@torch.inference_mode()
+def reference(llm: PreTrainedModel, limit: int, end_ids: tuple[int, ...] = ()) -> list[list[int]]:
+    """Transformers' generate, one prompt at a time."""
+    out = []
+    for sample in samples():
+        embeddings = lay(llm, [sample]).embeddings[None]
+        ids = llm.generate(
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
+            max_new_tokens=limit,
+            do_sample=False,
+            eos_token_id=list(end_ids) or None,
+            pad_token_id=0,
+        )[0].tolist()
+        out.append(ids[:-1] if ids[-1] in end_ids else ids)
+    return out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate_one_at_a_time(family: str) -> None:
+    llm = model(family)
+    assert decoding.support(llm) == FAMILIES[family][1]
+    expected = reference(llm, 36)
+    assert len({tuple(ids) for ids in expected}) > 4  # the prompts matter
+    assert answer(llm, samples(), 36) == expected
+
+
+def test_a_model_without_mmit_attention_is_batched_but_shares_no_rows() -> None:
+    llm = model(packed=False)
+    assert decoding.support(llm) == Support(True, False)
+    assert answer(llm, samples(), 36) == reference(llm, 36)
+
+
+def test_a_row_of_many_needs_a_model_that_supports_it() -> None:
+    llm = model(packed=False)
+    with pytest.raises(ModelError, match="route"):
+        decoding.prefill(llm, [lay(llm, samples())], able=Support(True, True))
+
+
+def test_adapters_decode_too() -> None:
+    peft = pytest.importorskip("peft")
+    llm = model()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", init_lora_weights=False)
+    tuned = peft.get_peft_model(llm, config, autocast_adapter_dtype=False).eval()
+    assert decoding.support(tuned) == Support(True, True)
+    with torch.inference_mode():
+        state = decoding.prefill(tuned, [lay(tuned, samples())], able=Support(True, True))
+        got = decoding.decode(tuned, state, limits=[30] * len(PROMPTS), end_ids=())
+    assert got == reference(tuned.merge_and_unload(), 30)
+
+
+def test_answers_end_at_end_ids_and_finished_prompts_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = model()
+    free = reference(llm, 90)
+    # Of the tokens that some answer never has, the one that ends the others at the most different lengths.
+    ends = [[ids.index(t) if t in ids else 90 for ids in free] for t in range(VOCABULARY)]
+    end = max((t for t in range(VOCABULARY) if 90 in ends[t]), key=lambda t: len(set(ends[t])))
+    expected = [ids[:length] for ids, length in zip(free, ends[end], strict=True)]
+    assert len(set(ends[end])) > 3 and expected == reference(llm, 90, (end,))
+
+    places: list[int] = []
+    step = decoding._step
+
+    def watched(llm: Any, state: decoding.State, chosen: list[int]) -> torch.Tensor:
+        places.append(len(chosen))
+        return step(llm, state, chosen)
+
+    monkeypatch.setattr(decoding, "_step", watched)
+    assert answer(llm, samples(), 90, end_ids=(end,)) == expected
+    assert len(places) == 89
+    assert places[0] == len(PROMPTS) and places[-1] <= ends[end].count(90) / decoding.CROWDED
+
+
+def test_limits_are_per_prompt_and_stop_sees_all_new_ids() -> None:
+    llm = model()
+    free = reference(llm, 12)
+    limits = [1, 12, 3, 4, 12, 6, 7, 8]
+    with torch.inference_mode():
+        (state,) = batch(llm, samples(), Support(True, True))
+        seen: dict[int, list[list[int]]] = {}
+
+        def stop(prompt: int, ids: Any) -> bool:
+            seen.setdefault(prompt, []).append(list(ids))
+            return prompt == 4 and len(ids) == 2
+
+        got = decoding.decode(llm, state, limits=limits, end_ids=(), stop=stop)
+    assert got == [ids[: 2 if n == 4 else limits[n]] for n, ids in enumerate(free)]
+    assert seen[2] == [free[2][:1], free[2][:2]]  # not asked about what the limit has ended
+
+
+def test_steps_yield_tokens_as_they_come() -> None:
+    llm = model()
+    with torch.inference_mode():
+        (state,) = batch(llm, samples()[:1], Support(True, True))
+        steps = list(decoding.steps(llm, state, limits=[9], end_ids=()))
+    assert steps == [[(0, token)] for token in reference(llm, 9)[0]]
+
+
+SAMPLINGS = [Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(1.5, top_k=5), Sampling(1.2, 0.9, 20, seed=3)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_sampling_depends_on_seed_and_prompt_alone(sampling: Sampling) -> None:
+    llm = model()
+    together = answer(llm, samples(), 20, sampling=sampling)
+    assert together == answer(llm, samples(), 20, sampling=sampling)
+    for n, sample in enumerate(samples()):
+        assert answer(llm, [sample], 20, sampling=sampling) == [together[n]]
+    assert together[1] != together[3]  # the same prompt, another number
+    other = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, seed=sampling.seed + 1)
+    assert answer(llm, samples(), 20, sampling=other) != together
+
+
+def frequencies(sampling: Sampling, logits: torch.Tensor) -> torch.Tensor:
+    draw = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, seed=1).generator(0)
+    chosen = decoding.choose(logits.expand(4000, -1), sampling, [draw] * 4000)
+    return torch.bincount(torch.tensor(chosen), minlength=logits.shape[-1]) / 4000
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([2.0, -1.0, 0.5, 1.0, -3.0, 0.0])
+    torch.testing.assert_close(frequencies(Sampling(1.0), logits), logits.softmax(-1), atol=0.03, rtol=0)
+    torch.testing.assert_close(frequencies(Sampling(2.0), logits), (logits / 2).softmax(-1), atol=0.03, rtol=0)
+    top_k = frequencies(Sampling(1.0, top_k=2), logits)
+    assert top_k.nonzero().flatten().tolist() == [0, 3]
+    # Probabilities 0.56, 0.21, 0.12, ...: the two largest make 0.77, so the third is the one that passes 0.8.
+    top_p = frequencies(Sampling(1.0, top_p=0.8), logits)
+    assert top_p.nonzero().flatten().tolist() == [0, 2, 3]
+    kept = logits.softmax(-1)[[0, 2, 3]]
+    torch.testing.assert_close(top_p[[0, 2, 3]], kept / kept.sum(), atol=0.03, rtol=0)
+    assert frequencies(Sampling(1.0, top_p=1e-6), logits)[0] == 1
+    # Tokens that a model rules out stay out.
+    assert frequencies(Sampling(1.0), torch.tensor([0.0, float("-inf"), 0.0]))[1] == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}]
+)
+def test_sampling_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        Sampling(**options)
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ModelError, match="finite"):
+            decoding.choose(torch.tensor([[0.0, bad]]), Sampling(), [])
+
+
+@torch.inference_mode()
+def test_log_likelihoods_equal_a_full_forward() -> None:
+    llm = model()
+    prompt, answers = (3, 4, 5, 6), [(7, 8), (7,), (9, 10, 11), (7, 8)]
+    some = [Sample((*prompt, *answer), (False,) * 4 + (True,) * len(answer), (), n) for n, answer in enumerate(answers)]
+    row = build_row(some, image_tokens=0)
+    embeddings = llm.get_input_embeddings()(row.input_ids)
+    got = decoding.log_likelihoods(
+        VLM(llm, vision=None, projector=None),
+        Prompts(embeddings, row.positions, row.nodes, row.predict_at),
+        targets=row.targets,
+        owners=row.target_records,
+        count=len(answers),
+    )
+    assert len(row.input_ids) == 4 + 1 + 2  # the prompt and its branches once
+    for n, answer in enumerate(answers):
+        log_probabilities = llm(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
+        expected = sum(log_probabilities[3 + i, token] for i, token in enumerate(answer))
+        torch.testing.assert_close(got[n], expected, atol=1e-5, rtol=1e-5)
