@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,7 @@ def open_source(
     name: str | None = None,
     limit: int | None = None,
     cache: str | os.PathLike[str] = ".",
+    options: Mapping[str, Any] | None = None,
     on_bad: Callable[[RecordError], None] | None = None,
 ) -> Source:
     """Open a source; a format other than "mmit" is first converted into a JSONL under `cache`, once.
@@ -66,6 +68,7 @@ def open_source(
         path: the file. format: a key of FORMATS. image_root: where its relative image paths start.
         limit: use only its first `limit` records.
         cache: folder for converted files; the file name carries a hash of the input's path, size and time.
+        options: the format's own options, as `import_file` takes them.
         on_bad: receives rows that cannot be converted; None raises the first.
 
     Raises:
@@ -74,18 +77,27 @@ def open_source(
     origin = Path(path)
     if not origin.is_file():
         raise ConfigError("no such file", where=str(origin), remedy="check data.train.*.path")
-    stat = origin.stat()
-    key = json.dumps([str(origin.resolve()), stat.st_size, stat.st_mtime_ns, format, image_root])
-    fingerprint = hashlib.sha256(key.encode()).hexdigest()[:16]
+    key = [*_identity(origin), format, image_root]
+    if options:
+        # An option may name a second file (annotations, images): a change there must not meet an old conversion.
+        files = [Path(value) for value in options.values() if isinstance(value, str) and os.path.isfile(value)]
+        key += [sorted(options.items()), *(_identity(file) for file in files)]
+    fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
     file = origin
-    if format != "mmit" or image_root is not None:
+    if format != "mmit" or image_root is not None or options:
         file = Path(cache) / f"{origin.stem}-{fingerprint}.jsonl"
         if not file.exists():
-            write_jsonl(import_file(origin, format, image_root=image_root, on_bad=on_bad), file)
+            records = import_file(origin, format, image_root=image_root, on_bad=on_bad, **(options or {}))
+            write_jsonl(records, file)
     offsets = _line_offsets(file)[:limit]
     if not len(offsets):
         raise ConfigError("holds no record", where=str(origin), remedy="check the file and its format")
     return Source(name or origin.stem, file.resolve(), offsets, str(origin), fingerprint)
+
+
+def _identity(path: Path) -> list[str | int]:
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 def _line_offsets(path: Path) -> np.ndarray:

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from mmit.data import easy_vqa as package
 from mmit.data.formats import FORMATS, detect_format, easy_vqa, easy_vqa_captions, import_file
+from mmit.data.formats import easyvqa as package
 from mmit.errors import ConfigError, ImageError, MmitError, RecordError
 from mmit.records import Image, Part, Record, Text, read_jsonl, write_jsonl
 
@@ -33,7 +33,7 @@ def talk(*values: str, **keys: Any) -> dict[str, Any]:
 
 
 def llava(*values: str, **keys: Any) -> Record:
-    record = FORMATS["llava"](talk(*values, **keys), image_root="root")
+    record = FORMATS["llava"].row(talk(*values, **keys), image_root="root")
     record.validate()
     return record
 
@@ -90,7 +90,7 @@ def test_llava_system_ids_and_other_keys() -> None:
     row["id"] = 7
     row["conversations"].insert(0, {"from": "system", "value": "Be kind."})
     row["conversations"][1]["tag"] = "t"
-    record = FORMATS["llava"](row, image_root="")
+    record = FORMATS["llava"].row(row, image_root="")
     assert shape(record)[0] == ("system", ["Be kind."]) and record.id == "7"
     assert record.meta == {"model": "m", "extra": {"a": 1}, "turn_keys": [{}, {"tag": "t"}, {}]}
 
@@ -102,7 +102,7 @@ def test_a_leading_assistant_turn_is_dropped_and_kept_in_meta(name: str, system:
     row["conversations"].insert(0, {"from": "gpt", "value": "Continued"})
     if system:
         row["conversations"].insert(0, {"from": "system", "value": "Be kind."})
-    record = FORMATS[name](row, image_root="")
+    record = FORMATS[name].row(row, image_root="")
     record.validate()
     assert [role for role, _ in shape(record)] == ["system"] * system + ["user", "assistant"]
     assert record.meta["dropped_leading_turn"] == "Continued"
@@ -137,9 +137,7 @@ LLAVA_TRAPS: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("row", "cause"), LLAVA_TRAPS)
 @pytest.mark.parametrize("lines", [True, False])
-def test_llava_traps_name_file_row_cause_and_remedy(
-    tmp_path: Path, row: Any, cause: str, lines: bool
-) -> None:
+def test_llava_traps_name_file_row_cause_and_remedy(tmp_path: Path, row: Any, cause: str, lines: bool) -> None:
     good = talk("Hi", "Ho", image="a.png")
     path = tmp_path / "d.json"
     rows = [good, row, good]
@@ -165,18 +163,18 @@ def test_llava_traps_name_file_row_cause_and_remedy(
     ],
 )
 def test_alpaca(row: dict, user: str, answer: str) -> None:
-    assert shape(FORMATS["alpaca"](row, image_root="")) == [("user", [user]), ("assistant", [answer])]
+    assert shape(FORMATS["alpaca"].row(row, image_root="")) == [("user", [user]), ("assistant", [answer])]
 
 
 def test_alpaca_with_everything() -> None:
     row = {"instruction": "Go.", "output": "ok", "system": "S", "history": [["q", "a"]], "image": "a.png"}
-    record = FORMATS["alpaca"]({**row, "topic": "t"}, image_root="r")
+    record = FORMATS["alpaca"].row({**row, "topic": "t"}, image_root="r")
     record.validate()
     assert [parts for _, parts in shape(record)] == [["S"], ["[r/a.png]", "q"], ["a"], ["Go."], ["ok"]]
     assert record.meta == {"topic": "t"}
     for bad in ({"instruction": "a"}, {"output": "a"}, {**row, "history": [["q"]]}, {**row, "input": 3}):
         with pytest.raises(RecordError, match=r".+\n.+"):
-            FORMATS["alpaca"](bad, image_root="")
+            FORMATS["alpaca"].row(bad, image_root="")
 
 
 def test_sharegpt() -> None:
@@ -184,13 +182,13 @@ def test_sharegpt() -> None:
         for gpt in ("gpt", "assistant", "chatgpt"):
             turns = [{"from": human, "value": "q <image>"}, {"from": gpt, "value": "a"}]
             row = {"system": "S", "conversations": turns, "tools": "none"}
-            record = FORMATS["sharegpt"](row, image_root="")
+            record = FORMATS["sharegpt"].row(row, image_root="")
             assert shape(record) == [("system", ["S"]), ("user", ["q <image>"]), ("assistant", ["a"])]
             assert record.meta == {"tools": "none"}
-            pictured = FORMATS["sharegpt"]({**row, "images": ["i.png"]}, image_root="r")
+            pictured = FORMATS["sharegpt"].row({**row, "images": ["i.png"]}, image_root="r")
             assert shape(pictured)[1] == ("user", ["[r/i.png]", "q"])
     with pytest.raises(RecordError, match="'function_call'"):
-        FORMATS["sharegpt"]({"conversations": [{"from": "function_call", "value": "x"}]}, image_root="")
+        FORMATS["sharegpt"].row({"conversations": [{"from": "function_call", "value": "x"}]}, image_root="")
 
 
 def ask(*content: Any) -> dict[str, Any]:
@@ -204,20 +202,15 @@ def url(value: str) -> dict[str, Any]:
 def test_messages() -> None:
     text = {"type": "text", "text": "What <image>?"}
     data = "data:image/png;base64," + base64.b64encode(b"png").decode()
-    row = ask(
-        text, url("a.png"), url("file:///p/b%20c.png"), url(data), {"type": "image_url", "image_url": "d.png"}
-    )
+    row = ask(text, url("a.png"), url("file:///p/b%20c.png"), url(data), {"type": "image_url", "image_url": "d.png"})
     row["messages"].insert(0, {"role": "developer", "content": "S"})
     row["messages"][1]["name"] = "Ann"
-    record = FORMATS["messages"](row, image_root="r")
+    record = FORMATS["messages"].row(row, image_root="r")
     record.validate()
     assert [image.source for image in record.images] == ["r/a.png", "/p/b c.png", b"png", "r/d.png"]
     assert shape(record)[0] == ("system", ["S"]) and shape(record)[1][1][0] == "What <image>?"
     assert record.meta == {"turn_keys": [{}, {"name": "Ann"}, {}]}
-    assert (
-        shape(FORMATS["messages"]({"conversations": ask(text)["messages"]}, image_root=""))[1][0]
-        == "assistant"
-    )
+    assert shape(FORMATS["messages"].row({"conversations": ask(text)["messages"]}, image_root=""))[1][0] == "assistant"
 
 
 @pytest.mark.parametrize(
@@ -238,14 +231,12 @@ def test_messages() -> None:
 )
 def test_messages_refusals(row: dict, cause: str, remedy: str) -> None:
     with pytest.raises(RecordError) as caught:
-        FORMATS["messages"](row, image_root="")
+        FORMATS["messages"].row(row, image_root="")
     assert cause in caught.value.problem and remedy in caught.value.remedy
 
 
 def test_own_format_equals_read_jsonl(tmp_path: Path) -> None:
-    records = [
-        Record.triple("a", "b", images=[tmp_path / "p/a.png"], id="1", source="s", row=4, licence="MIT")
-    ]
+    records = [Record.triple("a", "b", images=[tmp_path / "p/a.png"], id="1", source="s", row=4, licence="MIT")]
     path = tmp_path / "x.jsonl"
     write_jsonl([*records, Record.triple("c", "d")], path)
     assert list(import_file(path, "mmit")) == list(read_jsonl(path))
@@ -288,9 +279,7 @@ def test_wrong_json_names_file_and_line(tmp_path: Path) -> None:
 def test_check_images_names_missing_files(tmp_path: Path) -> None:
     (tmp_path / "here.png").write_bytes(b"x")
     path = tmp_path / "d.json"
-    path.write_text(
-        json.dumps([talk("a", "b", image="here.png"), talk("<image><image>", "b", image=["u", "v"])])
-    )
+    path.write_text(json.dumps([talk("a", "b", image="here.png"), talk("<image><image>", "b", image=["u", "v"])]))
     assert len(list(import_file(path, "llava"))) == 2
     with pytest.raises(ImageError) as caught:
         list(import_file(path, "llava", check_images=True))

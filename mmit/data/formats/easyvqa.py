@@ -74,9 +74,7 @@ def _questions_record(split: str, picture: _Picture) -> Record:
     return _record(split, picture, turns, meta={"answer_types": types})
 
 
-def _caption_records(
-    split: str, pictures: list[_Picture], on_skip: Callable[[str], None] | None
-) -> Iterator[Record]:
+def _caption_records(split: str, pictures: list[_Picture], on_skip: Callable[[str], None] | None) -> Iterator[Record]:
     skipped = 0
     for picture in pictures:
         caption = _caption(picture)

@@ -1,0 +1,148 @@
+"""Importers: the data files of the field become Records.
+
+FORMATS has an entry for each format: how its file is cut into rows, and a small function row -> Record. `import_file`
+runs one over a file, `detect_format` tells which. Never opens a picture, never mends a broken row; what a Record has
+no place for goes into its meta. Nothing is downloaded, except by the format "hf", which is there to do it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mmit.data.formats import captions, chat, instruct, mimicit, multimodal, tabular, vqa
+from mmit.data.formats.chat import llava, messages, mmit_row, sharegpt
+from mmit.data.formats.common import Format
+from mmit.data.formats.detect import detect
+from mmit.data.formats.easyvqa import easy_vqa, easy_vqa_captions
+from mmit.data.formats.instruct import alpaca
+from mmit.errors import ConfigError, ImageError, RecordError, nearest
+from mmit.records import OnBad, Record, short
+
+__all__ = [
+    "FORMATS",
+    "Format",
+    "alpaca",
+    "detect_format",
+    "easy_vqa",
+    "easy_vqa_captions",
+    "format_options",
+    "import_file",
+    "llava",
+    "messages",
+    "mmit_row",
+    "sharegpt",
+]
+
+_ROW_FORMATS: dict[str, Format] = {
+    **chat.FORMATS,
+    **instruct.FORMATS,
+    **captions.FORMATS,
+    **multimodal.FORMATS,
+    **mimicit.FORMATS,
+    **vqa.FORMATS,
+}
+FORMATS: dict[str, Format] = {**_ROW_FORMATS, **tabular.table_formats(_ROW_FORMATS)}
+
+
+def import_file(
+    path: str | os.PathLike[str],
+    format: str,
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    source: str | None = None,
+    licence: str | None = None,
+    check_images: bool = False,
+    on_bad: OnBad | None = None,
+    **options: Any,
+) -> Iterator[Record]:
+    """Yield the records of a file in one of FORMATS; `options` are those that the format documents.
+
+    JSONL and tables are streamed; a JSON list or object has to be loaded whole. Relative image paths start at
+    `image_root`, by default the file's folder. `source` (by default the path), `licence` (by default the format's)
+    and the row's line, or position in a list, are noted where a row does not state its own. `check_images` asks for
+    every image file to exist. A bad row raises RecordError naming file and row or, with `on_bad`, is handed to it and
+    left out, for the caller to count; a file that cannot be read always raises. Unknown format or option: ConfigError.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"unknown data format '{format}'", remedy=nearest(format, FORMATS))
+    entry, name = FORMATS[format], os.fspath(path)
+    for option in options:
+        known = {**entry.options, **entry.file_options}
+        if option not in known:
+            problem = f"the format {format} has no option '{option}'"
+            remedy = nearest(option, known) if known else "It has no options: leave them out."
+            raise ConfigError(problem, where=name, remedy=remedy)
+    row_options = {key: value for key, value in options.items() if key in entry.options}
+    file_options = {key: value for key, value in options.items() if key in entry.file_options}
+    root = os.path.dirname(name) if image_root is None else os.fspath(image_root)
+
+    def build(row: Any, number: int) -> Record:
+        if not isinstance(row, dict):
+            remedy = f"Each row must be a JSON object: {entry.about}."
+            raise RecordError(f"found a {type(row).__name__}, not an object", remedy=remedy)
+        record = entry.row(row, image_root=root, **row_options)
+        if not record.source and record.row is None:
+            record = replace(record, source=source or name, row=number)
+        record = record if record.licence else replace(record, licence=licence or entry.licence)
+        record.validate(for_training=None)
+        if check_images:
+            _check_images(record)
+        return record
+
+    return _import(name, entry.rows(name, **file_options), build, on_bad)
+
+
+def _import(
+    path: str, rows: Iterator[tuple[int, Any]], build: Callable[[Any, int], Record], on_bad: OnBad | None
+) -> Iterator[Record]:
+    for number, row in rows:
+        try:
+            if isinstance(row, RecordError):
+                raise row
+            record = build(row, number)
+        except RecordError as error:
+            bad = _at(error, f"{path}:{number}", row)
+            if on_bad is None:
+                raise bad from error
+            on_bad(bad)
+        except ConfigError as error:
+            # An option that cannot work is wrong for every row: not a bad record to be left out.
+            raise ConfigError(error.problem, where=error.where or path, remedy=error.remedy) from error
+        else:
+            yield record
+
+
+def _at(error: RecordError, place: str, row: Any) -> RecordError:
+    """Say in which file and row `error` arose; the place inside the row, ": turn 2", is kept."""
+    name = short(row["id"]) if isinstance(row, dict) and row.get("id") else ""
+    inside = error.where.removeprefix("record") if error.where.startswith("record:") else ""
+    where = f"{place} ({name}){inside}" if name else place + inside
+    return type(error)(error.problem, where=where, remedy=error.remedy)
+
+
+def _check_images(record: Record) -> None:
+    paths = [image.source for image in record.images if isinstance(image.source, str)]
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        names = ", ".join(short(path, 60) for path in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        remedy = "Fetch the files, or set image_root to the folder that the paths start at."
+        raise ImageError(f"{len(missing)} image files are missing: {names}", remedy=remedy)
+
+
+def detect_format(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """Return (name in FORMATS, the reason); RecordError if the file's keys fit none.
+
+    Told from the ending of the name for tables, else from the keys of the first row or of the one object that the
+    file is. LLaVA and ShareGPT rows look alike, so the first 1000 rows are searched for images, speakers and ids.
+    """
+    return detect(os.fspath(path), FORMATS)
+
+
+def format_options(format: str) -> Mapping[str, str]:
+    """Return {option: what it does} of a format; ConfigError for an unknown one."""
+    if format not in FORMATS:
+        raise ConfigError(f"unknown data format '{format}'", remedy=nearest(format, FORMATS))
+    return {**FORMATS[format].file_options, **FORMATS[format].options}

@@ -1,0 +1,260 @@
+"""What the importers share: the Format entry, files read row by row, pictures, and checks that name what is wrong.
+
+Takes paths and foreign JSON values; gives rows, text and image parts, or a RecordError whose problem names the
+key. Never opens a picture, never mends a value.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmit.errors import ConfigError, RecordError, nearest
+from mmit.records import Image, Part, Record, Text, Turn, image_at, json_lines, short
+
+Row = dict[str, Any]
+Rows = Iterator[tuple[int, Any]]
+
+
+def json_rows(path: str) -> Rows:
+    """Yield (line or position from 1, value) of a JSON list or of JSONL.
+
+    JSONL is streamed; a list has to be loaded whole. A line that is not JSON is yielded as its RecordError, so
+    that the caller may go on; a list that is not JSON raises.
+    """
+    if _first_byte(path) != b"[":
+        yield from json_lines(path)
+        return
+    yield from enumerate(_json_file(path, "The file begins like a JSON list: mend this line, or write JSONL."), 1)
+
+
+def json_object(path: str, *needed: str) -> Row:
+    """Read a file that is one JSON object with the keys `needed`; RecordError names the file and the keys."""
+    value = _json_file(path, "The file must be one JSON object: mend this line.")
+    if not isinstance(value, dict):
+        problem = f"found a JSON {type(value).__name__}, not an object"
+        raise RecordError(problem, where=path, remedy=f"The file needs the keys {', '.join(needed)}.")
+    for key in needed:
+        if key not in value:
+            remedy = f"It has {short(list(value)[:8], 120)}; check that this is the right file of the data set."
+            raise RecordError(f"the file has no '{key}'", where=path, remedy=remedy)
+    return value
+
+
+def _first_byte(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    except OSError as e:
+        raise RecordError(f"cannot read: {e.strerror}", where=path, remedy="Check the path.") from e
+
+
+def _json_file(path: str, remedy: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text("utf-8-sig"))
+    except OSError as e:
+        raise RecordError(f"cannot read: {e.strerror}", where=path, remedy="Check the path.") from e
+    except json.JSONDecodeError as error:
+        where, problem = f"{path}:{error.lineno}", f"not JSON: {error.msg} at column {error.colno}"
+        raise RecordError(problem, where=where, remedy=remedy) from error
+    except (ValueError, RecursionError) as error:
+        problem = f"not JSON: {short(str(error))}"
+        raise RecordError(problem, where=path, remedy="Save the file as JSON in UTF-8.") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One data format: how its file is cut into rows, and how a row becomes a Record.
+
+    `rows(path, **file_options)` yields (line or position from 1, row); `row(row, image_root=, **options)` makes the
+    Record. `options` and `file_options` say what each option does. `detect` names the keys that tell the format
+    (of a row, of a CSV header, or, written "data.question", of the first item under a key of a one-object file);
+    without any it cannot be told from the file. `licence` is set where the format belongs to one data set whose
+    licence is known; a user's own statement goes before it.
+    """
+
+    about: str
+    row: Callable[..., Record]
+    rows: Callable[..., Rows] = json_rows
+    options: Mapping[str, str] = field(default_factory=dict)
+    file_options: Mapping[str, str] = field(default_factory=dict)
+    detect: tuple[str, ...] = ()
+    licence: str | None = None
+
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+
+def one_of(value: Any, name: str, choices: Sequence[str]) -> str:
+    """Return `value` if it is among `choices`; ConfigError with the nearest otherwise."""
+    if value not in choices:
+        raise ConfigError(f"option {name} is '{short(value)}'", remedy=nearest(str(value), choices))
+    return str(value)
+
+
+def count_of(value: Any, name: str) -> int:
+    """Return `value` if it is a whole number of 0 or more; ConfigError otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ConfigError(f"option {name} is '{short(value)}'", remedy="Give a whole number, 0 or more.")
+    return value
+
+
+def text_option(value: Any, name: str) -> str:
+    """Return `value` if it is text; ConfigError otherwise."""
+    if not isinstance(value, str):
+        raise ConfigError(f"option {name} is '{short(value)}'", remedy="Give text.")
+    return value
+
+
+def pick(instructions: Any, *, seed: int, key: str) -> str:
+    """Return the instruction for the row `key`: the same in every run, evenly spread over the choices.
+
+    `instructions` is one text or a sequence of texts; None gives "".
+    """
+    choices = [instructions] if isinstance(instructions, str) else list(instructions or [""])
+    if not all(isinstance(choice, str) for choice in choices):
+        raise ConfigError("option instruction holds what is not text", remedy="Give one text or a list of texts.")
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return choices[int.from_bytes(digest[:8], "big") % len(choices)]
+
+
+def file_name(pattern: str, names: Mapping[str, Any]) -> str:
+    """Fill an image_pattern such as "COCO_{split}_{image_id:012d}.jpg".
+
+    ConfigError for an unknown name, RecordError for a row whose values do not fit.
+    """
+    text_option(pattern, "image_pattern")
+    try:
+        return pattern.format_map(names)
+    except (KeyError, IndexError, AttributeError) as error:
+        problem = f"option image_pattern '{short(pattern)}' has a name that is not known"
+        raise ConfigError(problem, remedy=f"valid: {', '.join(names)}") from error
+    except (ValueError, TypeError) as error:
+        problem = f"{short(dict(names))} does not fit the image_pattern '{short(pattern)}': {short(str(error))}"
+        remedy = "Set the option image_pattern: for example {image_id}.jpg or, for numbers, {image_id:012d}.jpg."
+        raise RecordError(problem, remedy=remedy) from error
+
+
+# --- values -------------------------------------------------------------------------------------------------------
+
+
+def text_of(value: Any, what: str) -> str:
+    """Return `value` if it is text; RecordError says what it should have been."""
+    if not isinstance(value, str):
+        raise RecordError(f"{what} is '{short(value)}', not text", remedy="Write it as a JSON string.")
+    return value
+
+
+def objects_of(row: Row, key: str) -> list[Row]:
+    """Return row[key] if it is a non-empty list of objects."""
+    value = row.get(key)
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        remedy = f"Write '{key}' as a list of JSON objects, or choose another format."
+        raise RecordError(f"'{key}' is not a list of objects, or is empty", remedy=remedy)
+    return value
+
+
+def object_of(value: Any, what: str) -> Row:
+    """Return `value` if it is a JSON object."""
+    if not isinstance(value, dict):
+        raise RecordError(f"{what} is '{short(value)}', not an object", remedy="Write it as a JSON object.")
+    return value
+
+
+def keyed(items: Any, key: str, *, where: str) -> dict[str, Row]:
+    """Return the objects of a list by the text of their `key`, so that 7 and "7" meet."""
+    if not isinstance(items, list):
+        problem = f"found a {type(items).__name__} where a list of objects with '{key}' belongs"
+        raise RecordError(problem, where=where, remedy="Check that this is the right file of the data set.")
+    return {str(item[key]): item for item in items if isinstance(item, dict) and key in item}
+
+
+def references(value: Any, what: str) -> list[str]:
+    """Return one text or a list of texts as a list of at least one."""
+    texts = value if isinstance(value, list) else [value]
+    if not texts:
+        raise RecordError(f"{what} is an empty list", remedy="Give at least one answer, or leave the row out.")
+    return [text_of(text, what) for text in texts]
+
+
+def most_frequent(answers: Sequence[str]) -> str:
+    """Return the commonest answer; among equals the one given first."""
+    return Counter(answers).most_common(1)[0][0]
+
+
+def id_of(row: Row, key: str = "id") -> str:
+    """Return the row's id as text, "" if it has none."""
+    return "" if row.get(key) is None else str(row[key])
+
+
+def rest(row: Row, *used: str) -> Row:
+    """Return what no part of the Record holds: the row without `used`, id and images."""
+    return {key: value for key, value in row.items() if key not in (*used, "id", "image", "images")}
+
+
+def by_name(name: Any, names: Mapping[str, str], what: str) -> str:
+    """Return names[name]; RecordError with the nearest name otherwise."""
+    if not isinstance(name, str) or name not in names:
+        raise RecordError(f"{what} '{short(name)}'", remedy=nearest(str(name), names))
+    return names[name]
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def image_part(value: Any, root: str) -> Image:
+    """Return the image of a path, of encoded bytes, of a picture, or of the {"bytes", "path"} of parquet files."""
+    if isinstance(value, dict) and {"bytes", "path"} & value.keys() and value.keys() <= {"bytes", "path"}:
+        value = value.get("bytes") or value.get("path")
+    if value is None or isinstance(value, str):
+        return image_at(value, root)
+    return Image(value)
+
+
+def images_of(row: Row, root: str) -> list[Image] | None:
+    """Return the images of `image` or `images`; None if the row has neither key."""
+    keys = [key for key in ("image", "images") if key in row]
+    if len(keys) == 2:
+        raise RecordError("the row has both 'image' and 'images'", remedy="Keep one of them.")
+    if not keys:
+        return None
+    value = row[keys[0]]
+    paths = [] if value is None else value if isinstance(value, list) else [value]
+    return [image_part(path, root) for path in paths]
+
+
+def base64_image(value: Any, what: str) -> Image:
+    """Decode base64 in either alphabet, with or without padding and line breaks, as data sets write it."""
+    text = "".join(text_of(value, what).split()).replace("-", "+").replace("_", "/").rstrip("=")
+    try:
+        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError as error:
+        raise RecordError(f"{what} is not base64", remedy="Encode the picture's bytes with base64.") from error
+    if not data:
+        raise RecordError(f"{what} is an empty picture", remedy="Put the picture in, or leave the row out.")
+    return Image(data)
+
+
+# --- records ------------------------------------------------------------------------------------------------------
+
+
+def ask(text: str, images: Sequence[Image] = ()) -> Turn:
+    """Return a user turn: the images, then the text if there is any."""
+    parts: tuple[Part, ...] = (*images, Text(text)) if text or not images else tuple(images)
+    return Turn("user", parts)
+
+
+def reply(text: str) -> Turn:
+    """Return an assistant turn."""
+    return Turn("assistant", (Text(text),))
+
+
+def with_input(instruction: str, given: str) -> str:
+    """Join instruction and input as the instruction-tuning triple does: a blank line between, none if one is empty."""
+    return "\n\n".join(text for text in (instruction, given) if text)

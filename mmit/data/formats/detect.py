@@ -1,0 +1,124 @@
+"""Which format a file has, told from its name's ending and its keys, with the reason in words.
+
+Looks at the first 1000 rows at most (a file that is one JSON object is read whole). Refuses to guess: a file whose
+keys fit no format is a RecordError that lists what formats look like.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from mmit.data.formats.chat import MARKER
+from mmit.data.formats.common import Format, json_object, json_rows
+from mmit.data.formats.multimodal import vision_flan_task
+from mmit.data.formats.tabular import is_parquet, is_table, table_header
+from mmit.errors import RecordError
+from mmit.records import short
+
+_LLAVA_SPEAKERS = {"system", "human", "gpt"}
+_LOOKED_AT = 1000
+
+
+def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
+    """Return (name in `formats`, the reason); RecordError if the file's keys fit none."""
+    if path.lower().endswith((".tar", ".tar.gz", ".tgz")):
+        return "img2dataset", f"'{os.path.basename(path)}' is a tar of samples"
+    if is_parquet(path):
+        return "parquet", "the name ends in .parquet"
+    if is_table(path):
+        header = table_header(path)
+        found = _by_keys(set(header), formats)
+        # A column called instruction does not make a table the JSON of Alpaca.
+        if found == "pmc_vqa":
+            return found, f"the header has {_quoted(formats[found].detect)}"
+        return "csv", f"a table with the columns {', '.join(map(short, header))}"
+    rows, whole = _rows(path)
+    first = rows[0] if rows else {}
+    if isinstance(first, RecordError):
+        raise first
+    if whole:
+        found = _by_keys(_shape(first), formats)
+        if found:
+            return found, f"the file is one object with {_quoted(formats[found].detect)}"
+    keys = set(first) if isinstance(first, dict) else set()
+    if "conversations" in keys:
+        return _conversations(rows, keys)
+    found = _by_keys(keys, formats)
+    if found:
+        return found, f"the first row has {_quoted(formats[found].detect)}"
+    problem = f"cannot tell the format: the first row has the keys {short(list(keys))}" if rows else "no rows"
+    raise RecordError(problem, where=path, remedy=expected(formats))
+
+
+def expected(formats: Mapping[str, Format]) -> str:
+    """Say what each format looks like, for the error of a file that fits none."""
+    told = [f"{_quoted(entry.detect)} ({name})" for name, entry in formats.items() if entry.detect]
+    return f"Name the format, if you know it. Known are 'conversations' (llava, sharegpt), {', '.join(told)}."
+
+
+def _rows(path: str) -> tuple[list[Any], bool]:
+    """Return the first rows and whether the file is one JSON object, which then is the only row."""
+    rows = [row for _, row in islice(json_rows(path), _LOOKED_AT)]
+    if rows and isinstance(rows[0], RecordError):
+        # Not JSONL from its first line on: an object written over several lines, or no JSON at all.
+        try:
+            return [json_object(path)], True
+        except RecordError:
+            return rows, False
+    return rows, len(rows) == 1 and isinstance(rows[0], dict)
+
+
+def _shape(value: Any) -> set[str]:
+    """Return the keys of an object, and under "key.inner" those of the first object in each of its values.
+
+    A value may be a list of objects or a mapping of them; "*.inner" are the keys of a value that is an object.
+    """
+    if not isinstance(value, dict):
+        return set()
+    keys = set(value)
+    for key, inner in islice(value.items(), 100):
+        items = inner if isinstance(inner, list) else list(inner.values())[:1] if isinstance(inner, dict) else []
+        if items and isinstance(items[0], dict):
+            keys |= {f"{key}.{name}" for name in items[0]}
+        if isinstance(inner, dict):
+            keys |= {f"*.{name}" for name in inner}
+    return keys
+
+
+def _by_keys(keys: set[str], formats: Mapping[str, Format]) -> str:
+    """Return the format that asks for the most of the keys, "" if none has all of its own."""
+    fits = [name for name, entry in formats.items() if entry.detect and keys.issuperset(entry.detect)]
+    return max(fits, key=lambda name: len(formats[name].detect), default="")
+
+
+def _quoted(keys: tuple[str, ...]) -> str:
+    names = [f"'{key}'" for key in keys]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _conversations(rows: list[Any], keys: set[str]) -> tuple[str, str]:
+    """Tell the formats with 'conversations' apart, by speakers, images and the ids of all rows looked at."""
+    if {"task_type", "src_image"} & keys:
+        return "lamm", "rows have 'conversations' and LAMM's 'task_type' or 'src_image'"
+    dicts = [row for row in rows if isinstance(row, dict)]
+    turns = [t for row in dicts for t in _list(row.get("conversations")) if isinstance(t, dict)]
+    if turns and "role" in turns[0]:
+        return "messages", "the first row has 'conversations' whose turns have 'role'"
+    if not {str(turn.get("from")) for turn in turns} <= _LLAVA_SPEAKERS:
+        return "sharegpt", "'conversations' has speakers other than human, gpt and system"
+    pictured = [row for row in dicts if "image" in row or "images" in row]
+    if not pictured:
+        return "sharegpt", f"rows have 'conversations', and none of the first {len(rows)} an 'image'"
+    if all(vision_flan_task(row)[1] for row in pictured):
+        return "vision_flan", "rows are LLaVA's, with ids of the form dataset+task+number"
+    quoting = [row for row in dicts if row not in pictured and MARKER in str(row.get("conversations"))]
+    if quoting:
+        return "allava", f"rows are LLaVA's, and {len(quoting)} without 'image' have {MARKER} in their text"
+    return "llava", "rows have 'conversations' and 'image'"
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

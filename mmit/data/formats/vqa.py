@@ -1,0 +1,208 @@
+"""Question files: VQAv2 and OK-VQA, GQA, TextVQA, and the question JSONL of LLaVA's evaluation.
+
+Each question makes one Record; without an answer, as in test splits, it ends with the user's turn and is for
+generation. Of several human answers one is learnt, all stay in meta["answers"]. No instruction about the form of the
+answer is added unless `suffix` says so.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmit.data.formats.common import (
+    Format,
+    Row,
+    Rows,
+    ask,
+    file_name,
+    id_of,
+    image_part,
+    json_object,
+    keyed,
+    most_frequent,
+    object_of,
+    one_of,
+    reply,
+    rest,
+    text_of,
+    text_option,
+)
+from mmit.errors import RecordError
+from mmit.records import Image, Record, short
+
+
+def vqav2_rows(path: str, *, annotations: str | None = None) -> Rows:
+    """Yield the questions of a question file, each with its annotation if there is an annotation file."""
+    file = json_object(path, "questions")
+    questions = file["questions"]
+    if not isinstance(questions, list):
+        raise RecordError("'questions' is not a list", where=path, remedy="Check that this is the right file.")
+    answers = None
+    if annotations:
+        answers = keyed(json_object(annotations, "annotations")["annotations"], "question_id", where=annotations)
+    for number, question in enumerate(questions, 1):
+        if isinstance(question, dict):
+            question = question | {"data_subtype": file.get("data_subtype"), "id": question.get("question_id")}
+            if answers is not None:
+                question["annotation"] = answers.get(str(question.get("question_id")))
+        yield number, question
+
+
+def vqav2(
+    row: Row,
+    *,
+    image_root: str = "",
+    image_pattern: str = "COCO_{data_subtype}_{image_id:012d}.jpg",
+    suffix: str = "",
+) -> Record:
+    """VQAv2 and OK-VQA: v2_OpenEnded_mscoco_train2014_questions.json, v2_mscoco_train2014_annotations.json.
+
+    The question file is {"data_subtype": "train2014", "questions": [{"question_id", "image_id", "question"}]}, the
+    annotation file (option `annotations`) {"annotations": [{"question_id", "multiple_choice_answer", "answers":
+    [{"answer"} x 10], "answer_type", "question_type"}]}; OK-VQA has no multiple_choice_answer, so the commonest of
+    the answers is learnt. The two files meet by question_id, and their order differs. Pictures are named by number
+    with twelve digits; test2015's data_subtype names its folder too, so give `image_pattern` for other layouts.
+    Raises RecordError for a question that the annotation file does not have.
+    """
+    image = _picture(row, image_pattern, image_root, names={"data_subtype": row.get("data_subtype")})
+    meta = rest(row, "question", "question_id", "annotation", "data_subtype")
+    if "annotation" not in row:
+        return _record(row, row.get("question"), image, suffix=suffix, answers=[], meta=meta)
+    if row["annotation"] is None:
+        remedy = "Give the annotation file of the same split and version."
+        raise RecordError(f"the annotation file has no question {id_of(row)}", remedy=remedy)
+    found = object_of(row["annotation"], "the annotation")
+    answers = _answers(found.get("answers") or [found.get("multiple_choice_answer")])
+    best = found.get("multiple_choice_answer") or most_frequent(answers)
+    meta |= {key: found[key] for key in ("answer_type", "question_type", "confidence") if key in found}
+    return _record(row, row.get("question"), image, suffix=suffix, answers=answers, best=best, meta=meta)
+
+
+def gqa_rows(path: str) -> Rows:
+    """Yield the questions of a GQA file, an object {question id: question}."""
+    for number, (key, question) in enumerate(json_object(path).items(), 1):
+        yield number, (question | {"id": key} if isinstance(question, dict) else question)
+
+
+def gqa(
+    row: Row,
+    *,
+    image_root: str = "",
+    answer: str = "answer",
+    image_pattern: str = "{imageId}.jpg",
+    suffix: str = "",
+) -> Record:
+    """GQA: train_balanced_questions.json and its kin, {question id: {"imageId", "question", "answer", "fullAnswer"}}.
+
+    `answer` "answer" learns the short answer, "fullAnswer" the sentence. The programs and scene references of a
+    question (`semantic`, `annotations`, ...) are not copied; its `types`, `groups` and other answer are in the meta.
+    """
+    one_of(answer, "answer", ("answer", "fullAnswer"))
+    image = _picture(row, image_pattern, image_root, key="imageId")
+    kept = ["types", "groups", "isBalanced", "answer", "fullAnswer", "imageId"]
+    meta = {key: row[key] for key in kept if key in row}
+    answers = [text_of(row[answer], answer)] if row.get(answer) is not None else []
+    return _record(row, row.get("question"), image, suffix=suffix, answers=answers, meta=meta)
+
+
+def textvqa_rows(path: str) -> Rows:
+    """Yield the questions of a TextVQA file."""
+    data = json_object(path, "data")["data"]
+    if not isinstance(data, list):
+        raise RecordError("'data' is not a list", where=path, remedy="Check that this is the right file.")
+    yield from enumerate(data, 1)
+
+
+def textvqa(row: Row, *, image_root: str = "", image_pattern: str = "{image_id}.jpg", suffix: str = "") -> Record:
+    """TextVQA: TextVQA_0.5.1_{train,val,test}.json, {"data": [{"question_id", "image_id", "question", "answers"}]}.
+
+    Ten people answered each question; the commonest answer is learnt, the one given first where several are. The
+    test file has no `answers`. Pictures are train_images/<image_id>.jpg (for val too), test_images/ for test: set
+    `image_root` to that folder. OCR tokens are in files of their own and are not read.
+    """
+    image = _picture(row, image_pattern, image_root)
+    answers = _answers(row.get("answers") or [])
+    meta = rest(row, "question", "question_id", "answers")
+    return _record(row, row.get("question"), image, suffix=suffix, answers=answers, meta=meta)
+
+
+def llava_questions(row: Row, *, image_root: str = "", suffix: str = "") -> Record:
+    """LLaVA's question files: JSONL of {"question_id", "image", "text"}, optionally "category".
+
+    They have no answers: the records are for generation. The text often ends with the instruction about the form of
+    the answer, and TextVQA's with "Reference OCR token: ..."; "<image>" in it marks nothing and stays text.
+    """
+    image = [image_part(row["image"], image_root)] if row.get("image") is not None else []
+    meta = rest(row, "question_id", "text")
+    return _record(row, row.get("text"), image, suffix=suffix, answers=[], meta=meta)
+
+
+def _record(
+    row: Row,
+    question: Any,
+    images: list[Image],
+    *,
+    suffix: str,
+    answers: list[str],
+    best: str | None = None,
+    meta: Row,
+) -> Record:
+    asked = text_of(question, "the question").strip() + text_option(suffix, "suffix")
+    turns = [ask(asked, images)]
+    if answers:
+        turns.append(reply(text_of(best or most_frequent(answers), "the answer")))
+    if len(answers) > 1:
+        meta = meta | {"answers": answers}
+    return Record(tuple(turns), id=id_of(row, "question_id") or id_of(row), meta=meta)
+
+
+def _picture(row: Row, pattern: str, root: str, *, key: str = "image_id", names: Row | None = None) -> list[Image]:
+    value = row.get(key)
+    if not isinstance(value, (str, int)) or value == "":
+        raise RecordError(f"{key} is '{short(value)}'", remedy="Give the image's number or name.")
+    if isinstance(value, str) and value.isdecimal() and value.isascii() and f"{{{key}:" in pattern:
+        value = int(value)  # some copies of the files write numbers as text
+    return [image_part(file_name(pattern, {key: value, **(names or {})}), root)]
+
+
+def _answers(found: Any) -> list[str]:
+    if not isinstance(found, list):
+        raise RecordError(f"answers is '{short(found)}', not a list", remedy="Check the file.")
+    return [text_of(a.get("answer") if isinstance(a, dict) else a, "an answer") for a in found]
+
+
+_SUFFIX = {"suffix": 'text after each question, such as "\\nAnswer the question using a single word or phrase."'}
+FORMATS = {
+    "vqav2": Format(
+        "questions of VQAv2 or OK-VQA, answers in a second file",
+        vqav2,
+        vqav2_rows,
+        options=_SUFFIX | {"image_pattern": 'name of an image file, default "COCO_{data_subtype}_{image_id:012d}.jpg"'},
+        file_options={"annotations": "the annotation file of the same split; without it records have no answer"},
+        detect=("questions.question_id", "questions.image_id", "questions.question"),
+    ),
+    "gqa": Format(
+        "questions of GQA",
+        gqa,
+        gqa_rows,
+        options=_SUFFIX
+        | {
+            "answer": '"answer" (default, a word or two) or "fullAnswer" (a sentence)',
+            "image_pattern": 'name of an image file, default "{imageId}.jpg"',
+        },
+        detect=("*.imageId", "*.question"),
+    ),
+    "textvqa": Format(
+        "questions of TextVQA",
+        textvqa,
+        textvqa_rows,
+        options=_SUFFIX | {"image_pattern": 'name of an image file, default "{image_id}.jpg"'},
+        detect=("data.question_id", "data.image_id", "data.question"),
+    ),
+    "llava_questions": Format(
+        "LLaVA's question files, without answers",
+        llava_questions,
+        options=_SUFFIX,
+        detect=("question_id", "text"),
+    ),
+}
