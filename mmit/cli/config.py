@@ -25,7 +25,9 @@ def config(
     if resolve is not None:
         typer.echo(load_config(resolve, overrides or []).to_yaml(), nl=False)
     elif overrides:
-        raise typer.BadParameter("overrides need a config: mmit config --resolve FILE key=value", param_hint="--resolve")
+        raise typer.BadParameter(
+            "overrides need a config: mmit config --resolve FILE key=value", param_hint="--resolve"
+        )
     else:
         _list_keys()
 

@@ -29,7 +29,10 @@ def evaluate(
     baselines: Annotated[bool, typer.Option(help="Score the baselines too.")] = True,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help=f"Folder of the results. [default: RUN/eval, of other tasks than {DEFAULT_TASK} RUN/eval/TASK]"),
+        typer.Option(
+            metavar="DIR",
+            help=f"Folder of the results. [default: RUN/eval, of other tasks than {DEFAULT_TASK} RUN/eval/TASK]",
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

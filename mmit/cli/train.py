@@ -16,9 +16,7 @@ def train(
             help="Overrides such as train.steps=50; `resume=auto` is short for run.resume=auto.",
         ),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", metavar="FILE", help="The YAML of the run.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The YAML of the run.")] = None,
     *,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
