@@ -13,17 +13,39 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 from typing import Any
 
 import numpy as np
 
 from mmit.data.formats import import_file
+from mmit.data.shard_reader import has_index, open_shards
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Record, write_jsonl
 
 
+class Source(Protocol):
+    """Records by number. Indexing raises RecordError for a bad record, naming its place."""
+
+    @property
+    def name(self) -> str:
+        """Of the source, in reports."""
+
+    @property
+    def origin(self) -> str:
+        """The file or folder that the user named."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the records may have changed."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Record: ...
+
+
 @dataclass(frozen=True)
-class Source:
+class JsonlSource:
     """An mmit JSONL file and the byte offset of each of its records."""
 
     name: str
@@ -74,10 +96,12 @@ def open_source(
     Raises:
         ConfigError: no such file, or no record in it. RecordError: a bad row.
     """
+    if format == "shards" or has_index(path):
+        return open_shards(path, name=name or "", limit=limit, cache=cache)
     origin = Path(path)
     if not origin.is_file():
         raise ConfigError("no such file", where=str(origin), remedy="check data.train.*.path")
-    key = [*_identity(origin), format, image_root]
+    key: list[Any] = [*_identity(origin), format, image_root]
     if options:
         # An option may name a second file (annotations, images): a change there must not meet an old conversion.
         files = [Path(value) for value in options.values() if isinstance(value, str) and os.path.isfile(value)]
@@ -92,7 +116,7 @@ def open_source(
     offsets = _line_offsets(file)[:limit]
     if not len(offsets):
         raise ConfigError("holds no record", where=str(origin), remedy="check the file and its format")
-    return Source(name or origin.stem, file.resolve(), offsets, str(origin), fingerprint)
+    return JsonlSource(name or origin.stem, file.resolve(), offsets, str(origin), fingerprint)
 
 
 def _identity(path: Path) -> list[str | int]:
