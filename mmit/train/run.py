@@ -103,7 +103,11 @@ def run(config: Config) -> int:
         finally:
             log.close()
     what = "finished" if finished else "stopped by a signal"
-    say(f"{what} at step {progress.step}; checkpoint: {checkpoint.checkpoints(run_dir)[-1]}")
+    last = checkpoint.checkpoints(run_dir)[-1]
+    if finished and world.rank == 0:
+        done = {"steps": progress.step, "checkpoint": str(last.relative_to(run_dir))}
+        (run_dir / "finished.json").write_text(json.dumps(done))
+    say(f"{what} at step {progress.step}; checkpoint: {last}")
     return 0 if finished else EXIT_STOPPED
 
 

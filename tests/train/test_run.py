@@ -231,7 +231,7 @@ def test_text_only_model(straight, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero2"])
+@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
 def test_two_deepspeed_ranks_equal_one_process(straight, tmp_path, stage):
     for part in ("data", "tokenizer", "vision"):
         os.symlink(straight / part, tmp_path / part)
