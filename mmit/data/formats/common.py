@@ -87,6 +87,10 @@ class Format:
     detect: tuple[str, ...] = ()
     licence: str | None = None
 
+    def __call__(self, row: Row, *, image_root: str = "", **options: Any) -> Record:
+        """Make the Record of one row."""
+        return self.row(row, image_root=image_root, **options)
+
 
 # --- options ------------------------------------------------------------------------------------------------------
 
