@@ -6,10 +6,9 @@ skips two copies; everything else goes through mmit.data.images. Refuses what lo
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import torch
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from mmit.data.images import MAX_ASPECT, MIN_SIDE, load_rgb
 from mmit.records import Image
@@ -37,11 +36,8 @@ def decode_rgb(data: bytes, *, where: str = "", max_pixels: int = 50_000_000) ->
 
 
 def _decode_jpeg(data: bytes) -> torch.Tensor | None:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        encoded = torch.frombuffer(data, dtype=torch.uint8)
+    # A copy, since torch warns of bytes that cannot be written to.
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
         return decode_jpeg(encoded, mode=ImageReadMode.RGB)
     except RuntimeError:

@@ -99,10 +99,17 @@ class Part:
 class ScanOptions:
     """What a scan accepts: see `index_tars`."""
 
-    caption_prompt: str = ""
+    instruction: str | tuple[str, ...] | None = None
+    seed: int = 0
     ignore: tuple[str, ...] = ()
     max_pixels: int = 50_000_000
     limits: Limits = Limits()
+
+    @property
+    def caption(self) -> dict[str, Any]:
+        """The options of captions, as index.json keeps them."""
+        several = self.instruction is not None and not isinstance(self.instruction, str)
+        return {"instruction": list(self.instruction or ()) if several else self.instruction, "seed": self.seed}
 
 
 @dataclass
@@ -221,8 +228,7 @@ class _Scan:
             where = f"{self.part.name}: {short(self.key)}"
             try:
                 members = {p.suffix: p.data for p in self.open}
-                prompt = self.options.caption_prompt
-                record = to_record(self.key, members, where=where, caption_prompt=prompt)
+                record = to_record(self.key, members, where=where, caption=self.options.caption)
                 self._append(record, where)
             except RecordError as error:
                 self.part.bad.append(error)
@@ -269,7 +275,8 @@ def index_tars(
     paths: Iterable[str | os.PathLike[str]],
     out_dir: str | os.PathLike[str],
     *,
-    caption_prompt: str = "",
+    instruction: str | Sequence[str] | None = None,
+    seed: int = 0,
     ignore: Iterable[str] = (),
     max_pixels: int = 50_000_000,
     limits: Limits | None = None,
@@ -282,7 +289,8 @@ def index_tars(
     Args:
         paths: tars, local or hf://, s3://, http(s)://; their order is the order of the samples.
         out_dir: folder of the index; tars inside it are named relative to it, so that it can be moved.
-        caption_prompt: what the user says beside the picture of a caption; "" shows the picture alone.
+        instruction: what the user says beside the picture of a caption: nothing, a text, or several of which `seed`
+            and the key choose one.
         ignore: extensions of members to leave out ("npy"); they are counted in index.json. Others that are not
             accepted are an error of their sample.
         max_pixels: larger pictures are an error. limits: of members and samples.
@@ -297,7 +305,8 @@ def index_tars(
     if not names:
         raise ConfigError("no tar to index", where=str(out_dir), remedy="Give the paths of .tar files.")
     ignored = tuple(sorted(extension(word) for word in ignore))
-    options = ScanOptions(caption_prompt, ignored, max_pixels, limits or Limits())
+    said = instruction if instruction is None or isinstance(instruction, str) else tuple(instruction)
+    options = ScanOptions(said, seed, ignored, max_pixels, limits or Limits())
     folder = os.path.abspath(out_dir)
     jobs = [(path, _shard_name(path, folder), options) for path in names]
     parts = []
@@ -309,7 +318,7 @@ def index_tars(
         parts.append(part)
         if progress is not None:
             progress(done, len(jobs))
-    return write_index(parts, out_dir, caption_prompt=caption_prompt)
+    return write_index(parts, out_dir, caption=options.caption)
 
 
 def _shard_name(path: str, folder: str) -> str:
@@ -320,7 +329,7 @@ def _shard_name(path: str, folder: str) -> str:
 
 
 def write_index(
-    parts: Sequence[Part], out_dir: str | os.PathLike[str], *, caption_prompt: str = "", build: Any = None
+    parts: Sequence[Part], out_dir: str | os.PathLike[str], *, caption: dict[str, Any] | None = None, build: Any = None
 ) -> int:
     """Join the parts and write the index; index.json is replaced last, so that it never names half an index."""
     out = Path(out_dir)
@@ -353,7 +362,7 @@ def write_index(
         "shards": [{"name": p.name, "size": p.size, "crc32": p.crc, "samples": len(p.samples)} for p in parts],
         "sources": list(sources),
         "suffixes": list(suffixes),
-        "caption_prompt": caption_prompt,
+        "caption": caption or {},
         "left_out": dict(left_out),
         "lengths": {name: len(array) for name, array in arrays.items()},
     }

@@ -94,7 +94,7 @@ class ShardSource:
         """
         members = self.members(number)
         where = self.where(number)
-        record = to_record(self.key(number), members, where=where, caption_prompt=self.index.header["caption_prompt"])
+        record = to_record(self.key(number), members, where=where, caption=self.index.header["caption"])
         if not record.source and record.row is None:
             record = replace(record, source=self.origin, row=number + 1)
         return record
@@ -288,7 +288,8 @@ def _check_header(header: Any, folder: str) -> None:
         raise ConfigError(problem, where=folder, remedy=_REBUILD)
     sound = (
         all(isinstance(header.get(k), list) for k in ("shards", "sources", "suffixes"))
-        and all(isinstance(header.get(k), str) for k in ("folder", "fingerprint", "caption_prompt"))
+        and all(isinstance(header.get(k), str) for k in ("folder", "fingerprint"))
+        and _sound_caption(header.get("caption"))
         and isinstance(header.get("lengths"), dict)
         and all(isinstance(header["lengths"].get(k), int) for k in ARRAYS)
         and all(isinstance(s, str) for s in header["suffixes"])
@@ -299,6 +300,15 @@ def _check_header(header: Any, folder: str) -> None:
     )
     if not sound:
         raise ConfigError("index.json is damaged", where=folder, remedy=_REBUILD)
+
+
+def _sound_caption(options: Any) -> bool:
+    """The only words of an index that become part of a record."""
+    if not isinstance(options, dict) or not options.keys() <= {"instruction", "seed"}:
+        return False
+    said = options.get("instruction")
+    texts = said if isinstance(said, list) else [said or ""]
+    return isinstance(options.get("seed", 0), int) and all(isinstance(t, str) for t in texts)
 
 
 def _fetched(folder: str, header: dict[str, Any], cache: Path) -> Path:

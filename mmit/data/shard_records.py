@@ -17,6 +17,8 @@ from typing import Any, NoReturn
 
 import PIL.Image
 
+from mmit.data.formats.captions import img2dataset
+from mmit.data.formats.chat import llava, messages
 from mmit.data.images import FORMATS as PICTURES
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record, Text, Turn, short
@@ -90,13 +92,15 @@ def check_members(members: Sequence[tuple[str, int]], *, where: str, limits: Lim
         _fail(problem, where, "Split the sample, or raise the limit if its origin is trusted.")
 
 
-def to_record(key: str, members: Mapping[str, bytes], *, where: str, caption_prompt: str = "") -> Record:
+def to_record(
+    key: str, members: Mapping[str, bytes], *, where: str, caption: Mapping[str, Any] | None = None
+) -> Record:
     """Build the record of one sample from {suffix: bytes}; every picture must be used by it.
 
-    Captions (img2dataset): the user shows the picture, with `caption_prompt` if it is not empty, the assistant says
-    the .txt; a .json beside it becomes meta. Interleaved documents (OpenFlamingo): each picture opens a user turn,
-    the sentences from its own to the next picture's are the answer; what comes before the first picture is the
-    user's. Raises RecordError.
+    Captions are read by mmit.data.formats.captions.img2dataset with the options `caption` (instruction, seed). LLaVA,
+    ShareGPT and messages rows keep their text; the pictures take the places of their image files. Interleaved
+    documents (OpenFlamingo): each picture opens a user turn, the sentences from its own to the next picture's are the
+    answer; what comes before the first picture is the user's. Raises RecordError.
     """
     images = {s: d for s, d in members.items() if extension(s) in IMAGES}
     jsons = [s for s in members if extension(s) == "json"]
@@ -108,13 +112,14 @@ def to_record(key: str, members: Mapping[str, bytes], *, where: str, caption_pro
         row = _json(members[jsons[0]], jsons[0], where)
     keys = row.keys() if isinstance(row, dict) else ()
     if "turns" in keys and not texts:
-        record = _with_bytes(Record.from_json(row, where=where), key, images, where=where)
-    elif "text_list" in keys and not texts:
+        # Checked by from_json; filling in the bytes breaks no rule.
+        return _with_bytes(Record.from_json(row, where=where), key, images, where=where)
+    if "text_list" in keys and not texts:
         record = _interleaved(row, images, where)
     elif ("conversations" in keys or "messages" in keys) and not texts:
         record = _foreign(row, images, where)
-    elif texts and len(images) == 1:
-        record = _caption(row, members[texts[0]], next(iter(images.values())), prompt=caption_prompt, where=where)
+    elif len(images) == 1 and (texts or "caption" in keys):
+        record = _caption(key, members, row, options=caption or {}, where=where)
     else:
         found = ", ".join(short(s, 40) for s in list(members)[:8])
         _fail(f"cannot tell what the sample is (members: {found})", where, _LAYOUTS)
@@ -226,14 +231,11 @@ def _with_bytes(record: Record, key: str, images: Mapping[str, bytes], *, where:
 
 def _foreign(row: dict[str, Any], images: Mapping[str, bytes], where: str) -> Record:
     """Read LLaVA, ShareGPT or messages rows; the members take the places of the row's image files, in order."""
-    from mmit.data.formats import FORMATS
-
     names = sorted(images, key=_natural)
     if "conversations" in row and names:
         row = {k: v for k, v in row.items() if k != "images"} | {"image": names}
-    kind = "messages" if "messages" in row else "llava"
     try:
-        record = FORMATS[kind](row, image_root="")
+        record = (messages if "messages" in row else llava)(row, image_root="")
     except RecordError as error:
         place = f"{where}: {error.where}" if error.where else where
         raise RecordError(error.problem, where=place, remedy=error.remedy) from error
@@ -263,19 +265,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdecimal() else (0, p) for p in re.findall(r"[0-9]{1,18}|[^0-9]+", name)]
 
 
-def _caption(row: Any, text: bytes, picture: bytes, *, prompt: str, where: str) -> Record:
+def _caption(key: str, members: Mapping[str, bytes], row: Any, *, options: Mapping[str, Any], where: str) -> Record:
+    sample = {extension(suffix): data for suffix, data in members.items()}
     try:
-        caption = text.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise RecordError("the .txt is not UTF-8", where=where, remedy="Export the captions again.") from error
-    question = (Image(picture), Text(prompt)) if prompt else (Image(picture),)
-    meta = row if isinstance(row, dict) else {}
-    licence = meta.get("license")
-    return Record(
-        (Turn("user", question), Turn("assistant", (Text(caption),))),
-        licence=licence if isinstance(licence, str) and licence else None,
-        meta=meta,
-    )
+        record = img2dataset({**sample, "__key__": key, "json": row}, **options)
+    except RecordError as error:
+        raise RecordError(error.problem, where=where, remedy=error.remedy) from error
+    return record
 
 
 def _interleaved(row: dict[str, Any], images: Mapping[str, bytes], where: str) -> Record:
