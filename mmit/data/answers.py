@@ -1,0 +1,57 @@
+"""From new token ids back to the text of an answer, finished or still growing.
+
+Owns what belongs to an answer: no control token, nothing from a stop text on, no whitespace around it. Takes a
+tokenizer object and ids; gives text. Chooses no token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+_BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+class AnswerText:
+    """Reads the ids of answers; `stop` are texts that end one and are left out of it."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+        given = [stop] if isinstance(stop, str) else stop  # a text is a sequence of texts too
+        self._tokenizer, self.stop = tokenizer, tuple(text for text in given if text)
+        self._special = frozenset(tokenizer.all_special_ids)
+
+    def whole(self, ids: Sequence[int]) -> str:
+        """Return the text of a finished answer."""
+        return self._cut(ids)[0].strip()
+
+    def ended(self, ids: Sequence[int]) -> bool:
+        """Tell whether a stop text has been reached."""
+        return self._cut(ids)[1]
+
+    def settled(self, ids: Sequence[int]) -> str:
+        """Return the part of a growing answer that later tokens cannot change.
+
+        Held back are a character whose bytes are not all there yet, whitespace that may turn out to be the last,
+        and what may be the beginning of a stop text.
+        """
+        ids = list(ids)
+        # A run of byte tokens that is no valid UTF-8 in the end is shown as replacement characters from its start.
+        while ids and (ids[-1] in self._special or self._is_byte(ids[-1])):
+            ids.pop()
+        text, ended = self._cut(ids)
+        if not ended:
+            text = text.rstrip("\ufffd")
+            begun = (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n]))
+            text = text[: len(text) - max(begun, default=0)]
+        return text.strip()
+
+    def _is_byte(self, token: int) -> bool:
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        return name is not None and _BYTE_NAME.fullmatch(name) is not None
+
+    def _cut(self, ids: Sequence[int]) -> tuple[str, bool]:
+        """Text up to the first stop text, and whether there is one."""
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ends = [at for s in self.stop if (at := text.find(s)) >= 0]
+        return (text[: min(ends)], True) if ends else (text, False)

@@ -1,0 +1,183 @@
+"""From questions to prompts: records or bare texts in, samples for a row out, in batches.
+
+Owns what a prompt is (a record up to where its last answer begins), the samples that make a row predict after
+it, and which prompts run together. Reads no picture; refuses a prompt that leaves no room for an answer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mmit.data.chat import ChatFormat, Encoded, encode
+from mmit.data.dataset import image_key
+from mmit.data.packing import Sample
+from mmit.errors import ConfigError, RecordError
+from mmit.records import Image, Record, Text, Turn
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    Picture = str | os.PathLike[str] | bytes | PIL.Image.Image | Image
+
+BLANK = "blank"  # the key of the one picture that stands for all in the blank-image baseline
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A record made ready: one sample to be answered, or one per given answer."""
+
+    number: int  # its place among the caller's records
+    samples: tuple[Sample, ...]
+    pictures: dict[Hashable, tuple[Image, str]]  # key -> the picture and its place for messages
+    length: int  # tokens of the longest sample
+
+
+def as_prompt(record: Record) -> Record:
+    """Return the record up to where its last answer begins; raises RecordError if that is no question."""
+    if record.turns and record.turns[-1].role == "assistant":
+        record = replace(record, turns=record.turns[:-1])
+    record.validate(for_training=False)
+    return record
+
+
+def ask(
+    images: Picture | Sequence[Picture] | None,
+    text: str,
+    *,
+    history: Sequence[tuple[str, str]] | Record | None = None,
+    system: str | None = None,
+) -> Record:
+    """Build the record of a question.
+
+    Args:
+        images: a path, encoded bytes, a PIL picture, a list of them, or None.
+        text: what the user says.
+        history: earlier (user, assistant) texts, the pictures then belonging to the first of them; or a
+            Record that ends with an answer, the pictures then belonging to the new turn.
+        system: the system turn, if the history has none.
+
+    Raises:
+        RecordError: the turns break the rules of a record.
+    """
+    if images is None:
+        images = []
+    elif isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
+        images = [images]
+    shown = tuple(i if isinstance(i, Image) else Image(i) for i in images)  # type: ignore[arg-type]
+    if isinstance(history, Record):
+        history.validate(for_training=True)
+        turns = [*history.turns, Turn("user", (*shown, Text(text)))]
+    else:
+        texts = [said for pair in history or () for said in pair] + [text]
+        turns = [Turn("assistant" if n % 2 else "user", (Text(said),)) for n, said in enumerate(texts)]
+        turns[0] = Turn("user", (*shown, *turns[0].parts))
+    if system is not None:
+        if turns[0].role == "system":
+            raise RecordError("the history has a system turn already", remedy="Leave system out.")
+        turns = [Turn("system", (Text(system),)), *turns]
+    record = Record(tuple(turns))
+    record.validate(for_training=False)
+    return record
+
+
+@dataclass(frozen=True, slots=True)
+class PromptMaker:
+    """Tokenises prompts for one model: its chat format, its image tokens M, its context (None: no limit)."""
+
+    chat: ChatFormat
+    tokenizer: Any
+    image_tokens: int
+    context: int | None
+    blank: bool = False  # every picture gets the key BLANK
+
+    def question(self, record: Record, number: int) -> Prompt:
+        """Make the prompt of a record, its own last answer left out. Raises RecordError naming the record."""
+        record = as_prompt(record)
+        ids = self._encode(record, number, generate=True).ids
+        # A row runs what stands before its last target, so a dummy target follows the prompt.
+        return self._prompt(record, number, [((*ids, 0), (False,) * len(ids) + (True,))])
+
+    def choices(self, record: Record, number: int, *, answers: Sequence[str], with_end: bool) -> Prompt:
+        """Make a sample per given answer; its targets are the answer's tokens, and its end's if asked for."""
+        record = as_prompt(record)
+        samples = []
+        for answer in answers:
+            whole = replace(record, turns=(*record.turns, Turn("assistant", (Text(answer),))))
+            encoded = self._encode(whole, number, generate=False)
+            samples.append((encoded.ids, _last_answer(encoded, with_end)))
+        return self._prompt(record, number, samples)
+
+    def _encode(self, record: Record, number: int, *, generate: bool) -> Encoded:
+        try:
+            return encode(record.turns, self.chat, self.tokenizer, generate=generate)
+        except RecordError as error:
+            raise RecordError(error.problem, where=_where(record, number), remedy=error.remedy) from error
+
+    def _prompt(
+        self, record: Record, number: int, samples: Sequence[tuple[tuple[int, ...], tuple[bool, ...]]]
+    ) -> Prompt:
+        where = _where(record, number)
+        if record.images and not self.image_tokens:
+            problem = "has images, but the model has no vision tower"
+            raise RecordError(problem, where=where, remedy="Send text only.")
+        keys = tuple(BLANK if self.blank else image_key(image) for image in record.images)
+        # The last token is only predicted, never run.
+        lengths = [len(ids) - 1 + len(keys) * (self.image_tokens - 1) for ids, _ in samples]
+        length = max(lengths, default=0)
+        if self.context is not None and length >= self.context:
+            raise RecordError(
+                f"takes {length} tokens ({len(keys)} images of {self.image_tokens}), and the model's context "
+                f"of {self.context} leaves no room for an answer",
+                where=where,
+                remedy="Shorten the text, leave out early turns, or send fewer pictures.",
+            )
+        return Prompt(
+            number,
+            tuple(Sample(ids, targets, keys, number) for ids, targets in samples),
+            {key: (image, where) for key, image in zip(keys, record.images, strict=True)},
+            length,
+        )
+
+
+def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
+    """Batches of at most `batch_size` samples, the longest first; what begins with one picture stays together.
+
+    Where a picture has more prompts than fit into a batch they are spread over several; a prompt with more
+    samples than that is a batch of its own.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}", remedy="Give 1 or more.")
+    groups: dict[Hashable, list[Prompt]] = {}
+    for prompt in prompts:
+        # Without a picture a prompt is a group of its own, and goes where its length belongs.
+        groups.setdefault(next(iter(prompt.pictures), (None, prompt.number)), []).append(prompt)
+    out: list[list[Prompt]] = []
+    room = 0
+    for group in sorted(groups.values(), key=lambda group: -max(prompt.length for prompt in group)):
+        whole = sum(len(prompt.samples) for prompt in group)
+        if whole > room:
+            room = 0  # begin anew rather than run the picture twice
+        for prompt in sorted(group, key=lambda prompt: -prompt.length):
+            if len(prompt.samples) > room:
+                out.append([])
+                room = batch_size
+            out[-1].append(prompt)
+            room -= len(prompt.samples)
+    return out
+
+
+def _where(record: Record, number: int) -> str:
+    known = record.id or record.source or record.row is not None
+    return record.where if known else f"record {number + 1}"
+
+
+def _last_answer(encoded: Encoded, with_end: bool) -> tuple[bool, ...]:
+    """Mark the tokens of the last answer; earlier answers belong to the prompt."""
+    end = max(i for i, supervised in enumerate(encoded.supervised) if supervised) + 1
+    start = end
+    while start and encoded.supervised[start - 1]:
+        start -= 1
+    return tuple(start <= i < end and (with_end or origin == "content") for i, origin in enumerate(encoded.origin))

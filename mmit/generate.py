@@ -1,0 +1,387 @@
+"""Use of a trained model: chat, stream, answer many records, score given answers.
+
+Owns the order of the work: pictures run once, prompts that share one run together, their common beginnings are
+computed once. Pictures, texts and records in; strings and log-probabilities out. Knows no metric; refuses a
+prompt that does not fit the model's context rather than cut it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mmit.data.answers import AnswerText
+from mmit.data.chat import ChatFormat
+from mmit.data.images import fit, load_rgb
+from mmit.data.packing import Row, Sample, build_row
+from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, batches
+from mmit.errors import ConfigError, nearest
+from mmit.models import decoding
+from mmit.models.decoding import Prompts, Sampling
+from mmit.models.llm import DTYPES, context_length
+from mmit.models.vlm import VLM
+from mmit.records import Image, Record
+
+if TYPE_CHECKING:
+    from mmit.data.prompts import Picture
+
+__all__ = ["Model", "Usage", "as_prompt", "ask", "load"]
+
+PICTURES_AT_ONCE = 32  # through the vision tower
+Features = dict[Hashable, torch.Tensor]  # key of a picture -> (N, D)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a model has computed since it was made."""
+
+    prefill_tokens: int = 0  # prompt tokens run through the LLM
+    unshared_tokens: int = 0  # what they would be if no beginning were shared
+    new_tokens: int = 0
+    pictures: int = 0  # pictures run through the vision tower
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> Model:
+    """Load a checkpoint for use.
+
+    Args:
+        folder: a checkpoint, or a run, whose newest checkpoint is then taken.
+        device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
+        dtype: number format of the weights ("bf16", "fp16", "fp32"); None takes the one of training.
+        device_map: placement of a large LLM over several devices, as in transformers.
+
+    Raises:
+        CheckpointError: the folder is not a whole checkpoint.
+        ModelError: a part of the model cannot be built.
+        ConfigError: no such dtype.
+    """
+    from mmit.train.checkpoint import load_model  # here, so that a live model is used without it
+
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype '{dtype}'", remedy=nearest(dtype, DTYPES))
+        dtype = DTYPES[dtype]
+    found = load_model(Path(folder), device=device, dtype=dtype, device_map=device_map)
+    return Model(found.vlm, found.tokenizer, found.chat, image=found.image, folder=found.folder, meta=found.meta)
+
+
+class Model:
+    """A composite with its tokenizer, chat format and image preparation, ready to answer.
+
+    Attributes:
+        vlm, tokenizer, chat_format: the parts. The composite is put into eval mode and left in it.
+        image: how pictures are brought to the tower: {"size": (H, W), "mode", "interpolation", "fill"}, the
+            arguments of `data.images.fit`; {} for a text-only model.
+        folder, meta: the checkpoint it came from and its mmit.json, if any.
+        usage: counts of what was computed so far.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        tokenizer: Any,
+        chat_format: ChatFormat,
+        *,
+        image: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        if vlm.vision is not None and not image:
+            raise ConfigError("a model with a vision tower needs its image preparation")
+        self.vlm, self.tokenizer, self.chat_format = vlm.eval(), tokenizer, chat_format
+        self.image, self.folder, self.meta = dict(image or {}), folder, dict(meta or {})
+        self.usage = Usage()
+        self._able: decoding.Support | None = None
+
+    def chat(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        text: str,
+        *,
+        history: Sequence[tuple[str, str]] | Record | None = None,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> str:
+        """Answer a question about pictures, or about none.
+
+        Args:
+            images, text, history, system: see `ask`.
+            max_new_tokens, temperature, top_p, top_k, seed, stop: see `generate`.
+
+        Returns:
+            the answer without surrounding whitespace.
+        """
+        record = ask(images, text, history=history, system=system)
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        return self.generate([record], max_new_tokens=max_new_tokens, stop=stop, **sampling)[0]
+
+    def stream(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        text: str,
+        *,
+        history: Sequence[tuple[str, str]] | Record | None = None,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[str]:
+        """Answer as `chat` does, in pieces that add up to its answer; none ends inside a character."""
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        prompt = self._maker().question(ask(images, text, history=history, system=system), 0)
+        return self._stream(prompt, AnswerText(self.tokenizer, stop), max_new_tokens, sampling=sampling)
+
+    @torch.inference_mode()
+    def _stream(self, prompt: Prompt, reader: AnswerText, max_new_tokens: int, *, sampling: Sampling) -> Iterator[str]:
+        ids: list[int] = []
+        sent = ""
+        features = _Pictures(self, [[prompt]]).take([prompt])
+        for new in self._steps([prompt], features, reader, max_new_tokens=max_new_tokens, sampling=sampling):
+            ids += [token for _, token in new]
+            text = reader.settled(ids)
+            if text.startswith(sent) and text != sent:
+                yield text[len(sent) :]
+                sent = text
+        rest = reader.whole(ids)[len(sent) :]
+        if rest:
+            yield rest
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        records: Sequence[Record],
+        *,
+        batch_size: int = 32,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        blank_images: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Answer many records, in their order.
+
+        A record's own last answer is ignored. Records that share a picture run together. But for rounding, the
+        answers do not depend on `batch_size` or on what else is in the batch.
+
+        Args:
+            records: what is asked.
+            batch_size: most prompts decoded at a time.
+            max_new_tokens: most tokens of an answer; the end of the model's context ends it sooner.
+            temperature, top_p, top_k, seed: see `Sampling`; a record's draws depend on its place in the list.
+            stop: texts that end an answer and are left out of it.
+            blank_images: show a picture of the encoder's mean colour in place of every picture.
+            progress: called after each batch with the number of records it answered.
+
+        Returns:
+            the answers, without surrounding whitespace.
+
+        Raises:
+            RecordError: a record is malformed, its picture unreadable, or its prompt too long for the model.
+            ConfigError: an option is out of its range.
+        """
+        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        maker = self._maker(blank=blank_images)
+        plan = batches([maker.question(record, n) for n, record in enumerate(records)], batch_size)
+        pictures = _Pictures(self, plan, blank=blank_images)
+        reader, answers = AnswerText(self.tokenizer, stop), [""] * len(records)
+        for batch in plan:
+            features = pictures.take(batch)
+            # A model that cannot be batched takes its prompts one by one.
+            for part in [batch] if self._support().batched else [[prompt] for prompt in batch]:
+                ids: list[list[int]] = [[] for _ in part]
+                steps = self._steps(part, features, reader, max_new_tokens=max_new_tokens, sampling=sampling)
+                for new in steps:
+                    for place, token in new:
+                        ids[place].append(token)
+                for prompt, tokens in zip(part, ids, strict=True):
+                    answers[prompt.number] = reader.whole(tokens)
+            if progress is not None:
+                progress(len(batch))
+        return answers
+
+    @torch.inference_mode()
+    def score(
+        self,
+        records: Sequence[Record],
+        choices: Sequence[str] | Sequence[Sequence[str]],
+        *,
+        batch_size: int = 32,
+        with_end: bool = False,
+        blank_images: bool = False,
+    ) -> list[list[float]]:
+        """Say how likely given answers are: the log-probability of each, summed over its tokens.
+
+        Args:
+            records: what is asked; a record's own last answer is ignored.
+            choices: the answers, one list for all records or one list per record.
+            batch_size: most answers run at a time; those to one record stay together.
+            with_end: count the token that ends an answer too, so that "a" is not favoured over "a b".
+            blank_images: as in `generate`.
+
+        Returns:
+            for each record, a number per choice.
+        """
+        per_record: Any = [choices] * len(records) if choices and isinstance(choices[0], str) else choices
+        if len(per_record) != len(records):
+            problem = f"{len(per_record)} lists of choices for {len(records)} records"
+            raise ConfigError(problem, remedy="Give one list of texts, or one list per record.")
+        maker = self._maker(blank=blank_images)
+        prompts = [
+            maker.choices(record, n, answers=answers, with_end=with_end)
+            for n, (record, answers) in enumerate(zip(records, per_record, strict=True))
+        ]
+        plan = batches([prompt for prompt in prompts if prompt.samples], batch_size)
+        pictures = _Pictures(self, plan, blank=blank_images)
+        scores: list[list[float]] = [[] for _ in records]
+        for batch in plan:
+            sums = iter(self._sums(batch, pictures.take(batch)))
+            for prompt in batch:
+                scores[prompt.number] = [next(sums) for _ in prompt.samples]
+        return scores
+
+    def _sums(self, batch: list[Prompt], features: Features) -> list[float]:
+        samples = [sample for prompt in batch for sample in prompt.samples]
+        samples = [replace(sample, record=n) for n, sample in enumerate(samples)]
+        total = torch.zeros(len(samples))
+        for group in self._groups(samples, max(prompt.length for prompt in batch)):
+            row, prompts = self._row(group, features)
+            total += decoding.log_likelihoods(
+                self.vlm, prompts, targets=row.targets, owners=row.target_records, count=len(samples)
+            ).cpu()
+        return total.tolist()
+
+    def _steps(
+        self,
+        batch: list[Prompt],
+        features: Features,
+        reader: AnswerText,
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+    ) -> Iterator[list[tuple[int, int]]]:
+        """Prefill one batch and decode it: after each step, (place in the batch, new id) pairs."""
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}", remedy="Give 1 or more.")
+        context = context_length(self.vlm.llm)
+        rooms = [max_new_tokens if context is None else context - prompt.length for prompt in batch]
+        longest = max(prompt.length for prompt in batch)
+        groups = self._groups([prompt.samples[0] for prompt in batch], longest)
+        rows = [self._row(group, features)[1] for group in groups]
+        steps = decoding.steps(
+            self.vlm.llm,
+            decoding.prefill(self.vlm.llm, rows, able=self._support()),
+            limits=[min(max_new_tokens, room) for room in rooms],
+            end_ids=self.end_ids,
+            sampling=sampling,
+            numbers=[prompt.number for prompt in batch],
+            stop=(lambda _, ids: reader.ended(ids)) if reader.stop else None,
+        )
+        for new in steps:
+            self.usage.new_tokens += len(new)
+            yield new
+
+    def _groups(self, samples: list[Sample], longest: int) -> list[list[Sample]]:
+        """Samples by the row they run in: all in one where the model allows it, else each in its own."""
+        able = self._support()
+        together = able.shared and (able.window is None or longest <= able.window)
+        return [samples] if together else [[sample] for sample in samples]
+
+    def _row(self, samples: list[Sample], features: Features) -> tuple[Row, Prompts]:
+        """Lay samples into a row and splice their pictures in."""
+        vlm = self.vlm
+        row = build_row(samples, image_tokens=vlm.image_tokens)
+        keys = list(dict.fromkeys(row.images))
+        index = torch.tensor([keys.index(key) for key in row.images], dtype=torch.int64)
+        # A device map may put the embeddings elsewhere than the projector.
+        home = vlm.device if vlm.projector is None else next(vlm.projector.parameters()).device
+        embeddings = vlm.embed(
+            row.input_ids.to(vlm.device),
+            image_positions=row.image_positions.to(vlm.device),
+            image_index=index.to(home),
+            features=torch.stack([features[key] for key in keys]) if keys else None,
+        )
+        self.usage.prefill_tokens += len(row.input_ids)
+        self.usage.unshared_tokens += row.unshared_tokens
+        at = row.predict_at.to(vlm.device)
+        return row, Prompts(embeddings, row.positions.to(vlm.device), row.nodes, at)
+
+    def _support(self) -> decoding.Support:
+        if self._able is None:
+            self._able = decoding.support(self.vlm.llm)
+        return self._able
+
+    def _maker(self, *, blank: bool = False) -> PromptMaker:
+        vlm = self.vlm
+        return PromptMaker(self.chat_format, self.tokenizer, vlm.image_tokens, context_length(vlm.llm), blank=blank)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the last of the chat format's ending, and the tokenizer's EOS."""
+        ids = (*self.chat_format.end_ids[-1:], self.tokenizer.eos_token_id)
+        return tuple(i for i in ids if i is not None)
+
+
+class _Pictures:
+    """The features of pictures: each computed once, and kept until the last batch that needs it."""
+
+    def __init__(self, model: Model, plan: Sequence[Sequence[Prompt]], *, blank: bool = False) -> None:
+        self._model, self._blank = model, blank
+        self._uses = Counter(key for batch in plan for key in _shown(batch))
+        self._kept: Features = {}
+
+    def take(self, batch: Sequence[Prompt]) -> Features:
+        """Return the features of every picture of a batch. Raises ImageError."""
+        vision, pictures = self._model.vlm.vision, _shown(batch)
+        missing = [key for key in pictures if key not in self._kept]
+        for begin in range(0, len(missing), PICTURES_AT_ONCE):
+            assert vision is not None  # a text-only model gets no prompt with pictures
+            keys = missing[begin : begin + PICTURES_AT_ONCE]
+            pixels = torch.stack([self._pixels(*pictures[key]) for key in keys])
+            seen = self._model.vlm.see(pixels.to(next(vision.parameters()).device))
+            self._kept.update(zip(keys, seen, strict=True))
+            self._model.usage.pictures += len(keys)
+        self._uses.subtract(pictures.keys())
+        return {key: self._kept[key] if self._uses[key] else self._kept.pop(key) for key in pictures}
+
+    def _pixels(self, image: Image, where: str) -> torch.Tensor:
+        """Load and fit a picture: (3, H, W) uint8."""
+        options = self._model.image
+        size = tuple(options["size"])
+        if self._blank:
+            assert self._model.vlm.vision is not None
+            colour = [round(255 * channel) for channel in self._model.vlm.vision.mean]
+            return torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, *size)
+        return fit(
+            load_rgb(image, where=where),
+            size,
+            mode=options["mode"],
+            interpolation=options["interpolation"],
+            fill=tuple(options["fill"]),
+        )
+
+
+def _shown(batch: Sequence[Prompt]) -> dict[Hashable, tuple[Image, str]]:
+    return {key: shown for prompt in batch for key, shown in prompt.pictures.items()}
