@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,7 +37,7 @@ def import_(
             metavar="FORMAT", help=f"llava, alpaca, ...; auto looks at the file; {' and '.join(PACKAGES)} need no PATH."
         ),
     ],
-    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="A JSON or JSONL file.")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="The file to read.")] = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.jsonl", help="The file to write.")],
     image_root: Annotated[
@@ -45,13 +45,17 @@ def import_(
     ] = None,
     split: Annotated[str | None, typer.Option(help=f"train or test, of {' and '.join(PACKAGES)}.")] = None,
     licence: Annotated[str | None, typer.Option(help="Noted in records that state none.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="An option of the format; a wrong KEY lists them. May be repeated."),
+    ] = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and list them.")] = False,
     check_images: Annotated[bool, typer.Option(help="A row whose image file is missing is bad.")] = True,
 ) -> None:
     """Convert a data file, or the data of a Python package, into mmit JSONL."""
     bad: list[RecordError] = []
     if format in PACKAGES:
-        given = {"PATH": path, "--image-root": image_root, "--licence": licence}
+        given = {"PATH": path, "--image-root": image_root, "--licence": licence, "--option": option}
         if unused := [name for name, value in given.items() if value is not None]:
             raise typer.BadParameter(f"{format} brings its own: leave it out", param_hint=unused[0])
         records = _package(format, split)
@@ -59,6 +63,7 @@ def import_(
         if split is not None:
             raise typer.BadParameter(f"only {' and '.join(PACKAGES)} have splits", param_hint="--split")
         format, file = _checked(format, path)
+        options = _options(option or [])
 
         from mmit.data.formats import import_file
 
@@ -69,6 +74,7 @@ def import_(
             licence=licence,
             check_images=check_images,
             on_bad=bad.append if skip_bad else None,
+            **options,
         )
     counts = _write(records, out, bad)
     _report(counts, out, bad)
@@ -92,12 +98,23 @@ def _checked(format: str, path: Path | None) -> tuple[str, Path]:
         )
     if path is None:
         raise typer.BadParameter(f"format {format} needs a file", param_hint="PATH")
-    if not path.is_file():
-        raise ConfigError("no such file", where=str(path), remedy="Give the path of a JSON or JSONL file.")
     if format == "auto":
         format, reason = detect_format(path)
         typer.echo(f"format: {format} ({reason})")
     return format, path
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    from mmit.yamlio import parse_override
+
+    found: dict[str, Any] = {}
+    for text in given:
+        keys, value = parse_override(text)
+        name = ".".join(map(str, keys))
+        if name in found:
+            raise ConfigError(f"option '{name}' is given twice", where="--option", remedy="Leave one out.")
+        found[name] = value
+    return found
 
 
 class _Counts:
@@ -135,18 +152,22 @@ def _write(records: Iterator[Record], out: Path, bad: list[RecordError]) -> _Cou
 
 def _report(counts: _Counts, out: Path, bad: list[RecordError]) -> None:
     typer.echo(
-        f"{counts.records:,} records ({counts.text_only:,} without images), {counts.answers:,} answers, "
-        f"{len(counts.images):,} different images"
+        f"{_of(counts.records, 'record')} ({counts.text_only:,} without images), {_of(counts.answers, 'answer')}, "
+        f"{_of(len(counts.images), 'different image')}"
     )
     if counts.dropped:
-        typer.echo(f"{counts.dropped:,} records began with the assistant's turn; it is kept in their meta only")
+        typer.echo(f"{_of(counts.dropped, 'record')} began with the assistant's turn; it is kept in the meta only")
     if bad:
         beside = out.with_name(f"{out.stem}.bad.jsonl")
         lines = [json.dumps({"where": e.where, "problem": e.problem, "remedy": e.remedy}) for e in bad]
         beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-        typer.echo(f"{len(bad):,} bad rows left out, listed in {beside}:")
+        typer.echo(f"{_of(len(bad), 'bad row')} left out, listed in {beside}:")
         for error in bad[:SHOWN]:
             typer.echo(f"  {error.where}: {error.problem}")
         if len(bad) > SHOWN:
             typer.echo(f"  ... and {len(bad) - SHOWN:,} more")
     typer.echo(f"written to {out}")
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

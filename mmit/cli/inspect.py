@@ -102,8 +102,6 @@ def _record(sources: Sequence[Source], row: int) -> Record:
 def _rows(path: Path, format: str | None, image_root: str | None) -> Iterator[Record | RecordError]:
     from mmit.data.formats import detect_format, import_file
 
-    if not path.is_file():
-        raise ConfigError("no such file", where=str(path), remedy="Check the path, or data.train.*.path of the config.")
     bad: list[RecordError] = []
     for record in import_file(path, format or detect_format(path)[0], image_root=image_root, on_bad=bad.append):
         yield from bad  # found on the way to this record
@@ -135,7 +133,10 @@ def _encode(
     if image_tokens is None and settings is not None and record.images:
         image_tokens = _image_tokens(settings.model.model_dump(), record.where)
     turns, which = _conversation(record, pair, split=settings is not None and settings.data.split_turns)
-    encoded = encode(turns, form, tokens)
+    try:
+        encoded = encode(turns, form, tokens)
+    except RecordError as error:  # encode sees turns only and cannot say whose they are
+        raise type(error)(error.problem, where=error.where or record.where, remedy=error.remedy) from error
     notes = [f"{record.where}{which}, chat format {form.name}", *_pictures(record)]
     length = len(encoded.ids) + len(record.images) * ((image_tokens or 1) - 1)
     if settings is not None and length > settings.data.max_length:
