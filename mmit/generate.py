@@ -53,6 +53,7 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
     device_map: str | dict[str, Any] | None = None,
+    untuned: bool = False,
 ) -> Model:
     """Load a checkpoint for use.
 
@@ -61,6 +62,7 @@ def load(
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: number format of the weights ("bf16", "fp16", "fp32"); None takes the one of training.
         device_map: placement of a large LLM over several devices, as in transformers.
+        untuned: the model as it was before training (base weights, a freshly drawn projector), for comparison.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
@@ -73,7 +75,7 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype '{dtype}'", remedy=nearest(dtype, DTYPES))
         dtype = DTYPES[dtype]
-    found = load_model(Path(folder), device=device, dtype=dtype, device_map=device_map)
+    found = load_model(Path(folder), device=device, dtype=dtype, device_map=device_map, untuned=untuned)
     return Model(found.vlm, found.tokenizer, found.chat, image=found.image, folder=found.folder, meta=found.meta)
 
 
