@@ -7,7 +7,8 @@ ValueError at a user; a traceback that reaches a person is a defect.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class MmitError(Exception):
@@ -44,3 +45,13 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, valid, n=1, cutoff=0.5)
     guess = f"did you mean '{close[0]}'? " if close else ""
     return f"{guess}valid: {', '.join(valid)}"
+
+
+@contextmanager
+def located(place: str) -> Iterator[None]:
+    """Put `place`, the config key that is at work, in front of where an MmitError inside arose."""
+    try:
+        yield
+    except MmitError as error:
+        where = f"{place}: {error.where}" if error.where else place
+        raise type(error)(error.problem, where=where, remedy=error.remedy) from error

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from mmit.errors import located
 from mmit.models.llm import DTYPES, load_llm, load_tokenizer
 from mmit.models.projectors import build_projector
 from mmit.models.vision import VisionTower, build_vision
@@ -20,16 +21,17 @@ from mmit.models.vlm import VLM
 def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionTower:
     """Build the tower that a `model.vision` section describes; `dtype` where the section does not say."""
     size = vision["image_size"]
-    return build_vision(
-        vision["kind"],
-        vision["name"],
-        weights=vision["weights"],
-        layer=vision["layer"],
-        select=vision["select"],
-        image_size=tuple(size) if isinstance(size, (list, tuple)) else size,
-        key_order=vision["key_order"],
-        dtype=DTYPES[vision["dtype"]] if vision["dtype"] else dtype,
-    )
+    with located("model.vision"):
+        return build_vision(
+            vision["kind"],
+            vision["name"],
+            weights=vision["weights"],
+            layer=vision["layer"],
+            select=vision["select"],
+            image_size=tuple(size) if isinstance(size, (list, tuple)) else size,
+            key_order=vision["key_order"],
+            dtype=DTYPES[vision["dtype"]] if vision["dtype"] else dtype,
+        )
 
 
 def assemble(
@@ -58,27 +60,30 @@ def assemble(
     if tokenizer is not None:
         tokens = load_tokenizer(tokenizer)
     else:
-        tokens = load_tokenizer(llm_options["name"], revision=llm_options["revision"])
+        with located("model.llm"):
+            tokens = load_tokenizer(llm_options["name"], revision=llm_options["revision"])
     torch.manual_seed(seed)
-    llm = load_llm(
-        llm_options["name"],
-        revision=llm_options["revision"],
-        dtype=DTYPES[llm_options["dtype"]] if llm_options["dtype"] else dtype,
-        random_init=llm_options["random_init"],
-        device_map=device_map,
-        packed=packed,
-    )
+    with located("model.llm"):
+        llm = load_llm(
+            llm_options["name"],
+            revision=llm_options["revision"],
+            dtype=DTYPES[llm_options["dtype"]] if llm_options["dtype"] else dtype,
+            random_init=llm_options["random_init"],
+            device_map=device_map,
+            packed=packed,
+        )
     if model["vision"] is None:
         return VLM(llm, vision=None, projector=None), tokens
     vision = assemble_vision(model["vision"], dtype=dtype)
     words = VLM(llm, vision=None, projector=None).word_embeddings
     torch.manual_seed(seed)
-    projector = build_projector(
-        model["projector"]["kind"],
-        vision_dim=vision.dim,
-        llm_dim=words.shape[1],
-        grid=vision.grid,
-        prefix=vision.prefix,
-        **model["projector"]["options"],
-    ).to(words.dtype)
+    with located("model.projector"):
+        projector = build_projector(
+            model["projector"]["kind"],
+            vision_dim=vision.dim,
+            llm_dim=words.shape[1],
+            grid=vision.grid,
+            prefix=vision.prefix,
+            **model["projector"]["options"],
+        ).to(words.dtype)
     return VLM(llm, vision=vision, projector=projector), tokens

@@ -29,7 +29,7 @@ from mmit.data.mixture import Walk, epoch_order
 from mmit.data.packing import plan_rows
 from mmit.data.sources import open_source
 from mmit.data.viewer import to_rich
-from mmit.errors import CheckpointError, ConfigError, RecordError
+from mmit.errors import CheckpointError, ConfigError, RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
 from mmit.models.tuning import apply_tuning, parameter_table
@@ -62,7 +62,8 @@ def run(config: Config) -> int:
     if resume is not None and (resume / "llm").exists():
         model["llm"].update(name=str(resume / "llm"), revision=None, random_init=None)
     vlm, tokenizer = assemble(model, dtype=dtype, seed=config.run.seed, packed=config.data.packing)
-    chat = chat_format(config.model.chat.format, tokenizer)
+    with located("model.chat.format"):
+        chat = chat_format(config.model.chat.format, tokenizer)
     load_image = _image_loader(vlm, config)
 
     data, scan = _read_data(config, vlm, tokenizer, chat, run_dir=run_dir, world=world, say=say)
@@ -142,6 +143,12 @@ def _join_ranks(config: Config) -> _World:
         torch.cuda.set_device(device)
     if kind == "torch":
         return _World(0, 1, device, deepspeed=False)
+    if not launched:
+        raise ConfigError(
+            "the DeepSpeed engine needs ranks, and no launcher started any",
+            where="engine.kind",
+            remedy="start it with: deepspeed --num_gpus N scripts/train.py --config FILE; or set engine.kind=auto",
+        )
     rank, size = join_deepspeed(cuda=cuda)
     return _World(rank, size, device, deepspeed=True)
 
@@ -216,9 +223,9 @@ def _read_data(
     sources = []
     if world.rank != 0:  # rank 0 converts foreign formats first, the others then find the result
         world.barrier()
-    for s in options.train:
-        sources.append(
-            open_source(
+    for i, s in enumerate(options.train):
+        with located(f"data.train.{i}"):
+            source = open_source(
                 s.path,
                 format=s.format,
                 image_root=s.image_root,
@@ -227,7 +234,7 @@ def _read_data(
                 cache=run_dir / "data",
                 on_bad=unreadable.append if skip else None,
             )
-        )
+        sources.append(source)
     if world.rank == 0:
         world.barrier()
     data = InstructionData(
@@ -257,7 +264,8 @@ def _judge(config: Config, scan: Scan, run_dir: Path, *, main: bool, say: Any) -
         (run_dir / "bad_records.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     if scan.bad and config.run.on_bad_record == "error":
         first = scan.bad[0]
-        more = f" ({len(scan.bad)} bad records in all, listed in {run_dir / 'bad_records.jsonl'})"
+        listed = f" (the first of {len(scan.bad)} bad records, listed in {run_dir / 'bad_records.jsonl'})"
+        more = listed if len(scan.bad) > 1 else ""
         raise type(first)(first.problem + more, where=first.where, remedy=first.remedy)
     allowed = config.run.max_bad_fraction * max(scan.records, 1)
     if len(scan.bad) > allowed:
