@@ -77,7 +77,8 @@ def import_file(
             raise ConfigError(problem, where=name, remedy=remedy)
     row_options = {key: value for key, value in options.items() if key in entry.options}
     file_options = {key: value for key, value in options.items() if key in entry.file_options}
-    root = os.path.dirname(name) if image_root is None else os.fspath(image_root)
+    folder = "" if format == "hf" else os.path.dirname(name)  # what "hf" is given may be a name, not a path
+    root = folder if image_root is None else os.fspath(image_root)
 
     def build(row: Any, number: int) -> Record:
         if not isinstance(row, dict):
