@@ -56,6 +56,11 @@ class Baselines:
     notes: Mapping[str, str]
 
 
+def no_baselines() -> Baselines:
+    """Return what a report says of baselines that were not asked for."""
+    return Baselines(dict.fromkeys(LABELS), dict.fromkeys(LABELS, "not asked for"))
+
+
 def majority(task: Task, items: Sequence[Item]) -> tuple[Majority | None, str]:
     """Learn the majority answers for `items`; return them, or None, and a note for the report."""
     training = training_items(task)

@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 import mmit
-from mmit.eval.baselines import LABELS, Baselines, run_baselines
+from mmit.eval.baselines import LABELS, Baselines, no_baselines, run_baselines
 from mmit.eval.metrics import Score
 from mmit.eval.runner import Generates, Result, evaluate, replace_file
 from mmit.eval.tasks import Task, sample_items, task_items
@@ -57,7 +57,7 @@ def run_task(
         fingerprint: tells this model's answers from another's, e.g. a checkpoint's hash.
         sample: number of questions; None takes the task's own sample, or all.
         seed: of the samples and of resampled intervals; None takes the task's.
-        baseline_n: questions the untuned and the blind model are asked.
+        baseline_n: questions the untuned and the blind model are asked; 0 leaves all baselines out.
         batch_size, progress: as in `evaluate`.
         flat: no folder per task.
         overwrite: drop answers on file and start anew; otherwise they are kept.
@@ -78,7 +78,10 @@ def run_task(
     common |= {"batch_size": batch_size, "overwrite": overwrite, "progress": progress}
     tuned = evaluate(model_tuned, task, items=asked, **common)
     questions: dict[str, Any] = {"items": items, "asked": asked, "baseline_n": baseline_n}
-    beside = run_baselines(model_tuned, task, untuned_factory=untuned_factory, **questions, **common)
+    if baseline_n == 0:
+        beside = no_baselines()
+    else:
+        beside = run_baselines(model_tuned, task, untuned_factory=untuned_factory, **questions, **common)
     seconds = time.monotonic() - start
     report = build_report(task, tuned, beside, model=model_name, seed=seed, seconds=seconds)
     write_report(report, folder, notes=beside.notes)
@@ -137,9 +140,7 @@ def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         if part is None:
             return (name, "-", "-", "-", "-")
         # Sums such as MME's are not shares; they are shown as they are.
-        score, low, high = (
-            f"{100 * x:.1f} %" if percent else f"{x:.2f}" for x in (part["accuracy"], *part["ci95"])
-        )
+        score, low, high = (f"{100 * x:.1f} %" if percent else f"{x:.2f}" for x in (part["accuracy"], *part["ci95"]))
         invalid = part.get("invalid_rate")
         share = "" if invalid is None else f"{100 * invalid:.1f} %"
         return (name, score, f"{low} to {high}", f"{part['n']:,}", share)
