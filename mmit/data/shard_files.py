@@ -5,6 +5,7 @@ Owns the list of schemes. Anything else before "://", and every "pipe:", is refu
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 class ShardFileError(MmitError):
     """A shard or index cannot be reached. Not a fault of one record: skipping records would hide it."""
+
+    missing = False  # whether it is known not to be there
 
 
 def is_remote(path: str) -> bool:
@@ -65,7 +68,7 @@ def open_shard(path: str) -> Iterator[tuple[BinaryIO, int]]:
             return
         if not os.path.isfile(path):
             # Opening a pipe or a device would wait for ever.
-            raise ShardFileError("no such file", where=path, remedy="Check the path.")
+            raise _unreachable(path, FileNotFoundError(errno.ENOENT, "no such file"))
         with open(path, "rb") as file:
             yield file, os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -75,7 +78,9 @@ def open_shard(path: str) -> Iterator[tuple[BinaryIO, int]]:
 def _unreachable(path: str, error: Exception) -> ShardFileError:
     cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
     remedy = "Check the path, the permissions and the connection, then run again: nothing was skipped."
-    return ShardFileError(f"cannot read: {short(cause, 160)}", where=path, remedy=remedy)
+    found = ShardFileError(f"cannot read: {short(cause, 160)}", where=path, remedy=remedy)
+    found.missing = isinstance(error, FileNotFoundError)
+    return found
 
 
 class RangeReader:

@@ -261,6 +261,8 @@ def _open_index(folder: str, cache: str) -> Index:
         with open_shard(_join(folder, INDEX)) as (file, _):
             header = json.loads(file.read())
     except ShardFileError as error:
+        if not error.missing:
+            raise
         remedy = "Write one with `mmit data build`, or `mmit data index` for existing tars."
         raise ConfigError(f"no index of shards ({error.problem})", where=folder, remedy=remedy) from error
     except (ValueError, RecursionError) as error:
@@ -270,9 +272,9 @@ def _open_index(folder: str, cache: str) -> Index:
     arrays = {}
     for name in ARRAYS:
         try:
-            # A mapping of nothing is refused by the system.
             array = np.load(local / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:
+            # numpy reads the header as a Python literal: damage surfaces as whatever its tokenizer raises.
             raise ConfigError(f"{name}.npy is missing or damaged", where=str(local), remedy=_REBUILD) from error
         if array.dtype != DTYPES[name] or array.shape != (header["lengths"][name],):
             raise ConfigError(f"{name}.npy does not fit index.json", where=str(local), remedy=_REBUILD)

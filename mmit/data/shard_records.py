@@ -105,6 +105,8 @@ def to_record(
     images = {s: d for s, d in members.items() if extension(s) in IMAGES}
     jsons = [s for s in members if extension(s) == "json"]
     texts = [s for s in members if extension(s) == "txt"]
+    if empty := [s for s, data in images.items() if not data]:
+        _fail(f"member {short(empty[0])} is empty", where, "Fetch the picture again, or leave the sample out.")
     row: Any = None
     if len(jsons) > 1 or len(texts) > 1:
         _fail(f"more than one text member: {', '.join(map(short, jsons + texts))}", where, _LAYOUTS)

@@ -26,10 +26,8 @@ from mmit.data.shard_index import (
     INDEX,
     VERSION,
     Part,
-    ScanOptions,
     load_part,
     save_part,
-    scan_tar,
     write_index,
 )
 from mmit.data.shard_records import (
@@ -39,6 +37,7 @@ from mmit.data.shard_records import (
     picture_format,
     picture_size,
 )
+from mmit.data.shard_scan import ScanOptions, scan_tar
 from mmit.errors import ConfigError, ImageError, RecordError
 from mmit.records import Image, OnBad, Record, short
 
