@@ -13,8 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -87,7 +86,8 @@ def open_source(
     """Open a source; a format other than "mmit" is first converted into a JSONL under `cache`, once.
 
     Args:
-        path: the file. format: a key of FORMATS. image_root: where its relative image paths start.
+        path: the file, or a folder of shards with its index (opened as it is; format "shards" for a remote one).
+        format: a key of FORMATS. image_root: where its relative image paths start.
         limit: use only its first `limit` records.
         cache: folder for converted files; the file name carries a hash of the input's path, size and time.
         options: the format's own options, as `import_file` takes them.
