@@ -70,7 +70,7 @@ def evaluate(
             model_name=str(checkpoint),
             fingerprint=mark,
             sample=limit,
-            baseline_n=baseline_n,
+            baseline_n=baseline_n if baselines else 0,
             batch_size=batch_size,
             overwrite=overwrite,
         )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.errors import ConfigError, MmitError, RecordError
+from mmit.errors import ConfigError, MmitError, RecordError, located
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -101,13 +101,30 @@ def _record(sources: Sequence[Source], row: int) -> Record:
 
 def _rows(path: Path, format: str | None, image_root: str | None) -> Iterator[Record | RecordError]:
     from mmit.data.formats import detect_format, import_file
+    from mmit.data.shard_reader import has_index
 
+    if format == "shards" or has_index(path):
+        yield from _shard_records(path)
+        return
     bad: list[RecordError] = []
     for record in import_file(path, format or detect_format(path)[0], image_root=image_root, on_bad=bad.append):
         yield from bad  # found on the way to this record
         bad.clear()
         yield record
     yield from bad
+
+
+def _shard_records(path: Path) -> Iterator[Record | RecordError]:
+    from mmit.data.sources import open_source
+
+    source = open_source(path, format="shards")
+    for index in range(len(source)):
+        try:
+            record = source[index]
+        except RecordError as error:
+            yield error
+        else:
+            yield record
 
 
 def _encode(
@@ -128,8 +145,10 @@ def _encode(
     if name is None:
         assert settings is not None
         name, revision = settings.model.llm.name, settings.model.llm.revision
-    tokens = load_tokenizer(name, revision=revision)
-    form = chat_format(chat or (settings.model.chat.format if settings else "hf"), tokens)
+    with located("--tokenizer" if tokenizer else "model.llm"):
+        tokens = load_tokenizer(name, revision=revision)
+    with located("--chat" if chat else "model.chat.format"):
+        form = chat_format(chat or (settings.model.chat.format if settings else "hf"), tokens)
     if image_tokens is None and settings is not None and record.images:
         image_tokens = _image_tokens(settings.model.model_dump(), record.where)
     turns, which = _conversation(record, pair, split=settings is not None and settings.data.split_turns)
@@ -167,14 +186,15 @@ def _image_tokens(model: dict[str, Any], where: str) -> int:
     from mmit.models.projectors import build_projector
 
     vision = assemble_vision({**model["vision"], "weights": False, "key_order": False}, dtype=torch.float32)
-    projector = build_projector(
-        model["projector"]["kind"],
-        vision_dim=vision.dim,
-        llm_dim=8,  # any width: it does not change the count
-        grid=vision.grid,
-        prefix=vision.prefix,
-        **model["projector"]["options"],
-    )
+    with located("model.projector"):
+        projector = build_projector(
+            model["projector"]["kind"],
+            vision_dim=vision.dim,
+            llm_dim=8,  # any width: it does not change the count
+            grid=vision.grid,
+            prefix=vision.prefix,
+            **model["projector"]["options"],
+        )
     return projector.tokens
 
 
