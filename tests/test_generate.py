@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
 import torch
 
+import mmit
 from mmit.data.chat import chat_format, encode
 from mmit.data.images import fit, load_rgb
-from mmit.errors import ConfigError, ImageError, RecordError
+from mmit.errors import CheckpointError, ConfigError, ImageError, RecordError
 from mmit.generate import Model, as_prompt, ask
 from mmit.models.llm import load_llm
 from mmit.models.projectors import build_projector
 from mmit.models.vision import build_vision
 from mmit.models.vlm import VLM
-from mmit.records import Image, Record, Text, Turn
+from mmit.records import Image, Record, Text, Turn, read_jsonl
+from mmit.train.run import run
 from tests.data.small_tokenizers import byte_level
+from tests.tiny_run import tiny_config
 
 TOKENIZER = byte_level()
 CHAT = chat_format("chatml", TOKENIZER)
@@ -315,3 +319,18 @@ def test_dropout_is_off_and_nothing_is_recorded() -> None:
     assert not vlm.training
     assert model.chat(PICTURES[0], "Hi") == parts.chat(PICTURES[0], "Hi")
     assert all(parameter.grad is None for parameter in vlm.parameters())
+
+
+def test_a_checkpoint_is_loaded_and_answers(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train={"steps": 2, "rows_per_step": 2, "precision": "fp32"})
+    assert run(config) == 0
+    model = mmit.load(config.run.dir, device="cpu")
+    assert model.folder is not None and model.folder.name == "step-000002" and model.meta["step"] == 2
+    record = next(read_jsonl(tmp_path / "data" / "train.jsonl"))
+    first, again = model.generate([record], max_new_tokens=5), mmit.load(config.run.dir).generate
+    assert first == again([record], max_new_tokens=5) and len(first) == 1
+    assert mmit.load(config.run.dir, device="cpu", dtype="bf16").vlm.llm.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="did you mean 'bf16'"):
+        mmit.load(config.run.dir, dtype="bf-16")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        mmit.load(tmp_path / "nowhere")

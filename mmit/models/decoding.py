@@ -97,7 +97,8 @@ def _embeddings(llm: LLM) -> torch.Tensor:
 
 
 def _shares_rows(llm: LLM) -> bool:
-    if llm.config._attn_implementation != NAME:
+    # Architectures that transformers does not vouch for may drop the plan on its way to the attention.
+    if llm.config._attn_implementation != NAME or not llm._supports_attention_backend:
         return False
     weight = _embeddings(llm)
     two = Prompts(
@@ -108,7 +109,7 @@ def _shares_rows(llm: LLM) -> bool:
     )
     try:
         _run(llm, two, DynamicCache())
-    except (ModelError, TypeError):  # attention mmit does not compute, or a forward without extra arguments
+    except (ModelError, TypeError, ValueError):  # attention that mmit does not compute
         return False
     return True
 

@@ -144,8 +144,11 @@ def test_greedy_equals_generate_one_at_a_time(family: str) -> None:
     assert answer(llm, samples(), 36) == expected
 
 
-def test_a_model_without_mmit_attention_is_batched_but_shares_no_rows() -> None:
-    llm = model(packed=False)
+@pytest.mark.parametrize("config", [{}, {"model_type": "bloom", "n_layer": 2, "n_head": 4}])
+def test_a_model_without_mmit_attention_is_batched_but_shares_no_rows(config: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    options = COMMON | {"model_type": "llama"} | config
+    llm = load_llm("tiny", random_init=options, dtype=torch.float32, packed=False).eval()
     assert decoding.support(llm) == Support(True, False)
     assert answer(llm, samples(), 36) == reference(llm, 36)
 
