@@ -164,10 +164,11 @@ def objects_of(row: Row, key: str) -> list[Row]:
     return value
 
 
-def object_of(value: Any, what: str) -> Row:
+def object_of(value: Any, what: str, *, where: str = "") -> Row:
     """Return `value` if it is a JSON object."""
     if not isinstance(value, dict):
-        raise RecordError(f"{what} is '{short(value)}', not an object", remedy="Write it as a JSON object.")
+        problem = f"{what} is '{short(value)}', not an object"
+        raise RecordError(problem, where=where, remedy="Write it as a JSON object.")
     return value
 
 

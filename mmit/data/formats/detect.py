@@ -13,7 +13,7 @@ from typing import Any
 
 from mmit.data.formats.chat import MARKER
 from mmit.data.formats.common import Format, json_object, json_rows
-from mmit.data.formats.multimodal import vision_flan_task
+from mmit.data.formats.multimodal import M3IT_IMAGES, vision_flan_task
 from mmit.data.formats.tabular import is_parquet, is_table, table_header
 from mmit.errors import RecordError
 from mmit.records import short
@@ -46,6 +46,8 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
     keys = set(first) if isinstance(first, dict) else set()
     if "conversations" in keys:
         return _conversations(rows, keys)
+    if encoded := [name for name in M3IT_IMAGES if name != "image" and name in keys]:
+        return "m3it", f"the first row has M3IT's '{encoded[0]}'"
     found = _by_keys(keys, formats)
     if found:
         return found, f"the first row has {_quoted(formats[found].detect)}"

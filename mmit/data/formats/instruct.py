@@ -20,6 +20,7 @@ from mmit.data.formats.common import (
     images_of,
     json_object,
     object_of,
+    objects_of,
     one_of,
     references,
     reply,
@@ -91,12 +92,13 @@ def natural_instructions(row: Row, *, image_root: str = "", definition: str = "f
     task, instance = object_of(row.get("task"), "the task"), object_of(row.get("instance"), "the instance")
     one_of(definition, "definition", ("full", "none"))
     parts = references(task.get("Definition"), "Definition") if definition == "full" else []
-    examples = (task.get("Positive Examples") or [])[: count_of(positive, "positive")]
+    examples: list[Row] = []
+    if count_of(positive, "positive") and task.get("Positive Examples"):
+        examples = objects_of(task, "Positive Examples")[:positive]
     given = text_of(instance.get("input"), "input")
     for number, example in enumerate(examples, 1):
-        shown = object_of(example, f"positive example {number}")
-        answer = references(shown.get("output"), f"output of positive example {number}")[0]
-        asked = text_of(shown.get("input"), f"input of positive example {number}")
+        answer = references(example.get("output"), f"output of positive example {number}")[0]
+        asked = text_of(example.get("input"), f"input of positive example {number}")
         parts.append(f"Positive Example {number} -\nInput: {asked}\nOutput: {answer}")
     if examples:
         given = f"Now complete the following example -\nInput: {given}\nOutput:"

@@ -39,7 +39,7 @@ def mimicit_rows(path: str, *, images: str | None = None, train: str | None = No
 
     The whole file and, if pictures are stored in a JSON or parquet file, all of them in base64 are held in memory.
     """
-    pairs = object_of(json_object(path, "data")["data"], "data")
+    pairs = object_of(json_object(path, "data")["data"], "data", where=path)
     table = _pictures(path, images) if _shows_pictures(pairs) else {}
     chosen = json_object(train) if train else None
     for number, key in enumerate(pairs if chosen is None else chosen, 1):

@@ -95,7 +95,7 @@ def vision_flan_task(row: Row) -> tuple[str, str]:
     return (pieces[0], pieces[1]) if len(pieces) >= 3 and all(pieces[:2]) else ("", "")
 
 
-_M3IT_IMAGES = ("image_base64_str", "image_str", "img_str", "image")
+M3IT_IMAGES = ("image_base64_str", "image_str", "img_str", "image")
 
 
 def m3it_rows(path: str, *, instructions: str | None = None, seed: int = 0) -> Rows:
@@ -137,18 +137,18 @@ def m3it(row: Row, *, image_root: str = "") -> Record:
     not added. The user says the instruction, a blank line and the inputs; several pictures, as of the video tasks,
     all come first. Of several outputs the first is learnt, all stay in meta["references"].
     """
-    meta = rest(row, "instruction", "inputs", "input", "outputs", "output", *_M3IT_IMAGES)
+    meta = rest(row, "instruction", "inputs", "input", "outputs", "output", *M3IT_IMAGES)
     answers = row.get("outputs", row.get("output"))
     inner = meta.get("meta")
     if answers is None and isinstance(inner, dict):
         answers = inner.get("targets")
     given = row.get("inputs", row.get("input")) or ""
-    key = next((name for name in _M3IT_IMAGES if row.get(name)), "image_base64_str")
+    key = next((name for name in M3IT_IMAGES if row.get(name)), "image_base64_str")
     value = row.get(key)
     pictures = value if isinstance(value, list) else [] if value is None else [value]
     images = [base64_image(p, key) if isinstance(p, str) else image_part(p, image_root) for p in pictures]
     if not images:
-        remedy = f"Give the picture in base64 under one of {', '.join(_M3IT_IMAGES)}."
+        remedy = f"Give the picture in base64 under one of {', '.join(M3IT_IMAGES)}."
         raise RecordError("the row has no picture", remedy=remedy)
     found = references(answers, "outputs")
     if len(found) > 1:
@@ -234,7 +234,7 @@ FORMATS = {
             "instructions": "the task's instructions.json, default the one beside the file",
             "seed": "which instruction a row without one gets, default 0",
         },
-        detect=("image_base64_str",),
+        detect=("instruction", "inputs", "outputs"),
     ),
     "lamm": Format("LAMM, the 2D part", lamm, detect=("conversations", "task_type")),
     "pmc_vqa": Format(
