@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -47,9 +48,11 @@ def _source(name: str) -> dict[str, Any]:
 
 
 def _explain(name: str, error: Exception) -> ModelError:
-    text = str(error).strip().splitlines()
+    lines = str(error).split("\n\n")[0].split("\n")
+    # These say only in their second line what is wrong.
+    text = " ".join(map(str.strip, lines[: 2 if isinstance(error, StrictDataclassError) else 1]))
     return ModelError(
-        f"cannot be loaded: {text[0][:300] if text else type(error).__name__}",
+        f"cannot be loaded: {text[:300] or type(error).__name__}",
         where=name,
         remedy="check the id or folder, the network, and that the model is a causal LM transformers supports "
         "without remote code",
@@ -98,7 +101,7 @@ def load_llm(
         model = AutoModelForCausalLM.from_pretrained(
             **source, revision=revision, dtype=dtype, device_map=device_map, **implementation
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         raise _explain(name, error) from error
     if "gguf_file" in source:
         _forget_quantization(model)

@@ -6,6 +6,7 @@ composite in place, gives groups. Refuses a plan that trains nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,12 @@ LORA_KEYS = {  # ours -> peft's
     "layers": "layers_to_transform",
     "bias": "bias",
 }
+# What peft would notice late or not at all: type, least value, first value that is too large.
+LORA_NUMBERS: dict[str, tuple[type, int, float]] = {
+    "r": (int, 1, math.inf),
+    "alpha": (float, 0, math.inf),
+    "dropout": (float, 0, 1),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,12 @@ def lora_config(options: Mapping[str, Any]) -> LoraConfig:
     for key in options:
         if key not in LORA_KEYS:
             raise ModelError(f"unknown LoRA option '{key}'", where="tune.llm.options", remedy=nearest(key, LORA_KEYS))
+    for key, (kind, least, below) in LORA_NUMBERS.items():
+        value = options.get(key)
+        if value is not None and (type(value) not in (int, kind) or not least <= value < below):
+            what = "a whole number" if kind is int else "a number"
+            limits = f"{least} or more" + (f" and below {below:g}" if below < math.inf else "")
+            raise ModelError(f"is {value!r}", where=f"tune.llm.options.{key}", remedy=f"give {what}, {limits}")
     arguments = {LORA_KEYS[k]: v for k, v in options.items() if v is not None}
     arguments.setdefault("target_modules", "all-linear")
     try:

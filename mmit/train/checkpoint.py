@@ -32,7 +32,7 @@ from torch import nn
 import mmit
 from mmit.config import Config
 from mmit.data.chat import ChatFormat
-from mmit.errors import CheckpointError
+from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble
 from mmit.models.vlm import VLM
 from mmit.yamlio import parse_yaml
@@ -277,6 +277,17 @@ def read_config(folder: Path) -> Config:
     return Config.from_dict(raw, where=str(path))
 
 
+def _device(name: str) -> torch.device:
+    """Return the device, tried out before anything is loaded. Raises ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        problem = f"torch cannot compute on '{name}': {str(error).splitlines()[0]}"
+        raise ConfigError(problem, where="device", remedy="Give auto, cpu, cuda or cuda:N.") from error
+
+
 def load_model(
     folder: str | Path,
     *,
@@ -296,7 +307,9 @@ def load_model(
 
     Raises:
         CheckpointError: nothing there, or not whole. ModelError: a base it refers to cannot be loaded.
+        ConfigError: no such device.
     """
+    place = _device(device)
     path = find(folder)
     config = read_config(path)
     meta = json.loads((path / "mmit.json").read_text())
@@ -320,7 +333,6 @@ def load_model(
     if not untuned:
         read_weights(vlm, path)
     vlm.eval().requires_grad_(False)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if device_map is None:
         vlm.to(place)
     else:

@@ -54,6 +54,7 @@ def run(config: Config) -> int:
     run_dir = Path(config.run.dir)
     say = _speaker(world.rank == 0)
     resume = _resume_from(config, run_dir, say)
+    _make(run_dir)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
 
@@ -66,10 +67,11 @@ def run(config: Config) -> int:
         chat = chat_format(config.model.chat.format, tokenizer)
     load_image = _image_loader(vlm, config)
 
+    groups = apply_tuning(vlm, config.tune.model_dump())
+
     data, scan = _read_data(config, vlm, tokenizer, chat, run_dir=run_dir, world=world, say=say)
     walk = _walk(config, data, scan)
 
-    groups = apply_tuning(vlm, config.tune.model_dump())
     if resume is not None:
         checkpoint.read_weights(vlm, resume)
     elif config.run.init_from:
@@ -181,6 +183,15 @@ def _resume_from(config: Config, run_dir: Path, say: Any) -> Path | None:
             raise CheckpointError(problem, where=str(run_dir), remedy="remove them to start anew")
         return found
     return checkpoint.find(config.run.resume, warn=say)
+
+
+def _make(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be made: {error.strerror}", where=f"run.dir: {run_dir}", remedy="set run.dir to another folder"
+        ) from error
 
 
 def _image_loader(vlm: VLM, config: Config) -> Any:
@@ -326,7 +337,8 @@ def _align(
     if vlm.projector is None or vlm.vision is None:
         raise ConfigError("there is no projector to align", where="align", remedy="set model.vision, or align=null")
     options = config.align
-    source = open_source(options.captions, cache=run_dir / "data")
+    with located("align.captions"):
+        source = open_source(options.captions, cache=run_dir / "data")
     records = [source[i] for i in range(len(source))]
     for record in records:
         if len(record.images) != 1 or record.turns[-1].role != "assistant":
