@@ -166,7 +166,7 @@ def test_chat_converses(made):
     result = good("chat", made / "run", "--max-new-tokens", 3, input="\n".join([*lines, "/reset", "Hello?", "/quit"]))
     assert result.stdout.count("> ") == 8
     assert result.stderr.count("error:") == 1 and "nowhere.png" in result.stderr
-    assert "unknown command /hlep" in result.stderr
+    assert "not understood: /hlep" in result.stderr
     good("chat", made / "run", "--max-new-tokens", 3, input="Hello?\n")  # ends with the input
 
 
@@ -319,6 +319,10 @@ BAD_SETTINGS = {
     "{data: 1}": ["override", "key=value"],
     "engine.kind=deepspeed": ["engine.kind", "deepspeed --num_gpus"],
     "engine.kind=deepspead": ["engine.kind", "deepspeed"],
+    "tune.llm.options.r=many": ["tune.llm.options.r: is 'many'", "a whole number, 1 or more"],
+    "tune.llm.options.dropout=1": ["tune.llm.options.dropout: is 1", "0 or more and below 1"],
+    "model.llm.random_init.hidden_size=15": ["model.llm: ", "15", "not a multiple"],
+    "align={captions: nowhere.jsonl}": ["align.captions: nowhere.jsonl: no such file"],
     "run.resume=nowhere": ["nowhere", "no such folder"],
     "run.init_from=nowhere": ["nowhere", "no such folder"],
 }
@@ -372,6 +376,14 @@ def test_missing_files(made, tmp_path):
     assert_one_message(mmit("chat", made / "run", "-i", tmp_path / "x.png", "-p", "Hi"), "x.png")
     assert_one_message(mmit("inspect", tmp_path / "x.jsonl", "--tokenizer", made / "tokenizer"), "x.jsonl")
     assert_one_message(mmit("data", "import", "llava", tmp_path / "x.json", "--out", tmp_path / "y"), "x.json")
+
+
+def test_folders_that_cannot_be_made_and_devices_that_are_not_there(made, fresh):
+    file = fresh / "config.yaml"
+    assert_one_message(mmit("train", file, f"run.dir={file}/run"), "run.dir: ", "cannot be made")
+    assert_one_message(mmit("eval", made / "run", "-t", write_task(made), "--out", file), "cannot write")
+    assert_one_message(mmit("chat", made / "run", "-p", "Hi", "--device", "tpu"), "device: ", "'tpu'")
+    assert_one_message(mmit("chat", made / "run", "-p", "Hi", "--dtype", "bf61"), "did you mean 'bf16'?")
 
 
 def test_unknown_names(made, tmp_path):

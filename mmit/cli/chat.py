@@ -120,10 +120,10 @@ def _converse(talk: Conversation) -> None:
         try:
             if word == "/reset":
                 talk.reset()
-            elif word == "/image":
+            elif word == "/image" and rest:
                 talk.show(rest.strip())
             elif word.startswith("/") and word[1:].isalpha():
-                typer.echo(f"unknown command {word}; {HELP}", err=True)
+                typer.echo(f"not understood: {line}; {HELP}", err=True)
             elif line:
                 talk.say(line)
         except MmitError as error:
