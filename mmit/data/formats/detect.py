@@ -13,6 +13,7 @@ from typing import Any
 
 from mmit.data.formats.chat import MARKER
 from mmit.data.formats.common import Format, json_object, json_rows
+from mmit.data.formats.instruct import ANSWERS
 from mmit.data.formats.multimodal import M3IT_IMAGES, vision_flan_task
 from mmit.data.formats.tabular import is_parquet, is_table, table_header
 from mmit.errors import RecordError
@@ -58,7 +59,10 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
 def expected(formats: Mapping[str, Format]) -> str:
     """Say what each format looks like, for the error of a file that fits none."""
     told = [f"{_quoted(entry.detect)} ({name})" for name, entry in formats.items() if entry.detect]
-    return f"Name the format, if you know it. Known are 'conversations' (llava, sharegpt), {', '.join(told)}."
+    return (
+        "Name the format if you know it, or import as json with a mapping (columns=instruction=KEY,output=KEY). "
+        f"Known are 'conversations' (llava, sharegpt), {', '.join(told)}."
+    )
 
 
 def _rows(path: str) -> tuple[list[Any], bool]:
@@ -93,6 +97,8 @@ def _shape(value: Any) -> set[str]:
 def _by_keys(keys: set[str], formats: Mapping[str, Format]) -> str:
     """Return the format that asks for the most of the keys, "" if none has all of its own."""
     fits = [name for name, entry in formats.items() if entry.detect and keys.issuperset(entry.detect)]
+    if fits == ["instructions"] and keys.intersection(ANSWERS):
+        return ""  # some other set of instructions, whose answers would be lost
     return max(fits, key=lambda name: len(formats[name].detect), default="")
 
 

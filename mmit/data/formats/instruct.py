@@ -53,15 +53,20 @@ def alpaca(row: Row, *, image_root: str = "") -> Record:
     return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=meta)
 
 
+# Keys under which other formats have an answer, which a record without one would lose.
+ANSWERS = ("output", "outputs", "answer", "answers", "response", "completion", "target", "targets", "instances")
+
+
 def instructions(row: Row, *, image_root: str = "") -> Record:
     """Instructions that wait for an output: {"instruction"}, optionally `input`, `image`, and anything else.
 
     The files: InstructWild's data_v2/user_{1..4}.jsonl (`instruction_type` and `special_tag` on some rows). The
     record ends with the user's turn: it is for generating answers, and training refuses it. A row that has an
-    output is refused, so that no answer is lost.
+    answer is refused, so that it is not lost.
     """
-    if row.get("output"):
-        raise RecordError("the row has an output", remedy="Import the file as alpaca.")
+    if answered := [key for key in ANSWERS if row.get(key)]:
+        remedy = "Import the file as alpaca, or as json with a mapping such as columns=instruction=A,output=B."
+        raise RecordError(f"the row has an answer: '{answered[0]}'", remedy=remedy)
     given = text_of(row["input"], "input") if row.get("input") else ""
     text = with_input(text_of(row.get("instruction"), "instruction"), given)
     turns = place_images([("user", text)], images_of(row, image_root))

@@ -1,4 +1,4 @@
-"""Tables: CSV and TSV, local parquet files, Hugging Face `datasets` by name.
+"""Tables: CSV and TSV, local parquet files, Hugging Face `datasets` by name, JSON rows of no known format.
 
 Takes a table and a mapping from what a record needs to the table's columns; or the rows are read as those of
 another format. pyarrow and datasets are imported only when a table needs them. Never runs a data set's own code,
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from mmit.data.formats.chat import Dialogue, images_first
-from mmit.data.formats.common import Format, Row, Rows, base64_image, image_part, one_of, with_input
+from mmit.data.formats.common import Format, Row, Rows, base64_image, image_part, json_rows, one_of, with_input
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, short
 
@@ -78,6 +78,16 @@ def _cells(reader: Any, path: str) -> Rows:
             yield line, RecordError(problem, where=f"{path}:{line}", remedy=remedy)
         else:
             yield line, dict(zip(header, cells, strict=True))
+
+
+def object_rows(path: str) -> Rows:
+    """Yield the rows of JSON or JSONL, each with every key that some row of the file has; the file is read twice.
+
+    So an optional key may be missing in a row, and a mapping to a key that no row has is told at once.
+    """
+    keys = dict.fromkeys(key for _, row in json_rows(path) if isinstance(row, dict) for key in row)
+    for number, row in json_rows(path):
+        yield number, (keys | row if isinstance(row, dict) else row)
 
 
 def parquet_rows(path: str) -> Rows:
@@ -187,14 +197,15 @@ def _images(value: Any, root: str) -> list[Image]:
 
 
 def _plain(meta: Row) -> Row:
-    """Write as text what JSON has no form for (dates, decimals); bytes are refused by name."""
+    """Write as text what JSON has no form for (dates, decimals); bytes are refused by name, missing values left out."""
     plain: Row = {}
     for key, value in meta.items():
         if isinstance(value, (bytes, bytearray)) or (isinstance(value, dict) and "bytes" in value):
             problem = f"column {key} holds bytes that no role uses"
             raise RecordError(problem, remedy=f"Give it the role image (columns image={key}), or drop the column.")
-        known = value is None or isinstance(value, (str, int, float, bool, list, dict))
-        plain[str(key)] = None if _missing(value) else value if known else str(value)
+        if value is not None and value == value:
+            known = isinstance(value, (str, int, float, bool, list, dict))
+            plain[str(key)] = value if known else str(value)
     return plain
 
 
@@ -226,6 +237,12 @@ def table_formats(formats: Mapping[str, Format]) -> dict[str, Format]:
     row = rows_as(formats)
     options = {"columns": _COLUMNS, "as_format": _AS}
     return {
+        "json": Format(
+            "JSON or JSONL of any flat objects, keys mapped by name",
+            column_row,
+            object_rows,
+            options={"columns": _COLUMNS},
+        ),
         "csv": Format(
             "a CSV or TSV table with a header, columns mapped by name",
             column_row,

@@ -203,6 +203,6 @@ FORMATS = {
         "LLaVA's question files, without answers",
         llava_questions,
         options=_SUFFIX,
-        detect=("question_id", "text"),
+        detect=("question_id", "image", "text"),
     ),
 }

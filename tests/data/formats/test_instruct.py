@@ -110,8 +110,19 @@ def test_instructions_wait_for_an_output(tmp_path: Path) -> None:
         record.validate(for_training=False)
         with pytest.raises(RecordError, match="no answer to learn"):
             record.validate(for_training=True)
-    path = write(tmp_path / "answered.jsonl", [{"instruction": "a", "output": "b"}], lines=True)
-    assert "Import the file as alpaca" in bad_rows(path, "instructions")[0].remedy
+
+
+@pytest.mark.parametrize("key", ["output", "response", "instances"])
+def test_answers_under_other_names_are_not_lost(key: str, tmp_path: Path) -> None:
+    rows = [{"instruction": f"Ask {n}", "context": "c", key: "b"} for n in range(3)]
+    path = write(tmp_path / "dolly.jsonl", rows, lines=True)
+    bad = bad_rows(path, "instructions")
+    assert len(bad) == 3 and bad[0].problem == f"the row has an answer: '{key}'"
+    if key != "output":
+        with pytest.raises(RecordError, match="(?s)cannot tell the format.*import as json"):
+            detect_format(path)
+    mapped = imported(path, "json", columns=f"input=context,output={key}")
+    assert texts(mapped[1]) == [["Ask 1\n\nc"], ["b"]] and mapped[1].row == 2
 
 
 def test_p3_and_flan(tmp_path: Path) -> None:

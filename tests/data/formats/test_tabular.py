@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from format_tools import bad_rows, imported, shape, texts
+from format_tools import bad_rows, imported, shape, texts, write
 
 from mmit.data.formats import FORMATS, detect_format, format_options, import_file
 from mmit.errors import ConfigError, RecordError
@@ -165,9 +165,7 @@ def test_parquet(tmp_path: Path, pyarrow: type[FakeFile]) -> None:
     records = imported(path, "parquet", columns="instruction=q,output=a")
     assert records[0].images == (Image(b"png"),) and records[1].images == (Image(str(tmp_path / "b.png")),)
     assert [r.turns[-1].text for r in records] == ["Ann", "It", "7"]
-    assert [r.meta for r in records] == [{"day": "2024-01-02", "n": 1.5}, {"day": None, "n": None}] + [
-        {"day": None, "n": None}
-    ]
+    assert [r.meta for r in records] == [{"day": "2024-01-02", "n": 1.5}, {}, {}]
     with pytest.raises(RecordError, match="cannot read"):
         list(import_file(tmp_path / "none.parquet", "parquet"))
     pyarrow.rows = [{"q": "a", "a": "b", "thumb": b"x"}]
@@ -193,10 +191,22 @@ def test_real_parquet(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     files.write_table(arrow.Table.from_pylist(ROWS[:2]), path)
     records = imported(path, "parquet", columns="instruction=q,output=a")
-    assert records[0].images == (Image(b"png"),) and records[1].meta == {"day": None, "n": None}
+    assert records[0].images == (Image(b"png"),) and records[1].meta == {}
     path.write_bytes(b"not parquet")
     with pytest.raises(RecordError, match="parquet|read"):
         list(import_file(path, "parquet"))
+
+
+def test_json_of_any_keys(tmp_path: Path) -> None:
+    rows = [{"q": "Who?", "a": "Ann", "tag": 1}, {"q": "What?", "about": "it", "a": "A"}, {"q": "Why?"}]
+    path = write(tmp_path / "own.jsonl", rows, lines=True)
+    mapping = {"instruction": "q", "output": "a", "input": "about"}
+    bad: list[RecordError] = []
+    records = imported(path, "json", columns=mapping, on_bad=bad.append)
+    assert texts(records[1]) == [["What?\n\nit"], ["A"]] and records[0].meta == {"tag": 1}
+    assert [e.where for e in bad] == [f"{path}:3"] and "turn 2 (assistant) is empty" in bad[0].problem
+    with pytest.raises(ConfigError, match="(?s)no column 'abuot'.*did you mean 'about'"):
+        list(import_file(path, "json", columns={**mapping, "input": "abuot"}))
 
 
 class FakeStream:

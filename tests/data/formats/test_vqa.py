@@ -164,3 +164,9 @@ def test_llava_questions(tmp_path: Path) -> None:
     assert [shape(r)[0][1][-1] for r in records] == ["What?\nReference OCR token: X!", "<image> tag?!", "No picture!"]
     assert [len(r.images) for r in records] == [1, 1, 0] and records[0].meta == {"category": "conv"}
     assert bad_rows(write(tmp_path / "b.json", [{"question_id": 1, "image": "a"}]), "llava_questions")
+
+
+def test_an_answer_file_is_no_question_file(tmp_path: Path) -> None:
+    rows = [{"question_id": 1, "prompt": "What?", "text": "A cat.", "answer_id": "x", "model_id": "m", "metadata": {}}]
+    with pytest.raises(RecordError, match="cannot tell the format"):
+        detect_format(write(tmp_path / "answers.jsonl", rows, lines=True))
