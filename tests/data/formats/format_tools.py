@@ -51,3 +51,17 @@ def bad_rows(path: Path, format: str, **options: Any) -> list[RecordError]:
     for error in bad:
         assert error.where.startswith(f"{path}:") and error.problem and error.remedy, str(error)
     return bad
+
+
+def talk(*values: str, **keys: Any) -> dict[str, Any]:
+    speakers = ["human", "gpt"] * len(values)
+    turns = [{"from": s, "value": v} for s, v in zip(speakers, values, strict=False)]
+    return {"id": "x1", "conversations": turns, **keys}
+
+
+def ask(*content: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(content)}, {"role": "assistant", "content": "a"}]}
+
+
+def url(value: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": value, "detail": "low"}}
