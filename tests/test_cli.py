@@ -239,6 +239,15 @@ def test_inspect_takes_a_data_file(made):
     assert result.exit_code == 2 and "--pair 1 to 2" in result.stderr
 
 
+def test_inspect_takes_shards(made, tmp_path):
+    from mmit.data.shards import build_shards
+    from mmit.records import read_jsonl
+
+    build_shards(read_jsonl(made / "data" / "train.jsonl"), tmp_path / "shards")
+    text = good("inspect", tmp_path / "shards", "--config", made / "config.yaml", "--row", 2).stdout
+    assert "(picture-1)" in text and "image 1: inside the record" in text
+
+
 def test_inspect_says_when_training_would_refuse(fresh):
     short = tiny_config(fresh, data={"max_length": 10}).to_yaml()
     (fresh / "short.yaml").write_text(short)

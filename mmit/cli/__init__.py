@@ -19,6 +19,7 @@ app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",  # paragraphs of a docstring flow
     # A traceback that reaches a person is a defect to report: it should be whole, and show no values of variables.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

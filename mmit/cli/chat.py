@@ -35,7 +35,7 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained)")] = None,
 ) -> None:
     """Talk with a trained model.
 

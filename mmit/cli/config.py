@@ -10,7 +10,7 @@ import typer
 
 def config(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="With --resolve: values put on top.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="With --resolve: values put on top.")
     ] = None,
     resolve: Annotated[
         Path | None,
@@ -43,6 +43,5 @@ def _list_keys() -> None:
     table.columns[0].no_wrap = True
     for entry in describe():
         table.add_row(Text(entry.key, "bold"), Text(entry.type), Text(entry.default), Text(entry.help))
-    console = Console()
     # A pipe has no width: lines are then as long as they need to be, so that grep finds whole ones.
-    console.print(table, width=None if console.is_terminal else 400)
+    Console(width=None if Console().is_terminal else 400).print(table)

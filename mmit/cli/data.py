@@ -37,11 +37,11 @@ def import_(
             metavar="FORMAT", help=f"llava, alpaca, ...; auto looks at the file; {' and '.join(PACKAGES)} need no PATH."
         ),
     ],
-    path: Annotated[Path | None, typer.Argument(metavar="[PATH]", help="The file to read.")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="PATH", help="The file to read.")] = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.jsonl", help="The file to write.")],
     image_root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where relative image paths start. [default: PATH's folder]")
+        Path | None, typer.Option(metavar="DIR", help="Where relative image paths start. (default: PATH's folder)")
     ] = None,
     split: Annotated[str | None, typer.Option(help=f"train or test, of {' and '.join(PACKAGES)}.")] = None,
     licence: Annotated[str | None, typer.Option(help="Noted in records that state none.")] = None,

@@ -17,10 +17,10 @@ def evaluate(
     ],
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", "-t", help=f"Name or YAML of a task; may be repeated. [default: {DEFAULT_TASK}]"),
+        typer.Option("--task", "-t", help=f"Name or YAML of a task; may be repeated. (default: {DEFAULT_TASK})"),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions asked, a fixed seeded sample. [default: the task's]")
+        int | None, typer.Option(min=1, help="Questions asked, a fixed seeded sample. (default: the task's)")
     ] = None,
     *,
     baseline_n: Annotated[
@@ -31,15 +31,15 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help=f"Folder of the results. [default: RUN/eval, of other tasks than {DEFAULT_TASK} RUN/eval/TASK]",
+            help=f"Folder of the results. (default: RUN/eval, of other tasks than {DEFAULT_TASK} RUN/eval/TASK)",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. [default: as trained]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop answers on file and start anew.")] = False,
     data_root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where a task's relative paths start. [default: its folder]")
+        Path | None, typer.Option(metavar="DIR", help="Where a task's relative paths start. (default: its folder)")
     ] = None,
 ) -> None:
     """Score a trained model on tasks and write a report.

@@ -51,7 +51,7 @@ def inspect(
     tokenizer: Annotated[str | None, typer.Option(metavar="NAME", help="Hub id, folder or .gguf file.")] = None,
     chat: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="hf, plain, vicuna_v1, chatml or a .jinja file. [default: hf]"),
+        typer.Option(metavar="FORMAT", help="hf, plain, vicuna_v1, chatml or a .jinja file. (default: hf)"),
     ] = None,
     image_tokens: Annotated[int | None, typer.Option(min=1, metavar="M", help="Tokens per image.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the record as an HTML page.")] = None,
@@ -199,12 +199,15 @@ def _image_tokens(model: dict[str, Any], where: str) -> int:
 
 
 def _pictures(record: Record) -> list[str]:
+    from mmit.records import short
+
     lines = []
     for number, image in enumerate(record.images, 1):
-        source = image.source
-        name = source if isinstance(source, str) else "inside the record"
-        missing = " (no such file)" if isinstance(source, str) and not Path(source).is_file() else ""
-        lines.append(f"image {number}: {name}{missing}")
+        name = "inside the record"
+        if isinstance(image.source, str):
+            # A path is needed in full only to find out why nothing is there.
+            name = short(image.source, 60) if Path(image.source).is_file() else f"{image.source} (no such file)"
+        lines.append(f"image {number}: {name}")
     return lines
 
 

@@ -12,7 +12,7 @@ def train(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[FILE] [KEY=VALUE]...",
+            metavar="FILE|KEY=VALUE",
             help="Overrides such as train.steps=50; `resume=auto` is short for run.resume=auto.",
         ),
     ] = None,
