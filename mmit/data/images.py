@@ -85,6 +85,31 @@ def load_rgb(
         return _decode(picture, background, where)
 
 
+def image_size(image: Image, *, where: str = "") -> tuple[int, int]:
+    """Return the upright (W, H) of a picture from its header alone, without decoding it.
+
+    Equals the size of what `load_rgb` gives, but for PNGs whose EXIF block stands behind the pixels, where it cannot
+    be seen without decoding. Judges neither size nor content. Raises ImageError as `load_rgb` does.
+    """
+    source = image.source
+    if isinstance(source, str):
+        where = f"{where}: {short(source, 120)}" if where else short(source, 120)
+    if isinstance(source, PIL.Image.Image):
+        return _upright_size(source)
+    with _opened(source, where) as file:
+        return _upright_size(_read_header(file, where))
+
+
+def _upright_size(picture: PIL.Image.Image) -> tuple[int, int]:
+    try:
+        # The method of the base class: a PNG's own would decode the pixels to look for EXIF behind them.
+        orientation = PIL.Image.Image.getexif(picture).get(_ORIENTATION_TAG)
+    except _BROKEN_EXIF:
+        orientation = None
+    w, h = picture.size
+    return (h, w) if orientation in (5, 6, 7, 8) else (w, h)
+
+
 @contextmanager
 def _opened(source: str | bytes, where: str) -> Iterator[BinaryIO]:
     if isinstance(source, bytes):
