@@ -120,8 +120,10 @@ def _conversations(rows: list[Any], keys: set[str]) -> tuple[str, str]:
     pictured = [row for row in dicts if "image" in row or "images" in row]
     if not pictured:
         return "sharegpt", f"rows have 'conversations', and none of the first {len(rows)} an 'image'"
-    if all(vision_flan_task(row)[1] for row in pictured):
-        return "vision_flan", "rows are LLaVA's, with ids of the form dataset+task+number"
+    if any(str(row.get("id")).startswith("allava_") for row in pictured):
+        return "allava", "rows are LLaVA's, with ids that begin with allava_"
+    if any(vision_flan_task(row)[0] for row in pictured):
+        return "vision_flan", "rows are LLaVA's, with Vision-Flan's dataset+task in 'task_name' or 'id'"
     quoting = [row for row in dicts if row not in pictured and MARKER in str(row.get("conversations"))]
     if quoting:
         return "allava", f"rows are LLaVA's, and {len(quoting)} without 'image' have {MARKER} in their text"

@@ -79,20 +79,31 @@ def multiinstruct(row: Row, *, image_root: str = "", separator: str | None = Non
 def vision_flan(row: Row, *, image_root: str = "") -> Record:
     """Vision-Flan: annotation_191-task_1k.json in LLaVA's layout, pictures in images_191task_1k/ (`image_root`).
 
-    The name of the task is only in the id (and, the same, in the picture's name), "<dataset>+<task>+<number>": it
-    goes into meta["dataset"] and meta["task"]. An id of another shape sets neither.
+    The name of the task is `task_name` ("Caltech101+Living_Thing_classification", some without a data set) or, in
+    copies of the file without it, the beginning of the id or of the picture's name, "<dataset>+<task>_<number>...": it
+    goes into meta["dataset"] and meta["task"], which are missing where nothing tells. Ids are not unique, many rows of
+    a task share one: tell records apart by `row`.
     """
     record = llava(row, image_root=image_root)
     dataset, task = vision_flan_task(row)
-    if task:
-        record = replace(record, meta={**record.meta, "dataset": dataset, "task": task})
-    return record
+    if not task and isinstance(row.get("image"), str):
+        dataset, task = vision_flan_task({"id": os.path.basename(row["image"])})
+    told = {"dataset": dataset, "task": task} if dataset else {"task": task} if task else {}
+    kept = {key: value for key, value in record.meta.items() if key != "task_name" or not task}
+    return replace(record, meta=kept | told)
+
+
+_TASK_ID = re.compile(r"([^+/]+)\+([^/]+?)_\d")
 
 
 def vision_flan_task(row: Row) -> tuple[str, str]:
-    """Return (dataset, task) from the id of a Vision-Flan row, two empty texts if it has another shape."""
-    pieces = id_of(row).split("+")
-    return (pieces[0], pieces[1]) if len(pieces) >= 3 and all(pieces[:2]) else ("", "")
+    """Return (dataset, task) from the task_name or the id of a Vision-Flan row, "" for what it does not tell."""
+    name = row.get("task_name")
+    if isinstance(name, str) and name:
+        dataset, _, task = name.rpartition("+") if name.count("+") == 1 else ("", "", name)
+        return dataset, task
+    found = _TASK_ID.match(id_of(row))
+    return (found[1], found[2]) if found else ("", "")
 
 
 M3IT_IMAGES = ("image_base64_str", "image_str", "img_str", "image")
@@ -225,7 +236,7 @@ FORMATS = {
         options={"separator": 'what to write for "||||" between options and regions, default itself'},
         detect=("unique_id", "image_path", "task_name", "target"),
     ),
-    "vision_flan": Format("Vision-Flan, rows as LLaVA's; the id names the task", vision_flan),
+    "vision_flan": Format("Vision-Flan, rows as LLaVA's with the name of the task", vision_flan),
     "m3it": Format(
         "M3IT's JSONL files, without its loading script",
         m3it,

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_tools import ask, shape, talk, url
+from format_tools import ask, imported, shape, talk, texts, url, write
 
-from mmit.data.formats import FORMATS, import_file
+from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.errors import RecordError
 from mmit.records import Image, Record
 
@@ -19,6 +19,30 @@ def llava(*values: str, **keys: Any) -> Record:
     record = FORMATS["llava"].row(talk(*values, **keys), image_root="root")
     record.validate()
     return record
+
+
+def test_llava_files(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": "004539375",
+            "image": "00453/004539375.jpg",
+            "conversations": [
+                {"from": "human", "value": "Render a summary of the photo.\n<image>"},
+                {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress"},
+            ],
+        },
+        talk("<image>\nWhere?", "Here.", "Why?", "So.", id="000000033471", image="coco/train2017/000000033471.jpg"),
+        # mix665k: text-only rows have no image, some begin with the assistant, and name their model
+        talk("a", "b", id="wgByO4Y_0", model=""),
+    ]
+    rows[2]["conversations"].insert(0, {"from": "gpt", "value": "1"})
+    path = write(tmp_path / "llava_v1_5_mix665k.json", rows)
+    name, reason = detect_format(path)
+    assert name == "llava" and "'image'" in reason
+    records = imported(path, "llava", image_root="images")
+    assert [len(r.images) for r in records] == [1, 1, 0] and len(records[1].turns) == 4
+    assert texts(records[0])[0] == ["[images/00453/004539375.jpg]", "Render a summary of the photo."]
+    assert records[2].meta == {"model": "", "dropped_leading_turn": "1"}
 
 
 @pytest.mark.parametrize("text", ["<image>\nWhat?", "What?\n<image>", "  What? <image> ", "<image>What?"])

@@ -85,19 +85,28 @@ def talk(row_id: str, image: str | None, *values: str, **keys: Any) -> dict[str,
 
 def test_vision_flan(tmp_path: Path) -> None:
     rows = [
-        talk("AID+Image_Classification+1_a", "AID+Image_Classification+1_a.jpg", "<image>\nWhat?", "A pond"),
-        talk("VQA-E+VQA+b", "VQA-E+VQA+b.jpg", "Why?\n<image>", "So."),
+        talk("7", "PACS+a_1.png", "<image>\nWhat?", "A pond", task_name="PACS+guitar_image_category_classification"),
+        talk("coco+image_classification_000000012345", "x.jpg", "Why?\n<image>", "So."),
+        talk("7", "VizWiz+OCR_830_n03272010.jpg", "<image>", "A."),
+        talk("7", "y.jpg", "<image>", "A.", task_name="image_text_selection"),
         talk("odd", "odd.jpg", "<image>", "A."),
     ]
-    path = write(tmp_path / "annotation_191-task_1k.json", rows[:2])
+    path = write(tmp_path / "annotation_191-task_1k.json", rows)
     name, reason = detect_format(path)
     assert name == "vision_flan" and "dataset+task" in reason
-    records = imported(write(path, rows), "vision_flan", image_root="images_191task_1k")
-    assert records[0].meta == {"dataset": "AID", "task": "Image_Classification"}
-    assert [r.meta.get("task") for r in records] == ["Image_Classification", "VQA", None]
-    assert texts(records[1])[0] == ["[images_191task_1k/VQA-E+VQA+b.jpg]", "Why?"]
-    bad = bad_rows(write(path, [talk("a+b+c", None, "<image>?", "x")]), "vision_flan")
-    assert "no 'image'" in bad[0].problem and bad[0].where.endswith(":1 (a+b+c)")
+    records = imported(path, "vision_flan", image_root="images_191task_1k")
+    assert [r.meta for r in records] == [
+        {"dataset": "PACS", "task": "guitar_image_category_classification"},
+        {"dataset": "coco", "task": "image_classification"},
+        {"dataset": "VizWiz", "task": "OCR"},
+        {"task": "image_text_selection"},
+        {},
+    ]
+    assert texts(records[1])[0] == ["[images_191task_1k/x.jpg]", "Why?"]
+    # Ids repeat; the rows do not.
+    assert [(r.id, r.row) for r in records][:3:2] == [("7", 1), ("7", 3)]
+    bad = bad_rows(write(path, [talk("a+b_1", None, "<image>?", "x")]), "vision_flan")
+    assert "no 'image'" in bad[0].problem and bad[0].where.endswith(":1 (a+b_1)")
 
 
 PIXELS = base64.b64encode(b"\xff\xd8 one").decode()
@@ -257,6 +266,10 @@ def test_sharegpt4v_and_allava(tmp_path: Path) -> None:
     records = imported(path, "sharegpt4v")
     assert [r.licence for r in records] == ["CC-BY-NC-4.0"] * 3
     assert [r.turns[0].text for r in records] == ["Describe.", "Describe.", "Hi"]
+    path = write(
+        tmp_path / "ALLaVA-Caption-VFLAN-4V.json", [talk("allava_vflan_cap_1", "a.png", "<image>\nHow?", "So.")]
+    )
+    assert detect_format(path)[0] == "allava"
     evol = [*rows, talk("e", None, "What does <image> do in HTML?", "Nothing.")]
     path = write(tmp_path / "Evol-Instruct-GPT4-Turbo-143K.json", evol)
     name, reason = detect_format(path)
