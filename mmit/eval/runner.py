@@ -27,8 +27,7 @@ from mmit.eval.tasks import Item, Task, task_items
 from mmit.records import Image, Record, json_lines
 
 FORMAT = "mmit answers 1"
-# Prompts in one step of length stay in data order, which keeps the questions about one picture together.
-_LENGTH_STEP = 64
+CHUNK = 8  # batches handed to the model at once, for it to sort and to share pictures among
 # What must not have changed between an item and its answer on file.
 _ASKED = ("prompt", "images", "reference", "group")
 
@@ -120,10 +119,12 @@ def evaluate(
     rows = _open_answers(path, settings, asked, overwrite=overwrite)
     missing = len(asked.keys() - rows.keys())
     with _bar(f"{task.name} {label}", len(items), done=len(items) - missing, show=progress) as advance:
-        for batch in _batches(items, batch_size):
+        for batch in _chunks(items, batch_size):
             if all(item.id in rows for item in batch):
                 continue
-            answers = _generate(model, batch, task.max_new_tokens, blank_images=blank_images)
+            answers = _generate(
+                model, batch, task.max_new_tokens, batch_size=batch_size, blank_images=blank_images
+            )
             pairs = zip(batch, answers, strict=True)
             new = [asked[item.id] | {"answer": text} for item, text in pairs if item.id not in rows]
             _append(path, new)
@@ -226,30 +227,30 @@ def _image_name(image: Image) -> str:
     return source if isinstance(source, str) else f"sha256:{hashlib.sha256(source).hexdigest()}"
 
 
-def _batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Yield batches of prompts that are about as long as each other.
+def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Yield runs of items in data order, where questions about one picture are neighbours.
 
-    They do not depend on which answers are on file: in low precision an answer may hang on its neighbours.
+    The model makes batches of a chunk as it likes. Chunks do not depend on which answers are on file: in low
+    precision an answer may hang on its neighbours.
     """
     if size < 1:
         raise MmitError(f"batches of {size}", where="batch_size", remedy="Give at least 1.")
-    alike = sorted(items, key=lambda item: (len(item.prompt.images), len(item.text) // _LENGTH_STEP))
-    for start in range(0, len(alike), size):
-        yield alike[start : start + size]
+    for start in range(0, len(items), CHUNK * size):
+        yield items[start : start + CHUNK * size]
 
 
 def _generate(
-    model: Generates, batch: Sequence[Item], max_new_tokens: int, *, blank_images: bool
+    model: Generates, chunk: Sequence[Item], max_new_tokens: int, *, batch_size: int, blank_images: bool
 ) -> Sequence[str]:
     answers = model.generate(
-        [item.prompt for item in batch],
-        batch_size=len(batch),
+        [item.prompt for item in chunk],
+        batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         blank_images=blank_images,
         temperature=0.0,
     )
-    if len(answers) != len(batch) or not all(isinstance(answer, str) for answer in answers):
-        problem = f"{len(answers)} answers to {len(batch)} questions, or some that are not text"
+    if len(answers) != len(chunk) or not all(isinstance(answer, str) for answer in answers):
+        problem = f"{len(answers)} answers to {len(chunk)} questions, or some that are not text"
         raise ModelError(problem, where="generate", remedy="It must return one text per record, in order.")
     return answers
 

@@ -46,7 +46,7 @@ class Plan:
     buckets: list[Bucket]
     inverse: torch.Tensor  # (T,) where each row position sits in the concatenated bucket outputs
     longest: int  # tokens on the longest path
-    calls: int = field(default=0)
+    calls: list[int] = field(default_factory=list)  # one entry per layer that ran it; shared by copies
 
     def to(self, device: torch.device | str) -> Plan:
         """Copy the index tensors to a device."""
@@ -58,7 +58,7 @@ class Plan:
             Bucket(move(b.queries), move(b.keys), move(b.keep), None if b.mask is None else move(b.mask), b.size)
             for b in self.buckets
         ]
-        return Plan(buckets, move(self.inverse), self.longest)
+        return Plan(buckets, move(self.inverse), self.longest, self.calls)
 
 
 def make_plan(nodes: torch.Tensor) -> Plan:
@@ -192,23 +192,75 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function transformers calls in every layer."""
-    if kwargs.get("softcap") is not None or kwargs.get("position_bias") is not None:
+    if beyond := [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]:
         raise ModelError(
-            f"{type(module).__name__} uses soft-capping or a position bias, which packed attention does not compute",
+            f"{type(module).__name__} needs {', '.join(beyond)}, which packed attention does not compute",
             remedy="set data.packing=false",
         )
     if mmit_plan is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if dropout := kwargs.get("dropout"):
+        raise ModelError(
+            f"attention dropout {dropout} is not computed in packed rows",
+            remedy="set the model's attention_dropout to 0, or data.packing=false",
+        )
     window = kwargs.get("sliding_window")
     if window is not None and mmit_plan.longest > window:
         raise ModelError(
             f"a record of {mmit_plan.longest} tokens is longer than the model's sliding window of {window}",
             remedy=f"set data.max_length={window} or less",
         )
-    mmit_plan.calls += 1
+    mmit_plan.calls.append(1)
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return forest_attention(query, key, value, mmit_plan, scale), None
+
+
+def run_row(
+    llm: torch.nn.Module,
+    embeddings: torch.Tensor,
+    *,
+    positions: torch.Tensor,
+    nodes: torch.Tensor,
+    at: torch.Tensor,
+    cache: Any = None,
+) -> Any:
+    """Run one row through a causal LM.
+
+    A row of one node is ordinary causal attention and needs nothing of the model; more nodes need mmit's attention
+    function.
+
+    Args:
+        embeddings: (T, D). positions: (T,). nodes: (K, 3), see `make_plan`.
+        at: (S,) positions whose logits are wanted.
+        cache: a transformers Cache that keeps the row's keys and values, None for none.
+
+    Returns:
+        the model's output; `logits` are (1, S, V).
+
+    Raises:
+        ModelError: the model does not hand the plan to its attention, so nodes would see each other.
+    """
+    arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    plan = None
+    if len(nodes) > 1:
+        plan = make_plan(nodes.cpu()).to(embeddings.device)
+        # A 4-D mask is handed through untouched by transformers; the plan replaces it.
+        arguments |= {"mmit_plan": plan, "attention_mask": embeddings.new_zeros(1, 1, 1, 1)}
+    out = llm(
+        inputs_embeds=embeddings[None],
+        position_ids=positions[None],
+        use_cache=cache is not None,
+        logits_to_keep=at,
+        **arguments,
+    )
+    if plan is not None and not plan.calls:
+        raise ModelError(
+            f"{type(llm).__name__} does not route its attention through transformers' attention interface, so "
+            "records packed in one row would see each other",
+            remedy="set data.packing=false, or use an architecture that supports attention backends",
+        )
+    return out
 
 
 AttentionInterface.register(NAME, _attention)

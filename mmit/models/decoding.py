@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from mmit.errors import ConfigError, ModelError
-from mmit.models.attention import NAME, make_plan
+from mmit.models.attention import NAME, run_row
 from mmit.models.vlm import VLM
 
 LLM = PreTrainedModel | PeftModel
@@ -190,22 +190,15 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
 
 
 def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
-    arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-    plan = None
-    if len(row.nodes) > 1:
-        plan = make_plan(row.nodes.cpu()).to(row.embeddings.device)
-        # A 4-D mask is handed through untouched by transformers; the plan replaces it.
-        arguments |= {"mmit_plan": plan, "attention_mask": row.embeddings.new_zeros(1, 1, 1, 1)}
-    out = llm(
-        inputs_embeds=row.embeddings[None],
-        position_ids=row.positions[None],
-        use_cache=True,
-        logits_to_keep=row.predict_at,
-        **arguments,
-    )
-    if plan is not None and plan.calls == 0:
-        raise ModelError(f"{type(llm).__name__} does not route its attention through transformers' interface")
-    return out
+    """Run a row; without `cache`, a single prompt whose model makes the cache it needs by itself."""
+    if cache is None:
+        return llm(
+            inputs_embeds=row.embeddings[None],
+            position_ids=row.positions[None],
+            use_cache=True,
+            logits_to_keep=row.predict_at,
+        )
+    return run_row(llm, row.embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at, cache=cache)
 
 
 def _paths(nodes: list[list[int]], predict_at: list[int]) -> list[list[int]]:

@@ -84,17 +84,18 @@ def load_llm(
         dtype: of the weights.
         random_init: a model config (with `model_type`) to build with random weights instead of loading any.
         device_map: passed to transformers (accelerate) for models larger than one device.
-        packed: use mmit's attention function, which runs packed rows; off leaves the model's own choice.
+        packed: use mmit's attention function, which runs packed rows, where the architecture takes another one;
+            off leaves the model's own.
 
     Raises:
-        ModelError: it cannot be found, read or built, or its attention cannot be replaced.
+        ModelError: it cannot be found, read or built.
     """
     implementation = {"attn_implementation": attention.NAME} if packed else {}
     try:
         if random_init is not None:
             options = dict(random_init)
             config = AutoConfig.for_model(options.pop("model_type", "llama"), **options)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation)
+            return _with_own_attention(AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation))
         source = _source(name)
         if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
             source["quantization_config"] = GgufConfig(dequantize=True)
@@ -105,6 +106,13 @@ def load_llm(
         raise _explain(name, error) from error
     if "gguf_file" in source:
         _forget_quantization(model)
+    return _with_own_attention(model)
+
+
+def _with_own_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """Give a model that transformers does not vouch for its own attention back; it cannot run packed rows."""
+    if not model._supports_attention_backend:
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     return model
 
 

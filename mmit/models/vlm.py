@@ -10,8 +10,6 @@ and M image tokens per picture, D_v / D widths of tower and LLM.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -19,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmit.errors import ModelError
-from mmit.models.attention import make_plan
+from mmit.models.attention import run_row
 from mmit.models.projectors import Projector
 from mmit.models.vision import VisionTower
 
@@ -149,26 +147,44 @@ class VLM(nn.Module):
             raise ModelError(
                 f"{len(at)} supervised tokens in one row", remedy="lower data.pack_tokens or train.micro_rows"
             )
-        arguments: dict[str, Any] = {}
-        plan = None
-        if len(nodes) > 1:
-            plan = make_plan(nodes.cpu()).to(embeddings.device)
-            # A 4-D mask is handed through untouched by transformers; the plan replaces it.
-            arguments = {"mmit_plan": plan, "attention_mask": embeddings.new_zeros(1, 1, 1, 1)}
-        out = self.llm(
-            inputs_embeds=embeddings[None],
-            position_ids=positions[None],
-            use_cache=False,
-            logits_to_keep=at,
-            **arguments,
-        )
-        if plan is not None and plan.calls == 0:
-            raise ModelError(
-                f"{type(self.llm).__name__} does not route its attention through transformers' attention "
-                "interface, so records packed in one row would see each other",
-                remedy="set data.packing=false, or use an architecture that supports attention backends",
+        return run_row(self.llm, embeddings, positions=positions, nodes=nodes, at=at).logits[0]
+
+    @torch.no_grad()
+    def check_isolation(self) -> None:
+        """See for this very model that records of one row do not meet; takes four forwards of a few tokens.
+
+        Convolutions, running states or attention of their own can mix neighbours behind the attention function's
+        back. Two records share a row; one of them is then changed, which must leave the logits of the other
+        untouched to the last bit, and those of the second must be its logits alone.
+
+        Raises:
+            ModelError: they meet, or the model cannot run packed rows.
+        """
+        words = self.word_embeddings
+        ids = torch.arange(1, 13, device=words.device) % len(words)
+        other_first = torch.cat([ids[:6].flip(0), ids[6:]])
+        other_second = torch.cat([ids[:6], ids[6:].flip(0)])
+        nodes, at = torch.tensor([[0, 6, -1], [6, 6, -1]]), torch.tensor([5, 11], device=words.device)
+        positions = torch.arange(12, device=words.device) % 6
+        try:
+            both, changed_first, changed_second = (
+                self.row_logits(words[row], positions=positions, nodes=nodes, at=at)
+                for row in (ids, other_first, other_second)
             )
-        return out.logits[0]
+            alone = self.row_logits(words[ids[6:]], positions=positions[:6], nodes=nodes[:1], at=at[:1])[0]
+        except (TypeError, ValueError) as error:
+            raise ModelError(
+                f"{type(self.llm).__name__} cannot run packed rows: {str(error)[:200]}",
+                remedy="set data.packing=false",
+            ) from error
+        tolerance = 0.05 if words.dtype != torch.float32 else 1e-3  # of the logits' spread: rounding, not leakage
+        same = (both[1] - alone).abs().max() <= tolerance * alone.float().std() + 1e-6
+        apart = torch.equal(both[0], changed_second[0]) and torch.equal(both[1], changed_first[1])
+        if not (apart and same):
+            raise ModelError(
+                f"records packed into one row of {type(self.llm).__name__} see each other",
+                remedy="set data.packing=false for this architecture",
+            )
 
     def _untouched_projector(self, embeddings: torch.Tensor) -> torch.Tensor:
         """Zero that runs through the projector: under ZeRO-3 every rank must touch every trained module."""

@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 
 from mmit.errors import MmitError, ModelError
+from mmit.eval import runner
 from mmit.eval.runner import Lazy, Result, evaluate, invalid_rate
 from mmit.eval.tasks import Item, Task
 from mmit.records import Image, Record
@@ -82,15 +83,21 @@ def test_scores_groups_and_rows(tmp_path: Path) -> None:
     assert {o["blank_images"] for o in model.options} == {False}
 
 
-def test_batches_are_of_like_lengths(tmp_path: Path) -> None:
+def test_chunks_keep_the_order_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "CHUNK", 2)
     model = Echo()
-    run(model, tmp_path, questions(16), batch_size=4)
-    assert [len({len(text) // 64 for text in batch}) for batch in model.batches] == [1, 1, 1, 1]
+    items = questions(20)
+    run(model, tmp_path, items, batch_size=4)
+    assert [len(chunk) for chunk in model.batches] == [8, 8, 4]
+    assert [text for chunk in model.batches for text in chunk] == [item.text for item in items]
 
 
 @pytest.mark.parametrize("die_after", [0, 1, 2, 3])
 @pytest.mark.parametrize("cut", [0, 1, 40])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, die_after: int, cut: int) -> None:
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path: Path, die_after: int, cut: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "CHUNK", 1)
     whole = run(Echo(), tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(Echo(die_after=die_after), tmp_path / "cut")
@@ -175,7 +182,8 @@ class Wrong:
         return ["a"] * (len(records) - 1)
 
 
-def test_too_few_answers_are_an_error(tmp_path: Path) -> None:
+def test_too_few_answers_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "CHUNK", 1)
     with pytest.raises(ModelError, match="2 answers to 3 questions"):
         run(Wrong(), tmp_path)
 

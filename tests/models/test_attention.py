@@ -125,7 +125,9 @@ def test_any_forest(seed):
     llm = load_llm("tiny", random_init=LLAMA | {"num_hidden_layers": 1}, dtype=torch.float32)
     rng = random.Random(seed)
     words = [[rng.randrange(1, 4) for _ in range(rng.randrange(4, 9))] for _ in range(rng.randrange(1, 8))]
-    samples = [Sample(tuple(w), (False, *[rng.random() < 0.5 for _ in w[1:-1]], True), (), i) for i, w in enumerate(words)]
+    samples = [
+        Sample(tuple(w), (False, *[rng.random() < 0.5 for _ in w[1:-1]], True), (), i) for i, w in enumerate(words)
+    ]
     losses, _ = row_losses(llm, samples, share=True)
     alone = torch.cat([reference_losses(llm, s) for s in samples])
     torch.testing.assert_close(losses, alone, atol=1e-5, rtol=0)
@@ -152,3 +154,29 @@ def test_soft_capping_is_refused():
     llm = load_llm("tiny", random_init=options, dtype=torch.float32)
     with pytest.raises(ModelError, match="data.packing=false"):
         row_losses(llm, [sample(random.Random(7), record=r) for r in range(2)], share=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "gpt_oss", "head_dim": 4, "num_local_experts": 2, "num_experts_per_tok": 1},
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+        {"model_type": "llama", "attention_dropout": 0.5},
+        {"model_type": "bloom", "n_head": 2, "n_layer": 1},
+        {"model_type": "mamba"},
+    ],
+)
+def test_what_packed_rows_would_get_wrong_is_found_out_before_training(options):
+    torch.manual_seed(0)
+    llm = load_llm("tiny", random_init=LLAMA | options, dtype=torch.float32)
+    vlm = VLM(llm, vision=None, projector=None).train()
+    with pytest.raises(ModelError, match="data.packing=false"):
+        vlm.check_isolation()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"])
+def test_common_architectures_pass_the_isolation_check(model_type, dtype):
+    torch.manual_seed(0)
+    options = LLAMA | {"model_type": model_type, "head_dim": 4, "pad_token_id": 0}
+    VLM(load_llm("tiny", random_init=options, dtype=dtype), vision=None, projector=None).check_isolation()
