@@ -124,7 +124,7 @@ def pick(instructions: Any, *, seed: int, key: str) -> str:
     choices = [instructions] if isinstance(instructions, str) else list(instructions or [""])
     if not all(isinstance(choice, str) for choice in choices):
         raise ConfigError("option instruction holds what is not text", remedy="Give one text or a list of texts.")
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()
     return choices[int.from_bytes(digest[:8], "big") % len(choices)]
 
 

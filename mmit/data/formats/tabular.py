@@ -168,6 +168,8 @@ def _columns(columns: Any, row: Row) -> dict[str, str]:
     for role, name in named.items():
         if role not in ROLES:
             raise ConfigError(f"option columns has the role '{short(role)}'", remedy=nearest(str(role), ROLES))
+        if not isinstance(name, str):
+            raise ConfigError(f"columns.{role} is '{short(name)}'", remedy="Give the name of one column.")
         if name not in row:
             remedy = nearest(str(name), [str(key) for key in row])
             raise ConfigError(f"the table has no column '{short(name)}' (columns.{role})", remedy=remedy)

@@ -100,6 +100,7 @@ def test_csv_errors(tmp_path: Path) -> None:
         ("output=q", "cannot tell what is asked: the columns are q, a"),
         (None, "(?s)cannot tell what is asked.*columns="),
         (3, "option columns is '3'"),
+        ({"instruction": ["q"]}, "columns.instruction is"),
     ],
 )
 def test_wrong_columns_stop_at_the_first_row(columns: Any, problem: str, tmp_path: Path) -> None:
