@@ -6,6 +6,8 @@ is imported when it runs, so that help is instant. A user's mistake ends with on
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -50,4 +52,6 @@ def mmit(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; `arguments` replace those of the process. Ends the process with its exit code."""
+    if not sys.stderr.isatty():  # progress bars of the libraries below are noise in a log; mmit's own stay
+        os.environ.setdefault("TQDM_DISABLE", "1")
     app(args=None if arguments is None else list(arguments), prog_name="mmit")
