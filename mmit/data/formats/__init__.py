@@ -93,11 +93,11 @@ def import_file(
             _check_images(record)
         return record
 
-    return _import(name, entry.rows(name, **file_options), build, on_bad)
+    return _import(name, entry.rows(name, **file_options), build, on_bad=on_bad)
 
 
 def _import(
-    path: str, rows: Iterator[tuple[int, Any]], build: Callable[[Any, int], Record], on_bad: OnBad | None
+    path: str, rows: Iterator[tuple[int, Any]], build: Callable[[Any, int], Record], *, on_bad: OnBad | None
 ) -> Iterator[Record]:
     for number, row in rows:
         try:

@@ -89,7 +89,7 @@ def mimicit(
         pair = _pair(pairs, name)
         ids = _image_ids(pair, name)
         shown = [] if turns and ids == last else ids
-        images = [_image(picture, row["pictures"], image_root, image_pattern) for picture in shown]
+        images = [_image(picture, row["pictures"], image_root, pattern=image_pattern) for picture in shown]
         turns += [
             ask(text_of(pair.get("instruction"), f"instruction of {name}").strip(), images),
             reply(text_of(pair.get("answer"), f"answer of {name}").strip()),
@@ -113,7 +113,7 @@ def _image_ids(pair: Row, name: str) -> list[str]:
     return ids
 
 
-def _image(name: str, pictures: Mapping[str, Any] | str, root: str, pattern: str) -> Image:
+def _image(name: str, pictures: Mapping[str, Any] | str, root: str, *, pattern: str) -> Image:
     if isinstance(pictures, str):
         return image_part(file_name(pattern, {"image_id": name}), pictures or root)
     if name not in pictures:
