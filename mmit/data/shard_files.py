@@ -5,7 +5,6 @@ Owns the list of schemes. Anything else before "://", and every "pipe:", is refu
 
 from __future__ import annotations
 
-import errno
 import multiprocessing
 import os
 import re
@@ -61,18 +60,32 @@ def filesystem(path: str) -> Any:
 @contextmanager
 def open_shard(path: str) -> Iterator[tuple[BinaryIO, int]]:
     """Open a file for reading; give (file, size). Raises ShardFileError."""
+    remote = is_remote(path)
     try:
-        if is_remote(path):
-            with filesystem(path).open(path, "rb") as file:
-                yield file, file.size
-            return
-        if not os.path.isfile(path):
+        if remote:
+            file = _open_remote(path)
+        elif os.path.exists(path) and not os.path.isfile(path):
             # Opening a pipe or a device would wait for ever.
-            raise _unreachable(path, FileNotFoundError(errno.ENOENT, "no such file"))
-        with open(path, "rb") as file:
-            yield file, os.fstat(file.fileno()).st_size
+            raise ShardFileError("not a file", where=path, remedy="Check the path.")
+        else:
+            file = open(path, "rb")
+        with file:
+            yield file, file.size if remote else os.fstat(file.fileno()).st_size
     except OSError as error:
         raise _unreachable(path, error) from error
+
+
+def _open_remote(path: str) -> Any:
+    files = filesystem(path)
+    try:
+        file = files.open(path, "rb")
+    except Exception as error:
+        # Each protocol has exceptions of its own, not all of them an OSError.
+        raise _unreachable(path, error) from error
+    if file.size is None:
+        problem = "the server does not tell the size, so it cannot be read in ranges"
+        raise ShardFileError(problem, where=path, remedy="Copy it to a disk, or to a server with range requests.")
+    return file
 
 
 def _unreachable(path: str, error: Exception) -> ShardFileError:
@@ -139,14 +152,12 @@ def _pread(handle: int, start: int, size: int) -> bytes:
 
 def _fetch(files: Any, path: str, start: int, size: int) -> bytes:
     """Fetch a range; a passing fault of the network is tried again."""
-    for attempt in range(_TRIES):
+    for attempt in range(1, _TRIES + 1):
         try:
             return files.cat_file(path, start=start, end=start + size)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            if attempt == _TRIES - 1:
-                raise
+        except Exception as error:
+            if attempt == _TRIES or isinstance(error, FileNotFoundError):
+                raise _unreachable(path, error) from error
             time.sleep(2.0**attempt)
     raise AssertionError
 

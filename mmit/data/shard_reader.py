@@ -227,8 +227,8 @@ def open_shards(
 
 
 def has_index(folder: str | os.PathLike[str]) -> bool:
-    """Say whether a local folder holds an index of shards."""
-    return os.path.isfile(os.path.join(folder, INDEX))
+    """Say whether a path is a local folder with an index of shards, or a URL, which can be nothing else."""
+    return is_remote(os.fspath(folder)) or os.path.isfile(os.path.join(folder, INDEX))
 
 
 def _check_shards(source: ShardSource) -> None:

@@ -86,7 +86,7 @@ def open_source(
     """Open a source; a format other than "mmit" is first converted into a JSONL under `cache`, once.
 
     Args:
-        path: the file, or a folder of shards with its index (opened as it is; format "shards" for a remote one).
+        path: the file, or a folder of shards with its index, or its URL (hf://, s3://, http(s)://), opened as it is.
         format: a key of FORMATS. image_root: where its relative image paths start.
         limit: use only its first `limit` records.
         cache: folder for converted files; the file name carries a hash of the input's path, size and time.
@@ -96,7 +96,7 @@ def open_source(
     Raises:
         ConfigError: no such file, or no record in it. RecordError: a bad row.
     """
-    if format == "shards" or has_index(path):
+    if format == "shards" or (format == "mmit" and has_index(path)):
         return open_shards(path, name=name or "", limit=limit, cache=cache)
     origin = Path(path)
     if not origin.is_file():

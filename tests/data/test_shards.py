@@ -23,6 +23,7 @@ from shard_samples import Collected, picture, records, tar_bytes, write_tar
 from mmit.data import shard_files, shards
 from mmit.data.decode import decode_rgb
 from mmit.data.images import load_rgb
+from mmit.data.shard_files import RangeReader, run_jobs
 from mmit.data.shard_index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMAGES
 from mmit.data.shard_reader import ShardSource, open_shards
 from mmit.data.shard_records import Limits
@@ -428,7 +429,7 @@ def test_directories_hold_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["pipe:cat x.tar", "file:///x.tar", "ssh://host/x.tar", "no/such.tar"])
 def test_refused_paths(tmp_path: Path, path: str) -> None:
-    with pytest.raises(MmitError, match="scheme|no such file"):
+    with pytest.raises(MmitError, match="scheme|No such file"):
         index_tars([path], tmp_path)
 
 
@@ -532,7 +533,7 @@ def test_remote_folders_are_read_by_ranges(tmp_path: Path, monkeypatch: pytest.M
     store = fsspec.filesystem("memory")
     store.put(str(tmp_path / "local"), "/data", recursive=True)
     try:
-        source = open_source("memory://data", format="shards", cache=tmp_path / "cache")
+        source = open_source("memory://data", cache=tmp_path / "cache")
         assert list(source) == given and pickle.loads(pickle.dumps(source))[3] == given[3]
         assert not list((tmp_path / "cache").rglob("*.tar"))
         index_tars(["memory://data/shard-000000.tar"], tmp_path / "other")
@@ -550,6 +551,37 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         open_shards("s3://bucket/data")
 
 
+def test_a_passing_fault_of_the_network_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    class Flaky:
+        faults = 2
+
+        def cat_file(self, path: str, *, start: int, end: int) -> bytes:
+            self.faults -= 1
+            if self.faults >= 0:
+                raise TimeoutError("slow")
+            return bytes(end - start)
+
+    monkeypatch.setattr(shard_files, "filesystem", lambda path: Flaky())
+    assert RangeReader().read("s3://b/x.tar", 5, 7) == bytes(7)
+    Flaky.faults = 9
+    with pytest.raises(MmitError, match="nothing was skipped"):
+        RangeReader().read("s3://b/x.tar", 5, 7)
+
+
+def die(number: int) -> int:
+    if number == 3:
+        os._exit(1)
+    return number
+
+
+def test_a_killed_worker_is_an_error_not_a_hang() -> None:
+    assert list(run_jobs(abs, [(-n,) for n in range(9)], workers=2)) == list(range(9))
+    with pytest.raises(MmitError, match="worker process was killed"):
+        list(run_jobs(die, [(n,) for n in range(9)], workers=2))
+
+
 def test_reading_needs_neither_torch_nor_webdataset(tmp_path: Path) -> None:
     build_shards(records(2), tmp_path)
     code = (
@@ -558,6 +590,88 @@ def test_reading_needs_neither_torch_nor_webdataset(tmp_path: Path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)
     assert result.stdout == "2 []\n", result.stderr
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+def encoded(image: PIL.Image.Image, format: str, **options: Any) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format, **options)
+    return out.getvalue()
+
+
+def sound_but_odd() -> dict[str, bytes]:
+    """Pictures that must be read."""
+    rgb = PIL.Image.open(io.BytesIO(picture(1, (40, 30), format="PNG")))
+    frames = [rgb.convert("P"), rgb.transpose(PIL.Image.Transpose.ROTATE_180).convert("P")]
+    return {
+        "cmyk.jpg": encoded(rgb.convert("CMYK"), "JPEG"),
+        "sixteen.png": encoded(PIL.Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50), "PNG"),
+        "palette.png": encoded(rgb.convert("P"), "PNG", transparency=0),
+        "animated.gif": encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "exif.jpg": picture(1, (40, 30), orientation=8),
+    }
+
+
+def faulty() -> dict[str, list[tuple[str, bytes]]]:
+    """Samples that must be reported, by kind."""
+    good, wide = picture(2, (40, 30)), encoded(PIL.Image.new("1", (65500, 1)), "PNG")
+    bomb = encoded(PIL.Image.new("1", (9000, 9000)), "PNG")
+    two = Record.triple("q", "a", images=["x.0.jpg", "x.1.jpg"]).to_json()
+    one = Record.triple("q", "a", images=["x.0.jpg"]).to_json()
+
+    def shown(data: bytes, kind: str = "jpg") -> list[tuple[str, bytes]]:
+        return [(f"x.{kind}", data), ("x.txt", b"caption")]
+
+    return {
+        "truncated": shown(good[:-80]),
+        "empty": shown(b""),
+        "dot": shown(encoded(PIL.Image.new("RGB", (1, 1)), "PNG"), "png"),
+        "strip": shown(wide, "png"),
+        "bomb": shown(bomb, "png"),
+        "bad_json": [("x.json", b"{'turns': []}"), ("x.0.jpg", good)],
+        "missing": [("x.json", json.dumps(two).encode()), ("x.0.jpg", good)],
+        "too_many": [("x.json", json.dumps(one).encode()), ("x.0.jpg", good), ("x.1.jpg", good + b"\0")],
+        "flip": shown(good),
+    }
+
+
+def test_faults_are_skipped_exactly_and_all_listed(tmp_path: Path) -> None:
+    members, injected, rng = [], {}, np.random.default_rng(0)
+    kinds = [*sound_but_odd().items(), *faulty().items()]
+    for n in range(400):
+        kind, content = kinds[int(rng.integers(len(kinds)))] if rng.random() < 0.15 else ("good.jpg", picture(n))
+        if isinstance(content, bytes):
+            members += [(f"{n}.{kind.partition('.')[2]}", content), (f"{n}.txt", b"caption")]
+            continue
+        injected[str(n)] = kind
+        for name, data in content:
+            members.append(
+                (name.replace("x.", f"{n}.", 1), data.replace(b"x.0", b"%d.0" % n).replace(b"x.1", b"%d.1" % n))
+            )
+    listed = Collected()
+    source = indexed(tmp_path, members, on_bad=listed)
+    shard = bytearray((tmp_path / "foreign.tar").read_bytes())
+    for number in range(len(source)):
+        if injected.get(source.key(number)) == "flip":
+            row = source.index.members[int(source.index.samples[number]["member"])]
+            shard[int(row["start"]) + int(row["lead"]) + int(row["size"]) // 2] ^= 1
+    (tmp_path / "foreign.tar").write_bytes(shard)
+    read = 0
+    for number in range(len(source)):
+        try:
+            record = source[number]
+            for image in record.images:
+                decode_rgb(image.source, where=source.where(number))
+            read += 1
+        except RecordError as error:
+            listed.append(error)
+    assert set(injected.values()) == faulty().keys()
+    assert read == 400 - len(injected)
+    assert sorted(error.where.split("foreign.tar: ")[1].split(":")[0].split(",")[0] for error in listed) == sorted(
+        injected
+    )
 
 
 # --- fast decoding --------------------------------------------------------------------------------------------------
