@@ -1,8 +1,8 @@
-"""Checkpoints: folders that describe themselves, appear whole or not at all, and are verified before use.
+"""Checkpoints: folders that describe themselves; `folders.py` makes them appear whole and verifies them.
 
-Owns the layout, the manifest (size and sha256 of every file, written last) and the way back into a model. Everything
-mmit writes is safetensors, JSON or YAML; DeepSpeed's optimizer shards are its own format and are only read from a
-folder whose manifest verifies. Frozen base weights are referenced by the config, and copied in only on request.
+Owns the layout and the way back into a model. Everything mmit writes is safetensors, JSON or YAML; DeepSpeed's
+optimizer shards are its own format and are only read from a folder whose manifest verifies. Frozen base weights are
+referenced by the config, and copied in only on request.
 
     step-000200/
       manifest.json          written last: {"format", "files": {name: {"size", "sha256"}}}
@@ -15,11 +15,8 @@ folder whose manifest verifies. Frozen base weights are referenced by the config
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +32,23 @@ from mmit.data.chat import ChatFormat
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble
 from mmit.models.vlm import VLM
+from mmit.train.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
 from mmit.yamlio import parse_yaml
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+__all__ = [
+    "MANIFEST",
+    "Loaded",
+    "checkpoints",
+    "find",
+    "image_preparation",
+    "load_model",
+    "newest",
+    "read_config",
+    "read_weights",
+    "verify",
+    "write_folder",
+    "write_model",
+]
 
 
 @dataclass
@@ -65,117 +75,6 @@ def image_preparation(vlm: VLM, fit: str) -> dict[str, Any]:
         "interpolation": vlm.vision.interpolation,
         "fill": fill,
     }
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_folder(folder: Path, fill: Callable[[Path], None], *, main: bool, barrier: Callable[[], None]) -> None:
-    """Write a folder that appears whole: into a temporary one, fsynced, manifest last, renamed.
-
-    Args:
-        folder: the final name; an older folder of that name is replaced.
-        fill: writes the files under the temporary folder; called on every rank.
-        main: this rank makes the folder, the manifest and the rename.
-        barrier: waits for all ranks.
-    """
-    draft = folder.with_name(f".{folder.name}.tmp")
-    if main:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    barrier()
-    fill(draft)
-    barrier()
-    if main:
-        files = sorted(p for p in draft.rglob("*") if p.is_file())
-        listing = {
-            p.relative_to(draft).as_posix(): {"size": p.stat().st_size, "sha256": _hash(p)} for p in files
-        }
-        for p in [*files, *(d for d in draft.rglob("*") if d.is_dir())]:
-            _sync(p)
-        manifest = draft / MANIFEST
-        manifest.write_text(json.dumps({"format": FORMAT, "files": listing}, indent=1))
-        _sync(manifest)
-        _sync(draft)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            draft.rename(folder)
-            shutil.rmtree(old)
-        else:
-            draft.rename(folder)
-        _sync(folder.parent)
-    barrier()
-
-
-def verify(folder: Path) -> None:
-    """Check every file against the manifest. Raises CheckpointError naming what is wrong."""
-    remedy = "use another checkpoint of the run; resume=auto takes the newest one that is whole"
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-    except FileNotFoundError:
-        problem = f"has no {MANIFEST}, so it is not a whole checkpoint"
-        raise CheckpointError(problem, where=str(folder), remedy=remedy) from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{MANIFEST} cannot be read: {error}", where=str(folder), remedy=remedy) from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"has layout {manifest.get('format')}, this version reads {FORMAT}", where=str(folder), remedy="update mmit"
-        )
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError("is missing from the checkpoint", where=str(path), remedy=remedy)
-        if path.stat().st_size != expected["size"]:
-            raise CheckpointError(
-                f"has {path.stat().st_size} bytes instead of {expected['size']}", where=str(path), remedy=remedy
-            )
-        if _hash(path) != expected["sha256"]:
-            raise CheckpointError("was changed after it was written (sha256 differs)", where=str(path), remedy=remedy)
-
-
-def checkpoints(run_dir: str | Path) -> list[Path]:
-    """Checkpoint folders of a run, oldest first, whole or not."""
-    return sorted(p for p in (Path(run_dir) / "checkpoints").glob("step-*") if p.is_dir())
-
-
-def newest(run_dir: str | Path, *, warn: Callable[[str], None] = lambda text: None) -> Path | None:
-    """Newest checkpoint of a run that verifies; broken ones are named through `warn`."""
-    for folder in reversed(checkpoints(run_dir)):
-        try:
-            verify(folder)
-            return folder
-        except CheckpointError as error:
-            warn(f"passing over a damaged checkpoint: {error}")
-    return None
-
-
-def find(folder: str | Path, *, warn: Callable[[str], None] = lambda text: None) -> Path:
-    """Resolve a checkpoint folder or a run folder to a verified checkpoint. Raises CheckpointError."""
-    folder = Path(folder)
-    if (folder / MANIFEST).exists() or (folder / "mmit.json").exists():
-        verify(folder)
-        return folder
-    found = newest(folder, warn=warn) if folder.is_dir() else None
-    if found is None:
-        what = "holds no whole checkpoint" if folder.is_dir() else "no such folder"
-        raise CheckpointError(what, where=str(folder), remedy="give a run folder or one of its checkpoints/step-*")
-    return found
 
 
 def write_model(

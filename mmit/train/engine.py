@@ -2,11 +2,13 @@
 
 Owns number formats, gradient accumulation, clipping, the optimizer and its state. The loop above hands over
 micro-batches and a scale; the gradient that is applied is that of `sum(losses) * scale` over all ranks and
-micro-batches, whatever the split. Refuses a step whose gradient is not finite: weights and optimizer stay as they are.
+micro-batches, whatever the split. Refuses a step whose loss or gradient is not finite, on all ranks together: weights
+and optimizer stay as they are.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from torch import nn
 
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.tuning import Group
+from mmit.train.zero import complete
 
 
 def join_deepspeed(*, cuda: bool) -> tuple[int, int]:
@@ -43,6 +46,7 @@ class Engine(ABC):
     rank: int = 0
     world: int = 1
     device: torch.device
+    layout: str  # whose optimizer state `save_state` writes, for messages
 
     @abstractmethod
     def forward_backward(self, tensors: Mapping[str, torch.Tensor], *, scale: float, last: bool) -> torch.Tensor:
@@ -80,6 +84,10 @@ class Engine(ABC):
         dist.all_reduce(total)
         return total.tolist()
 
+    def all_true(self, mine: bool) -> bool:
+        """Whether `mine` is true on every rank; waits for all of them."""
+        return self.all_sum([float(not mine)])[0] == 0
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
@@ -89,6 +97,16 @@ class Engine(ABC):
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
         """Make partitioned parameters whole inside the block (ZeRO-3); nothing to do elsewhere."""
         yield
+
+
+def poisoned(losses: torch.Tensor, scale: float) -> torch.Tensor:
+    """`sum(losses) * scale`; where that is not finite the factor is NaN, so that no gradient comes out finite.
+
+    An infinite loss can have a finite gradient (a target of probability 0). With NaN, the one check of the gradient
+    norm catches every case on all ranks, without a collective of its own.
+    """
+    total = losses.sum()
+    return total * torch.where(total.detach().isfinite(), scale, math.nan)
 
 
 class TorchEngine(Engine):
@@ -117,6 +135,7 @@ class TorchEngine(Engine):
                 remedy="set train.precision=bf16, or engine.kind=deepspeed",
             )
         self.device, self.clip = device, clip
+        self.layout = "the torch engine"
         self.model = model.to(device)
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
@@ -137,7 +156,7 @@ class TorchEngine(Engine):
     def forward_backward(self, tensors: Mapping[str, torch.Tensor], *, scale: float, last: bool) -> torch.Tensor:
         """Accumulate in float32."""
         losses = self.model(**tensors)
-        loss = losses.sum() * scale
+        loss = poisoned(losses, scale)
         if not loss.requires_grad:  # a text-only row of a text model that is frozen: nothing depends on it
             return losses.detach()
         loss.backward()
@@ -203,20 +222,13 @@ class TorchEngine(Engine):
 class DeepSpeedEngine(Engine):
     """Ranks under DeepSpeed ZeRO, on CPU (gloo) or CUDA (nccl).
 
-    mmit fills in what must agree with its own config (batch sizes, precision, clipping) and drives accumulation
-    itself, so a DeepSpeed JSON may not set those.
-    """
+    mmit drives accumulation itself and hands DeepSpeed one packed micro-batch after the other.
 
-    OWN = (
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "bf16",
-        "fp16",
-        "optimizer",
-        "scheduler",
-    )
+    Args:
+        config: a DeepSpeed config; `zero.complete` fills in what must agree with mmit's own and refuses the rest.
+        replicated: children of `model` that DeepSpeed must not see: every rank keeps them whole. A frozen vision
+            tower belongs there, since under ZeRO-3 a rank without pictures would not join in gathering it.
+    """
 
     def __init__(
         self,
@@ -226,6 +238,7 @@ class DeepSpeedEngine(Engine):
         device: torch.device,
         precision: str,
         config: Mapping[str, Any],
+        replicated: Sequence[str] = (),
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
@@ -233,16 +246,14 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         import deepspeed
 
-        if clash := sorted(set(config) & set(self.OWN)):
-            raise ConfigError(
-                f"sets {', '.join(clash)}, which mmit fills in from its own config",
-                where="engine.deepspeed",
-                remedy="remove them from the DeepSpeed JSON",
-            )
         self._deepspeed = deepspeed
+        self._model, self._replicated = model, replicated
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device
-        self.stage = int(config.get("zero_optimization", {}).get("stage", 0))
+        whole = complete(config, precision=precision, clip=clip)
+        self.stage = int(whole.get("zero_optimization", {}).get("stage", 0))
+        self.layout = f"DeepSpeed ZeRO-{self.stage} on {self.world} ranks"
+        self.parameters = [p for g in groups for _, p in g.parameters]
         optimizer = torch.optim.AdamW(
             [{"params": [p for _, p in g.parameters], "lr": g.lr, "peak": g.lr} for g in groups],
             betas=betas,
@@ -250,40 +261,53 @@ class DeepSpeedEngine(Engine):
             weight_decay=weight_decay,
         )
         self._peaks = [g.lr for g in groups]
-        whole = {
-            **config,
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": clip or 0.0,
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": precision == "bf16"},
-            "fp16": {"enabled": precision == "fp16"},
-        }
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=whole)
+        with self._out_of_sight():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=whole)
+        # Stage 0 in fp32 has no optimizer of DeepSpeed's around ours that would check the gradient.
+        self._unguarded = self.stage == 0 and precision == "fp32"
+
+    @contextmanager
+    def _out_of_sight(self) -> Iterator[None]:
+        hidden = {name: self._model._modules[name] for name in self._replicated}
+        try:
+            for name in hidden:
+                self._model._modules[name] = None
+            yield
+        finally:
+            self._model._modules.update(hidden)
 
     def forward_backward(self, tensors: Mapping[str, torch.Tensor], *, scale: float, last: bool) -> torch.Tensor:
         """DeepSpeed averages gradients over ranks, and the loop wants their sum: hence `world`."""
         self.engine.set_gradient_accumulation_boundary(last)
         losses = self.engine(**tensors)
-        self.engine.backward(losses.sum() * (scale * self.world), scale_wrt_gas=False)
+        self.engine.backward(poisoned(losses, scale * self.world), scale_wrt_gas=False)
         return losses.detach()
 
     def step(self, factor: float) -> float:
-        """DeepSpeed's optimizer step; it skips by itself on overflow."""
+        """DeepSpeed's optimizer step; on a gradient that is not finite all ranks skip it."""
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
+        norm: Any = None
+        if self._unguarded:  # the gradients are summed already, so every rank finds the same norm
+            grads = [p.grad for p in self.parameters if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+            if not torch.isfinite(norm):
+                self.engine.zero_grad()
+                return float(norm)
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
         norm = float("nan") if norm is None else float(norm)
         return norm if self.engine.was_step_applied() else float("inf")
 
     def save_state(self, folder: Path) -> None:
         """Write DeepSpeed's own shards."""
-        self.engine.save_checkpoint(str(folder), tag="deepspeed", exclude_frozen_parameters=True)
+        with self._out_of_sight():
+            self.engine.save_checkpoint(str(folder), tag="deepspeed", exclude_frozen_parameters=True)
 
     def load_state(self, folder: Path) -> None:
         """Read DeepSpeed's own shards; the caller has verified the folder's manifest."""
-        self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
+        with self._out_of_sight():
+            self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:

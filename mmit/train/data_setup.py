@@ -1,0 +1,172 @@
+"""From the sources of a run to its micro-batches: open, measure, judge, order, load.
+
+Owns what has to be settled about the data before the first step, and the policy for bad records. Takes plain
+arguments, gives `InstructionData`, its `Scan` and the `Walk`. Refuses a run whose records cannot fit its rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmit.data.chat import ChatFormat, encode
+from mmit.data.dataset import InstructionData, Scan
+from mmit.data.images import fit, load_rgb
+from mmit.data.loader import LoadImage, MicroBatch, micro_batches
+from mmit.data.mixture import Walk, epoch_order
+from mmit.data.packing import plan_rows
+from mmit.data.sources import open_source
+from mmit.errors import ConfigError, RecordError, located
+from mmit.records import Image
+from mmit.train.world import World
+
+Say = Callable[[Any], None]
+
+
+def check_lengths(*, max_length: int, capacity: int, limit: int | None) -> None:
+    """Refuse records longer than a row (`capacity` tokens) or than the LLM's context (`limit`). Raises ConfigError."""
+    if max_length > capacity:
+        raise ConfigError(
+            f"max_length={max_length} is more than pack_tokens={capacity}: a record may not fit",
+            where="data",
+            remedy="raise data.pack_tokens or lower data.max_length",
+        )
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"max_length={max_length} is more than the {limit} tokens the LLM was built for",
+            where="data.max_length",
+            remedy=f"set data.max_length={limit} or less",
+        )
+
+
+def open_data(
+    sources: Sequence[Mapping[str, Any]],
+    chat: ChatFormat,
+    tokenizer: Any,
+    *,
+    cache: Path,
+    world: World,
+    on_bad: Callable[[RecordError], None] | None,
+    **options: Any,
+) -> InstructionData:
+    """Open the sources of a run.
+
+    Args:
+        sources: per source the keys path, format, image_root, name and limit, as `open_source` takes them.
+        cache: folder for sources converted to mmit's own format.
+        on_bad: receives rows that cannot be converted; None raises the first.
+        options: what else `InstructionData` takes (image_tokens, max_length, capacity, ...).
+    """
+    keys = ("path", "format", "image_root", "name", "limit")
+    if not world.main:  # rank 0 converts foreign formats first, the others then find the result
+        world.barrier()
+    opened = []
+    for i, source in enumerate(sources):
+        with located(f"data.train.{i}"):
+            opened.append(open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad))
+    if world.main:
+        world.barrier()
+    return InstructionData(opened, partial(_encode, chat, tokenizer), **options)
+
+
+def _encode(chat: ChatFormat, tokenizer: Any, turns: Any) -> Any:
+    return encode(turns, chat, tokenizer)
+
+
+def judge(scan: Scan, *, skip: bool, max_bad_fraction: float, run_dir: Path, main: bool, say: Say) -> None:
+    """Apply the stated policy to bad records; all of them are listed in `bad_records.jsonl`."""
+    listing = run_dir / "bad_records.jsonl"
+    if main and scan.bad:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        listing.write_text("".join(_line(e) for e in scan.bad), encoding="utf-8")
+    if scan.bad and not skip:
+        first = scan.bad[0]
+        more = f" (the first of {len(scan.bad)} bad records, listed in {listing})" if len(scan.bad) > 1 else ""
+        raise type(first)(first.problem + more, where=first.where, remedy=first.remedy)
+    if len(scan.bad) > max_bad_fraction * max(scan.records, 1):
+        raise RecordError(
+            f"{len(scan.bad)} of {scan.records} records are bad, more than run.max_bad_fraction="
+            f"{max_bad_fraction:g} allows; the first: {scan.bad[0]}",
+            where=str(listing),
+            remedy="mend the data, or raise run.max_bad_fraction",
+        )
+    if scan.bad:
+        say(f"{len(scan.bad)} bad records are left out, listed in {listing}")
+    if not len(scan.length):
+        raise RecordError("no usable record is left", where="data.train", remedy="check the files and formats")
+
+
+def note_bad(run_dir: Path, rank: int, error: RecordError) -> None:
+    """Add a record that turned out bad while training to the listing."""
+    name = "bad_records.jsonl" if rank == 0 else f"bad_records-{rank}.jsonl"
+    with open(run_dir / name, "a", encoding="utf-8") as file:
+        file.write(_line(error))
+
+
+def _line(error: RecordError) -> str:
+    return json.dumps({"where": error.where, "problem": error.problem, "remedy": error.remedy}) + "\n"
+
+
+def make_walk(
+    scan: Scan,
+    weights: Sequence[float],
+    *,
+    seed: int,
+    capacity: int | None,
+    rows_per_step: int,
+    epochs: float | None,
+    steps: int | None,
+) -> Walk:
+    """The rows of the run in order; `capacity` tokens a row, or None for one unit a row."""
+    sizes = [int((scan.source == i).sum()) for i in range(len(weights))]
+
+    def rows_of(epoch: int) -> list[list[int]]:
+        order = epoch_order(sizes, weights, seed=seed, epoch=epoch)
+        if capacity is None:
+            return [[int(u)] for u in order]
+        return plan_rows(scan.length, capacity=capacity, order=order, shared=scan.shared)
+
+    return Walk(rows_of, rows_per_step=rows_per_step, epochs=epochs, steps=steps)
+
+
+def image_loader(preparation: Mapping[str, Any]) -> LoadImage:
+    """Picture, place -> (3, H, W) uint8, as the tower wants it (`checkpoint.image_preparation`)."""
+    return partial(_load_image, dict(preparation))
+
+
+def _load_image(preparation: dict[str, Any], image: Image, where: str) -> torch.Tensor:
+    p = preparation
+    return fit(
+        load_rgb(image, where=where),
+        tuple(p["size"]),
+        mode=p["mode"],
+        interpolation=p["interpolation"],
+        fill=tuple(p["fill"]),
+    )
+
+
+def batches_of_rank(
+    data: InstructionData,
+    scan: Scan,
+    walk: Walk,
+    *,
+    rank: int,
+    world: int,
+    micro_rows: int,
+    start: int,
+    load_image: LoadImage | None,
+    skip_bad: bool,
+    workers: int,
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches from step `start` on."""
+    units: list[list[int]] = []
+    for step in range(start, walk.steps):
+        for positions in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
+            rows = [walk.row(p) for p in positions]
+            units.append([u for row in rows if row for u in row])
+    return micro_batches(data, scan, units, load_image=load_image, skip_bad=skip_bad, workers=workers)

@@ -1,0 +1,48 @@
+"""What a run says before its first step: counts, trained parameters, one example with its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mmit.data.dataset import InstructionData, Scan, split_pairs
+from mmit.data.mixture import Walk
+from mmit.data.viewer import to_rich
+from mmit.models.tuning import parameter_table
+from mmit.models.vlm import VLM
+
+
+def echo(
+    vlm: VLM,
+    data: InstructionData,
+    scan: Scan,
+    *,
+    walk: Walk,
+    tokenizer: Any,
+    lr: Mapping[str, float | None],
+    say: Callable[[Any], None],
+) -> None:
+    """Print what is about to happen; `lr` is the peak learning rate of each component."""
+    from rich.table import Table
+
+    tokens = int(scan.length.sum())
+    say(
+        f"{scan.records - len(scan.bad)} records of {len(data.sources)} sources, {len(scan.images)} pictures, "
+        f"{tokens} tokens, {scan.supervised} supervised; {walk.steps} steps of {walk.rows_per_step} rows of "
+        f"{data.capacity} tokens"
+    )
+    table = Table("component", "parameters", "trained", "share", "dtype", "lr")
+    for row in parameter_table(vlm):
+        rate = lr.get(row["component"])
+        table.add_row(
+            row["component"],
+            f"{row['total']:,}",
+            f"{row['trained']:,}",
+            f"{100 * row['trained'] / max(row['total'], 1):.2f} %",
+            row["dtype"],
+            f"{rate:g}" if rate is not None and row["trained"] else "-",
+        )
+    say(table)
+    record = data.record(int(scan.record[0]))
+    turns = split_pairs(record)[0] if data.split_turns else record.turns
+    say(to_rich(data.encode(turns), tokenizer, image_tokens=vlm.image_tokens))

@@ -1,0 +1,220 @@
+"""Folders that appear whole or not at all, and are verified before use: the ground checkpoints stand on.
+
+Owns the manifest (size and sha256 of every file, written last), the rename that publishes a folder, and the search
+for the newest whole one. Knows nothing of models. At every instant of a save, also when the power goes, at least one
+earlier folder stays whole under its name; a folder without a manifest that verifies is never handed out.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from mmit.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+Warn = Callable[[str], None]
+Fill = Callable[[Path], None]
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_folder(
+    folder: Path,
+    fills: Sequence[Fill],
+    *,
+    main: bool = True,
+    all_fine: Callable[[bool], bool] = lambda mine: mine,
+) -> None:
+    """Write a folder that appears whole: into a draft, fsynced, manifest last, renamed.
+
+    Args:
+        folder: the final name; an older folder of that name is replaced.
+        fills: write files under the draft, one after the other; each is called on every rank.
+        main: this rank makes the folder, the manifest and the rename.
+        all_fine: this rank's verdict -> that of all ranks; waits for them, so that no rank is left waiting for one
+            that failed.
+
+    Raises:
+        CheckpointError: the disk is full, broken or read-only, here or on another rank. What was there before is
+            untouched and the draft is removed.
+    """
+    draft = folder.with_name(f".{folder.name}.draft")
+    steps: list[Callable[[], None]] = [lambda: _begin(draft, main)]
+    steps += [lambda fill=fill: fill(draft) for fill in fills]  # type: ignore[misc]
+    steps += [lambda: _publish(draft, folder) if main else None]
+    for step in steps:
+        failure: Exception | None = None
+        try:
+            step()
+        except (OSError, SafetensorError, RuntimeError) as error:
+            # torch.save reports a full disk as RuntimeError; any other RuntimeError is no matter of disks.
+            if isinstance(error, RuntimeError) and not _of_a_disk(error):
+                raise
+            failure = error
+        if all_fine(failure is None):
+            continue
+        if main:
+            shutil.rmtree(draft, ignore_errors=True)
+        if failure is None:
+            failure = OSError("another rank could not write")
+        raise _unwritten(folder, failure) from failure
+
+
+def _of_a_disk(error: Exception) -> bool:
+    words = ("No space left", "Input/output error", "Read-only file system", "Disk quota", "file write failed")
+    return any(w in str(error) for w in words) or "PytorchStreamWriter" in str(error)
+
+
+def _unwritten(folder: Path, error: Exception) -> CheckpointError:
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    remedy = "earlier checkpoints are untouched; "
+    remedy += "free space on this disk or lower train.keep_last" if full else "check the disk"
+    return CheckpointError(
+        f"could not be written: {error}", where=str(folder), remedy=f"{remedy}, then continue with resume=auto"
+    )
+
+
+def _begin(draft: Path, main: bool) -> None:
+    if main:
+        if draft.exists():
+            shutil.rmtree(draft)
+        draft.mkdir(parents=True)
+
+
+def _publish(draft: Path, folder: Path) -> None:
+    """Sync every file, write the manifest, rename. An older folder of that name stays findable until then."""
+    files = sorted(p for p in draft.rglob("*") if p.is_file())
+    listing = {p.relative_to(draft).as_posix(): {"size": p.stat().st_size, "sha256": _hash(p)} for p in files}
+    for p in [*files, *(d for d in draft.rglob("*") if d.is_dir())]:
+        _sync(p)
+    manifest = draft / MANIFEST
+    manifest.write_text(json.dumps({"format": FORMAT, "files": listing}, indent=1))
+    _sync(manifest)
+    _sync(draft)
+    old = _aside(folder)
+    if folder.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+    draft.rename(folder)
+    _sync(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no half of it is ever taken for a whole one."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    if gone.exists():
+        shutil.rmtree(gone)
+    folder.rename(gone)
+    shutil.rmtree(gone)
+
+
+def sweep(parent: Path) -> None:
+    """Remove what interrupted writes and removals left behind."""
+    for left in [*parent.glob(".*.draft"), *parent.glob(".*.gone")]:
+        shutil.rmtree(left, ignore_errors=True)
+    for old in parent.glob(".*.old"):
+        if (parent / old.name[1:-4]).exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def verify(folder: Path) -> None:
+    """Check every file against the manifest. Raises CheckpointError naming what is wrong."""
+    remedy = "use another checkpoint of the run; resume=auto takes the newest one that is whole"
+    where = str(folder / MANIFEST)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): (int(f["size"]), str(f["sha256"])) for name, f in manifest["files"].items()}
+        layout = manifest["format"]
+    except FileNotFoundError:
+        problem = f"has no {MANIFEST}, so it is not a whole checkpoint"
+        raise CheckpointError(problem, where=str(folder), remedy=remedy) from None
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise CheckpointError(f"cannot be read: {error}", where=where, remedy=remedy) from None
+    if layout != FORMAT:
+        raise CheckpointError(
+            f"has layout {layout}, this version reads {FORMAT}", where=str(folder), remedy="update mmit"
+        )
+    for name, (size, sha256) in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError("is missing from the checkpoint", where=str(path), remedy=remedy)
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"has {path.stat().st_size} bytes instead of {size}", where=str(path), remedy=remedy
+            )
+        if _hash(path) != sha256:
+            raise CheckpointError("was changed after it was written (sha256 differs)", where=str(path), remedy=remedy)
+    for path in sorted(p for p in (folder / "trainer").rglob("*") if p.is_file()):
+        if path.relative_to(folder).as_posix() not in files:  # DeepSpeed unpickles what it finds there
+            raise CheckpointError("is not listed in the manifest", where=str(path), remedy=remedy)
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first, whole or not.
+
+    A save that replaces a folder and dies between two renames leaves the older one as `.step-N.old`; it counts.
+    """
+    parent = Path(run_dir) / "checkpoints"
+    found = {p.name: p for p in parent.glob(".step-*.old") if p.is_dir() and not (parent / p.name[1:-4]).is_dir()}
+    found |= {p.name: p for p in parent.glob("step-*") if p.is_dir()}
+    return sorted(found.values(), key=lambda p: (step_of(p), p.name))
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint's name, or -1."""
+    digits = folder.name.removeprefix(".").removesuffix(".old").removeprefix("step-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def newest(run_dir: str | Path, *, warn: Warn = lambda text: None) -> Path | None:
+    """Newest checkpoint of a run that verifies; broken ones are named through `warn`."""
+    for folder in reversed(checkpoints(run_dir)):
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            warn(f"passing over a damaged checkpoint: {error}")
+    return None
+
+
+def find(folder: str | Path, *, warn: Warn = lambda text: None) -> Path:
+    """Resolve a checkpoint folder or a run folder to a verified checkpoint. Raises CheckpointError."""
+    folder = Path(folder)
+    if (folder / MANIFEST).exists() or (folder / "mmit.json").exists():
+        verify(folder)
+        return folder
+    found = newest(folder, warn=warn) if folder.is_dir() else None
+    if found is None:
+        what = "holds no whole checkpoint" if folder.is_dir() else "no such folder"
+        raise CheckpointError(what, where=str(folder), remedy="give a run folder or one of its checkpoints/step-*")
+    return found

@@ -1,0 +1,81 @@
+"""Pictures before the first step: features of a frozen tower kept in a cache, and the projector's word alignment.
+
+Joins the cache (`features.py`) and the alignment (`align.py`) to a run's records. Refuses to cache the features of a
+tower that is trained, and to align with records that are not captions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmit.data.dataset import image_key
+from mmit.data.loader import LoadImage
+from mmit.data.sources import open_source
+from mmit.errors import ConfigError, RecordError
+from mmit.models.vlm import VLM
+from mmit.records import Image, Record
+from mmit.train.align import align_words
+from mmit.train.features import FeatureCache, compute_features
+
+Say = Callable[[Any], None]
+
+
+def cache_features(
+    vlm: VLM,
+    images: Mapping[Hashable, Image],
+    load_image: LoadImage | None,
+    *,
+    kind: str,
+    frozen: bool,
+    folder: Path,
+    preparation: Mapping[str, Any],
+    say: Say,
+) -> FeatureCache | None:
+    """Features of all pictures of a run; None where `kind` is "off" or there is nothing to see. Raises ConfigError."""
+    if kind == "off" or vlm.vision is None or load_image is None or not images:
+        return None
+    if not frozen:
+        raise ConfigError(
+            "features of a tower that is trained cannot be cached",
+            where="model.vision.cache",
+            remedy="set model.vision.cache=off or tune.vision.mode=frozen",
+        )
+    say(f"computing features of {len(images)} pictures once")
+    return compute_features(vlm.vision, images, load_image, kind=kind, folder=folder, preparation=preparation)
+
+
+def align_to_captions(
+    vlm: VLM,
+    tokenizer: Any,
+    load_image: LoadImage | None,
+    *,
+    captions: str,
+    features: FeatureCache | None,
+    run_dir: Path,
+    epochs: int,
+    lr: float,
+    seed: int,
+    say: Say,
+) -> None:
+    """Word alignment of the projector with the captions in an mmit JSONL. Raises ConfigError, RecordError."""
+    if vlm.projector is None or vlm.vision is None or load_image is None:
+        raise ConfigError("there is no projector to align", where="align", remedy="set model.vision, or align=null")
+    source = open_source(captions, cache=run_dir / "data")
+    records = [_caption(source[i]) for i in range(len(source))]
+    words = [tokenizer(" " + r.turns[-1].text, add_special_tokens=False)["input_ids"] for r in records]
+    keys = [image_key(r.images[0]) for r in records]
+    if features is None or any(k not in features for k in keys):
+        pictures = {k: r.images[0] for k, r in zip(keys, records, strict=True)}
+        folder = run_dir / "cache"
+        features = compute_features(vlm.vision, pictures, load_image, kind="memory", folder=folder, preparation={})
+    embeddings = vlm.word_embeddings.detach()
+    loss = align_words(vlm.projector, features.get(keys), words, embeddings, epochs=epochs, lr=lr, seed=seed)
+    say(f"word alignment: {len(records)} captions, {epochs} epochs, loss {loss:.3f}")
+
+
+def _caption(record: Record) -> Record:
+    if len(record.images) != 1 or record.turns[-1].role != "assistant":
+        raise RecordError("is not a caption (one image, one answer)", where=record.where, remedy="check align.captions")
+    return record

@@ -1,0 +1,128 @@
+"""The trainer's half of a checkpoint: where the run stood, and how it goes on from there bit for bit.
+
+Owns `trainer/` in a checkpoint (progress, optimizer state, random state of every rank), the choice of the checkpoint
+to continue from, and which older ones are kept. Refuses to continue with other data, another seed or another engine,
+because the result would look like the same run without being it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mmit.errors import CheckpointError, ConfigError
+from mmit.train import folders
+from mmit.train.engine import Engine
+from mmit.train.loop import Progress
+
+Say = Callable[[Any], None]
+OTHER_START = "resume with the config and data it was made with, or start from its weights with run.init_from"
+
+
+def choose(run_dir: Path, resume: str | None, *, say: Say) -> Path | None:
+    """The verified checkpoint to continue from, or None for a fresh start.
+
+    Args:
+        resume: None, "auto", or the path of a checkpoint or run.
+
+    Raises:
+        ConfigError: a fresh start in a folder that holds checkpoints. CheckpointError: none of them is whole.
+    """
+    if resume is None:
+        if folders.checkpoints(run_dir):
+            raise ConfigError(
+                "holds checkpoints of an earlier run",
+                where=str(run_dir),
+                remedy="set run.resume=auto to continue it, or another run.dir",
+            )
+        return None
+    if resume != "auto":
+        return folders.find(resume, warn=say)
+    found = folders.newest(run_dir, warn=say)
+    if found is None and folders.checkpoints(run_dir):
+        problem = "none of its checkpoints is whole"
+        raise CheckpointError(problem, where=str(run_dir), remedy="remove them to start anew")
+    return found
+
+
+def set_aside_later(run_dir: Path, step: int, *, say: Say) -> None:
+    """Rename checkpoints after `step`: they are damaged, or of a course that this run leaves."""
+    for folder in folders.checkpoints(run_dir):
+        if folders.step_of(folder) > step:
+            name = f"superseded-{folder.name.lstrip('.')}"
+            count = len(list(folder.parent.glob(f"{name}*")))
+            target = folder.with_name(f"{name}.{count}" if count else name)
+            folder.rename(target)
+            say(f"set {folder.name} aside as {target.name}: this run goes on from step {step}")
+
+
+def write_trainer(folder: Path, engine: Engine, progress: Progress, *, seed: int, units: int) -> None:
+    """Write progress and random state into `folder`/trainer; the engine adds its own (`Engine.save_state`)."""
+    trainer = folder / "trainer"
+    if engine.rank == 0:
+        facts = {"seed": seed, "units": units, "world": engine.world, "engine": engine.layout}
+        (trainer / "progress.json").write_text(json.dumps({**asdict(progress), **facts}, indent=1))
+    random = {"cpu": torch.get_rng_state()}
+    if engine.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(engine.device)
+    save_file(random, trainer / f"rng-{engine.rank}.safetensors")
+
+
+def restore(engine: Engine, folder: Path | None, *, seed: int, units: int, say: Say) -> Progress:
+    """Bring the optimizer, the random state and the position back; a fresh start only seeds.
+
+    Raises:
+        CheckpointError: the checkpoint has no trainer state, or is of other data, another seed or engine.
+    """
+    torch.manual_seed(seed + 1000 * engine.rank)
+    if folder is None:
+        return Progress()
+    trainer = folder / "trainer"
+    try:
+        saved = json.loads((trainer / "progress.json").read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            "holds a model but no trainer state", where=str(folder), remedy="start from its weights with run.init_from"
+        ) from None
+    for key, now in (("seed", seed), ("units", units)):
+        if saved[key] != now:
+            raise CheckpointError(
+                f"was made with other data or another seed ({key} differs: {saved[key]} then, {now} now), so the "
+                "data order cannot be continued",
+                where=str(folder),
+                remedy=OTHER_START,
+            )
+    if saved["engine"] != engine.layout:
+        raise CheckpointError(
+            f"holds the optimizer state of {saved['engine']}, this run has {engine.layout}",
+            where=str(folder),
+            remedy=f"resume with {saved['engine']}, or start from its weights with run.init_from",
+        )
+    engine.load_state(trainer)
+    _restore_random(engine, trainer, saved["world"], say)
+    names = {f.name for f in fields(Progress)}
+    return Progress(**{k: v for k, v in saved.items() if k in names})
+
+
+def _restore_random(engine: Engine, trainer: Path, ranks: int, say: Say) -> None:
+    if ranks != engine.world:
+        # Data order and optimizer do not depend on the number of ranks; dropout does.
+        say(f"continuing with {engine.world} ranks what {ranks} began: random numbers (dropout) start afresh")
+        return
+    state = load_file(trainer / f"rng-{engine.rank}.safetensors")
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and engine.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], engine.device)
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Keep the newest `keep` checkpoints, and sweep up what interrupted saves left."""
+    for old in folders.checkpoints(run_dir)[:-keep]:
+        folders.remove_folder(old)
+    folders.sweep(run_dir / "checkpoints")
