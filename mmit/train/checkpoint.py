@@ -10,6 +10,7 @@ referenced by the config, and copied in only on request.
       mmit.json              step, chat format, image preparation, versions
       projector.safetensors  adapter/ (PEFT layout)  tokenizer/
       llm/  vision.safetensors      only where they were trained, or with include_base
+      llm_tuned.safetensors  vision_tuned.safetensors  vision_adapter/   where a method trains a part of them
       trainer/               step, optimizer, random states
 """
 
@@ -31,6 +32,8 @@ from mmit.config import Config
 from mmit.data.chat import ChatFormat
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble
+from mmit.models.llm import why_not_4bit
+from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
 from mmit.models.vlm import VLM
 from mmit.train.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
 from mmit.yamlio import parse_yaml
@@ -107,6 +110,11 @@ def write_model(
             adapter.base_model_name_or_path = config.model.llm.name
         # The embeddings belong to the base; peft would otherwise ask the base's folder about its vocabulary.
         vlm.llm.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    if vlm.vision is not None and isinstance(vlm.vision.encoder, PeftModel):
+        vlm.vision.encoder.save_pretrained(str(folder / "vision_adapter"))
+    for part, names in vlm.partly.items():
+        tensors = {n: getattr(vlm, part).get_parameter(n).detach().cpu().contiguous() for n in names}
+        save_file(tensors, folder / f"{part}_tuned.safetensors")
     if config.tune.llm.mode == "full" or include_base:
         _base_llm(vlm).save_pretrained(folder / "llm", state_dict=_plain_state(_base_llm(vlm)))
     if vlm.vision is not None and (config.tune.vision.mode == "full" or include_base):
@@ -123,8 +131,7 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _plain_state(llm: Any) -> dict[str, torch.Tensor]:
     """The base model's own tensors under their own names, adapters left out."""
-    state = {k.replace(".base_layer.", "."): v for k, v in llm.state_dict().items() if ".lora_" not in k}
-    return {k: v for k, v in state.items() if not k.startswith("lora_")}
+    return {base_name(k): v for k, v in llm.state_dict().items() if not is_added(llm, k)}
 
 
 def read_weights(vlm: VLM, folder: Path) -> None:
@@ -136,15 +143,40 @@ def read_weights(vlm: VLM, folder: Path) -> None:
         _strict(vlm.projector, load_file(folder / "projector.safetensors"), folder / "projector.safetensors")
     if (folder / "vision.safetensors").exists() and vlm.vision is not None:
         _strict(vlm.vision, load_file(folder / "vision.safetensors"), folder / "vision.safetensors")
-    adapter = folder / "adapter"
-    if not adapter.exists():
-        return
-    if not isinstance(vlm.llm, PeftModel):
-        vlm.llm = PeftModel.from_pretrained(vlm.llm, str(adapter), autocast_adapter_dtype=False)
+    for part in ("llm", "vision"):
+        if (folder / f"{part}_tuned.safetensors").exists():
+            _read_partly(vlm, part, folder / f"{part}_tuned.safetensors")
+    if (folder / "adapter").exists():
+        vlm.llm = _read_adapter(vlm.llm, folder / "adapter")
+    if (folder / "vision_adapter").exists() and vlm.vision is not None:
+        vlm.vision.encoder = _read_adapter(vlm.vision.encoder, folder / "vision_adapter")
+
+
+def _read_partly(vlm: VLM, part: str, path: Path) -> None:
+    """Copy tensors of single parameters; the model must have been tuned with the checkpoint's own method."""
+    tensors = load_file(path)
+    module = getattr(vlm, part)
+    expected = {n: module.get_parameter(n) for n in vlm.partly.get(part, ())}
+    if not expected and module is not None:
+        raise CheckpointError(
+            f"holds tensors of a tuning method that this config does not use for {part}",
+            where=str(path),
+            remedy=f"set tune.{part} as in the config.yaml beside it",
+        )
+    _compare(expected, tensors, path)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            expected[name].copy_(tensor)
+
+
+def _read_adapter(model: Any, adapter: Path) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     tensors = load_file(adapter / "adapter_model.safetensors")
-    expected = get_peft_model_state_dict(vlm.llm, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     _compare(expected, tensors, adapter / "adapter_model.safetensors")
-    set_peft_model_state_dict(vlm.llm, tensors)
+    set_peft_model_state_dict(model, tensors)
+    return model
 
 
 def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: Path) -> None:
@@ -221,17 +253,29 @@ def load_model(
         model["llm"]["dtype"] = None
         if model["vision"]:
             model["vision"]["dtype"] = None
+    # 4-bit weights where this machine has them; elsewhere the same adapter goes on the weights they were made from
+    four_bits = None if untuned else quantization(config.tune.llm.mode, config.tune.llm.options)
+    if four_bits is not None and (reason := why_not_4bit()) is not None:
+        warnings.warn(f"{reason}; the base of this QLoRA checkpoint is loaded unquantised", stacklevel=2)
+        four_bits = None
     vlm, tokenizer = assemble(
         model,
         dtype=dtype,
+        quantization=four_bits,
         seed=config.run.seed,
         device_map=device_map,
         packed=config.data.packing,
         tokenizer=str(path / "tokenizer"),
     )
     if not untuned:
+        tune = config.tune.model_dump()
+        if tune["llm"]["mode"] == "qlora" and four_bits is None:
+            tune["llm"] = unquantised(tune["llm"])
+        apply_tuning(vlm, tune)
         read_weights(vlm, path)
     vlm.eval().requires_grad_(False)
+    if vlm.vision is not None:
+        vlm.vision.freeze()
     if device_map is None:
         vlm.to(place)
     else:

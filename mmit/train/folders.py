@@ -121,8 +121,7 @@ def _publish(draft: Path, folder: Path) -> None:
         folder.rename(old)
     draft.rename(folder)
     _sync(folder.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)  # what is left of it is swept up after the next save
 
 
 def _aside(folder: Path) -> Path:
@@ -130,7 +129,7 @@ def _aside(folder: Path) -> Path:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no half of it is ever taken for a whole one."""
+    """Remove a folder so that no half of it is ever taken for a whole one. Raises OSError."""
     gone = folder.with_name(f".{folder.name}.gone")
     if gone.exists():
         shutil.rmtree(gone)

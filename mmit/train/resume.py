@@ -121,8 +121,15 @@ def _restore_random(engine: Engine, trainer: Path, ranks: int, say: Say) -> None
         torch.cuda.set_rng_state(state["cuda"], engine.device)
 
 
-def prune(run_dir: Path, keep: int) -> None:
-    """Keep the newest `keep` checkpoints, and sweep up what interrupted saves left."""
+def prune(run_dir: Path, keep: int, *, say: Say) -> None:
+    """Keep the newest `keep` checkpoints, and sweep up what interrupted saves left.
+
+    One that cannot be removed is no reason to end a run whose new checkpoint is safe: it is named, and tried again
+    after the next save.
+    """
     for old in folders.checkpoints(run_dir)[:-keep]:
-        folders.remove_folder(old)
+        try:
+            folders.remove_folder(old)
+        except OSError as error:
+            say(f"could not remove the old checkpoint {old}: {error}")
     folders.sweep(run_dir / "checkpoints")

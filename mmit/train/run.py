@@ -22,7 +22,7 @@ from mmit.data.mixture import Walk
 from mmit.errors import RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
-from mmit.models.tuning import Group, apply_tuning
+from mmit.models.tuning import Group, apply_tuning, quantization
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, resume
 from mmit.train.data_setup import (
@@ -60,7 +60,8 @@ def run(config: Config) -> int:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
 
-    vlm, tokenizer = _assemble(config, begin)
+    start = begin or (checkpoint.find(config.run.init_from, warn=say) if config.run.init_from else None)
+    vlm, tokenizer = _assemble(config, start)
     with located("model.chat.format"):
         chat = chat_format(config.model.chat.format, tokenizer)
     preparation = checkpoint.image_preparation(vlm, config.model.vision.fit if config.model.vision else "pad")
@@ -70,10 +71,8 @@ def run(config: Config) -> int:
     walk = _walk(config, scan)
 
     groups = apply_tuning(vlm, config.tune.model_dump())
-    if begin is not None:
-        checkpoint.read_weights(vlm, begin)
-    elif config.run.init_from:
-        checkpoint.read_weights(vlm, checkpoint.find(config.run.init_from, warn=say))
+    if start is not None:
+        checkpoint.read_weights(vlm, start)
     vlm.to(world.device)
     if config.data.packing:
         vlm.check_isolation()
@@ -128,13 +127,19 @@ def run(config: Config) -> int:
     return 0 if finished else EXIT_STOPPED
 
 
-def _assemble(config: Config, begin: Path | None) -> tuple[VLM, Any]:
-    """The composite and its tokenizer; a fully tuned LLM comes from the checkpoint `begin`."""
+def _assemble(config: Config, start: Path | None) -> tuple[VLM, Any]:
+    """The composite and its tokenizer; a fully tuned LLM comes from the checkpoint `start`."""
     dtype = torch.float32 if config.train.precision == "fp32" else DTYPES[config.train.precision]
     model = config.model.model_dump()
-    if begin is not None and (begin / "llm").exists():
-        model["llm"].update(name=str(begin / "llm"), revision=None, random_init=None)
-    return assemble(model, dtype=dtype, seed=config.run.seed, packed=config.data.packing)
+    if start is not None and (start / "llm").exists():
+        model["llm"].update(name=str(start / "llm"), revision=None, random_init=None)
+    return assemble(
+        model,
+        dtype=dtype,
+        seed=config.run.seed,
+        packed=config.data.packing,
+        quantization=quantization(config.tune.llm.mode, config.tune.llm.options),
+    )
 
 
 def _read_data(
@@ -275,6 +280,6 @@ def _save(
 
     checkpoint.write_folder(folder, [model, trainer, optimizer], main=main, all_fine=engine.all_true)
     if main:
-        resume.prune(run_dir, config.train.keep_last)
+        resume.prune(run_dir, config.train.keep_last, say=log.say)
     engine.barrier()
     log.say(f"saved {folder}")
