@@ -110,9 +110,9 @@ def in_child(action: Callable[[], None], root: Path, *, at: int, mode: str = "ki
             code = SAVED
         except CheckpointError as error:
             code = REFUSED if error.remedy and error.where else OTHER_ERROR
-        except BaseException:
-            traceback.print_exc()
         finally:
+            if code == OTHER_ERROR:
+                traceback.print_exc()
             os.write(writer, str(faults.count).encode())
             os._exit(code)
     os.close(writer)

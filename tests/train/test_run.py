@@ -70,7 +70,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path, workers):
             run(config)
     finally:
         checkpoint.write_folder = real_save
-    assert run(tiny_config(folder, run={"dir": str(folder / "run"), "resume": "auto"}, data={**config.data.model_dump(), "workers": workers})) == 0
+    again = {"dir": str(folder / "run"), "resume": "auto"}
+    assert run(tiny_config(folder, run=again, data={**config.data.model_dump(), "workers": workers})) == 0
     assert losses(folder / "run") == losses(straight / "run")
     ours, theirs = final_tensors(folder / "run"), final_tensors(straight / "run")
     assert ours.keys() == theirs.keys()
@@ -90,7 +91,8 @@ def test_splitting_a_step_differently_changes_nothing(tmp_path_factory, straight
         folder = tmp_path_factory.mktemp("split")
         for part in ("data", "tokenizer", "vision"):
             os.symlink(straight / part, folder / part)
-        assert run(tiny_config(folder, train={"steps": 3, "rows_per_step": 4, "micro_rows": micro, "precision": "fp32"})) == 0
+        train = {"steps": 3, "rows_per_step": 4, "micro_rows": micro, "precision": "fp32"}
+        assert run(tiny_config(folder, train=train)) == 0
         results.append((losses(folder / "run"), final_tensors(folder / "run")))
     for values, tensors in results[1:]:
         assert values == pytest.approx(results[0][0], abs=1e-5)
@@ -175,7 +177,8 @@ def test_bad_records_stop_or_are_skipped_and_listed(straight, tmp_path):
     with pytest.raises(RecordError, match="max_bad_fraction"):
         run(tiny_config(tmp_path, run={"dir": str(tmp_path / "run"), "on_bad_record": "skip"}))
     skip = {"dir": str(tmp_path / "run"), "on_bad_record": "skip", "max_bad_fraction": 0.2}
-    assert run(tiny_config(tmp_path, run=skip, train={"steps": None, "epochs": 1, "rows_per_step": 2, "precision": "fp32"})) == 0
+    train = {"steps": None, "epochs": 1, "rows_per_step": 2, "precision": "fp32"}
+    assert run(tiny_config(tmp_path, run=skip, train=train)) == 0
     listed = [json.loads(x) for x in (tmp_path / "run" / "bad_records.jsonl").read_text().splitlines()]
     assert len(listed) == 2
     assert "3.png" in listed[0]["problem"] and "5.png" in listed[1]["where"]
@@ -217,7 +220,8 @@ def test_other_data_cannot_be_resumed(straight, tmp_path):
 
     write_records(folder / "data", count=9)
     with pytest.raises(CheckpointError, match="units differs"):
-        run(tiny_config(folder, run={"dir": str(folder / "run"), "resume": "auto"}, train={"steps": 9, "precision": "fp32"}))
+        again = {"dir": str(folder / "run"), "resume": "auto"}
+        run(tiny_config(folder, run=again, train={"steps": 9, "precision": "fp32"}))
 
 
 def test_text_only_model(straight, tmp_path):
