@@ -6,7 +6,10 @@ skips two copies; everything else goes through mmit.data.images. Refuses what lo
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
+import PIL.Image
 import torch
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -16,9 +19,10 @@ from mmit.records import Image
 # Frame headers of baseline, extended and progressive Huffman JPEGs; the other SOFs are lossless or arithmetic.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
-_ADOBE = 0xEE
-_EXIF = 0xE1
-_SCAN = 0xDA
+_APP1, _SCAN = 0xE1, 0xDA
+_ORIENTATION_TAG = 0x0112
+# What Pillow's EXIF reader is seen to raise for a damaged block.
+_BROKEN_EXIF = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 
 
 def decode_rgb(data: bytes, *, where: str = "", max_pixels: int = 50_000_000) -> torch.Tensor:
@@ -45,19 +49,35 @@ def _decode_jpeg(data: bytes) -> torch.Tensor | None:
 
 
 def _is_plain_jpeg(data: bytes, max_pixels: int) -> bool:
-    """Say whether a JPEG is 8-bit YCbCr or grey, of a decent size, and with nothing that would turn it."""
-    at = 2
+    """Say whether a JPEG is 8-bit colour or grey, of a decent size, and with nothing that would turn it."""
+    at, exif = 2, False
     while at + 9 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in _FRAMES:
             height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
             small, large = min(height, width), max(height, width)
             decent = small >= MIN_SIDE and large <= MAX_ASPECT * small and small * large <= max_pixels
-            # Three components without an Adobe marker are YCbCr to Pillow and torchvision alike.
             return decent and data[at + 4] == 8 and data[at + 9] in (1, 3)
-        if marker in (_EXIF, _ADOBE, _SCAN) or marker in _OTHER_FRAMES:
+        if marker == _SCAN or marker in _OTHER_FRAMES:
             return False
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == _APP1:
+            words = data[at + 4 : end]
+            # A second EXIF block continues the first; XMP may state the orientation too.
+            if exif or b"Orientation" in words:
+                return False
+            if words.startswith(b"Exif\0\0"):
+                exif = True
+                if not _upright(words):
+                    return False
+        at = end
     return False
 
 
+def _upright(block: bytes) -> bool:
+    exif = PIL.Image.Exif()
+    try:
+        exif.load(block)
+        return exif.get(_ORIENTATION_TAG) in (None, 1)
+    except _BROKEN_EXIF:
+        return False

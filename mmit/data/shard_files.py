@@ -8,12 +8,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from io import FileIO
 from typing import Any, BinaryIO, TypeVar
 
 from mmit.errors import MmitError
@@ -97,47 +99,39 @@ def _unreachable(path: str, error: Exception) -> ShardFileError:
 
 
 class RangeReader:
-    """Reads byte ranges of many files. Opens lazily, in each process anew, and keeps the last used files open."""
+    """Reads byte ranges of many files, from any thread; opens lazily, in each process anew, keeps the last ones open."""
 
     def __init__(self) -> None:
         self._pid = 0
+        self._renew()
+
+    def _renew(self) -> None:
+        self._lock = threading.Lock()
         self._open: OrderedDict[str, Any] = OrderedDict()
 
     def read(self, path: str, start: int, size: int) -> bytes:
         """Return `size` bytes from `start`, fewer if the file ends before. Raises ShardFileError."""
         if self._pid != os.getpid():
             # A forked child must not share connections with its parent; plain files do no harm, but stay its own.
-            self._pid, self._open = os.getpid(), OrderedDict()
-        handle = self._open.get(path)
+            self._renew()
+            self._pid = os.getpid()
         try:
-            if handle is None:
-                handle = self._handle(path)
-            self._open.move_to_end(path)
-            if isinstance(handle, int):
-                return _pread(handle, start, size)
+            handle = self._handle(path)
+            if isinstance(handle, FileIO):
+                return _pread(handle.fileno(), start, size)
             return _fetch(handle, path, start, size)
         except (OSError, OverflowError) as error:
             raise _unreachable(path, error) from error
 
     def _handle(self, path: str) -> Any:
-        handle = filesystem(path) if is_remote(path) else os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        self._open[path] = handle
-        if len(self._open) > _OPEN_FILES:
-            _, old = self._open.popitem(last=False)
-            if isinstance(old, int):
-                os.close(old)
-        return handle
-
-    def close(self) -> None:
-        """Close what this process has opened."""
-        if self._pid == os.getpid():
-            for handle in self._open.values():
-                if isinstance(handle, int):
-                    os.close(handle)
-        self._open = OrderedDict()
-
-    def __del__(self) -> None:
-        self.close()
+        with self._lock:
+            if path not in self._open:
+                self._open[path] = filesystem(path) if is_remote(path) else FileIO(path)
+                if len(self._open) > _OPEN_FILES:
+                    # Not closed here: a thread that still reads from it holds the last reference.
+                    self._open.popitem(last=False)
+            self._open.move_to_end(path)
+            return self._open[path]
 
 
 def _pread(handle: int, start: int, size: int) -> bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,10 +21,10 @@ import numpy as np
 
 from mmit.data.shard_files import RangeReader, ShardFileError, is_remote, open_shard
 from mmit.data.shard_index import ARRAYS, DTYPES, INDEX, VERSION, write_atomic
-from mmit.data.shard_records import Limits, check_members, to_record
+from mmit.data.shard_records import IMAGES, Limits, check_members, extension, to_record
 from mmit.data.tar_headers import padded
 from mmit.errors import ConfigError, RecordError
-from mmit.records import Record, short
+from mmit.records import Image, Part, Record, Turn, short
 
 # Members of a sample that lie this close are fetched with one read.
 _GAP = 1 << 16
@@ -65,7 +66,7 @@ class ShardSource:
         header = self.index.header
         self.name = name or folder.rstrip("/").rpartition("/")[2]
         self.fingerprint = str(header["fingerprint"]) + ("" if limit is None else f"-{len(self)}")
-        self._paths = [_join(folder, shard["name"]) for shard in header["shards"]]
+        self._suffixes: list[str] = header["suffixes"]
 
     @property
     def index(self) -> Index:
@@ -92,7 +93,30 @@ class ShardSource:
         Raises RecordError, naming shard, key, member and cause, if a byte changed or the sample breaks a rule;
         ShardFileError if the shard cannot be reached; IndexError past the end.
         """
-        members = self.members(number)
+        return self._record(number, self.members(number))
+
+    def outline(self, number: int) -> Record:
+        """Read record `number` without its pictures, for measuring and planning: only its text members are fetched.
+
+        An image part that is a member holds a string instead, "SHARD/KEY.SUFFIX", unique in the source; a picture
+        inside a JSON (interleaved documents) is bytes as ever. Raises as `__getitem__`, for the text alone.
+        """
+        shard, place, wanted = self._wanted(number)
+        texts = [m for m in wanted if extension(self._suffixes[m[_SUFFIX]]) not in IMAGES]
+        found = self._read(self._path(shard), texts, place) if texts else {}
+        names = {self._suffixes[m[_SUFFIX]]: f"{shard}/{self.key(number)}.{self._suffixes[m[_SUFFIX]]}" for m in wanted}
+        # Stands in for a picture's bytes; no reader of samples looks into them.
+        marks = {s: name.encode() for s, name in names.items() if extension(s) in IMAGES}
+        record = self._record(number, found | marks)
+        known: dict[Any, str] = {mark: names[suffix] for suffix, mark in marks.items()}
+
+        def named(part: Part) -> Part:
+            return Image(known[part.source]) if isinstance(part, Image) and part.source in known else part
+
+        turns = tuple(Turn(turn.role, tuple(named(part) for part in turn.parts)) for turn in record.turns)
+        return replace(record, turns=turns)
+
+    def _record(self, number: int, members: dict[str, bytes]) -> Record:
         where = self.where(number)
         record = to_record(self.key(number), members, where=where, caption=self.index.header["caption"])
         if not record.source and record.row is None:
@@ -110,25 +134,32 @@ class ShardSource:
 
     def where(self, number: int) -> str:
         """Shard and key of a sample, for messages."""
-        return f"{self._shard(self._row(number))[0]}: {short(self.key(number))}"
+        return f"{self._shard(self._row(number))}: {short(self.key(number))}"
 
     def members(self, number: int) -> dict[str, bytes]:
         """Read the members of sample `number` as {suffix: bytes}, in the tar's order. Raises as `__getitem__`."""
+        shard, place, wanted = self._wanted(number)
+        return self._read(self._path(shard), wanted, place)
+
+    def _wanted(self, number: int) -> tuple[str, str, list[tuple]]:
+        """Return shard, place for messages, and the index rows of the members of a sample."""
         row = self._row(number)
-        shard, path = self._shard(row)
+        shard = self._shard(row)
         place = f"{shard}: {short(self.key(number))}"
         first, count = int(row["member"]), int(row["members"])
         rows = self.index.members[first : first + count].tolist()
-        suffixes = self.index.header["suffixes"]
         wanted = [m for m in rows if not m[_INLINE]]
-        if len(rows) != count or not wanted or any(m[_SUFFIX] >= len(suffixes) for m in wanted):
+        if len(rows) != count or not wanted or any(m[_SUFFIX] >= len(self._suffixes) for m in wanted):
             raise RecordError("the index is damaged", where=place, remedy=_REBUILD)
-        sizes = [(suffixes[m[_SUFFIX]], m[_SIZE]) for m in wanted]
+        sizes = [(self._suffixes[m[_SUFFIX]], m[_SIZE]) for m in wanted]
         check_members(sizes, where=place, limits=self._limits)
+        return shard, place, wanted
+
+    def _read(self, path: str, wanted: list[tuple], place: str) -> dict[str, bytes]:
         found = {}
         for start, data, group in self._spans(path, wanted):
             for m in group:
-                suffix = suffixes[m[_SUFFIX]]
+                suffix = self._suffixes[m[_SUFFIX]]
                 begin, end = m[_START] - start, m[_START] - start + _span(m)
                 piece = data[begin:end]
                 if len(piece) < end - begin:
@@ -143,9 +174,9 @@ class ShardSource:
     def verify(self) -> list[RecordError]:
         """Read every shard whole; return what differs from the index, headers and ends of archives included."""
         problems = []
-        for shard, path in zip(self.index.header["shards"], self._paths, strict=True):
+        for shard in self.index.header["shards"]:
             crc = length = 0
-            with open_shard(path) as (file, _):
+            with open_shard(self._path(shard["name"])) as (file, _):
                 while chunk := file.read(1 << 20):
                     crc, length = zlib.crc32(chunk, crc), length + len(chunk)
             if (crc, length) != (shard["crc32"], shard["size"]):
@@ -158,11 +189,14 @@ class ShardSource:
             raise IndexError(f"record {number} of {len(self)}")
         return self.index.samples[number]
 
-    def _shard(self, row: np.void) -> tuple[str, str]:
+    def _shard(self, row: np.void) -> str:
         shard = int(row["shard"])
-        if shard >= len(self._paths):
+        if shard >= len(self.index.header["shards"]):
             raise RecordError("the index is damaged", where=self.origin, remedy=_REBUILD)
-        return self.index.header["shards"][shard]["name"], self._paths[shard]
+        return self.index.header["shards"][shard]["name"]
+
+    def _path(self, shard: str) -> str:
+        return _join(self.origin, shard)
 
     def _spans(self, path: str, members: list[tuple]) -> Iterator[tuple[int, memoryview, list[tuple]]]:
         """Read neighbouring members together; yield (start, bytes, members)."""
@@ -181,15 +215,8 @@ class ShardSource:
         return start, memoryview(self._ranges.read(path, start, end - start)), group
 
 
-# Places in a MEMBER row, which is read as one tuple since fields of numpy records are slow one by one.
-_START, _LEAD, _SIZE, _CRC, _SUFFIX, _INLINE = (
-    (DTYPES["members"].names or ()).index("start"),
-    1,
-    2,
-    3,
-    6,
-    7,
-)
+# Places in a MEMBER row, which is read as one tuple, since the fields of numpy records are slow one by one.
+_START, _LEAD, _SIZE, _CRC, _WIDTH, _HEIGHT, _SUFFIX, _INLINE = range(8)
 
 
 def _span(member: tuple) -> int:
@@ -233,7 +260,8 @@ def has_index(folder: str | os.PathLike[str]) -> bool:
 
 def _check_shards(source: ShardSource) -> None:
     wrong = []
-    for shard, path in zip(source.index.header["shards"], source._paths, strict=True):
+    for shard in source.index.header["shards"]:
+        path = source._path(shard["name"])
         if is_remote(path):
             continue
         try:
@@ -298,10 +326,17 @@ def _check_header(header: Any, folder: str) -> None:
         and all(isinstance(s, dict) for s in header["shards"])
         and all(isinstance(s.get("name"), str) for s in header["shards"])
         and all(isinstance(s.get(k), int) for s in header["shards"] for k in ("size", "crc32"))
-        and "/" not in header["folder"]
+        and re.fullmatch("index-[0-9a-f]{16}", header["folder"]) is not None
     )
+    if sound and is_remote(folder):
+        # A foreign folder must not have files of this machine, or of another, read as its shards.
+        sound = not any("://" in n or n.startswith(("/", "\\")) or ".." in n for n in _names(header))
     if not sound:
         raise ConfigError("index.json is damaged", where=folder, remedy=_REBUILD)
+
+
+def _names(header: dict[str, Any]) -> list[str]:
+    return [shard["name"] for shard in header["shards"]]
 
 
 def _sound_caption(options: Any) -> bool:

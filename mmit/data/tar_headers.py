@@ -77,11 +77,12 @@ def read_members(file: BinaryIO, size: int, *, where: str) -> Iterator[Member]:
             raise TarError(problem, where=where, remedy="Unpack the compression once; tars of images gain nothing.")
         header = _Header(block, at, where=f"{where}, byte {at:,} of {size:,}")
         data = at + BLOCK
-        length = header.size if extra.size is None else extra.size
+        extends = header.kind in (b"x", b"L", b"g", b"K")
+        length = header.size if extra.size is None or extends else extra.size
         if data + length > size:
             left = f"{short(header.name)} needs {length:,} bytes where {max(size - data, 0):,} are left"
             raise TarError(f"cut short: {left}", where=header.where, remedy=_CUT)
-        if header.kind in (b"x", b"L", b"g", b"K"):
+        if extends:
             extra.take(header, _extension(file, data, header), at)
         elif header.kind in (b"0", b"\0", b"7"):
             name = extra.name or header.name
@@ -147,6 +148,8 @@ class _Extensions:
         if header.kind in (b"g", b"K"):
             return
         self.start = at if self.start is None else self.start
+        if at - self.start > 4 * MAX_EXTENSION_BYTES:
+            raise TarError("too many names and pax headers for one member", where=header.where, remedy=_CUT)
         if header.kind == b"L":
             self.name = _text(data.split(b"\0", 1)[0], header.where)
             return

@@ -39,7 +39,7 @@ MAX_PIXELS = 1_000_000
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)
 PICTURES = [picture(3, (24, 16), format=f) for f in ("JPEG", "PNG", "WEBP", "GIF", "BMP")]
-PICTURES.append(picture(4, (24, 16), orientation=6))
+PICTURES += [picture(4, (24, 16), orientation=6), picture(4, (24, 16), orientation=1)]
 # Places and lengths of the fields of a tar header.
 FIELDS = {
     "name": (0, 100),
@@ -286,6 +286,14 @@ def test_a_cut_shard_is_never_read_as_whole(tmp_path: Path, length: int) -> None
     assert lost >= 1
     with pytest.raises(MmitError, match="when indexed"):
         open_shards(tmp_path)
+
+
+def test_endless_long_names_are_not_followed() -> None:
+    info = tarfile.TarInfo("././@LongLink")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 60_000
+    block = info.tobuf(tarfile.GNU_FORMAT) + b"y" * 60_000 + bytes(-60_000 % 512)
+    part = scan(block * 200 + TARS[0])
+    assert "too many names" in part.bad[0].problem
 
 
 @pytest.mark.parametrize(

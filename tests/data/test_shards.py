@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -471,6 +472,29 @@ def test_an_error_names_shard_key_member_and_cause(tmp_path: Path) -> None:
     assert [error.where for error in source.verify()] == ["shard-000000.tar"]
 
 
+def test_an_outline_reads_the_text_alone(tmp_path: Path) -> None:
+    given = records(6)
+    build_shards(given, tmp_path / "own")
+    index_tars([write_tar(tmp_path / "a.tar", caption("k") + caption("l"))], tmp_path / "foreign")
+    for folder in ("own", "foreign"):
+        source = open_shards(tmp_path / folder)
+        whole, outlines = list(source), [source.outline(i) for i in range(len(source))]
+        for record, outline in zip(whole, outlines, strict=True):
+            assert [turn.text for turn in outline.turns] == [turn.text for turn in record.turns]
+            assert len(outline.images) == len(record.images)
+            assert replace(outline, turns=()) == replace(record, turns=())
+        names = [image.source for outline in outlines for image in outline.images]
+        assert len(set(names)) == len(names) and all(isinstance(name, str) for name in names)
+    source = open_shards(tmp_path / "own")
+    row = source.index.members[int(source.index.samples[1]["member"])]
+    with open(tmp_path / "own" / "shard-000000.tar", "r+b") as file:
+        file.seek(int(row["start"]))
+        file.write(bytes(700))
+    assert source.outline(1).images[0].source == "shard-000000.tar/000000001.0.png"
+    with pytest.raises(RecordError):
+        source[1]
+
+
 def test_missing_and_cut_shards_are_found_when_opening(tmp_path: Path) -> None:
     build_shards(records(12), tmp_path, max_bytes=SMALL)
     source = open_shards(tmp_path)
@@ -502,6 +526,15 @@ def test_a_source_goes_to_other_processes(tmp_path: Path) -> None:
     assert len(sent) < 2000 and pickle.loads(sent)[5] == given[5]
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.starmap(read_one, [(source, i) for i in range(8)]) == given
+
+
+def test_threads_may_share_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_files, "_OPEN_FILES", 1)
+    given = records(10)
+    build_shards(given, tmp_path, max_bytes=3000)
+    source, numbers = open_shards(tmp_path), [int(n) for n in np.random.default_rng(0).integers(0, 10, 400)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(source.__getitem__, numbers)) == [given[n] for n in numbers]
 
 
 def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -536,6 +569,12 @@ def test_remote_folders_are_read_by_ranges(tmp_path: Path, monkeypatch: pytest.M
         source = open_source("memory://data", cache=tmp_path / "cache")
         assert list(source) == given and pickle.loads(pickle.dumps(source))[3] == given[3]
         assert not list((tmp_path / "cache").rglob("*.tar"))
+        header = json.loads(store.cat("/data/index.json"))
+        for name in ("/etc/hostname", "../a.tar", "http://elsewhere/a.tar"):
+            header["shards"][0]["name"] = name
+            store.pipe("/hostile/index.json", json.dumps(header).encode())
+            with pytest.raises(ConfigError, match="damaged"):
+                open_source("memory://hostile", cache=tmp_path / "cache")
         index_tars(["memory://data/shard-000000.tar"], tmp_path / "other")
         assert list(open_shards(tmp_path / "other")) == given
         store.rm("/data", recursive=True)
@@ -677,7 +716,7 @@ def test_faults_are_skipped_exactly_and_all_listed(tmp_path: Path) -> None:
 # --- fast decoding --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("orientation", [None, 6])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
 @pytest.mark.parametrize(
     ("format", "mode"),
     [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("WEBP", "RGB"), ("GIF", "L"), ("BMP", "RGB")],
@@ -693,6 +732,31 @@ def test_fast_decoding_gives_the_pixels_of_load_rgb(format: str, mode: str, orie
     original.save(out, format, **options)
     pixels = decode_rgb(out.getvalue())
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.array(load_rgb(Image(out.getvalue()))))
+
+
+def segment(marker: int, content: bytes) -> bytes:
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2, "big") + content
+
+
+@pytest.mark.parametrize("transform", [0, 1, 2])
+@pytest.mark.parametrize("jfif", [True, False])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_fast_decoding_of_adobe_jpegs(transform: int, jfif: bool, mode: str) -> None:
+    image = PIL.Image.open(io.BytesIO(picture(5, (37, 21), format="PNG"))).convert(mode)
+    data = encoded(image, "JPEG")
+    assert data[2:4] == b"\xff\xe0"
+    rest = data[2:] if jfif else data[4 + int.from_bytes(data[4:6], "big") :]
+    adobe = data[:2] + segment(0xEE, b"Adobe" + bytes([0, 100, 0, 0, 0, 0, transform])) + rest
+    assert np.array_equal(decode_rgb(adobe).permute(1, 2, 0).numpy(), np.array(load_rgb(Image(adobe))))
+
+
+@pytest.mark.parametrize("words", [b'tiff:Orientation="6"', b"nothing", b""])
+def test_fast_decoding_heeds_xmp(words: bytes) -> None:
+    data = picture(5, (37, 21))
+    xmp = data[:2] + segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x " + words + b">") + data[2:]
+    pixels = decode_rgb(xmp)
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), np.array(load_rgb(Image(xmp))))
+    assert tuple(pixels.shape) == ((3, 37, 21) if words.startswith(b"tiff") else (3, 21, 37))
 
 
 def test_fast_decoding_refuses_what_load_rgb_refuses() -> None:
