@@ -14,6 +14,7 @@ Dimensions: T tokens in the row, S supervised targets, I images, M tokens per im
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
@@ -198,46 +199,103 @@ def _paths(root: _Node, symbol_lists: Sequence[list[Symbol]], share: bool) -> li
 def plan_rows(
     lengths: np.ndarray, *, capacity: int, order: np.ndarray, shared: int = 0, window: int = 4096
 ) -> list[list[int]]:
-    """Best-fit-decreasing packing, a pure function of its arguments.
+    """Decide which bundles share a row: a pure function of its arguments.
 
-    Bundles are taken in `order`, `window` at a time; inside a window the longest goes first into the fullest row
-    that still takes it. Rows of a window are then put back in the order of their earliest bundle, so that the
-    shuffle survives.
+    The next `window` bundles of the order lie in a pool. A row starts with the oldest, goes on with the next oldest
+    while it is far from full, and is then closed by the single bundle or the pair that leaves the least room: with
+    thousands to choose from, some pair almost always fits to the token. So rows keep the shuffle's order, and no
+    bundle waits for more than a pool's length.
 
     Args:
-        lengths: (B,) tokens of each bundle (a bundle is never split).
+        lengths: (B,) tokens of each bundle; a bundle is never split.
         capacity: tokens per row.
-        order: (B,) permutation of bundles.
+        order: bundle numbers, each as often as it is wanted.
         shared: tokens that every bundle begins with and that a row holds once (the system prompt).
         window: bundles looked at together.
 
     Returns:
         rows as lists of bundle numbers.
     """
+    sizes = np.maximum(lengths - shared, 0)[order].tolist()  # by place in the order
+    room = capacity - shared
+    pool = _Pool(sizes, room, window)
+    typical = float(np.mean(sizes)) if sizes else 0.0
     rows: list[list[int]] = []
-    for begin in range(0, len(order), window):
-        chunk = order[begin : begin + window]
-        rank = {int(b): i for i, b in enumerate(chunk)}
-        by_size = chunk[np.argsort(-lengths[chunk], kind="stable")]
-        free: list[list[list[int]]] = [[] for _ in range(capacity + 1)]  # free[r]: rows with r tokens left
-        highest = -1
-        done: list[list[int]] = []
-        for b in by_size:
-            need = int(lengths[b]) - shared
-            r = need
-            while r <= highest and not free[r]:
-                r += 1
-            if r <= highest:
-                row = free[r].pop()
-                row.append(int(b))
-                left = r - need
-            else:
-                row, left = [int(b)], capacity - int(lengths[b])
-                done.append(row)
-            free[max(left, 0)].append(row)
-            highest = max(highest, left)
-        for row in done:
-            row.sort(key=rank.__getitem__)
-        done.sort(key=lambda row: rank[row[0]])
-        rows.extend(done)
+    while (place := pool.oldest()) is not None:
+        row, left = [place], room - pool.take(place)
+        while left > 2.5 * typical and (place := pool.oldest(at_most=left)) is not None:
+            row.append(place)
+            left -= pool.take(place)
+        while left > 0 and (closing := pool.best(left)):
+            row.extend(closing)
+            left -= sum(pool.take(p) for p in closing)
+        rows.append([int(order[p]) for p in sorted(row)])
     return rows
+
+
+class _Pool:
+    """Bundles waiting for a row, found by age or by size."""
+
+    def __init__(self, sizes: list[int], room: int, window: int) -> None:
+        self.sizes, self.room, self.window = sizes, room, window
+        self.by_size: dict[int, deque[int]] = {}
+        self.count = np.zeros(room + 1, dtype=np.int64)  # waiting, by size; oversized ones never close a row
+        self.taken = bytearray(len(sizes))
+        self.first = self.filled = self.waiting = 0
+        self._refill()
+
+    def _refill(self) -> None:
+        while self.waiting < self.window and self.filled < len(self.sizes):
+            size = self.sizes[self.filled]
+            if size <= self.room:
+                self.by_size.setdefault(size, deque()).append(self.filled)
+                self.count[size] += 1
+            self.filled += 1
+            self.waiting += 1
+
+    def oldest(self, at_most: int | None = None) -> int | None:
+        """Place of the bundle that has waited longest; with `at_most`, among those that old or a little younger."""
+        while self.first < self.filled and self.taken[self.first]:
+            self.first += 1
+        if at_most is None:
+            return self.first if self.first < self.filled else None
+        for place in range(self.first, min(self.first + 64, self.filled)):
+            if not self.taken[place] and self.sizes[place] <= at_most:
+                return place
+        return None
+
+    def take(self, place: int) -> int:
+        """Remove a bundle; returns its size."""
+        size = self.sizes[place]
+        self.taken[place] = 1
+        self.waiting -= 1
+        if size <= self.room:
+            self.count[size] -= 1
+            queue = self.by_size[size]
+            if queue[0] == place:
+                queue.popleft()
+            else:
+                queue.remove(place)
+        self._refill()
+        return size
+
+    def best(self, left: int) -> tuple[int, ...]:
+        """Places of the bundle, or of the two, that fill `left` best; () when none fits."""
+        count = self.count[: left + 1]
+        present = np.flatnonzero(count)
+        if not len(present):
+            return ()
+        below = np.zeros(left + 1, dtype=np.int64)  # largest size waiting that is <= x
+        below[present] = present
+        below = np.maximum.accumulate(below)
+        partner = below[left - present]
+        # A size cannot be its own partner unless two of it wait.
+        alone = (partner == present) & (count[present] < 2)
+        partner = np.where(alone, np.where(present > 0, below[np.maximum(present - 1, 0)], 0), partner)
+        partner = np.where(count[partner] > 0, partner, 0)
+        pair = int(np.argmax(present + partner))
+        a, b = int(present[pair]), int(partner[pair])
+        single = int(present[-1])
+        if b == 0 or single >= a + b:
+            return (self.by_size[single][0],)
+        return (self.by_size[a][0], self.by_size[b][1 if a == b else 0])
