@@ -42,6 +42,7 @@ def assemble(
     device_map: str | dict[str, Any] | None = None,
     packed: bool = True,
     tokenizer: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> tuple[VLM, PreTrainedTokenizerBase]:
     """Build the composite and its tokenizer from a `model` section.
 
@@ -52,6 +53,7 @@ def assemble(
         device_map: placement of the LLM, handed to transformers.
         packed: see `load_llm`.
         tokenizer: folder of the tokenizer where it is not the LLM's own (a checkpoint's copy).
+        quantization: 4-bit loading of the LLM, see `load_llm`.
 
     Raises:
         ModelError: a part cannot be built or parts do not fit.
@@ -71,6 +73,7 @@ def assemble(
             random_init=llm_options["random_init"],
             device_map=device_map,
             packed=packed,
+            quantization=quantization,
         )
     if model["vision"] is None:
         return VLM(llm, vision=None, projector=None), tokens

@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmit.errors import ModelError
+from mmit.models.virtual import PREFIX
 
 NAME = "mmit"
 SMALL = 512  # keys; up to here writing attention out beats the CPU's fused kernel (4x on 50 keys, backward included)
@@ -149,13 +150,19 @@ def _small_attention(
     return (weights.view(g, kv, heads // kv * lq, -1) @ v).view(g, heads, lq, d)
 
 
-def forest_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float) -> torch.Tensor:
+Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values (KV, P, D) that every query sees
+
+
+def forest_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, *, prefix: Prefix | None = None
+) -> torch.Tensor:
     """Attention of one row.
 
     Args:
         q: (1, H, T, D). k, v: (1, KV, T, D) with H a multiple of KV.
         plan: from `make_plan` on the row's nodes, on the same device.
         scale: factor on the scores.
+        prefix: keys and values before those of the row.
 
     Returns:
         (1, T, H, D)
@@ -168,18 +175,38 @@ def forest_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Pl
             _Gather.apply(rows, index).view(g, length, rows.shape[1], rows.shape[2]).transpose(1, 2)  # noqa: B023
         )
         picked = pick(rows_q, b.queries, lq), pick(rows_k, b.keys, lk), pick(rows_v, b.keys, lk)
-        if b.mask is not None and q.device.type == "cpu" and lk <= SMALL:
-            out = _small_attention(*picked, b.mask, scale)
+        mask = b.mask
+        if prefix is not None:
+            picked = (picked[0], _join(prefix[0], picked[1]), _join(prefix[1], picked[2]))
+            mask = _see_prefix(mask, prefix[0].shape[1], queries=lq, keys=lk, device=q.device)
+        if mask is not None and q.device.type == "cpu" and lk <= SMALL:
+            out = _small_attention(*picked, mask, scale)
         else:
             out = F.scaled_dot_product_attention(
                 *picked,
-                attn_mask=b.mask,
-                is_causal=b.mask is None,
+                attn_mask=mask,
+                is_causal=mask is None,
                 scale=scale,
                 enable_gqa=rows_q.shape[1] != rows_k.shape[1],
             )
         outs.append(out.transpose(1, 2).reshape(g * lq, *rows_q.shape[1:]).index_select(0, b.keep))
     return torch.cat(outs).index_select(0, plan.inverse)[None]
+
+
+def _join(before: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """(KV, P, D) in front of every one of (G, KV, L, D)."""
+    return torch.cat([before.to(states)[None].expand(len(states), -1, -1, -1), states], dim=2)
+
+
+def _see_prefix(
+    mask: torch.Tensor | None, count: int, *, queries: int, keys: int, device: torch.device
+) -> torch.Tensor | None:
+    """The mask with `count` visible keys in front; None stands for causal, or for nothing to hide from one query."""
+    if mask is None:
+        if queries == 1:
+            return None
+        mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return F.pad(mask, (count, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 def _attention(
@@ -191,13 +218,48 @@ def _attention(
     mmit_plan: Plan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function transformers calls in every layer."""
+    """The function transformers calls in every layer; adds the layer's prefix where it has one."""
+    virtual = getattr(module, PREFIX, None)
+    if virtual is None:
+        return _row_attention(module, query, key, value, attention_mask, mmit_plan, **kwargs)
+    keys, values, gate = virtual()
+    prefix = (keys.to(query), values.to(query))
+    if gate is None:
+        return _row_attention(module, query, key, value, attention_mask, mmit_plan, prefix=prefix, **kwargs)
+    out, _ = _row_attention(module, query, key, value, attention_mask, mmit_plan, **kwargs)
+    added = F.scaled_dot_product_attention(
+        query,
+        prefix[0][None].expand(len(query), -1, -1, -1),
+        prefix[1][None].expand(len(query), -1, -1, -1),
+        scale=kwargs.get("scaling"),
+        enable_gqa=query.shape[1] != prefix[0].shape[0],
+    )
+    return out + gate.to(out) * added.transpose(1, 2), None
+
+
+def _row_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    mmit_plan: Plan | None = None,
+    *,
+    prefix: Prefix | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer over a packed row, or with transformers' own function where there is no plan."""
     if beyond := [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]:
         raise ModelError(
             f"{type(module).__name__} needs {', '.join(beyond)}, which packed attention does not compute",
             remedy="set data.packing=false",
         )
     if mmit_plan is None:
+        if prefix is not None:
+            queries, keys = query.shape[2], key.shape[2]
+            count = prefix[0].shape[1]
+            attention_mask = _see_prefix(attention_mask, count, queries=queries, keys=keys, device=query.device)
+            key, value = _join(prefix[0], key), _join(prefix[1], value)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if dropout := kwargs.get("dropout"):
         raise ModelError(
@@ -213,7 +275,7 @@ def _attention(
     mmit_plan.calls.append(1)
     scale = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return forest_attention(query, key, value, mmit_plan, scale), None
+    return forest_attention(query, key, value, mmit_plan, scale, prefix=prefix), None
 
 
 def run_row(

@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from mmit.errors import ConfigError, ModelError
 from mmit.models.attention import NAME, run_row
+from mmit.models.virtual import with_prompt
 from mmit.models.vlm import VLM
 
 LLM = PreTrainedModel | PeftModel
@@ -171,6 +172,7 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
     Raises:
         ModelError: the model does not support rows of this kind.
     """
+    rows = [Prompts(*with_prompt(llm, *row)) for row in rows]
     if not able.batched:
         (row,) = rows
         out = _run(llm, row, None)

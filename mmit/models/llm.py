@@ -6,8 +6,10 @@ code is an error, not an execution.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 from mmit.errors import ModelError
 from mmit.models import attention
 from mmit.models.files import resolve_file
+from mmit.models.virtual import virtual_tokens
 
 if not sys.stderr.isatty():  # a progress bar in a log file is noise
     disable_progress_bar()
@@ -75,6 +79,7 @@ def load_llm(
     random_init: dict[str, Any] | None = None,
     device_map: str | dict[str, Any] | None = None,
     packed: bool = True,
+    quantization: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM, ready for packed rows.
 
@@ -86,10 +91,15 @@ def load_llm(
         device_map: passed to transformers (accelerate) for models larger than one device.
         packed: use mmit's attention function, which runs packed rows, where the architecture takes another one;
             off leaves the model's own.
+        quantization: {"quant": "nf4" or "fp4", "double_quant": bool} loads linear layers in 4 bits (QLoRA).
 
     Raises:
-        ModelError: it cannot be found, read or built.
+        ModelError: it cannot be found, read or built, or this machine cannot run 4-bit weights.
     """
+    if quantization is not None and random_init is not None:
+        raise ModelError(
+            "a model with random weights cannot be loaded in 4 bits", remedy="set random_init: null, or use mode lora"
+        )
     implementation = {"attn_implementation": attention.NAME} if packed else {}
     try:
         if random_init is not None:
@@ -98,7 +108,14 @@ def load_llm(
             return _with_own_attention(AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation))
         source = _source(name)
         if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
+            if quantization is not None:
+                raise ModelError(
+                    "a .gguf file cannot be loaded in 4 bits", where=name, remedy="use the model's original weights"
+                )
             source["quantization_config"] = GgufConfig(dequantize=True)
+        elif quantization is not None:
+            source["quantization_config"] = _four_bits(quantization, dtype)
+            device_map = device_map or {"": torch.cuda.current_device()}
         model = AutoModelForCausalLM.from_pretrained(
             **source, revision=revision, dtype=dtype, device_map=device_map, **implementation
         )
@@ -107,6 +124,29 @@ def load_llm(
     if "gguf_file" in source:
         _forget_quantization(model)
     return _with_own_attention(model)
+
+
+def why_not_4bit() -> str | None:
+    """What keeps this machine from running 4-bit weights, or None."""
+    if not torch.cuda.is_available():
+        return "4-bit weights need a CUDA device, and torch sees none"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return "4-bit weights need bitsandbytes, which is not installed"
+    return None
+
+
+def _four_bits(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 and double quantisation of QLoRA (arXiv:2305.14314)."""
+    if (reason := why_not_4bit()) is not None:
+        raise ModelError(
+            reason, where="tune.llm.mode", remedy="use mode lora, or a CUDA machine with: pip install bitsandbytes"
+        )
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=options["quant"],
+        bnb_4bit_use_double_quant=options["double_quant"],
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _with_own_attention(model: PreTrainedModel) -> PreTrainedModel:
@@ -126,5 +166,5 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 def context_length(model: Any) -> int | None:
     """Tokens the model was built for, or None where its config does not say."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if limit is None else limit - virtual_tokens(model)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -104,10 +104,10 @@ class VisionTower(nn.Module):
         self.prefix, self.dim = encoder.prefix, encoder.dim
         self.tokens = encoder.prefix + encoder.grid[0] * encoder.grid[1]
         self.mean, self.std, self.interpolation = encoder.mean, encoder.std, encoder.interpolation
-        self.encoder = encoder.reader
+        self.encoder: Any = encoder.reader  # a Reader, in PEFT's wrapper where LoRA trains it
         # Some encoders carry fixed tables as parameters; unfreezing must not start to train those.
         self._learned = [name for name, weight in self.encoder.named_parameters() if weight.requires_grad]
-        self.trainable = False
+        self.trainable = self.partly = False
         self.freeze()
 
     @property
@@ -117,22 +117,33 @@ class VisionTower(nn.Module):
 
     def freeze(self) -> None:
         """Stop training the encoder: no gradients, eval mode whatever the parent does."""
-        self.trainable = False
+        self.trainable = self.partly = False
         self.encoder.requires_grad_(False)
         self.encoder.set_frozen(True)
         self.eval()
 
     def unfreeze(self) -> None:
         """Train the encoder: gradients flow, and train() and eval() act on it."""
-        self.trainable = True
+        self.trainable, self.partly = True, False
         self.encoder.set_frozen(False)
         for name in self._learned:
             self.encoder.get_parameter(name).requires_grad_(True)
         self.train()
 
+    def adapt(self, names: Iterable[str]) -> None:
+        """Train these parameters of the encoder, and whatever was put into it.
+
+        The tower stays in eval mode: running statistics must not move, for a checkpoint would not hold them.
+        """
+        self.trainable = self.partly = True
+        self.encoder.set_frozen(False)
+        for name in set(names) & set(self._learned):
+            self.encoder.get_parameter(name).requires_grad_(True)
+        self.eval()
+
     def train(self, mode: bool = True) -> VisionTower:
         """Switch to train mode only when trainable: frozen batch norm and dropout must not wake up."""
-        super().train(mode and self.trainable)
+        super().train(mode and self.trainable and not self.partly)
         return self
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from mmit.errors import ModelError
 from mmit.models.attention import run_row
 from mmit.models.projectors import Projector
+from mmit.models.virtual import with_prompt
 from mmit.models.vision import VisionTower
 
 MAX_LOGIT_ROWS = 8192  # supervised positions whose logits may be alive at once
@@ -35,6 +36,8 @@ class VLM(nn.Module):
             raise ModelError("a vision tower needs a projector and the other way round")
         self.llm: PreTrainedModel | PeftModel = llm
         self.vision, self.projector = vision, projector
+        # Per component the parameters that a tuning method chose or added, which a checkpoint keeps by name.
+        self.partly: dict[str, tuple[str, ...]] = {}
 
     @property
     def image_tokens(self) -> int:
@@ -147,6 +150,7 @@ class VLM(nn.Module):
             raise ModelError(
                 f"{len(at)} supervised tokens in one row", remedy="lower data.pack_tokens or train.micro_rows"
             )
+        embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at)
         return run_row(self.llm, embeddings, positions=positions, nodes=nodes, at=at).logits[0]
 
     @torch.no_grad()

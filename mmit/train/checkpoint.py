@@ -17,6 +17,7 @@ referenced by the config, and copied in only on request.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

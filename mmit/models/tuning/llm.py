@@ -1,0 +1,192 @@
+"""Tuning methods of the language model, one function each, in one table.
+
+In: a composite whose parameters are all frozen, and checked options. Out: the LLM with the method's modules in place
+and its parameters trainable. Methods whose tensors a checkpoint keeps by name put the names into `vlm.partly`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmit.errors import ModelError
+from mmit.models import attention
+from mmit.models.tuning.bottleneck import insert_adapters
+from mmit.models.tuning.lora import IA3, LORA, QLORA, tune_ia3, tune_lora, tune_qlora
+from mmit.models.tuning.options import Option, Options
+from mmit.models.tuning.structure import attention_and_mlp, base_model, decoder_layers, norms
+from mmit.models.virtual import PREFIX, PROMPT, Prefix, SoftPrompt
+from mmit.models.vlm import VLM
+
+INSERTED = "mmit_inserted_bias"  # marks a linear layer whose bias the architecture does not know
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How to set one mode up, and the options it takes."""
+
+    apply: Callable[[VLM, Mapping[str, Any]], None]
+    options: Options = field(default_factory=dict)
+
+
+def _frozen(vlm: VLM, options: Mapping[str, Any]) -> None:
+    pass
+
+
+def _full(vlm: VLM, options: Mapping[str, Any]) -> None:
+    vlm.llm.requires_grad_(True)
+
+
+def _lora(vlm: VLM, options: Mapping[str, Any]) -> None:
+    vlm.llm = tune_lora(vlm.llm, options)
+
+
+def _qlora(vlm: VLM, options: Mapping[str, Any]) -> None:
+    vlm.llm = tune_qlora(vlm.llm, options)
+
+
+def _ia3(vlm: VLM, options: Mapping[str, Any]) -> None:
+    vlm.llm = tune_ia3(vlm.llm, options)
+
+
+def train_only(vlm: VLM, component: str, names: Sequence[str]) -> None:
+    """Train the named parameters of a component; its checkpoint will hold these alone."""
+    module = getattr(vlm, component)
+    for name in names:
+        module.get_parameter(name).requires_grad_(True)
+    vlm.partly[component] = tuple(names)
+
+
+def _houlsby(vlm: VLM, options: Mapping[str, Any]) -> None:
+    llm = base_model(vlm.llm)
+    layers = decoder_layers(llm)
+    names: list[str] = []
+    if options["norms"]:
+        inside = {id(p) for p in layers.parameters()}
+        chosen = {id(p) for n in norms(llm) for p in llm.get_submodule(n).parameters()} & inside
+        chosen_parameters = [p for p in layers.parameters() if id(p) in chosen]
+    insert_adapters(
+        llm, size=options["size"], activation=options["activation"], after=_list(options["after"])
+    )
+    adapters = {id(p) for n, p in llm.named_parameters() if ".adapter." in n}
+    wanted = adapters | ({id(p) for p in chosen_parameters} if options["norms"] else set())
+    names = [n for n, p in llm.named_parameters() if id(p) in wanted]
+    train_only(vlm, "llm", names)
+
+
+def _list(value: Any) -> list[str] | None:
+    return [value] if isinstance(value, str) else None if value is None else list(value)
+
+
+def _soft_prompt(vlm: VLM, options: Mapping[str, Any]) -> None:
+    words = vlm.word_embeddings.detach()
+    count = options["tokens"]
+    if options["init"] == "vocab":
+        start = words[torch.randint(len(words), (count,)).to(words.device)]
+    else:
+        start = torch.randn(count, words.shape[1]).to(words) * words.std()
+    base_model(vlm.llm).add_module(PROMPT, SoftPrompt(start))
+    train_only(vlm, "llm", [f"{PROMPT}.embeddings"])
+
+
+def _prefix(vlm: VLM, options: Mapping[str, Any]) -> None:
+    llm = base_model(vlm.llm)
+    if not llm._supports_attention_backend:
+        raise ModelError(
+            f"{type(llm).__name__} does not route its attention through transformers' attention interface, where "
+            "the prefix is added",
+            where="tune.llm.mode",
+            remedy="use soft_prompt, which needs nothing of the model",
+        )
+    if llm.config._attn_implementation != attention.NAME:
+        llm.set_attn_implementation(attention.NAME)
+    config = llm.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layers = decoder_layers(llm)
+    for layer in layers:
+        module = getattr(layer, attention_and_mlp(layer)[0])
+        prefix = Prefix(
+            tokens=options["tokens"],
+            heads=heads,
+            key_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=head_dim,
+            gated=options["gated"],
+            like=vlm.word_embeddings,
+        )
+        module.add_module(PREFIX, prefix)
+    train_only(vlm, "llm", [n for n, _ in llm.named_parameters() if f".{PREFIX}." in n])
+
+
+def _bitfit(vlm: VLM, options: Mapping[str, Any]) -> None:
+    llm = base_model(vlm.llm)
+    only = tuple(_list(options["only"]) or ())
+    if options["insert_biases"]:
+        for name, module in decoder_layers(llm).named_modules():
+            if isinstance(module, nn.Linear) and module.bias is None and _chosen(name, only):
+                like = module.weight
+                module.bias = nn.Parameter(torch.zeros(len(like), dtype=like.dtype, device=like.device))
+                setattr(module, INSERTED, True)
+    names = biases(llm, only)
+    if not names:
+        advice = "set tune.llm.options.insert_biases=true, or use layernorm or lora"
+        raise ModelError(
+            f"{type(llm).__name__} has no bias" + (f" in modules named {', '.join(only)}" if only else ""),
+            where="tune.llm.mode",
+            remedy=advice if not options["insert_biases"] else "name other modules in tune.llm.options.only",
+        )
+    train_only(vlm, "llm", names)
+
+
+def _chosen(name: str, only: tuple[str, ...]) -> bool:
+    return not only or name.rpartition(".")[2] in only
+
+
+def biases(module: nn.Module, only: tuple[str, ...] = ()) -> list[str]:
+    """Names of bias parameters, of all modules or of those with the given last names."""
+    named = [n for n, _ in module.named_parameters() if n.rpartition(".")[2] == "bias"]
+    return [n for n in named if _chosen(n.rpartition(".")[0], only)]
+
+
+def norm_parameters(module: nn.Module) -> list[str]:
+    """Names of the parameters of every normalisation."""
+    return [f"{n}.{p}" for n in norms(module) for p, _ in module.get_submodule(n).named_parameters()]
+
+
+def _layernorm(vlm: VLM, options: Mapping[str, Any]) -> None:
+    names = norm_parameters(vlm.llm)
+    if not names:
+        raise ModelError(
+            f"{type(vlm.llm).__name__} has no norm with parameters", where="tune.llm.mode", remedy="use lora or houlsby"
+        )
+    train_only(vlm, "llm", names)
+
+
+METHODS: dict[str, Method] = {
+    "frozen": Method(_frozen),
+    "full": Method(_full),
+    "lora": Method(_lora, LORA),
+    "qlora": Method(_qlora, QLORA),
+    "ia3": Method(_ia3, IA3),
+    "houlsby": Method(
+        _houlsby,
+        {
+            "size": Option(64, "whole", least=1),
+            "activation": Option("gelu", "text"),
+            "norms": Option(True, "flag"),  # the paper trains the layers' norms as well
+            "after": Option(None, "names"),
+        },
+    ),
+    "soft_prompt": Method(
+        _soft_prompt,
+        {"tokens": Option(16, "whole", least=1), "init": Option("vocab", "text", choices=("vocab", "normal"))},
+    ),
+    "prefix": Method(_prefix, {"tokens": Option(16, "whole", least=1), "gated": Option(True, "flag")}),
+    # BitFit (arXiv:2106.10199)
+    "bitfit": Method(_bitfit, {"insert_biases": Option(False, "flag"), "only": Option(None, "names")}),
+    "layernorm": Method(_layernorm),  # arXiv:2312.11420
+}

@@ -1,0 +1,160 @@
+"""Methods that PEFT carries out: LoRA with its variants, QLoRA, (IA)3.
+
+In: a model and checked options. Out: the model inside PEFT's wrapper with only the adapter trainable. PEFT
+(huggingface/peft) owns the mathematics; here are the names of options and what the variants need. Refuses starts
+that need data or are not the same twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from mmit.errors import ModelError
+from mmit.models.tuning.options import Option, Options
+
+LORA_KEYS = {  # ours -> peft's
+    "r": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules",
+    "rslora": "use_rslora",
+    "dora": "use_dora",
+    "init": "init_lora_weights",
+    "layers": "layers_to_transform",
+    "bias": "bias",
+}
+# PEFT's own start draws A and leaves B at 0; gaussian, orthogonal: other draws with B A = 0. PiSSA (arXiv:2404.02948)
+# and OLoRA (arXiv:2406.01775) take A and B out of the weight, which equals the base up to rounding. Starts from
+# data (EVA, CorDA) and PiSSA's randomised SVD would not come out the same when a checkpoint is read.
+INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+LORA: Options = {
+    "r": Option(16, "whole", least=1),
+    "alpha": Option(32, "number", least=0),
+    "dropout": Option(0.0, "number", least=0, below=1),
+    "targets": Option("all-linear", "names"),
+    "rslora": Option(False, "flag"),  # scale by alpha / sqrt(r), arXiv:2312.03732
+    "dora": Option(False, "flag"),  # magnitude and direction apart, arXiv:2402.09353
+    "init": Option(True, "text", choices=INITS),
+    "layers": Option(None, "numbers"),
+    "bias": Option("none", "text", choices=("none", "all", "lora_only")),
+    "lr_ratio": Option(1.0, "number", least=1),  # LoRA+: learning rate of B over that of A, arXiv:2402.12354
+}
+QLORA: Options = {
+    **LORA,
+    "quant": Option("nf4", "text", choices=("nf4", "fp4")),
+    "double_quant": Option(True, "flag"),
+}
+IA3: Options = {"targets": Option(None, "names"), "feedforward": Option(None, "names")}
+
+
+def lora_config(options: Mapping[str, Any], *, task: str | None = "CAUSAL_LM") -> LoraConfig:
+    """Translate mmit's LoRA options into peft's config. LoRA: arXiv:2106.09685."""
+    arguments = {LORA_KEYS[k]: v for k, v in options.items() if k in LORA_KEYS and v is not None}
+    try:
+        return LoraConfig(task_type=task, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ModelError(str(error), where="tune.llm.options") from error
+
+
+def wrap(model: Any, config: PeftConfig, *, where: str) -> PeftModel:
+    """Put a model into PEFT's wrapper. Raises ModelError where the targets are not found."""
+    try:
+        # autocast off: the engine decides number formats, and keeps float32 masters itself.
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except (ValueError, TypeError) as error:
+        names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise ModelError(str(error), where=where, remedy=f"its linear layers are {', '.join(names)}") from error
+
+
+def mark_adapter(model: PeftModel) -> None:
+    """Train the adapter of a model that was wrapped before, as PEFT marks it in a new one."""
+    prefix = str(model.base_model.prefix)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(prefix in name)
+    bias = getattr(model.active_peft_config, "bias", "none")
+    for module_name, module in model.named_modules():
+        own = getattr(module, "bias", None)
+        if isinstance(own, nn.Parameter) and bias != "none" and prefix not in module_name:
+            adapted = module_name.endswith("base_layer")
+            own.requires_grad_(bias == "all" or adapted)
+
+
+def tune_lora(llm: Any, options: Mapping[str, Any]) -> PeftModel:
+    """LoRA on an LLM; one that has an adapter already keeps it (a continued run)."""
+    if not isinstance(llm, PeftModel):
+        if getattr(llm, "is_quantized", False) and options["init"] in ("pissa", "olora"):
+            raise ModelError(
+                f"'{options['init']}' takes the adapter out of the weights, which are quantised",
+                where="tune.llm.options.init",
+                remedy="use init: true, or mode lora",
+            )
+        llm = wrap(llm, lora_config(options), where="tune.llm.options.targets")
+    mark_adapter(llm)
+    return llm
+
+
+def tune_qlora(llm: Any, options: Mapping[str, Any]) -> PeftModel:
+    """LoRA over 4-bit weights (arXiv:2305.14314). The LLM must have been loaded with `quantization`."""
+    base = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    if not getattr(base, "is_quantized", False):
+        raise ModelError(
+            "the LLM was not loaded in 4 bits",
+            where="tune.llm.mode",
+            remedy="start the run with mode qlora, or use mode lora",
+        )
+    return tune_lora(llm, options)
+
+
+def tune_ia3(llm: Any, options: Mapping[str, Any]) -> PeftModel:
+    """(IA)3: learned factors, 1 at the start, on keys, values and the feed-forward part (arXiv:2205.05638)."""
+    if not isinstance(llm, PeftModel):
+        targets, feedforward = options["targets"], options["feedforward"]
+        if (targets is None) != (feedforward is None):
+            raise ModelError(
+                "give targets and feedforward together",
+                where="tune.llm.options",
+                remedy="e.g. targets: [k_proj, v_proj, down_proj] and feedforward: [down_proj]",
+            )
+        config = IA3Config(task_type="CAUSAL_LM", target_modules=targets, feedforward_modules=feedforward)
+        llm = wrap(llm, config, where="tune.llm.options.targets")
+    mark_adapter(llm)
+    return llm
+
+
+def tune_vision_lora(encoder: nn.Module, options: Mapping[str, Any]) -> PeftModel:
+    """LoRA on the linear layers of a vision encoder.
+
+    Layers inside torch's fused attention are left alone: it reads their weights past any adapter.
+
+    Raises:
+        ModelError: the encoder has no linear layer.
+    """
+    if isinstance(encoder, PeftModel):
+        mark_adapter(encoder)
+        return encoder
+    fused = [f"{n}." for n, m in encoder.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    linear = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and not n.startswith(tuple(fused))]
+    if not linear:
+        raise ModelError(
+            "the encoder has no linear layer to put LoRA on",
+            where="tune.vision.mode",
+            remedy="use layernorm, bitfit or full",
+        )
+    config = lora_config({**options, "targets": options["targets"] or linear}, task=None)
+    return wrap(encoder, config, where="tune.vision.options.targets")
+
+
+def quantization(mode: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments of 4-bit loading for `load_llm`, or None for modes that need none."""
+    if mode != "qlora":
+        return None
+    return {"quant": options.get("quant") or "nf4", "double_quant": options.get("double_quant") is not False}
+
+
+def trained_b(names: Sequence[str]) -> list[str]:
+    """The LoRA B matrices among parameter names, which LoRA+ trains faster."""
+    return [n for n in names if ".lora_B." in n or ".lora_embedding_B." in n]

@@ -1,0 +1,68 @@
+"""Merging: fold what was tuned into the weights, so that a model of the plain architecture remains.
+
+In: a composite with its trained tensors. Out: the same function without wrappers. LoRA, DoRA and (IA)3 fold in;
+BitFit, LayerNorm and full tuning are in the weights already. Refuses what no plain weight can express.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+
+from mmit.errors import ModelError
+from mmit.models.tuning.bottleneck import INNER, WithAdapter
+from mmit.models.tuning.llm import INSERTED
+from mmit.models.tuning.structure import base_model
+from mmit.models.virtual import PREFIX, PROMPT, Prefix, SoftPrompt
+from mmit.models.vlm import VLM
+
+STAYS = {
+    WithAdapter: "bottleneck adapters are not linear",
+    SoftPrompt: "a soft prompt is input, not weights",
+    Prefix: "a prefix is keys and values, not weights",
+}
+
+
+def base_name(name: str) -> str:
+    """Name that a tensor of the architecture's own has without the wrappers around it."""
+    return name.replace(".base_layer.", ".").replace(f".{INNER}.", ".")
+
+
+def is_added(llm: Any, name: str) -> bool:
+    """A tensor of the state dict was put there by a tuning method."""
+    parts = name.split(".")
+    if PROMPT in parts or PREFIX in parts or any(p.startswith(("lora_", "ia3_")) for p in parts):
+        return True
+    if "adapter" in parts:
+        return isinstance(llm.get_submodule(".".join(parts[: parts.index("adapter")])), WithAdapter)
+    return parts[-1] == "bias" and getattr(llm.get_submodule(".".join(parts[:-1])), INSERTED, False)
+
+
+def merge(vlm: VLM) -> None:
+    """Fold the adapters of the LLM and of the vision tower into their weights, in place.
+
+    Raises:
+        ModelError: the method cannot be merged, or the weights are quantised.
+    """
+    llm = base_model(vlm.llm)
+    reasons = [reason for module in llm.modules() for kind, reason in STAYS.items() if isinstance(module, kind)]
+    if any(getattr(m, INSERTED, False) for m in llm.modules()):
+        reasons.append("the architecture has no place for the inserted biases")
+    if reasons:
+        raise ModelError(
+            f"cannot be merged: {reasons[0]}",
+            where="tune.llm.mode",
+            remedy="use the checkpoint as it is; lora, ia3, bitfit without insert_biases and layernorm can be merged",
+        )
+    if isinstance(vlm.llm, PeftModel):
+        if getattr(llm, "is_quantized", False):
+            raise ModelError(
+                "4-bit weights would be rounded again by merging",
+                where="tune.llm.mode",
+                remedy="merge into the base loaded in bf16 or fp32",
+            )
+        vlm.llm = vlm.llm.merge_and_unload(safe_merge=True)
+    if vlm.vision is not None and isinstance(vlm.vision.encoder, PeftModel):
+        vlm.vision.encoder = vlm.vision.encoder.merge_and_unload(safe_merge=True)
+    vlm.partly.clear()
