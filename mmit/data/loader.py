@@ -6,6 +6,7 @@ order whatever the number of workers. A record that turns out bad here follows t
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,9 +152,12 @@ def micro_batches(
         num_workers=workers,
         prefetch_factor=4,
         multiprocessing_context="fork",
-        worker_init_fn=_one_thread,
+        worker_init_fn=_begin_worker,
     )
 
 
-def _one_thread(_: int) -> None:
+def _begin_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # A shell or scheduler signals the whole group; the run still needs its workers to finish the step and save.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

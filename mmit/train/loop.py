@@ -132,11 +132,15 @@ def train(
             "seconds": seconds,
         }
         log.step(row, write=progress.step % plan.log_every == 0 or progress.step == walk.steps)
-        stop = engine.all_sum([float(should_stop())])[0] > 0
         done = progress.step == walk.steps
-        if stop or done or (plan.save_every and progress.step % plan.save_every == 0):
+        due = done or (plan.save_every is not None and progress.step % plan.save_every == 0)
+        if due:
             save(progress)
-        if stop and not done:
+        if done:
+            return True
+        if engine.all_sum([float(should_stop())])[0] > 0:  # asked after a save, which may take long
+            if not due:
+                save(progress)
             return False
     return True
 
