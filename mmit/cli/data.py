@@ -1,4 +1,4 @@
-"""`mmit data import`: files of other formats become mmit JSONL.
+"""`mmit data import`: files of other formats become mmit JSONL; and where the other data commands are put together.
 
 Every row that is left out is told, with its place and reason; without --skip-bad the first one ends the import and
 nothing is written.
@@ -14,19 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmit.cli import data_check
 from mmit.errors import ConfigError, RecordError, nearest
 
 if TYPE_CHECKING:
     from mmit.records import Record
 
-app = typer.Typer(help="Bring data into mmit's format.", no_args_is_help=True)
+app = typer.Typer(help="Bring data into mmit's format, and see what is in it.", no_args_is_help=True)
+app.command("check")(data_check.check)
 SHOWN = 20  # bad rows told in the terminal; all of them are in the file beside the output
 PACKAGES = ("easy-vqa", "easy-vqa-captions")
 
 
 @app.callback()
 def data() -> None:
-    """Bring data into mmit's format."""
+    """Bring data into mmit's format, and see what is in it."""
 
 
 @app.command("import")

@@ -1,0 +1,151 @@
+"""`mmit data check`: what is wrong with a data set, before an hour of training is spent on it.
+
+Exit code 0 without errors, 1 with some (with --strict also with warnings), 2 if the check could not be made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmit.cli import sources
+from mmit.cli.sources import (
+    ChatOption,
+    ConfigOption,
+    File,
+    FormatOption,
+    ImageRootOption,
+    ImageTokensOption,
+    TokenizerOption,
+)
+from mmit.errors import MmitError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mmit.config import Config
+    from mmit.data.lint import Report
+    from mmit.errors import RecordError
+    from mmit.records import Record
+
+EXIT_FOUND = 1
+SHOWN = 3  # rows of each rule in the table; all of them are in the JSON
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+
+
+def check(
+    data: Annotated[Path, typer.Argument(metavar="DATA_OR_CONFIG", help="A data file or shards, or a run's YAML.")],
+    *,
+    format: FormatOption = None,
+    image_root: ImageRootOption = None,
+    test: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Test data that must not be in there; may be repeated."),
+    ] = None,
+    images: Annotated[bool, typer.Option("--images", help="Open every image, and compare them by content.")] = False,
+    config: ConfigOption = None,
+    tokenizer: TokenizerOption = None,
+    chat: ChatOption = None,
+    image_tokens: ImageTokensOption = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Longest record in tokens. [default: the tokenizer's]")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write every finding with its row as JSON.")
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors in the exit code.")] = False,
+) -> None:
+    """Check data: broken rows, doubtful text, duplicates, images, test data among it.
+
+    Exit code 1 means that there are errors, 2 that the check could not be made.
+    """
+    from rich.console import Console
+
+    from mmit.data.lint import lint
+
+    settings = sources.settings_of(data, config)
+    files = sources.files_of(data, settings, format=format, image_root=image_root)
+    encoder = sources.encoder_of(
+        settings, tokenizer=tokenizer, chat=chat, image_tokens=image_tokens, max_length=max_length
+    )
+    held_out = _held_out(data, settings, test or [])
+    with Console(stderr=True).status("reading") as status:
+        report = lint(
+            sources.watched(_rows(files), status.update),
+            test=_rows(held_out),
+            measure=None if encoder is None else encoder.length,
+            max_length=None if encoder is None else encoder.max_length,
+            control_tokens=() if encoder is None else encoder.control_tokens,
+            open_images=images,
+        )
+    if not report.records:
+        raise MmitError("there is no row", where=str(data), remedy="Check the file and its format.")
+    if encoder is not None and encoder.image_tokens is None:
+        report.not_checked["tokens of images"] = "--image-tokens was not given, so an image counts as one"
+    show(report, Console(highlight=False))
+    if json_file is not None:
+        _write_json(report, json_file)
+    if report.count("error") or (strict and report.count("warning")):
+        raise typer.Exit(EXIT_FOUND)
+
+
+def _held_out(data: Path, settings: Config | None, test: list[Path]) -> list[File]:
+    given = [File(path) for path in test]
+    if settings is not None and sources.is_config(data):
+        given += sources.config_files(settings.data.eval)
+    return given
+
+
+def _rows(files: list[File]) -> Iterator[Record | RecordError]:
+    return chain.from_iterable(file.rows() for file in files)
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the findings by severity, what was not checked, and the counts."""
+    from rich.markup import escape
+    from rich.table import Table
+    from rich.text import Text
+
+    from mmit.cli.errors import printable
+    from mmit.data.lint_rules import RULES, SEVERITIES
+
+    table = Table("severity", "rule", "rows", "what, where, and what to do", header_style="bold", show_lines=True)
+    table.columns[2].justify = "right"
+    order = sorted(report.findings, key=lambda name: SEVERITIES.index(RULES[name].severity))
+    for name in order:
+        rule, rows = RULES[name], report.findings[name]
+        what = Text(rule.about, "bold")
+        for row in rows[:SHOWN]:
+            what.append(f"\n  {printable(row.where)}: {printable(row.problem)}", "not bold")
+        if len(rows) > SHOWN:
+            what.append(f"\n  and {len(rows) - SHOWN:,} more", "not bold dim")
+        what.append(f"\n{rule.remedy}", "not bold italic")
+        table.add_row(Text(rule.severity, _STYLES[rule.severity]), name, f"{len(rows):,}", what)
+    if report.findings:
+        console.print(table)
+    for what_not, why in report.not_checked.items():
+        console.print(f"[dim]not checked: {escape(what_not)} ({escape(why)})[/dim]")
+    licences = ", ".join(f"{name} {count:,}" for name, count in report.licences.most_common(5))
+    console.print(Text(printable(f"licences: {licences or 'none'}")))
+    rate = report.records / max(report.seconds, 1e-6) * 60
+    counts = ", ".join(f"{report.count(severity):,} {_plural(severity)}" for severity in SEVERITIES)
+    pace = f", {rate:,.0f} a minute" if report.records > 1000 else ""
+    console.print(f"[bold]{counts}[/bold] in {report.records:,} records ({report.seconds:.1f} s{pace})")
+
+
+def _plural(severity: str) -> str:
+    return "notes" if severity == "info" else f"{severity}s"
+
+
+def _write_json(report: Report, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MmitError(f"cannot write: {error.strerror}", where=str(path), remedy="Check the folder.") from error
+    typer.echo(f"written to {path}")

@@ -1,0 +1,182 @@
+"""What `mmit data check | show | stats` look at: a data file or the sources of a config, and how to tokenise them.
+
+A data file takes its tokenizer and chat format from options or from --config; a config names everything itself.
+What is given on the command line goes before the config. Never loads a language model's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmit.errors import RecordError, located
+
+if TYPE_CHECKING:
+    from mmit.config import Config, SourceConfig
+    from mmit.data.chat import Encoded
+    from mmit.records import Record, Turn
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="Take tokenizer, chat format and image tokens from here."),
+]
+FormatOption = Annotated[str | None, typer.Option(metavar="NAME", help="Format of the file. [default: found out]")]
+ImageRootOption = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Where relative image paths start. [default: the file's folder]")
+]
+TokenizerOption = Annotated[str | None, typer.Option(metavar="NAME", help="Hub id, folder or .gguf file.")]
+ChatOption = Annotated[
+    str | None, typer.Option(metavar="FORMAT", help="hf, plain, vicuna_v1, chatml or a .jinja file. [default: hf]")
+]
+ImageTokensOption = Annotated[int | None, typer.Option(min=1, metavar="M", help="Tokens per image.")]
+
+
+@dataclass(frozen=True)
+class File:
+    """One file or folder to read."""
+
+    path: Path
+    format: str | None = None
+    image_root: Path | None = None
+    limit: int | None = None
+
+    def rows(self) -> Iterator[Record | RecordError]:
+        """Every row in order, bad ones as their errors."""
+        from mmit.data.rows import read_rows
+
+        return read_rows(self.path, self.format, image_root=self.image_root, limit=self.limit)
+
+
+def is_config(path: Path) -> bool:
+    """Say whether a path names the YAML of a run and not data."""
+    return path.suffix in (".yaml", ".yml")
+
+
+def settings_of(data: Path, config: Path | None) -> Config | None:
+    """Return the config that DATA is or that --config names; None without one."""
+    from mmit.config import load_config
+
+    if is_config(data):
+        if config is not None:
+            raise typer.BadParameter("the data is a config already", param_hint="--config")
+        config = data
+    return None if config is None else load_config(config)
+
+
+def files_of(data: Path, settings: Config | None, *, format: str | None, image_root: Path | None) -> list[File]:
+    """Return the file, or the training sources of the config."""
+    if settings is None or not is_config(data):
+        return [File(data, format, image_root)]
+    for option, value in (("--format", format), ("--image-root", image_root)):
+        if value is not None:
+            raise typer.BadParameter("the config says so for each of its sources", param_hint=option)
+    return config_files(settings.data.train)
+
+
+def config_files(sources: Sequence[SourceConfig]) -> list[File]:
+    """Return the files of a config's sources."""
+    return [
+        File(Path(s.path), s.format, None if s.image_root is None else Path(s.image_root), s.limit) for s in sources
+    ]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How records are tokenised; `image_tokens` is None where it is not known."""
+
+    tokenizer: Any
+    chat: Any
+    image_tokens: int | None
+    max_length: int | None
+    split_turns: bool = False
+
+    def samples(self, record: Record) -> list[tuple[Sequence[Turn], Encoded]]:
+        """Encode each training sample of a record; a record is one, but with data.split_turns each pair is."""
+        from mmit.data.chat import encode
+        from mmit.data.dataset import split_pairs
+
+        record.validate(for_training=True)
+        parts = split_pairs(record) if self.split_turns else [record.turns]
+        return [(turns, encode(turns, self.chat, self.tokenizer)) for turns in parts]
+
+    def length(self, record: Record) -> int:
+        """Tokens of the longest sample of a record, image tokens included (one an image where not known)."""
+        extra = len(record.images) * ((self.image_tokens or 1) - 1)
+        return max(len(encoded.ids) for _, encoded in self.samples(record)) + extra
+
+    @property
+    def control_tokens(self) -> list[str]:
+        """The tokens that a text should not hold."""
+        from mmit.data.content import piece_tokenizer
+
+        ids = sorted(piece_tokenizer(self.tokenizer).control_ids)
+        return [token for token in self.tokenizer.convert_ids_to_tokens(ids) if token]
+
+
+def encoder_of(
+    settings: Config | None,
+    *,
+    tokenizer: str | None,
+    chat: str | None,
+    image_tokens: int | None,
+    max_length: int | None = None,
+) -> Encoder | None:
+    """Build the tokenizer and chat format; None if neither a config nor --tokenizer names one."""
+    if settings is None and tokenizer is None:
+        for option, value in (("--chat", chat), ("--image-tokens", image_tokens), ("--max-length", max_length)):
+            if value is not None:
+                raise typer.BadParameter("needs --tokenizer NAME or --config FILE", param_hint=option)
+        return None
+    from mmit.data.chat import chat_format
+    from mmit.models.llm import load_tokenizer
+
+    name, revision = tokenizer, None
+    if name is None:
+        assert settings is not None
+        name, revision = settings.model.llm.name, settings.model.llm.revision
+    with located("--tokenizer" if tokenizer else "model.llm"):
+        tokens = load_tokenizer(name, revision=revision)
+    with located("--chat" if chat else "model.chat.format"):
+        form = chat_format(chat or (settings.model.chat.format if settings else "hf"), tokens)
+    if settings is not None:
+        if image_tokens is None and settings.model.vision is not None:
+            image_tokens = model_image_tokens(settings.model.model_dump())
+        max_length = max_length or settings.data.max_length
+    elif max_length is None and 0 < tokens.model_max_length < 10**9:  # without one, tokenizers state an enormous number
+        max_length = tokens.model_max_length
+    split = settings is not None and settings.data.split_turns
+    return Encoder(tokens, form, image_tokens, max_length, split)
+
+
+def model_image_tokens(model: dict[str, Any]) -> int:
+    """Count the tokens of an image by building the eye and the projector of a config without their weights."""
+    import torch
+
+    from mmit.models.assemble import assemble_vision
+    from mmit.models.projectors import build_projector
+
+    vision = assemble_vision({**model["vision"], "weights": False, "key_order": False}, dtype=torch.float32)
+    with located("model.projector"):
+        projector = build_projector(
+            model["projector"]["kind"],
+            vision_dim=vision.dim,
+            llm_dim=8,  # any width: it does not change the count
+            grid=vision.grid,
+            prefix=vision.prefix,
+            **model["projector"]["options"],
+        )
+    return projector.tokens
+
+
+def watched(rows: Iterator[Any], say: Callable[[str], None]) -> Iterator[Any]:
+    """Pass rows on and say now and then how many there were."""
+    number = 0
+    for number, row in enumerate(rows, 1):
+        if number % 500 == 0:
+            say(f"{number:,} records")
+        yield row
+    say(f"{number:,} records, comparing")
