@@ -22,6 +22,7 @@ from mmit.data.images import fit, load_rgb
 from mmit.data.packing import Row, Sample, build_row
 from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, batches
 from mmit.errors import ConfigError, nearest
+from mmit.interop.foreign import is_foreign, read_foreign
 from mmit.models import decoding
 from mmit.models.decoding import Prompts, Sampling
 from mmit.models.llm import DTYPES, context_length
@@ -58,7 +59,7 @@ def load(
     """Load a checkpoint for use.
 
     Args:
-        folder: a checkpoint, or a run, whose newest checkpoint is then taken.
+        folder: a checkpoint, a run, whose newest checkpoint is then taken, or a llava-hf folder.
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: number format of the weights ("bf16", "fp16", "fp32"); None takes the one of training.
         device_map: placement of a large LLM over several devices, as in transformers.
@@ -75,8 +76,24 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype '{dtype}'", remedy=nearest(dtype, DTYPES))
         dtype = DTYPES[dtype]
+    if is_foreign(Path(folder)):
+        return _load_foreign(Path(folder), device=device, dtype=dtype, device_map=device_map)
     found = load_model(Path(folder), device=device, dtype=dtype, device_map=device_map, untuned=untuned)
     return Model(found.vlm, found.tokenizer, found.chat, image=found.image, folder=found.folder, meta=found.meta)
+
+
+def _load_foreign(
+    folder: Path, *, device: str, dtype: torch.dtype | None, device_map: str | dict[str, Any] | None
+) -> Model:
+    """Load another project's folder; it was not tuned here, so there is no untuned form of it."""
+    found = read_foreign(folder, dtype=dtype, device_map=device_map)
+    vlm = found.vlm.requires_grad_(False)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    for part in (vlm.vision, vlm.projector, vlm.llm if device_map is None else None):
+        if part is not None:
+            part.to(place if device_map is None else vlm.device)  # type: ignore[arg-type]
+    meta = {"chat": found.chat.to_json(), "image": found.image, "image_tokens": vlm.image_tokens}
+    return Model(vlm, found.tokenizer, found.chat, image=found.image, folder=folder, meta=meta)
 
 
 class Model:

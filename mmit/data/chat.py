@@ -8,6 +8,7 @@ content inside rendered text and never cuts a record.
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,10 +44,13 @@ class ChatFormat(ABC):
     Attributes:
         name: what it was asked for as.
         end: the supervised text after every answer; its last token ends a generation.
+        as_processor: tokenise as a transformers processor does: the tokenizer's BOS goes before a rendered text
+            that does not begin with it, and text after an image is text after a control token, not, as in LLaVA, a text of its own.
     """
 
     name: str
     end: str
+    as_processor: bool = False
     _tokenizer: Any
 
     def pieces(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Piece]:
@@ -68,7 +72,7 @@ class ChatFormat(ABC):
     @staticmethod
     def from_json(obj: Mapping[str, Any], tokenizer: Any) -> ChatFormat:
         """Rebuild a format; raises ConfigError for unknown keys or names."""
-        keys = ("name", "template", "image_token", "template_args")
+        keys = ("name", "template", "image_token", "template_args", "as_processor")
         for key in obj:
             if key not in keys:
                 raise ConfigError(f"unknown key '{key}'", where="chat format", remedy=nearest(key, keys))
@@ -84,6 +88,7 @@ class ChatFormat(ABC):
             tokenizer,
             image_token=obj.get("image_token"),
             template_args=obj.get("template_args"),
+            as_processor=bool(obj.get("as_processor")),
         )
 
     @cached_property
@@ -103,12 +108,13 @@ class TemplateFormat(ChatFormat):
         *,
         image_token: str | None = None,
         template_args: Mapping[str, Any] | None = None,
+        as_processor: bool = False,
     ) -> None:
         self.name, self._tokenizer = name, tokenizer
         self._template = ChatTemplate(
             template, tokenizer, where=f"chat template '{name}'", image_token=image_token, args=template_args
         )
-        self.end = self._template.end
+        self.end, self.as_processor = self._template.end, as_processor
 
     def _lay_out(self, turns: list[FlatTurn], generate: bool) -> list[Piece]:
         shape: Shape = tuple(
@@ -124,14 +130,15 @@ class TemplateFormat(ChatFormat):
         return pieces
 
     def to_json(self) -> dict[str, Any]:
-        """Return name, template text, image token and template arguments."""
+        """Return name, template text, image token, template arguments, and `as_processor` where it is set."""
         template = self._template
-        return {
+        told: dict[str, Any] = {
             "name": self.name,
             "template": template.source,
             "image_token": template.image_token,
             "template_args": template.args,
         }
+        return {**told, "as_processor": True} if self.as_processor else told
 
 
 class BuiltInFormat(ChatFormat):
@@ -173,8 +180,8 @@ def chat_format(
 ) -> ChatFormat:
     """Build a chat format for a fast Hugging Face tokenizer.
 
-    `name` is a key of BUILT_IN, "hf" for the tokenizer's own chat template, the path of a .jinja file, or the
-    text of a template. `image_token` names the text that stands for one image in a template that takes image
+    `name` is a key of BUILT_IN, "hf" for the tokenizer's own chat template, the path of a .jinja file or of a
+    .json file that holds what `to_json` gives, or the text of a template. `image_token` names the text that stands for one image in a template that takes image
     parts, where mmit cannot tell; `template_args` go to the template as variables, such as enable_thinking.
     Raises ConfigError if the name is unknown or the template cannot be used.
     """
@@ -191,6 +198,12 @@ def chat_format(
         template = tokenizer.get_chat_template()
     elif "{%" in name or "{{" in name:
         name, template = "custom", name
+    elif name.endswith(".json"):
+        try:
+            return ChatFormat.from_json(json.loads(Path(name).read_text(encoding="utf-8")), tokenizer)
+        except (OSError, ValueError) as error:
+            problem = f"cannot read the chat format: {error}"
+            raise ConfigError(problem, where=name, remedy="Check the path.") from error
     elif name.endswith(".jinja"):
         try:
             name, template = Path(name).stem, Path(name).read_text(encoding="utf-8")
@@ -211,8 +224,10 @@ def encode(turns: Sequence[Turn], chat: ChatFormat, tokenizer: Any, *, generate:
     that the format refuses and for characters that the tokenizer cannot write.
     """
     tokens = piece_tokenizer(tokenizer)
-    out = _Writer(tokens)
+    out = _Writer(tokens, as_processor=chat.as_processor)
     runs = [list(run) for _, run in groupby(chat.pieces(turns, generate=generate), key=lambda p: p.kind)]
+    if chat.as_processor and tokens.bos and not runs[0][0].text.startswith(tokens.bos):
+        out.bos()
     for number, run in enumerate(runs):
         if run[0].kind == "image":
             out.images(len(run))
@@ -230,18 +245,23 @@ def encode(turns: Sequence[Turn], chat: ChatFormat, tokenizer: Any, *, generate:
 class _Writer:
     """Collects ids, mask and origin, and remembers what stands to the left of the next piece."""
 
-    def __init__(self, tokens: PieceTokenizer) -> None:
+    def __init__(self, tokens: PieceTokenizer, *, as_processor: bool) -> None:
         self.ids: list[int] = []
         self.supervised: list[bool] = []
         self.origin: list[Origin] = []
         self._tokens = tokens
+        # As LLaVA does: the text after an image is tokenised like a text of its own.
+        self._after_image: After = "control" if as_processor else "start"
         self._after: After = "start"
         self._space = ""
 
+    def bos(self) -> None:
+        """Add the token that the tokenizer puts before every text by itself; the text still begins after it."""
+        self._add(self._tokens.template(self._tokens.bos, "start"), False, "template")
+
     def images(self, count: int) -> None:
         self._add([IMAGE_SLOT] * count, False, "image")
-        # As LLaVA does: the text after an image is tokenised like a text of its own.
-        self._after = "start"
+        self._after = self._after_image
 
     def content(self, piece: Piece) -> None:
         self._add(self._tokens.content(self._space + piece.text, self._after), piece.supervised, "content")

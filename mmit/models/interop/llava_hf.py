@@ -1,0 +1,274 @@
+"""llava-hf folders (`LlavaForConditionalGeneration`), read into a composite.
+
+Goes in: a folder whose config.json declares model_type "llava" and the architecture of transformers. Comes out: the
+composite, the processor's tokenizer, chat template and picture preparation, and the whole tower (the composite holds
+it only up to the layer that is read). Refuses what the composite cannot compute exactly: several feature layers,
+projectors without bias or with another activation, towers other than CLIP and SigLIP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Resampling
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoProcessor,
+    LlavaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import mmit.models.vision_hf as vision_hf
+from mmit.errors import ModelError, nearest
+from mmit.models import attention
+from mmit.models.interop.tensors import complain, fill_module, folder_tensors, split_by_prefix
+from mmit.models.projectors import build_projector
+from mmit.models.vision import VisionTower
+from mmit.models.vision_encoder import explained, load_needed, triple
+from mmit.models.vlm import VLM
+
+MODEL_TYPE, ARCHITECTURE = "llava", "LlavaForConditionalGeneration"
+# (prefix in the file, part, prefix in the part): transformers up to 4.51 and what it still writes, then the names
+# in memory since 4.52, which some folders hold.
+PREFIXES = (
+    ("language_model.lm_head.", "llm", "lm_head."),
+    ("language_model.model.", "llm", "model."),
+    ("vision_tower.vision_model.", "vision", ""),
+    ("vision_tower.", "vision", ""),
+    ("multi_modal_projector.", "projector", ""),
+    ("model.language_model.", "llm", "model."),
+    ("model.vision_tower.vision_model.", "vision", ""),
+    ("model.vision_tower.", "vision", ""),
+    ("model.multi_modal_projector.", "projector", ""),
+    ("lm_head.", "llm", "lm_head."),
+)
+PROJECTOR = {"linear_1": "layers.0", "linear_2": "layers.2"}  # theirs -> ours
+
+
+@dataclass
+class LlavaHF:
+    """What a llava-hf folder holds.
+
+    `image` are the arguments of `data.images.fit`; `vision_options` those of `model.vision` in a config but for the
+    name; `vision_config` and `vision_state` describe the whole tower as transformers' class has it.
+    """
+
+    vlm: VLM
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    chat_template: str | None
+    image_token: str
+    image: dict[str, Any]
+    vision_options: dict[str, Any]
+    vision_config: Any
+    vision_state: dict[str, torch.Tensor]
+    dtype: torch.dtype
+
+
+def is_llava_hf(folder: Path) -> bool:
+    """Tell whether a folder's config.json declares a llava-hf model."""
+    try:
+        declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return declared.get("model_type") == MODEL_TYPE and ARCHITECTURE in (declared.get("architectures") or ())
+
+
+def read_llava_hf(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    packed: bool = True,
+) -> LlavaHF:
+    """Read a llava-hf folder.
+
+    Args:
+        folder: holds config.json, weights, tokenizer and processor files.
+        dtype: number format of the weights; None takes the one that config.json states, else float32.
+        device_map: placement of the LLM, handed to transformers.
+        packed: see `load_llm`.
+
+    Raises:
+        ModelError: the folder is incomplete, of another layout, or describes what mmit does not compute.
+    """
+    folder, where = Path(folder), str(folder)
+    with explained(where, remedy="is this a llava-hf folder with its config.json?"):
+        config = LlavaConfig.from_pretrained(folder)
+    dtype = dtype or config.dtype or torch.float32
+    _check_config(config, where)
+    with explained(where, remedy="the folder must hold the tokenizer and preprocessor_config.json too"):
+        processor = AutoProcessor.from_pretrained(folder)
+    parts = split_by_prefix(folder_tensors(folder), PREFIXES, where=where)
+
+    tower, options = _tower(config, parts["vision"], picture=_picture(processor, where), where=where)
+    llm = _llm(config, parts["llm"], dtype=dtype, device_map=device_map, packed=packed, where=where)
+    projector = build_projector(
+        "mlp",
+        vision_dim=tower.dim,
+        llm_dim=config.text_config.hidden_size,
+        grid=tower.grid,
+        prefix=tower.prefix,
+        depth=2,
+    )
+    renamed = {}
+    for key, tensor in parts["projector"].items():
+        name, _, leaf = key.rpartition(".")
+        renamed[f"{PROJECTOR.get(name, name)}.{leaf}"] = tensor.to(dtype)
+    fill_module(projector.to(dtype), renamed, where=f"{where}, multi_modal_projector")
+    picture = _picture(processor, where)
+    return LlavaHF(
+        vlm=VLM(llm, vision=tower.to(dtype), projector=projector),
+        tokenizer=processor.tokenizer,
+        processor=processor,
+        chat_template=processor.chat_template or processor.tokenizer.chat_template,
+        image_token=processor.image_token,
+        image={key: picture[key] for key in ("size", "mode", "interpolation", "fill")},
+        vision_options={**options, "fit": picture["mode"]},
+        vision_config=config.vision_config,
+        vision_state=parts["vision"],
+        dtype=dtype,
+    )
+
+
+def _check_config(config: Any, where: str) -> None:
+    if not isinstance(config.vision_feature_layer, int):
+        raise ModelError(
+            f"reads several vision layers, {config.vision_feature_layer}",
+            where=where,
+            remedy="mmit reads one layer of a tower",
+        )
+    if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
+        raise ModelError(
+            f"its projector has activation '{config.projector_hidden_act}' and "
+            f"bias {config.multimodal_projector_bias}; mmit's mlp has gelu and bias",
+            where=where,
+            remedy="there is no projector for it in mmit",
+        )
+    kind = config.vision_config.model_type
+    if kind not in vision_hf.MODEL_CLASSES:
+        raise ModelError(f"its vision tower is a '{kind}'", where=where, remedy=nearest(kind, vision_hf.MODEL_CLASSES))
+
+
+def _tower(
+    config: Any, tensors: dict[str, torch.Tensor], *, picture: dict[str, Any], where: str
+) -> tuple[VisionTower, dict[str, Any]]:
+    """Return the tower, cut at the layer that is read, and its options for `build_vision`."""
+    import transformers
+
+    vision = config.vision_config
+    clip = vision.model_type.startswith("clip")
+    strategy, layer = config.vision_feature_select_strategy, config.vision_feature_layer
+    if not clip and strategy == "default":
+        raise ModelError(
+            "vision_feature_select_strategy 'default' drops the first token, which in SigLIP is a patch",
+            where=where,
+            remedy="set it to 'full' in config.json if that is what the model was trained with",
+        )
+    kind = vision_hf.MODEL_CLASSES[vision.model_type]
+    valid = type(vision)().to_dict()
+    options: dict[str, Any] = {"layer": layer, "select": "cls_patch" if clip and strategy == "full" else "patch"}
+    encoder = vision_hf.hf_encoder(
+        {key: value for key, value in vision.to_dict().items() if key in valid},
+        weights=None,
+        image_size=None,
+        normalize=False,  # transformers reads hidden states, which come before the final norm
+        **options,
+    )
+    if picture["size"] != list(encoder.image_size):
+        raise ModelError(
+            f"its processor makes pictures of {picture['size']}, its tower takes {list(encoder.image_size)}",
+            where=where,
+            remedy="check preprocessor_config.json against config.json",
+        )
+    with torch.device("meta"):
+        whole: Any = getattr(transformers, kind)(vision)
+    full = {key: value.shape for key, value in getattr(whole, "vision_model", whole).state_dict().items()}
+    complain(
+        "the weights do not fit the vision tower", missing=full.keys() - tensors.keys(), where=f"{where}, vision_tower"
+    )
+    reader: Any = encoder.reader
+    core = getattr(reader.model, "vision_model", reader.model)
+    load_needed(core, tensors, full=full, where=f"{where}, vision_tower")
+    constants = {key: picture[key] for key in ("mean", "std", "interpolation")}
+    encoder = dataclasses.replace(encoder, name=where, weights_id=where, **constants)
+    return VisionTower("hf", encoder), options
+
+
+def _llm(
+    config: Any,
+    tensors: dict[str, torch.Tensor],
+    *,
+    dtype: torch.dtype,
+    device_map: str | dict[str, Any] | None,
+    packed: bool,
+    where: str,
+) -> PreTrainedModel:
+    text = config.text_config
+    text.tie_word_embeddings = bool(config.tie_word_embeddings or text.tie_word_embeddings)
+    head, words = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if text.tie_word_embeddings and head is not None:
+        if words is None or not torch.equal(head, words):
+            raise ModelError(
+                "config.json ties lm_head to the word embeddings, but the file holds another lm_head",
+                where=where,
+                remedy="set tie_word_embeddings to false in config.json",
+            )
+        tensors = {key: value for key, value in tensors.items() if key != "lm_head.weight"}
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"its language model is a '{text.model_type}', which is no causal LM", where=where)
+    with explained(f"{where}, text_config", remedy="are the weights those of the language model in config.json?"):
+        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].from_pretrained(
+            None,
+            config=text,
+            state_dict=tensors,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+            **({"attn_implementation": attention.NAME} if packed else {}),
+        )
+    complain(
+        "the weights do not fit the language model",
+        missing=info["missing_keys"],
+        left_over=info["unexpected_keys"],
+        shapes=[str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"]],
+        where=f"{where}, language_model",
+    )
+    return model
+
+
+def _picture(processor: Any, where: str) -> dict[str, Any]:
+    """Read from an image processor how a picture becomes pixels: size, mode, interpolation, fill, mean, std."""
+    p = getattr(processor, "image_processor", None)
+    if p is None:
+        raise ModelError("its processor has no image processor", where=where, remedy="add preprocessor_config.json")
+    remedy = "mmit prepares pictures by resize, pad or centre crop to the tower's size, /255, mean and std"
+
+    def fail(problem: str) -> ModelError:
+        return ModelError(f"its image processor {problem}", where=where, remedy=remedy)
+
+    if not (p.do_resize and p.do_rescale and p.do_normalize) or abs(p.rescale_factor * 255 - 1) > 1e-4:
+        raise fail("does not resize, scale by 1/255 and normalise")
+    size, crop = dict(p.size), dict(p.crop_size or {}) if getattr(p, "do_center_crop", False) else {}
+    edge = size.get("shortest_edge")
+    target = [crop.get("height"), crop.get("width")] if crop else [size.get("height"), size.get("width")]
+    if edge and not crop or edge and target != [edge, edge]:
+        raise fail(f"scales the short side to {edge} and crops to {crop or 'nothing'}")
+    if not edge and target != [size.get("height"), size.get("width")]:
+        raise fail(f"scales to {size} and crops to {crop}")
+    mode = "pad" if getattr(p, "do_pad", False) else "crop" if edge else "resize"
+    mean, std = triple(p.image_mean), triple(p.image_std)
+    return {
+        "size": target,
+        "mode": mode,
+        "interpolation": Resampling(int(p.resample)).name.lower(),
+        "fill": [int(255 * m) for m in mean],
+        "mean": mean,
+        "std": std,
+    }
