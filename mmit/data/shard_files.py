@@ -99,7 +99,7 @@ def _unreachable(path: str, error: Exception) -> ShardFileError:
 
 
 class RangeReader:
-    """Reads byte ranges of many files, from any thread, and keeps the last ones open."""
+    """Reads byte ranges of many files, from any thread. Opens lazily, in each process anew; the last used stay open."""
 
     def __init__(self) -> None:
         self._pid = 0
