@@ -116,7 +116,8 @@ def show(report: Report, console: Console) -> None:
 
     table = Table("severity", "rule", "rows", "what, where, and what to do", header_style="bold", show_lines=True)
     table.columns[2].justify = "right"
-    order = sorted(report.findings, key=lambda name: SEVERITIES.index(RULES[name].severity))
+    names = [name for name in RULES if name in report.findings]
+    order = sorted(names, key=lambda name: SEVERITIES.index(RULES[name].severity))
     for name in order:
         rule, rows = RULES[name], report.findings[name]
         what = Text(rule.about, "bold")

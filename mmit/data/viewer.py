@@ -82,18 +82,23 @@ def to_html(
     encoded: Encoded, tokenizer: Any, *, title: str = "Record", image_tokens: int | None = None
 ) -> str:
     """Return a record as an HTML page of its own; the id of a token shows when the mouse rests on it."""
+    note = f'{legend(encoded, image_tokens=image_tokens)}; <span class="supervised">supervised</span>'
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f"<style>{_STYLE}</style></head>\n<body><pre>{html_tokens(encoded, tokenizer, image_tokens=image_tokens)}</pre>\n"
+        f'<p class="legend">{note}, <span class="template">template</span>, '
+        f'<span class="content">content</span></p></body></html>\n'
+    )
+
+
+def html_tokens(encoded: Encoded, tokenizer: Any, *, image_tokens: int | None = None) -> str:
+    """Return the tokens as spans of the classes supervised, template, content and image, for a page of one's own."""
     spans = []
     for cell in cells(encoded, tokenizer):
         kind = "supervised" if cell.supervised else cell.origin
         hint = f"{cell.origin}, id {' '.join(map(str, cell.ids))}" if cell.origin != "image" else "image slot"
         spans.append(f'<span class="{kind}" title="{hint}">{escape(_label(cell, image_tokens))}</span>')
-    note = f'{legend(encoded, image_tokens=image_tokens)}; <span class="supervised">supervised</span>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body><pre>{''.join(spans)}</pre>\n"
-        f'<p class="legend">{note}, <span class="template">template</span>, '
-        f'<span class="content">content</span></p></body></html>\n'
-    )
+    return "".join(spans)
 
 
 def legend(encoded: Encoded, *, image_tokens: int | None = None) -> str:
