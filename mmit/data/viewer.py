@@ -82,10 +82,11 @@ def to_html(
     encoded: Encoded, tokenizer: Any, *, title: str = "Record", image_tokens: int | None = None
 ) -> str:
     """Return a record as an HTML page of its own; the id of a token shows when the mouse rests on it."""
+    tokens = html_tokens(encoded, tokenizer, image_tokens=image_tokens)
     note = f'{legend(encoded, image_tokens=image_tokens)}; <span class="supervised">supervised</span>'
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body><pre>{html_tokens(encoded, tokenizer, image_tokens=image_tokens)}</pre>\n"
+        f"<style>{_STYLE}</style></head>\n<body><pre>{tokens}</pre>\n"
         f'<p class="legend">{note}, <span class="template">template</span>, '
         f'<span class="content">content</span></p></body></html>\n'
     )

@@ -1,0 +1,252 @@
+"""Sampled records as a page to look through: pictures, tokens by what the loss is taken on, lengths, provenance.
+
+Takes rows with their encoded samples; gives one self-contained HTML page (pictures as data URIs, no scripts, light
+and dark) or the same for the terminal. A row that is bad, or that the tokenizer refuses, is shown with its reason.
+Nothing a record holds reaches the page or the terminal as code.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from rich.rule import Rule
+from rich.text import Text as RichText
+
+from mmit.data.chat import IMAGE_SLOT, Encoded
+from mmit.data.images import image_size, load_rgb
+from mmit.data.viewer import html_tokens, legend, to_rich
+from mmit.errors import ImageError, RecordError
+from mmit.records import Image, Record, Text, Turn, short
+
+THUMBNAIL = 240  # pixels of the longer side
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #f6f7f9; --card: #fff; --line: #d9dee4; --dim: #626c78;
+  --learn: #c9efcf; --learn-ink: #05400f; --learn-line: #2f9e44; --eye: #d6e4ff; --eye-ink: #0b3a82; --ask: #eceff3;
+  --bad: #b42318; --bad-paper: #fff0ee }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --paper: #111418; --card: #1a1e24; --line: #333a43;
+  --dim: #97a1ad; --learn: #12401d; --learn-ink: #b9f2c4; --learn-line: #3fb950; --eye: #15305c; --eye-ink: #cfe0ff;
+  --ask: #262c34; --bad: #ff9b8f; --bad-paper: #3a1714 } }
+* { box-sizing: border-box }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
+main, header.page { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem }
+header.page { padding-top: 1.75rem }
+h1 { font-size: 1.35rem; margin: 0 0 .25rem; overflow-wrap: anywhere }
+header.page p { margin: .15rem 0; color: var(--dim) }
+.key { position: sticky; top: 0; background: var(--paper); border-bottom: 1px solid var(--line); padding: .6rem 0;
+  margin-bottom: 1rem; z-index: 1 }
+.key div { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; color: var(--dim) }
+article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 0 0 1.1rem;
+  padding: .9rem 1.1rem 1rem }
+article.bad { border-color: var(--bad) }
+h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere }
+h2 small { color: var(--dim); font-weight: 400; margin-right: .35rem }
+.facts { color: var(--dim); font-size: .86rem; margin: .15rem 0 .6rem }
+.bar { display: flex; height: 6px; border-radius: 3px; overflow: hidden; background: var(--ask); margin: 0 0 .7rem }
+.bar i { display: block } .bar .supervised { background: var(--learn-line) } .bar .image { background: #4c86e8 }
+.pictures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 0 0 .7rem }
+figure { margin: 0; max-width: 15rem }
+figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; border: 1px solid var(--line) }
+figcaption { color: var(--dim); font-size: .78rem; overflow-wrap: anywhere; margin-top: .2rem }
+pre { font: 13.5px/1.85 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; margin: 0 0 .4rem }
+pre + .facts { margin-top: .2rem }
+span.template, span.content, span.supervised, span.image { padding: 1px 0; border-radius: 2px;
+  border-right: 1px solid color-mix(in srgb, var(--dim) 28%, transparent) }
+span.template { color: var(--dim) }
+span.supervised { background: var(--learn); color: var(--learn-ink); box-shadow: inset 0 -2px var(--learn-line) }
+span.image { background: var(--eye); color: var(--eye-ink); padding: 1px 7px; border-radius: 9px }
+.turn { margin: 0 0 .5rem; padding: .45rem .7rem; border-radius: 6px; background: var(--ask); white-space: pre-wrap;
+  overflow-wrap: anywhere }
+.turn b { display: block; font-size: .75rem; color: var(--dim); font-weight: 600 }
+.turn.assistant { background: var(--learn); color: var(--learn-ink) }
+.problem { color: var(--bad); background: var(--bad-paper); border-radius: 6px; padding: .45rem .7rem;
+  margin: 0 0 .6rem; overflow-wrap: anywhere }
+details { color: var(--dim); font-size: .86rem } summary { cursor: pointer }
+"""
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A row to show: its number in the data from 1, its encoded samples if any, and why there are none if not."""
+
+    number: int
+    row: Record | RecordError
+    samples: tuple[Encoded, ...] = ()
+    problem: str = ""
+
+
+def to_page(
+    items: Sequence[Shown],
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    tokenizer: Any = None,
+    image_tokens: int | None = None,
+) -> str:
+    """Return the whole page; `tokenizer` is the one the samples were encoded with."""
+    cards = [_card(item, tokenizer, image_tokens=image_tokens) for item in items]
+    told = "".join(f"<p>{escape(note)}</p>" for note in notes)
+    if any(item.samples for item in items):
+        key = (
+            '<span class="supervised">learned from</span> <span class="template">chat format</span> '
+            '<span class="content">read only</span> <span class="image">image</span> &nbsp; rest on a token for its id'
+        )
+    else:
+        key = '<span class="supervised">answers</span> are learned from; give a tokenizer to see the tokens'
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
+        f'<body><header class="page"><h1>{escape(title)}</h1>{told}</header>\n'
+        f'<div class="key"><div>{key}</div></div>\n<main>\n{"".join(cards)}</main></body></html>\n'
+    )
+
+
+def _card(item: Shown, tokenizer: Any, *, image_tokens: int | None) -> str:
+    if isinstance(item.row, RecordError):
+        place = item.row.where or "bad row"
+        remedy = f"<br>{escape(item.row.remedy)}" if item.row.remedy else ""
+        return (
+            f'<article class="bad"><h2><small>{item.number:,}</small> {escape(place)}</h2>'
+            '<div class="facts">no record</div>'
+            f'<div class="problem">{escape(item.row.problem)}{remedy}</div></article>\n'
+        )
+    record = item.row
+    body = [f"<h2><small>{item.number:,}</small> {escape(record.where)}</h2>"]
+    body.append(f'<div class="facts">{escape(" · ".join(facts(record, item.samples, image_tokens)))}</div>')
+    if item.problem:
+        body.append(f'<div class="problem">{escape(item.problem)}</div>')
+    if item.samples:
+        body.append(_bar(item.samples, image_tokens or 1))
+    if record.images:
+        body.append(f'<div class="pictures">{"".join(map(_figure, record.images))}</div>')
+    if item.samples:
+        for number, encoded in enumerate(item.samples, 1):
+            body.append(f"<pre>{html_tokens(encoded, tokenizer, image_tokens=image_tokens)}</pre>")
+            if len(item.samples) > 1:
+                counted = legend(encoded, image_tokens=image_tokens)
+                body.append(f'<div class="facts">sample {number} of {len(item.samples)}: {counted}</div>')
+    else:
+        body += map(_turn, record.turns)
+    if record.meta:
+        meta = json.dumps(record.meta, ensure_ascii=False, indent=1, default=str)
+        body.append(f"<details><summary>meta</summary><pre>{escape(meta)}</pre></details>")
+    return f"<article>{''.join(body)}</article>\n"
+
+
+def facts(record: Record, samples: Sequence[Encoded], image_tokens: int | None) -> list[str]:
+    """Lengths and provenance of a record, each in a few words."""
+    out = [_of(len(record.turns), "turn")]
+    if record.images:
+        out.append(_of(len(record.images), "image"))
+    if samples:
+        supervised, slots, tokens = _counts(samples)
+        length = tokens + slots * ((image_tokens or 1) - 1)
+        out += [
+            _of(length, "token"),
+            f"{supervised:,} learned from ({supervised / max(tokens - slots, 1):.0%} of text)",
+        ]
+        if len(samples) > 1:
+            out.append(f"{len(samples)} samples")
+    else:
+        out.append(_of(sum(len(turn.text) for turn in record.turns), "character"))
+    return [*out, f"licence {record.licence}" if record.licence else "licence not stated"]
+
+
+def _counts(samples: Sequence[Encoded]) -> tuple[int, int, int]:
+    """Supervised tokens, image slots and entries in all, over the samples."""
+    slots = sum(encoded.ids.count(IMAGE_SLOT) for encoded in samples)
+    return sum(sum(e.supervised) for e in samples), slots, sum(len(e.ids) for e in samples)
+
+
+def _bar(samples: Sequence[Encoded], image_tokens: int) -> str:
+    supervised, slots, tokens = _counts(samples)
+    total = tokens + slots * (image_tokens - 1)
+    shares = {"image": slots * image_tokens, "content": tokens - slots - supervised, "supervised": supervised}
+    parts = "".join(f'<i class="{kind}" style="width:{100 * n / total:.2f}%"></i>' for kind, n in shares.items())
+    told = ", ".join(f"{n / total:.0%} {name}" for n, name in zip(shares.values(), _SHARES, strict=True))
+    return f'<div class="bar" title="{told}">{parts}</div>'
+
+
+_SHARES = ("images", "read only", "learned from")
+
+
+def _figure(image: Image) -> str:
+    name = Path(image.source).name if isinstance(image.source, str) else "inside the record"
+    try:
+        picture = load_rgb(image)
+    except ImageError as error:
+        return f'<div class="problem">{escape(error.where)}: {escape(error.problem)}</div>'
+    size = f"{picture.width} × {picture.height}"
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=82)
+    data = base64.b64encode(out.getvalue()).decode("ascii")
+    return (
+        f'<figure><img alt="{escape(name)}" width="{picture.width}" height="{picture.height}" '
+        f'src="data:image/jpeg;base64,{data}"><figcaption>{escape(short(name))} · {size}</figcaption></figure>'
+    )
+
+
+def _turn(turn: Turn) -> str:
+    parts = [
+        escape(part.text) if isinstance(part, Text) else '<span class="image">image</span> ' for part in turn.parts
+    ]
+    return f'<div class="turn {turn.role}"><b>{turn.role}</b>{"".join(parts)}</div>'
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+# --- terminal -----------------------------------------------------------------------------------------------------
+
+
+def to_terminal(
+    items: Sequence[Shown], *, tokenizer: Any = None, image_tokens: int | None = None
+) -> Iterator[RenderableType]:
+    """Yield what to print with rich, record by record."""
+    for item in items:
+        record = item.row
+        yield Rule(RichText(_plain(f"{item.number}  {record.where or 'bad row'}"), "bold"), align="left")
+        if isinstance(record, RecordError):
+            yield RichText(_plain(record.problem), "red")
+            continue
+        yield RichText(_plain(" · ".join(facts(record, item.samples, image_tokens))), "dim")
+        if item.problem:
+            yield RichText(_plain(item.problem), "red")
+        for number, image in enumerate(record.images, 1):
+            yield _image_line(number, image)
+        if item.samples:
+            yield from (to_rich(encoded, tokenizer, image_tokens=image_tokens) for encoded in item.samples)
+            continue
+        for turn in record.turns:
+            shown = "".join(part.text if isinstance(part, Text) else "[image]" for part in turn.parts)
+            yield RichText.assemble((f"{turn.role}: ", "bold"), (_plain(shown), _ROLE_STYLES.get(turn.role, "")))
+
+
+_ROLE_STYLES = {"assistant": "green", "system": "dim"}
+
+
+def _image_line(number: int, image: Image) -> RichText:
+    name = image.source if isinstance(image.source, str) else "inside the record"
+    try:
+        W, H = image_size(image)
+    except ImageError as error:
+        return RichText(_plain(f"image {number}: {name}: {error.problem}"), "red")
+    return RichText(_plain(f"image {number}: {name} ({W} x {H})"))
+
+
+def _plain(text: str) -> str:
+    """Keep what a record holds from acting on the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\u{ord(c):04x}" for c in text)
