@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mmit.errors import CheckpointError, ConfigError
+from mmit.errors import ConfigError
 from mmit.models.tuning import Group
+from mmit.train.optimizer_state import read_state, write_state
 from mmit.train.zero import complete
 
 
@@ -46,7 +46,8 @@ class Engine(ABC):
     rank: int = 0
     world: int = 1
     device: torch.device
-    layout: str  # whose optimizer state `save_state` writes, for messages
+    names: list[str]  # of the trained parameters, in the order of
+    parameters: list[nn.Parameter]
 
     @abstractmethod
     def forward_backward(self, tensors: Mapping[str, torch.Tensor], *, scale: float, last: bool) -> torch.Tensor:
@@ -69,12 +70,25 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def save_state(self, folder: Path) -> None:
-        """Write the optimizer state of this rank under `folder`."""
+    def states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Whole optimizer state by parameter name: keys of `optimizer_state.KEYS`; ranks must iterate together."""
 
     @abstractmethod
+    def take_states(self, states: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> None:
+        """Put back what `states` of an engine of any kind gave."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write the optimizer state under `folder`."""
+        write_state(folder, self.states(), shapes=self.shapes(), write=self.rank == 0)
+
     def load_state(self, folder: Path) -> None:
-        """Read what `save_state` wrote."""
+        """Read what `save_state` of any engine wrote. Raises CheckpointError."""
+        self.take_states(read_state(folder, shapes=self.shapes()))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the trained parameters, partitioned or not."""
+        # ZeRO-3 leaves an empty tensor and keeps the shape beside it.
+        return {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in zip(self.names, self.parameters, strict=True)}
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers over ranks, in float64."""
@@ -135,7 +149,6 @@ class TorchEngine(Engine):
                 remedy="set train.precision=bf16, or engine.kind=deepspeed",
             )
         self.device, self.clip = device, clip
-        self.layout = "the torch engine"
         self.model = model.to(device)
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
@@ -185,38 +198,24 @@ class TorchEngine(Engine):
         self.optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def save_state(self, folder: Path) -> None:
-        """`optimizer.safetensors`: per parameter the float32 master and Adam's moments."""
-        tensors: dict[str, torch.Tensor] = {}
+    def states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Moments, and the float32 master where there is one."""
         for name, p, m in zip(self.names, self.parameters, self.masters, strict=True):
-            state = self.optimizer.state.get(m, {})
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                if key in state:
-                    tensors[f"{name}|{key}"] = state[key].detach().cpu().reshape(state[key].shape).contiguous()
-            if p is not m:
-                tensors[f"{name}|master"] = m.detach().cpu().contiguous()
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / "optimizer.safetensors")
+            state = dict(self.optimizer.state.get(m, {}))
+            if state and p is not m:
+                state["master"] = m
+            yield name, state
 
-    def load_state(self, folder: Path) -> None:
-        """Restore masters and moments; every tensor must be of this model."""
-        tensors = load_file(folder / "optimizer.safetensors")
-        known = {f"{n}|{k}" for n in self.names for k in ("exp_avg", "exp_avg_sq", "step", "master")}
-        if strange := sorted(set(tensors) - known):
-            raise CheckpointError(
-                f"holds the optimizer state of parameters this run does not train, such as {strange[0]}",
-                where=str(folder),
-                remedy="resume with the config the checkpoint was made with, or use run.init_from for its weights only",
-            )
-        for name, p, m in zip(self.names, self.parameters, self.masters, strict=True):
-            if (master := tensors.get(f"{name}|master")) is not None and p is not m:
+    def take_states(self, states: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> None:
+        """Restore moments and masters."""
+        number = {n: i for i, n in enumerate(self.names)}
+        for name, state in states:
+            p, m = self.parameters[number[name]], self.masters[number[name]]
+            master = state.pop("master", None)
+            if master is not None and p is not m:
                 m.data.copy_(master)
                 p.data.copy_(m)
-            state = {k: tensors[f"{name}|{k}"] for k in ("exp_avg", "exp_avg_sq", "step") if f"{name}|{k}" in tensors}
-            if state:
-                self.optimizer.state[m] = {
-                    k: v.clone() if k == "step" else v.to(m.device).clone() for k, v in state.items()
-                }
+            self.optimizer.state[m] = {k: v if k == "step" else v.to(m.device) for k, v in state.items()}
 
 
 class DeepSpeedEngine(Engine):
@@ -252,19 +251,20 @@ class DeepSpeedEngine(Engine):
         self.device = device
         whole = complete(config, precision=precision, clip=clip)
         self.stage = int(whole.get("zero_optimization", {}).get("stage", 0))
-        self.layout = f"DeepSpeed ZeRO-{self.stage} on {self.world} ranks"
         self.parameters = [p for g in groups for _, p in g.parameters]
+        self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
         optimizer = torch.optim.AdamW(
             [{"params": [p for _, p in g.parameters], "lr": g.lr, "peak": g.lr} for g in groups],
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
+            fused=True,
         )
         self._peaks = [g.lr for g in groups]
         with self._out_of_sight():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=whole)
-        # Stage 0 in fp32 has no optimizer of DeepSpeed's around ours that would check the gradient.
-        self._unguarded = self.stage == 0 and precision == "fp32"
+        # Stage 0 in fp32: DeepSpeed steps our AdamW itself, without flat masters and without a look at the gradient.
+        self._plain = self.stage == 0 and precision == "fp32"
 
     @contextmanager
     def _out_of_sight(self) -> Iterator[None]:
@@ -288,7 +288,7 @@ class DeepSpeedEngine(Engine):
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         norm: Any = None
-        if self._unguarded:  # the gradients are summed already, so every rank finds the same norm
+        if self._plain:  # the gradients are summed already, so every rank finds the same norm
             grads = [p.grad for p in self.parameters if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
             if not torch.isfinite(norm):
@@ -299,15 +299,76 @@ class DeepSpeedEngine(Engine):
         norm = float("nan") if norm is None else float(norm)
         return norm if self.engine.was_step_applied() else float("inf")
 
-    def save_state(self, folder: Path) -> None:
-        """Write DeepSpeed's own shards."""
-        with self._out_of_sight():
-            self.engine.save_checkpoint(str(folder), tag="deepspeed", exclude_frozen_parameters=True)
+    def states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Whole tensors, gathered from all ranks one parameter at a time."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    def load_state(self, folder: Path) -> None:
-        """Read DeepSpeed's own shards; the caller has verified the folder's manifest."""
-        with self._out_of_sight():
-            self.engine.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
+        inner = self._inner
+        steps = [float(s["step"]) for s in inner.state.values() if "step" in s]
+        for name, p in zip(self.names, self.parameters, strict=True):
+            if not steps:
+                yield name, {}
+            elif self._plain:
+                yield name, dict(inner.state.get(p, {}))
+            else:
+                state = {k: safe_get_full_optimizer_state(p, k) for k in ("exp_avg", "exp_avg_sq")}
+                shape = getattr(p, "ds_shape", p.shape)
+                state["master"] = safe_get_full_fp32_param(p)
+                yield name, {"step": torch.tensor(max(steps)), **{k: v.reshape(shape) for k, v in state.items()}}
+
+    def take_states(self, states: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> None:
+        """Each rank keeps its part of every tensor."""
+        number = {n: p for n, p in zip(self.names, self.parameters, strict=True)}
+        if self._plain:
+            for name, state in states:
+                state.pop("master", None)
+                p = number[name]
+                self._inner.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+            return
+        flats = self._flat_masters()
+        for flat in flats:
+            zeros = {k: torch.zeros_like(flat.data) for k in ("exp_avg", "exp_avg_sq")}
+            self._inner.state[flat] = {"step": torch.tensor(0.0), **zeros}
+        if self.stage < 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+        step = torch.tensor(0.0)
+        for name, state in states:
+            step = torch.maximum(step, state["step"])
+            for key in ("exp_avg", "exp_avg_sq", "master"):
+                if key in state:
+                    self._set_part(number[name], state[key], key)
+        for flat in flats:
+            self._inner.state[flat]["step"] = step.clone()
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """Our AdamW inside DeepSpeed's optimizer."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _flat_masters(self) -> list[torch.Tensor]:
+        if self.stage == 3:
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._inner.param_groups for p in group["params"]]
+
+    def _set_part(self, p: nn.Parameter, value: torch.Tensor, key: str) -> None:
+        from deepspeed import utils
+
+        value = value.to(self.device)
+        if self.stage < 3:
+            if key == "master":
+                utils.safe_set_full_fp32_param(p, value)
+            else:
+                utils.safe_set_full_optimizer_state(p, value, key)
+            return
+        # DeepSpeed's setter of whole tensors fails where ranks do not divide them: cut our padded part ourselves.
+        size = utils.safe_get_local_fp32_param(p).numel()
+        padded = torch.zeros(size * self.world, device=self.device)
+        padded[: value.numel()] = value.flatten()
+        part = padded[self.rank * size : (self.rank + 1) * size]
+        if key == "master":
+            utils.safe_set_local_fp32_param(p, part)
+        else:
+            utils.safe_set_local_optimizer_state(p, part, key)
 
     @contextmanager
     def whole(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """The trainer's half of a checkpoint: where the run stood, and how it goes on from there bit for bit.
 
 Owns `trainer/` in a checkpoint (progress, optimizer state, random state of every rank), the choice of the checkpoint
-to continue from, and which older ones are kept. Refuses to continue with other data, another seed or another engine,
-because the result would look like the same run without being it.
+to continue from, and which older ones are kept. Engine, ZeRO stage and number of ranks may change in between.
+Refuses other data or another seed, because the result would look like the same run without being it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def write_trainer(folder: Path, engine: Engine, progress: Progress, *, seed: int
     """Write progress and random state into `folder`/trainer; the engine adds its own (`Engine.save_state`)."""
     trainer = folder / "trainer"
     if engine.rank == 0:
-        facts = {"seed": seed, "units": units, "world": engine.world, "engine": engine.layout}
+        facts = {"seed": seed, "units": units, "world": engine.world}
         (trainer / "progress.json").write_text(json.dumps({**asdict(progress), **facts}, indent=1))
     random = {"cpu": torch.get_rng_state()}
     if engine.device.type == "cuda":
@@ -78,7 +78,7 @@ def restore(engine: Engine, folder: Path | None, *, seed: int, units: int, say: 
     """Bring the optimizer, the random state and the position back; a fresh start only seeds.
 
     Raises:
-        CheckpointError: the checkpoint has no trainer state, or is of other data, another seed or engine.
+        CheckpointError: the checkpoint has no trainer state, or is of other data or another seed.
     """
     torch.manual_seed(seed + 1000 * engine.rank)
     if folder is None:
@@ -98,12 +98,6 @@ def restore(engine: Engine, folder: Path | None, *, seed: int, units: int, say: 
                 where=str(folder),
                 remedy=OTHER_START,
             )
-    if saved["engine"] != engine.layout:
-        raise CheckpointError(
-            f"holds the optimizer state of {saved['engine']}, this run has {engine.layout}",
-            where=str(folder),
-            remedy=f"resume with {saved['engine']}, or start from its weights with run.init_from",
-        )
     engine.load_state(trainer)
     _restore_random(engine, trainer, saved["world"], say)
     names = {f.name for f in fields(Progress)}

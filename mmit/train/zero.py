@@ -68,5 +68,13 @@ def complete(options: Mapping[str, Any], *, precision: str, clip: float | None) 
             whole[section] = inner
     if precision == "bf16":
         whole["bf16"].setdefault("check_grad_overflow", True)  # else a NaN gradient is applied
+    stage = int((whole.get("zero_optimization") or {}).get("stage", 0))
+    if precision == "fp16" and stage == 0:
+        raise ConfigError(
+            "ZeRO-0 with train.precision=fp16 has an optimizer state that mmit cannot save",
+            where=WHERE,
+            remedy="set engine.deepspeed=zero1, or train.precision=bf16",
+        )
     whole["zero_allow_untested_optimizer"] = True
+    whole["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs on CPUs without a compiler
     return whole

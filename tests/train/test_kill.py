@@ -90,7 +90,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
     folder = folders.newest(run_dir)
     assert folder is not None
-    files = ["projector.safetensors", "adapter/adapter_model.safetensors", "trainer/optimizer.safetensors"]
+    files = ["projector.safetensors", "adapter/adapter_model.safetensors", "trainer/optimizer-00001.safetensors"]
     return {f"{f}:{k}": v for f in files for k, v in load_file(folder / f).items()}
 
 

@@ -205,7 +205,7 @@ def test_bf16_keeps_float32_masters(straight, tmp_path, precision):
         os.symlink(straight / part, tmp_path / part)
     assert run(tiny_config(tmp_path, train={"steps": 6, "rows_per_step": 2, "precision": precision})) == 0
     folder = checkpoint.newest(tmp_path / "run")
-    state = load_file(folder / "trainer" / "optimizer.safetensors")
+    state = load_file(folder / "trainer" / "optimizer-00001.safetensors")
     masters = {k: v for k, v in state.items() if k.endswith("|master")}
     assert masters and all(v.dtype == torch.float32 for v in masters.values())
     assert all(v.dtype == torch.bfloat16 for v in final_tensors(tmp_path / "run").values())

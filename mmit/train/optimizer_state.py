@@ -1,0 +1,91 @@
+"""Optimizer state on disk, the same for every engine, ZeRO stage and number of ranks.
+
+One whole float32 tensor per trained parameter and key ("exp_avg", "exp_avg_sq", "step", and "master" where the model
+computes in another format), under the parameter's name, in safetensors files of bounded size, so that neither saving
+nor loading holds all of it in memory. Refuses a state of other parameters than those that are trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mmit.errors import CheckpointError
+
+KEYS = ("step", "exp_avg", "exp_avg_sq", "master")
+FILE_BYTES = 2 << 30
+INDEX = "optimizer.json"
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def write_state(
+    folder: Path, states: Iterable[tuple[str, dict[str, torch.Tensor]]], *, shapes: Shapes, write: bool
+) -> None:
+    """Write what `states` yields, parameter by parameter.
+
+    Args:
+        states: (name, tensors by key); exhausted on every rank, since gathering them may need all.
+        shapes: of every trained parameter, kept beside the tensors.
+        write: this rank writes; the others only take part.
+    """
+    files: dict[str, list[str]] = {}
+    waiting: dict[str, torch.Tensor] = {}
+    size = 0
+
+    def flush() -> None:
+        name = f"optimizer-{len(files) + 1:05d}.safetensors"
+        save_file(waiting, folder / name)
+        files[name] = sorted(waiting)
+        waiting.clear()
+
+    for name, tensors in states:
+        if not write:
+            continue
+        for key, tensor in tensors.items():
+            waiting[f"{name}|{key}"] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+            size += tensor.numel() * 4
+        if size >= FILE_BYTES:
+            flush()
+            size = 0
+    if write:
+        flush()
+        index = {"parameters": {n: list(s) for n, s in shapes.items()}, "files": files}
+        (folder / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def read_state(folder: Path, *, shapes: Shapes) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+    """Yield (name, tensors by key) of every parameter that has a state; nothing is kept.
+
+    Raises:
+        CheckpointError: the state is of other parameters than `shapes` lists.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            "holds no optimizer state", where=str(folder), remedy="start from its weights with run.init_from"
+        ) from None
+    _same_parameters({n: tuple(s) for n, s in index["parameters"].items()}, shapes, folder)
+    for name, keys in index["files"].items():
+        with safe_open(folder / name, framework="pt") as file:
+            for parameter in dict.fromkeys(k.rpartition("|")[0] for k in keys):
+                mine = [k for k in KEYS if f"{parameter}|{k}" in keys]
+                yield parameter, {k: file.get_tensor(f"{parameter}|{k}") for k in mine}
+
+
+def _same_parameters(then: Shapes, now: Shapes, folder: Path) -> None:
+    problems = [f"{n} was trained then and is not now" for n in then if n not in now]
+    problems += [f"{n} is trained now and was not then" for n in now if n not in then]
+    problems += [f"{n} had the shape {then[n]}, now {now[n]}" for n in now if n in then and then[n] != now[n]]
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise CheckpointError(
+            f"holds the optimizer state of another set of parameters: {problems[0]}{more}",
+            where=str(folder),
+            remedy="resume with the config the checkpoint was made with, or use run.init_from for its weights only",
+        )
