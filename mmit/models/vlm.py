@@ -38,6 +38,8 @@ class VLM(nn.Module):
         self.vision, self.projector = vision, projector
         # Per component the parameters that a tuning method chose or added, which a checkpoint keeps by name.
         self.partly: dict[str, tuple[str, ...]] = {}
+        # Components that came whole out of a checkpoint: no hub id leads to them, so the next one keeps them whole.
+        self.whole: set[str] = set()
 
     @property
     def image_tokens(self) -> int:

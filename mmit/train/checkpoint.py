@@ -35,6 +35,7 @@ from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble
 from mmit.models.llm import why_not_4bit
 from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
+from mmit.models.vision import VisionTower
 from mmit.models.vlm import VLM
 from mmit.train.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
 from mmit.yamlio import parse_yaml
@@ -116,10 +117,31 @@ def write_model(
     for part, names in vlm.partly.items():
         tensors = {n: getattr(vlm, part).get_parameter(n).detach().cpu().contiguous() for n in names}
         save_file(tensors, folder / f"{part}_tuned.safetensors")
-    if config.tune.llm.mode == "full" or include_base:
+    if config.tune.llm.mode == "full" or "llm" in vlm.whole or include_base:
+        _refuse_residual(vlm.llm)
         _base_llm(vlm).save_pretrained(folder / "llm", state_dict=_plain_state(_base_llm(vlm)))
-    if vlm.vision is not None and (config.tune.vision.mode == "full" or include_base):
-        save_file(_state(vlm.vision), folder / "vision.safetensors")
+    if vlm.vision is not None and (config.tune.vision.mode == "full" or "vision" in vlm.whole or include_base):
+        tower = {k: v.detach().cpu().contiguous() for k, v in _tower_state(vlm.vision).items()}
+        save_file(tower, folder / "vision.safetensors")
+
+
+def _refuse_residual(llm: Any) -> None:
+    """PiSSA and OLoRA take the adapter out of the base; a base stored like that would lose it twice."""
+    configs = llm.peft_config.values() if isinstance(llm, PeftModel) else ()
+    if any(getattr(c, "init_lora_weights", True) in ("pissa", "olora") for c in configs):
+        raise CheckpointError(
+            "the base of a PiSSA or OLoRA adapter cannot be stored beside it",
+            where="tune.llm.options.init",
+            remedy="merge the adapter first, or use init: true",
+        )
+
+
+def _tower_state(tower: VisionTower) -> dict[str, torch.Tensor]:
+    """The encoder's own tensors under their own names, adapters left out; they share memory with the tower."""
+    if not isinstance(tower.encoder, PeftModel):
+        return tower.state_dict()
+    inner = tower.encoder.get_base_model()
+    return {f"encoder.{base_name(k)}": v for k, v in inner.state_dict().items() if not is_added(inner, k)}
 
 
 def _base_llm(vlm: VLM) -> Any:
@@ -135,6 +157,7 @@ def _plain_state(llm: Any) -> dict[str, torch.Tensor]:
     return {base_name(k): v for k, v in llm.state_dict().items() if not is_added(llm, k)}
 
 
+@torch.no_grad()
 def read_weights(vlm: VLM, folder: Path) -> None:
     """Put the tensors of a verified checkpoint into a composite that was built from its config.
 
@@ -143,7 +166,11 @@ def read_weights(vlm: VLM, folder: Path) -> None:
     if vlm.projector is not None:
         _strict(vlm.projector, load_file(folder / "projector.safetensors"), folder / "projector.safetensors")
     if (folder / "vision.safetensors").exists() and vlm.vision is not None:
-        _strict(vlm.vision, load_file(folder / "vision.safetensors"), folder / "vision.safetensors")
+        tensors, own = load_file(folder / "vision.safetensors"), _tower_state(vlm.vision)
+        _compare(own, tensors, folder / "vision.safetensors")
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+        vlm.whole.add("vision")
     for part in ("llm", "vision"):
         if (folder / f"{part}_tuned.safetensors").exists():
             _read_partly(vlm, part, folder / f"{part}_tuned.safetensors")
@@ -156,18 +183,16 @@ def read_weights(vlm: VLM, folder: Path) -> None:
 def _read_partly(vlm: VLM, part: str, path: Path) -> None:
     """Copy tensors of single parameters; the model must have been tuned with the checkpoint's own method."""
     tensors = load_file(path)
-    module = getattr(vlm, part)
-    expected = {n: module.get_parameter(n) for n in vlm.partly.get(part, ())}
-    if not expected and module is not None:
+    expected = {n: getattr(vlm, part).get_parameter(n) for n in vlm.partly.get(part, ())}
+    if expected.keys() != tensors.keys():
         raise CheckpointError(
-            f"holds tensors of a tuning method that this config does not use for {part}",
+            f"holds tensors of another tuning method than this config has for {part}, such as {min(tensors)}",
             where=str(path),
             remedy=f"set tune.{part} as in the config.yaml beside it",
         )
     _compare(expected, tensors, path)
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            expected[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        expected[name].copy_(tensor)
 
 
 def _read_adapter(model: Any, adapter: Path) -> PeftModel:
@@ -268,6 +293,8 @@ def load_model(
         packed=config.data.packing,
         tokenizer=str(path / "tokenizer"),
     )
+    if (path / "llm").exists():
+        vlm.whole.add("llm")
     if not untuned:
         tune = config.tune.model_dump()
         if tune["llm"]["mode"] == "qlora" and four_bits is None:

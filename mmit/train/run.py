@@ -131,15 +131,22 @@ def _assemble(config: Config, start: Path | None) -> tuple[VLM, Any]:
     """The composite and its tokenizer; a fully tuned LLM comes from the checkpoint `start`."""
     dtype = torch.float32 if config.train.precision == "fp32" else DTYPES[config.train.precision]
     model = config.model.model_dump()
-    if start is not None and (start / "llm").exists():
+    tokenizer = None
+    named = Path(model["llm"]["name"]).absolute()  # the config itself may point there, as a base like any other
+    if start is not None and (start / "llm").exists() and named != (start / "llm").absolute():
         model["llm"].update(name=str(start / "llm"), revision=None, random_init=None)
-    return assemble(
+        tokenizer = str(start / "tokenizer")
+    vlm, tokens = assemble(
         model,
         dtype=dtype,
         seed=config.run.seed,
         packed=config.data.packing,
+        tokenizer=tokenizer,
         quantization=quantization(config.tune.llm.mode, config.tune.llm.options),
     )
+    if tokenizer is not None:
+        vlm.whole.add("llm")
+    return vlm, tokens
 
 
 def _read_data(
@@ -263,7 +270,7 @@ def _save(
     """Write checkpoints/step-N and remove those beyond `keep_last`."""
     run_dir, main = Path(config.run.dir), engine.rank == 0
     folder = run_dir / "checkpoints" / f"step-{progress.step:06d}"
-    everything = config.tune.llm.mode == "full"
+    everything = config.tune.llm.mode == "full" or "llm" in vlm.whole
     written = [p for n, p in vlm.named_parameters() if everything or p.requires_grad or not n.startswith("llm.")]
 
     def model(draft: Path) -> None:

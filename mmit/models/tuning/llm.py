@@ -42,10 +42,22 @@ def _full(vlm: VLM, options: Mapping[str, Any]) -> None:
 
 
 def _lora(vlm: VLM, options: Mapping[str, Any]) -> None:
+    if options["init"] in ("pissa", "olora"):
+        _needs_named_base(vlm, f"init '{options['init']}' changes the base")
     vlm.llm = tune_lora(vlm.llm, options)
 
 
+def _needs_named_base(vlm: VLM, reason: str) -> None:
+    if "llm" in vlm.whole:
+        raise ModelError(
+            f"{reason}, which therefore cannot be kept in the checkpoints of a run that starts from a tuned LLM",
+            where="tune.llm",
+            remedy="set model.llm.name to the llm folder of that checkpoint, which makes it a base like any other",
+        )
+
+
 def _qlora(vlm: VLM, options: Mapping[str, Any]) -> None:
+    _needs_named_base(vlm, "4-bit loading rounds the base")
     vlm.llm = tune_qlora(vlm.llm, options)
 
 
@@ -69,9 +81,7 @@ def _houlsby(vlm: VLM, options: Mapping[str, Any]) -> None:
         inside = {id(p) for p in layers.parameters()}
         chosen = {id(p) for n in norms(llm) for p in llm.get_submodule(n).parameters()} & inside
         chosen_parameters = [p for p in layers.parameters() if id(p) in chosen]
-    insert_adapters(
-        llm, size=options["size"], activation=options["activation"], after=_list(options["after"])
-    )
+    insert_adapters(llm, size=options["size"], activation=options["activation"], after=_list(options["after"]))
     adapters = {id(p) for n, p in llm.named_parameters() if ".adapter." in n}
     wanted = adapters | ({id(p) for p in chosen_parameters} if options["norms"] else set())
     names = [n for n, p in llm.named_parameters() if id(p) in wanted]
