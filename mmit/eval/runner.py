@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmit.errors import MmitError, ModelError
-from mmit.eval.metrics import METRICS, Score
+from mmit.eval.metrics import METRICS, Score, get_metric
 from mmit.eval.tasks import Item, Task, task_items
 from mmit.records import Image, Record, json_lines
 
@@ -50,6 +50,21 @@ class Generates(Protocol):
         ...
 
 
+class Scores(Protocol):
+    """What an evaluation by likelihood needs of a model; `mmit.generate.Model` has it."""
+
+    def score(
+        self,
+        records: Sequence[Record],
+        choices: Sequence[Sequence[str]],
+        *,
+        batch_size: int,
+        blank_images: bool = False,
+    ) -> list[list[float]]:
+        """Return for each record the log-probability of each of its choices."""
+        ...
+
+
 class Lazy:
     """A model that is built when it is first asked: never, if all of its answers are on file."""
 
@@ -57,11 +72,18 @@ class Lazy:
         self._build = build
         self._model: Generates | None = None
 
-    def generate(self, records: Sequence[Record], **options: Any) -> list[str]:
-        """Build the model if need be, and let it answer."""
+    def _built(self) -> Any:
         if self._model is None:
             self._model = self._build()
-        return self._model.generate(records, **options)
+        return self._model
+
+    def generate(self, records: Sequence[Record], **options: Any) -> list[str]:
+        """Build the model if need be, and let it answer."""
+        return self._built().generate(records, **options)
+
+    def score(self, records: Sequence[Record], choices: Any, **options: Any) -> list[list[float]]:
+        """Build the model if need be, and let it say how likely the choices are."""
+        return _scorer(self._built()).score(records, choices, **options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +110,7 @@ def evaluate(
     batch_size: int = 64,
     blank_images: bool = False,
     label: str = "tuned",
+    metric: Callable[..., Score] | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Result:
@@ -104,6 +127,7 @@ def evaluate(
         batch_size: questions per call of the model.
         blank_images: have the model see a blank picture in place of each.
         label: names the file of answers.
+        metric: what scores the answers; None takes METRICS[task.metric].
         overwrite, progress: drop the answers on file and start anew; show a progress bar.
 
     Raises:
@@ -122,16 +146,14 @@ def evaluate(
         for batch in _chunks(items, batch_size):
             if all(item.id in rows for item in batch):
                 continue
-            answers = _generate(
-                model, batch, task.max_new_tokens, batch_size=batch_size, blank_images=blank_images
-            )
+            answers = _answers(model, task, batch, batch_size=batch_size, blank_images=blank_images)
             pairs = zip(batch, answers, strict=True)
-            new = [asked[item.id] | {"answer": text} for item, text in pairs if item.id not in rows]
+            new = [asked[item.id] | answer for item, answer in pairs if item.id not in rows]
             _append(path, new)
             rows |= {row["id"]: row for row in new}
             advance(len(new))
     ordered = [rows[item.id] for item in items]
-    score = _score(task, ordered, seed)
+    score = _score(metric or get_metric(task.metric), ordered, seed)
     others = [row for name, row in rows.items() if name not in asked]
     # Scored rows come first; answers to questions outside this sample are kept, without a score.
     replace_file(path, _lines([settings, *_with_scores(ordered, score), *_with_scores(others, None)]))
@@ -144,7 +166,12 @@ def _settings(task: Task, **more: Any) -> Row:
 
     Neither metric nor sample: a metric can score answers that another asked for, and a sample can grow.
     """
-    return {"format": FORMAT, "task": task.name, "max_new_tokens": task.max_new_tokens, **more}
+    settings = {"format": FORMAT, "task": task.name, "max_new_tokens": task.max_new_tokens, **more}
+    if task.stop:
+        settings["stop"] = task.stop
+    if task.answer_by != "generate":
+        settings["answer_by"] = task.answer_by
+    return settings
 
 
 def invalid_rate(task: Task, score: Score, answers: Sequence[str]) -> float:
@@ -152,7 +179,7 @@ def invalid_rate(task: Task, score: Score, answers: Sequence[str]) -> float:
 
     Without a closed set: the share that the metric cannot read.
     """
-    if task.answers is None:
+    if task.answers is None or task.metric not in METRICS:
         return score.unparsed_rate
     known = METRICS[task.metric](task.answers, task.answers)
     valid = set(map(str, known.details.get("parsed", task.answers)))
@@ -239,26 +266,47 @@ def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
         yield items[start : start + CHUNK * size]
 
 
-def _generate(
-    model: Generates, chunk: Sequence[Item], max_new_tokens: int, *, batch_size: int, blank_images: bool
-) -> Sequence[str]:
-    answers = model.generate(
-        [item.prompt for item in chunk],
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        blank_images=blank_images,
-        temperature=0.0,
-    )
-    if len(answers) != len(chunk) or not all(isinstance(answer, str) for answer in answers):
-        problem = f"{len(answers)} answers to {len(chunk)} questions, or some that are not text"
-        raise ModelError(problem, where="generate", remedy="It must return one text per record, in order.")
-    return answers
+def _answers(
+    model: Generates | Scores, task: Task, chunk: Sequence[Item], *, batch_size: int, blank_images: bool
+) -> list[Row]:
+    """Return {"answer": text} per question, with "likelihoods" of its choices where these decide."""
+    records = [item.prompt for item in chunk]
+    options: dict[str, Any] = {"batch_size": batch_size, "blank_images": blank_images}
+    if task.answer_by == "generate":
+        if task.stop:
+            options["stop"] = tuple(task.stop)
+        answers = model.generate(records, max_new_tokens=task.max_new_tokens, temperature=0.0, **options)  # type: ignore[union-attr]
+        if len(answers) != len(chunk) or not all(isinstance(answer, str) for answer in answers):
+            problem = f"{len(answers)} answers to {len(chunk)} questions, or some that are not text"
+            raise ModelError(problem, where="generate", remedy="It must return one text per record, in order.")
+        return [{"answer": answer} for answer in answers]
+    likelihoods = _scorer(model).score(records, [item.choices for item in chunk], **options)
+    if [len(row) for row in likelihoods] != [len(item.choices) for item in chunk]:
+        remedy = "It must return a list per record with one number per choice."
+        raise ModelError("numbers that do not fit the choices", where="score", remedy=remedy)
+    return [_likeliest(task, item, row) for item, row in zip(chunk, likelihoods, strict=True)]
 
 
-def _score(task: Task, rows: Sequence[Row], seed: int) -> Score:
-    groups = None if task.group_by is None else [row["group"] for row in rows]
+def _scorer(model: Any) -> Scores:
+    if not hasattr(model, "score"):
+        problem = "the task compares likelihoods of choices, which this model does not tell"
+        raise ModelError(problem, where="answer_by", remedy="Set answer_by: generate, or evaluate an mmit model.")
+    return model
+
+
+def _likeliest(task: Task, item: Item, likelihoods: Sequence[float]) -> Row:
+    """Return the choice of the highest log-likelihood, the first of equals."""
+    per_character = task.answer_by == "likelihood_per_character"
+    lengths = [len(choice) if per_character else 1 for choice in item.choices]
+    best = max(range(len(lengths)), key=lambda n: likelihoods[n] / lengths[n])
+    return {"answer": item.choices[best], "likelihoods": [float(value) for value in likelihoods]}
+
+
+def _score(metric: Callable[..., Score], rows: Sequence[Row], seed: int) -> Score:
+    some = any(row["group"] is not None for row in rows)
+    groups = ["other" if row["group"] is None else row["group"] for row in rows] if some else None
     answers, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
-    return METRICS[task.metric](answers, references, groups=groups, seed=seed)
+    return metric(answers, references, groups=groups, seed=seed)
 
 
 def _with_scores(rows: Sequence[Row], score: Score | None) -> Iterator[Row]:
@@ -271,7 +319,8 @@ def _with_scores(rows: Sequence[Row], score: Score | None) -> Iterator[Row]:
     parsed, values = (column if len(column) == len(rows) else [None] * len(rows) for column in columns)
     for row, read, value in zip(rows, parsed, values, strict=True):
         correct = bool(value) if value in (0, 1) else value
-        yield {key: row[key] for key in ("id", *_ASKED, "answer")} | {"parsed": read, "correct": correct}
+        kept = {key: row[key] for key in ("id", *_ASKED, "answer", "likelihoods") if key in row}
+        yield kept | {"parsed": read, "correct": correct}
 
 
 def _open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwrite: bool) -> dict[str, Row]:

@@ -2,29 +2,57 @@
 
 In: a task's YAML (a path, or the name of one in configs/eval). Out: a typed `Task`, and its questions as
 `Item`s: one per question-answer pair, each with the pictures it is about. Never runs a model, never scores.
+
+A task of one's own is records, prompt and metric (configs/eval/custom_example.yaml is a whole one):
+
+    name: my_task
+    records: my_test.json        # LLaVA's layout here; any name in mmit.data.formats.FORMATS
+    format: llava
+    image_root: pictures
+    prompt: "{question}\\nAnswer the question using a single word or phrase."
+    metric: exact                # any name in mmit.eval.metrics.METRICS
+
+A benchmark that mmit knows by the files its makers distribute names a layout instead of records:
+
+    name: gqa
+    layout: gqa                  # a name in mmit.eval.layouts.LAYOUTS; its files are in <data root>/gqa
+    prompt: "{question}\\nAnswer the question using a single word or phrase."
+    metric: gqa:lmms
 """
 
 from __future__ import annotations
 
 import os
-import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
 from mmit import sections
 from mmit.data.formats import FORMATS, easy_vqa, import_file
-from mmit.errors import ConfigError, MmitError, RecordError, nearest
+from mmit.errors import ConfigError, MmitError, nearest
+from mmit.eval import layouts
+from mmit.eval.judges import JUDGES
 from mmit.eval.metrics import METRICS
-from mmit.records import Image, Record, Text, Turn
+from mmit.eval.questions import QUESTION, Item, check_ids, prompt_text, record_items, sample_items
+from mmit.records import Record
 from mmit.sections import Section, brief
 from mmit.yamlio import parse_yaml
 
-QUESTION = "{question}"
+__all__ = [
+    "SHIPPED",
+    "Item",
+    "SampleConfig",
+    "Task",
+    "load_task",
+    "prompt_text",
+    "sample_items",
+    "task_items",
+    "training_items",
+]
+
 SPLIT = "{split}"
 _PACKAGE = "package:"
 PACKAGES: dict[str, Callable[[str], Iterator[Record]]] = {"easy-vqa": easy_vqa}
@@ -46,9 +74,15 @@ class Task(Section):
 
     name: str
     """name in reports, and of the folder of its results"""
-    records: str
+    records: str | None = None
     """package:easy-vqa, or a JSON/JSONL file, {split} standing for the split; relative paths start at the
-    data root, by default the folder of this YAML"""
+    data root, by default the folder of this YAML; null where the task has a layout"""
+    layout: str | None = None
+    """layout of a benchmark's files, a name in mmit.eval.layouts.LAYOUTS, instead of records"""
+    folder: str | None = None
+    """folder of a layout's files in the data root (by default data/); null takes the task's name"""
+    options: dict[str, Any] = {}
+    """options of the layout"""
     format: str = "mmit"
     """format of the file's rows, a name in mmit.data.formats.FORMATS"""
     split: str | None = None
@@ -61,6 +95,8 @@ class Task(Section):
     """split the majority answers are learned from"""
     prompt: str = QUESTION
     """what is asked: {question} and any words around it"""
+    templates: list[str] = []
+    """other wordings of the prompt, for --templates; without any, mmit's general ones are put around it"""
     metric: str
     """name of a metric in mmit.eval.metrics.METRICS, e.g. exact, vqa:official, pope:official"""
     reference: str | None = None
@@ -70,8 +106,13 @@ class Task(Section):
     """meta key of the type of question: one text, or a list with one per question"""
     answers: list[str] | None = None
     """all answers there are, if the set is closed; others are counted as invalid"""
+    answer_by: Literal["generate", "likelihood", "likelihood_per_character"] = "generate"
+    """generate writes an answer; likelihood takes the likeliest of a question's choices (those of its record's meta
+    key `choices`, else `answers`), per character with its log-likelihood divided by its length"""
     max_new_tokens: PositiveInt = 32
     """longest answer in tokens"""
+    stop: list[str] = []
+    """texts that end an answer and are left out of it"""
     sample: SampleConfig | None = None
     """ask only some of the questions; null asks all"""
     how_to_get: str = ""
@@ -102,19 +143,38 @@ class Task(Section):
     @field_validator("metric")
     @classmethod
     def _metric_exists(cls, name: str) -> str:
-        if name not in METRICS:
-            raise ValueError(f"unknown metric '{name}'; {nearest(name, METRICS)}")
+        if name not in METRICS and name not in JUDGES:
+            raise ValueError(f"unknown metric '{name}'; {nearest(name, [*METRICS, *JUDGES])}")
         return name
 
-    @field_validator("prompt")
+    @field_validator("prompt", "templates")
     @classmethod
-    def _prompt_asks_once(cls, prompt: str) -> str:
-        if prompt.count(QUESTION) != 1:
-            raise ValueError(f"must contain {QUESTION} exactly once, got {brief(prompt)}")
-        return prompt
+    def _prompt_asks_once(cls, given: str | list[str]) -> str | list[str]:
+        for prompt in [given] if isinstance(given, str) else given:
+            if prompt.count(QUESTION) != 1:
+                raise ValueError(f"must contain {QUESTION} exactly once, got {brief(prompt)}")
+        return given
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Task:
+        if (self.records is None) == (self.layout is None):
+            raise ValueError("records: required (text), unless the task names a layout; it takes one of the two")
+        if self.layout is None:
+            given = [key for key in ("folder", "options") if getattr(self, key)]
+            if given:
+                raise ValueError(f"{given[0]}: belongs to a layout, and the task has records")
+            return self
+        try:
+            for split in (self.split, self.train_split):
+                layouts.check_options(self.layout, split, self.options)
+        except ConfigError as error:
+            raise ValueError(f"{error.where}: {error.problem}; {error.remedy}") from error
+        return self
 
     @model_validator(mode="after")
     def _splits_have_a_place(self) -> Task:
+        if self.layout is not None or self.records is None:
+            return self
         _check_split("split", self.split, self.records)
         if self.training is not None:
             spec, split = self.training
@@ -125,7 +185,7 @@ class Task(Section):
 
     @model_validator(mode="after")
     def _closed_set_can_be_read(self) -> Task:
-        if self.answers is not None:
+        if self.answers is not None and self.metric in METRICS:
             try:
                 METRICS[self.metric](self.answers, self.answers)
             except MmitError as error:
@@ -137,7 +197,7 @@ class Task(Section):
         """The source and split that majority answers are learned from, if the task names any."""
         if self.train_records is None and self.train_split is None:
             return None
-        return self.train_records or self.records, self.train_split
+        return self.train_records or self.records or "", self.train_split
 
     @property
     def seed(self) -> int:
@@ -153,32 +213,11 @@ def _check_split(key: str, split: str | None, spec: str) -> None:
         raise ValueError(f"{key}: {spec} is one file; write {SPLIT} in its path, or leave {key} out")
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One question: the prompt ends with the user's turn; `reference` is what the task's metric expects."""
-
-    id: str
-    prompt: Record
-    reference: Any
-    group: str | None = None
-
-    @property
-    def text(self) -> str:
-        """What is asked, in words."""
-        return prompt_text(self.prompt)
-
-
-def prompt_text(prompt: Record) -> str:
-    """Return the text of a prompt's turns, one turn after the other."""
-    return "\n".join(turn.text for turn in prompt.turns)
-
-
-def load_task(
-    path_or_name: str | os.PathLike[str], *, data_root: str | os.PathLike[str] | None = None
-) -> Task:
+def load_task(path_or_name: str | os.PathLike[str], *, data_root: str | os.PathLike[str] | None = None) -> Task:
     """Read a task's YAML, given by path or by the name of one that mmit ships.
 
-    Relative paths in it start at `data_root`, by default the YAML's folder; the Task has them absolute.
+    Relative paths in it start at `data_root`, by default the YAML's folder (of a layout, ./data); the Task has
+    them absolute.
     Raises ConfigError: unknown task, unknown key (with the nearest), or a value that cannot be.
     """
     path = _task_file(os.fspath(path_or_name))
@@ -196,8 +235,11 @@ def load_task(
     except ValidationError as error:
         origins = {keys: f"{path}:{line}" for keys, line in lines.items()}
         raise sections.config_error(error, Task, raw, where=str(path), origins=origins) from None
-    base = os.path.abspath(path.parent if data_root is None else data_root)
+    default = "data" if task.layout else path.parent
+    base = os.path.abspath(default if data_root is None else data_root)
     places = {key: _anchored(getattr(task, key), base) for key in ("records", "train_records", "image_root")}
+    if task.layout:
+        places["folder"] = _anchored(task.folder or task.name, base)
     return task.model_copy(update=places)
 
 
@@ -229,8 +271,8 @@ def task_items(task: Task, limit: int | None = None, seed: int | None = None) ->
     to it. Raises ConfigError for missing data, RecordError for a record without an answer or group, or
     with an id that another has.
     """
-    items = _items(task, task.records, task.split)
-    _check_ids(items)
+    items = _items(task, task.records or "", task.split)
+    check_ids(items)
     n = task.sample.n if limit is None and task.sample else limit
     return sample_items(items, n, task.seed if seed is None else seed)
 
@@ -242,36 +284,17 @@ def training_items(task: Task) -> list[Item]:
     return _items(task.model_copy(update={"group_by": None}), *task.training)
 
 
-def sample_items(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
-    """Return `n` items drawn without replacement, in their order; all if n is None or not fewer.
-
-    Depends on the number of items, n and seed alone. Raises ConfigError if n is not positive.
-    """
-    if n is None:
-        return list(items)
-    if n < 1:
-        raise ConfigError(f"{n} questions", where="limit", remedy="Ask at least one question.")
-    chosen = random.Random(seed).sample(range(len(items)), min(n, len(items)))
-    return [items[index] for index in sorted(chosen)]
-
-
 def _items(task: Task, spec: str, split: str | None) -> list[Item]:
-    items = [item for record in _records(task, spec, split) for item in _record_items(record, task)]
+    items = [item for record in _records(task, spec, split) for item in record_items(record, task)]
     if not items:
-        raise ConfigError(f"task '{task.name}' has no questions", where=spec, remedy="Check its records.")
+        where = spec or task.folder or ""
+        raise ConfigError(f"task '{task.name}' has no questions", where=where, remedy="Check its files.")
     return items
 
 
-def _check_ids(items: Sequence[Item]) -> None:
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            remedy = "Answers are kept by id: give each record its own, or none (its row is taken then)."
-            raise RecordError(f"the id '{item.id}' is taken already", where=item.prompt.where, remedy=remedy)
-        seen.add(item.id)
-
-
 def _records(task: Task, spec: str, split: str | None) -> Iterator[Record]:
+    if task.layout:
+        return layouts.read(task.layout, task.folder or task.name, task=task.name, split=split, **task.options)
     if spec.startswith(_PACKAGE):
         return PACKAGES[spec.removeprefix(_PACKAGE)](split or "")
     path = spec.replace(SPLIT, split or "")
@@ -284,69 +307,3 @@ def _records(task: Task, spec: str, split: str | None) -> Iterator[Record]:
         )
     root = None if task.image_root is None else task.image_root.replace(SPLIT, split or "")
     return import_file(path, task.format, image_root=root)
-
-
-def _record_items(record: Record, task: Task) -> Iterator[Item]:
-    """Yield one item per user turn."""
-    system = record.turns[:1] if record.turns[0].role == "system" else ()
-    dialogue = record.turns[len(system) :]
-    questions, answers = dialogue[::2], dialogue[1::2]
-    groups = _groups(record, task, len(questions))
-    references = _references(record, task, len(questions), [turn.text for turn in answers])
-    name = record.id or str(record.row)
-    shown: list[Image] = []
-    for number, turn in enumerate(questions):
-        item_id = name if len(questions) == 1 else f"{name}#{number + 1}"
-        user = Turn("user", (*shown, *_asked(turn, task.prompt)))
-        prompt = Record((*system, user), item_id, record.source, record.row, record.licence)
-        yield Item(item_id, prompt, references[number], groups[number])
-        shown += [part for part in turn.parts if isinstance(part, Image)]
-
-
-def _asked(turn: Turn, template: str) -> tuple[Text | Image, ...]:
-    """Put the template's words before the first and after the last text of a user turn."""
-    before, after = template.split(QUESTION)
-    parts = list(turn.parts)
-    texts = [place for place, part in enumerate(parts) if isinstance(part, Text)]
-    if not texts:  # a question made of pictures alone
-        return (*parts, Text(before + after)) if before + after else tuple(parts)
-    for place, words in ((texts[0], (before, "")), (texts[-1], ("", after))):
-        part = parts[place]
-        assert isinstance(part, Text)
-        parts[place] = Text(words[0] + part.text + words[1])
-    return tuple(parts)
-
-
-def _references(record: Record, task: Task, count: int, answers: list[str]) -> list[Any]:
-    if task.reference is None:
-        if len(answers) < count:
-            remedy = "End the record with the answer, or name the meta key that has it: reference."
-            raise RecordError("the last question has no answer", where=record.where, remedy=remedy)
-        return list(answers)
-    value = _meta(record, task.reference, "reference")
-    # A lone question may have several accepted answers, so its list is not one entry per question.
-    return [value] if count == 1 else _per_question(record, task.reference, value, count)
-
-
-def _groups(record: Record, task: Task, count: int) -> list[Any]:
-    if task.group_by is None:
-        return [None] * count
-    value = _meta(record, task.group_by, "group_by")
-    if not isinstance(value, list):
-        return [str(value)] * count
-    return [str(group) for group in _per_question(record, task.group_by, value, count)]
-
-
-def _meta(record: Record, key: str, role: str) -> Any:
-    if key not in record.meta:
-        problem = f"no meta key '{key}', which the task names as {role}"
-        remedy = nearest(key, map(str, record.meta)) if record.meta else "The record's meta is empty."
-        raise RecordError(problem, where=record.where, remedy=remedy)
-    return record.meta[key]
-
-
-def _per_question(record: Record, key: str, value: Any, count: int) -> list[Any]:
-    if not isinstance(value, list) or len(value) != count:
-        problem = f"meta key '{key}' is {brief(value)}, but the record has {count} questions"
-        raise RecordError(problem, where=record.where, remedy="Give a list with one entry per question.")
-    return value

@@ -1,0 +1,145 @@
+"""What the loaders of benchmarks share: a folder that knows what should be in it, and how a question is written down.
+
+In: a benchmark's folder as a user downloaded it. Out: Records that end with the user's turn; their meta has
+`reference` (what the metric expects), and where there are any `group` and `choices`. Opens no picture.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+from mmit.data.formats.common import image_part, json_object, json_rows
+from mmit.data.formats.tabular import csv_rows, parquet_rows
+from mmit.errors import ConfigError, RecordError
+from mmit.records import Image, Record, Text, Turn
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+Questions = Iterator[Record]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One benchmark's files and how they are read.
+
+    `files` maps a path in the folder ({split} standing for the split) to what it is. `get` says where the files
+    come from. `options` says what each option of `read` does; `splits` are the splits there are, the first being
+    the default.
+    """
+
+    read: Callable[..., Questions]
+    files: Mapping[str, str]
+    get: str
+    splits: tuple[str, ...]
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+class Folder:
+    """A benchmark's folder; `at` is the file and row being read, for messages."""
+
+    def __init__(self, path: str | os.PathLike[str], layout: Layout, *, task: str, split: str) -> None:
+        self.path, self.layout, self.task, self.split = Path(path), layout, task, split
+        self.at = str(path)
+
+    def find(self, *names: str) -> Path:
+        """Return the first of `names` (glob patterns too) that exists. Raises ConfigError with all files expected."""
+        for name in names:
+            found = sorted(self.path.glob(name)) if "*" in name else [self.path / name]
+            if found and found[0].exists():
+                return found[0]
+        raise self.lacks(" or ".join(names))
+
+    def find_all(self, *names: str) -> list[Path]:
+        """Return all files of the first glob pattern that has any. Raises as `find`."""
+        for name in names:
+            found = sorted(self.path.glob(name))
+            if found:
+                return found
+        raise self.lacks(" or ".join(names))
+
+    def lacks(self, what: str) -> ConfigError:
+        """Return the error of a folder that is not as expected."""
+        there = "" if self.path.is_dir() else ", a folder that does not exist"
+        lines = [f"It expects, {self.path} being its folder:"]
+        lines += [f"  {name.format(split=self.split)}  ({about})" for name, about in self.layout.files.items()]
+        lines += [f"How to get them: {self.layout.get}", "--data-root names the folder above."]
+        problem = f"task '{self.task}' needs {what} in {self.path}{there}"
+        return ConfigError(problem, where=str(self.path), remedy="\n".join(lines))
+
+    def json(self, *names: str, needs: Sequence[str] = ()) -> dict[str, Any]:
+        """Read the first of `names` that exists, a JSON object."""
+        path = self.find(*names)
+        self.at = str(path)
+        return json_object(str(path), *needs)
+
+    def rows(self, *names: str) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (number, row) of the first of `names` that exists: JSON list, JSONL, TSV, CSV or parquet."""
+        yield from self.rows_of(self.find(*names))
+
+    def rows_of(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield (number, row) of a file; a bad row raises."""
+        readers: dict[str, Any] = {".tsv": csv_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+        for number, row in readers.get(path.suffix, json_rows)(str(path)):
+            self.at = f"{path}:{number}"
+            if isinstance(row, RecordError):
+                raise row
+            if not isinstance(row, dict):
+                problem = f"found a {type(row).__name__}, not an object"
+                raise RecordError(problem, where=self.at, remedy="Fetch the file again.")
+            yield number, row
+
+    def picture(self, value: Any, *, root: Path | None = None) -> Image:
+        """Return the picture of a file name below `root`, of bytes, or of a parquet file's struct."""
+        try:
+            return image_part(value, str(root or self.path))
+        except RecordError as error:
+            raise RecordError(error.problem, where=self.at, remedy=error.remedy) from error
+
+    def question(
+        self,
+        text: str,
+        images: Sequence[Image] = (),
+        *,
+        id: Any,
+        reference: Any,
+        group: Any = None,
+        choices: Sequence[str] | None = None,
+        parts: Sequence[Text | Image] | None = None,
+    ) -> Record:
+        """Return a question: pictures, then text, or `parts` in their own order."""
+        meta: dict[str, Any] = {"reference": reference}
+        if group is not None:
+            meta["group"] = str(group)
+        if choices is not None:
+            meta["choices"] = list(choices)
+        content: tuple[Text | Image, ...] = tuple(parts) if parts is not None else (*images, Text(text))
+        record = Record((Turn("user", content),), str(id), self.at, None, None, meta)
+        record.validate(for_training=False)
+        return record
+
+
+def lettered(options: Sequence[Any]) -> str:
+    """Return options one a line: "A. red", "B. blue"."""
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False))
+
+
+def by_letter(options: Sequence[Any]) -> dict[str, str]:
+    """Return {"A": first option, ...}."""
+    return {letter: str(option) for letter, option in zip(ascii_uppercase, options, strict=False)}
+
+
+def options_in(row: Mapping[str, Any], names: Sequence[str] = "ABCDEFGH") -> list[str]:
+    """Return the cells of the columns `names` up to the first that is missing or empty."""
+    found = []
+    for name in names:
+        cell = row.get(name)
+        if cell is None or str(cell).strip() in ("", "nan"):
+            break
+        found.append(str(cell))
+    return found
