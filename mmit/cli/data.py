@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli import data_check, data_show
+from mmit.cli import data_check, data_show, data_stats
 from mmit.errors import ConfigError, RecordError, nearest
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Bring data into mmit's format, and see what is in it.", no_args_is_help=True)
 app.command("check")(data_check.check)
 app.command("show")(data_show.show)
+app.command("stats")(data_stats.stats)
 SHOWN = 20  # bad rows told in the terminal; all of them are in the file beside the output
 PACKAGES = ("easy-vqa", "easy-vqa-captions")
 

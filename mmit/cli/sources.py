@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.errors import RecordError, located
+from mmit.errors import ConfigError, RecordError, located
 
 if TYPE_CHECKING:
     from mmit.config import Config, SourceConfig
@@ -68,13 +68,26 @@ def settings_of(data: Path, config: Path | None) -> Config | None:
 
 
 def files_of(data: Path, settings: Config | None, *, format: str | None, image_root: Path | None) -> list[File]:
-    """Return the file, or the training sources of the config."""
+    """Return the file, its format found out (and said on stderr) if not given, or the config's training sources."""
     if settings is None or not is_config(data):
-        return [File(data, format, image_root)]
+        return [File(data, format or _told_format(data), image_root)]
     for option, value in (("--format", format), ("--image-root", image_root)):
         if value is not None:
             raise typer.BadParameter("the config says so for each of its sources", param_hint=option)
     return config_files(settings.data.train)
+
+
+def _told_format(path: Path) -> str:
+    from mmit.data.formats import detect_format
+    from mmit.data.shard_reader import has_index
+
+    if has_index(path):
+        return "shards"
+    if not path.is_file():
+        raise ConfigError("no such file", where=str(path), remedy="Check the path.")
+    format, reason = detect_format(path)
+    typer.echo(f"format: {format} ({reason})", err=True)
+    return format
 
 
 def config_files(sources: Sequence[SourceConfig]) -> list[File]:

@@ -36,13 +36,15 @@ _STYLE = """
   --ask: #262c34; --bad: #ff9b8f; --bad-paper: #3a1714 } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main, header.page { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem }
-header.page { padding-top: 1.75rem }
+main, header.page { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem 1rem }
+header.page { padding-top: 1.75rem; padding-bottom: .5rem }
 h1 { font-size: 1.35rem; margin: 0 0 .25rem; overflow-wrap: anywhere }
 header.page p { margin: .15rem 0; color: var(--dim) }
 .key { position: sticky; top: 0; background: var(--paper); border-bottom: 1px solid var(--line); padding: .6rem 0;
   margin-bottom: 1rem; z-index: 1 }
-.key div { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; color: var(--dim) }
+.key div { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; color: var(--dim); font-size: .9rem;
+  display: flex; flex-wrap: wrap; gap: .3rem 1.2rem }
+.key span { padding: 0 5px } .key .content { color: var(--ink) }
 article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 0 0 1.1rem;
   padding: .9rem 1.1rem 1rem }
 article.bad { border-color: var(--bad) }
@@ -66,7 +68,8 @@ span.image { background: var(--eye); color: var(--eye-ink); padding: 1px 7px; bo
 .turn { margin: 0 0 .5rem; padding: .45rem .7rem; border-radius: 6px; background: var(--ask); white-space: pre-wrap;
   overflow-wrap: anywhere }
 .turn b { display: block; font-size: .75rem; color: var(--dim); font-weight: 600 }
-.turn.assistant { background: var(--learn); color: var(--learn-ink) }
+.turn.assistant, .turn.assistant b { background: var(--learn); color: var(--learn-ink) }
+.turn span.image { margin: 0 .3em }
 .problem { color: var(--bad); background: var(--bad-paper); border-radius: 6px; padding: .45rem .7rem;
   margin: 0 0 .6rem; overflow-wrap: anywhere }
 details { color: var(--dim); font-size: .86rem } summary { cursor: pointer }
@@ -97,11 +100,13 @@ def to_page(
     told = "".join(f"<p>{escape(note)}</p>" for note in notes)
     if any(item.samples for item in items):
         key = (
-            '<span class="supervised">learned from</span> <span class="template">chat format</span> '
-            '<span class="content">read only</span> <span class="image">image</span> &nbsp; rest on a token for its id'
+            '<span class="supervised">learned from</span><span class="content">read only</span>'
+            '<span class="template">chat format</span><span class="image">image</span>'
+            "<i>the bar shows their shares; rest on a token for its id</i>"
         )
     else:
-        key = '<span class="supervised">answers</span> are learned from; give a tokenizer to see the tokens'
+        key = '<span class="supervised">answer</span><span class="image">image</span>'
+        key += "<i>without a tokenizer, no tokens</i>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
@@ -199,9 +204,7 @@ def _figure(image: Image) -> str:
 
 
 def _turn(turn: Turn) -> str:
-    parts = [
-        escape(part.text) if isinstance(part, Text) else '<span class="image">image</span> ' for part in turn.parts
-    ]
+    parts = [escape(part.text) if isinstance(part, Text) else '<span class="image">image</span>' for part in turn.parts]
     return f'<div class="turn {turn.role}"><b>{turn.role}</b>{"".join(parts)}</div>'
 
 
