@@ -49,16 +49,23 @@ def _decode_jpeg(data: bytes) -> torch.Tensor | None:
 
 
 def _is_plain_jpeg(data: bytes, max_pixels: int) -> bool:
-    """Say whether a JPEG is 8-bit colour or grey, of a decent size, and with nothing that would turn it."""
-    at, exif = 2, False
+    """Say whether a JPEG is 8-bit colour or grey, of a decent size, and with nothing that would turn it.
+
+    Every segment up to the pixels must be in its place: libjpeg would find its way over garbage, Pillow refuses it.
+    """
+    at, exif, frame = 2, False, False
     while at + 9 < len(data) and data[at] == 0xFF:
         marker = data[at + 1]
         if marker in _FRAMES:
             height, width = int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
             small, large = min(height, width), max(height, width)
             decent = small >= MIN_SIDE and large <= MAX_ASPECT * small and small * large <= max_pixels
-            return decent and data[at + 4] == 8 and data[at + 9] in (1, 3)
-        if marker == _SCAN or marker in _OTHER_FRAMES:
+            if frame or not decent or data[at + 4] != 8 or data[at + 9] not in (1, 3):
+                return False
+            frame = True
+        elif marker == _SCAN:
+            return frame
+        elif marker in _OTHER_FRAMES:
             return False
         end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
         if marker == _APP1:

@@ -169,6 +169,10 @@ def test_damaged_pictures(which: int, edits: list[Edit]) -> None:
     check_picture(mutate(PICTURES[which], edits))
 
 
+def test_garbage_between_segments() -> None:
+    check_picture(mutate(PICTURES[0], [("insert", 0.25, 0.15625, 0), ("set", 0.21875, 0.0, 1)]))
+
+
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=2000))
 def test_any_bytes(data: bytes) -> None:
