@@ -45,7 +45,8 @@ class ChatFormat(ABC):
         name: what it was asked for as.
         end: the supervised text after every answer; its last token ends a generation.
         as_processor: tokenise as a transformers processor does: the tokenizer's BOS goes before a rendered text
-            that does not begin with it, and text after an image is text after a control token, not, as in LLaVA, a text of its own.
+            that does not begin with it, and text after an image is text after a control token, not, as in LLaVA,
+            a text of its own.
     """
 
     name: str
@@ -181,8 +182,9 @@ def chat_format(
     """Build a chat format for a fast Hugging Face tokenizer.
 
     `name` is a key of BUILT_IN, "hf" for the tokenizer's own chat template, the path of a .jinja file or of a
-    .json file that holds what `to_json` gives, or the text of a template. `image_token` names the text that stands for one image in a template that takes image
-    parts, where mmit cannot tell; `template_args` go to the template as variables, such as enable_thinking.
+    .json file that holds what `to_json` gives, or the text of a template. `image_token` names the text that stands
+    for one image in a template that takes image parts, where mmit cannot tell; `template_args` go to the template
+    as variables, such as enable_thinking.
     Raises ConfigError if the name is unknown or the template cannot be used.
     """
     if name in BUILT_IN:

@@ -100,8 +100,9 @@ def read_llava_hf(
     """
     folder, where = Path(folder), str(folder)
     with explained(where, remedy="is this a llava-hf folder with its config.json?"):
-        config = LlavaConfig.from_pretrained(folder)
-    dtype = dtype or config.dtype or torch.float32
+        config: Any = LlavaConfig.from_pretrained(folder)
+    stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    dtype = dtype or stated
     _check_config(config, where)
     with explained(where, remedy="the folder must hold the tokenizer and preprocessor_config.json too"):
         processor = AutoProcessor.from_pretrained(folder)
@@ -224,7 +225,8 @@ def _llm(
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"its language model is a '{text.model_type}', which is no causal LM", where=where)
     with explained(f"{where}, text_config", remedy="are the weights those of the language model in config.json?"):
-        model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].from_pretrained(
+        model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
+        model, info = model_class.from_pretrained(
             None,
             config=text,
             state_dict=tensors,

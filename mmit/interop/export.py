@@ -1,0 +1,228 @@
+"""Export of a model to llava-hf, and the proof that what was written is the same model.
+
+Owns the fixed batch (text and pictures made here, the same for every model), the comparison of ids, pixels and logits
+between mmit and transformers' own classes, and the limits beyond which an export fails.
+
+T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from peft import PeftModel
+
+from mmit.data.chat import IMAGE_SLOT, ChatFormat, encode
+from mmit.data.content import piece_tokenizer
+from mmit.data.images import fit
+from mmit.errors import ModelError
+from mmit.interop.templates import processor_template
+from mmit.models.interop.llava_hf_write import check_writable, reload, write_llava_hf
+from mmit.models.vision_encoder import explained
+from mmit.models.vlm import VLM
+from mmit.records import Image, Text, Turn
+
+# Largest difference of a logit, as a share of the largest logit: rounding of the weights to the written format, and in
+# float32 the order of sums alone.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+Talk = tuple[Turn, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What a comparison found: largest differences of logits and pixels, and the limit for logits."""
+
+    logits: float
+    limit: float
+    pixels: float
+
+
+def fixed_pictures() -> list[PIL.Image.Image]:
+    """Two pictures with edges and slopes in every channel, of unequal sides."""
+    y, x = np.mgrid[0:96, 0:128].astype(np.float64)
+    waves = [128 + 127 * np.sin(x / (5 + 3 * c) + y / (11 - 2 * c)) for c in range(3)]
+    first = np.stack(waves, axis=-1).astype(np.uint8)
+    second = first[::-1, ::-1].copy()
+    second[20:60, 30:90] = (220, 30, 60)
+    return [PIL.Image.fromarray(first), PIL.Image.fromarray(second).resize((64, 96))]
+
+
+def fixed_talks(chat: ChatFormat) -> list[Talk]:
+    """Conversations that end where an answer begins: text alone, a picture, two pictures, a second question."""
+    first, second = (Image(picture) for picture in fixed_pictures())
+    if chat.name == "plain":
+        return [(Turn("user", (first,)),), (Turn("user", (first, second)),)]
+    asked = Turn("user", (first, Text("What is in the picture?")))
+    return [
+        (Turn("user", (Text("How many colours are there?"),)),),
+        (asked,),
+        (Turn("user", (first, second, Text("Are they alike?"))),),
+        (asked, Turn("assistant", (Text("Waves."),)), Turn("user", (Text("Which colour?"),))),
+    ]
+
+
+def pictures_of(talk: Talk) -> list[PIL.Image.Image]:
+    """Return the pictures of a fixed conversation, in order."""
+    return [p.source for turn in talk for p in turn.parts if isinstance(p, Image)]  # type: ignore[misc]
+
+
+def pixels_of(talk: Talk, image: dict[str, Any]) -> torch.Tensor | None:
+    """(I, 3, H, W) uint8 of a conversation's pictures, or None."""
+    options = {"mode": image["mode"], "interpolation": image["interpolation"], "fill": tuple(image["fill"])}
+    fitted = [fit(picture, tuple(image["size"]), **options) for picture in pictures_of(talk)]
+    return torch.stack(fitted) if fitted else None
+
+
+@torch.no_grad()
+def logits_of(vlm: VLM, ids: Sequence[int], pixels: torch.Tensor | None) -> torch.Tensor:
+    """Logits (T, V) in float32 of a prompt alone, image tokens included in T."""
+    M = vlm.image_tokens
+    long: list[int] = []
+    places: list[int] = []
+    for i in ids:
+        if i == IMAGE_SLOT:
+            places += range(len(long), len(long) + M)
+            long += [0] * M
+        else:
+            long.append(i)
+    device, count = vlm.device, 0 if pixels is None else len(pixels)
+    embeddings = vlm.embed(
+        torch.tensor(long, device=device),
+        image_positions=torch.tensor(places, dtype=torch.int64, device=device),
+        image_index=torch.arange(count, device=device),
+        features=None if pixels is None else vlm.see(pixels.to(device)),
+    )
+    at = torch.arange(len(long), device=device)
+    nodes = torch.tensor([[0, len(long), -1]])
+    return vlm.row_logits(embeddings, positions=at, nodes=nodes, at=at).float().cpu()
+
+
+def source_logits(vlm: VLM, tokenizer: Any, chat: ChatFormat, image: dict[str, Any]) -> list[torch.Tensor]:
+    """Logits of the fixed batch, to be taken before a model is changed or written."""
+    return [
+        logits_of(vlm, encode(talk, chat, tokenizer, generate=True).ids, pixels_of(talk, image))
+        for talk in fixed_talks(chat)
+    ]
+
+
+def merge_adapters(vlm: VLM) -> None:
+    """Fold adapters into the weights they adapt, in place. Raises ModelError for those that cannot be folded."""
+    with explained("adapter", remedy="export with --format mmit or --format peft, which keep it as it is"):
+        if isinstance(vlm.llm, PeftModel):
+            vlm.llm = vlm.llm.merge_and_unload()  # type: ignore[operator]
+        if vlm.vision is not None and isinstance(vlm.vision.encoder, PeftModel):
+            vlm.vision.encoder = vlm.vision.encoder.merge_and_unload()  # type: ignore[operator]
+
+
+def export_llava_hf(
+    folder: Path,
+    vlm: VLM,
+    *,
+    tokenizer: Any,
+    chat: ChatFormat,
+    image: dict[str, Any],
+    end_ids: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    image_token: str = "<image>",
+) -> Difference:
+    """Write a llava-hf folder, load it with transformers' classes and compare.
+
+    Args:
+        folder: exists and is empty.
+        vlm: on the CPU, in float32; its adapters are merged and its vocabulary may grow.
+        tokenizer, chat, image, end_ids: of the model; see `generate.Model`.
+        dtype: number format of the weights written.
+        image_token: text of the image token, where the chat format does not bring its own.
+
+    Raises:
+        ModelError: llava-hf cannot hold the model, or what was written differs from it.
+    """
+    bos = "" if chat.as_processor else piece_tokenizer(tokenizer).bos
+    template, token = processor_template(chat, bos=bos, image_token=image_token)
+    begins = chat.pieces(fixed_talks(chat)[0], generate=True)[0].text
+    expected = source_logits(vlm, tokenizer, chat, image)
+    merge_adapters(vlm)
+    check_writable(vlm)
+    write_llava_hf(
+        folder,
+        vlm,
+        tokenizer=tokenizer,
+        chat_template=template,
+        image_token=token,
+        image=image,
+        end_ids=end_ids,
+        dtype=dtype,
+        drop_bos=bool(bos) and not begins.startswith(bos),
+    )
+    model, processor = reload(folder)
+    pixels, worst = 0.0, Difference(0.0, 1.0, 0.0)
+    assert vlm.vision is not None
+    for talk, scores in zip(fixed_talks(chat), expected, strict=True):
+        own = encode(talk, chat, tokenizer, generate=True).ids
+        theirs = processed(processor, talk)
+        slot = [model.config.image_token_id] * vlm.image_tokens
+        ids = [token_id for i in own for token_id in (slot if i == IMAGE_SLOT else [i])]
+        _compare_ids(ids, theirs["input_ids"][0].tolist(), processor.tokenizer)
+        normalised = None
+        raw = pixels_of(talk, image)
+        if raw is not None:
+            normalised = vlm.vision._normalise(raw.to(vlm.device)).float().cpu()
+            pixels = max(pixels, float((normalised - theirs["pixel_values"].float()).abs().max()))
+        with torch.no_grad():
+            found = model(input_ids=torch.tensor([ids]), pixel_values=normalised).logits[0]
+        worst = max(worst, compare_logits(scores, found, dtype=dtype), key=lambda d: d.logits / d.limit)
+    return Difference(worst.logits, worst.limit, pixels)
+
+
+def compare_logits(expected: torch.Tensor, found: torch.Tensor, *, dtype: torch.dtype) -> Difference:
+    """Compare (T, V) logits over the vocabulary both have. Raises ModelError beyond the tolerance."""
+    scale = max(1.0, float(expected.abs().max()))
+    largest = float((expected - found[:, : expected.shape[1]].float()).abs().max())
+    limit = TOLERANCE[dtype] * scale
+    if not largest <= limit or math.isnan(largest):
+        raise ModelError(
+            f"the exported model differs: a logit is off by {largest:.3g}, more than {limit:.3g}",
+            where="comparison after the export",
+            remedy="do not use the folder; please report this with the config of the run",
+        )
+    return Difference(largest, limit, 0.0)
+
+
+def processed(processor: Any, talk: Talk) -> Any:
+    """What a transformers processor makes of a conversation."""
+    messages = [
+        {
+            "role": turn.role,
+            "content": [
+                {"type": "text", "text": part.text} if isinstance(part, Text) else {"type": "image"}
+                for part in turn.parts
+            ],
+        }
+        for turn in talk
+    ]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    bos = processor.tokenizer.bos_token
+    # As the processor's own apply_chat_template(tokenize=True): BOS is not put in twice.
+    special = not (bos and text.startswith(bos))
+    pictures = pictures_of(talk)
+    return processor(images=pictures or None, text=text, add_special_tokens=special, return_tensors="pt")
+
+
+def _compare_ids(ours: list[int], theirs: list[int], tokenizer: Any) -> None:
+    if ours == theirs:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    around = tokenizer.decode(ours[max(0, at - 3) : at + 3])
+    raise ModelError(
+        f"the processor gives other ids than training did: at token {at}, near {around!r}, "
+        f"{theirs[at : at + 3]} instead of {ours[at : at + 3]}",
+        where="chat template of the export",
+        remedy="this chat format cannot be written as a template for this tokenizer; export with --format mmit",
+    )

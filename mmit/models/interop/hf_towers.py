@@ -1,0 +1,182 @@
+"""A vision tower as transformers' CLIP or SigLIP vision model: its config and its tensors.
+
+Goes in: a tower of kind hf, open_clip or timm. Comes out: a vision config of exactly the blocks that run, so that
+what is read is its last hidden state, and the tensors of that class. Refuses towers that are neither, naming what
+sets them apart.
+
+L blocks, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+from mmit.errors import ModelError
+from mmit.models.vision import VisionTower
+from mmit.models.vision_hf import HFReader
+from mmit.models.vision_open_clip import ViTReader
+from mmit.models.vision_timm import TimmReader
+
+HELD = "llava-hf holds CLIP and SigLIP vision transformers"
+Converted = tuple[Any, dict[str, torch.Tensor]]
+
+
+def hf_tower(tower: VisionTower) -> Converted:
+    """Return (vision config, tensors) of a tower, without the prefix `vision_model.`.
+
+    Raises ModelError for a tower that transformers' CLIP and SigLIP cannot compute.
+    """
+    reader: Any = tower.encoder
+    height, width = tower.image_size
+    if tower.normalize:
+        _refuse(tower, "its last layer is read after the final norm, which llava-hf does not apply")
+    if height != width:
+        _refuse(tower, f"it takes pictures of {height} x {width}, and llava-hf's are square")
+    if isinstance(reader, HFReader):
+        return _from_hf(tower, reader)
+    if isinstance(reader, ViTReader):
+        return _from_open_clip(tower, reader.model)
+    if isinstance(reader, TimmReader) and type(reader.model).__name__ == "VisionTransformer":
+        return _from_timm(tower, reader.model)
+    return _refuse(tower, f"it is a {type(getattr(reader, 'model', reader)).__name__}")
+
+
+def _refuse(tower: VisionTower, reason: str) -> Any:
+    raise ModelError(
+        f"cannot be exported: {reason}",
+        where=f"vision tower {tower.kind} {tower.name}",
+        remedy=f"{HELD}; export with --format mmit, or train with such a tower",
+    )
+
+
+def _identity_norm(width: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The final norm, which the class has and nobody reads."""
+    return {
+        "post_layernorm.weight": torch.ones(width, dtype=like.dtype),
+        "post_layernorm.bias": torch.zeros(width, dtype=like.dtype),
+    }
+
+
+def _from_hf(tower: VisionTower, reader: HFReader) -> Converted:
+    core: Any = getattr(reader.model, "vision_model", reader.model)
+    config = copy.deepcopy(core.config)
+    state = {key: value.detach().cpu() for key, value in core.state_dict().items()}
+    if reader.resized:
+        words = core.embeddings.position_embedding.weight
+        with torch.no_grad():
+            like = words.new_zeros(1, tower.grid[0] * tower.grid[1] + len(words) - core.embeddings.num_patches, 1)
+            table = core.embeddings.interpolate_pos_encoding(like.expand(-1, -1, words.shape[1]), *tower.image_size)
+        state["embeddings.position_embedding.weight"] = table[0].detach().cpu()
+    config.image_size = tower.image_size[0]
+    if isinstance(config, SiglipVisionConfig):
+        config.vision_use_head = False
+    return config, {**state, **_identity_norm(tower.dim, next(iter(state.values())))}
+
+
+def _from_open_clip(tower: VisionTower, visual: Any) -> Converted:
+    """CLIP's VisionTransformer of open_clip (arXiv:2103.00020) as transformers' CLIPVisionModel."""
+    blocks = list(visual.transformer.resblocks)
+    block = blocks[0]
+    if visual.conv1.bias is not None or isinstance(visual.ln_pre, nn.Identity):
+        _refuse(tower, "it has no norm before its blocks, or a bias in its patch embedding, unlike CLIP")
+    if any(not isinstance(getattr(block, scale, nn.Identity()), nn.Identity) for scale in ("ls_1", "ls_2")):
+        _refuse(tower, "its blocks scale their outputs (layer scale), unlike CLIP's")
+    config = CLIPVisionConfig(
+        hidden_size=tower.dim,
+        intermediate_size=block.mlp.c_fc.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=tower.image_size[0],
+        patch_size=visual.conv1.kernel_size[0],
+        hidden_act=_activation(tower, block.mlp.gelu),
+        layer_norm_eps=block.ln_1.eps,
+    )
+    state = {
+        "embeddings.class_embedding": visual.class_embedding,
+        "embeddings.patch_embedding.weight": visual.conv1.weight,
+        "embeddings.position_embedding.weight": visual.positional_embedding,
+        "pre_layrnorm.weight": visual.ln_pre.weight,
+        "pre_layrnorm.bias": visual.ln_pre.bias,
+    }
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    for number, layer in enumerate(blocks):
+        own = layer.state_dict()
+        attention = {"weight": own["attn.in_proj_weight"], "bias": own["attn.in_proj_bias"]}
+        state.update(_block(number, own, names=names, attention=attention, out="attn.out_proj"))
+    return config, _finish(state, tower)
+
+
+def _from_timm(tower: VisionTower, model: Any) -> Converted:
+    """SigLIP's vision transformer in timm (arXiv:2303.15343) as transformers' SiglipVisionModel."""
+    blocks = list(model.blocks)
+    block = blocks[0]
+    unlike = {
+        "a class or register token": model.cls_token is not None or getattr(model, "reg_token", None) is not None,
+        "a norm before its blocks": not isinstance(model.norm_pre, nn.Identity),
+        "layer scale": not isinstance(block.ls1, nn.Identity),
+        "norms on queries and keys": not isinstance(block.attn.q_norm, nn.Identity),
+        "no bias in its patch embedding": model.patch_embed.proj.bias is None,
+        "no bias in its attention": block.attn.qkv.bias is None,
+    }
+    if any(unlike.values()):
+        _refuse(tower, f"it has {', '.join(what for what, so in unlike.items() if so)}, unlike SigLIP")
+    config = SiglipVisionConfig(
+        hidden_size=tower.dim,
+        intermediate_size=block.mlp.fc1.out_features,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=block.attn.num_heads,
+        image_size=tower.image_size[0],
+        patch_size=model.patch_embed.proj.kernel_size[0],
+        hidden_act=_activation(tower, block.mlp.act),
+        layer_norm_eps=block.norm1.eps,
+        vision_use_head=False,
+    )
+    state = {
+        "embeddings.patch_embedding.weight": model.patch_embed.proj.weight,
+        "embeddings.patch_embedding.bias": model.patch_embed.proj.bias,
+        "embeddings.position_embedding.weight": model.pos_embed[0],
+    }
+    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for number, layer in enumerate(blocks):
+        own = layer.state_dict()
+        attention = {"weight": own["attn.qkv.weight"], "bias": own["attn.qkv.bias"]}
+        state.update(_block(number, own, names=names, attention=attention, out="attn.proj"))
+    return config, _finish(state, tower)
+
+
+def _block(
+    number: int,
+    own: Mapping[str, torch.Tensor],
+    *,
+    names: Mapping[str, str],
+    attention: Mapping[str, torch.Tensor],
+    out: str,
+) -> dict[str, torch.Tensor]:
+    """Tensors of one block; `attention` holds q, k and v in one (3 D, ...) tensor each for weight and bias."""
+    prefix = f"encoder.layers.{number}."
+    state = {}
+    for leaf in ("weight", "bias"):
+        for theirs, hf in {**names, out: "self_attn.out_proj"}.items():
+            state[f"{prefix}{hf}.{leaf}"] = own[f"{theirs}.{leaf}"]
+        for name, part in zip("qkv", attention[leaf].chunk(3), strict=True):
+            state[f"{prefix}self_attn.{name}_proj.{leaf}"] = part
+    return state
+
+
+def _finish(state: dict[str, torch.Tensor], tower: VisionTower) -> dict[str, torch.Tensor]:
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    return {**state, **_identity_norm(tower.dim, next(iter(state.values())))}
+
+
+def _activation(tower: VisionTower, module: nn.Module) -> str:
+    if isinstance(module, nn.GELU):
+        return "gelu_pytorch_tanh" if module.approximate == "tanh" else "gelu"
+    known = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
+    name = type(module).__name__
+    return known[name] if name in known else _refuse(tower, f"its activation is {name}")

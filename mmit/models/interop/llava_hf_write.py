@@ -1,0 +1,204 @@
+"""A composite written as a llava-hf folder, which transformers' own classes load.
+
+Goes in: a composite whose adapters are merged, its tokenizer, a chat template for the processor and how pictures are
+prepared. Comes out: config, weights under the names that every version of transformers reads, tokenizer with its image
+token, processor and generation config. Refuses what `LlavaForConditionalGeneration` cannot hold.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from PIL.Image import Resampling
+from tokenizers import AddedToken
+from transformers import (
+    CLIPImageProcessor,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessor,
+    LlavaProcessor,
+)
+
+from mmit.errors import ModelError
+from mmit.models.interop.hf_towers import hf_tower
+from mmit.models.interop.llava_hf import ARCHITECTURE, PROJECTOR
+from mmit.models.interop.tensors import complain
+from mmit.models.projectors import MLP
+from mmit.models.vlm import VLM
+
+NAMES = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
+
+
+def check_writable(vlm: VLM) -> None:
+    """Raise ModelError, before anything is computed, for a composite that llava-hf cannot hold."""
+    if vlm.vision is None or vlm.projector is None:
+        raise ModelError("a text-only model is no LLaVA", remedy="export with --format peft or --format mmit")
+    hf_tower(vlm.vision)
+    layers = getattr(vlm.projector, "layers", ())
+    if type(vlm.projector) is not MLP or len(layers) != 3 or not isinstance(vlm.projector.norm, torch.nn.Identity):
+        raise ModelError(
+            f"cannot be exported: llava-hf's projector is two linear layers with GELU between them, and this one is "
+            f"a {type(vlm.projector).__name__} of {(len(layers) + 1) // 2} layers",
+            where="projector",
+            remedy="train with projector kind mlp, depth 2 and no norm; or export with --format mmit",
+        )
+
+
+def write_llava_hf(
+    folder: Path,
+    vlm: VLM,
+    *,
+    tokenizer: Any,
+    chat_template: str,
+    image_token: str,
+    image: Mapping[str, Any],
+    end_ids: Sequence[int],
+    dtype: torch.dtype,
+    drop_bos: bool = False,
+) -> None:
+    """Write the folder.
+
+    Args:
+        folder: exists and is empty.
+        vlm: composite with a plain LLM; its word embeddings grow by a row if the image token is new and there is no
+            unused row for it.
+        tokenizer: copied before the image token is added.
+        chat_template: Jinja, for messages whose contents are lists of parts.
+        image_token: text of the image token.
+        image: how pictures are prepared: the arguments of `data.images.fit`.
+        end_ids: ids that end an answer.
+        dtype: number format of the weights written.
+        drop_bos: the chat format writes no BOS, so the tokenizer must not put one in front by itself.
+
+    Raises:
+        ModelError: see `check_writable`; the image token means something else to the tokenizer.
+    """
+    check_writable(vlm)
+    assert vlm.vision is not None and vlm.projector is not None
+    tokens = copy.deepcopy(tokenizer)
+    image_id = _add_image_token(tokens, image_token)
+    if drop_bos:
+        tokens.backend_tokenizer.post_processor = None
+        tokens.add_bos_token = False
+    llm: Any = vlm.llm
+    _grow(llm, max(len(tokens), image_id + 1))
+
+    vision_config, vision_state = hf_tower(vlm.vision)
+    with_cls = vision_config.model_type == "clip_vision_model"
+    strategy: Any = "default" if with_cls and not vlm.vision.prefix else "full"
+    text_config = copy.deepcopy(llm.config)
+    text_config.dtype = None
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=image_id,
+        image_seq_length=vlm.vision.tokens,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy=strategy,
+        projector_hidden_act="gelu",
+        tie_word_embeddings=bool(text_config.tie_word_embeddings),
+    )
+    config.architectures, config.dtype = [ARCHITECTURE], dtype
+    config.save_pretrained(folder)
+    state = _state(vlm, vision_state, tied=config.tie_word_embeddings)
+    save_torch_state_dict({key: value.to(dtype) for key, value in state.items()}, folder, max_shard_size="5GB")
+    pad = tokens.pad_token_id if tokens.pad_token_id is not None else end_ids[-1]
+    GenerationConfig(
+        bos_token_id=tokens.bos_token_id, eos_token_id=list(dict.fromkeys(end_ids)), pad_token_id=pad
+    ).save_pretrained(folder)
+    if tokens.pad_token is None:
+        tokens.pad_token = tokens.convert_ids_to_tokens(pad)
+    LlavaProcessor(
+        _image_processor(image, mean=vlm.vision.mean, std=vlm.vision.std),
+        tokens,
+        patch_size=vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(with_cls),
+        chat_template=chat_template,
+        image_token=image_token,
+    ).save_pretrained(folder)
+
+
+def reload(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load a written folder with transformers' own classes, in float32; complain about any key too many or few."""
+    loader: Any = LlavaForConditionalGeneration
+    model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    complain(
+        "transformers does not find the weights it expects",
+        missing=map(str, info["missing_keys"]),
+        left_over=map(str, info["unexpected_keys"]),
+        shapes=map(str, info["mismatched_keys"]),
+        where=str(folder),
+        remedy="this is a defect of the export",
+    )
+    # The PIL form of the image processor is the one whose arithmetic is mmit's.
+    return model.eval(), LlavaProcessor.from_pretrained(folder, backend="pil")
+
+
+def _add_image_token(tokens: Any, image_token: str) -> int:
+    """Return the id of the image token, which is added to the tokenizer where it is new."""
+    ids = tokens.encode(image_token, add_special_tokens=False)
+    if image_token in tokens.get_vocab():
+        added = tokens.added_tokens_decoder.get(tokens.convert_tokens_to_ids(image_token))
+        if added is None or len(ids) != 1:
+            raise ModelError(
+                f"the image token '{image_token}' is an ordinary word of the tokenizer's vocabulary",
+                where="tokenizer",
+                remedy="give another one with --image-token",
+            )
+        return int(ids[0])
+    token = AddedToken(image_token, normalized=False, special=True)
+    tokens.add_tokens([token], special_tokens=True)
+    return int(tokens.convert_tokens_to_ids(image_token))
+
+
+def _grow(llm: Any, rows: int) -> None:
+    """Give the vocabulary more rows, each the mean of the old ones, so that none can be the likeliest."""
+    old = llm.get_input_embeddings().weight.shape[0]
+    if rows <= old:
+        return
+    llm.resize_token_embeddings(rows, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+            layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
+
+
+def _state(vlm: VLM, vision: Mapping[str, torch.Tensor], *, tied: bool) -> dict[str, torch.Tensor]:
+    """All tensors under the names of llava-hf up to transformers 4.51, which later versions and vLLM read too."""
+    assert vlm.projector is not None
+    ours = {own: theirs for theirs, own in PROJECTOR.items()}
+    parts: dict[str, Mapping[str, torch.Tensor]] = {
+        "llm": vlm.llm.state_dict(),
+        "vision": vision,
+        "projector": {f"{ours[key[:8]]}{key[8:]}": value for key, value in vlm.projector.state_dict().items()},
+    }
+    state = {
+        NAMES[part] + key: value.detach().cpu().contiguous()
+        for part, tensors in parts.items()
+        for key, value in tensors.items()
+    }
+    if tied:
+        state.pop("language_model.lm_head.weight", None)
+    return state
+
+
+def _image_processor(image: Mapping[str, Any], *, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """What brings pictures to the tower. Padding is done before scaling there, after it in mmit."""
+    height, width = image["size"]
+    common: dict[str, Any] = {
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "resample": int(Resampling[image["interpolation"].upper()]),
+        "crop_size": {"height": height, "width": width},
+    }
+    if image["mode"] == "pad":
+        return LlavaImageProcessor(do_pad=True, size={"shortest_edge": height}, **common)
+    if image["mode"] == "crop":
+        return CLIPImageProcessor(size={"shortest_edge": height}, **common)
+    return CLIPImageProcessor(size={"height": height, "width": width}, do_center_crop=False, **common)
