@@ -115,7 +115,7 @@ def show(report: Report, console: Console) -> None:
     from mmit.data.lint_rules import RULES, SEVERITIES
 
     table = Table("severity", "rule", "rows", "what, where, and what to do", header_style="bold", show_lines=True)
-    table.columns[2].justify = "right"
+    table.columns[2].justify, table.columns[3].overflow = "right", "fold"
     names = [name for name in RULES if name in report.findings]
     order = sorted(names, key=lambda name: SEVERITIES.index(RULES[name].severity))
     for name in order:

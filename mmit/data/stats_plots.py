@@ -64,11 +64,16 @@ def _lengths(stats: Stats) -> Any:
         if rest := largest[MOST_SOURCES:]:
             values.append(np.array([v for name in rest for v in getattr(stats.sources[name], kind)], dtype=float))
             names.append(f"{len(rest)} more")
-        top = max(float(v.max()) for v in values if len(v)) if any(map(len, values)) else 1.0
-        # Lengths span orders of magnitude; 1 is added since an empty prompt beside an image has none.
-        bins = np.geomspace(1, max(top, 10) + 1, 40)
-        axis.hist([v + 1 for v in values], bins=bins, stacked=True, color=_COLOURS[: len(values)], label=names)
+        # Lengths span orders of magnitude; on a logarithmic axis no length (an image without a question) is drawn as 1.
+        values = [np.maximum(v, 1) for v in values]
+        every = np.concatenate(values)
+        low, high = (float(every.min()), float(every.max())) if len(every) else (1.0, 1.0)
+        bins = np.unique(np.round(np.geomspace(low, max(high, low + 9) + 1, 40))) - 0.5
+        axis.hist(values, bins=bins, stacked=True, color=_COLOURS[: len(values)], label=names)
         axis.set(xscale="log", xlabel=label, ylabel="count")
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        # Within a decade or so, the powers of ten alone would leave the axis without numbers.
+        axis.xaxis.set_minor_formatter("{x:,.0f}" if high < 20 * low else "")
     axes[0].legend(frameon=False, fontsize=8)
     return figure
 

@@ -1,0 +1,135 @@
+"""Counts, lengths, diversity and pictures of `mmit data stats`."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import PIL.Image
+import pytest
+from small_tokenizers import family
+
+from mmit.data.chat import chat_format, encode
+from mmit.data.diversity import nearest_rouge_l, root_and_object
+from mmit.data.stats import Stats, collect, summary
+from mmit.data.stats_plots import plot
+from mmit.errors import MmitError, RecordError
+from mmit.eval.metrics.similarity import rouge_l_one
+from mmit.records import Image, Record, Text, Turn
+
+
+def records(folder) -> list[Record]:
+    PIL.Image.new("RGB", (40, 30)).save(folder / "a.png")
+    PIL.Image.new("RGB", (20, 60)).save(folder / "b.png")
+    first, second = str(folder / "a.png"), str(folder / "b.png")
+    talk = (
+        Turn("user", (Image(first), Text("What is it?"))),
+        Turn("assistant", (Text("A cat."),)),
+        Turn("user", (Text("What color is it?"),)),
+        Turn("assistant", (Text("Black."),)),
+    )
+    return [
+        Record(talk, source="one", licence="MIT"),
+        Record.triple("Describe the picture.", "Tall.", images=[second, first], source="one"),
+        Record.triple("Write a poem about rain.", "Rain, rain.", source="two"),
+        Record.triple("What?", "Gone.", images=[str(folder / "gone.png")], source="two"),
+    ]
+
+
+def encoder(record: Record):
+    tokenizer = family("byte_level")
+    return [encode(record.turns, chat_format("qa", tokenizer), tokenizer)]
+
+
+def test_counts(tmp_path):
+    found = collect([*records(tmp_path), RecordError("bad")])
+    assert found.bad == 1 and found.licences == {"MIT": 1, "not stated": 3}
+    one, two = found.sources["one"], found.sources["two"]
+    assert (one.records, one.text_only, one.turns, one.images) == (2, 0, 6, 3)
+    assert (two.records, two.text_only, two.turns, two.images) == (2, 1, 4, 1)
+    assert one.prompts == [11, 17, 21] and one.answers == [6, 6, 5]
+    assert sorted(found.image_sizes) == [(20, 60), (40, 30)] and found.unreadable_images == 1
+    whole = found.whole
+    assert whole.records == 4 and whole.turns == 10 and len(whole.prompts) == 5
+    assert len(one.prompts) == 3, "summing must not change the parts"
+
+
+def test_tokens(tmp_path):
+    rows = records(tmp_path)
+    found = collect(rows, encode=encoder, image_tokens=5)
+    one = found.sources["one"]
+    samples = [encoder(row)[0] for row in rows[:2]]
+    assert one.tokens == [len(s.ids) + 4 * n for s, n in zip(samples, (1, 2), strict=True)]
+    assert one.image_tokens == 15 and one.text_tokens == sum(len(s.ids) for s in samples) - 3
+    assert one.supervised == sum(sum(s.supervised) for s in samples)
+    data = one.to_json()
+    assert data["supervised_share_of_text"] == pytest.approx(one.supervised / one.text_tokens, abs=1e-4)
+
+
+def test_records_that_cannot_be_encoded_are_counted(tmp_path):
+    def refuse(record: Record):
+        raise RecordError("no")
+
+    found = collect(records(tmp_path), encode=refuse)
+    assert found.not_encoded == 4 and found.whole.records == 4 and not found.whole.tokens
+
+
+def test_the_json_is_json(tmp_path):
+    data = json.loads(json.dumps(collect(records(tmp_path), encode=encoder).to_json()))
+    assert list(data["sources"]) == ["one", "two"] and data["images"]["different"] == 3
+    assert data["images"]["width"] == {"count": 2, "mean": 30.0, "min": 20.0, "median": 30.0, "p95": 39.0, "max": 40.0}
+    assert data["diversity"]["prompts"] == 5 and data["diversity"]["rouge_l_sample"] == 5
+    assert json.dumps(Stats().to_json()) and summary([]) == {}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("Write a short poem about rain.", ("write", "poem")),
+        ("Please describe the picture in detail.", ("describe", "picture")),
+        ("Could you please list all animals?", ("list", "animals")),
+        ("I want you to explain the joke.", ("explain", "joke")),
+        ("Based on the text, summarize its argument.", ("summarize", "argument")),
+        ("What color is the cat?", ("what", "color")),
+        ("How many circles are there?", ("how many", "circles")),
+        ("Is there a red shape?", ("is", "red")),
+        ("Translate.", ("translate", "")),
+        ("A photo of a cat", None),
+        ("你好吗", None),
+        ("42 + 1 =", None),
+        ("", None),
+    ],
+)
+def test_roots_and_objects(prompt, expected):
+    assert root_and_object(prompt) == expected
+
+
+def test_nearest_neighbours_are_those_of_the_slow_way():
+    rng = random.Random(0)
+    words = "the a cat dog sits on mat tree red blue".split()
+    texts = [" ".join(rng.choices(words, k=rng.randrange(1, 15))) for _ in range(60)] + ["", "?", "unlike anything"]
+    slow = [max(rouge_l_one(one, [other]) for j, other in enumerate(texts) if j != i) for i, one in enumerate(texts)]
+    assert nearest_rouge_l(texts) == pytest.approx(slow)
+    assert nearest_rouge_l(["one"]) == [0.0] and nearest_rouge_l([]) == []
+    assert nearest_rouge_l(["你 好 吗", "你 好 啊"]) == pytest.approx([2 / 3, 2 / 3])
+
+
+def test_the_sample_is_repeatable(tmp_path):
+    rows = [Record.triple(f"Say the number {i} and {i * 7}.", "Yes.") for i in range(80)]
+    assert collect(rows, sample=20, seed=1).rouge == collect(rows, sample=20, seed=1).rouge
+    assert len(collect(rows, sample=20).rouge) == 20
+
+
+def test_pictures(tmp_path):
+    rows = records(tmp_path)
+    many = [Record.triple(f"Count to {i}.", "1, 2", source=f"source-{i}") for i in range(9)]
+    paths = plot(collect([*rows, *many], encode=encoder), tmp_path / "out" / "stats")
+    assert [p.name for p in paths] == ["lengths.png", "images.png", "prompts.png", "nearest.png"]
+    for path in paths:
+        with PIL.Image.open(path) as picture:
+            assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 24)) > 10
+    # Data without pictures, or of one record, has fewer.
+    assert [p.name for p in plot(collect([Record.triple("42", "43")]), tmp_path)] == ["lengths.png"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MmitError, match="cannot write"):
+        plot(collect(rows), tmp_path / "file")
