@@ -21,7 +21,8 @@ from mmit.yamlio import dump_yaml, parse_yaml
 from tests.tiny_run import tiny_config
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = [["train"], ["eval"], ["chat"], ["data"], ["data", "import"], ["inspect"], ["env"], ["config"]]
+DATA_COMMANDS = [["data", name] for name in ("import", "check", "show", "stats")]
+COMMANDS = [["train"], ["eval"], ["chat"], ["data"], *DATA_COMMANDS, ["inspect"], ["env"], ["config"]]
 
 
 def mmit(*arguments: object, input: str | None = None) -> Any:
