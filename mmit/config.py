@@ -154,6 +154,9 @@ class ComponentTune(Section):
 class VisionTune(ComponentTune):
     """Training of the vision encoder."""
 
+    mode: str = "frozen"
+    """frozen, full, layernorm, bitfit or lora"""
+
 
 class ProjectorTune(ComponentTune):
     """Training of the projector."""
@@ -168,7 +171,7 @@ class LlmTune(ComponentTune):
     """Training of the language model."""
 
     mode: str = "lora"
-    """frozen, full, or a method such as lora"""
+    """frozen, full, lora, qlora, ia3, houlsby, soft_prompt, prefix, bitfit or layernorm"""
     lr: PositiveFloat | None = 2e-4
     """peak learning rate; null when frozen"""
     options: dict[str, Any] = {}
@@ -202,9 +205,11 @@ class SourceConfig(Section):
     path: str
     """file, folder or shards to read"""
     format: str = "mmit"
-    """format of its rows: mmit, llava, alpaca, sharegpt, messages"""
+    """format of its rows, as `mmit data import` names them; shards for a folder of indexed tars"""
     image_root: str | None = None
     """folder that relative image paths start from; null takes the folder of path"""
+    options: dict[str, Any] = {}
+    """options of the format (column names, a second file, ...), as `mmit data import --option` takes them"""
     weight: PositiveFloat = 1.0
     """how often its records are drawn, relative to once per epoch"""
     limit: PositiveInt | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,7 +67,8 @@ class Scan:
     source: np.ndarray  # (U,) int64, which source
     supervised: int = 0  # supervised tokens in all
     shared: int = 0  # tokens every unit begins with
-    images: dict[Hashable, Image] = field(default_factory=dict)
+    pictures: int = 0  # distinct pictures, by path or bytes
+    illustrated: list[int] = field(default_factory=list)  # numbers of the records with pictures
     bad: list[RecordError] = field(default_factory=list)
     records: int = 0
 
@@ -104,18 +105,25 @@ class InstructionData:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def record(self, number: int) -> Record:
-        """Read record `number` (counted over all sources)."""
-        source = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return self.sources[source][number - int(self._starts[source])]
+    def record(self, number: int, *, outline: bool = False) -> Record:
+        """Read record `number` (counted over all sources); an outline may lack the bytes of its pictures."""
+        source = self.source_of(number)
+        place = number - int(self._starts[source])
+        return self.sources[source].outline(place) if outline else self.sources[source][place]
+
+    def pictures(self, numbers: Iterable[int]) -> Iterator[tuple[Hashable, Image]]:
+        """Yield key and picture of every image of these records, read one record at a time."""
+        for number in numbers:
+            for image in self.record(number).images:
+                yield image_key(image), image
 
     def source_of(self, number: int) -> int:
         """Which source record `number` belongs to."""
         return int(np.searchsorted(self._starts, number, side="right")) - 1
 
-    def samples(self, number: int) -> tuple[list[Sample], dict[Hashable, Image]]:
+    def samples(self, number: int, *, outline: bool = False) -> tuple[list[Sample], dict[Hashable, Image]]:
         """Tokenise record `number`. Raises RecordError when it is invalid or longer than `max_length`."""
-        record = self.record(number)
+        record = self.record(number, outline=outline)
         record.validate(for_training=True)
         images = {image_key(i): i for i in record.images}
         keys = tuple(image_key(i) for i in record.images)
@@ -146,10 +154,7 @@ class InstructionData:
 
     def _measure(self, number: int) -> _Measured | RecordError:
         try:
-            samples, images = self.samples(number)
-            record = self.record(number)
-            if error := _wrong_images(images, record):
-                return error
+            samples, images = self.samples(number, outline=True)
         except RecordError as error:
             where = error.where or self.record(number).where
             return type(error)(error.problem, where=where, remedy=error.remedy)
@@ -158,7 +163,8 @@ class InstructionData:
         head = samples[0].ids
         for s in samples[1:]:
             head = head[: _common(head, s.ids)]
-        return _Measured(spans, supervised, head[: next((i for i, t in enumerate(head) if t < 0), None)], images)
+        head = head[: next((i for i, t in enumerate(head) if t < 0), None)]
+        return _Measured(spans, supervised, head, [hash(key) for key in images])
 
     def scan(self, *, workers: int = 0, numbers: Iterable[int] | None = None) -> Scan:
         """Measure every record, in `workers` processes; bad ones are listed in the result, not raised."""
@@ -174,6 +180,7 @@ class InstructionData:
         rows: list[tuple[int, int, int, int, int]] = []
         out = Scan(*(np.zeros(0, dtype=np.int64),) * 5, records=len(numbers))
         head: tuple[int, ...] | None = None
+        seen: set[int] = set()
         for number, result in zip(numbers, results, strict=True):
             if isinstance(result, RecordError):
                 out.bad.append(result)
@@ -181,11 +188,14 @@ class InstructionData:
             source = self.source_of(number)
             rows.extend((number, *span, source) for span in result.spans)
             out.supervised += result.supervised
-            out.images.update(result.images)
+            if result.images:
+                out.illustrated.append(number)
+                seen.update(result.images)
             head = result.head if head is None else head[: _common(head, result.head)]
         table = np.array(rows, dtype=np.int64).reshape(-1, 5)
         out.record, out.first, out.last, out.length, out.source = table.T
         out.shared = len(head or ()) if self.share_prefix else 0
+        out.pictures = len(seen)
         return out
 
 
@@ -194,7 +204,7 @@ class _Measured:
     spans: list[tuple[int, int, int]]  # first pair, one past the last, tokens
     supervised: int
     head: tuple[int, ...]
-    images: dict[Hashable, Image]
+    images: list[int]  # hashes of their keys
 
 
 _scanned: InstructionData | None = None
@@ -210,20 +220,6 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     while n < min(len(a), len(b)) and a[n] == b[n]:
         n += 1
     return n
-
-
-def _wrong_images(images: dict[Hashable, Image], record: Record) -> RecordError | None:
-    """A missing file is found in the scan; a damaged one when it is decoded."""
-    from pathlib import Path
-
-    for image in images.values():
-        if isinstance(image.source, str) and not Path(image.source).is_file():
-            return RecordError(
-                f"image file is missing: {image.source}",
-                where=record.where,
-                remedy="check image_root, or set run.on_bad_record=skip",
-            )
-    return None
 
 
 def _chunks(

@@ -6,6 +6,7 @@ skips two copies; everything else goes through mmit.data.images. Refuses what lo
 
 from __future__ import annotations
 
+import os
 import struct
 
 import numpy as np
@@ -19,13 +20,14 @@ from mmit.records import Image
 # Frame headers of baseline, extended and progressive Huffman JPEGs; the other SOFs are lossless or arithmetic.
 _FRAMES = (0xC0, 0xC1, 0xC2)
 _OTHER_FRAMES = (0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+MAX_PIXELS = 50_000_000
 _APP1, _SCAN = 0xE1, 0xDA
 _ORIENTATION_TAG = 0x0112
 # What Pillow's EXIF reader is seen to raise for a damaged block.
 _BROKEN_EXIF = (OSError, SyntaxError, ValueError, LookupError, TypeError, AttributeError, struct.error)
 
 
-def decode_rgb(data: bytes, *, where: str = "", max_pixels: int = 50_000_000) -> torch.Tensor:
+def decode_rgb(data: bytes, *, where: str = "", max_pixels: int = MAX_PIXELS) -> torch.Tensor:
     """Decode a picture to uint8 (3, H, W), the pixels of `load_rgb`; the memory layout is (H, W, 3).
 
     Raises ImageError as load_rgb does.
@@ -37,6 +39,22 @@ def decode_rgb(data: bytes, *, where: str = "", max_pixels: int = 50_000_000) ->
         # Damaged in some way: load_rgb decides, so that both ways refuse the same files with the same words.
     picture = load_rgb(Image(data), where=where, max_pixels=max_pixels)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def load_fast(image: Image, *, where: str = "") -> PIL.Image.Image:
+    """`load_rgb` for the training loader: the same pixels and refusals, plain JPEGs decoded faster."""
+    source = image.source
+    if isinstance(source, str):
+        if not source.lower().endswith((".jpg", ".jpeg")) or not os.path.isfile(source):
+            return load_rgb(image, where=where)
+        with open(source, "rb") as file:
+            data = file.read()
+        if data[:2] == b"\xff\xd8" and _is_plain_jpeg(data, MAX_PIXELS) and (pixels := _decode_jpeg(data)) is not None:
+            return PIL.Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        return load_rgb(image, where=where)  # its error names the file
+    if isinstance(source, bytes):
+        return PIL.Image.fromarray(decode_rgb(source, where=where).permute(1, 2, 0).numpy())
+    return load_rgb(image, where=where)
 
 
 def _decode_jpeg(data: bytes) -> torch.Tensor | None:

@@ -42,6 +42,9 @@ class Source(Protocol):
 
     def __getitem__(self, index: int, /) -> Record: ...
 
+    def outline(self, index: int, /) -> Record:
+        """The record for measuring: its pictures need not be read. Raises RecordError for one known to be missing."""
+
 
 @dataclass(frozen=True)
 class JsonlSource:
@@ -69,6 +72,18 @@ class JsonlSource:
         record = Record.from_json(row, where=where, root=str(self.path.parent))
         if not record.source and record.row is None:
             record = replace(record, source=self.origin, row=index + 1)
+        return record
+
+    def outline(self, index: int) -> Record:
+        """Read one record and see that its picture files are there. Raises RecordError."""
+        record = self[index]
+        for image in record.images:
+            if isinstance(image.source, str) and not os.path.isfile(image.source):
+                raise RecordError(
+                    f"image file is missing: {image.source}",
+                    where=record.where,
+                    remedy="check image_root, or set run.on_bad_record=skip",
+                )
         return record
 
 
@@ -100,7 +115,7 @@ def open_source(
         return open_shards(path, name=name or "", limit=limit, cache=cache)
     origin = Path(path)
     if not origin.is_file():
-        raise ConfigError("no such file", where=str(origin), remedy="check data.train.*.path")
+        raise ConfigError("no such file", where=str(origin), remedy="check the path")
     key: list[Any] = [*_identity(origin), format, image_root]
     if options:
         # An option may name a second file (annotations, images): a change there must not meet an old conversion.

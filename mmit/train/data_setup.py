@@ -16,7 +16,8 @@ import torch
 
 from mmit.data.chat import ChatFormat, encode
 from mmit.data.dataset import InstructionData, Scan
-from mmit.data.images import fit, load_rgb
+from mmit.data.decode import load_fast
+from mmit.data.images import fit
 from mmit.data.loader import LoadImage, MicroBatch, micro_batches
 from mmit.data.mixture import Walk, epoch_order
 from mmit.data.packing import plan_rows
@@ -57,12 +58,12 @@ def open_data(
     """Open the sources of a run.
 
     Args:
-        sources: per source the keys path, format, image_root, name and limit, as `open_source` takes them.
+        sources: per source the keys path, format, image_root, name, limit and options, as `open_source` takes them.
         cache: folder for sources converted to mmit's own format.
         on_bad: receives rows that cannot be converted; None raises the first.
         options: what else `InstructionData` takes (image_tokens, max_length, capacity, ...).
     """
-    keys = ("path", "format", "image_root", "name", "limit")
+    keys = ("path", "format", "image_root", "name", "limit", "options")
     if not world.main:  # rank 0 converts foreign formats first, the others then find the result
         world.barrier()
     opened = []
@@ -142,7 +143,7 @@ def image_loader(preparation: Mapping[str, Any]) -> LoadImage:
 def _load_image(preparation: dict[str, Any], image: Image, where: str) -> torch.Tensor:
     p = preparation
     return fit(
-        load_rgb(image, where=where),
+        load_fast(image, where=where),
         tuple(p["size"]),
         mode=p["mode"],
         interpolation=p["interpolation"],

@@ -27,7 +27,7 @@ def echo(
 
     tokens = int(scan.length.sum())
     say(
-        f"{scan.records - len(scan.bad)} records of {len(data.sources)} sources, {len(scan.images)} pictures, "
+        f"{scan.records - len(scan.bad)} records of {len(data.sources)} sources, {scan.pictures} pictures, "
         f"{tokens} tokens, {scan.supervised} supervised; {walk.steps} steps of {walk.rows_per_step} rows of "
         f"{data.capacity} tokens"
     )

@@ -57,20 +57,22 @@ def _digest(image: Image) -> str:
 
 def compute_features(
     tower: VisionTower,
-    images: Mapping[Hashable, Image],
+    pictures: Iterable[tuple[Hashable, Image]],
     load_image: LoadImage,
     *,
+    count: int,
     kind: str,
     folder: Path,
     preparation: Mapping[str, Any],
     batch: int = 64,
     max_bytes: int = 8 << 30,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> FeatureCache:
     """Run the tower over every distinct picture.
 
     Args:
-        images: key -> picture. load_image: picture, place -> (3, H, W) uint8.
+        pictures: key and picture, read one after the other; equal keys and equal bytes are computed once.
+        load_image: picture, place -> (3, H, W) uint8.
+        count: how many distinct pictures to expect, for the forecast.
         kind: "memory", or "disk" to keep the features under `folder` for later runs.
         preparation: how pictures are brought to the tower; part of the disk key.
         max_bytes: a larger cache is refused before anything is computed.
@@ -78,36 +80,45 @@ def compute_features(
     Raises:
         ConfigError: the cache would be larger than `max_bytes`. ImageError: a picture cannot be read.
     """
-    need = forecast_bytes(tower, len(images))
+    need = forecast_bytes(tower, count)
     if need > max_bytes:
         raise ConfigError(
-            f"the features of {len(images)} pictures take {need / 2**30:.1f} GiB, the limit is {max_bytes / 2**30:.1f}",
+            f"the features of {count} pictures take {need / 2**30:.1f} GiB, the limit is {max_bytes / 2**30:.1f}",
             where="model.vision.cache",
             remedy="set model.vision.cache=off",
         )
-    dtype = next(tower.parameters()).dtype
-    digests = {key: _digest(image) for key, image in images.items()}
-    distinct: dict[str, Hashable] = {}
-    for key, digest in digests.items():
-        distinct.setdefault(digest, key)
-    store = _Store(folder, tower, preparation, dtype) if kind == "disk" else None
+    first = next(tower.parameters())
+    store = _Store(folder, tower, preparation, first.dtype) if kind == "disk" else None
     known = store.load() if store else {}
-    rows = torch.empty(len(distinct), tower.tokens, tower.dim, dtype=dtype)
-    places = {digest: i for i, digest in enumerate(distinct)}
-    for digest, row in known.items():
-        if digest in places:
-            rows[places[digest]] = row
-    todo = [d for d in distinct if d not in known]
-    device = next(tower.parameters()).device
-    for begin in range(0, len(todo), batch):
-        chunk = todo[begin : begin + batch]
-        pixels = torch.stack([load_image(images[distinct[d]], "") for d in chunk])
-        for d, features in zip(chunk, tower(pixels.to(device)).cpu(), strict=True):
-            rows[places[d]] = features
-        progress(begin + len(chunk), len(todo))
-    if store and todo:
-        store.save(list(distinct), rows)
-    return FeatureCache(rows, {key: places[digests[key]] for key in images})
+    number: dict[Hashable, int] = {}
+    place: dict[str, int] = {}
+    rows: list[torch.Tensor] = []
+    waiting: list[tuple[int, torch.Tensor]] = []
+
+    def flush() -> None:
+        if waiting:
+            pixels = torch.stack([p for _, p in waiting])
+            for (at, _), features in zip(waiting, tower(pixels.to(first.device)).cpu(), strict=True):
+                rows[at] = features
+            waiting.clear()
+
+    for key, image in pictures:
+        if key in number:
+            continue
+        digest = _digest(image)
+        if digest not in place:
+            place[digest] = len(rows)
+            rows.append(known.get(digest, torch.empty(0)))
+            if digest not in known:
+                waiting.append((place[digest], load_image(image, "")))
+        number[key] = place[digest]
+        if len(waiting) == batch:
+            flush()
+    flush()
+    table = torch.stack(rows) if rows else torch.empty(0, tower.tokens, tower.dim, dtype=first.dtype)
+    if store and place.keys() - known.keys():
+        store.save(list(place), table)
+    return FeatureCache(table, number)
 
 
 class _Store:

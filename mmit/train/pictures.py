@@ -6,16 +6,16 @@ tower that is trained, and to align with records that are not captions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmit.data.dataset import image_key
+from mmit.data.dataset import InstructionData, Scan, image_key
 from mmit.data.loader import LoadImage
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError
 from mmit.models.vlm import VLM
-from mmit.records import Image, Record
+from mmit.records import Record
 from mmit.train.align import align_words
 from mmit.train.features import FeatureCache, compute_features
 
@@ -24,9 +24,10 @@ Say = Callable[[Any], None]
 
 def cache_features(
     vlm: VLM,
-    images: Mapping[Hashable, Image],
-    load_image: LoadImage | None,
+    data: InstructionData,
+    scan: Scan,
     *,
+    load_image: LoadImage | None,
     kind: str,
     frozen: bool,
     folder: Path,
@@ -34,7 +35,7 @@ def cache_features(
     say: Say,
 ) -> FeatureCache | None:
     """Features of all pictures of a run; None where `kind` is "off" or there is nothing to see. Raises ConfigError."""
-    if kind == "off" or vlm.vision is None or load_image is None or not images:
+    if kind == "off" or vlm.vision is None or load_image is None or not scan.illustrated:
         return None
     if not frozen:
         raise ConfigError(
@@ -42,8 +43,10 @@ def cache_features(
             where="model.vision.cache",
             remedy="set model.vision.cache=off or tune.vision.mode=frozen",
         )
-    say(f"computing features of {len(images)} pictures once")
-    return compute_features(vlm.vision, images, load_image, kind=kind, folder=folder, preparation=preparation)
+    say(f"computing features of {scan.pictures} pictures once")
+    pictures = data.pictures(scan.illustrated)
+    options: dict[str, Any] = {"count": scan.pictures, "kind": kind, "folder": folder, "preparation": preparation}
+    return compute_features(vlm.vision, pictures, load_image, **options)
 
 
 def align_to_captions(
@@ -67,9 +70,9 @@ def align_to_captions(
     words = [tokenizer(" " + r.turns[-1].text, add_special_tokens=False)["input_ids"] for r in records]
     keys = [image_key(r.images[0]) for r in records]
     if features is None or any(k not in features for k in keys):
-        pictures = {k: r.images[0] for k, r in zip(keys, records, strict=True)}
-        folder = run_dir / "cache"
-        features = compute_features(vlm.vision, pictures, load_image, kind="memory", folder=folder, preparation={})
+        pictures = zip(keys, (r.images[0] for r in records), strict=True)
+        options: dict[str, Any] = {"kind": "memory", "folder": run_dir / "cache", "preparation": {}}
+        features = compute_features(vlm.vision, pictures, load_image, count=len(set(keys)), **options)
     embeddings = vlm.word_embeddings.detach()
     loss = align_words(vlm.projector, features.get(keys), words, embeddings, epochs=epochs, lr=lr, seed=seed)
     say(f"word alignment: {len(records)} captions, {epochs} epochs, loss {loss:.3f}")

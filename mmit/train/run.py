@@ -78,8 +78,9 @@ def run(config: Config) -> int:
         vlm.check_isolation()
     features = cache_features(
         vlm,
-        scan.images,
-        load_image,
+        data,
+        scan,
+        load_image=load_image,
         kind=config.model.vision.cache if config.model.vision else "off",
         frozen=config.tune.vision.mode == "frozen",
         folder=run_dir / "cache",

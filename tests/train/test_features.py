@@ -38,15 +38,15 @@ def pictures(tmp_path):
 def test_bitwise_equal_to_computing_also_from_disk(pictures, tmp_path, dtype):
     torch.manual_seed(0)
     tower = build_vision("hf", CLIP, dtype=dtype)
-    arguments = {"folder": tmp_path / "cache", "preparation": {"mode": "resize"}}
+    arguments = {"folder": tmp_path / "cache", "preparation": {"mode": "resize"}, "count": 5}
     direct = tower(torch.stack([load(i, "") for i in pictures.values()]))
-    memory = compute_features(tower, pictures, load, kind="memory", **arguments)
-    written = compute_features(tower, pictures, load, kind="disk", **arguments)
+    memory = compute_features(tower, pictures.items(), load, kind="memory", **arguments)
+    written = compute_features(tower, pictures.items(), load, kind="disk", **arguments)
 
     def never(image, where):
         raise AssertionError("was on disk")
 
-    read = compute_features(tower, pictures, never, kind="disk", **arguments)
+    read = compute_features(tower, pictures.items(), never, kind="disk", **arguments)
     for cache in (memory, written, read):
         assert torch.equal(cache.get(list(pictures)), direct)
         assert "k3" in cache and "other" not in cache
@@ -55,10 +55,10 @@ def test_bitwise_equal_to_computing_also_from_disk(pictures, tmp_path, dtype):
 
 def test_changed_bytes_are_computed_again(pictures, tmp_path):
     tower = build_vision("hf", CLIP)
-    arguments = {"kind": "disk", "folder": tmp_path / "cache", "preparation": {}}
-    old = compute_features(tower, pictures, load, **arguments).get(["k0", "k1"])
+    arguments = {"kind": "disk", "folder": tmp_path / "cache", "preparation": {}, "count": 5}
+    old = compute_features(tower, pictures.items(), load, **arguments).get(["k0", "k1"])
     PIL.Image.new("RGB", (16, 16), (255, 255, 0)).save(pictures["k1"].source)
-    new = compute_features(tower, pictures, load, **arguments).get(["k0", "k1"])
+    new = compute_features(tower, pictures.items(), load, **arguments).get(["k0", "k1"])
     assert torch.equal(old[0], new[0]) and not torch.equal(old[1], new[1])
 
 
@@ -70,12 +70,21 @@ def test_equal_pictures_are_run_once(pictures, tmp_path):
         return load(image, where)
 
     twice = {**pictures, "again": Image(pictures["k0"].source)}
-    cache = compute_features(build_vision("hf", CLIP), twice, counting, kind="memory", folder=tmp_path, preparation={})
+    cache = compute_features(
+        build_vision("hf", CLIP), twice.items(), counting, count=6, kind="memory", folder=tmp_path, preparation={}
+    )
     assert len(seen) == 5 and torch.equal(*cache.get(["k0", "again"]))
 
 
 def test_a_cache_that_would_be_too_large_is_refused_before_anything_is_computed(pictures, tmp_path):
     with pytest.raises(ConfigError, match="cache=off"):
         compute_features(
-            build_vision("hf", CLIP), pictures, load, kind="disk", folder=tmp_path, preparation={}, max_bytes=10
+            build_vision("hf", CLIP),
+            pictures.items(),
+            load,
+            count=5,
+            kind="disk",
+            folder=tmp_path,
+            preparation={},
+            max_bytes=10,
         )
