@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from mmit import __version__
-from mmit.cli import chat, config, data, env, evaluate, inspect, train
+from mmit.cli import chat, config, data, env, evaluate, export, inspect, train
 from mmit.cli.errors import Commands
 
 app = typer.Typer(
@@ -30,6 +30,8 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.add_typer(data.app, name="data")
+app.command("export")(export.export)
+app.command("import-model")(export.import_model)
 app.command("inspect")(inspect.inspect)
 app.command("env")(env.env)
 app.command("config")(config.config)

@@ -10,6 +10,7 @@ referenced by the config, and copied in only on request.
       mmit.json              step, chat format, image preparation, versions
       projector.safetensors  adapter/ (PEFT layout)  tokenizer/
       llm/  vision.safetensors      only where they were trained, or with include_base
+      vision/                       of imported and whole models: a tower of kind hf as a folder, with its config
       llm_tuned.safetensors  vision_tuned.safetensors  vision_adapter/   where a method trains a part of them
       trainer/               step, optimizer, random states
 """
@@ -273,6 +274,11 @@ def load_model(
     model = config.model.model_dump()
     if (path / "llm").exists() and not (untuned and config.tune.llm.mode == "full"):
         model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
+    if model["vision"] and (path / "vision").exists():
+        model["vision"].update(name=str(path / "vision"), weights=None)
+    if model["vision"] and (path / "vision.safetensors").exists() and not untuned:
+        if model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
+            model["vision"].update(weights=False, key_order=False)  # all of the tower is read below
     if dtype is None:
         dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     else:

@@ -1,0 +1,196 @@
+"""`mmit export` and `mmit import-model`: models to and from other projects.
+
+In: a run or checkpoint and a format, or another project's folder. Out: a folder, written whole or not at all, after a
+comparison of its logits with those of the source.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmit.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from mmit.train.checkpoint import Loaded
+
+FORMATS = ("llava-hf", "llava", "peft", "mmit")
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    *,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
+    format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")] = "llava-hf",
+    dtype: Annotated[str, typer.Option(help="Number format of llava-hf weights: fp32, bf16 or fp16.")] = "fp32",
+    image_token: Annotated[str, typer.Option(help="Image token of llava-hf, if the chat format has none.")] = "<image>",
+) -> None:
+    """Write a trained model for other software.
+
+    llava-hf: a folder for transformers and vLLM, adapters merged. llava: LLaVA's own files (mm_projector.bin, adapter,
+    non_lora_trainables.bin). peft: the LLM's adapter alone. mmit: one checkpoint with the base weights inside.
+
+    What was written is loaded again, and its logits of a fixed batch are compared with the source; the largest
+    difference is printed, and beyond rounding the export fails and leaves nothing behind.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"unknown export format '{format}'", where="--format", remedy=nearest(format, FORMATS))
+    import torch
+
+    from mmit.models.llm import DTYPES
+    from mmit.train.checkpoint import load_model
+    from mmit.train.portable import refuse_existing, save_whole
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype '{dtype}'", where="--dtype", remedy=nearest(dtype, DTYPES))
+    refuse_existing(out)
+    kept = None if format == "mmit" else torch.float32  # as trained, where numbers are copied and not computed with
+    found = load_model(run, device="cpu", dtype=kept)
+    if format == "mmit":
+        save_whole(found, out)
+        _check_whole(found, out)
+        return
+    draft = out.with_name(f".{out.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        if format == "llava-hf":
+            _llava_hf(found, draft, dtype=DTYPES[dtype], image_token=image_token)
+        elif format == "llava":
+            _llava(found, draft)
+        else:
+            _peft(found, draft)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rmdir()  # it is empty
+    draft.rename(out)
+    typer.echo(f"wrote {out}")
+
+
+def _llava_hf(found: Loaded, folder: Path, **options: Any) -> None:
+    from mmit.interop.export import export_llava_hf
+
+    ends = (*found.chat.end_ids[-1:], found.tokenizer.eos_token_id)
+    seen = export_llava_hf(
+        folder,
+        found.vlm,
+        tokenizer=found.tokenizer,
+        chat=found.chat,
+        image=found.image,
+        end_ids=[i for i in ends if i is not None],
+        **options,
+    )
+    _tell(seen.logits, seen.limit)
+    typer.echo(f"largest difference of a pixel, normalised: {seen.pixels:.3g}; ids of the processor: the same")
+    if seen.pixels > 1e-3:
+        typer.echo("transformers pads a picture before it scales it, mmit scales first: edges differ a little")
+
+
+def _llava(found: Loaded, folder: Path) -> None:
+    from mmit.models.interop.hf_parts import read_llava_projector, write_llava
+
+    model, vlm = found.config.model, found.vlm
+    if model.vision is None or vlm.projector is None:
+        raise ConfigError("a text-only model is no LLaVA", where="--format llava", remedy="use --format peft or mmit")
+    files = write_llava(
+        folder,
+        vlm,
+        tokenizer=found.tokenizer,
+        tower_name=model.vision.name,
+        base=model.llm.name,
+        fit=model.vision.fit,
+        max_length=found.config.data.max_length,
+    )
+    for name in files:
+        typer.echo(name)
+    before = {key: value.clone() for key, value in vlm.projector.state_dict().items()}
+    read_llava_projector(folder / "mm_projector.bin", vlm.projector)
+    now = vlm.projector.state_dict()
+    _tell(max(float((now[key] - before[key]).abs().max()) for key in now), 0.0, what="projector weight")
+    if "non_lora_trainables.bin" in files:
+        _compare_adapter(found, folder)
+
+
+def _peft(found: Loaded, folder: Path) -> None:
+    from mmit.models.interop.hf_parts import write_adapter
+
+    write_adapter(folder, found.vlm, base=found.config.model.llm.name)
+    found.tokenizer.save_pretrained(folder)
+    _compare_adapter(found, folder)
+    if found.vlm.projector is not None:
+        typer.echo("the projector is not part of a peft adapter: pictures need --format llava-hf, llava or mmit")
+
+
+def _compare_adapter(found: Loaded, folder: Path) -> None:
+    """Put the adapter on its base with peft and compare the logits of a text."""
+    import torch
+
+    from mmit.data.chat import encode
+    from mmit.interop.export import compare_logits, fixed_talks, logits_of
+    from mmit.models.interop.hf_parts import reload_adapter
+
+    base = found.config.model.llm
+    again = reload_adapter(folder, base.name, revision=base.revision, random_init=base.random_init)
+    if again is None:
+        typer.echo("not compared: the base was random to begin with (model.llm.random_init)")
+        return
+    ids = [i for i in encode(fixed_talks(found.chat)[0], found.chat, found.tokenizer, generate=True).ids if i >= 0]
+    expected = logits_of(found.vlm, ids, None)
+    seen = compare_logits(expected, logits_of(again, ids, None), dtype=torch.float32)
+    _tell(seen.logits, seen.limit)
+
+
+def _check_whole(found: Loaded, out: Path) -> None:
+    import torch
+
+    from mmit.interop.export import compare_logits, source_logits
+    from mmit.train.checkpoint import load_model
+
+    again = load_model(out, device="cpu")
+    texts = source_logits(found.vlm, found.tokenizer, found.chat, found.image)
+    others = source_logits(again.vlm, again.tokenizer, again.chat, again.image)
+    seen = [compare_logits(a, b, dtype=torch.float32) for a, b in zip(texts, others, strict=True)]
+    worst = max(seen, key=lambda d: d.logits / d.limit)
+    _tell(worst.logits, worst.limit)
+    typer.echo(f"wrote {out}")
+
+
+def _tell(difference: float, limit: float, what: str = "logit") -> None:
+    typer.echo(f"largest difference of a {what} from the source: {difference:.3g} (limit {limit:.3g})")
+
+
+def import_model(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A llava-hf folder.")],
+    out: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint folder to write; must not exist.")],
+    *,
+    chat: Annotated[str | None, typer.Option(help="Chat format in place of the folder's template.")] = None,
+) -> None:
+    """Make an mmit checkpoint of another project's model, to start training from.
+
+    Strict: a tensor that is missing or left over is an error with the list.
+    """
+    import torch
+
+    from mmit.config import Config
+    from mmit.interop.foreign import read_foreign
+    from mmit.train.portable import imported_sections, refuse_existing, save_imported
+
+    refuse_existing(out)
+    found = read_foreign(source, chat=chat)
+    precision = "fp32" if found.source.dtype == torch.float32 else "bf16"
+    raw = {
+        **imported_sections(found, out),
+        "data": {"train": [{"path": "train.jsonl"}]},
+        "train": {"epochs": 1.0, "precision": precision},
+    }
+    save_imported(found, out, Config.from_dict(raw, where=f"import of {source}"))
+    typer.echo(f"wrote {out}")
+    typer.echo(
+        f"train from it: mmit train --config {out / 'config.yaml'} data.train.0.path=YOUR.jsonl "
+        "tune.llm.mode=lora tune.llm.lr=2e-4"
+    )

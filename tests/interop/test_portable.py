@@ -1,0 +1,173 @@
+"""From another project's folder to a run and back, and a run in every export format."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+from typer.testing import CliRunner
+
+import mmit
+from mmit.cli import app
+from mmit.config import Config
+from mmit.train.checkpoint import read_config
+from mmit.train.run import run
+from tests.interop.llava_models import make_llava_hf
+from tests.tiny_run import tiny_config, write_records, write_tokenizer
+
+PICTURE = PIL.Image.new("RGB", (30, 20), (200, 60, 40))
+
+
+def command(*arguments: Any, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output + str(result.exception)
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: Any) -> Path:
+    """A run of a tiny model on a saved base, with an adapter."""
+    from tests.interop.test_export_llava_hf import composite
+
+    folder = tmp_path_factory.mktemp("run")
+    tokenizer = write_tokenizer(folder / "tokenizer")
+    composite(tokenizer).llm.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    clip = tiny_config(folder).model.vision
+    assert clip is not None
+    model = {
+        "vision": clip.model_dump(),
+        "projector": {"kind": "mlp", "options": {"depth": 2}},
+        "llm": {"name": str(folder / "base")},
+    }
+    assert run(tiny_config(folder, model=model, run={"dir": str(folder / "run")})) == 0
+    return folder / "run"
+
+
+def test_a_llava_hf_folder_is_tuned_and_goes_back(tmp_path: Path) -> None:
+    make_llava_hf(tmp_path / "in", tokens="llama")
+    data = write_records(tmp_path / "data")
+    text = command("import-model", tmp_path / "in", tmp_path / "start")
+    assert "train from it" in text
+    source, start = mmit.load(tmp_path / "in", device="cpu"), mmit.load(tmp_path / "start", device="cpu")
+    question: tuple[Any, ...] = (PICTURE, "What colour is it?")
+    assert start.chat(*question, max_new_tokens=32) == source.chat(*question, max_new_tokens=32)
+
+    raw = read_config(tmp_path / "start").model_dump()
+    raw["run"]["dir"] = str(tmp_path / "run")
+    raw["tune"]["llm"] = {"mode": "lora", "lr": 0.01, "options": {"r": 4}}
+    raw["data"].update(train=[{"path": str(data)}], max_length=128, pack_tokens=160, workers=0)
+    raw["train"].update(epochs=None, steps=2, rows_per_step=2)
+    raw["device"] = "cpu"
+    assert run(Config.from_dict(raw)) == 0
+    untrained = load_file(tmp_path / "start" / "projector.safetensors")
+    tuned = load_file(next((tmp_path / "run" / "checkpoints").iterdir()) / "projector.safetensors")
+    moved = max(float((tuned[key] - untrained[key]).abs().max()) for key in tuned)
+    assert 0 < moved < 0.1  # trained from the imported projector, not from a fresh one
+
+    text = command("export", tmp_path / "run", "--out", tmp_path / "out")
+    assert "largest difference of a logit" in text
+    model, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    processor = AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question[1]}]}]
+    prompt = processor.apply_chat_template(talk, add_generation_prompt=True)
+    batch = processor(images=[PICTURE], text=prompt, return_tensors="pt")
+    new = model.generate(**batch, max_new_tokens=32, do_sample=False)[0, batch["input_ids"].shape[1] :]
+    theirs = processor.decode(new, skip_special_tokens=True).strip()
+    assert theirs == mmit.load(tmp_path / "run", device="cpu").chat(*question, max_new_tokens=32)
+
+
+def test_an_imported_model_can_be_moved(tmp_path: Path) -> None:
+    make_llava_hf(tmp_path / "in")
+    command("import-model", tmp_path / "in", tmp_path / "start")
+    expected = mmit.load(tmp_path / "start", device="cpu").chat(PICTURE, "What?", max_new_tokens=16)
+    shutil.rmtree(tmp_path / "in")
+    (tmp_path / "start").rename(tmp_path / "elsewhere")
+    assert mmit.load(tmp_path / "elsewhere", device="cpu").chat(PICTURE, "What?", max_new_tokens=16) == expected
+
+
+def test_llava_hf(trained: Path, tmp_path: Path) -> None:
+    text = command("export", trained, "--out", tmp_path / "out")
+    assert "ids of the processor: the same" in text
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llava"
+    assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+def test_mmit_holds_everything(trained: Path, tmp_path: Path) -> None:
+    assert "difference of a logit from the source: 0 " in command(
+        "export", trained, "--format", "mmit", "--out", tmp_path / "out"
+    )
+    expected = mmit.load(trained, device="cpu").chat(PICTURE, "What?", max_new_tokens=16)
+    hidden = {name: trained.parent / name for name in ("base", "vision", "tokenizer")}
+    for name, folder in hidden.items():
+        folder.rename(tmp_path / name)
+    try:
+        assert mmit.load(tmp_path / "out", device="cpu").chat(PICTURE, "What?", max_new_tokens=16) == expected
+    finally:
+        for name, folder in hidden.items():
+            (tmp_path / name).rename(folder)
+
+
+def test_peft(trained: Path, tmp_path: Path) -> None:
+    text = command("export", trained, "--format", "peft", "--out", tmp_path / "out")
+    assert "largest difference of a logit" in text and "projector is not part" in text
+    told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == str(trained.parent / "base")
+
+
+def test_llava(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused = command("export", trained, "--format", "llava", "--out", out, code=2)
+    assert "padded or cropped" in refused and not out.exists()
+
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    checkpoint = next((copy / "checkpoints").iterdir())
+    _edit(checkpoint, fit="pad")
+    text = command("export", copy, "--format", "llava", "--out", out)
+    assert "largest difference of a projector weight from the source: 0 " in text
+    assert "largest difference of a logit" in text
+    width = {"vision": 8, "llm": 16}
+    projector = torch.load(out / "mm_projector.bin", weights_only=True)
+    assert {key: tuple(value.shape) for key, value in projector.items()} == {
+        "model.mm_projector.0.weight": (width["llm"], width["vision"]),
+        "model.mm_projector.0.bias": (width["llm"],),
+        "model.mm_projector.2.weight": (width["llm"], width["llm"]),
+        "model.mm_projector.2.bias": (width["llm"],),
+    }
+    rest = torch.load(out / "non_lora_trainables.bin", weights_only=True)
+    assert {key.removeprefix("base_model.model.") for key in rest} == set(projector)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "llava_llama" and config["mm_projector_type"] == "mlp2x_gelu"
+    assert config["image_aspect_ratio"] == "pad" and config["mm_vision_select_layer"] == -2
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert all(key.startswith("base_model.model.model.layers.") for key in adapter)
+
+
+def _edit(checkpoint: Path, *, fit: str) -> None:
+    """Change how pictures are fitted in a checkpoint, and its manifest with it."""
+    import hashlib
+
+    path = checkpoint / "config.yaml"
+    path.write_text(path.read_text().replace("fit: resize", f"fit: {fit}"))
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    data = path.read_bytes()
+    manifest["files"]["config.yaml"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_mistakes_are_told(trained: Path, tmp_path: Path) -> None:
+    assert "llava-hf" in command("export", trained, "--format", "lava-hf", "--out", tmp_path / "a", code=2)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    assert "is there already" in command("export", trained, "--out", tmp_path / "full", code=2)
+    assert "no layout" in command("import-model", trained, tmp_path / "b", code=2)
+    assert not (tmp_path / "b").exists()
