@@ -48,6 +48,14 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, value: str) -> yaml.Node:
+    # Line breaks other than a newline are folded away by plain and single-quoted text; escapes keep them.
+    style = '"' if any(c in value for c in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
 # The dumper needs the same rules to know which texts must be quoted.
 for _kind, _pattern, _first in _SCALARS:
     for _class in (_Loader, _Dumper):
