@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 
 from mmit.records import Record, read_jsonl, write_jsonl
+from mmit.yamlio import dump_yaml
 from tests.test_cli import assert_one_message, good, mmit
 from tests.tiny_run import tiny_config
 
@@ -66,6 +67,14 @@ def test_check_measures_tokens_as_training_does(made):
     # The chat format wants one user turn: every two-question record is refused, and told once.
     refused = mmit("data", "check", data, "--tokenizer", made / "tokenizer", "--chat", "plain")
     assert refused.exit_code == 1 and "not-encodable" in refused.stdout
+
+
+def test_a_model_that_cannot_see(made, tmp_path):
+    blind = tiny_config(made).model_dump()
+    blind["model"]["vision"] = None
+    (tmp_path / "c.yaml").write_text(dump_yaml(blind))
+    result = mmit("data", "check", tmp_path / "c.yaml")
+    assert result.exit_code == 1 and "the model has no vision tower" in result.stdout and "12 errors" in result.stdout
 
 
 def test_check_tells_the_format_it_found(tmp_path):

@@ -6,7 +6,7 @@ count image tokens, builds a vision encoder without its weights; never loads a l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmit.cli.sources import File, files_of, model_image_tokens, settings_of
 from mmit.errors import ConfigError, MmitError, RecordError, located
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from mmit.records import Record, Turn
 
 SVG_WIDTH = 100
-Source = tuple[Path, str | None, str | None]  # file, format (None: to be found out), image root
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,10 @@ def inspect(
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the terminal's picture as SVG.")] = None,
 ) -> None:
     """Show a record's tokens, those the loss is taken on in colour."""
-    if data.suffix in (".yaml", ".yml"):
-        if config is not None:
-            raise typer.BadParameter("DATA is a config already", param_hint="--config")
-        config = data
-    settings = _config(config)
+    settings = settings_of(data, config)
     if settings is None and tokenizer is None:
         raise typer.BadParameter("give --config FILE, or --tokenizer NAME (and --chat, --image-tokens)")
-    record = _record(_sources(data, settings), row)
+    record = _record(files_of(data, settings), row)
     shown = _encode(record, settings, pair=pair, tokenizer=tokenizer, chat=chat, image_tokens=image_tokens)
     _print(shown)
     if html is not None:
@@ -74,57 +70,17 @@ def inspect(
         _write_svg(shown, svg)
 
 
-def _config(path: Path | None) -> Config | None:
-    from mmit.config import load_config
-
-    return None if path is None else load_config(path)
-
-
-def _sources(data: Path, settings: Config | None) -> list[Source]:
-    if settings is not None and data.suffix in (".yaml", ".yml"):
-        return [(Path(s.path), s.format, s.image_root) for s in settings.data.train]
-    return [(data, None, None)]
-
-
-def _record(sources: Sequence[Source], row: int) -> Record:
+def _record(files: Sequence[File], row: int) -> Record:
     """Return the record of that number over all sources, bad rows counted; raises its error if it is bad."""
-    rows = chain.from_iterable(_rows(*source) for source in sources)
+    rows = chain.from_iterable(file.rows() for file in files)
     number = 0
     for number, item in enumerate(rows, 1):
         if number == row:
             if isinstance(item, RecordError):
                 raise item
             return item
-    files = ", ".join(str(source[0]) for source in sources)
-    raise ConfigError(f"there is no row {row}: {number} rows", where=files, remedy=f"Give --row 1 to {number}.")
-
-
-def _rows(path: Path, format: str | None, image_root: str | None) -> Iterator[Record | RecordError]:
-    from mmit.data.formats import detect_format, import_file
-    from mmit.data.shard_reader import has_index
-
-    if format == "shards" or has_index(path):
-        yield from _shard_records(path)
-        return
-    bad: list[RecordError] = []
-    for record in import_file(path, format or detect_format(path)[0], image_root=image_root, on_bad=bad.append):
-        yield from bad  # found on the way to this record
-        bad.clear()
-        yield record
-    yield from bad
-
-
-def _shard_records(path: Path) -> Iterator[Record | RecordError]:
-    from mmit.data.sources import open_source
-
-    source = open_source(path, format="shards")
-    for index in range(len(source)):
-        try:
-            record = source[index]
-        except RecordError as error:
-            yield error
-        else:
-            yield record
+    where = ", ".join(str(file.path) for file in files)
+    raise ConfigError(f"there is no row {row}: {number} rows", where=where, remedy=f"Give --row 1 to {number}.")
 
 
 def _encode(
@@ -150,7 +106,10 @@ def _encode(
     with located("--chat" if chat else "model.chat.format"):
         form = chat_format(chat or (settings.model.chat.format if settings else "hf"), tokens)
     if image_tokens is None and settings is not None and record.images:
-        image_tokens = _image_tokens(settings.model.model_dump(), record.where)
+        if settings.model.vision is None:
+            problem = "has images, but the model has no vision tower"
+            raise RecordError(problem, where=record.where, remedy="set model.vision")
+        image_tokens = model_image_tokens(settings.model.model_dump())
     turns, which = _conversation(record, pair, split=settings is not None and settings.data.split_turns)
     try:
         encoded = encode(turns, form, tokens)
@@ -174,28 +133,6 @@ def _conversation(record: Record, pair: int, *, split: bool) -> tuple[Sequence[T
             f"there is no pair {pair}: {len(pairs)}{hint}", where=record.where, remedy=f"Give --pair 1 to {len(pairs)}."
         )
     return pairs[pair - 1], f", pair {pair} of {len(pairs)}" if split else ""
-
-
-def _image_tokens(model: dict[str, Any], where: str) -> int:
-    """Count the tokens of an image by building the eye and the projector without their weights."""
-    if model["vision"] is None:
-        raise RecordError("has images, but the model has no vision tower", where=where, remedy="set model.vision")
-    import torch
-
-    from mmit.models.assemble import assemble_vision
-    from mmit.models.projectors import build_projector
-
-    vision = assemble_vision({**model["vision"], "weights": False, "key_order": False}, dtype=torch.float32)
-    with located("model.projector"):
-        projector = build_projector(
-            model["projector"]["kind"],
-            vision_dim=vision.dim,
-            llm_dim=8,  # any width: it does not change the count
-            grid=vision.grid,
-            prefix=vision.prefix,
-            **model["projector"]["options"],
-        )
-    return projector.tokens
 
 
 def _pictures(record: Record) -> list[str]:

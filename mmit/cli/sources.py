@@ -1,4 +1,4 @@
-"""What `mmit data check | show | stats` look at: a data file or the sources of a config, and how to tokenise them.
+"""What the commands that look at data take: a data file or the sources of a config, and how to tokenise its records.
 
 A data file takes its tokenizer and chat format from options or from --config; a config names everything itself.
 What is given on the command line goes before the config. Never loads a language model's weights.
@@ -67,7 +67,9 @@ def settings_of(data: Path, config: Path | None) -> Config | None:
     return None if config is None else load_config(config)
 
 
-def files_of(data: Path, settings: Config | None, *, format: str | None, image_root: Path | None) -> list[File]:
+def files_of(
+    data: Path, settings: Config | None, *, format: str | None = None, image_root: Path | None = None
+) -> list[File]:
     """Return the file, its format found out (and said on stderr) if not given, or the config's training sources."""
     if settings is None or not is_config(data):
         return [File(data, format or _told_format(data), image_root)]
@@ -106,6 +108,7 @@ class Encoder:
     image_tokens: int | None
     max_length: int | None
     split_turns: bool = False
+    sees: bool = True  # False for a model without a vision tower
 
     def samples(self, record: Record) -> list[tuple[Sequence[Turn], Encoded]]:
         """Encode each training sample of a record; a record is one, but with data.split_turns each pair is."""
@@ -113,6 +116,9 @@ class Encoder:
         from mmit.data.dataset import split_pairs
 
         record.validate(for_training=True)
+        if record.images and not self.sees:
+            problem = "has images, but the model has no vision tower"
+            raise RecordError(problem, where=record.where, remedy="Set model.vision.")
         parts = split_pairs(record) if self.split_turns else [record.turns]
         return [(turns, encode(turns, self.chat, self.tokenizer)) for turns in parts]
 
@@ -162,7 +168,8 @@ def encoder_of(
     elif max_length is None and 0 < tokens.model_max_length < 10**9:  # without one, tokenizers state an enormous number
         max_length = tokens.model_max_length
     split = settings is not None and settings.data.split_turns
-    return Encoder(tokens, form, image_tokens, max_length, split)
+    sees = settings is None or settings.model.vision is not None
+    return Encoder(tokens, form, image_tokens, max_length, split, sees)
 
 
 def model_image_tokens(model: dict[str, Any]) -> int:
