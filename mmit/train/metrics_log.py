@@ -91,7 +91,9 @@ def _keep_before(path: Path, start: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError):
             continue
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    draft = path.with_name(f".{path.name}.draft")  # a kill in the middle of writing must not cost the rows
+    draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    draft.replace(path)
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:
