@@ -132,11 +132,12 @@ class VLM(nn.Module):
         """
         if features is None and pixels is not None and len(pixels):
             features = self.see(pixels)
+        idle = self._unseen() if features is None and self.projector is not None and self.projector.training else None
         embeddings = self.embed(
             input_ids, image_positions=image_positions, image_index=image_index, features=features
         )
-        if features is None and self.projector is not None and self.projector.training:
-            embeddings = embeddings + self._untouched_projector(embeddings)
+        if idle is not None:
+            embeddings = embeddings + (self.image_embeddings(idle).sum() * 0).to(embeddings)
         logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=predict_at)
         return F.cross_entropy(logits.float(), targets, reduction="none")
 
@@ -192,9 +193,14 @@ class VLM(nn.Module):
                 remedy="set data.packing=false for this architecture",
             )
 
-    def _untouched_projector(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Zero that runs through the projector: under ZeRO-3 every rank must touch every trained module."""
+    def _unseen(self) -> torch.Tensor:
+        """(1, N, D_v) features of nothing, which a row without pictures multiplies by zero.
+
+        All ranks must touch every trained module, and in the same order: ZeRO sums gradients as they appear, and
+        ZeRO-3 gathers weights as modules are called. A rank without pictures would wait for others than the rest.
+        """
         assert self.projector is not None and self.vision is not None
         weight = next(self.projector.parameters())
-        nothing = torch.zeros(1, self.vision.tokens, self.vision.dim, dtype=weight.dtype, device=weight.device)
-        return (self.projector(nothing).sum() * 0).to(embeddings)
+        if any(p.requires_grad for p in self.vision.parameters()):
+            return self.see(torch.zeros(1, 3, *self.vision.image_size, dtype=torch.uint8, device=weight.device))
+        return torch.zeros(1, self.vision.tokens, self.vision.dim, dtype=weight.dtype, device=weight.device)
