@@ -294,7 +294,8 @@ class DeepSpeedEngine(Engine):
             if not torch.isfinite(norm):
                 self.engine.zero_grad()
                 return float(norm)
-        self.engine.step()
+        with self._out_of_sight():
+            self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         norm = float("nan") if norm is None else float(norm)
         return norm if self.engine.was_step_applied() else float("inf")
@@ -305,6 +306,7 @@ class DeepSpeedEngine(Engine):
 
         inner = self._inner
         steps = [float(s["step"]) for s in inner.state.values() if "step" in s]
+        self._link_states()
         for name, p in zip(self.names, self.parameters, strict=True):
             if not steps:
                 yield name, {}
@@ -329,8 +331,7 @@ class DeepSpeedEngine(Engine):
         for flat in flats:
             zeros = {k: torch.zeros_like(flat.data) for k in ("exp_avg", "exp_avg_sq")}
             self._inner.state[flat] = {"step": torch.tensor(0.0), **zeros}
-        if self.stage < 3:
-            self.optimizer._lazy_init_hp_params_optimizer_state()
+        self._link_states()
         step = torch.tensor(0.0)
         for name, state in states:
             step = torch.maximum(step, state["step"])
@@ -349,6 +350,13 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._inner.param_groups for p in group["params"]]
+
+    def _link_states(self) -> None:
+        """Tell DeepSpeed where the moments of each parameter are; it does so itself after the first group's first step,
+        when later groups have none yet."""
+        if self.stage < 3 and not self._plain:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _set_part(self, p: nn.Parameter, value: torch.Tensor, key: str) -> None:
         from deepspeed import utils
