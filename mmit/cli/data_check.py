@@ -134,13 +134,14 @@ def show(report: Report, console: Console) -> None:
     licences = ", ".join(f"{name} {count:,}" for name, count in report.licences.most_common(5))
     console.print(Text(printable(f"licences: {licences or 'none'}")))
     rate = report.records / max(report.seconds, 1e-6) * 60
-    counts = ", ".join(f"{report.count(severity):,} {_plural(severity)}" for severity in SEVERITIES)
+    counts = ", ".join(_counted(report.count(severity), severity) for severity in SEVERITIES)
     pace = f", {rate:,.0f} a minute" if report.records > 1000 else ""
     console.print(f"[bold]{counts}[/bold] in {report.records:,} records ({report.seconds:.1f} s{pace})")
 
 
-def _plural(severity: str) -> str:
-    return "notes" if severity == "info" else f"{severity}s"
+def _counted(count: int, severity: str) -> str:
+    name = "note" if severity == "info" else severity
+    return f"{count:,} {name}{'' if count == 1 else 's'}"
 
 
 def _write_json(report: Report, path: Path) -> None:

@@ -129,11 +129,11 @@ def _lines(found: Stats) -> list[str]:
         ]
         out.append(f"{images['different']:,} different images: width {sides[0]}, height {sides[1]}")
     if images["unreadable"]:
-        out.append(f"{images['unreadable']:,} images cannot be read: see mmit data check --images")
+        out.append(f"images that cannot be read: {images['unreadable']:,}; see mmit data check --images")
     if found.bad:
-        out.append(f"{found.bad:,} bad rows are not counted: see mmit data check")
+        out.append(f"bad rows, not counted above: {found.bad:,}; see mmit data check")
     if found.not_encoded:
-        out.append(f"{found.not_encoded:,} records cannot be encoded: see mmit data check")
+        out.append(f"records that cannot be encoded: {found.not_encoded:,}; see mmit data check")
     out.append("licences: " + ", ".join(f"{name} {count:,}" for name, count in found.licences.most_common(5)))
     pairs = f"{diversity['different_pairs']:,} pairs of first word and object in {diversity['prompts']:,} prompts"
     if common := ", ".join(f"{root} {count:,}" for root, count, _ in found.top_roots()[:8]):
