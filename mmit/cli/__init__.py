@@ -1,4 +1,4 @@
-"""The command line: `mmit train | eval | chat | data import | inspect | env | config`.
+"""The command line: `mmit train | eval | compare | chat | data import | inspect | env | config`.
 
 Each command reads like a table of contents and lives in a module of its own; what it needs of torch and the rest
 is imported when it runs, so that help is instant. A user's mistake ends with one message and exit code 2.
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
 app.command("chat")(chat.chat)
 app.add_typer(data.app, name="data")
 app.command("export")(export.export)

@@ -1,19 +1,28 @@
-"""`mmit eval`: a trained model's score on a task, beside its baselines."""
+"""`mmit eval`: a model's scores on tasks, beside their baselines; `mmit compare`: two models on the same questions."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from mmit.eval.tasks import Task
+
 DEFAULT_TASK = "easy_vqa"
+KEY = "OPENAI_API_KEY"
 
 
 def evaluate(
     run: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder, or one of its checkpoints.")
+        str,
+        typer.Argument(
+            metavar="RUN_OR_CHECKPOINT",
+            help="A run's folder, one of its checkpoints, or the base URL of an OpenAI-compatible endpoint.",
+        ),
     ],
     task: Annotated[
         list[str] | None,
@@ -24,9 +33,15 @@ def evaluate(
     ] = None,
     *,
     baseline_n: Annotated[
-        int, typer.Option(min=1, help="Questions asked of the untuned model and with a blank image.")
+        int, typer.Option(min=1, help="Questions asked of the untuned model, in probes and in other wordings.")
     ] = 500,
-    baselines: Annotated[bool, typer.Option(help="Score the baselines too.")] = True,
+    baselines: Annotated[bool, typer.Option(help="Score the baselines, probes and wordings too.")] = True,
+    probe: Annotated[
+        str, typer.Option(help="What is done to the pictures, with commas: blank, swap, or none.")
+    ] = "blank",
+    templates: Annotated[
+        int, typer.Option(min=0, help="Ask in so many wordings, the task's own first; 0 asks in that alone.")
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -39,41 +54,127 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained)")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop answers on file and start anew.")] = False,
     data_root: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where a task's relative paths start. (default: its folder)")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder with one folder per benchmark, and where a task's relative paths start."
+        ),
     ] = None,
+    endpoint_model: Annotated[str | None, typer.Option(help="Model of the endpoint that is evaluated.")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(envvar="MMIT_JUDGE_URL", help="Base URL of the judge, for tasks that need one.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(envvar="MMIT_JUDGE_MODEL", help="The judge's model.")] = None,
+    judge_prompt: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The judge's prompt in place of mmit's wording.")
+    ] = None,
+    key_env: Annotated[str, typer.Option(help="Environment variable with the key of endpoint and judge.")] = KEY,
 ) -> None:
-    """Score a trained model on tasks and write a report.
+    """Score a model on tasks and write a report.
 
-    Beside it stand three baselines: the majority answer of each question, the untuned model (the same base with a
-    fresh projector and no adapter), and the tuned model that is shown a blank image. Answers are kept as they come,
-    so that an evaluation that was cut off goes on where it stopped.
+    Beside the score stand chance and the majority answer, the untuned model (the same base with a fresh projector and
+    no adapter), and the tuned model without the pictures. Answers are kept as they come, so that an evaluation that was
+    cut off goes on where it stopped. Several tasks get a table in summary.md and summary.tex too.
     """
-    from mmit.eval.tasks import load_task
+    from mmit.eval.tasks import load_task, task_items
 
     tasks = [load_task(name, data_root=data_root) for name in task or [DEFAULT_TASK]]
+    probes = _probes(probe)
+    metric_of = _judges(tasks, url=judge_url, model=judge_model, prompt=judge_prompt, key_env=key_env)
+    # Before any model is loaded: a missing file or a bad row should not cost minutes.
+    asked = [(one, task_items(one.model_copy(update={"sample": None}))) for one in tasks]
 
-    from mmit.eval.report import run_task
+    from mmit.eval.summary import run_tasks
+
+    where, options = _model(run, device=device, dtype=dtype, endpoint_model=endpoint_model, key_env=key_env, out=out)
+    alone = len(tasks) == 1
+    run_tasks(
+        options.pop("model"),
+        asked,
+        folder_of=lambda one: results_folder(where, one.name, out, alone=alone),
+        summary_in=None if alone else out or results_folder(where, DEFAULT_TASK, None, alone=True),
+        metric_of=metric_of,
+        sample=limit,
+        baseline_n=baseline_n if baselines else 0,
+        probes=probes,
+        templates=templates,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        **options,
+    )
+
+
+def _model(
+    run: str, *, device: str, dtype: str | None, endpoint_model: str | None, key_env: str, out: Path | None
+) -> tuple[Path, dict[str, Any]]:
+    """Return where results go by default, and the model with what `run_task` wants to know of it."""
+    from mmit.errors import ConfigError
+
+    if run.startswith(("http://", "https://")):
+        from mmit.eval.endpoint import Endpoint, EndpointModel
+
+        if out is None:
+            raise ConfigError("no folder for the results", where="--out", remedy="An endpoint has none: give --out.")
+        endpoint = Endpoint(run, endpoint_model or "", key_env)
+        name = f"{endpoint.model} at {run}"
+        return out, {
+            "model": EndpointModel(endpoint),
+            "untuned_factory": None,
+            "model_name": name,
+            "fingerprint": name,
+        }
+    from mmit.eval.runner import Lazy
     from mmit.generate import load
     from mmit.train.checkpoint import MANIFEST, find
 
-    checkpoint = find(run, warn=lambda text: typer.echo(text, err=True))
-    model = load(checkpoint, device=device, dtype=dtype)
-    mark = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
-    for one in tasks:
-        folder = results_folder(run, one.name, out, alone=len(tasks) == 1)
-        run_task(
-            model,
-            untuned_factory=lambda: load(checkpoint, device=device, dtype=dtype, untuned=True),
-            task=one,
-            out_dir=folder,
-            flat=True,
-            model_name=str(checkpoint),
-            fingerprint=mark,
-            sample=limit,
-            baseline_n=baseline_n if baselines else 0,
-            batch_size=batch_size,
-            overwrite=overwrite,
-        )
+    checkpoint = find(Path(run), warn=lambda text: typer.echo(text, err=True))
+    untuned = Lazy(lambda: load(checkpoint, device=device, dtype=dtype, untuned=True))  # one for all tasks
+    return Path(run), {
+        "model": load(checkpoint, device=device, dtype=dtype),
+        "untuned_factory": lambda: untuned,
+        "model_name": str(checkpoint),
+        "fingerprint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16],
+    }
+
+
+def _probes(given: str) -> list[str]:
+    from mmit.errors import ConfigError, nearest
+    from mmit.eval.baselines import PROBES
+
+    names = [name.strip() for name in given.split(",") if name.strip() not in ("", "none")]
+    for name in names:
+        if name not in PROBES:
+            raise ConfigError(f"unknown probe '{name}'", where="--probe", remedy=nearest(name, [*PROBES, "none"]))
+    return names
+
+
+def _judges(
+    tasks: list[Task], *, url: str | None, model: str | None, prompt: Path | None, key_env: str
+) -> Callable[[Task, Path], Any]:
+    """Return what makes the metric of a task that needs a judge; raises ConfigError if there is none."""
+    from mmit.errors import ConfigError
+    from mmit.eval.judges import JUDGES, Judge
+
+    needing = [one.name for one in tasks if one.metric in JUDGES]
+    if needing and not (url and model):
+        problem = f"task '{needing[0]}' needs a judge"
+        remedy = f"Give --judge-url and --judge-model of an OpenAI-compatible endpoint; its key is read from {key_env}."
+        raise ConfigError(problem, where="--judge-url", remedy=remedy)
+    wording = None
+    if prompt is not None:
+        try:
+            wording = prompt.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read: {error}", where=str(prompt), remedy="Check --judge-prompt.") from None
+
+    def metric(one: Task, folder: Path) -> Any:
+        if one.metric not in JUDGES:
+            return None
+        from mmit.eval.endpoint import Endpoint
+
+        judge = Endpoint(url or "", model or "", key_env)
+        return Judge(one.metric, judge.chat, path=folder / "judgements.jsonl", judge=judge.model, prompt=wording)
+
+    return metric
 
 
 def results_folder(run: Path, task: str, out: Path | None, *, alone: bool) -> Path:
@@ -87,3 +188,31 @@ def results_folder(run: Path, task: str, out: Path | None, *, alone: bool) -> Pa
     if run.resolve().parent.name == "checkpoints":
         base = run.resolve().parents[1] / "eval" / run.name
     return base if task == DEFAULT_TASK else base / task
+
+
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Results of one model: a folder of `mmit eval`.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Results of the other.")],
+    *,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the comparison as JSON too.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+) -> None:
+    """Say whether one model is better than another on the questions that both answered.
+
+    Pairs the answers by question. Right-or-wrong answers are tested by McNemar's exact test, partial credit by a paired
+    bootstrap; the difference comes with its 95 % interval.
+    """
+    import json
+
+    from rich.console import Console
+
+    from mmit.eval import compare as comparing
+    from mmit.eval.runner import replace_file
+
+    found = comparing.compare(a, b, seed=seed)
+    Console().print(comparing.console_table(found))
+    for line in comparing.notes(found):
+        typer.echo(line)
+    if out is not None:
+        content = {"a": str(a), "b": str(b), "seed": seed, "tasks": [one.to_json() for one in found]}
+        replace_file(out, json.dumps(content, indent=2) + "\n")

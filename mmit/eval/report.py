@@ -1,8 +1,8 @@
-"""From a model and a task to a report: the score beside its baselines, as JSON, Markdown and a table.
+"""From a model and a task to a report: the score beside its baselines, as JSON, Markdown, HTML and a table.
 
-In: the tuned model, a way to build the untuned one, a Task. Out: report.json, report.md, and one file of
-answers per model. Every number comes with its n and 95 % interval; a baseline that does not exist is null
-and says why, it is never left out.
+In: the tuned model, a way to build the untuned one, a Task. Out: report.json, report.md, report.html, and one file
+of answers per model. Every number comes with its n and 95 % interval; a baseline that does not exist is null and says
+why, it is never left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -21,10 +21,12 @@ from rich.table import Table
 from rich.text import Text
 
 import mmit
-from mmit.eval.baselines import LABELS, Baselines, no_baselines, run_baselines
+from mmit.eval.baselines import LABELS, MORE, Baselines, no_baselines, run_baselines
 from mmit.eval.metrics import Score
+from mmit.eval.metrics.score import PER_ANSWER
+from mmit.eval.page import page, section
 from mmit.eval.runner import Generates, Result, evaluate, replace_file
-from mmit.eval.tasks import Task, sample_items, task_items
+from mmit.eval.tasks import Item, Task, sample_items, task_items
 
 COLUMNS = ("answers by", "score", "95 % interval", "questions", "invalid")
 
@@ -41,6 +43,10 @@ def run_task(
     seed: int | None = None,
     baseline_n: int = 500,
     batch_size: int = 64,
+    probes: Sequence[str] = ("blank",),
+    templates: int = 0,
+    metric: Callable[..., Score] | None = None,
+    items: Sequence[Item] | None = None,
     flat: bool = False,
     overwrite: bool = False,
     progress: bool = True,
@@ -58,7 +64,9 @@ def run_task(
         sample: number of questions; None takes the task's own sample, or all.
         seed: of the samples and of resampled intervals; None takes the task's.
         baseline_n: questions the untuned and the blind model are asked; 0 leaves all baselines out.
-        batch_size, progress: as in `evaluate`.
+        batch_size, metric, progress: as in `evaluate`.
+        probes, templates: as in `run_baselines`.
+        items: all questions of the task, if they have been read already.
         flat: no folder per task.
         overwrite: drop answers on file and start anew; otherwise they are kept.
         console: where the table is printed; None is standard output.
@@ -68,23 +76,26 @@ def run_task(
     start = time.monotonic()
     seed = task.seed if seed is None else seed
     folder = Path(out_dir) if flat else Path(out_dir, task.name)
-    items = task_items(task.model_copy(update={"sample": None}))
+    items = task_items(task.model_copy(update={"sample": None})) if items is None else list(items)
     n = task.sample.n if sample is None and task.sample else sample
     asked = sample_items(items, n, seed)
     console = console or Console()
     count = f"{len(asked):,} of {len(items):,} questions"
     console.print(Text(f"{task.name}: {count}, the first asked as: {asked[0].text!r}"))
     common: dict[str, Any] = {"out_dir": folder, "fingerprint": fingerprint, "seed": seed}
-    common |= {"batch_size": batch_size, "overwrite": overwrite, "progress": progress}
+    common |= {"batch_size": batch_size, "overwrite": overwrite, "progress": progress, "metric": metric}
     tuned = evaluate(model_tuned, task, items=asked, **common)
     questions: dict[str, Any] = {"items": items, "asked": asked, "baseline_n": baseline_n}
+    questions |= {"probes": probes, "templates": templates}
     if baseline_n == 0:
         beside = no_baselines()
     else:
         beside = run_baselines(model_tuned, task, untuned_factory=untuned_factory, **questions, **common)
     seconds = time.monotonic() - start
     report = build_report(task, tuned, beside, model=model_name, seed=seed, seconds=seconds)
+    report |= {"fingerprint": fingerprint, "first_question": asked[0].text, "n_asked": len(asked)}
     write_report(report, folder, notes=beside.notes)
+    replace_file(folder / "report.html", page(f"{task.name}: {model_name}", section_of(report, folder, asked)))
     console.print(console_table(report, notes=beside.notes))
     console.print(Text(f"Written to {folder}"))
     return report
@@ -94,14 +105,23 @@ def build_report(
     task: Task, tuned: Result, beside: Baselines, *, model: str, seed: int, seconds: float
 ) -> dict[str, Any]:
     """Return the content of report.json; `seconds` is what it all took, less what was on file."""
+    details = {key: value for key, value in tuned.score.details.items() if key not in PER_ANSWER}
     by_type = {name: _numbers(score) for name, score in sorted(tuned.score.by_group.items())}
-    baselines = {key: result and _with_invalid(result) for key, result in beside.results.items()}
+    arms = {key: result and _with_invalid(result) for key, result in beside.results.items()}
     return {
         **_with_invalid(tuned),
+        "valid_rate": 1 - tuned.invalid_rate,
         "by_type": by_type,
-        "baselines": baselines,
+        "details": json.loads(json.dumps(details, default=str)),
+        "baselines": {key: arms[key] for key in LABELS},
+        **{key: arms[key] for key in MORE},
+        "wordings": beside.wordings,
+        "notes": dict(beside.notes),
         "task": task.name,
         "metric": task.metric,
+        "profile": tuned.score.profile,
+        "prompt": task.prompt,
+        "task_config": task.model_dump(exclude_defaults=True),
         "seed": seed,
         "model": model,
         "versions": {"mmit": mmit.__version__} | {name: _version(name) for name in ("torch", "transformers")},
@@ -124,6 +144,13 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def section_of(report: Mapping[str, Any], folder: Path, items: Sequence[Item]) -> str:
+    """Return the report as a part of an HTML page, with the worst of the answers in `folder`."""
+    cells = [COLUMNS, *rows(report)]
+    caption = list(_caption(report, report.get("notes")))
+    return section(report, cells, folder / "answers-tuned.jsonl", items=items, caption=caption)
 
 
 def write_report(report: Mapping[str, Any], folder: Path, *, notes: Mapping[str, str] | None = None) -> None:
@@ -150,20 +177,30 @@ def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield row(f"- {name}", part)
     for key, name in LABELS.items():
         yield row(name, report["baselines"][key])
+    for key, name in MORE.items():
+        if report.get(key) is not None:
+            yield row(name, report[key])
 
 
 def _parts(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    found = [report, *report["by_type"].values(), *report["baselines"].values()]
+    more = [report.get(key) for key in MORE]
+    found = [report, *report["by_type"].values(), *report["baselines"].values(), *more]
     return [part for part in found if part is not None]
 
 
 def _caption(report: Mapping[str, Any], notes: Mapping[str, str] | None) -> Iterator[str]:
     """Yield the lines under the table: what was measured, and what is special."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    spread = report.get("wordings")
+    if spread:
+        ratio = spread["sensitivity"]
+        shown = "none, since the mean is 0" if ratio is None else f"{ratio:.3f}"
+        low, mean, high = (f"{spread[key]:.4g}" for key in ("min", "mean", "max"))
+        yield f"{len(spread['each'])} wordings: mean {mean}, min {low}, max {high}, sensitivity {shown}."
     yield f"Model {report['model']}, metric {report['metric']}, seed {report['seed']}."
     yield f"{report['created']}, {report['seconds']:.0f} s, {versions}."
     for key, note in (notes or {}).items():
-        yield f"{LABELS[key].capitalize()}: {note}."
+        yield f"{(LABELS | MORE)[key].capitalize()}: {note}."
 
 
 def markdown(report: Mapping[str, Any], *, notes: Mapping[str, str] | None = None) -> str:

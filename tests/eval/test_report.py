@@ -18,8 +18,9 @@ from mmit.eval.report import markdown, run_task
 from mmit.eval.tasks import Task, load_task, task_items
 from mmit.records import Image, Record, write_jsonl
 
-KEYS = (
-    "accuracy baselines by_type ci95 created invalid_rate metric model n seconds seed task versions".split()
+KEYS = sorted(
+    "accuracy baselines by_type chance ci95 created details fingerprint first_question invalid_rate metric model n "
+    "n_asked notes profile prompt seconds seed swapped_images task task_config valid_rate versions wordings".split()
 )
 
 
@@ -100,7 +101,8 @@ def test_the_whole(task: Task, tmp_path: Path) -> None:
     assert report["versions"]["mmit"] and report["created"].endswith("+00:00")
     folder = tmp_path / "out" / "t"
     assert json.loads((folder / "report.json").read_text("utf-8")) == report
-    names = {"report.json", "report.md"} | {f"answers-{key}.jsonl" for key in ("tuned", *arms)}
+    names = {"report.json", "report.md", "report.html"}
+    names |= {f"answers-{key}.jsonl" for key in ("tuned", "chance", *arms)}
     assert {path.name for path in folder.iterdir()} == names
     for text in (shown, (folder / "report.md").read_text("utf-8")):
         for cell in ("tuned model", "75.0 %", "majority answer", "37.5 %", "untuned model", "blank image"):

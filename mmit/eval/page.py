@@ -1,0 +1,150 @@
+"""Reports as one HTML file: tables, prompts, and the worst answers beside their pictures.
+
+In: a report, the rows of its table, its file of answers and its questions. Out: HTML that needs nothing beside it:
+pictures are small and inside. Everything that comes from data or models is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from mmit.data.images import load_rgb
+from mmit.errors import ImageError
+from mmit.eval.questions import Item
+from mmit.records import Image, json_lines
+
+EXAMPLES = 12
+SIDE = 220  # pixels of a picture's longer side
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --bad: #c0392b; --good: #1e8449; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child, td:first-child { text-align: left; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; font: 13px/1.4 ui-monospace, monospace; }
+.example { display: flex; gap: 1rem; border-top: 1px solid var(--line); padding: 1rem 0; }
+.example .pictures { flex: 0 0 220px; } .example img { max-width: 220px; border-radius: 4px; }
+.example dl { margin: 0; min-width: 0; } dt { font-size: 12px; opacity: .7; } dd { margin: 0 0 .4rem; }
+.bad { color: var(--bad); } .good { color: var(--good); } .small { font-size: 13px; opacity: .8; }
+"""
+
+
+def page(title: str, *sections: str) -> str:
+    """Return a whole HTML page."""
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    body = "\n".join(sections)
+    head = f"<head>{head}<style>{_STYLE}</style></head>"
+    return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
+
+
+def table(cells: Sequence[Sequence[str]]) -> str:
+    """Return a table; the first row is the header."""
+    lines = []
+    for number, row in enumerate(cells):
+        tag = "td" if number else "th"
+        lines.append("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
+
+
+def section(
+    report: Mapping[str, Any],
+    cells: Sequence[Sequence[str]],
+    answers: Path,
+    *,
+    items: Sequence[Item],
+    caption: Sequence[str] = (),
+    n: int = EXAMPLES,
+) -> str:
+    """Return one task's part of a page.
+
+    Args:
+        report: the content of report.json.
+        cells: the rows of its table, the first being the header.
+        answers: the file of the tuned model's answers.
+        items: the questions asked.
+        caption: lines under the table.
+        n: how many of the worst answers are shown.
+    """
+    shown = {item.id: item for item in items}
+    worst, note = worst_answers([row for _, row in json_lines(answers)][1:], shown, n=n)
+    parts = [f"<section><h2>{escape(report['task'])}</h2>", table(cells)]
+    parts += [f'<p class="small">{escape(line)}</p>' for line in caption]
+    parts.append(f"<details open><summary>First question as asked</summary>{_pre(report['first_question'])}</details>")
+    spread = report.get("wordings")
+    if spread:
+        each = [(one["prompt"], f"{one['accuracy']:.4g}", f"{one['n']:,}") for one in spread["each"]]
+        parts += ["<h3>Wordings</h3>", table([("prompt", "score", "questions"), *each])]
+    parts.append(f"<h3>{escape(note)}</h3>")
+    parts += [_example(row, shown[row["id"]]) for row in worst]
+    settings = json.dumps(report["task_config"], indent=2, ensure_ascii=False)
+    parts.append(f"<details><summary>The task's settings</summary>{_pre(settings)}</details></section>")
+    return "\n".join(parts)
+
+
+def worst_answers(rows: Sequence[Any], shown: Mapping[str, Item], *, n: int) -> tuple[list[dict[str, Any]], str]:
+    """Return up to n answers of the lowest verdict, each type of question in turn, and a heading for them."""
+    asked = [row for row in rows if isinstance(row, dict) and row.get("id") in shown]
+    judged = [row for row in asked if row.get("correct") is not None]
+    if not judged:
+        return asked[:n], "Some answers (the metric has no verdict on single ones)"
+    wrong = sorted((row for row in judged if float(row["correct"]) < 1), key=lambda row: float(row["correct"]))
+    if not wrong:
+        return [], "No answer is wrong"
+    by_group: dict[Any, list[dict[str, Any]]] = {}
+    for row in wrong:
+        by_group.setdefault(row["group"], []).append(row)
+    turns = [(place, row) for group in by_group.values() for place, row in enumerate(group)]
+    picked = [row for _, row in sorted(turns, key=lambda turn: turn[0])][:n]
+    heading = f"{len(picked)} of the {len(wrong):,} answers that are wrong or partly so"
+    return sorted(picked, key=lambda row: float(row["correct"])), heading
+
+
+def _example(row: Mapping[str, Any], item: Item) -> str:
+    verdict = row.get("correct")
+    mark = "good" if verdict is True else "bad" if verdict is not None else ""
+    entries = [("asked", item.text), ("answer", row["answer"] or "(empty)")]
+    if row.get("parsed") is not None:
+        entries.append(("read as", str(row["parsed"])))
+    entries.append(("reference", _plain(row["reference"])))
+    if isinstance(verdict, float) and verdict not in (0, 1):
+        entries.append(("credit", f"{verdict:.2f}"))
+    listed = "".join(
+        f"<dt>{name}</dt><dd{' class=' + mark if name == 'answer' and mark else ''}>{_pre(text)}</dd>"
+        for name, text in entries
+    )
+    name = escape(" ".join(filter(None, [row["id"], row.get("group")])))
+    pictures = "".join(_picture(image) for image in item.prompt.images)
+    left = f'<div class="pictures">{pictures}<div class="small">{name}</div></div>'
+    return f'<div class="example">{left}<dl>{listed}</dl></div>'
+
+
+def _plain(reference: Any) -> str:
+    if isinstance(reference, str):
+        return reference
+    if isinstance(reference, list) and all(isinstance(one, str) for one in reference):
+        return " | ".join(dict.fromkeys(reference))
+    return json.dumps(reference, ensure_ascii=False)
+
+
+def _picture(image: Image) -> str:
+    try:
+        picture = load_rgb(image)
+    except ImageError as error:
+        return f'<p class="small">{escape(error.problem)}</p>'
+    picture.thumbnail((SIDE, SIDE), PIL.Image.Resampling.LANCZOS)
+    out = BytesIO()
+    picture.save(out, "JPEG", quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode("ascii")}">'
+
+
+def _pre(text: str) -> str:
+    # Half of a surrogate pair, which a model may write, cannot be encoded.
+    return f"<pre>{escape(text.encode('utf-8', 'replace').decode('utf-8'))}</pre>"

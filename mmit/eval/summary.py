@@ -1,0 +1,143 @@
+"""Several tasks in one report: a table to paste into a paper, as Markdown, LaTeX, JSON and HTML.
+
+In: a model and tasks. Out: each task's own report, and summary.json, .md, .tex and .html beside them. Never averages
+over tasks, whose metrics are not of one kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from mmit.eval.page import page, table
+from mmit.eval.report import run_task, section_of
+from mmit.eval.runner import Generates, replace_file
+from mmit.eval.tasks import Item, Task, sample_items
+
+HEAD = ("task", "metric", "score", "95 % interval", "n", "majority", "chance", "blank", "swapped", "valid", "wordings")
+
+
+def run_tasks(
+    model: Generates,
+    tasks: Sequence[tuple[Task, Sequence[Item]]],
+    *,
+    folder_of: Callable[[Task], Path],
+    summary_in: Path | None,
+    metric_of: Callable[[Task, Path], Any] = lambda task, folder: None,
+    console: Console | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Evaluate a model on tasks and return their reports.
+
+    Args:
+        model: what is evaluated.
+        tasks: each task with all its questions.
+        folder_of: says where a task's results go.
+        summary_in: folder of the summary; None writes none.
+        metric_of: gives the metric of a task that a judge grades, None for the task's own.
+        console: where tables are printed; None is standard output.
+        options: of `run_task`.
+    """
+    console = console or Console()
+    reports, sections = [], []
+    for task, items in tasks:
+        folder = folder_of(task)
+        metric = metric_of(task, folder)
+        report = run_task(
+            model, task=task, items=items, out_dir=folder, flat=True, metric=metric, console=console, **options
+        )
+        reports.append(report)
+        if summary_in is not None:
+            asked = sample_items(items, report["n_asked"], report["seed"])
+            sections.append(section_of(report, folder, asked))
+    if summary_in is not None:
+        write_summary(reports, sections, summary_in)
+        # As Markdown, unbroken: a table that a terminal folds cannot be pasted.
+        console.print(Text(f"\n{markdown(reports)}"), soft_wrap=True)
+        console.print(Text(f"Written to {summary_in}: summary.md, .tex, .json, .html"))
+    return reports
+
+
+def row(report: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a report's cells, one per entry of HEAD; "-" where there is nothing."""
+    percent = all(0 <= x <= 1 for x in (report["accuracy"], *report["ci95"]))
+
+    def number(value: float) -> str:
+        return f"{100 * value:.1f}" if percent else f"{value:.1f}" if abs(value) >= 10 else f"{value:.3f}"
+
+    def arm(part: Mapping[str, Any] | None) -> str:
+        return "-" if part is None else number(part["accuracy"])
+
+    low, high = report["ci95"]
+    baselines, spread = report["baselines"], report["wordings"]
+    wordings = "-"
+    if spread:
+        ratio = "" if spread["sensitivity"] is None else f" (s {spread['sensitivity']:.2f})"
+        wordings = f"{number(spread['min'])} to {number(spread['max'])}{ratio}"
+    return (
+        report["task"],
+        report["metric"],
+        number(report["accuracy"]),
+        f"{number(low)} to {number(high)}",
+        f"{report['n']:,}",
+        arm(baselines["majority"]),
+        arm(report["chance"]),
+        arm(baselines["blank_image"]),
+        arm(report["swapped_images"]),
+        f"{100 * report['valid_rate']:.1f}",
+        wordings,
+    )
+
+
+def markdown(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return the summary as Markdown."""
+    cells = [[cell.replace("|", "\\|") for cell in line] for line in [HEAD, *map(row, reports)]]
+    widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
+    left = [place < 2 for place in range(len(HEAD))]
+    ruler = ["-" * width if first else "-" * (width - 1) + ":" for width, first in zip(widths, left, strict=True)]
+    padded = [
+        [
+            cell.ljust(width) if first else cell.rjust(width)
+            for cell, width, first in zip(line, widths, left, strict=True)
+        ]
+        for line in cells
+    ]
+    lines = ["| " + " | ".join(line) + " |" for line in [padded[0], ruler, *padded[1:]]]
+    return "\n".join([*lines, "", *_caption(reports)]) + "\n"
+
+
+def latex(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return the scores and what they must beat as a LaTeX table (booktabs)."""
+    columns = [0, 2, 4, 5, 6, 7]
+    lines = ["\\begin{tabular}{lrrrrr}", "\\toprule"]
+    for number, cells in enumerate([HEAD, *map(row, reports)]):
+        lines.append(" & ".join(_tex(cells[column]) for column in columns) + " \\\\")
+        lines += ["\\midrule"] if number == 0 else []
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", *(f"% {line}" for line in _caption(reports))]) + "\n"
+
+
+def _tex(text: str) -> str:
+    return "".join(f"\\{sign}" if sign in "_%&#$" else sign for sign in text)
+
+
+def _caption(reports: Sequence[Mapping[str, Any]]) -> list[str]:
+    first = reports[0]
+    versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items() if version)
+    note = "Scores in percent where they are shares; valid: answers in a form that the metric can read."
+    seeds = ", ".join(sorted({str(report["seed"]) for report in reports}))
+    return [note, f"Model {first['model']}, seed {seeds}, {versions}, {first['created']}."]
+
+
+def write_summary(reports: Sequence[Mapping[str, Any]], sections: Sequence[str], folder: Path) -> None:
+    """Write summary.json, .md, .tex and .html, each whole or not at all. Raises MmitError."""
+    content = {"model": reports[0]["model"], "tasks": list(reports)}
+    replace_file(folder / "summary.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    replace_file(folder / "summary.md", markdown(reports))
+    replace_file(folder / "summary.tex", latex(reports))
+    top = "<h1>Evaluation</h1>" + table([HEAD, *map(row, reports)])
+    replace_file(folder / "summary.html", page(f"Evaluation of {reports[0]['model']}", top, *sections))
