@@ -11,7 +11,7 @@ import math
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -217,24 +217,16 @@ class _State:
             if first != row:
                 copies.add(row)
                 self._report.add("duplicate-record", self._where[row], f"is {self._where[first]}")
-        for group in self._texts.groups():
-            self._near(group, copies, test)
+        for row, model in sorted(self._texts.pairs(first=self._train).items()):
+            if row >= self._train or row in copies or self._codes[row] in test:
+                continue
+            rule = "near-duplicate-record" if model < self._train else "test-record-near"
+            self._report.add(rule, self._where[row], f"is nearly {self._where[model]}")
         self._images.compare()
         _outliers(self._report, self._where, self._scripts, lengths={"prompt": self._prompts, "answer": self._replies})
         if len(self._report.licences) > 1:
             listed = ", ".join(f"{name} ({count:,})" for name, count in self._report.licences.most_common())
             self._report.add("licence-mix", f"{len(self._report.licences)} licences", listed)
-
-    def _near(self, group: list[int], copies: set[int], test: Collection[int]) -> None:
-        held_out = [row for row in group if row >= self._train]
-        model = group[0]
-        for row in group:
-            if row >= self._train or self._codes[row] in test or row in copies:
-                continue
-            if held_out:
-                self._report.add("test-record-near", self._where[row], f"is nearly {self._where[held_out[0]]}")
-            elif row != model:
-                self._report.add("near-duplicate-record", self._where[row], f"is nearly {self._where[model]}")
 
 
 # --- outliers -----------------------------------------------------------------------------------------------------

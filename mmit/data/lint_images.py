@@ -114,19 +114,24 @@ class ImageChecks:
             equal.setdefault(seen.digest, []).append(seen)
         for group in equal.values():
             self._tell(group, leaked, held_out="test-image", again="duplicate-image", relation="has the bytes of")
-        # Of equal files one is compared, the test data's where there is one, so that nothing is told twice.
+        # Of equal files one is compared, the test data's where there is one, so that nothing is told twice; those of
+        # the test data first, so that they are the ones that others are like.
         models = [next((seen for seen in group if seen.test), group[0]) for group in equal.values()]
-        for places in similar_pictures([seen.looks for seen in models]):
-            group = [models[place] for place in places]
-            self._tell(group, leaked, held_out="test-image-near", again="near-duplicate-image", relation="looks like")
+        models.sort(key=lambda seen: not seen.test)
+        for place, model in similar_pictures([seen.looks for seen in models]).items():
+            pair = [models[model], models[place]]
+            self._tell(pair, leaked, held_out="test-image-near", again="near-duplicate-image", relation="looks like")
 
     def _tell(self, group: list[_Seen], leaked: set[str], *, held_out: str, again: str, relation: str) -> None:
         train = [seen for seen in group if not seen.test]
         other = next((seen for seen in group if seen.test), None)
-        rule, model, others = (again, train[0], train[1:]) if other is None else (held_out, other, train)
-        for seen in others:
+        if other is None:
+            rule, other, train = again, train[0], train[1:]
+        else:
+            rule = held_out
+        for seen in train:
             if seen.name not in leaked:
-                self._add(rule, seen.where, f"{_told(seen.name)} {relation} {_told(model.name)} of {model.where}")
+                self._add(rule, seen.where, f"{_told(seen.name)} {relation} {_told(other.name)} of {other.where}")
 
 
 def _told(name: str) -> str:

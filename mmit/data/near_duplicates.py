@@ -2,9 +2,10 @@
 
 Texts: MinHash (Broder 1997) of the 3-word shingles, 64 functions in 16 bands of 4; two texts are near duplicates if
 at least 80 % of their signatures agree, an estimate of the Jaccard similarity with a standard error of 5 points.
-Pictures: difference hash of 64 bits and an 8 x 8 colour thumbnail; near duplicates differ in at most 4 bits and,
-on average, by at most 6 of 256 levels, which a flip, a crop or a turn does not survive. Takes texts and PIL pictures,
-gives groups of row numbers; keeps 256 bytes per text. Decides nothing about what to do with them.
+Pictures: difference hash of 64 bits and an 8 x 8 colour thumbnail; near duplicates differ in at most 4 bits, by 4 of
+256 levels on average and by 24 anywhere, which scaling and JPEG survive and a flip, a crop or a turn does not. Takes
+texts and PIL pictures, gives pairs of rows that were compared with each other, never chains of such; keeps 256 bytes
+per text. Decides nothing about what to do with them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import PIL.Image
 FUNCTIONS, BANDS = 64, 16
 SIMILAR = 0.8
 SHINGLE = 3  # words
-HASH_BITS, HASH_DISTANCE, COLOUR_DISTANCE = 64, 4, 6.0
-# Members of one bucket are compared with its first few groups only: data made of one template would otherwise cost
-# the square of its size. What is lost are near duplicates of each other that are unlike every earlier group.
-MAX_GROUPS = 64
+HASH_BITS, HASH_DISTANCE, COLOUR_MEAN, COLOUR_MAX = 64, 4, 4.0, 24
+# The rows of a bucket are compared with the first few that are unlike each other: data made of one template would
+# otherwise cost the square of its size. What is lost are pairs that are unlike all of those in all of their buckets.
+MAX_MODELS = 64
 
 # Words in UTF-8: a character of three or four bytes (Chinese, Japanese, Korean, emoji) is a word of its own.
 _WORDS = re.compile(rb"[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}|[a-z0-9\x80-\xdf]+")
@@ -32,7 +33,8 @@ _FACTOR = _rng.integers(0, 1 << 63, FUNCTIONS, dtype=np.uint64) * 2 + 1
 _OFFSET = _rng.integers(0, 1 << 63, FUNCTIONS, dtype=np.uint64)
 _MIX = [np.uint64(value) for value in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)]
 
-Groups = list[list[int]]
+Pairs = dict[int, int]  # row -> the first row it is nearly the same as
+Same = Callable[[int, np.ndarray], np.ndarray]
 
 
 class TextSignatures:
@@ -65,28 +67,33 @@ class TextSignatures:
             self._done.append(_minhash(self._waiting))
             self._waiting, self._size = [], 0
 
-    def groups(self) -> Groups:
-        """Return the groups of near duplicates, as ascending positions; the first of a group is its model."""
+    def pairs(self, *, first: int = 0) -> Pairs:
+        """Return {row: a row it is nearly the same as}, rows numbered as they were added.
+
+        The rows from `first` on are matched before the others, so that a row like one of them names that one.
+        """
         self._flush()
         if not self._done:
-            return []
+            return {}
         signatures = np.concatenate(self._done)
         keys = np.array(self._keys, dtype=np.uint64)
-        width = FUNCTIONS // BANDS
+        order = np.roll(np.arange(len(keys)), len(keys) - first)
+        signatures, keys = signatures[order], keys[order]
 
         def same(one: int, others: np.ndarray) -> np.ndarray:
             agree = (signatures[others] == signatures[one]).mean(axis=1) >= SIMILAR
             return agree & (keys[others] == keys[one])
 
-        union = _Union(len(keys))
+        found: Pairs = {}
+        width = FUNCTIONS // BANDS
         for band in range(BANDS):
             columns = signatures[:, band * width : (band + 1) * width].astype(np.uint64)
             code = keys.copy()
             for column in range(width):
                 code = (code ^ columns[:, column]) * _MIX[column % 3] + np.uint64(column)
                 code ^= code >> np.uint64(29)
-            union.join_buckets(code, same)
-        return union.groups()
+            _match(code, same, found)
+        return {int(order[row]): int(order[model]) for row, model in found.items()}
 
 
 def shingles(text: str) -> np.ndarray:
@@ -122,65 +129,42 @@ def picture_hash(picture: PIL.Image.Image) -> tuple[int, bytes]:
     return int.from_bytes(bits, "big"), thumbnail
 
 
-def similar_pictures(hashes: Sequence[tuple[int, bytes]]) -> Groups:
-    """Return the groups of pictures that look alike, as ascending positions."""
+def similar_pictures(hashes: Sequence[tuple[int, bytes]]) -> Pairs:
+    """Return {position: the first position it looks like} of what `picture_hash` gave."""
     if not hashes:
-        return []
+        return {}
     codes = np.array([code for code, _ in hashes], dtype=np.uint64)
     colours = np.frombuffer(b"".join(thumbnail for _, thumbnail in hashes), np.uint8).reshape(len(hashes), -1)
-    colours = colours.astype(np.int16)
 
     def same(one: int, others: np.ndarray) -> np.ndarray:
         differing = np.unpackbits((codes[others] ^ codes[one]).view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
-        return (differing <= HASH_DISTANCE) & (_colour_distance(colours, one, others) <= COLOUR_DISTANCE)
+        alike = differing <= HASH_DISTANCE
+        # Small things on a plain ground hardly change the hash, nor the mean: the largest difference tells them.
+        apart = np.abs(colours[others[alike]].astype(np.int16) - colours[one])
+        alike[alike] = (apart.mean(axis=1) <= COLOUR_MEAN) & (apart.max(axis=1) <= COLOUR_MAX)
+        return alike
 
-    union = _Union(len(hashes))
+    found: Pairs = {}
     # At most 4 differing bits leave at least one of five parts of the hash untouched.
     parts = HASH_DISTANCE + 1
     width = -(-HASH_BITS // parts)
     for part in range(parts):
         mask = np.uint64((1 << width) - 1)
-        union.join_buckets((codes >> np.uint64(part * width)) & mask, same)
-    return union.groups()
+        _match((codes >> np.uint64(part * width)) & mask, same, found)
+    return found
 
 
-def _colour_distance(colours: np.ndarray, one: int, others: np.ndarray) -> np.ndarray:
-    return np.abs(colours[others] - colours[one]).mean(axis=1)
-
-
-class _Union:
-    """Disjoint sets over row numbers."""
-
-    def __init__(self, size: int) -> None:
-        self._parent = list(range(size))
-
-    def _root(self, row: int) -> int:
-        while self._parent[row] != row:
-            self._parent[row] = self._parent[self._parent[row]]
-            row = self._parent[row]
-        return row
-
-    def join_buckets(self, codes: np.ndarray, same: Callable[[int, np.ndarray], np.ndarray]) -> None:
-        """Join the rows of equal code that `same(row, rows) -> (n,) bool` confirms."""
-        for rows in _buckets(codes):
-            for _ in range(MAX_GROUPS):
-                if len(rows) < 2:
-                    break
-                first, rest = int(rows[0]), rows[1:]
-                alike = same(first, rest)
-                for row in rest[alike].tolist():
-                    a, b = sorted((self._root(first), self._root(row)))
-                    self._parent[b] = a
-                rows = rest[~alike]
-
-    def groups(self) -> Groups:
-        """The sets of two or more, in the order of their first row."""
-        found: dict[int, list[int]] = {}
-        for row in range(len(self._parent)):
-            root = self._root(row)
-            if root != row or row in found:
-                found.setdefault(root, [root]).append(row)
-        return sorted(found.values())
+def _match(codes: np.ndarray, same: Same, found: Pairs) -> None:
+    """Note in `found` which rows of equal code `same(row, rows) -> (n,) bool` confirms, the earliest match of each."""
+    for rows in _buckets(codes):
+        for _ in range(MAX_MODELS):
+            if len(rows) < 2:
+                break
+            model, rest = int(rows[0]), rows[1:]
+            alike = same(model, rest)
+            for row in rest[alike].tolist():
+                found[row] = min(model, found.get(row, model))
+            rows = rest[~alike]
 
 
 def _buckets(codes: np.ndarray) -> Iterator[np.ndarray]:
