@@ -171,3 +171,22 @@ def batches_of_rank(
             rows = [walk.row(p) for p in positions]
             units.append([u for row in rows if row for u in row])
     return micro_batches(data, scan, units, load_image=load_image, skip_bad=skip_bad, workers=workers)
+
+
+def record_names(
+    data: InstructionData,
+    scan: Scan,
+    walk: Walk,
+    *,
+    world: int,
+    micro_rows: int,
+    step: int,
+    places: Sequence[tuple[int, int]],
+    most: int = 5,
+) -> str:
+    """Say which records are in micro-batches of a step, given as (rank, micro-batch); any rank can tell for all."""
+    positions = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows)[i] for r, i in places]
+    units = [u for place in positions for p in place for u in walk.row(p) or ()]
+    numbers = list(dict.fromkeys(int(scan.record[u]) for u in units))
+    names = ", ".join(data.record(n).where for n in numbers[:most])
+    return f"{names} and {len(numbers) - most} more" if len(numbers) > most else names or "no record"

@@ -63,6 +63,7 @@ def train(
     prepare: Callable[[MicroBatch], dict[str, torch.Tensor]],
     save: Callable[[Progress], None],
     on_bad: Callable[[RecordError], None],
+    name_records: Callable[[int, list[tuple[int, int]]], str] = lambda step, places: "unnamed records",
     should_stop: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Run from `progress.step` to the end of `walk`; `progress` is kept up to date.
@@ -71,6 +72,7 @@ def train(
         batches: this rank's micro-batches from `progress.step` on, in order.
         prepare: a micro-batch -> model arguments on the device (looks cached features up).
         save: writes a checkpoint. on_bad: notes a record that was left out.
+        name_records: step, (rank, micro-batch) pairs -> the records in them, for the message of a skipped step.
         should_stop: asked after every step, on every rank; True ends the run early.
 
     Returns:
@@ -94,10 +96,13 @@ def train(
                 remedy="see bad_records.jsonl in the run folder; mend the data or raise run.max_bad_fraction",
             )
         total = 0.0
+        spoilt = [0.0] * (engine.world * micros)  # micro-batches whose loss is not finite, rank by rank
         for i, batch in enumerate(step_batches):
             scale = batch.weight / max(targets, 1.0)
             losses = engine.forward_backward(prepare(batch), scale=scale, last=i == micros - 1)
-            total += float(losses.sum()) * batch.weight
+            share = float(losses.sum()) * batch.weight
+            spoilt[engine.rank * micros + i] = float(not math.isfinite(share))
+            total += share
         factor = lr_factor(
             progress.step,
             steps=walk.steps,
@@ -106,9 +111,13 @@ def train(
             min_ratio=plan.min_lr_ratio,
         )
         norm = engine.step(factor)
-        (total,) = engine.all_sum([total])
+        total, *spoilt = engine.all_sum([total, *spoilt])
         loss = total / max(targets, 1.0)
-        _note_finiteness(progress, loss, norm, step_batches)
+        if math.isfinite(loss) and math.isfinite(norm):
+            progress.bad_in_a_row = 0
+        else:
+            places = [divmod(i, micros) for i, bad in enumerate(spoilt) if bad or not any(spoilt)]
+            _skipped(progress, loss, norm, records=name_records(progress.step, places), say=log.say)
         progress.step += 1
         progress.tokens += int(all_tokens)
         progress.supervised += int(targets)
@@ -145,17 +154,15 @@ def train(
     return True
 
 
-def _note_finiteness(progress: Progress, loss: float, norm: float, batches: list[MicroBatch]) -> None:
-    """Count a step that was skipped; every rank sees the same loss and norm, so all of them stop together."""
-    if math.isfinite(loss) and math.isfinite(norm):
-        progress.bad_in_a_row = 0
-        return
+def _skipped(progress: Progress, loss: float, norm: float, *, records: str, say: Callable[[str], None]) -> None:
+    """Count and tell a step that was skipped; every rank sees the same loss and norm, so all of them stop together."""
     progress.skipped_steps += 1
     progress.bad_in_a_row += 1
+    what = f"the loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+    say(f"step {progress.step + 1} skipped, nothing was changed: {what} with {records}")
     if progress.bad_in_a_row >= MAX_BAD_STEPS:
-        records = sorted({r for b in batches for r in b.records})
         raise MmitError(
             f"the loss or its gradient was not finite in {MAX_BAD_STEPS} steps in a row "
-            f"(step {progress.step + 1}, loss {loss}, gradient norm {norm}, records {records[:10]})",
+            f"(step {progress.step + 1}, loss {loss}, gradient norm {norm}, {records})",
             remedy="lower the learning rates, lengthen train.warmup, or look at these records with mmit inspect",
         )

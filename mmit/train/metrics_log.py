@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -61,7 +62,8 @@ class RunLog:
         if self._progress is None or self._file is None:
             return
         if write:
-            self._file.write(json.dumps(row) + "\n")
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self._file.write(json.dumps(finite) + "\n")  # JSON has no NaN
             self._file.flush()
         facts = f"loss {row['loss']:.4f} lr {row['lr']:.1e} {row['tokens_per_s']:.0f} tok/s {row['memory_gib']:.1f} GiB"
         self._progress.update(self._task, completed=row["step"], facts=facts)
@@ -99,6 +101,7 @@ def _keep_before(path: Path, start: int) -> None:
 def draw_loss(metrics: Path, picture: Path) -> None:
     """Draw loss (with a running mean) and learning rate over steps."""
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [r for r in rows if r["loss"] is not None]  # steps that were skipped
     if not rows:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -34,6 +34,7 @@ from mmit.train.data_setup import (
     make_walk,
     note_bad,
     open_data,
+    record_names,
 )
 from mmit.train.echo import echo
 from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
@@ -115,6 +116,9 @@ def run(config: Config) -> int:
                 prepare=partial(_prepare, device=world.device, features=features),
                 save=partial(_save, config, vlm, tokenizer, chat, engine=engine, units=len(scan.length), log=log),
                 on_bad=partial(note_bad, run_dir, world.rank),
+                name_records=lambda step, places: record_names(
+                    data, scan, walk, world=world.size, micro_rows=config.train.micro_rows, step=step, places=places
+                ),
                 should_stop=stopped,
             )
         finally:
