@@ -139,7 +139,7 @@ def _four_bits(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesCo
     """NF4 and double quantisation of QLoRA (arXiv:2305.14314)."""
     if (reason := why_not_4bit()) is not None:
         raise ModelError(
-            reason, where="tune.llm.mode", remedy="use mode lora, or a CUDA machine with: pip install bitsandbytes"
+            reason, where="tune.llm.mode", remedy="use mode lora, or a CUDA machine with: pip install 'mmit-tune[qlora]'"
         )
     return BitsAndBytesConfig(
         load_in_4bit=True,

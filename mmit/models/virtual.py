@@ -23,6 +23,7 @@ class SoftPrompt(nn.Module):
     def __init__(self, start: torch.Tensor) -> None:
         super().__init__()
         self.embeddings = nn.Parameter(start.detach().clone())
+        self.tokens = len(start)
 
     def forward(self) -> torch.Tensor:
         """(P, D). A call, not an attribute, so that ZeRO-3 gathers the parameter."""
@@ -54,7 +55,7 @@ class Prefix(nn.Module):
 def virtual_tokens(llm: Any) -> int:
     """Positions that a soft prompt takes from the model's context."""
     prompt = getattr(llm, PROMPT, None)
-    return 0 if prompt is None else len(prompt.embeddings)
+    return 0 if prompt is None else prompt.tokens
 
 
 def with_prompt(
