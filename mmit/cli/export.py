@@ -165,10 +165,12 @@ def _tell(difference: float, limit: float, what: str = "logit") -> None:
 
 
 def import_model(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A llava-hf folder.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A llava-hf folder, or one of LLaVA's own.")],
     out: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint folder to write; must not exist.")],
     *,
     chat: Annotated[str | None, typer.Option(help="Chat format in place of the folder's template.")] = None,
+    base: Annotated[str | None, typer.Option(help="LLM that a LLaVA adapter or projector belongs to.")] = None,
+    tower: Annotated[str | None, typer.Option(help="Vision tower in place of the one a LLaVA folder names.")] = None,
 ) -> None:
     """Make an mmit checkpoint of another project's model, to start training from.
 
@@ -181,8 +183,8 @@ def import_model(
     from mmit.train.portable import imported_sections, refuse_existing, save_imported
 
     refuse_existing(out)
-    found = read_foreign(source, chat=chat)
-    precision = "fp32" if found.source.dtype == torch.float32 else "bf16"
+    found = read_foreign(source, chat=chat, base=base, tower=tower)
+    precision = "fp32" if found.dtype == torch.float32 else "bf16"
     raw = {
         **imported_sections(found, out),
         "data": {"train": [{"path": "train.jsonl"}]},

@@ -14,6 +14,8 @@ import torch
 
 from mmit.data.chat import ChatFormat, chat_format
 from mmit.errors import ModelError
+from mmit.models.interop.hf_towers import hf_tower
+from mmit.models.interop.llava import declared, read_llava
 from mmit.models.interop.llava_hf import LlavaHF, is_llava_hf, read_llava_hf
 from mmit.models.vlm import VLM
 
@@ -22,18 +24,24 @@ __all__ = ["Foreign", "is_foreign", "read_foreign"]
 
 @dataclass
 class Foreign:
-    """A model read from another project's folder. `source` holds what only an import needs."""
+    """A model read from another project's folder.
+
+    `image` are the arguments of `data.images.fit`. The rest is for an import: the tower as transformers' class has it,
+    the options of `model.vision` that read it, and the number format of the weights.
+    """
 
     vlm: VLM
     tokenizer: Any
     chat: ChatFormat
-    image: dict[str, Any]  # arguments of `data.images.fit`
-    source: LlavaHF
+    image: dict[str, Any]
+    tower: tuple[Any, dict[str, torch.Tensor]]
+    vision_options: dict[str, Any]
+    dtype: torch.dtype
 
 
 def is_foreign(folder: Path) -> bool:
     """Tell whether a folder declares a layout that `read_foreign` takes."""
-    return is_llava_hf(folder)
+    return is_llava_hf(folder) or declared(folder) is not None
 
 
 def read_foreign(
@@ -43,38 +51,58 @@ def read_foreign(
     device_map: str | dict[str, Any] | None = None,
     packed: bool = True,
     chat: str | None = None,
+    base: str | None = None,
+    tower: str | None = None,
 ) -> Foreign:
     """Read a folder of another project.
 
     Args:
-        folder: a llava-hf folder.
-        dtype: number format; None takes the folder's own.
-        device_map: placement of the LLM, handed to transformers.
+        folder: a llava-hf folder, or one of LLaVA's own.
+        dtype: number format; None takes the folder's own, of LLaVA's own float32.
+        device_map: placement of the LLM of a llava-hf folder, handed to transformers.
         packed: see `models.llm.load_llm`.
         chat: a chat format in place of the folder's chat template.
+        base: the LLM that an adapter or projector of LLaVA's belongs to.
+        tower: hub id or folder in place of the vision tower that a LLaVA folder names.
 
     Raises:
         ModelError: the layout is unknown or the folder incomplete. ConfigError: its chat template cannot be used.
     """
-    if not is_foreign(folder):
-        raise ModelError(
-            "its config.json declares no layout that mmit reads",
-            where=str(folder),
-            remedy="mmit reads llava-hf folders (model_type llava, LlavaForConditionalGeneration)",
-        )
-    found = read_llava_hf(folder, dtype=dtype, device_map=device_map, packed=packed)
-    if chat is None and not found.chat_template:
+    if is_llava_hf(folder):
+        found = read_llava_hf(folder, dtype=dtype, device_map=device_map, packed=packed)
+        _need_chat(chat or found.chat_template, folder)
+        form = chat_format(chat, found.tokenizer) if chat else _template_format(found)
+        whole = (found.vision_config, found.vision_state)
+        return Foreign(found.vlm, found.tokenizer, form, found.image, whole, found.vision_options, found.dtype)
+    if declared(folder) is not None:
+        _need_chat(chat, folder)
+        dtype = dtype or torch.float32
+        vlm, tokenizer, fit = read_llava(folder, base=base, tower=tower, dtype=dtype)
+        eye = vlm.vision
+        assert eye is not None and chat is not None
+        image = {
+            "size": list(eye.image_size),
+            "mode": fit,
+            "interpolation": eye.interpolation,
+            "fill": [int(255 * m) for m in eye.mean],
+        }
+        options = {"layer": -1, "select": "cls_patch" if eye.prefix else "patch", "fit": fit}
+        return Foreign(vlm, tokenizer, chat_format(chat, tokenizer), image, hf_tower(eye), options, dtype)
+    raise ModelError(
+        "its config.json declares no layout that mmit reads",
+        where=str(folder),
+        remedy="mmit reads llava-hf folders (LlavaForConditionalGeneration) and LLaVA's own (Llava...ForCausalLM)",
+    )
+
+
+def _need_chat(chat: str | None, folder: Path) -> None:
+    if not chat:
         raise ModelError(
             "has no chat template",
             where=str(folder),
-            remedy="name the format it was trained with, e.g. --chat vicuna_v1 (LLaVA-1.5)",
+            remedy="import it, naming the format it was trained with: mmit import-model SRC DST --chat vicuna_v1 "
+            "(LLaVA-1.5)",
         )
-    if chat is None:
-        form = _template_format(found)
-        found.tokenizer.chat_template = form.to_json()["template"]
-    else:
-        form = chat_format(chat, found.tokenizer)
-    return Foreign(found.vlm, found.tokenizer, form, found.image, found)
 
 
 def _template_format(found: LlavaHF) -> ChatFormat:

@@ -28,12 +28,12 @@ def refuse_existing(folder: Path) -> None:
 def imported_sections(found: Foreign, folder: Path) -> dict[str, Any]:
     """Sections of a config that describe an imported model in `folder`, and start a run from it."""
     folder = folder.resolve()
-    options = found.source.vision_options
+    projector: Any = found.vlm.projector
     return {
         "run": {"dir": f"runs/{folder.name}", "init_from": str(folder)},
         "model": {
-            "vision": {"kind": "hf", "name": str(folder / "vision"), **options},
-            "projector": {"kind": "mlp", "options": {"depth": 2}},
+            "vision": {"kind": "hf", "name": str(folder / "vision"), **found.vision_options},
+            "projector": {"kind": "mlp", "options": {"depth": (len(projector.layers) + 1) // 2}},
             "llm": {"name": str(folder / "llm")},
             "chat": {"format": str(folder / "chat.json")},
         },
@@ -44,7 +44,7 @@ def imported_sections(found: Foreign, folder: Path) -> dict[str, Any]:
 def save_imported(found: Foreign, folder: Path, config: Config) -> None:
     """Write an imported model as a checkpoint: llm/, vision/, projector, tokenizer, chat.json and `config`."""
     refuse_existing(folder)
-    source, vision = found.source, found.vlm.vision
+    vision = found.vlm.vision
     assert vision is not None
 
     def fill(draft: Path) -> None:
@@ -52,7 +52,7 @@ def save_imported(found: Foreign, folder: Path, config: Config) -> None:
         found.vlm.llm.save_pretrained(str(draft / "llm"))  # type: ignore[operator]
         found.tokenizer.save_pretrained(draft / "llm")
         told = {**found.image, "mean": vision.mean, "std": vision.std}
-        write_tower(draft / "vision", source.vision_config, source.vision_state, image=told)
+        write_tower(draft / "vision", *found.tower, image=told)
         (draft / "chat.json").write_text(json.dumps(found.chat.to_json(), indent=1), encoding="utf-8")
 
     write_folder(folder, [fill])

@@ -109,7 +109,7 @@ def read_llava_hf(
     parts = split_by_prefix(folder_tensors(folder), PREFIXES, where=where)
 
     tower, options = _tower(config, parts["vision"], picture=_picture(processor, where), where=where)
-    llm = _llm(config, parts["llm"], dtype=dtype, device_map=device_map, packed=packed, where=where)
+    llm = language_model(_text(config), parts["llm"], dtype=dtype, device_map=device_map, packed=packed, where=where)
     projector = build_projector(
         "mlp",
         vision_dim=tower.dim,
@@ -202,8 +202,15 @@ def _tower(
     return VisionTower("hf", encoder), options
 
 
-def _llm(
-    config: Any,
+def _text(config: Any) -> Any:
+    """Return the config of the language model, tied if the whole is."""
+    text = config.text_config
+    text.tie_word_embeddings = bool(config.tie_word_embeddings or text.tie_word_embeddings)
+    return text
+
+
+def language_model(
+    text: Any,
     tensors: dict[str, torch.Tensor],
     *,
     dtype: torch.dtype,
@@ -211,8 +218,7 @@ def _llm(
     packed: bool,
     where: str,
 ) -> PreTrainedModel:
-    text = config.text_config
-    text.tie_word_embeddings = bool(config.tie_word_embeddings or text.tie_word_embeddings)
+    """Build a causal LM from its config and exactly its tensors. Raises ModelError with what does not fit."""
     head, words = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if text.tie_word_embeddings and head is not None:
         if words is None or not torch.equal(head, words):

@@ -1,0 +1,151 @@
+"""LLaVA's own folders (`LlavaLlamaForCausalLM` and its kin), read into a composite.
+
+Goes in: a folder with LLaVA's config.json and its weights in one of three layouts: the whole model; `mm_projector.bin`
+beside a base; a LoRA adapter and `non_lora_trainables.bin` beside a base. Comes out: the composite with the adapter
+merged. The tower is the one in the shards where there is one (it may be fine-tuned), else `mm_vision_tower`. Refuses
+what those fields say that mmit does not compute: tiles (anyres), image start and end tokens, other projectors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from mmit.errors import ModelError
+from mmit.models.interop.hf_parts import read_llava_projector
+from mmit.models.interop.tensors import complain, fill_module, folder_tensors, split_by_prefix
+from mmit.models.llm import load_llm, load_tokenizer
+from mmit.models.projectors import build_projector
+from mmit.models.vision import VisionTower, build_vision
+from mmit.models.vision_encoder import explained, load_needed
+from mmit.models.vlm import VLM
+
+# LLaVA's model_type -> the LLM's
+TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
+PREFIXES = (
+    ("model.mm_projector.", "projector", ""),
+    ("model.vision_tower.vision_tower.vision_model.", "vision", ""),
+    ("model.vision_tower.vision_tower.", "vision", ""),
+    ("", "llm", ""),
+)
+
+
+def declared(folder: Path) -> dict[str, Any] | None:
+    """Return config.json if it declares one of LLaVA's own classes, else None."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    kinds = " ".join(found.get("architectures") or ())
+    mine = found.get("model_type") in TEXT_TYPES and re.search(r"\bLlava\w*ForCausalLM\b", kinds)
+    return found if mine and "mm_vision_tower" in found else None
+
+
+def read_llava(
+    folder: Path, *, base: str | None = None, tower: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[VLM, PreTrainedTokenizerBase, str]:
+    """Read a folder of LLaVA.
+
+    Args:
+        folder: holds config.json and weights.
+        base: the LLM that an adapter or a projector alone belongs to (`--model-base`).
+        tower: hub id or folder in place of config.json's `mm_vision_tower`.
+        dtype: number format of the weights.
+
+    Returns:
+        (composite, tokenizer, how pictures are fitted: "pad" or "crop").
+
+    Raises:
+        ModelError: the folder is incomplete, does not fit its base, or asks for what mmit does not compute.
+    """
+    config, where = declared(folder), str(folder)
+    if config is None:
+        raise ModelError("its config.json declares none of LLaVA's classes", where=where)
+    fit = _check(config, where)
+    eye = build_vision(
+        "hf",
+        tower or config["mm_vision_tower"],
+        layer=config.get("mm_vision_select_layer", -2),
+        select=config.get("mm_vision_select_feature", "patch"),
+        dtype=dtype,
+    )
+    rest = next((folder / n for n in ("non_lora_trainables.bin", "mm_projector.bin") if (folder / n).exists()), None)
+    if rest is None:
+        parts = split_by_prefix(folder_tensors(folder), PREFIXES, where=where)
+        llm: Any = _whole_llm(config, parts["llm"], dtype=dtype, where=where)
+        if parts["vision"]:
+            _tower_weights(eye, parts["vision"], where)
+        tokenizer = load_tokenizer(where)
+    else:
+        if base is None:
+            raise ModelError(
+                f"holds {rest.name}, which belongs to a base", where=where, remedy="name the base with --base"
+            )
+        llm, tokenizer = load_llm(base, dtype=dtype), load_tokenizer(base)
+        _same_base(config, llm, base=base, where=where)
+        if (folder / "adapter_config.json").exists():
+            with explained(where, remedy="is this the base that the adapter was trained on?"):
+                llm = PeftModel.from_pretrained(llm, where).merge_and_unload()
+    depth = _depth(config.get("mm_projector_type", "linear"), where)
+    width = llm.get_input_embeddings().weight.shape[1]
+    projector = build_projector("mlp", vision_dim=eye.dim, llm_dim=width, grid=eye.grid, prefix=eye.prefix, depth=depth)
+    if rest is not None:
+        read_llava_projector(rest, projector)
+    else:
+        own = {f"layers.{'0.' if depth == 1 else ''}{key}": value for key, value in parts["projector"].items()}
+        fill_module(projector, own, where=f"{where}, mm_projector")
+    return VLM(llm, vision=eye, projector=projector.to(dtype)), tokenizer, fit
+
+
+def _check(config: dict[str, Any], where: str) -> str:
+    """Return how pictures are fitted. Raises ModelError for fields that mmit cannot honour."""
+    aspect = config.get("image_aspect_ratio") or "square"
+    if aspect not in ("pad", "square"):
+        raise ModelError(f"image_aspect_ratio is '{aspect}'", where=where, remedy="mmit reads pad and square")
+    for field in ("mm_use_im_start_end", "mm_use_im_patch_token"):
+        if config.get(field):
+            raise ModelError(f"{field} is set: images stand between tokens of their own", where=where)
+    return {"pad": "pad", "square": "crop"}[aspect]
+
+
+def _depth(kind: str, where: str) -> int:
+    found = re.fullmatch(r"mlp(\d+)x_gelu", kind)
+    if kind != "linear" and found is None:
+        raise ModelError(f"mm_projector_type is '{kind}'", where=where, remedy="mmit reads linear and mlpNx_gelu")
+    return int(found[1]) if found else 1
+
+
+def _text_config(config: dict[str, Any]) -> Any:
+    kind = TEXT_TYPES[config["model_type"]]
+    valid = AutoConfig.for_model(kind).to_dict()
+    plain = {k: v for k, v in config.items() if k in valid and k not in ("model_type", "architectures")}
+    return AutoConfig.for_model(kind, **plain)
+
+
+def _whole_llm(config: dict[str, Any], tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, where: str) -> Any:
+    from mmit.models.interop.llava_hf import language_model
+
+    text = _text_config(config)
+    return language_model(text, tensors, dtype=dtype, device_map=None, packed=True, where=where)
+
+
+def _same_base(config: dict[str, Any], llm: Any, *, base: str, where: str) -> None:
+    told = {key: config.get(key) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    other = {key: (value, getattr(llm.config, key, None)) for key, value in told.items() if value is not None}
+    wrong = [f"{key} {a} instead of {b}" for key, (a, b) in other.items() if a != b]
+    if wrong:
+        raise ModelError(f"does not belong to {base}: it was trained with {', '.join(wrong)}", where=where)
+
+
+def _tower_weights(eye: VisionTower, tensors: dict[str, torch.Tensor], where: str) -> None:
+    """Put the folder's own tower, which may be fine-tuned, in place of the stock one."""
+    core = getattr(eye.encoder.model, "vision_model", eye.encoder.model)
+    needed = core.state_dict()
+    complain("its vision tower is not whole", missing=needed.keys() - tensors.keys(), where=where)
+    load_needed(core, tensors, full={key: value.shape for key, value in tensors.items()}, where=where)
