@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,7 +74,8 @@ def evaluate(
 
     Beside the score stand chance and the majority answer, the untuned model (the same base with a fresh projector and
     no adapter), and the tuned model without the pictures. Answers are kept as they come, so that an evaluation that was
-    cut off goes on where it stopped. Several tasks get a table in summary.md and summary.tex too.
+    cut off goes on where it stopped; the processes of torchrun or the deepspeed launcher share the questions. Several
+    tasks get a table in summary.md and summary.tex too.
     """
     from mmit.eval.tasks import load_task, task_items
 
@@ -83,8 +85,11 @@ def evaluate(
     # Before any model is loaded: a missing file or a bad row should not cost minutes.
     asked = [(one, task_items(one.model_copy(update={"sample": None}))) for one in tasks]
 
+    from mmit.eval.ranks import from_environment
     from mmit.eval.summary import run_tasks
 
+    ranks = from_environment()
+    device = _own_device(device) if ranks.world > 1 else device
     where, options = _model(run, device=device, dtype=dtype, endpoint_model=endpoint_model, key_env=key_env, out=out)
     alone = len(tasks) == 1
     run_tasks(
@@ -93,6 +98,7 @@ def evaluate(
         folder_of=lambda one: results_folder(where, one.name, out, alone=alone),
         summary_in=None if alone else out or results_folder(where, DEFAULT_TASK, None, alone=True),
         metric_of=metric_of,
+        ranks=ranks,
         sample=limit,
         baseline_n=baseline_n if baselines else 0,
         probes=probes,
@@ -134,6 +140,15 @@ def _model(
         "model_name": str(checkpoint),
         "fingerprint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16],
     }
+
+
+def _own_device(device: str) -> str:
+    """Return the device of this process among those of its launcher."""
+    import torch
+
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return device
 
 
 def _probes(given: str) -> list[str]:

@@ -17,6 +17,7 @@ from mmit.errors import MmitError
 from mmit.eval.judges import JUDGES
 from mmit.eval.metrics import Score
 from mmit.eval.probes import chance, sensitivity, swapped, wordings
+from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.runner import Generates, Lazy, Result, evaluate
 from mmit.eval.tasks import Item, Task, prompt_text, sample_items, task_items, training_items
 from mmit.records import Record
@@ -108,6 +109,7 @@ def run_baselines(
     probes: Sequence[str] = ("blank",),
     templates: int = 0,
     metric: Callable[..., Score] | None = None,
+    ranks: Ranks = ALONE,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Baselines:
@@ -123,7 +125,7 @@ def run_baselines(
     results: dict[str, Result | None] = dict.fromkeys([*LABELS, *MORE])
     notes: dict[str, str] = {}
     common: dict[str, Any] = {"out_dir": out_dir, "seed": seed, "batch_size": batch_size, "progress": progress}
-    common |= {"metric": metric, "overwrite": overwrite}
+    common |= {"metric": metric, "overwrite": overwrite, "ranks": ranks}
 
     def run(key: str, model: Generates, of: Sequence[Item], *, of_task: Task = task, **options: Any) -> None:
         results[key] = evaluate(model, of_task, label=key, items=of, **(common | options))

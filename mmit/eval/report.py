@@ -25,6 +25,7 @@ from mmit.eval.baselines import LABELS, MORE, Baselines, no_baselines, run_basel
 from mmit.eval.metrics import Score
 from mmit.eval.metrics.score import PER_ANSWER
 from mmit.eval.page import page, section
+from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.runner import Generates, Result, evaluate, replace_file
 from mmit.eval.tasks import Item, Task, sample_items, task_items
 
@@ -46,6 +47,7 @@ def run_task(
     probes: Sequence[str] = ("blank",),
     templates: int = 0,
     metric: Callable[..., Score] | None = None,
+    ranks: Ranks = ALONE,
     items: Sequence[Item] | None = None,
     flat: bool = False,
     overwrite: bool = False,
@@ -64,7 +66,7 @@ def run_task(
         sample: number of questions; None takes the task's own sample, or all.
         seed: of the samples and of resampled intervals; None takes the task's.
         baseline_n: questions the untuned and the blind model are asked; 0 leaves all baselines out.
-        batch_size, metric, progress: as in `evaluate`.
+        batch_size, metric, ranks, progress: as in `evaluate`.
         probes, templates: as in `run_baselines`.
         items: all questions of the task, if they have been read already.
         flat: no folder per task.
@@ -79,11 +81,12 @@ def run_task(
     items = task_items(task.model_copy(update={"sample": None})) if items is None else list(items)
     n = task.sample.n if sample is None and task.sample else sample
     asked = sample_items(items, n, seed)
-    console = console or Console()
+    console = console or Console(quiet=ranks.rank > 0)
     count = f"{len(asked):,} of {len(items):,} questions"
     console.print(Text(f"{task.name}: {count}, the first asked as: {asked[0].text!r}"))
     common: dict[str, Any] = {"out_dir": folder, "fingerprint": fingerprint, "seed": seed}
     common |= {"batch_size": batch_size, "overwrite": overwrite, "progress": progress, "metric": metric}
+    common |= {"ranks": ranks}
     tuned = evaluate(model_tuned, task, items=asked, **common)
     questions: dict[str, Any] = {"items": items, "asked": asked, "baseline_n": baseline_n}
     questions |= {"probes": probes, "templates": templates}
@@ -94,8 +97,9 @@ def run_task(
     seconds = time.monotonic() - start
     report = build_report(task, tuned, beside, model=model_name, seed=seed, seconds=seconds)
     report |= {"fingerprint": fingerprint, "first_question": asked[0].text, "n_asked": len(asked)}
-    write_report(report, folder, notes=beside.notes)
-    replace_file(folder / "report.html", page(f"{task.name}: {model_name}", section_of(report, folder, asked)))
+    if ranks.rank == 0:
+        write_report(report, folder, notes=beside.notes)
+        replace_file(folder / "report.html", page(f"{task.name}: {model_name}", section_of(report, folder, asked)))
     console.print(console_table(report, notes=beside.notes))
     console.print(Text(f"Written to {folder}"))
     return report

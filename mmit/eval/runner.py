@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,16 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmit.errors import MmitError, ModelError
+from mmit.eval.answers import ASKED, FORMAT, Row, append, lines, open_answers, rank_file, read_answers, replace_file
+from mmit.eval.answers import merge as merge_answers
 from mmit.eval.metrics import METRICS, Score, get_metric
+from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.tasks import Item, Task, task_items
-from mmit.records import Image, Record, json_lines
+from mmit.records import Image, Record
 
-FORMAT = "mmit answers 1"
 CHUNK = 8  # batches handed to the model at once, for it to sort and to share pictures among
-# What must not have changed between an item and its answer on file.
-_ASKED = ("prompt", "images", "reference", "group")
-
-Row = dict[str, Any]
 
 
 class Generates(Protocol):
@@ -111,6 +109,7 @@ def evaluate(
     blank_images: bool = False,
     label: str = "tuned",
     metric: Callable[..., Score] | None = None,
+    ranks: Ranks = ALONE,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Result:
@@ -128,6 +127,7 @@ def evaluate(
         blank_images: have the model see a blank picture in place of each.
         label: names the file of answers.
         metric: what scores the answers; None takes METRICS[task.metric].
+        ranks: the processes that share the questions; all return the same Result.
         overwrite, progress: drop the answers on file and start anew; show a progress bar.
 
     Raises:
@@ -140,23 +140,44 @@ def evaluate(
     settings = _settings(task, label=label, fingerprint=fingerprint, blank_images=blank_images)
     path = Path(out_dir) / f"answers-{label}.jsonl"
     asked = {item.id: _asked(item) for item in items}
-    rows = _open_answers(path, settings, asked, overwrite=overwrite)
+    if ranks.rank == 0:
+        open_answers(path, settings, asked, overwrite=overwrite)
+    ranks.barrier()
+    rows = read_answers(path, settings, asked)
     missing = len(asked.keys() - rows.keys())
-    with _bar(f"{task.name} {label}", len(items), done=len(items) - missing, show=progress) as advance:
-        for batch in _chunks(items, batch_size):
-            if all(item.id in rows for item in batch):
+    target = path if ranks.world == 1 else rank_file(path, ranks.rank)
+    if target != path:
+        replace_file(target, lines([settings]))
+    with _bar(
+        f"{task.name} {label}", len(items), done=len(items) - missing, show=progress and not ranks.rank
+    ) as advance:
+        for number, batch in enumerate(_chunks(items, batch_size)):
+            # The same chunks however many ranks there are: in low precision an answer may hang on its neighbours.
+            if number % ranks.world != ranks.rank or all(item.id in rows for item in batch):
                 continue
             answers = _answers(model, task, batch, batch_size=batch_size, blank_images=blank_images)
             pairs = zip(batch, answers, strict=True)
             new = [asked[item.id] | answer for item, answer in pairs if item.id not in rows]
-            _append(path, new)
+            append(target, new)
             rows |= {row["id"]: row for row in new}
             advance(len(new))
+    ranks.barrier()
+    if ranks.rank == 0 and ranks.world > 1:
+        rows = merge_answers(path, settings, asked)
+    ranks.barrier()
+    if ranks.rank:
+        rows = read_answers(path, settings, asked)
+    ranks.barrier()
     ordered = [rows[item.id] for item in items]
-    score = _score(metric or get_metric(task.metric), ordered, seed)
-    others = [row for name, row in rows.items() if name not in asked]
-    # Scored rows come first; answers to questions outside this sample are kept, without a score.
-    replace_file(path, _lines([settings, *_with_scores(ordered, score), *_with_scores(others, None)]))
+    scorer = metric or get_metric(task.metric)
+    if ranks.rank == 0:
+        score = _score(scorer, ordered, seed)
+        others = [row for name, row in rows.items() if name not in asked]
+        # Scored rows come first; answers to questions outside this sample are kept, without a score.
+        replace_file(path, lines([settings, *_with_scores(ordered, score), *_with_scores(others, None)]))
+    ranks.barrier()
+    if ranks.rank:
+        score = _score(scorer, ordered, seed)  # after the first rank: a judge's judgements are on file by now
     invalid = invalid_rate(task, score, [row["answer"] for row in ordered])
     return Result(label, score, invalid, path, time.monotonic() - start, missing)
 
@@ -184,49 +205,6 @@ def invalid_rate(task: Task, score: Score, answers: Sequence[str]) -> float:
     known = METRICS[task.metric](task.answers, task.answers)
     valid = set(map(str, known.details.get("parsed", task.answers)))
     return sum(str(read) not in valid for read in score.details.get("parsed", answers)) / len(answers)
-
-
-def replace_file(path: Path, content: str) -> None:
-    """Write a file that appears whole or not at all. Raises MmitError."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        with suppress(OSError):  # where nothing could be written, nothing is to be removed
-            draft.unlink()
-
-
-def _unwritable(path: Path, error: OSError) -> MmitError:
-    remedy = "Check that the folder can be written and the disk is not full."
-    return MmitError(f"cannot write: {error}", where=str(path), remedy=remedy)
-
-
-def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(_line(row) + "\n" for row in rows)
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    text = json.dumps(row, ensure_ascii=False)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # an answer may hold half of a surrogate pair, which only an escape can keep
-        return json.dumps(row)
-    return text
-
-
-def _append(path: Path, rows: Sequence[Row]) -> None:
-    try:
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(_lines(rows))
-    except OSError as error:
-        raise _unwritable(path, error) from error
 
 
 def _asked(item: Item) -> Row:
@@ -319,66 +297,8 @@ def _with_scores(rows: Sequence[Row], score: Score | None) -> Iterator[Row]:
     parsed, values = (column if len(column) == len(rows) else [None] * len(rows) for column in columns)
     for row, read, value in zip(rows, parsed, values, strict=True):
         correct = bool(value) if value in (0, 1) else value
-        kept = {key: row[key] for key in ("id", *_ASKED, "answer", "likelihoods") if key in row}
+        kept = {key: row[key] for key in ("id", *ASKED, "answer", "likelihoods") if key in row}
         yield kept | {"parsed": read, "correct": correct}
-
-
-def _open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwrite: bool) -> dict[str, Row]:
-    """Return the usable rows on file by id, and leave a file that ends with a whole line."""
-    rows: dict[str, Row] = {}
-    if path.exists() and not overwrite:
-        _drop_half_line(path)
-        rows = _read_answers(path, settings, asked)
-    if not rows:
-        replace_file(path, _lines([settings]))
-    return rows
-
-
-def _drop_half_line(path: Path) -> None:
-    """Cut off what a killed process left of a last line."""
-    try:
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _read_answers(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]:
-    """Check every row on file against what is asked now. Raises MmitError for the first that does not fit."""
-    rows: dict[str, Row] = {}
-    for place, (line, row) in enumerate(json_lines(path)):
-        problem = _row_problem(row, rows, asked) if place else _settings_problem(row, settings)
-        if problem:
-            remedy = "Give another output folder, or drop these answers with overwrite=True (--overwrite)."
-            raise MmitError(problem, where=f"{path}:{line}", remedy=remedy)
-        if place:
-            rows[row["id"]] = row
-    return rows
-
-
-def _settings_problem(found: Any, settings: Row) -> str:
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        return "not a file of answers of this version of mmit"
-    changed = [key for key in settings if found.get(key) != settings[key]]
-    if not changed:
-        return ""
-    listed = "; ".join(f"{key} was {found.get(key)!r}, is now {settings[key]!r}" for key in changed)
-    return f"the answers on file were made with another model or other settings: {listed}"
-
-
-def _row_problem(row: Any, rows: Mapping[str, Row], asked: Mapping[str, Row]) -> str:
-    if not isinstance(row, dict) or not {"id", *_ASKED, "answer"} <= row.keys():
-        return "not an answer, so the file is damaged"
-    name = row["id"]
-    if name in rows:
-        return f"question '{name}' is answered twice: two evaluations wrote this file at once"
-    now = asked.get(name, row)
-    changed = [key for key in _ASKED if row[key] != now[key]]
-    if changed:
-        return f"question '{name}' was another when it was answered: {', '.join(changed)} changed"
-    return ""
 
 
 @contextmanager

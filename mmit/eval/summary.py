@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mmit.eval.page import page, table
+from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.report import run_task, section_of
 from mmit.eval.runner import Generates, replace_file
 from mmit.eval.tasks import Item, Task, sample_items
@@ -29,6 +30,7 @@ def run_tasks(
     folder_of: Callable[[Task], Path],
     summary_in: Path | None,
     metric_of: Callable[[Task, Path], Any] = lambda task, folder: None,
+    ranks: Ranks = ALONE,
     console: Console | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -40,10 +42,12 @@ def run_tasks(
         folder_of: says where a task's results go.
         summary_in: folder of the summary; None writes none.
         metric_of: gives the metric of a task that a judge grades, None for the task's own.
+        ranks: as in `evaluate`.
         console: where tables are printed; None is standard output.
         options: of `run_task`.
     """
-    console = console or Console()
+    console = console or Console(quiet=ranks.rank > 0)
+    options["ranks"] = ranks
     reports, sections = [], []
     for task, items in tasks:
         folder = folder_of(task)
@@ -52,10 +56,10 @@ def run_tasks(
             model, task=task, items=items, out_dir=folder, flat=True, metric=metric, console=console, **options
         )
         reports.append(report)
-        if summary_in is not None:
+        if summary_in is not None and ranks.rank == 0:
             asked = sample_items(items, report["n_asked"], report["seed"])
             sections.append(section_of(report, folder, asked))
-    if summary_in is not None:
+    if summary_in is not None and ranks.rank == 0:
         write_summary(reports, sections, summary_in)
         # As Markdown, unbroken: a table that a terminal folds cannot be pasted.
         console.print(Text(f"\n{markdown(reports)}"), soft_wrap=True)

@@ -67,7 +67,7 @@ class Folder:
         """Return the error of a folder that is not as expected."""
         there = "" if self.path.is_dir() else ", a folder that does not exist"
         lines = [f"It expects, {self.path} being its folder:"]
-        lines += [f"  {name.format(split=self.split)}  ({about})" for name, about in self.layout.files.items()]
+        lines += [f"  {name}  ({about})".format(split=self.split) for name, about in self.layout.files.items()]
         lines += [f"How to get them: {self.layout.get}", "--data-root names the folder above."]
         problem = f"task '{self.task}' needs {what} in {self.path}{there}"
         return ConfigError(problem, where=str(self.path), remedy="\n".join(lines))

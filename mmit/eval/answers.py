@@ -1,0 +1,149 @@
+"""The file of a model's answers: a line of settings, then one line per question.
+
+Appended while questions are answered, written anew when they are scored. A half line that a killed process left is cut
+off; answers of another model, task or setting are refused. Several ranks append to files of their own, which are merged
+into the one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mmit.errors import MmitError
+from mmit.records import json_lines
+
+FORMAT = "mmit answers 1"
+# What must not have changed between an item and its answer on file.
+ASKED = ("prompt", "images", "reference", "group")
+
+Row = dict[str, Any]
+
+
+def replace_file(path: Path, content: str) -> None:
+    """Write a file that appears whole or not at all. Raises MmitError."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(draft, "w", encoding="utf-8", newline="\n") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        with suppress(OSError):  # where nothing could be written, nothing is to be removed
+            draft.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> MmitError:
+    remedy = "Check that the folder can be written and the disk is not full."
+    return MmitError(f"cannot write: {error}", where=str(path), remedy=remedy)
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as JSONL."""
+    return "".join(_line(row) + "\n" for row in rows)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:  # an answer may hold half of a surrogate pair, which only an escape can keep
+        return json.dumps(row)
+    return text
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Append rows to a file. Raises MmitError."""
+    try:
+        with open(path, "a", encoding="utf-8", newline="\n") as file:
+            file.write(lines(rows))
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwrite: bool) -> dict[str, Row]:
+    """Return the usable rows on file by id, and leave a file that ends with a whole line."""
+    rows: dict[str, Row] = {}
+    parts = list(path.parent.glob(f"{path.stem}.rank*.jsonl"))
+    if overwrite:
+        for part in parts:
+            part.unlink()
+    elif path.exists():
+        _drop_half_line(path)
+        rows = merge(path, settings, asked) if parts else read_answers(path, settings, asked)
+    if not rows:
+        replace_file(path, lines([settings]))
+    return rows
+
+
+def rank_file(path: Path, rank: int) -> Path:
+    """Return the file that one of several ranks appends to."""
+    return path.with_name(f"{path.stem}.rank{rank}.jsonl")
+
+
+def merge(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]:
+    """Move the answers of all ranks' files, whole or cut off, into `path`; return all rows on file by id."""
+    rows = read_answers(path, settings, asked)
+    for part in sorted(path.parent.glob(f"{path.stem}.rank*.jsonl")):
+        _drop_half_line(part)
+        found = read_answers(part, settings, asked) if part.stat().st_size else {}
+        new = [row for name, row in found.items() if name not in rows]
+        append(path, new)
+        rows |= {row["id"]: row for row in new}
+        part.unlink()
+    return rows
+
+
+def _drop_half_line(path: Path) -> None:
+    """Cut off what a killed process left of a last line."""
+    try:
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def read_answers(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]:
+    """Check every row on file against what is asked now. Raises MmitError for the first that does not fit."""
+    rows: dict[str, Row] = {}
+    for place, (line, row) in enumerate(json_lines(path)):
+        problem = _row_problem(row, rows, asked) if place else _settings_problem(row, settings)
+        if problem:
+            remedy = "Give another output folder, or drop these answers with overwrite=True (--overwrite)."
+            raise MmitError(problem, where=f"{path}:{line}", remedy=remedy)
+        if place:
+            rows[row["id"]] = row
+    return rows
+
+
+def _settings_problem(found: Any, settings: Row) -> str:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        return "not a file of answers of this version of mmit"
+    changed = [key for key in settings if found.get(key) != settings[key]]
+    if not changed:
+        return ""
+    listed = "; ".join(f"{key} was {found.get(key)!r}, is now {settings[key]!r}" for key in changed)
+    return f"the answers on file were made with another model or other settings: {listed}"
+
+
+def _row_problem(row: Any, rows: Mapping[str, Row], asked: Mapping[str, Row]) -> str:
+    if not isinstance(row, dict) or not {"id", *ASKED, "answer"} <= row.keys():
+        return "not an answer, so the file is damaged"
+    name = row["id"]
+    if name in rows:
+        return f"question '{name}' is answered twice: two evaluations wrote this file at once"
+    now = asked.get(name, row)
+    changed = [key for key in ASKED if row[key] != now[key]]
+    if changed:
+        return f"question '{name}' was another when it was answered: {', '.join(changed)} changed"
+    return ""
