@@ -138,9 +138,8 @@ def why_not_4bit() -> str | None:
 def _four_bits(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
     """NF4 and double quantisation of QLoRA (arXiv:2305.14314)."""
     if (reason := why_not_4bit()) is not None:
-        raise ModelError(
-            reason, where="tune.llm.mode", remedy="use mode lora, or a CUDA machine with: pip install 'mmit-tune[qlora]'"
-        )
+        remedy = "use mode lora, or a CUDA machine with: pip install 'mmit-tune[qlora]'"
+        raise ModelError(reason, where="tune.llm.mode", remedy=remedy)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=options["quant"],
