@@ -162,7 +162,7 @@ def export_llava_hf(
         drop_bos=bool(bos) and not begins.startswith(bos),
     )
     model, processor = reload(folder)
-    pixels, worst = 0.0, Difference(0.0, 1.0, 0.0)
+    pixels, seen = 0.0, []
     assert vlm.vision is not None
     for talk, scores in zip(fixed_talks(chat), expected, strict=True):
         own = encode(talk, chat, tokenizer, generate=True).ids
@@ -177,7 +177,8 @@ def export_llava_hf(
             pixels = max(pixels, float((normalised - theirs["pixel_values"].float()).abs().max()))
         with torch.no_grad():
             found = model(input_ids=torch.tensor([ids]), pixel_values=normalised).logits[0]
-        worst = max(worst, compare_logits(scores, found, dtype=dtype), key=lambda d: d.logits / d.limit)
+        seen.append(compare_logits(scores, found, dtype=dtype))
+    worst = max(seen, key=lambda difference: difference.logits / difference.limit)
     return Difference(worst.logits, worst.limit, pixels)
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, CLIPImageProcessor
 
 from mmit.errors import ModelError
+from mmit.models.files import load_tensors
 from mmit.models.interop.tensors import complain
 from mmit.models.llm import load_llm
 from mmit.models.projectors import MLP, Linear
@@ -131,7 +132,25 @@ def write_llava(
     projector = {f"mm_projector.{key}": value for key, value in _llava_projector(vlm.projector).items()}
     torch.save({f"model.{key}": value for key, value in projector.items()}, folder / "mm_projector.bin")
     written = ["mm_projector.bin"]
-    model_type, architecture = LLAVA_CLASSES[kind]
+    config = _llava_config(llm, vlm, tower_name=tower_name, fit=fit, max_length=max_length)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
+    if isinstance(vlm.llm, PeftModel):
+        write_adapter(folder, vlm, base=base)
+        rest = {f"base_model.model.model.{key}": value for key, value in projector.items()}
+        torch.save(rest, folder / "non_lora_trainables.bin")
+        return [*written, "adapter_model.safetensors", "non_lora_trainables.bin"]
+    tokenizer.save_pretrained(folder)
+    state = {key: value.detach().cpu().contiguous() for key, value in llm.state_dict().items()}
+    if llm.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    save_torch_state_dict({**state, **{f"model.{k}": v for k, v in projector.items()}}, folder)
+    return [*written, *sorted(path.name for path in folder.glob("model*.safetensors"))]
+
+
+def _llava_config(llm: Any, vlm: VLM, *, tower_name: str, fit: str, max_length: int) -> dict[str, Any]:
+    """LLaVA's config.json: that of the LLM, and the fields that its builder reads."""
+    assert vlm.vision is not None
+    model_type, architecture = LLAVA_CLASSES[llm.config.model_type]
     config = llm.config.to_dict()
     config.update(
         model_type=model_type,
@@ -149,18 +168,7 @@ def write_llava(
         tokenizer_model_max_length=max_length,
         tokenizer_padding_side="right",
     )
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
-    if isinstance(vlm.llm, PeftModel):
-        write_adapter(folder, vlm, base=base)
-        rest = {f"base_model.model.model.{key}": value for key, value in projector.items()}
-        torch.save(rest, folder / "non_lora_trainables.bin")
-        return [*written, "adapter_model.safetensors", "non_lora_trainables.bin"]
-    tokenizer.save_pretrained(folder)
-    state = {key: value.detach().cpu().contiguous() for key, value in llm.state_dict().items()}
-    if llm.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    save_torch_state_dict({**state, **{f"model.{k}": v for k, v in projector.items()}}, folder)
-    return [*written, *sorted(path.name for path in folder.glob("model*.safetensors"))]
+    return config
 
 
 def _llava_projector(projector: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -188,8 +196,6 @@ def read_llava_projector(path: Path, projector: torch.nn.Module) -> None:
 
     Raises ModelError with what is missing, left over or of another shape.
     """
-    from mmit.models.files import load_tensors
-
     mark = "mm_projector."
     found, other = {}, []
     for key, value in load_tensors(path).items():

@@ -108,12 +108,7 @@ def write_llava_hf(
     config.save_pretrained(folder)
     state = _state(vlm, vision_state, tied=config.tie_word_embeddings)
     save_torch_state_dict({key: value.to(dtype) for key, value in state.items()}, folder, max_shard_size="5GB")
-    pad = tokens.pad_token_id if tokens.pad_token_id is not None else end_ids[-1]
-    GenerationConfig(
-        bos_token_id=tokens.bos_token_id, eos_token_id=list(dict.fromkeys(end_ids)), pad_token_id=pad
-    ).save_pretrained(folder)
-    if tokens.pad_token is None:
-        tokens.pad_token = tokens.convert_ids_to_tokens(pad)
+    _write_generation(folder, tokens, end_ids)
     LlavaProcessor(
         _image_processor(image, mean=vlm.vision.mean, std=vlm.vision.std),
         tokens,
@@ -123,6 +118,16 @@ def write_llava_hf(
         chat_template=chat_template,
         image_token=image_token,
     ).save_pretrained(folder)
+
+
+def _write_generation(folder: Path, tokens: Any, end_ids: Sequence[int]) -> None:
+    """Write what ends and pads an answer; a tokenizer without padding gets the end token for it."""
+    pad = tokens.pad_token_id if tokens.pad_token_id is not None else end_ids[-1]
+    GenerationConfig(
+        bos_token_id=tokens.bos_token_id, eos_token_id=list(dict.fromkeys(end_ids)), pad_token_id=pad
+    ).save_pretrained(folder)
+    if tokens.pad_token is None:
+        tokens.pad_token = tokens.convert_ids_to_tokens(pad)
 
 
 def reload(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
