@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,38 +148,59 @@ def evaluate(
     target = path if ranks.world == 1 else rank_file(path, ranks.rank)
     if target != path:
         replace_file(target, lines([settings]))
-    with _bar(
-        f"{task.name} {label}", len(items), done=len(items) - missing, show=progress and not ranks.rank
-    ) as advance:
-        for number, batch in enumerate(_chunks(items, batch_size)):
-            # The same chunks however many ranks there are: in low precision an answer may hang on its neighbours.
-            if number % ranks.world != ranks.rank or all(item.id in rows for item in batch):
+    with _bar(f"{task.name} {label}", len(items), done=len(items) - missing, show=progress and not ranks.rank) as bar:
+        for batch in _chunks(items, batch_size)[ranks.rank :: ranks.world]:
+            if all(item.id in rows for item in batch):
                 continue
             answers = _answers(model, task, batch, batch_size=batch_size, blank_images=blank_images)
             pairs = zip(batch, answers, strict=True)
             new = [asked[item.id] | answer for item, answer in pairs if item.id not in rows]
             append(target, new)
             rows |= {row["id"]: row for row in new}
-            advance(len(new))
-    ranks.barrier()
-    if ranks.rank == 0 and ranks.world > 1:
-        rows = merge_answers(path, settings, asked)
-    ranks.barrier()
-    if ranks.rank:
-        rows = read_answers(path, settings, asked)
-    ranks.barrier()
+            bar(len(new))
+    rows = _gather(path, settings, asked, ranks=ranks) if ranks.world > 1 else rows
+    score = _score_and_keep(path, settings, rows, items=items, ranks=ranks, score=_scorer_of(task, metric, seed))
     ordered = [rows[item.id] for item in items]
-    scorer = metric or get_metric(task.metric)
-    if ranks.rank == 0:
-        score = _score(scorer, ordered, seed)
-        others = [row for name, row in rows.items() if name not in asked]
-        # Scored rows come first; answers to questions outside this sample are kept, without a score.
-        replace_file(path, lines([settings, *_with_scores(ordered, score), *_with_scores(others, None)]))
-    ranks.barrier()
-    if ranks.rank:
-        score = _score(scorer, ordered, seed)  # after the first rank: a judge's judgements are on file by now
     invalid = invalid_rate(task, score, [row["answer"] for row in ordered])
     return Result(label, score, invalid, path, time.monotonic() - start, missing)
+
+
+def _gather(path: Path, settings: Row, asked: Mapping[str, Row], *, ranks: Ranks) -> dict[str, Row]:
+    """Bring the answers of all ranks together; every rank gets all of them."""
+    ranks.barrier()
+    if ranks.rank == 0:
+        merge_answers(path, settings, asked)
+    ranks.barrier()
+    rows = read_answers(path, settings, asked)
+    ranks.barrier()  # before the first rank writes the file anew
+    return rows
+
+
+def _scorer_of(task: Task, metric: Callable[..., Score] | None, seed: int) -> Callable[[Sequence[Row]], Score]:
+    chosen = metric or get_metric(task.metric)
+    return lambda rows: _score(chosen, rows, seed)
+
+
+def _score_and_keep(
+    path: Path,
+    settings: Row,
+    rows: Mapping[str, Row],
+    *,
+    items: Sequence[Item],
+    ranks: Ranks,
+    score: Callable[[Sequence[Row]], Score],
+) -> Score:
+    """Score the answers; the first rank writes the file anew, with verdicts."""
+    ordered, names = [rows[item.id] for item in items], {item.id for item in items}
+    if ranks.rank:
+        ranks.barrier()  # after the first rank: what a judge has said is on file by now
+        return score(ordered)
+    found = score(ordered)
+    others = [row for name, row in rows.items() if name not in names]
+    # Scored rows come first; answers to questions outside this sample are kept, without a score.
+    replace_file(path, lines([settings, *_with_scores(ordered, found), *_with_scores(others, None)]))
+    ranks.barrier()
+    return found
 
 
 def _settings(task: Task, **more: Any) -> Row:
@@ -232,16 +253,15 @@ def _image_name(image: Image) -> str:
     return source if isinstance(source, str) else f"sha256:{hashlib.sha256(source).hexdigest()}"
 
 
-def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Yield runs of items in data order, where questions about one picture are neighbours.
+def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
+    """Return runs of items in data order, where questions about one picture are neighbours.
 
-    The model makes batches of a chunk as it likes. Chunks do not depend on which answers are on file: in low
-    precision an answer may hang on its neighbours.
+    The model makes batches of a chunk as it likes. Chunks depend neither on which answers are on file nor on the number
+    of ranks: in low precision an answer may hang on its neighbours.
     """
     if size < 1:
         raise MmitError(f"batches of {size}", where="batch_size", remedy="Give at least 1.")
-    for start in range(0, len(items), CHUNK * size):
-        yield items[start : start + CHUNK * size]
+    return [items[start : start + CHUNK * size] for start in range(0, len(items), CHUNK * size)]
 
 
 def _answers(
