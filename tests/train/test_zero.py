@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("deepspeed")
+from mmit.train import folders  # noqa: E402
+from mmit.train.run import run  # noqa: E402
+from tests.tiny_run import tiny_config  # noqa: E402
 from tests.train.zero_cases import CASES, write_data  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,3 +69,38 @@ def test_two_ranks(folder, stage):
                 assert row["finite"]
             else:
                 assert all(row.values()), (name, row)
+
+
+def at_step(run_dir: Path, step: int) -> None:
+    """Take a run back: remove the checkpoints after `step`."""
+    for found in folders.checkpoints(run_dir):
+        if folders.step_of(found) > step:
+            shutil.rmtree(found)
+    (run_dir / "finished.json").unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3", "zero2_offload"])
+def test_a_run_moves_between_engines_and_numbers_of_ranks(tmp_path, stage):
+    """One process, two ranks, one process again: the same steps of the same records as without moving."""
+    train = {"steps": 6, "rows_per_step": 4, "save_every": 2, "keep_last": 9, "precision": "fp32"}
+
+    def config(name: str):
+        place = {"dir": str(tmp_path / name), "resume": "auto"}
+        return tiny_config(tmp_path, run=place, train=train, engine={"deepspeed": stage})
+
+    assert run(config("straight")) == 0
+    shutil.copytree(tmp_path / "straight", tmp_path / "moved")
+    at_step(tmp_path / "moved", 2)
+    (tmp_path / "moved.yaml").write_text(config("moved").to_yaml())
+    arguments = [str(ROOT / "scripts" / "train.py"), "--config", str(tmp_path / "moved.yaml")]
+    start_ranks(arguments, ranks=2, timeout=120)
+    at_step(tmp_path / "moved", 4)
+    assert run(config("moved")) == 0
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "moved")
+    ]
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        assert all(ours[k] == theirs[k] for k in ("step", "epoch", "tokens", "supervised"))
