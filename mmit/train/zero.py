@@ -69,11 +69,11 @@ def complete(options: Mapping[str, Any], *, precision: str, clip: float | None) 
     if precision == "bf16":
         whole["bf16"].setdefault("check_grad_overflow", True)  # else a NaN gradient is applied
     stage = int((whole.get("zero_optimization") or {}).get("stage", 0))
-    if precision == "fp16" and stage == 0:
+    if precision != "fp32" and stage == 0:
         raise ConfigError(
-            "ZeRO-0 with train.precision=fp16 has an optimizer state that mmit cannot save",
+            f"DeepSpeed's ZeRO-0 does not sum {precision} gradients in float32, or keeps a state mmit cannot save",
             where=WHERE,
-            remedy="set engine.deepspeed=zero1, or train.precision=bf16",
+            remedy="set engine.deepspeed=zero1, which computes the same, or train.precision=fp32",
         )
     whole["zero_allow_untested_optimizer"] = True
     whole["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs on CPUs without a compiler

@@ -13,7 +13,7 @@ from mmit.train.zero import FOLDER, complete, deepspeed_options
 @pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
 def test_every_json_of_ours_fits(name):
     stage = int(name[4])
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16") if stage else ("fp32",):
         whole = complete(deepspeed_options(name), precision=precision, clip=1.0)
         assert whole["zero_optimization"]["stage"] == stage and whole["gradient_clipping"] == 1.0
         assert whole["bf16"]["enabled"] == (precision == "bf16")
@@ -32,12 +32,13 @@ def test_every_json_of_ours_fits(name):
 )
 def test_a_contradiction_names_both_values(options, key, both):
     with pytest.raises(ConfigError) as error:
-        complete(options, precision="bf16", clip=1.0)
+        complete({"zero_optimization": {"stage": 2}, **options}, precision="bf16", clip=1.0)
     assert error.value.where == f"engine.deepspeed.{key}" and all(b in str(error.value) for b in both)
 
 
 def test_what_agrees_or_is_auto_is_taken():
     auto = {"gradient_clipping": "auto", "train_batch_size": "auto"}
+    auto["zero_optimization"] = {"stage": 1}
     auto["bf16"] = {"enabled": "auto", "immediate_grad_update": True}
     whole = complete(auto, precision="bf16", clip=None)
     assert whole["gradient_clipping"] == 0.0 and "train_batch_size" not in whole
@@ -45,10 +46,11 @@ def test_what_agrees_or_is_auto_is_taken():
     assert complete({"gradient_clipping": 1}, precision="fp32", clip=1.0)["gradient_clipping"] == 1.0
 
 
-def test_fp16_needs_a_stage_whose_state_can_be_saved():
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_needs_a_stage_whose_state_can_be_saved(precision):
     with pytest.raises(ConfigError, match="zero1"):
-        complete({}, precision="fp16", clip=1.0)
-    assert complete({"zero_optimization": {"stage": 1}}, precision="fp16", clip=1.0)["fp16"]["enabled"]
+        complete({}, precision=precision, clip=1.0)
+    assert complete({"zero_optimization": {"stage": 1}}, precision=precision, clip=1.0)[precision]["enabled"]
 
 
 def test_unknown_names_and_broken_files(tmp_path):

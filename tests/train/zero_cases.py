@@ -244,7 +244,8 @@ def main(folder: Path, stage: int) -> None:
     bench = Bench(folder, world)
     report("bad numbers", bad_number_cases(bench, stage))
     report("states", state_cases(bench, stage, folder / f"state-{stage}"))
-    report("bad numbers, bf16", bad_number_cases(Bench(folder, world, precision="bf16"), stage))
+    if stage:
+        report("bad numbers, bf16", bad_number_cases(Bench(folder, world, precision="bf16"), stage))
 
 
 if __name__ == "__main__":
