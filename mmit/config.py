@@ -218,6 +218,18 @@ class SourceConfig(Section):
     """name in reports, null derives it from path"""
 
 
+class MixingConfig(Section):
+    """How much of each source an epoch holds; each source's own weight multiplies it."""
+
+    scheme: Literal["weights", "proportional", "sqrt", "temperature", "equal"] = "weights"
+    """weights: the sources' weights alone; else a source of n units is drawn in proportion to n (after the cap),
+    its square root, n ** (1 / temperature), or all alike"""
+    cap: PositiveInt | None = None
+    """larger sources count as this many units"""
+    temperature: PositiveFloat = 2.0
+    """of scheme temperature"""
+
+
 class DataConfig(Section):
     """What is learned from, and how records fill rows."""
 
@@ -225,6 +237,8 @@ class DataConfig(Section):
     """sources to train on"""
     eval: list[SourceConfig] = []
     """sources to evaluate on"""
+    mixing: MixingConfig = MixingConfig()
+    """how the sources are mixed"""
     split_turns: bool = False
     """make each question-answer pair of a record its own record"""
     max_length: PositiveInt = 2048

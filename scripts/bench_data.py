@@ -25,7 +25,7 @@ import numpy as np
 START = """
 import json, resource, sys, time
 begin = time.perf_counter()
-from mmit.data.shard_reader import open_shards
+from mmit.data.shards.reader import open_shards
 source = open_shards(sys.argv[1])
 size, row = len(source), source.index.samples[len(source) // 2]
 source.index.members[int(row["member"])]
@@ -37,7 +37,7 @@ print(json.dumps({"rows": size, "seconds": round(seconds, 3), "rss_mb": round(rs
 RESUME = """
 import json, sys, time
 from mmit.data.mixture import epoch_order
-from mmit.data.shard_reader import open_shards
+from mmit.data.shards.reader import open_shards
 found = {}
 for percent in (10, 90, 10, 90):
     begin = time.perf_counter()
@@ -63,7 +63,7 @@ def picture(rng: np.random.Generator, size: tuple[int, int]) -> bytes:
 
 def build(folder: Path, *, number: int, size: tuple[int, int]) -> None:
     """Write `number` captioned pictures as shards."""
-    from mmit.data.shards import build_shards
+    from mmit.data.shards.writer import build_shards
     from mmit.records import Record
 
     rng = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def build(folder: Path, *, number: int, size: tuple[int, int]) -> None:
 def with_mmit(folder: Path) -> Iterator[object]:
     """Yield tensors, every record parsed and every byte checked."""
     from mmit.data.decode import decode_rgb
-    from mmit.data.shard_reader import open_shards
+    from mmit.data.shards.reader import open_shards
 
     source = open_shards(folder)
     for number in range(len(source)):
@@ -90,7 +90,7 @@ def with_mmit_shuffled(folder: Path) -> Iterator[object]:
     """The same in random order, which webdataset cannot do."""
     from mmit.data.decode import decode_rgb
     from mmit.data.mixture import epoch_order
-    from mmit.data.shard_reader import open_shards
+    from mmit.data.shards.reader import open_shards
 
     source = open_shards(folder)
     for number in epoch_order([len(source)], [1.0], seed=0, epoch=0).tolist():
@@ -142,7 +142,7 @@ def throughput(scratch: Path, *, number: int, size: tuple[int, int], rounds: int
 
 def million_rows(folder: Path, rows: int) -> None:
     """Write an index of `rows` samples without their tars' contents, two members each."""
-    from mmit.data.shard_index import MEMBER, SAMPLE, Part, write_index
+    from mmit.data.shards.index import MEMBER, SAMPLE, Part, write_index
 
     per_shard, parts = 10_000, []
     for number in range(-(-rows // per_shard)):

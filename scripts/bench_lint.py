@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mmit.data.lint import lint
+from mmit.data.lint.linter import lint
 from mmit.data.rows import read_rows
 from mmit.records import Record, write_jsonl
 

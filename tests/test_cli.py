@@ -241,7 +241,7 @@ def test_inspect_takes_a_data_file(made):
 
 
 def test_inspect_takes_shards(made, tmp_path):
-    from mmit.data.shards import build_shards
+    from mmit.data.shards.writer import build_shards
     from mmit.records import read_jsonl
 
     build_shards(read_jsonl(made / "data" / "train.jsonl"), tmp_path / "shards")

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli import data_check, data_show, data_stats
+from mmit.cli import data_check, data_shards, data_show, data_stats
 from mmit.errors import ConfigError, RecordError, nearest
 
 if TYPE_CHECKING:
     from mmit.records import Record
 
 app = typer.Typer(help="Bring data into mmit's format, and see what is in it.", no_args_is_help=True)
+app.command("build")(data_shards.build)
+app.command("index")(data_shards.index)
 app.command("check")(data_check.check)
 app.command("show")(data_show.show)
 app.command("stats")(data_stats.stats)

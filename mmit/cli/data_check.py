@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mmit.config import Config
-    from mmit.data.lint import Report
+    from mmit.data.lint.linter import Report
     from mmit.errors import RecordError
     from mmit.records import Record
 
@@ -66,7 +66,7 @@ def check(
     """
     from rich.console import Console
 
-    from mmit.data.lint import lint
+    from mmit.data.lint.linter import lint
 
     settings = sources.settings_of(data, config)
     files = sources.files_of(data, settings, format=format, image_root=image_root)
@@ -112,7 +112,7 @@ def show(report: Report, console: Console) -> None:
     from rich.text import Text
 
     from mmit.cli.errors import printable
-    from mmit.data.lint_rules import RULES, SEVERITIES
+    from mmit.data.lint.rules import RULES, SEVERITIES
 
     table = Table("severity", "rule", "rows", "what, where, and what to do", header_style="bold", show_lines=True)
     table.columns[2].justify, table.columns[3].overflow = "right", "fold"

@@ -81,7 +81,7 @@ def files_of(
 
 def _told_format(path: Path) -> str:
     from mmit.data.formats import detect_format
-    from mmit.data.shard_reader import has_index
+    from mmit.data.shards.reader import has_index
 
     if has_index(path):
         return "shards"

@@ -7,7 +7,7 @@ order whatever the number of workers. A record that turns out bad here follows t
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -133,8 +133,10 @@ def micro_batches(
     load_image: LoadImage | None,
     skip_bad: bool = False,
     workers: int = 0,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch]:
     """Yield the micro-batch of each entry of `units`, in order, prepared ahead by `workers` processes.
+
+    Closing the generator ends the workers; a caller that stops early must, or its process cannot end.
 
     Args:
         units: for each micro-batch the units it holds; an empty list gives an idle batch.
@@ -145,7 +147,7 @@ def micro_batches(
     if workers == 0:
         yield from (dataset[i] for i in range(len(dataset)))
         return
-    yield from DataLoader(
+    loader = DataLoader(
         dataset,
         batch_size=None,
         shuffle=False,
@@ -154,6 +156,13 @@ def micro_batches(
         multiprocessing_context="fork",
         worker_init_fn=_begin_worker,
     )
+    prepared: Any = iter(loader)
+    try:
+        yield from prepared
+    finally:
+        # Not left to garbage collection: an exception keeps the iterator alive in its traceback until the process
+        # ends, which then waits for workers that ignore its signals.
+        prepared._shutdown_workers()
 
 
 def _begin_worker(_: int) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mmit.data.formats import detect_format, import_file
-from mmit.data.shard_reader import has_index
+from mmit.data.shards.reader import has_index
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Record

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mmit.data.formats import import_file
-from mmit.data.shard_reader import has_index, open_shards
+from mmit.data.shards.reader import has_index, open_shards
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Record, write_jsonl
 

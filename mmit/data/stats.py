@@ -1,7 +1,7 @@
 """What is in a data set: counts per source, lengths, image sizes, what the loss is taken on, diversity of prompts.
 
 Takes rows once, keeps numbers and a sample of prompts, never records; gives JSON, and histograms as PNG files. Reads
-images' headers only. Judges nothing: that is the linter's part (mmit/data/lint.py).
+images' headers only. Judges nothing: that is the linter's part (mmit/data/lint/linter.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from mmit.data.chat import IMAGE_SLOT, Encoded
 from mmit.data.diversity import nearest_rouge_l, root_and_object
 from mmit.data.images import image_size
-from mmit.data.lint_images import image_name
+from mmit.data.lint.images import image_name
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record
 

@@ -7,7 +7,7 @@ arguments, gives `InstructionData`, its `Scan` and the `Walk`. Refuses a run who
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mmit.data.dataset import InstructionData, Scan
 from mmit.data.decode import load_fast
 from mmit.data.images import fit
 from mmit.data.loader import LoadImage, MicroBatch, micro_batches
-from mmit.data.mixture import Walk, epoch_order
+from mmit.data.mixture import Walk, epoch_order, mixing_weights
 from mmit.data.packing import plan_rows
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError, located
@@ -117,14 +117,22 @@ def make_walk(
     scan: Scan,
     weights: Sequence[float],
     *,
+    mixing: Mapping[str, Any],
     seed: int,
     capacity: int | None,
     rows_per_step: int,
     epochs: float | None,
     steps: int | None,
 ) -> Walk:
-    """The rows of the run in order; `capacity` tokens a row, or None for one unit a row."""
+    """The rows of the run in order.
+
+    Args:
+        weights: of the sources. mixing: `mixing_weights`' scheme, cap and temperature; scheme "weights" for none.
+        capacity: tokens a row, or None for one unit a row.
+    """
     sizes = [int((scan.source == i).sum()) for i in range(len(weights))]
+    if mixing["scheme"] != "weights":
+        weights = [w * m for w, m in zip(weights, mixing_weights(sizes, **mixing), strict=True)]
 
     def rows_of(epoch: int) -> list[list[int]]:
         order = epoch_order(sizes, weights, seed=seed, epoch=epoch)
@@ -163,7 +171,7 @@ def batches_of_rank(
     load_image: LoadImage | None,
     skip_bad: bool,
     workers: int,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch]:
     """This rank's micro-batches from step `start` on."""
     units: list[list[int]] = []
     for step in range(start, walk.steps):

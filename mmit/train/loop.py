@@ -23,6 +23,7 @@ from mmit.train.metrics_log import RunLog, memory_gib
 from mmit.train.schedule import lr_factor
 
 MAX_BAD_STEPS = 8
+MAX_BAD_RUN = 100
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Progress:
     supervised: int = 0
     skipped_steps: int = 0
     bad_records: int = 0
+    bad_run: int = 0  # bad records on this rank since the last good one
     bad_in_a_row: int = field(default=0)
 
 
@@ -87,9 +89,16 @@ def train(
             for error in batch.bad:
                 progress.bad_records += 1
                 on_bad(error)
+            progress.bad_run = len(batch.bad) + (0 if batch.records else progress.bad_run)
         tokens = sum(b.tokens for b in step_batches)
-        local = [float(sum(b.targets for b in step_batches)), float(tokens), float(progress.bad_records)]
-        targets, all_tokens, all_bad = engine.all_sum(local)
+        hopeless = float(progress.bad_run >= MAX_BAD_RUN)
+        local = [float(sum(b.targets for b in step_batches)), float(tokens), float(progress.bad_records), hopeless]
+        targets, all_tokens, all_bad, all_hopeless = engine.all_sum(local)
+        if all_hopeless:
+            raise MmitError(
+                f"{MAX_BAD_RUN} bad records came without a good one between them",
+                remedy="see bad_records.jsonl in the run folder; the disk or the data set itself is likely at fault",
+            )
         if all_bad > plan.max_bad:
             raise MmitError(
                 f"{all_bad:.0f} bad records were met while training, more than the {plan.max_bad} that are tolerated",

@@ -71,7 +71,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.active:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         """Stop the bar, close the file, draw the curve."""

@@ -13,7 +13,7 @@ from typing import Any
 from mmit.data.dataset import InstructionData, Scan, image_key
 from mmit.data.loader import LoadImage
 from mmit.data.sources import open_source
-from mmit.errors import ConfigError, RecordError
+from mmit.errors import ConfigError, RecordError, located
 from mmit.models.vlm import VLM
 from mmit.records import Record
 from mmit.train.align import align_words
@@ -65,7 +65,8 @@ def align_to_captions(
     """Word alignment of the projector with the captions in an mmit JSONL. Raises ConfigError, RecordError."""
     if vlm.projector is None or vlm.vision is None or load_image is None:
         raise ConfigError("there is no projector to align", where="align", remedy="set model.vision, or align=null")
-    source = open_source(captions, cache=run_dir / "data")
+    with located("align.captions"):
+        source = open_source(captions, cache=run_dir / "data")
     records = [_caption(source[i]) for i in range(len(source))]
     words = [tokenizer(" " + r.turns[-1].text, add_special_tokens=False)["input_ids"] for r in records]
     keys = [image_key(r.images[0]) for r in records]

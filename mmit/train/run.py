@@ -7,7 +7,8 @@ The one place where config sections are taken apart; what it calls takes plain a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mmit.data.chat import ChatFormat, chat_format
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.loader import LoadImage, MicroBatch
 from mmit.data.mixture import Walk
-from mmit.errors import RecordError, located
+from mmit.errors import ConfigError, RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
 from mmit.models.tuning import Group, apply_tuning, quantization
@@ -57,6 +58,7 @@ def run(config: Config) -> int:
     world = join_ranks(kind=config.engine.kind, device=config.device)
     run_dir, seed = Path(config.run.dir), config.run.seed
     say = speaker(world.main)
+    _make(run_dir)
     begin = resume.choose(run_dir, config.run.resume, say=say)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -104,7 +106,8 @@ def run(config: Config) -> int:
     batches = _batches(
         config, data, scan, walk, engine=engine, start=progress.step, load_image=None if features else load_image
     )
-    with stop_asked(say) as stopped:
+    # Closed here: workers that outlive the loop keep the process from ending, since they ignore its signals.
+    with stop_asked(say) as stopped, closing(batches):
         try:
             finished = train(
                 engine,
@@ -130,6 +133,15 @@ def run(config: Config) -> int:
         (run_dir / "finished.json").write_text(json.dumps(done))
     say(f"{what} at step {progress.step}; checkpoint: {last}")
     return 0 if finished else EXIT_STOPPED
+
+
+def _make(run_dir: Path) -> None:
+    """Find out now, not after an hour, that the run has nowhere to write."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"the folder cannot be made: {error.strerror}"
+        raise ConfigError(problem, where=f"run.dir: {run_dir}", remedy="choose another folder") from None
 
 
 def _assemble(config: Config, start: Path | None) -> tuple[VLM, Any]:
@@ -187,6 +199,7 @@ def _walk(config: Config, scan: Scan) -> Walk:
     return make_walk(
         scan,
         [s.weight for s in config.data.train],
+        mixing=config.data.mixing.model_dump(),
         seed=config.run.seed,
         capacity=config.data.pack_tokens if config.data.packing else None,
         rows_per_step=t.rows_per_step,
@@ -239,7 +252,7 @@ def _batches(
     engine: Engine,
     start: int,
     load_image: LoadImage | None,
-) -> Iterator[MicroBatch]:
+) -> Generator[MicroBatch]:
     return batches_of_rank(
         data,
         scan,

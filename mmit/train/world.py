@@ -87,6 +87,6 @@ def speaker(active: bool) -> Any:
 
     def say(text: Any) -> None:
         if active:
-            console.print(text, highlight=False)
+            console.print(text, highlight=False, soft_wrap=isinstance(text, str))
 
     return say

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,26 @@ def test_sigterm_saves_and_leaves_with_its_code(straight, tmp_path):
     folder = checkpoint.newest(tmp_path / "run")
     assert folder is not None
     assert json.loads((folder / "trainer" / "progress.json").read_text())["step"] < 5000
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_process_ends_although_workers_ignore_signals(straight, tmp_path, broken):
+    for part in ("tokenizer", "vision"):
+        os.symlink(straight / part, tmp_path / part)
+    shutil.copytree(straight / "data", tmp_path / "data")
+    if broken:  # found by a worker, after the scan
+        picture = tmp_path / "data" / "5.png"
+        picture.write_bytes(picture.read_bytes()[:-30])
+    data = {**tiny_config(tmp_path).data.model_dump(), "workers": 1}
+    (tmp_path / "c.yaml").write_text(tiny_config(tmp_path, data=data).to_yaml())
+    done = subprocess.run(
+        [sys.executable, "-m", "mmit", "train", "--config", str(tmp_path / "c.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == (2 if broken else 0), done.stderr
+    assert not broken or "5.png" in done.stderr
 
 
 def test_an_existing_run_is_not_overwritten(straight):

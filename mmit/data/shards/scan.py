@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmit.data.shard_files import open_shard, run_jobs
-from mmit.data.shard_index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMAGES, MEMBER, SAMPLE, Part, write_index
-from mmit.data.shard_records import (
+from mmit.data.shards.files import open_shard, run_jobs
+from mmit.data.shards.index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMAGES, MEMBER, SAMPLE, Part, write_index
+from mmit.data.shards.records import (
     IMAGES,
     Limits,
     check_members,
@@ -25,7 +25,7 @@ from mmit.data.shard_records import (
     split_name,
     to_record,
 )
-from mmit.data.tar_headers import Member, TarError, read_members
+from mmit.data.shards.tar_headers import Member, TarError, read_members
 from mmit.errors import ConfigError, ImageError, RecordError
 from mmit.records import OnBad, Record, short
 

@@ -1,4 +1,4 @@
-"""The linter: reads records once, applies the rules of mmit/data/lint_rules.py and reports what they find.
+"""The linter: reads records once, applies the rules of mmit/data/lint/rules.py and reports what they find.
 
 Takes rows (records, and the errors of rows that are none), gives a Report with every finding and its place. Without
 a tokenizer it measures no token, without `open_images` it opens no picture; the report says what was not checked.
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from mmit.data.lint_images import ImageChecks, image_name
-from mmit.data.lint_rules import RECORD_RULES, RULES, SEVERITIES, Check, control_check, rule_of
-from mmit.data.near_duplicates import TextSignatures
+from mmit.data.lint.images import ImageChecks, image_name
+from mmit.data.lint.near_duplicates import TextSignatures
+from mmit.data.lint.rules import RECORD_RULES, RULES, SEVERITIES, Check, control_check, rule_of
 from mmit.errors import RecordError
 from mmit.records import Record
 

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from small_tokenizers import family
 
 from mmit.data.chat import chat_format, encode
-from mmit.data.lint import Report, lint, main_script
-from mmit.data.lint_rules import RULES, SEVERITIES
-from mmit.data.near_duplicates import TextSignatures, picture_hash, shingles, similar_pictures
+from mmit.data.lint.linter import Report, lint, main_script
+from mmit.data.lint.near_duplicates import TextSignatures, picture_hash, shingles, similar_pictures
+from mmit.data.lint.rules import RULES, SEVERITIES
 from mmit.data.rows import read_rows, sample_rows
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, Turn, write_jsonl
+from tests.data.small_tokenizers import family
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprst" for b in ("a", "e", "io", "ou") for c in ("n", "r", "st", "l", "ck")]
 

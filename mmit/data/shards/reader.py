@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from mmit.data.shard_files import RangeReader, ShardFileError, is_remote, open_shard
-from mmit.data.shard_index import ARRAYS, DTYPES, INDEX, VERSION, write_atomic
-from mmit.data.shard_records import IMAGES, Limits, check_members, extension, to_record
-from mmit.data.tar_headers import padded
+from mmit.data.shards.files import RangeReader, ShardFileError, is_remote, open_shard
+from mmit.data.shards.index import ARRAYS, DTYPES, INDEX, VERSION, write_atomic
+from mmit.data.shards.records import IMAGES, Limits, check_members, extension, to_record
+from mmit.data.shards.tar_headers import padded
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Part, Record, Turn, short
 
@@ -34,7 +34,7 @@ _REBUILD = "Build or index the folder again."
 
 @dataclass
 class Index:
-    """An opened index: what index.json says, and the arrays described in mmit.data.shard_index."""
+    """An opened index: what index.json says, and the arrays described in mmit.data.shards.index."""
 
     header: dict[str, Any]
     samples: np.ndarray

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from mmit.data.images import image_size, load_rgb
-from mmit.data.near_duplicates import picture_hash, similar_pictures
+from mmit.data.lint.near_duplicates import picture_hash, similar_pictures
 from mmit.errors import ImageError
 from mmit.records import Image, Record, short
 

@@ -21,8 +21,8 @@ from typing import Any
 import PIL
 
 from mmit.data.images import load_rgb
-from mmit.data.shard_files import run_jobs
-from mmit.data.shard_index import (
+from mmit.data.shards.files import run_jobs
+from mmit.data.shards.index import (
     INDEX,
     VERSION,
     Part,
@@ -30,14 +30,14 @@ from mmit.data.shard_index import (
     save_part,
     write_index,
 )
-from mmit.data.shard_records import (
+from mmit.data.shards.records import (
     Limits,
     check_members,
     from_record,
     picture_format,
     picture_size,
 )
-from mmit.data.shard_scan import ScanOptions, scan_tar
+from mmit.data.shards.scan import ScanOptions, scan_tar
 from mmit.errors import ConfigError, ImageError, RecordError
 from mmit.records import Image, OnBad, Record, short
 

@@ -23,11 +23,11 @@ from shard_samples import picture, records, tar_bytes
 
 from mmit.data.decode import decode_rgb
 from mmit.data.images import load_rgb
-from mmit.data.shard_index import Part
-from mmit.data.shard_reader import ShardSource, open_shards
-from mmit.data.shard_records import picture_size
-from mmit.data.shard_scan import ScanOptions, scan_file
-from mmit.data.shards import build_shards
+from mmit.data.shards.index import Part
+from mmit.data.shards.reader import ShardSource, open_shards
+from mmit.data.shards.records import picture_size
+from mmit.data.shards.scan import ScanOptions, scan_file
+from mmit.data.shards.writer import build_shards
 from mmit.errors import ImageError, MmitError, RecordError
 from mmit.records import Image
 
@@ -105,7 +105,7 @@ def _set_field(out: bytearray, block: int, value: int) -> None:
 
 def tar_of_everything(format: int) -> bytes:
     """Captions, an interleaved document, a LLaVA row and mmit samples."""
-    from mmit.data.shard_records import from_record
+    from mmit.data.shards.records import from_record
 
     members = [("a.jpg", picture(0)), ("a.txt", b"a caption"), ("a.json", b'{"url": "x"}')]
     inline = {"text_list": ["x"], "image_info": [{"image_base64": base64.b64encode(picture(9)).decode()}]}

@@ -21,15 +21,16 @@ import PIL.Image
 import pytest
 from shard_samples import Collected, picture, records, tar_bytes, write_tar
 
-from mmit.data import shard_files, shards
 from mmit.data.decode import decode_rgb
 from mmit.data.images import load_rgb
-from mmit.data.shard_files import RangeReader, run_jobs
-from mmit.data.shard_index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMAGES
-from mmit.data.shard_reader import ShardSource, open_shards
-from mmit.data.shard_records import Limits
-from mmit.data.shard_scan import index_tars
-from mmit.data.shards import build_shards
+from mmit.data.shards import files as shard_files
+from mmit.data.shards import writer as shards
+from mmit.data.shards.files import RangeReader, run_jobs
+from mmit.data.shards.index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMAGES
+from mmit.data.shards.reader import ShardSource, open_shards
+from mmit.data.shards.records import Limits
+from mmit.data.shards.scan import index_tars
+from mmit.data.shards.writer import build_shards
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, ImageError, MmitError, RecordError
 from mmit.records import Image, Record, Text, Turn
@@ -624,7 +625,7 @@ def test_a_killed_worker_is_an_error_not_a_hang() -> None:
 def test_reading_needs_neither_torch_nor_webdataset(tmp_path: Path) -> None:
     build_shards(records(2), tmp_path)
     code = (
-        "import sys; from mmit.data.shard_reader import open_shards; print(len(list(open_shards(sys.argv[1]))),"
+        "import sys; from mmit.data.shards.reader import open_shards; print(len(list(open_shards(sys.argv[1]))),"
         "sorted({'torch', 'webdataset', 'fsspec'} & sys.modules.keys()))"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=False)

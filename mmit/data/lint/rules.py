@@ -1,7 +1,7 @@
 """The linter's rules: their names, severities and remedies, and those that look at one record alone.
 
 RULES lists every rule; RECORD_RULES holds the function of each rule that needs only the record. Rules that compare
-records are in mmit/data/lint.py, those that open pictures in mmit/data/lint_images.py.
+records are in mmit/data/lint/linter.py, those that open pictures in mmit/data/lint/images.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,133 @@
+"""`mmit data build` and `mmit data index`: records into indexed WebDataset tars, and an index for tars that are there.
+
+A folder so made is a source of training like any file. What is left out is told and listed beside the shards; without
+--skip-bad the first bad record ends the command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mmit.cli.sources import ImageRootOption
+from mmit.errors import RecordError
+
+if TYPE_CHECKING:
+    from mmit.records import Record
+
+SHOWN = 20  # bad records told in the terminal; all of them are in bad.jsonl
+OutOption = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the index.")]
+SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Leave bad records out and list them in DIR/bad.jsonl.")]
+WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per CPU]")]
+
+
+def build(
+    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Data files of any format, in this order.")],
+    *,
+    out: OutOption,
+    format: Annotated[str, typer.Option(help="Format of the files; auto looks at each.")] = "auto",
+    image_root: ImageRootOption = None,
+    max_side: Annotated[int | None, typer.Option(min=2, help="Scale larger pictures down to this side.")] = None,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MiB.")] = 256,
+    workers: WorkersOption = None,
+    skip_bad: SkipOption = False,
+) -> None:
+    """Write records and their pictures as plain WebDataset tars with an index.
+
+    Pictures are kept byte for byte unless --max-side is given. An interrupted build goes on where it stopped.
+    """
+    from mmit.data.shards.writer import build_shards
+
+    bad: list[RecordError] = []
+    on_bad = bad.append if skip_bad else None
+    with _bar("records") as advance:
+        report = build_shards(
+            _records(data, format, image_root, on_bad),
+            out,
+            max_bytes=shard_mb << 20,
+            workers=workers or os.cpu_count() or 1,
+            max_side=max_side,
+            on_bad=on_bad,
+            progress=lambda records, shards: advance(records, None),
+        )
+    kept = f" ({report.kept} were there already)" if report.kept else ""
+    typer.echo(f"{report.records:,} records in {report.shards} shards{kept}, {report.bytes / 2**20:,.1f} MiB")
+    _tell(bad, out)
+    typer.echo(f"written to {out}")
+
+
+def index(
+    tars: Annotated[list[str], typer.Argument(metavar="TAR...", help="WebDataset tars: paths or URLs, in this order.")],
+    *,
+    out: OutOption,
+    instruction: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="What the user says beside a captioned picture; of several, one is drawn."),
+    ] = None,
+    ignore: Annotated[list[str] | None, typer.Option(metavar="EXT", help="Members to leave out, such as npy.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Decides the draw of instructions.")] = 0,
+    workers: WorkersOption = None,
+    skip_bad: SkipOption = False,
+) -> None:
+    """Index the tars of img2dataset, OpenFlamingo and others where they lie, by reading each once."""
+    from mmit.data.shard_scan import index_tars
+
+    bad: list[RecordError] = []
+    with _bar("tars") as advance:
+        samples = index_tars(
+            tars,
+            out,
+            instruction=instruction or None,
+            seed=seed,
+            ignore=ignore or (),
+            workers=workers or os.cpu_count() or 1,
+            on_bad=bad.append if skip_bad else None,
+            progress=advance,
+        )
+    typer.echo(f"{samples:,} samples in {len(tars):,} tars")
+    _tell(bad, out)
+    typer.echo(f"index written to {out}")
+
+
+def _records(
+    files: list[Path], format: str, image_root: Path | None, on_bad: Callable[[RecordError], None] | None
+) -> Iterator[Record]:
+    from mmit.data.formats import detect_format, import_file
+
+    for path in files:
+        name = format
+        if format == "auto":
+            name, reason = detect_format(path)
+            typer.echo(f"{path}: {name} ({reason})")
+        yield from import_file(path, name, image_root=image_root, on_bad=on_bad)
+
+
+@contextmanager
+def _bar(unit: str) -> Iterator[Callable[[int, int | None], None]]:
+    """A progress bar on stderr; the callable takes what is done and, where known, the whole."""
+    from rich.console import Console
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn(f"{{task.completed:,}} {unit}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _tell(bad: list[RecordError], out: Path) -> None:
+    if not bad:
+        return
+    lines = [json.dumps({"where": e.where, "problem": e.problem, "remedy": e.remedy}) for e in bad]
+    (out / "bad.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    typer.echo(f"{len(bad):,} bad records left out, listed in {out / 'bad.jsonl'}:")
+    for error in bad[:SHOWN]:
+        typer.echo(f"  {error.where}: {error.problem}")
+    if len(bad) > SHOWN:
+        typer.echo(f"  ... and {len(bad) - SHOWN:,} more")
