@@ -76,7 +76,7 @@ def index(
     skip_bad: SkipOption = False,
 ) -> None:
     """Index the tars of img2dataset, OpenFlamingo and others where they lie, by reading each once."""
-    from mmit.data.shard_scan import index_tars
+    from mmit.data.shards.scan import index_tars
 
     bad: list[RecordError] = []
     with _bar("tars") as advance:

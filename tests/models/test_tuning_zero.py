@@ -26,7 +26,7 @@ METHODS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 @pytest.mark.parametrize("method", METHODS)
 def test_two_ranks_equal_one_process(tmp_path, stage, method):

@@ -116,7 +116,7 @@ def test_a_save_that_breaks_anywhere_leaves_one_whole_checkpoint(bench):
     assert {"died", "refused"} <= set(results)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_save_that_breaks_at_every_touch_leaves_one_whole_checkpoint(bench):
     results = [one_case(bench, *case) for case in cases(bench)]
     assert len(results) >= 500, results.count("died")

@@ -217,7 +217,7 @@ def long_course(tmp_path_factory):
     return Course(tmp_path_factory.mktemp("long"), epochs=70, save_every=10)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_at_fifty_random_points(long_course):
     rng, hits, number = random.Random(1), 0, 0
     while hits < 50:

@@ -255,8 +255,13 @@ def test_text_only_model(straight, tmp_path):
     assert checkpoint.load_model(tmp_path / "run").vlm.image_tokens == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(f"zero{s}", marks=pytest.mark.slow if s in (2, 3) else pytest.mark.long)
+        for s in (0, 1, 2, 3)
+    ],
+)
 def test_two_deepspeed_ranks_equal_one_process(straight, tmp_path, stage):
     for part in ("data", "tokenizer", "vision"):
         os.symlink(straight / part, tmp_path / part)

@@ -55,8 +55,9 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=pytest.mark.slow if s == 2 else pytest.mark.long) for s in (0, 1, 2, 3)]
+)
 def test_two_ranks(folder, stage):
     said = start_ranks(["-m", "tests.train.zero_cases", str(folder), str(stage)], ranks=2, timeout=300)
     for text in said:
@@ -79,8 +80,14 @@ def at_step(run_dir: Path, step: int) -> None:
     (run_dir / "finished.json").unlink(missing_ok=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero2", "zero3", "zero2_offload"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param("zero2", marks=pytest.mark.slow),
+        pytest.param("zero3", marks=pytest.mark.long),
+        pytest.param("zero2_offload", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_moves_between_engines_and_numbers_of_ranks(tmp_path, stage):
     """One process, two ranks, one process again: the same steps of the same records as without moving."""
     train = {"steps": 6, "rows_per_step": 4, "save_every": 2, "keep_last": 9, "precision": "fp32"}

@@ -185,7 +185,7 @@ def memory() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("seeds", "check"), [pytest.param(TARS, check_tar, id="tars"), pytest.param(PICTURES, check_picture, id="pictures")]
 )
