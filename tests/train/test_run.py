@@ -132,6 +132,7 @@ def test_sigterm_saves_and_leaves_with_its_code(straight, tmp_path):
     assert json.loads((folder / "trainer" / "progress.json").read_text())["step"] < 5000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True])
 def test_the_process_ends_although_workers_ignore_signals(straight, tmp_path, broken):
     for part in ("tokenizer", "vision"):
