@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.sources import File, files_of, model_image_tokens, settings_of
-from mmit.errors import ConfigError, MmitError, RecordError, located
+from mmit.cli.sources import File, files_of, model_image_tokens, settings_of, tokenizer_and_chat
+from mmit.errors import ConfigError, MmitError, RecordError
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -93,18 +93,10 @@ def _encode(
     image_tokens: int | None,
 ) -> _Shown:
     """Encode as training would; what is given on the command line goes before the config."""
-    from mmit.data.chat import chat_format, encode
-    from mmit.models.llm import load_tokenizer
+    from mmit.data.chat import encode
 
     record.validate(for_training=True)
-    name, revision = tokenizer, None
-    if name is None:
-        assert settings is not None
-        name, revision = settings.model.llm.name, settings.model.llm.revision
-    with located("--tokenizer" if tokenizer else "model.llm"):
-        tokens = load_tokenizer(name, revision=revision)
-    with located("--chat" if chat else "model.chat.format"):
-        form = chat_format(chat or (settings.model.chat.format if settings else "hf"), tokens)
+    tokens, form = tokenizer_and_chat(settings, tokenizer, chat)
     if image_tokens is None and settings is not None and record.images:
         if settings.model.vision is None:
             problem = "has images, but the model has no vision tower"

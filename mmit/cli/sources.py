@@ -17,7 +17,7 @@ from mmit.errors import ConfigError, RecordError, located
 
 if TYPE_CHECKING:
     from mmit.config import Config, SourceConfig
-    from mmit.data.chat import Encoded
+    from mmit.data.chat import ChatFormat, Encoded
     from mmit.records import Record, Turn
 
 ConfigOption = Annotated[
@@ -150,6 +150,20 @@ def encoder_of(
             if value is not None:
                 raise typer.BadParameter("needs --tokenizer NAME or --config FILE", param_hint=option)
         return None
+    tokens, form = tokenizer_and_chat(settings, tokenizer, chat)
+    if settings is not None:
+        if image_tokens is None and settings.model.vision is not None:
+            image_tokens = model_image_tokens(settings.model.model_dump())
+        max_length = max_length or settings.data.max_length
+    elif max_length is None and 0 < tokens.model_max_length < 10**9:  # without one, tokenizers state an enormous number
+        max_length = tokens.model_max_length
+    split = settings is not None and settings.data.split_turns
+    sees = settings is None or settings.model.vision is not None
+    return Encoder(tokens, form, image_tokens, max_length, split, sees)
+
+
+def tokenizer_and_chat(settings: Config | None, tokenizer: str | None, chat: str | None) -> tuple[Any, ChatFormat]:
+    """Load what is given on the command line, else what the config names; one of them names a tokenizer."""
     from mmit.data.chat import chat_format
     from mmit.models.llm import load_tokenizer
 
@@ -161,15 +175,7 @@ def encoder_of(
         tokens = load_tokenizer(name, revision=revision)
     with located("--chat" if chat else "model.chat.format"):
         form = chat_format(chat or (settings.model.chat.format if settings else "hf"), tokens)
-    if settings is not None:
-        if image_tokens is None and settings.model.vision is not None:
-            image_tokens = model_image_tokens(settings.model.model_dump())
-        max_length = max_length or settings.data.max_length
-    elif max_length is None and 0 < tokens.model_max_length < 10**9:  # without one, tokenizers state an enormous number
-        max_length = tokens.model_max_length
-    split = settings is not None and settings.data.split_turns
-    sees = settings is None or settings.model.vision is not None
-    return Encoder(tokens, form, image_tokens, max_length, split, sees)
+    return tokens, form
 
 
 def model_image_tokens(model: dict[str, Any]) -> int:

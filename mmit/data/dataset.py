@@ -121,8 +121,11 @@ class InstructionData:
         """Which source record `number` belongs to."""
         return int(np.searchsorted(self._starts, number, side="right")) - 1
 
-    def samples(self, number: int, *, outline: bool = False) -> tuple[list[Sample], dict[Hashable, Image]]:
-        """Tokenise record `number`. Raises RecordError when it is invalid or longer than `max_length`."""
+    def samples(self, number: int, *, outline: bool = False) -> tuple[list[Sample], dict[Hashable, Image], str]:
+        """Tokenise record `number`: its samples, its pictures, and its place for messages.
+
+        Raises RecordError when it is invalid or longer than `max_length`.
+        """
         record = self.record(number, outline=outline)
         record.validate(for_training=True)
         images = {image_key(i): i for i in record.images}
@@ -145,16 +148,16 @@ class InstructionData:
                     "run.on_bad_record=skip",
                 )
             samples.append(Sample(encoded.ids, encoded.supervised, keys, number))
-        return samples, images
+        return samples, images, record.where
 
-    def unit_samples(self, scan: Scan, unit: int) -> tuple[list[Sample], dict[Hashable, Image]]:
-        """Samples of one unit of a scan."""
-        samples, images = self.samples(int(scan.record[unit]))
-        return samples[int(scan.first[unit]) : int(scan.last[unit])], images
+    def unit_samples(self, scan: Scan, unit: int) -> tuple[list[Sample], dict[Hashable, Image], str]:
+        """Samples of one unit of a scan, as `samples` gives them."""
+        samples, images, where = self.samples(int(scan.record[unit]))
+        return samples[int(scan.first[unit]) : int(scan.last[unit])], images, where
 
     def _measure(self, number: int) -> _Measured | RecordError:
         try:
-            samples, images = self.samples(number, outline=True)
+            samples, images, _ = self.samples(number, outline=True)
         except RecordError as error:
             where = error.where or self.record(number).where
             return type(error)(error.problem, where=where, remedy=error.remedy)

@@ -102,9 +102,8 @@ class _MicroBatches(Dataset):
         bad: list[RecordError] = []
         for unit in self.units[index]:
             try:
-                new, images = self.data.unit_samples(self.scan, unit)
+                new, images, where = self.data.unit_samples(self.scan, unit)
                 if self.load_image is not None:
-                    where = self.data.record(int(self.scan.record[unit])).where if images else ""
                     for key, image in images.items():
                         if key not in pixels:
                             pixels[key] = self.load_image(image, where)
