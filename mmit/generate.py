@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ from mmit.records import Image, Record
 if TYPE_CHECKING:
     from mmit.data.prompts import Picture
 
-__all__ = ["Model", "Usage", "as_prompt", "ask", "load"]
+__all__ = ["Likelihood", "Model", "Usage", "as_prompt", "ask", "load"]
 
 PICTURES_AT_ONCE = 32  # through the vision tower
 Features = dict[Hashable, torch.Tensor]  # key of a picture -> (N, D)
@@ -46,6 +46,14 @@ class Usage:
     unshared_tokens: int = 0  # what they would be if no beginning were shared
     new_tokens: int = 0
     pictures: int = 0  # pictures run through the vision tower
+
+
+class Likelihood(NamedTuple):
+    """How likely a given continuation is."""
+
+    log_probability: float  # summed over its tokens
+    tokens: int
+    greedy: bool  # each of its tokens is the likeliest one where it stands
 
 
 def load(
@@ -167,7 +175,7 @@ class Model:
     ) -> Iterator[str]:
         """Answer as `chat` does, in pieces that add up to its answer; none ends inside a character."""
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        prompt = self._maker().question(ask(images, text, history=history, system=system), 0)
+        prompt = self.prompt_maker().question(ask(images, text, history=history, system=system), 0)
         return self._stream(prompt, AnswerText(self.tokenizer, stop), max_new_tokens, sampling=sampling)
 
     @torch.inference_mode()
@@ -221,11 +229,36 @@ class Model:
             RecordError: a record is malformed, its picture unreadable, or its prompt too long for the model.
             ConfigError: an option is out of its range.
         """
+        maker = self.prompt_maker(blank=blank_images)
+        prompts = [maker.question(record, n) for n, record in enumerate(records)]
         sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        maker = self._maker(blank=blank_images)
-        plan = batches([maker.question(record, n) for n, record in enumerate(records)], batch_size)
+        reader = AnswerText(self.tokenizer, stop)
+        return self.answer(
+            prompts,
+            reader,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            blank_images=blank_images,
+            progress=progress,
+        )
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        prompts: Sequence[Prompt],
+        reader: AnswerText,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        blank_images: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[str]:
+        """Continue prompts that are tokens already, one sample each, numbered by their place; see `generate`."""
+        plan = batches(prompts, batch_size)
         pictures = _Pictures(self, plan, blank=blank_images)
-        reader, answers = AnswerText(self.tokenizer, stop), [""] * len(records)
+        answers = [""] * len(prompts)
         for batch in plan:
             features = pictures.take(batch)
             # A model that cannot be batched takes its prompts one by one.
@@ -267,30 +300,41 @@ class Model:
         if len(per_record) != len(records):
             problem = f"{len(per_record)} lists of choices for {len(records)} records"
             raise ConfigError(problem, remedy="Give one list of texts, or one list per record.")
-        maker = self._maker(blank=blank_images)
+        maker = self.prompt_maker(blank=blank_images)
         prompts = [
             maker.choices(record, n, answers=answers, with_end=with_end)
             for n, (record, answers) in enumerate(zip(records, per_record, strict=True))
         ]
+        found = self.likelihoods(prompts, batch_size=batch_size, blank_images=blank_images)
+        return [[likelihood.log_probability for likelihood in row] for row in found]
+
+    @torch.inference_mode()
+    def likelihoods(
+        self, prompts: Sequence[Prompt], *, batch_size: int, blank_images: bool = False
+    ) -> list[list[Likelihood]]:
+        """Say for each prompt how likely its samples' targets are; `prompts` are numbered by their place."""
         plan = batches([prompt for prompt in prompts if prompt.samples], batch_size)
         pictures = _Pictures(self, plan, blank=blank_images)
-        scores: list[list[float]] = [[] for _ in records]
+        scores: list[list[Likelihood]] = [[] for _ in prompts]
         for batch in plan:
-            sums = iter(self._sums(batch, pictures.take(batch)))
+            found = iter(self._likelihoods(batch, pictures.take(batch)))
             for prompt in batch:
-                scores[prompt.number] = [next(sums) for _ in prompt.samples]
+                scores[prompt.number] = [next(found) for _ in prompt.samples]
         return scores
 
-    def _sums(self, batch: list[Prompt], features: Features) -> list[float]:
+    def _likelihoods(self, batch: list[Prompt], features: Features) -> list[Likelihood]:
         samples = [sample for prompt in batch for sample in prompt.samples]
         samples = [replace(sample, record=n) for n, sample in enumerate(samples)]
-        total = torch.zeros(len(samples))
+        totals = torch.zeros(len(samples)), torch.zeros(len(samples), dtype=torch.int64)
         for group in self._groups(samples, max(prompt.length for prompt in batch)):
             row, prompts = self._row(group, features)
-            total += decoding.log_likelihoods(
+            found = decoding.log_likelihoods(
                 self.vlm, prompts, targets=row.targets, owners=row.target_records, count=len(samples)
-            ).cpu()
-        return total.tolist()
+            )
+            totals = totals[0] + found.sums.cpu(), totals[1] + found.misses.cpu()
+        sums, misses = totals[0].tolist(), totals[1].tolist()
+        tokens = [sum(sample.supervised) for sample in samples]
+        return [Likelihood(*each) for each in zip(sums, tokens, [not n for n in misses], strict=True)]
 
     def _steps(
         self,
@@ -352,7 +396,8 @@ class Model:
             self._able = decoding.support(self.vlm.llm)
         return self._able
 
-    def _maker(self, *, blank: bool = False) -> PromptMaker:
+    def prompt_maker(self, *, blank: bool = False) -> PromptMaker:
+        """Return what turns questions into this model's prompts."""
         vlm = self.vlm
         return PromptMaker(self.chat_format, self.tokenizer, vlm.image_tokens, context_length(vlm.llm), blank=blank)
 

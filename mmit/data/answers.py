@@ -1,7 +1,7 @@
 """From new token ids back to the text of an answer, finished or still growing.
 
-Owns what belongs to an answer: no control token, nothing from a stop text on, no whitespace around it. Takes a
-tokenizer object and ids; gives text. Chooses no token.
+Owns what belongs to an answer: no control token, nothing from a stop text on, no whitespace around it (unless it
+continues a text). Takes a tokenizer object and ids; gives text. Chooses no token.
 """
 
 from __future__ import annotations
@@ -14,16 +14,21 @@ _BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 class AnswerText:
-    """Reads the ids of answers; `stop` are texts that end one and are left out of it."""
+    """Reads the ids of answers; `stop` are texts that end one and are left out of it.
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    `strip=False` keeps the whitespace around a finished answer: it matters where a text is continued.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, strip: bool = True) -> None:
         given = [stop] if isinstance(stop, str) else stop  # a text is a sequence of texts too
         self._tokenizer, self.stop = tokenizer, tuple(text for text in given if text)
+        self._strip = strip
         self._special = frozenset(tokenizer.all_special_ids)
 
     def whole(self, ids: Sequence[int]) -> str:
         """Return the text of a finished answer."""
-        return self._cut(ids)[0].strip()
+        text = self._cut(ids)[0]
+        return text.strip() if self._strip else text
 
     def ended(self, ids: Sequence[int]) -> bool:
         """Tell whether a stop text has been reached."""

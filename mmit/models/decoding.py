@@ -363,7 +363,16 @@ def decode(llm: LLM, state: State, *, limits: Sequence[int], **options: Any) -> 
     return answers
 
 
-def log_likelihoods(vlm: VLM, row: Prompts, *, targets: torch.Tensor, owners: torch.Tensor, count: int) -> torch.Tensor:
+class Likelihoods(NamedTuple):
+    """Of some continuations: the summed log-probability of each, and how many of its tokens are not the likeliest."""
+
+    sums: torch.Tensor  # (count,) float32
+    misses: torch.Tensor  # (count,) int64
+
+
+def log_likelihoods(
+    vlm: VLM, row: Prompts, *, targets: torch.Tensor, owners: torch.Tensor, count: int
+) -> Likelihoods:
     """Sum the log-probabilities of given continuations.
 
     Args:
@@ -372,11 +381,12 @@ def log_likelihoods(vlm: VLM, row: Prompts, *, targets: torch.Tensor, owners: to
         targets: (S,) the tokens of the continuations.
         owners: (S,) which of the `count` continuations each belongs to.
         count: number of continuations.
-
-    Returns:
-        (count,) float32
     """
     logits = vlm.row_logits(row.embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at)
     targets, owners = targets.to(logits.device), owners.to(logits.device)
     log_probabilities = -F.cross_entropy(logits.float(), targets, reduction="none")
-    return torch.zeros(count, device=logits.device).index_add_(0, owners, log_probabilities)
+    missed = (logits.argmax(-1) != targets).long()
+    return Likelihoods(
+        torch.zeros(count, device=logits.device).index_add_(0, owners, log_probabilities),
+        torch.zeros(count, dtype=torch.int64, device=logits.device).index_add_(0, owners, missed),
+    )

@@ -287,4 +287,20 @@ def test_log_likelihoods_equal_a_full_forward() -> None:
     for n, answer in enumerate(answers):
         log_probabilities = llm(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].log_softmax(-1)
         expected = sum(log_probabilities[3 + i, token] for i, token in enumerate(answer))
-        torch.testing.assert_close(got[n], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(got.sums[n], expected, atol=1e-5, rtol=1e-5)
+        missed = sum(log_probabilities[3 + i].argmax() != token for i, token in enumerate(answer))
+        assert got.misses[n] == missed
+
+
+@torch.inference_mode()
+def test_the_greedy_continuation_misses_nothing() -> None:
+    llm, prompt = model(), [3, 4, 5, 6]
+    answer: list[int] = []
+    for _ in range(3):
+        answer.append(int(llm(input_ids=torch.tensor([prompt + answer])).logits[0, -1].argmax()))
+    sample = Sample((*prompt, *answer), (False,) * 4 + (True,) * 3, (), 0)
+    row = build_row([sample], image_tokens=0)
+    prompts = Prompts(llm.get_input_embeddings()(row.input_ids), row.positions, row.nodes, row.predict_at)
+    vlm = VLM(llm, vision=None, projector=None)
+    got = decoding.log_likelihoods(vlm, prompts, targets=row.targets, owners=row.target_records, count=1)
+    assert got.misses.tolist() == [0]
