@@ -1,6 +1,7 @@
-"""What two ranks under one ZeRO stage must do, case after case in one process group; run by test_zero.py.
+"""What ranks under every ZeRO stage must do, case after case in one process group; run by test_matrix.py.
 
-python -m tests.train.zero_cases FOLDER STAGE, with the launcher's environment. Each rank prints one JSON line a case.
+python -m tests.train.zero_cases FOLDER all|diagonal, with the launcher's environment. Each rank prints one JSON line a
+case. One start serves all of them: on a small box importing torch takes longer than the cases.
 """
 
 from __future__ import annotations
@@ -27,19 +28,35 @@ from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
 from mmit.train.world import World, join_ranks
 from tests.tiny_run import tiny_config
 
+CAP = 60  # seconds a case may take before it counts as hanging
 # units: 0..3 one picture, 4..5 text, 6..7 two pictures; [] is an idle batch. Case -> rank -> micro-batch -> units.
+# Two ranks take the first two lines.
 CASES: dict[str, list[list[list[int]]]] = {
-    "all images": [[[0], [1]], [[2], [3]]],
-    "text only on one rank": [[[0], [1]], [[4], [5]]],
-    "text only on the other": [[[4], [5]], [[0, 1], [2]]],
-    "all text": [[[4], [5]], [[5], [4]]],
-    "several images": [[[6], [0]], [[4], [7]]],
-    "mixed rows": [[[0, 4, 6], [5]], [[7, 5], [1, 2]]],
-    "nothing supervised in a micro-batch": [[[0], [1]], [[], [6]]],
-    "uneven last batch": [[[0], [4]], [[], []]],
-    "idle rank 0": [[[], []], [[2], [4]]],
+    "all images": [[[0], [1]], [[2], [3]], [[1], [2]], [[3], [0]]],
+    "text only on one rank": [[[0], [1]], [[4], [5]], [[2], [3]], [[6], [7]]],
+    "text only on the other": [[[4], [5]], [[0, 1], [2]], [[4], [4]], [[5], [5]]],
+    "all text": [[[4], [5]], [[5], [4]], [[4], [4]], [[5], [5]]],
+    "several images": [[[6], [0]], [[4], [7]], [[7], [6]], [[5], [5]]],
+    "mixed rows": [[[0, 4, 6], [5]], [[7, 5], [1, 2]], [[4], [3, 6]], [[5, 0], [4]]],
+    "nothing supervised in a micro-batch": [[[0], [1]], [[], [6]], [[4], []], [[], [2]]],
+    "uneven last batch": [[[0], [4]], [[], []], [[1], []], [[], []]],
+    "idle rank 0": [[[], []], [[2], [4]], [[], [0]], [[5], [6]]],
 }
-
+# The same eight units, split otherwise: each must equal one process that computes them as one row.
+SPLITS: dict[int, list[list[list[list[int]]]]] = {
+    2: [
+        [[[0, 4, 6, 5]], [[1, 7, 2, 3]]],
+        [[[0], [4], [6], [5]], [[1], [7], [2], [3]]],
+        [[[0, 4, 6, 5, 1, 7], [2]], [[3], []]],
+        [[[3, 7], [2], []], [[5], [0, 6], [1, 4]]],
+    ],
+    4: [
+        [[[0, 4]], [[6, 5]], [[1, 7]], [[2, 3]]],
+        [[[0], [4]], [[6], [5]], [[1], [7]], [[2], [3]]],
+        [[[0, 4, 6], [5]], [[], [1]], [[7, 2], []], [[3], []]],
+        [[[0, 1, 2, 3, 4]], [[5, 6, 7]], [[]], [[]]],
+    ],
+}
 
 def write_data(folder: Path) -> None:
     """Four pictures, two texts, two records of two pictures."""
@@ -132,19 +149,29 @@ def gradients(engine: Engine) -> dict[str, torch.Tensor]:
     return {n: safe_get_full_grad(p) for n, p in zip(engine.names, engine.parameters, strict=True)}
 
 
-def compare_case(bench: Bench, engine: DeepSpeedEngine, case: list[list[list[int]]]) -> dict[str, float]:
-    """Largest difference of a gradient, and of the loss, from one process that does the work of both ranks."""
-    ranks = [bench.batches(units) for units in case]
-    targets = float(sum(b.targets for batches in ranks for b in batches))
+def compare_case(
+    bench: Bench, engine: DeepSpeedEngine, case: list[list[list[int]]], *, as_one: bool
+) -> dict[str, float]:
+    """Largest difference of a gradient, and of the loss, from one process that does the work of all ranks.
+
+    It computes the same micro-batches, or with `as_one` a single row of all their records.
+    """
+    ranks = [bench.batches(units) for units in case[: engine.world]]
+    every = [b for batches in ranks for b in batches]
+    targets = float(sum(b.targets for b in every))
     loss = engine.all_sum([accumulate(engine, ranks[engine.rank], targets)])[0]
     mine = gradients(engine)
     reference = bench.reference()
-    expected = accumulate(reference, [b for batches in ranks for b in batches], targets)
+    if as_one:
+        every = bench.batches([[u for units in case for micro in units for u in micro]])
+        assert float(every[0].targets) == targets
+    expected = accumulate(reference, every, targets)
     theirs = gradients(reference)
     worst = max(float((mine[n].reshape(g.shape) - g).abs().max()) for n, g in theirs.items())
     scale = max(float(g.abs().max()) for g in theirs.values())
     norm = engine.step(0.0)
-    return {"gradient": worst, "scale": scale, "loss": abs(loss - expected), "finite": float(math.isfinite(norm))}
+    off = abs(loss - expected) / max(abs(expected), 1.0)
+    return {"gradient": worst, "scale": scale, "loss": off, "finite": float(math.isfinite(norm))}
 
 
 def snapshot(engine: Engine, vlm: Any) -> dict[str, torch.Tensor]:
@@ -225,28 +252,39 @@ def equal_states(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, t
     return a.keys() == b.keys() and all(torch.equal(a[n][k], b[n][k]) for n in a for k in keys)
 
 
-def report(name: str, result: dict[str, Any]) -> None:
-    signal.alarm(60)  # the next case has as long
-    sys.stdout.write(json.dumps({"case": name, **result}) + "\n")
+def report(stage: int, name: str, result: dict[str, Any]) -> None:
+    signal.alarm(CAP)  # the next case has as long
+    sys.stdout.write(json.dumps({"stage": stage, "case": name, **result}) + "\n")
     sys.stdout.flush()
 
 
-def main(folder: Path, stage: int) -> None:
+def chosen(stage: int, world: int, part: str) -> list[tuple[str, list[list[list[int]]], bool]]:
+    """Cases (name, units, compare with one row) of a stage: all of them, or every fourth, other ones for each stage."""
+    cases = [(name, case, False) for name, case in CASES.items()]
+    cases += [(f"split {i}", case, True) for i, case in enumerate(SPLITS[world])]
+    return cases if part == "all" else cases[stage::4]
+
+
+def main(folder: Path, part: str) -> None:
     torch.set_num_threads(1)
+    signal.alarm(3 * CAP)  # the start takes longer
     world = join_ranks(kind="deepspeed", device="cpu")
-    signal.alarm(60)
-    for trained_tower in (False, True):
-        bench = Bench(folder, world, tune_vision=trained_tower)
-        engine = bench.deepspeed(stage)
-        for name, case in CASES.items():
-            tower = ", trained tower" if trained_tower else ""
-            report(f"{name}{tower}", compare_case(bench, engine, case))
-    bench = Bench(folder, world)
-    report("bad numbers", bad_number_cases(bench, stage))
-    report("states", state_cases(bench, stage, folder / f"state-{stage}"))
-    if stage:
-        report("bad numbers, bf16", bad_number_cases(Bench(folder, world, precision="bf16"), stage))
+    frozen, trained = Bench(folder, world), Bench(folder, world, tune_vision=True)
+    for stage in range(4):
+        for bench in (frozen, trained):
+            if part == "diagonal" and stage < 3 and bench is (frozen, trained)[stage % 2]:
+                continue
+            tower = "" if bench is frozen else ", trained tower"
+            engine = bench.deepspeed(stage)
+            for name, case, as_one in chosen(stage, world.size, part):
+                report(stage, name + tower, compare_case(bench, engine, case, as_one=as_one))
+        if part == "all" or stage == 3:
+            report(stage, "bad numbers", bad_number_cases(frozen, stage))
+        if part == "all" or stage == 2:
+            report(stage, "states", state_cases(frozen, stage, folder / f"state-{world.size}-{stage}"))
+        if part == "all" and stage:
+            report(stage, "bad numbers, bf16", bad_number_cases(Bench(folder, world, precision="bf16"), stage))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), sys.argv[2])
