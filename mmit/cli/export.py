@@ -88,7 +88,7 @@ def _llava_hf(found: Loaded, folder: Path, **options: Any) -> None:
     _tell(seen.logits, seen.limit)
     typer.echo(f"largest difference of a pixel, normalised: {seen.pixels:.3g}; ids of the processor: the same")
     if seen.pixels > 1e-3:
-        typer.echo("transformers pads a picture before it scales it, mmit scales first: edges differ a little")
+        typer.echo(f"transformers pads with the tower's mean, rounded down; this run pads with {found.image['fill']}")
 
 
 def _llava(found: Loaded, folder: Path) -> None:

@@ -39,6 +39,7 @@ INTERPOLATIONS = {
 FIT_MODES = ("resize", "pad", "crop")
 MIN_SIDE = 2
 MAX_ASPECT = 200
+LINES_AT_ONCE = 256
 
 # EXIF tag 0x0112 -> how to turn the stored pixels upright.
 _ORIENTATION_TAG = 0x0112
@@ -250,9 +251,10 @@ def fit(
 ) -> torch.Tensor:
     """Bring an RGB picture to `size` (H, W); return a contiguous uint8 tensor (3, H, W).
 
-    "resize" stretches. "pad" keeps the proportions, scales to fit inside and centres on `fill`. "crop" keeps
-    them, scales to cover and cuts the centre out, rounding as torchvision's Resize and CenterCrop do, which
-    is CLIP's preprocessing. Raises ConfigError for wrong options, ImageError if the picture is not RGB.
+    "resize" stretches. "pad" centres the picture on a canvas of `fill` that has the shape of `size`, then scales:
+    LLaVA's expand2square and resize, to the last bit. "crop" scales to cover and cuts the centre out, rounding as
+    the processors of transformers do (LLaVA's `square`; torchvision's CenterCrop may lie a pixel beside). Raises
+    ConfigError for wrong options, ImageError if the picture is not RGB.
     """
     import torch
 
@@ -278,18 +280,24 @@ def fit(
 def _pad(
     picture: PIL.Image.Image, size: tuple[int, int], resample: Resampling, *, fill: tuple[int, int, int]
 ) -> PIL.Image.Image:
-    # Scaled first, padded after: padding a 200:1 strip to a square first would need 200 times its memory.
     (H, W), (w, h) = size, picture.size
-    scale = min(W / w, H / h)
-    inner = (min(W, max(1, round(w * scale))), min(H, max(1, round(h * scale))))
-    canvas = PIL.Image.new("RGB", (W, H), fill)
-    canvas.paste(picture.resize(inner, resample), ((W - inner[0]) // 2, (H - inner[1]) // 2))
-    return canvas
+    # The padded picture has the shape of `size`, and is never made: a 200:1 strip would need 200 times its memory.
+    cw, ch = (w, max(h, round(w * H / W))) if w * H >= h * W else (max(w, round(h * W / H)), h)
+    left, top = (cw - w) // 2, (ch - h) // 2
+    # Pillow resizes across and then down. Across, each line stands for itself, so lines can be taken a few at a time,
+    # and lines of padding stay what they are.
+    narrow = PIL.Image.new("RGB", (W, ch), fill)
+    for y in range(0, h, LINES_AT_ONCE):
+        n = min(LINES_AT_ONCE, h - y)
+        lines = PIL.Image.new("RGB", (cw, n), fill)
+        lines.paste(picture.crop((0, y, w, y + n)), (left, 0))
+        narrow.paste(lines.resize((W, n), resample), (0, top + y))
+    return narrow.resize((W, H), resample)
 
 
 def _crop(picture: PIL.Image.Image, size: tuple[int, int], resample: Resampling) -> PIL.Image.Image:
     (H, W), (w, h) = size, picture.size
     # Integers, since a float may leave the side that has to fit exactly one pixel short.
     cover = (W, h * W // w) if W * h >= H * w else (w * H // h, H)
-    left, top = round((cover[0] - W) / 2), round((cover[1] - H) / 2)
+    left, top = (cover[0] - W) // 2, (cover[1] - H) // 2
     return picture.resize(cover, resample).crop((left, top, left + W, top + H))

@@ -74,7 +74,7 @@ def image_preparation(vlm: VLM, fit: str) -> dict[str, Any]:
     """How a picture is brought to the tower: arguments of `data.images.fit`."""
     if vlm.vision is None:
         return {}
-    fill = [round(255 * m) for m in vlm.vision.mean]  # padding that normalises to zero, as LLaVA
+    fill = [int(255 * m) for m in vlm.vision.mean]  # rounded down, as LLaVA and transformers do
     return {
         "size": list(vlm.vision.image_size),
         "mode": fit,

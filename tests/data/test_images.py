@@ -320,17 +320,38 @@ def test_crop_keeps_the_centre() -> None:
     assert (fit(picture, (4, 4), mode="crop", interpolation="nearest") == 255).all()
 
 
-@pytest.mark.parametrize("shape", [(12, 16), (31, 17), (5, 40), (33, 33)])
-def test_crop_equals_torchvision(shape: tuple[int, int]) -> None:
-    transforms = pytest.importorskip("torchvision.transforms")
-    chain = transforms.Compose(
-        [
-            transforms.Resize(8, transforms.InterpolationMode.BICUBIC),
-            transforms.CenterCrop(8),
-            transforms.PILToTensor(),
-        ]
-    )
-    assert torch.equal(fit(noise(*shape), (8, 8), mode="crop"), chain(noise(*shape)))
+SHAPES = [(12, 16), (31, 17), (5, 40), (33, 33), (19, 8), (8, 19), (300, 7), (7, 300), (600, 31)]
+OPENAI_FILL = (122, 116, 104)  # int(255 * mean)
+
+
+@pytest.mark.parametrize("side", [8, 24])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", ["pad", "crop"])
+def test_fit_equals_the_processor_of_llava(mode: Any, shape: tuple[int, int], side: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    edges = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    processor = transformers.LlavaImageProcessorPil(do_pad=mode == "pad", do_rescale=False, do_normalize=False, **edges)
+    theirs = processor(noise(*shape), return_tensors="pt")["pixel_values"][0]
+    ours = fit(noise(*shape), (side, side), mode=mode, fill=OPENAI_FILL)
+    assert torch.equal(ours, theirs.to(torch.uint8))
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (20, 12)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pad_is_a_padded_canvas_scaled(shape: tuple[int, int], size: tuple[int, int], interpolation: str) -> None:
+    picture, (H, W) = noise(*shape), size
+    w, h = picture.size
+    whole = (w, max(h, round(w * H / W))) if w / W >= h / H else (max(w, round(h * W / H)), h)
+    canvas = PIL.Image.new("RGB", whole, OPENAI_FILL)
+    canvas.paste(picture, ((whole[0] - w) // 2, (whole[1] - h) // 2))
+    expected = np.asarray(canvas.resize((W, H), PIL.Image.Resampling[interpolation.upper()]))
+    out = fit(picture, size, mode="pad", interpolation=interpolation, fill=OPENAI_FILL)
+    assert np.array_equal(out.permute(1, 2, 0).numpy(), expected)
+
+
+def test_pad_leaves_square_pictures_to_the_resize_alone() -> None:
+    assert torch.equal(fit(noise(64, 64), (8, 8), mode="pad", fill=OPENAI_FILL), fit(noise(64, 64), (8, 8)))
 
 
 def test_fit_refusals() -> None:

@@ -44,7 +44,7 @@ def hf_tower(tower: VisionTower) -> Converted:
         return _from_open_clip(tower, reader.model)
     if isinstance(reader, TimmReader) and type(reader.model).__name__ == "VisionTransformer":
         return _from_timm(tower, reader.model)
-    return _refuse(tower, f"it is a {type(getattr(reader, 'model', reader)).__name__}")
+    return _refuse(tower, f"its network is of the class {type(getattr(reader, 'model', reader)).__name__}")
 
 
 def _refuse(tower: VisionTower, reason: str) -> Any:

@@ -194,7 +194,7 @@ def _state(vlm: VLM, vision: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
 
 
 def _image_processor(image: Mapping[str, Any], *, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """What brings pictures to the tower. Padding is done before scaling there, after it in mmit."""
+    """What brings pictures to the tower. Padding there is always of the colour `int(255 * mean)`."""
     height, width = image["size"]
     common: dict[str, Any] = {
         "image_mean": list(mean),
