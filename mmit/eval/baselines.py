@@ -86,11 +86,11 @@ def majority(task: Task, items: Sequence[Item]) -> tuple[Majority | None, str]:
 
 
 def _texts(reference: Any) -> list[str]:
-    """Return the answers in a metric's reference: a text, a list of accepted ones, or {"answer(s)": ...}."""
+    """Return the answers in a metric's reference: a text, a list of accepted ones, or {"answer(s)" or "label": ...}."""
     if isinstance(reference, str):
         return [reference]
     if isinstance(reference, Mapping):
-        return _texts(reference.get("answers", reference.get("answer")))
+        return next((_texts(reference[key]) for key in ("answers", "answer", "label") if key in reference), [])
     return [text for text in reference if isinstance(text, str)] if isinstance(reference, list) else []
 
 

@@ -19,7 +19,7 @@ from mmit.eval.tasks import Task
 from mmit.records import Image, Record, Text, Turn
 
 # A yes-or-no benchmark's answers, told by its metric.
-_CLOSED = {"pope": ("yes", "no"), "mme": ("yes", "no"), "nlvr2": ("True", "False")}
+_CLOSED = {"pope": ("yes", "no"), "mme": ("yes", "no"), "nlvr": ("true", "false"), "nlvr2": ("True", "False")}
 _WITH_PICTURE = "Look at the picture and answer.\n"
 # Put around a task's own prompt where it has no templates of its own: {} is the prompt.
 GENERAL = (

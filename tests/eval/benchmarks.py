@@ -182,6 +182,15 @@ def realworldqa(at: Path) -> None:
     lines(at / "test.jsonl", [{"image": "0.png", "question": "Which?\n\nA. left\nB. right", "answer": "B"}])
 
 
+def nlvr(at: Path) -> None:
+    row = {"sentence": "There is a tower.", "directory": "0", "evals": {"r1": "true"}, "structured_rep": [[], [], []]}
+    rows = [row | {"identifier": f"72-{n}", "label": label} for n, label in enumerate(["true", "false"])]
+    lines(at / "dev" / "dev.json", rows)
+    for n in range(2):
+        for turn in range(6):
+            png(at / "dev" / "images" / "0" / f"dev-72-{n}-{turn}.png")
+
+
 def nlvr2(at: Path) -> None:
     row = {"sentence": "Both are red.", "synset": "x", "left_url": "", "right_url": ""}
     rows = [row | {"identifier": f"test1-0-{n}-0", "label": label} for n, label in enumerate(["True", "False"])]
@@ -326,6 +335,13 @@ CASES: dict[str, Case] = {
         "Regular Text Recognition",
     ),
     "realworldqa": (realworldqa, 1, "Which?\n\nA. left\nB. right", "B", None),
+    "nlvr": (
+        nlvr,
+        12,
+        "There is a tower.\nIs this statement about the picture true? Answer with true or false.",
+        {"label": "true", "identifier": "72-0-0"},
+        None,
+    ),
     "nlvr2": (
         nlvr2,
         2,

@@ -1,4 +1,4 @@
-"""Loaders of questions with two possible answers: POPE, MME, NLVR2.
+"""Loaders of questions with two possible answers: POPE, MME, NLVR, NLVR2.
 
 In: each benchmark's folder, laid out as its makers distribute it. Out: questions; references as the metrics of
 the same names take them.
@@ -61,6 +61,18 @@ def _mme_picture(folder: Folder, path: Path, pictures: Path, *, category: str, s
         yield folder.question(text, [folder.picture(str(found[0]))], id=name, reference=reference, group=category)
 
 
+def _nlvr(folder: Folder, split: str) -> Questions:
+    path = folder.find(f"{split}/{split}.json", f"nlvr/{split}/{split}.json")
+    pictures = path.parent / "images"
+    for _, row in folder.rows_of(path):
+        root = pictures / str(row["directory"])
+        for turn in range(6):  # the three boxes of a picture in every order
+            name = f"{row['identifier']}-{turn}"
+            image = folder.picture(f"{split}-{name}.png", root=root)
+            reference = {"label": row["label"], "identifier": name}
+            yield folder.question(row["sentence"], [image], id=f"{split}-{name}", reference=reference)
+
+
 def _nlvr2(folder: Folder, split: str) -> Questions:
     for _, row in folder.rows(f"{split}.json", f"data/{split}.json"):
         name = row["identifier"]
@@ -98,6 +110,15 @@ LAYOUTS: dict[str, Layout] = {
         "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation (on request)",
         ("test",),
         {"suffix": "true leaves 'Please answer yes or no.' in the questions"},
+    ),
+    "nlvr": Layout(
+        _nlvr,
+        {
+            "{split}/{split}.json": "one statement a line",
+            "{split}/images/<directory>/": "pictures {split}-<identifier>-0.png to -5.png",
+        },
+        "https://github.com/lil-lab/nlvr/tree/master/nlvr (clone it; the folder nlvr/ in it is the one above)",
+        ("dev", "test", "train"),
     ),
     "nlvr2": Layout(
         _nlvr2,

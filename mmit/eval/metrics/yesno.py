@@ -1,4 +1,4 @@
-"""Metrics over yes/no answers: POPE, MME, NLVR2.
+"""Metrics over yes/no answers: POPE, MME, NLVR, NLVR2.
 
 In: free-text answers and yes/no (or true/false) references. Out: a Score, with precision, recall and the
 rest in `details`. How a text becomes yes or no is the whole difference between the public scorers, so each
@@ -267,12 +267,12 @@ def mme(
     )
 
 
-def _nlvr2_strict(text: str) -> str:
+def _nlvr_strict(text: str) -> str:
     answer = text.strip().lower()
     return answer if answer in ("true", "false") else "other"
 
 
-def _nlvr2_words(text: str) -> str:
+def _nlvr_words(text: str) -> str:
     for word in text.lower().replace(".", " ").replace(",", " ").split():
         if word in ("true", "yes"):
             return "true"
@@ -281,12 +281,79 @@ def _nlvr2_words(text: str) -> str:
     return "other"
 
 
-NLVR2: dict[str, Callable[[str], str]] = {"official": _nlvr2_strict, "words": _nlvr2_words}
+NLVR: dict[str, Callable[[str], str]] = {"official": _nlvr_strict, "words": _nlvr_words}
+
+
+def _statements(
+    name: str,
+    sentence_of: Callable[[str], str],
+    predictions: Sequence[str],
+    *,
+    references: Sequence[Mapping[str, Any]],
+    profile: str,
+    groups: Sequence[str] | None,
+    seed: int,
+) -> Score:
+    """Score true-or-false verdicts, and the sentences whose every picture is judged right."""
+    read = memo(pick(NLVR, profile, where=name))
+    check_lengths(name, predictions, references=references)
+    said = [read(p) for p in predictions]
+    values: list[float] = []
+    sentences: dict[str, bool] = {}
+    for i, reference in enumerate(references):
+        need(reference, ("label", "identifier"), where=f"{name}: question {i}")
+        sentence = sentence_of(str(reference["identifier"]))
+        values.append(float(said[i] == str(reference["label"]).lower()))
+        sentences[sentence] = sentences.get(sentence, True) and values[-1] == 1
+    consistent = sum(sentences.values())
+    return mean_score(
+        name,
+        profile,
+        values,
+        parsed=said,
+        unparsed=[s == "other" for s in said],
+        groups=groups,
+        seed=seed,
+        details={
+            "consistency": consistent / len(sentences),
+            "consistency_ci95": list(wilson(consistent, len(sentences))),
+            "sentences": len(sentences),
+        },
+    )
+
+
+def nlvr(
+    predictions: Sequence[str],
+    references: Sequence[Mapping[str, Any]],
+    *,
+    profile: str = "official",
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Score:
+    """NLVR accuracy and consistency (Suhr et al. 2017).
+
+    Each reference is {"label": "true" or "false", "identifier": "sentence-position-permutation"}: six pictures show
+    the same boxes in another order, and up to four positions share a sentence. `details["consistency"]` is the share
+    of sentences whose every picture is judged right; the sentence is the identifier's first part, as in the official
+    script.
+
+    Profiles: official (the answer must be true or false), words (the first true, false, yes or no counts).
+
+    Raises:
+        MmitError: unknown profile, columns of different length, or a reference without its keys.
+    """
+    given: dict[str, Any] = {"profile": profile, "groups": groups, "seed": seed}
+    return _statements("nlvr", lambda name: name.split("-")[0], predictions, references=references, **given)
+
+
+def _nlvr2_sentence(name: str) -> str:
+    parts = name.split("-")
+    return "-".join(parts[:2] + parts[3:])
 
 
 def nlvr2(
     predictions: Sequence[str],
-    references: Sequence[dict],
+    references: Sequence[Mapping[str, Any]],
     *,
     profile: str = "official",
     groups: Sequence[str] | None = None,
@@ -303,29 +370,5 @@ def nlvr2(
     Raises:
         MmitError: unknown profile, columns of different length, or a reference without its keys.
     """
-    read = memo(pick(NLVR2, profile, where="nlvr2"))
-    check_lengths("nlvr2", predictions, references=references)
-    said = [read(p) for p in predictions]
-    values: list[float] = []
-    sentences: dict[str, bool] = {}
-    for i, reference in enumerate(references):
-        need(reference, ("label", "identifier"), where=f"nlvr2: question {i}")
-        parts = str(reference["identifier"]).split("-")
-        sentence = "-".join(parts[:2] + parts[3:])
-        values.append(float(said[i] == str(reference["label"]).lower()))
-        sentences[sentence] = sentences.get(sentence, True) and values[-1] == 1
-    consistent = sum(sentences.values())
-    return mean_score(
-        "nlvr2",
-        profile,
-        values,
-        parsed=said,
-        unparsed=[s == "other" for s in said],
-        groups=groups,
-        seed=seed,
-        details={
-            "consistency": consistent / len(sentences),
-            "consistency_ci95": list(wilson(consistent, len(sentences))),
-            "sentences": len(sentences),
-        },
-    )
+    given: dict[str, Any] = {"profile": profile, "groups": groups, "seed": seed}
+    return _statements("nlvr2", _nlvr2_sentence, predictions, references=references, **given)

@@ -23,6 +23,7 @@ SAMPLES = {
     "gsm8k": ("#### 5", "so #### 5"),
     "pope": ("yes", "yes"),
     "mme": ("yes", None),
+    "nlvr": ("true", {"label": "true", "identifier": "72-0-0"}),
     "nlvr2": ("true", {"label": "True", "identifier": "dev-0-0-0"}),
     "choice": ("A", LETTER),
     "seed": ("A", "A"),

@@ -124,6 +124,14 @@ def test_mme_refuses_half_an_image():
         METRICS["mme:lmms"](["yes"] * 3, [question("yes"), question("no"), question("yes", image=1)])
 
 
+def test_nlvr_consistency_is_per_sentence_over_its_positions_and_permutations():
+    ids = ["72-0-0", "72-0-1", "72-1-0", "80-0-0", "80-0-1"]
+    references = [{"label": label, "identifier": i} for i, label in zip(ids, "ttfff", strict=True)]
+    references = [r | {"label": {"t": "true", "f": "false"}[r["label"]]} for r in references]
+    score = METRICS["nlvr:official"](["True", "true", "true", "False", "false"], references)
+    assert (score.value, score.details["consistency"], score.details["sentences"]) == (0.8, 0.5, 2)
+
+
 def test_nlvr2_consistency():
     ids = ["dev-1-0-0", "dev-1-1-0", "dev-2-0-0", "dev-2-1-0"]
     references = [{"label": "True", "identifier": i} for i in ids]
