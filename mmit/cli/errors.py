@@ -22,6 +22,10 @@ EXIT_INTERRUPTED = 130
 class Commands(TyperGroup):
     """A group of commands that turns errors into messages, also where it is called from a test."""
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command; `eval compare` is another way to write `compare`."""
+        return super().resolve_command(ctx, args[1:] if args[:2] == ["eval", "compare"] else args)
+
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:

@@ -19,20 +19,27 @@ KEY = "OPENAI_API_KEY"
 
 def evaluate(
     run: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            metavar="RUN_OR_CHECKPOINT",
-            help="A run's folder, one of its checkpoints, or the base URL of an OpenAI-compatible endpoint.",
+            metavar="[RUN_OR_CHECKPOINT]",
+            help="A run's folder, one of its checkpoints, a llava-hf folder, or the base URL of an OpenAI-compatible "
+            "endpoint.",
         ),
-    ],
+    ] = None,
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", "-t", help=f"Name or YAML of a task; may be repeated. (default: {DEFAULT_TASK})"),
+        typer.Option(
+            "--task",
+            "--tasks",
+            "-t",
+            help=f"Names or YAMLs of tasks, with commas or repeated. (default: {DEFAULT_TASK})",
+        ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Questions asked, a fixed seeded sample. (default: the task's)")
     ] = None,
     *,
+    model: Annotated[str | None, typer.Option(help="Another way to give RUN_OR_CHECKPOINT.")] = None,
     baseline_n: Annotated[
         int, typer.Option(min=1, help="Questions asked of the untuned model, in probes and in other wordings.")
     ] = 500,
@@ -57,7 +64,8 @@ def evaluate(
     data_root: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Folder with one folder per benchmark, and where a task's relative paths start."
+            metavar="DIR",
+            help="Folder with one folder per benchmark; a task of your own looks there before its own folder.",
         ),
     ] = None,
     endpoint_model: Annotated[str | None, typer.Option(help="Model of the endpoint that is evaluated.")] = None,
@@ -79,7 +87,8 @@ def evaluate(
     """
     from mmit.eval.tasks import load_task, task_items
 
-    tasks = [load_task(name, data_root=data_root) for name in task or [DEFAULT_TASK]]
+    run = _one_model(run, model)
+    tasks = [load_task(name, data_root=data_root) for name in _names(task)]
     probes = _probes(probe)
     metric_of = _judges(tasks, url=judge_url, model=judge_model, prompt=judge_prompt, key_env=key_env)
     # Before any model is loaded: a missing file or a bad row should not cost minutes.
@@ -107,6 +116,22 @@ def evaluate(
         overwrite=overwrite,
         **options,
     )
+
+
+def _one_model(run: str | None, model: str | None) -> str:
+    from mmit.errors import ConfigError
+
+    if (run is None) == (model is None):
+        problem = "no model" if run is None else f"two models, {run} and {model}"
+        remedy = "Give one: a run's folder, a checkpoint, a llava-hf folder or an endpoint's URL."
+        raise ConfigError(problem, where="mmit eval", remedy=remedy)
+    return run or model or ""
+
+
+def _names(given: list[str] | None) -> list[str]:
+    """Return the tasks asked for, each once: two of one name would write the same files."""
+    names = [name.strip() for one in given or [DEFAULT_TASK] for name in one.split(",")]
+    return list(dict.fromkeys(filter(None, names)))
 
 
 def _model(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from io import BytesIO
 from pathlib import Path
@@ -19,21 +20,27 @@ import PIL.Image
 from mmit.data.images import load_rgb
 from mmit.errors import ImageError
 from mmit.eval.questions import Item
-from mmit.records import Image, json_lines
+from mmit.records import Image, Text, json_lines
 
 EXAMPLES = 12
+MISTAKES = 8  # lines of the table of frequent mistakes
 SIDE = 220  # pixels of a picture's longer side
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --bad: #c0392b; --good: #1e8449; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 8rem; }
+table.words td { text-align: left; white-space: pre-wrap; } table.words td:last-child { text-align: right; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; font: 13px/1.4 ui-monospace, monospace; }
+h2 { border-top: 2px solid var(--line); padding-top: 1rem; margin-top: 2.5rem; }
 .example { display: flex; gap: 1rem; border-top: 1px solid var(--line); padding: 1rem 0; }
-.example .pictures { flex: 0 0 220px; } .example img { max-width: 220px; border-radius: 4px; }
+.example .pictures { flex: 0 0 220px; display: flex; flex-wrap: wrap; gap: 4px; align-content: start; }
+.example img { max-width: 220px; border-radius: 4px; } .example .name { flex-basis: 100%; }
 .example dl { margin: 0; min-width: 0; } dt { font-size: 12px; opacity: .7; } dd { margin: 0 0 .4rem; }
-.bad { color: var(--bad); } .good { color: var(--good); } .small { font-size: 13px; opacity: .8; }
+.bad { color: var(--bad); } .good { color: var(--good); } .small { font-size: 13px; opacity: .8; margin: .2rem 0; }
+@media (prefers-color-scheme: dark) { :root { --bad: #ff8a7a; --good: #6fcf97; } }
 """
 
 
@@ -45,13 +52,14 @@ def page(title: str, *sections: str) -> str:
     return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
 
 
-def table(cells: Sequence[Sequence[str]]) -> str:
-    """Return a table; the first row is the header."""
+def table(cells: Sequence[Sequence[str]], *, words: bool = False) -> str:
+    """Return a table; the first row is the header. `words`: all columns but the last are texts."""
     lines = []
     for number, row in enumerate(cells):
         tag = "td" if number else "th"
         lines.append("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>")
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
+    kind = ' class="words"' if words else ""
+    return f'<div class="wide"><table{kind}>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def section(
@@ -61,6 +69,7 @@ def section(
     *,
     items: Sequence[Item],
     caption: Sequence[str] = (),
+    number: Callable[[float], str] = "{:.4g}".format,
     n: int = EXAMPLES,
 ) -> str:
     """Return one task's part of a page.
@@ -71,17 +80,23 @@ def section(
         answers: the file of the tuned model's answers.
         items: the questions asked.
         caption: lines under the table.
+        number: how a score is written.
         n: how many of the worst answers are shown.
     """
     shown = {item.id: item for item in items}
-    worst, note = worst_answers([row for _, row in json_lines(answers)][1:], shown, n=n)
-    parts = [f"<section><h2>{escape(report['task'])}</h2>", table(cells)]
+    rows = [row for _, row in json_lines(answers)][1:]
+    worst, note = worst_answers(rows, shown, n=n)
+    parts = [f'<section id="{escape(report["task"])}"><h2>{escape(report["task"])}</h2>', table(cells)]
     parts += [f'<p class="small">{escape(line)}</p>' for line in caption]
     parts.append(f"<details open><summary>First question as asked</summary>{_pre(report['first_question'])}</details>")
     spread = report.get("wordings")
     if spread:
-        each = [(one["prompt"], f"{one['accuracy']:.4g}", f"{one['n']:,}") for one in spread["each"]]
+        each = [(one["prompt"], number(one["accuracy"]), f"{one['n']:,}") for one in spread["each"]]
         parts += ["<h3>Wordings</h3>", table([("prompt", "score", "questions"), *each])]
+    parts += [_numbers(name, content) for name, content in report["details"].items()]
+    frequent = mistakes([row for row in rows if isinstance(row, dict) and row.get("id") in shown])
+    if frequent:
+        parts += ["<h3>Frequent mistakes</h3>", table([("reference", "read as", "answers"), *frequent], words=True)]
     parts.append(f"<h3>{escape(note)}</h3>")
     parts += [_example(row, shown[row["id"]]) for row in worst]
     settings = json.dumps(report["task_config"], indent=2, ensure_ascii=False)
@@ -107,11 +122,49 @@ def worst_answers(rows: Sequence[Any], shown: Mapping[str, Item], *, n: int) -> 
     return sorted(picked, key=lambda row: float(row["correct"])), heading
 
 
+def mistakes(rows: Sequence[Mapping[str, Any]], *, n: int = MISTAKES) -> list[tuple[str, str, str]]:
+    """Return (reference, what was read, how often) of the most frequent wrong answers; [] where none repeats."""
+    wrong = [row for row in rows if row.get("correct") is False and isinstance(row["reference"], str)]
+    pairs = Counter((row["reference"], str(row.get("parsed") or row["answer"] or "(empty)")) for row in wrong)
+    if not pairs or pairs.most_common(1)[0][1] == 1:
+        return []
+    return [(gold, said, f"{count:,}") for (gold, said), count in pairs.most_common(n)]
+
+
+def _numbers(name: str, content: Any) -> str:
+    """Return a detail that is a mapping of numbers, or of mappings of numbers, as a table; "" for any other."""
+    if not isinstance(content, Mapping) or not content:
+        return ""
+    lines = {key: value if isinstance(value, Mapping) else {"": value} for key, value in content.items()}
+    columns = list(dict.fromkeys(column for line in lines.values() for column in line))
+    if not all(isinstance(value, (int, float)) for line in lines.values() for value in line.values()):
+        return ""
+    cells = [
+        (key, *(f"{line[column]:.4g}" if column in line else "" for column in columns)) for key, line in lines.items()
+    ]
+    head = (name.replace("_", " "), *(column.replace("_", " ") for column in columns))
+    return f"<details><summary>{escape(head[0])}</summary>{table([head, *cells])}</details>"
+
+
+def words_of(item: Item) -> str:
+    """Return what is asked, with a mark where a picture stands between words."""
+    parts = [part for turn in item.prompt.turns for part in turn.parts]
+    first = next((place for place, part in enumerate(parts) if isinstance(part, Text)), len(parts))
+    number = sum(isinstance(part, Image) for part in parts[:first])
+    if not any(isinstance(part, Image) for part in parts[first:]):
+        return item.text
+    words = []
+    for part in parts[first:]:
+        number += isinstance(part, Image)
+        words.append(f"[picture {number}]" if isinstance(part, Image) else part.text)
+    return "".join(words)
+
+
 def _example(row: Mapping[str, Any], item: Item) -> str:
     verdict = row.get("correct")
     mark = "good" if verdict is True else "bad" if verdict is not None else ""
-    entries = [("asked", item.text), ("answer", row["answer"] or "(empty)")]
-    if row.get("parsed") is not None:
+    entries = [("asked", words_of(item)), ("answer", row["answer"] or "(empty)")]
+    if row.get("parsed") not in (None, row["answer"]):
         entries.append(("read as", str(row["parsed"])))
     entries.append(("reference", _plain(row["reference"])))
     if isinstance(verdict, float) and verdict not in (0, 1):
@@ -122,7 +175,7 @@ def _example(row: Mapping[str, Any], item: Item) -> str:
     )
     name = escape(" ".join(filter(None, [row["id"], row.get("group")])))
     pictures = "".join(_picture(image) for image in item.prompt.images)
-    left = f'<div class="pictures">{pictures}<div class="small">{name}</div></div>'
+    left = f'<div class="pictures">{pictures}<div class="small name">{name}</div></div>'
     return f'<div class="example">{left}<dl>{listed}</dl></div>'
 
 
@@ -139,7 +192,11 @@ def _picture(image: Image) -> str:
         picture = load_rgb(image)
     except ImageError as error:
         return f'<p class="small">{escape(error.problem)}</p>'
-    picture.thumbnail((SIDE, SIDE), PIL.Image.Resampling.LANCZOS)
+    scale = SIDE / max(picture.size)
+    if scale >= 2:  # a picture of few pixels is enlarged without blurring them
+        picture = picture.resize([side * int(scale) for side in picture.size], PIL.Image.Resampling.NEAREST)
+    else:
+        picture.thumbnail((SIDE, SIDE), PIL.Image.Resampling.LANCZOS)
     out = BytesIO()
     picture.save(out, "JPEG", quality=85)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode("ascii")}">'

@@ -154,7 +154,8 @@ def section_of(report: Mapping[str, Any], folder: Path, items: Sequence[Item]) -
     """Return the report as a part of an HTML page, with the worst of the answers in `folder`."""
     cells = [COLUMNS, *rows(report)]
     caption = list(_caption(report, report.get("notes")))
-    return section(report, cells, folder / "answers-tuned.jsonl", items=items, caption=caption)
+    answers = folder / "answers-tuned.jsonl"
+    return section(report, cells, answers, items=items, caption=caption, number=number_of(report))
 
 
 def write_report(report: Mapping[str, Any], folder: Path, *, notes: Mapping[str, str] | None = None) -> None:
@@ -165,20 +166,20 @@ def write_report(report: Mapping[str, Any], folder: Path, *, notes: Mapping[str,
 
 def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     """Yield the table's rows, one text per column of COLUMNS: the model, its types, the baselines."""
-    percent = all(0 <= x <= 1 for part in _parts(report) for x in (part["accuracy"], *part["ci95"]))
+    number = number_of(report)
+    of_type = _number(list(report["by_type"].values()))  # MME's sums are made of shares
 
-    def row(name: str, part: Mapping[str, Any] | None) -> tuple[str, ...]:
+    def row(name: str, part: Mapping[str, Any] | None, number: Callable[[float], str] = number) -> tuple[str, ...]:
         if part is None:
             return (name, "-", "-", "-", "-")
-        # Sums such as MME's are not shares; they are shown as they are.
-        score, low, high = (f"{100 * x:.1f} %" if percent else f"{x:.2f}" for x in (part["accuracy"], *part["ci95"]))
+        score, low, high = map(number, (part["accuracy"], *part["ci95"]))
         invalid = part.get("invalid_rate")
         share = "" if invalid is None else f"{100 * invalid:.1f} %"
         return (name, score, f"{low} to {high}", f"{part['n']:,}", share)
 
     yield row("tuned model", report)
     for name, part in report["by_type"].items():
-        yield row(f"- {name}", part)
+        yield row(f"- {name}", part, of_type)
     for key, name in LABELS.items():
         yield row(name, report["baselines"][key])
     for key, name in MORE.items():
@@ -186,20 +187,45 @@ def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
             yield row(name, report[key])
 
 
-def _parts(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    more = [report.get(key) for key in MORE]
-    found = [report, *report["by_type"].values(), *report["baselines"].values(), *more]
-    return [part for part in found if part is not None]
+def number_of(report: Mapping[str, Any]) -> Callable[[float], str]:
+    """Return how the report's scores are written: shares in percent; sums such as MME's as they are."""
+    arms = [report, *report["baselines"].values(), *(report.get(key) for key in MORE)]
+    return _number([part for part in arms if part is not None])
+
+
+def _number(parts: Sequence[Mapping[str, Any]]) -> Callable[[float], str]:
+    if all(0 <= x <= 1 for part in parts for x in (part["accuracy"], *part["ci95"])):
+        return _percent
+    return "{:.2f}".format
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def measures(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the name and text of the metric's further numbers: POPE's F1, MME's sums, BLEU beside CIDEr."""
+    details, sums = report.get("details", {}), number_of(report) is not _percent
+    for key, value in details.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        share = isinstance(value, float) and 0 <= value <= 1 and not (sums and value == 0)
+        texts = [_percent(x) if share else f"{x:,.4g}" for x in (value, *details.get(f"{key}_ci95", ()))]
+        name = {"f1": "F1", "cider": "CIDEr"}.get(key, key.replace("_", " "))
+        yield name, texts[0] + (f" ({texts[1]} to {texts[2]})" if len(texts) == 3 else "")
 
 
 def _caption(report: Mapping[str, Any], notes: Mapping[str, str] | None) -> Iterator[str]:
     """Yield the lines under the table: what was measured, and what is special."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version)
+    more = ", ".join(f"{name} {text}" for name, text in measures(report))
+    if more:
+        yield f"{report['profile']}: {more}."
     spread = report.get("wordings")
     if spread:
         ratio = spread["sensitivity"]
         shown = "none, since the mean is 0" if ratio is None else f"{ratio:.3f}"
-        low, mean, high = (f"{spread[key]:.4g}" for key in ("min", "mean", "max"))
+        low, mean, high = (number_of(report)(spread[key]) for key in ("min", "mean", "max"))
         yield f"{len(spread['each'])} wordings: mean {mean}, min {low}, max {high}, sensitivity {shown}."
     yield f"Model {report['model']}, metric {report['metric']}, seed {report['seed']}."
     yield f"{report['created']}, {report['seconds']:.0f} s, {versions}."

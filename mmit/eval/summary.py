@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -143,5 +144,7 @@ def write_summary(reports: Sequence[Mapping[str, Any]], sections: Sequence[str],
     replace_file(folder / "summary.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     replace_file(folder / "summary.md", markdown(reports))
     replace_file(folder / "summary.tex", latex(reports))
-    top = "<h1>Evaluation</h1>" + table([HEAD, *map(row, reports)])
+    lines = [f'<p class="small">{escape(line)}</p>' for line in _caption(reports)]
+    links = " · ".join(f'<a href="#{escape(report["task"])}">{escape(report["task"])}</a>' for report in reports)
+    top = "".join(["<h1>Evaluation</h1>", table([HEAD, *map(row, reports)]), *lines, f"<p>{links}</p>"])
     replace_file(folder / "summary.html", page(f"Evaluation of {reports[0]['model']}", top, *sections))

@@ -75,8 +75,8 @@ class Task(Section):
     name: str
     """name in reports, and of the folder of its results"""
     records: str | None = None
-    """package:easy-vqa, or a JSON/JSONL file, {split} standing for the split; relative paths start at the
-    data root, by default the folder of this YAML; null where the task has a layout"""
+    """package:easy-vqa, or a JSON/JSONL file, {split} standing for the split; a relative path is looked for in the
+    data root, then in the folder of this YAML; null where the task has a layout"""
     layout: str | None = None
     """layout of a benchmark's files, a name in mmit.eval.layouts.LAYOUTS, instead of records"""
     folder: str | None = None
@@ -216,8 +216,8 @@ def _check_split(key: str, split: str | None, spec: str) -> None:
 def load_task(path_or_name: str | os.PathLike[str], *, data_root: str | os.PathLike[str] | None = None) -> Task:
     """Read a task's YAML, given by path or by the name of one that mmit ships.
 
-    Relative paths in it start at `data_root`, by default the YAML's folder (of a layout, ./data); the Task has
-    them absolute.
+    Relative paths in it start at `data_root` if the records are there, else at the YAML's folder (of a layout, at
+    `data_root` or ./data); the Task has them absolute.
     Raises ConfigError: unknown task, unknown key (with the nearest), or a value that cannot be.
     """
     path = _task_file(os.fspath(path_or_name))
@@ -235,12 +235,22 @@ def load_task(path_or_name: str | os.PathLike[str], *, data_root: str | os.PathL
     except ValidationError as error:
         origins = {keys: f"{path}:{line}" for keys, line in lines.items()}
         raise sections.config_error(error, Task, raw, where=str(path), origins=origins) from None
-    default = "data" if task.layout else path.parent
-    base = os.path.abspath(default if data_root is None else data_root)
+    base = os.path.abspath(_home(task, path, data_root))
     places = {key: _anchored(getattr(task, key), base) for key in ("records", "train_records", "image_root")}
     if task.layout:
         places["folder"] = _anchored(task.folder or task.name, base)
     return task.model_copy(update=places)
+
+
+def _home(task: Task, path: Path, data_root: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """Return where a task's relative paths start: one data root may serve benchmarks and tasks of one's own."""
+    if task.records is None:
+        return "data" if data_root is None else data_root
+    if data_root is None or task.records.startswith(_PACKAGE):
+        return path.parent
+    name = task.records.replace(SPLIT, task.split or "")
+    places = [place for place in (data_root, path.parent) if os.path.isfile(os.path.join(place, name))]
+    return places[0] if places else data_root
 
 
 def _task_file(given: str) -> Path:
@@ -299,7 +309,7 @@ def _records(task: Task, spec: str, split: str | None) -> Iterator[Record]:
         return PACKAGES[spec.removeprefix(_PACKAGE)](split or "")
     path = spec.replace(SPLIT, split or "")
     if not os.path.isfile(path):
-        remedy = "Relative paths start at the data root (--data-root), by default the task's folder."
+        remedy = "A relative path is looked for in the data root (--data-root), then in the folder of the task's YAML."
         raise ConfigError(
             f"task '{task.name}' needs this file, which does not exist",
             where=path,

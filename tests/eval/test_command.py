@@ -42,17 +42,18 @@ def answer(body: dict[str, Any]) -> tuple[int, Any]:
 def test_an_endpoint_on_two_tasks_with_a_judge_then_compared(stub: Stub, data: Path, tmp_path: Path) -> None:
     stub.reply = answer
     judge = ("--judge-url", stub.url, "--judge-model", "judge")
-    tasks = ("-t", "pope", "-t", "mmvet", "--data-root", data, "--probe", "blank,swap")
+    tasks = ("--tasks", "pope, mmvet", "--data-root", data, "--probe", "blank,swap")
     for name in ("a", "b"):
         out = tmp_path / name
-        result = mmit("eval", stub.url, "--endpoint-model", "m", *tasks, "--templates", 2, "--out", out, *judge)
+        model = ("--model", stub.url, "--endpoint-model", "m")
+        result = mmit("eval", *model, *tasks, "--templates", 2, "--out", out, *judge)
         assert result.exit_code == 0, result.output
     summary = json.loads((out / "summary.json").read_text())
     pope, mmvet = summary["tasks"]
     assert (pope["accuracy"], pope["n"], pope["chance"]["n"]) == (0.5, 6, 6) and len(pope["wordings"]["each"]) == 2
     assert mmvet["accuracy"] == 0.5 and (out / "mmvet" / "judgements.jsonl").exists()
     assert "| pope " in result.output and (out / "pope" / "report.html").exists()
-    result = mmit("compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.json")
+    result = mmit("eval", "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.json")
     assert result.exit_code == 0 and "McNemar" in result.output
     found = json.loads((tmp_path / "c.json").read_text())["tasks"]
     assert {one["task"]: one["difference"]["difference"] for one in found} == {"pope": 0, "mmvet": 0}
@@ -67,6 +68,7 @@ def test_an_endpoint_on_two_tasks_with_a_judge_then_compared(stub: Stub, data: P
         (["-t", "pope", "--probe", "swop"], "did you mean 'swap'"),
         (["-t", "pope"], "give --out"),
         (["-t", "pope", "--out", "x"], "no model named"),
+        (["-t", "pope", "--model", "m"], "two models"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str, data: Path) -> None:

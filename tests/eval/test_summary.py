@@ -16,14 +16,14 @@ import pytest
 from rich.console import Console
 
 from mmit.errors import ConfigError, ModelError
-from mmit.eval.page import worst_answers
+from mmit.eval.page import mistakes, words_of, worst_answers
 from mmit.eval.probes import GENERAL, chance, possible_answers, sensitivity, swapped, wordings
 from mmit.eval.questions import Item
 from mmit.eval.report import run_task
 from mmit.eval.runner import Lazy, evaluate
 from mmit.eval.summary import latex, run_tasks
 from mmit.eval.tasks import Task, load_task, task_items
-from mmit.records import Image, Record, write_jsonl
+from mmit.records import Image, Record, Text, Turn, write_jsonl
 from tests.eval.benchmarks import CASES
 
 
@@ -113,7 +113,7 @@ def test_wordings(colours: Path, tmp_path: Path) -> None:
     assert values == [0.5, 0.0, 0.5]  # the second begins with Please
     assert (spread["mean"], spread["min"], spread["max"]) == (fmean(values), 0, 0.5)
     assert spread["sensitivity"] == pytest.approx(pstdev(values) / fmean(values))
-    assert "3 wordings: mean 0.3333, min 0, max 0.5" in (tmp_path / "out" / "report.md").read_text()
+    assert "3 wordings: mean 33.3 %, min 0.0 %, max 50.0 %" in (tmp_path / "out" / "report.md").read_text()
     own = load_task(colours).model_copy(update={"templates": ["Say: {question}"]})
     assert [one.prompt for one in wordings(own, 2, pictures=True)] == ["{question}", "Say: {question}"]
     with pytest.raises(ConfigError, match="3 wordings"):
@@ -150,6 +150,25 @@ def test_the_page_shows_the_worst_answers_with_their_pictures(colours: Path, tmp
     assert "3 of the 3 answers that are wrong" in page.shown and "<b>round</b>?" in page.shown
     for said in ("tuned model", "y&n", "Wordings", "red-1 y&n", '"metric": "exact"'):
         assert said in page.shown
+
+
+def test_the_page_names_frequent_mistakes_and_marks_pictures_between_words(tmp_path: Path) -> None:
+    row = {"correct": False, "reference": "yes", "parsed": "no", "answer": "No."}
+    other = {"correct": False, "reference": "red", "parsed": None, "answer": ""}
+    assert mistakes([row, row, other, row | {"correct": True}]) == [("yes", "no", "2"), ("red", "(empty)", "1")]
+    assert mistakes([row, other]) == []
+    parts: list[Any] = [Image("a.png"), Text("Is "), Image("b.png"), Text(" larger?")]
+    assert words_of(Item("1", Record((Turn("user", tuple(parts)),)), "no")) == "Is [picture 2] larger?"
+
+
+def test_a_metrics_further_numbers_are_in_the_table_s_caption(tmp_path: Path) -> None:
+    for name in ("pope", "mme"):
+        CASES[name][0](tmp_path / name)
+    given: dict[str, Any] = {"untuned_factory": None, "model_name": "m", "fingerprint": "f", "progress": False}
+    for name, said in (("pope", "precision 50.0 %, recall 100.0 %, F1 66.7 %"), ("mme", "perception 100, cognition 50")):
+        task = load_task(name, data_root=tmp_path)
+        run_task(Sees(), task=task, out_dir=tmp_path, console=Console(file=StringIO()), **given)
+        assert said in (tmp_path / name / "report.md").read_text()
 
 
 def test_the_worst_answers() -> None:
