@@ -162,6 +162,35 @@ def test_mmmus_parquet_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(items) == 2 and all(len(item.prompt.images) == 2 for item in items)
 
 
+PARQUET: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "ai2d": (
+        "data/test-00000-of-00002.parquet",
+        {"question": "Which part?", "options": ["leaf", "root"], "answer": "1"},
+        "B",
+    ),
+    "ocrbench": (
+        "data/test-00000-of-00001.parquet",
+        {"dataset": "IIIT5K", "question": "what?", "question_type": "Text", "answer": ["CENTRE", "Centre"]},
+        {"answers": ["CENTRE", "Centre"], "dataset": "IIIT5K"},
+    ),
+    "realworldqa": ("data/test-00000-of-00002.parquet", {"question": "Which?", "answer": "B"}, "B"),
+}
+
+
+@pytest.mark.parametrize("name", PARQUET)
+def test_the_parquet_files_of_the_hub(name: str, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path, row, reference = PARQUET[name]
+    (tmp_path / name / path).parent.mkdir(parents=True)
+    row = row | {"image": {"bytes": picture(), "path": "1.png"}}
+    pq.write_table(pa.Table.from_pylist([row, row]), tmp_path / name / path)
+    items = task_items(load_task(name, data_root=tmp_path))
+    assert [item.reference for item in items] == [reference] * 2 and len({item.id for item in items}) == 2
+    assert all(isinstance(image.source, bytes) for item in items for image in item.prompt.images)
+
+
 def test_variants_of_the_real_layouts(tmp_path: Path) -> None:
     pope(tmp_path / "a" / "pope")
     for path in (tmp_path / "a" / "pope").glob("*.json"):

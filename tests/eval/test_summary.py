@@ -165,7 +165,8 @@ def test_a_metrics_further_numbers_are_in_the_table_s_caption(tmp_path: Path) ->
     for name in ("pope", "mme"):
         CASES[name][0](tmp_path / name)
     given: dict[str, Any] = {"untuned_factory": None, "model_name": "m", "fingerprint": "f", "progress": False}
-    for name, said in (("pope", "precision 50.0 %, recall 100.0 %, F1 66.7 %"), ("mme", "perception 100, cognition 50")):
+    said_of = {"pope": "precision 50.0 %, recall 100.0 %, F1 66.7 %", "mme": "perception 100, cognition 50"}
+    for name, said in said_of.items():
         task = load_task(name, data_root=tmp_path)
         run_task(Sees(), task=task, out_dir=tmp_path, console=Console(file=StringIO()), **given)
         assert said in (tmp_path / name / "report.md").read_text()
