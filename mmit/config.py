@@ -20,6 +20,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     ValidationError,
     model_validator,
 )
@@ -199,6 +200,9 @@ class TuneConfig(Section):
     """the language model"""
 
 
+MODES: dict[Keys, str] = {("tune", name): field.default.mode for name, field in TuneConfig.model_fields.items()}
+
+
 class SourceConfig(Section):
     """One file or folder of records."""
 
@@ -343,6 +347,13 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto takes CUDA where there is a device"""
 
+    _notes: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def notes(self) -> list[str]:
+        """What reading the config left out, for the user to see."""
+        return self._notes
+
     @classmethod
     def from_dict(cls, raw: Any, *, where: str = "", origins: Mapping[Keys, str] | None = None) -> Config:
         """Validate plain data. `where` and `origins` (line of each key) go into the ConfigError."""
@@ -362,17 +373,23 @@ class Config(Section):
 
 def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Config:
     """Read `path`, put the `key=value` overrides on top in their order, and validate. Raises ConfigError."""
-    raw, origins = _read(Path(path))
+    notes: list[str] = []
+    raw, origins = _read(Path(path), notes)
+    below, above = raw, list[Keys]()
     for text in overrides:
         keys, value = parse_override(text)
         where = f"override '{text}'"
         raw = set_key(raw, keys, value, where=where)
+        above.append(keys)
         # What the file said below this key is gone, so its lines may not be blamed.
         origins = {k: place for k, place in origins.items() if k[: len(keys)] != keys} | {keys: where}
-    return Config.from_dict(raw, where=str(path), origins=origins)
+    raw, gone = sections.without_old_options(raw, below, lambda key: any(key[: len(k)] == k for k in above), MODES)
+    config = Config.from_dict(raw, where=str(path), origins=origins)
+    config.notes.extend(notes + gone)
+    return config
 
 
-def _read(path: Path, *, is_base: bool = False) -> tuple[dict[str, Any], dict[Keys, str]]:
+def _read(path: Path, notes: list[str], *, is_base: bool = False) -> tuple[dict[str, Any], dict[Keys, str]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -392,8 +409,10 @@ def _read(path: Path, *, is_base: bool = False) -> tuple[dict[str, Any], dict[Ke
     if is_base or not isinstance(base, str):
         problem = "a base file cannot have a base itself" if is_base else "expected the path of a YAML file"
         raise ConfigError(f"base: {problem}, got {brief(base)}", where=origins["base",])
-    below, below_origins = _read(path.parent / base, is_base=True)
-    return merge(below, raw), below_origins | origins
+    below, below_origins = _read(path.parent / base, notes, is_base=True)
+    merged, gone = sections.without_old_options(merge(below, raw), below, lambda key: key in origins, MODES)
+    notes.extend(gone)
+    return merged, below_origins | origins
 
 
 def describe() -> list[Entry]:

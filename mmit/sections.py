@@ -2,13 +2,14 @@
 
 In: subclasses of `Section` (the text under a field is its help), and plain data that failed to become one.
 Out: lines of help, or one `ConfigError` naming every wrong key with its place, value and what was expected.
+Also lets the mode of a section be switched in one line, together with the options that belong to it.
 Knows nothing of any particular section.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 
 from mmit.errors import ConfigError, nearest
-from mmit.yamlio import Keys, inline_yaml
+from mmit.yamlio import Keys, inline_yaml, set_key
 
 
 class Section(BaseModel):
@@ -154,6 +155,40 @@ def _value_at(raw: Any, path: Keys) -> Any:
         except (KeyError, IndexError, TypeError):
             return None
     return raw
+
+
+def without_old_options(
+    raw: dict[str, Any], below: dict[str, Any], from_above: Callable[[Keys], bool], modes: Mapping[Keys, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Let a `mode` be switched in one line: options that a layer below gave to another mode fall away.
+
+    Args:
+        raw: a config with its upper layer (overrides, or a file over its base) on top. below: without that layer.
+        from_above: whether the upper layer gave this key.
+        modes: sections with a mode and options, and their default mode.
+
+    Returns:
+        `raw` without those options, and a line on each section that lost some.
+    """
+    notes = []
+    for keys, default in modes.items():
+        plan, plan_below = _section(raw, keys), _section(below, keys)
+        options = plan.get("options")
+        mode, before = plan.get("mode", default), plan_below.get("mode", default)
+        if mode == before or not isinstance(options, dict):
+            continue
+        kept = {key: value for key, value in options.items() if from_above((*keys, "options", key))}
+        if gone := [key for key in options if key not in kept]:
+            raw = set_key(raw, (*keys, "options"), kept, where="")
+            name = ".".join(map(str, keys))
+            notes.append(f"{name}.mode is {mode} in place of {before}, so the options {', '.join(gone)} are left out")
+    return raw, notes
+
+
+def _section(raw: Any, keys: Keys) -> dict[str, Any]:
+    for key in keys:
+        raw = raw.get(key) if isinstance(raw, dict) else None
+    return raw if isinstance(raw, dict) else {}
 
 
 def brief(value: Any) -> str:

@@ -96,6 +96,21 @@ def test_tune_keys_left_out_take_the_components_defaults(file: Path, override: s
     assert (llm.mode, llm.lr, llm.options) == expected
 
 
+def test_a_mode_is_switched_in_one_line_and_says_which_options_went(tmp_path: Path) -> None:
+    plan = "tune: {llm: {mode: lora, options: {r: 8, dora: true}}}"
+    base = "run: {dir: x}\nmodel: {llm: {name: y}}\ndata: {train: [{path: z}]}\ntrain: {steps: 1}\n"
+    (tmp_path / "base.yaml").write_text(base + plan)
+    (tmp_path / "over.yaml").write_text("base: base.yaml\ntune: {llm: {mode: prefix, options: {tokens: 4}}}")
+    switched = load_config(tmp_path / "base.yaml", ["tune.llm.options.size=3", "tune.llm.mode=houlsby"])
+    assert (switched.tune.llm.mode, switched.tune.llm.options) == ("houlsby", {"size": 3})
+    assert switched.notes == ["tune.llm.mode is houlsby in place of lora, so the options r, dora are left out"]
+    over = load_config(tmp_path / "over.yaml")
+    assert over.tune.llm.options == {"tokens": 4} and "r, dora" in over.notes[0]
+    again = load_config(tmp_path / "over.yaml", ["tune.llm={mode: lora, options: {r: 2}}"])
+    assert again.tune.llm.options == {"r": 2, "alpha": 32} and len(again.notes) == 1
+    assert load_config(tmp_path / "base.yaml", ["tune.llm.mode=lora"]).tune.llm.options["dora"] is True
+
+
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [

@@ -6,6 +6,7 @@ Owns the order in which parts are built and the checks between them. Takes a map
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def assemble(
     packed: bool = True,
     tokenizer: str | None = None,
     quantization: Mapping[str, Any] | None = None,
+    empty: bool = False,
 ) -> tuple[VLM, PreTrainedTokenizerBase]:
     """Build the composite and its tokenizer from a `model` section.
 
@@ -54,6 +56,7 @@ def assemble(
         packed: see `load_llm`.
         tokenizer: folder of the tokenizer where it is not the LLM's own (a checkpoint's copy).
         quantization: 4-bit loading of the LLM, see `load_llm`.
+        empty: shapes alone, on torch's meta device; reads configurations and the tokenizer, no weights.
 
     Raises:
         ModelError: a part cannot be built or parts do not fit.
@@ -74,13 +77,16 @@ def assemble(
             device_map=device_map,
             packed=packed,
             quantization=quantization,
+            empty=empty,
         )
     if model["vision"] is None:
         return VLM(llm, vision=None, projector=None), tokens
-    vision = assemble_vision(model["vision"], dtype=dtype)
+    section = {**model["vision"], "weights": False, "key_order": False} if empty else model["vision"]
+    with torch.device("meta") if empty else nullcontext():
+        vision = assemble_vision(section, dtype=dtype)
     words = VLM(llm, vision=None, projector=None).word_embeddings
     torch.manual_seed(seed)
-    with located("model.projector"):
+    with located("model.projector"), torch.device("meta") if empty else nullcontext():
         projector = build_projector(
             model["projector"]["kind"],
             vision_dim=vision.dim,

@@ -80,6 +80,7 @@ def load_llm(
     device_map: str | dict[str, Any] | None = None,
     packed: bool = True,
     quantization: Mapping[str, Any] | None = None,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """Load a causal LM, ready for packed rows.
 
@@ -92,6 +93,7 @@ def load_llm(
         packed: use mmit's attention function, which runs packed rows, where the architecture takes another one;
             off leaves the model's own.
         quantization: {"quant": "nf4" or "fp4", "double_quant": bool} loads linear layers in 4 bits (QLoRA).
+        empty: shapes alone, on torch's meta device; reads the configuration and no weights.
 
     Raises:
         ModelError: it cannot be found, read or built, or this machine cannot run 4-bit weights.
@@ -105,8 +107,12 @@ def load_llm(
         if random_init is not None:
             options = dict(random_init)
             config = AutoConfig.for_model(options.pop("model_type", "llama"), **options)
+            if empty:
+                return _empty(config, dtype, implementation)
             return _with_own_attention(AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation))
         source = _source(name)
+        if empty:
+            return _empty(AutoConfig.from_pretrained(**source, revision=revision), dtype, implementation)
         if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
             if quantization is not None:
                 raise ModelError(
@@ -123,6 +129,13 @@ def load_llm(
         raise _explain(name, error) from error
     if "gguf_file" in source:
         _forget_quantization(model)
+    return _with_own_attention(model)
+
+
+def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -> PreTrainedModel:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation)
+    _forget_quantization(model)
     return _with_own_attention(model)
 
 

@@ -137,6 +137,7 @@ def _visual(
             require_pretrained=load,
             pretrained_text=False,
             force_image_size=None if image_size is None else pair(image_size),
+            device=torch.get_default_device(),  # "meta" where only shapes are wanted
         )
     return model.visual
 

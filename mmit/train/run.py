@@ -23,7 +23,7 @@ from mmit.data.mixture import Walk
 from mmit.errors import ConfigError, RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
-from mmit.models.tuning import Group, apply_tuning, quantization
+from mmit.models.tuning import Group, apply_tuning, check_options, quantization
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, resume
 from mmit.train.data_setup import (
@@ -58,6 +58,9 @@ def run(config: Config) -> int:
     world = join_ranks(kind=config.engine.kind, device=config.device)
     run_dir, seed = Path(config.run.dir), config.run.seed
     say = speaker(world.main)
+    check_options(config.tune.model_dump())
+    for note in config.notes:
+        say(note)
     _make(run_dir)
     begin = resume.choose(run_dir, config.run.resume, say=say)
     if config.train.threads:

@@ -29,6 +29,7 @@ __all__ = [
     "Group",
     "apply_tuning",
     "base_name",
+    "check_options",
     "is_added",
     "merge",
     "parameter_table",
@@ -71,7 +72,7 @@ def apply_tuning(vlm: VLM, tune: Mapping[str, Mapping[str, Any]]) -> list[Group]
     Raises:
         ModelError: unknown component, mode or option; the model does not allow the method; nothing to train.
     """
-    options = {component: _options(component, plan) for component, plan in tune.items()}
+    options = check_options(tune)
     vlm.requires_grad_(False)
     vlm.partly.clear()
     METHODS[tune["llm"]["mode"]].apply(vlm, options["llm"])
@@ -91,6 +92,11 @@ def apply_tuning(vlm: VLM, tune: Mapping[str, Mapping[str, Any]]) -> list[Group]
             "nothing is trained", where="tune", remedy="set the mode of the projector or the LLM to full or lora"
         )
     return groups
+
+
+def check_options(tune: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every component's options, defaults filled in; needs no model. Raises ModelError as `apply_tuning` does."""
+    return {component: _options(component, plan) for component, plan in tune.items()}
 
 
 def unquantised(plan: Mapping[str, Any]) -> dict[str, Any]:

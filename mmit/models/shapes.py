@@ -1,0 +1,167 @@
+"""Running a model that has shapes and no weights: to count what a step would take, without taking it.
+
+Owns two ways of running a composite that was assembled `empty`: with an attention that costs nothing and notes how it
+was called (for counting FLOPs on torch's meta device), and as fake tensors, which have a device and no memory and go
+through the very code that training runs (for counting bytes). Refuses a model whose attention is its own.
+
+Dimensions: T tokens in a row, H query heads, KV key heads, Dh head size, P virtual tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AttentionInterface
+
+from mmit.errors import ModelError
+from mmit.models import attention
+from mmit.models.tuning.structure import base_model
+from mmit.models.virtual import PREFIX, virtual_tokens
+from mmit.models.vlm import VLM
+
+FREE, PLANNED = "mmit_free", "mmit_planned"
+
+
+@dataclass
+class Calls:
+    """How attention was called in one forward pass; the numbers are sums over layers."""
+
+    width: int = 0  # H * (Dh of queries and keys + Dh of values): FLOPs of one query-key pair, halved
+    virtual: int = 0  # the same times the P prefix tokens of the layer, which every query sees
+    backward: bool = False  # whether gradients flow through it
+    layers: int = 0
+
+
+@dataclass
+class _Current:
+    """What the two attention functions below run with; set by their context managers."""
+
+    calls: Calls = field(default_factory=Calls)
+    plan: attention.Plan | None = None
+    flash: bool = False
+
+
+_current = _Current()
+
+
+def _free(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Notes the call; what comes out hangs on all that goes in, so that gradients flow as they would."""
+    calls, per_pair = _current.calls, query.shape[1] * (query.shape[-1] + value.shape[-1])
+    calls.layers += 1
+    calls.width += per_pair
+    calls.backward |= query.requires_grad or key.requires_grad or value.requires_grad
+    out = query[..., : value.shape[-1]].transpose(1, 2) + (key.sum() + value.sum())
+    if (prefix := getattr(module, PREFIX, None)) is not None:
+        keys, values, gate = prefix()
+        calls.virtual += per_pair * keys.shape[1]
+        calls.backward = True
+        out = out + keys.sum() + values.sum() + (0 if gate is None else gate.sum())
+    return out, None
+
+
+class _Flash(torch.autograd.Function):
+    """Keeps what a fused kernel keeps: queries, keys, values, the result and a log-sum per query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def _planned(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
+) -> tuple[torch.Tensor, None]:
+    """mmit's attention over the current plan, or what a fused kernel would keep of it."""
+    if _current.flash and getattr(module, PREFIX, None) is None:
+        return _Flash.apply(query, key, value), None  # type: ignore[no-untyped-call]
+    return attention._attention(module, query, key, value, None, mmit_plan=_current.plan, **options)
+
+
+@contextmanager
+def _implementation(vlm: VLM, name: str, current: _Current) -> Iterator[None]:
+    global _current
+    llm = base_model(vlm.llm)
+    if not llm._supports_attention_backend:
+        raise ModelError(
+            f"{type(llm).__name__} does not route its attention through transformers' attention interface, so its "
+            "cost cannot be forecast",
+            where="model.llm.name",
+            remedy="train without dry_run, or use an architecture that supports attention backends",
+        )
+    before, own = _current, llm.config._attn_implementation
+    llm.set_attn_implementation(name)
+    _current = current
+    try:
+        yield
+    finally:
+        _current = before
+        llm.set_attn_implementation(own)
+
+
+@contextmanager
+def free_attention(vlm: VLM) -> Iterator[Calls]:
+    """Inside, attention computes nothing; yields the notes on how it was called."""
+    calls = Calls()
+    with _implementation(vlm, FREE, _Current(calls=calls)):
+        yield calls
+
+
+@contextmanager
+def planned_attention(vlm: VLM, nodes: torch.Tensor, *, mode: FakeTensorMode, flash: bool) -> Iterator[None]:
+    """Inside, a fake composite given a row as one node runs the attention of these `nodes` (K, 3).
+
+    The plan is made of real numbers, which fake tensors do not have. `flash`: keep what a fused CUDA kernel keeps.
+    """
+    if count := virtual_tokens(base_model(vlm.llm)):  # as virtual.with_prompt
+        below = nodes.clone()
+        below[:, 0] += count
+        below[:, 2] += 1
+        nodes = torch.cat([torch.tensor([[0, count, -1]]), below])
+    plan = attention.make_plan(nodes)
+    for b in plan.buckets:
+        b.queries, b.keys, b.keep = (mode.from_tensor(x) for x in (b.queries, b.keys, b.keep))
+        b.mask = None if b.mask is None else mode.from_tensor(b.mask)
+    plan.inverse = mode.from_tensor(plan.inverse)
+    with _implementation(vlm, PLANNED, _Current(plan=plan, flash=flash)):
+        yield
+
+
+def make_fake(vlm: VLM, mode: FakeTensorMode) -> dict[int, nn.Parameter]:
+    """Give every tensor of an empty composite a device (the CPU), in place.
+
+    Returns:
+        the new parameter for the `id` of each old one; shared ones stay shared.
+    """
+    made: dict[int, Any] = {}
+    old = []  # kept alive, so that no id is used twice
+    for module in vlm.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    with mode:
+                        new = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    if isinstance(tensor, nn.Parameter):
+                        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = new
+                    old.append(tensor)
+                table[name] = made[id(tensor)]
+    return {key: value for key, value in made.items() if isinstance(value, nn.Parameter)}
+
+
+AttentionInterface.register(FREE, _free)
+AttentionInterface.register(PLANNED, _planned)
