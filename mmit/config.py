@@ -71,8 +71,12 @@ class VisionConfig(Section):
     """patch tokens only, or the class token before them"""
     image_size: PositiveInt | Size | None = None
     """side or [height, width] in pixels; null takes the encoder's own size"""
-    fit: Literal["resize", "pad", "crop"] = "pad"
-    """how a picture of another shape is brought to image_size: stretched, padded, or centre-cropped"""
+    fit: Literal["resize", "pad", "crop", "any_resolution", "dynamic"] = "pad"
+    """how a picture of another shape is brought to image_size: stretched, padded, centre-cropped, or cut into tiles
+    of that size beside a small view of the whole (any_resolution: as LLaVA-1.6, dynamic: as InternVL 1.5)"""
+    tiles: dict[str, Any] = {}
+    """options of fit any_resolution (pinpoints, thumbnail, unpad, line_ends) or dynamic (min_tiles, max_tiles,
+    thumbnail)"""
     key_order: bool = False
     """timm: match the tensors of a weights file to the model by their order instead of by their names"""
     dtype: Literal["bf16", "fp32"] | None = None

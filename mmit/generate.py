@@ -11,6 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,24 +19,24 @@ import torch
 
 from mmit.data.answers import AnswerText
 from mmit.data.chat import ChatFormat
-from mmit.data.images import fit, load_rgb
 from mmit.data.packing import Row, Sample, build_row
-from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, batches
+from mmit.data.preparation import Spread, prepare_images, splice_index
+from mmit.data.prompts import Prompt, PromptMaker, Shown, as_prompt, ask, batches
 from mmit.errors import ConfigError, nearest
 from mmit.interop.foreign import is_foreign, read_foreign
 from mmit.models import decoding
 from mmit.models.decoding import Prompts, Sampling
 from mmit.models.llm import DTYPES, context_length
 from mmit.models.vlm import VLM
-from mmit.records import Image, Record
+from mmit.records import Record
 
 if TYPE_CHECKING:
     from mmit.data.prompts import Picture
 
 __all__ = ["Likelihood", "Model", "Usage", "as_prompt", "ask", "load"]
 
-PICTURES_AT_ONCE = 32  # through the vision tower
-Features = dict[Hashable, torch.Tensor]  # key of a picture -> (N, D)
+CROPS_AT_ONCE = 32  # through the vision tower, but for a picture that has more
+Features = dict[Hashable, tuple[torch.Tensor, Spread]]  # key of a picture -> (C, N, D) of its crops, and its tokens
 
 
 @dataclass(slots=True)
@@ -109,8 +110,8 @@ class Model:
 
     Attributes:
         vlm, tokenizer, chat_format: the parts. The composite is put into eval mode and left in it.
-        image: how pictures are brought to the tower: {"size": (H, W), "mode", "interpolation", "fill"}, the
-            arguments of `data.images.fit`; {} for a text-only model.
+        image: how pictures are brought to the tower: {"size": (H, W), "mode", "interpolation", "fill"}, and "tiles"
+            where they are cut; {} for a text-only model. preparation: the same with what the model makes of it.
         folder, meta: the checkpoint it came from and its mmit.json, if any.
         usage: counts of what was computed so far.
     """
@@ -129,6 +130,7 @@ class Model:
             raise ConfigError("a model with a vision tower needs its image preparation")
         self.vlm, self.tokenizer, self.chat_format = vlm.eval(), tokenizer, chat_format
         self.image, self.folder, self.meta = dict(image or {}), folder, dict(meta or {})
+        self.preparation = prepare_images(self.image, tokens=vlm.image_tokens, grid=vlm.image_grid)
         self.usage = Usage()
         self._able: decoding.Support | None = None
 
@@ -239,7 +241,6 @@ class Model:
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
-            blank_images=blank_images,
             progress=progress,
         )
 
@@ -252,12 +253,11 @@ class Model:
         batch_size: int,
         max_new_tokens: int,
         sampling: Sampling,
-        blank_images: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
         """Continue prompts that are tokens already, one sample each, numbered by their place; see `generate`."""
         plan = batches(prompts, batch_size)
-        pictures = _Pictures(self, plan, blank=blank_images)
+        pictures = _Pictures(self, plan)
         answers = [""] * len(prompts)
         for batch in plan:
             features = pictures.take(batch)
@@ -305,16 +305,14 @@ class Model:
             maker.choices(record, n, answers=answers, with_end=with_end)
             for n, (record, answers) in enumerate(zip(records, per_record, strict=True))
         ]
-        found = self.likelihoods(prompts, batch_size=batch_size, blank_images=blank_images)
+        found = self.likelihoods(prompts, batch_size=batch_size)
         return [[likelihood.log_probability for likelihood in row] for row in found]
 
     @torch.inference_mode()
-    def likelihoods(
-        self, prompts: Sequence[Prompt], *, batch_size: int, blank_images: bool = False
-    ) -> list[list[Likelihood]]:
+    def likelihoods(self, prompts: Sequence[Prompt], *, batch_size: int) -> list[list[Likelihood]]:
         """Say for each prompt how likely its samples' targets are; `prompts` are numbered by their place."""
         plan = batches([prompt for prompt in prompts if prompt.samples], batch_size)
-        pictures = _Pictures(self, plan, blank=blank_images)
+        pictures = _Pictures(self, plan)
         scores: list[list[Likelihood]] = [[] for _ in prompts]
         for batch in plan:
             found = iter(self._likelihoods(batch, pictures.take(batch)))
@@ -375,16 +373,17 @@ class Model:
     def _row(self, samples: list[Sample], features: Features) -> tuple[Row, Prompts]:
         """Lay samples into a row and splice their pictures in."""
         vlm = self.vlm
-        row = build_row(samples, image_tokens=vlm.image_tokens)
+        row = build_row(samples)
         keys = list(dict.fromkeys(row.images))
-        index = torch.tensor([keys.index(key) for key in row.images], dtype=torch.int64)
+        spreads = {key: features[key][1] for key in keys}
         # A device map may put the embeddings elsewhere than the projector.
         home = vlm.device if vlm.projector is None else next(vlm.projector.parameters()).device
         embeddings = vlm.embed(
             row.input_ids.to(vlm.device),
             image_positions=row.image_positions.to(vlm.device),
-            image_index=index.to(home),
-            features=torch.stack([features[key] for key in keys]) if keys else None,
+            image_index=splice_index(row.images, spreads, vlm.image_tokens).to(home),
+            image_tokens=vlm.image_tokens,
+            features=torch.cat([features[key][0] for key in keys]) if keys else None,
         )
         self.usage.prefill_tokens += len(row.input_ids)
         self.usage.unshared_tokens += row.unshared_tokens
@@ -399,7 +398,11 @@ class Model:
     def prompt_maker(self, *, blank: bool = False) -> PromptMaker:
         """Return what turns questions into this model's prompts."""
         vlm = self.vlm
-        return PromptMaker(self.chat_format, self.tokenizer, vlm.image_tokens, context_length(vlm.llm), blank=blank)
+        shown = None
+        if blank and self.preparation is not None:
+            assert vlm.vision is not None
+            shown = self.preparation.blank([round(255 * channel) for channel in vlm.vision.mean])
+        return PromptMaker(self.chat_format, self.tokenizer, self.preparation, context_length(vlm.llm), blank=shown)
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -411,8 +414,8 @@ class Model:
 class _Pictures:
     """The features of pictures: each computed once, and kept until the last batch that needs it."""
 
-    def __init__(self, model: Model, plan: Sequence[Sequence[Prompt]], *, blank: bool = False) -> None:
-        self._model, self._blank = model, blank
+    def __init__(self, model: Model, plan: Sequence[Sequence[Prompt]]) -> None:
+        self._model = model
         self._uses = Counter(key for batch in plan for key in _shown(batch))
         self._kept: Features = {}
 
@@ -420,32 +423,23 @@ class _Pictures:
         """Return the features of every picture of a batch. Raises ImageError."""
         vision, pictures = self._model.vlm.vision, _shown(batch)
         missing = [key for key in pictures if key not in self._kept]
-        for begin in range(0, len(missing), PICTURES_AT_ONCE):
+        while missing:
             assert vision is not None  # a text-only model gets no prompt with pictures
-            keys = missing[begin : begin + PICTURES_AT_ONCE]
-            pixels = torch.stack([self._pixels(*pictures[key]) for key in keys])
-            seen = self._model.vlm.see(pixels.to(next(vision.parameters()).device))
-            self._kept.update(zip(keys, seen, strict=True))
+            crops = accumulate(pictures[key].spread.crops for key in missing)
+            count = max(1, sum(total <= CROPS_AT_ONCE for total in crops))
+            keys, missing = missing[:count], missing[count:]
+            pixels = [self._pixels(pictures[key]) for key in keys]
+            seen = self._model.vlm.see(torch.cat(pixels).to(next(vision.parameters()).device))
+            for key, features in zip(keys, seen.split([len(cut) for cut in pixels]), strict=True):
+                self._kept[key] = features, pictures[key].spread
             self._model.usage.pictures += len(keys)
         self._uses.subtract(pictures.keys())
         return {key: self._kept[key] if self._uses[key] else self._kept.pop(key) for key in pictures}
 
-    def _pixels(self, image: Image, where: str) -> torch.Tensor:
-        """Load and fit a picture: (3, H, W) uint8."""
-        options = self._model.image
-        size = tuple(options["size"])
-        if self._blank:
-            assert self._model.vlm.vision is not None
-            colour = [round(255 * channel) for channel in self._model.vlm.vision.mean]
-            return torch.tensor(colour, dtype=torch.uint8)[:, None, None].expand(3, *size)
-        return fit(
-            load_rgb(image, where=where),
-            size,
-            mode=options["mode"],
-            interpolation=options["interpolation"],
-            fill=tuple(options["fill"]),
-        )
+    def _pixels(self, shown: Shown) -> torch.Tensor:
+        assert self._model.preparation is not None
+        return self._model.preparation.pixels(shown.image, where=shown.where)
 
 
-def _shown(batch: Sequence[Prompt]) -> dict[Hashable, tuple[Image, str]]:
+def _shown(batch: Sequence[Prompt]) -> dict[Hashable, Shown]:
     return {key: shown for prompt in batch for key, shown in prompt.pictures.items()}

@@ -57,9 +57,13 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture: the path of a file, the bytes of an encoded file, or a decoded PIL picture."""
+    """A picture: the path of a file, the bytes of an encoded file, or a decoded PIL picture.
+
+    `size` is its (W, H) where an index knows it.
+    """
 
     source: Source
+    size: tuple[int, int] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.source, os.PathLike):

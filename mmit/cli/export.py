@@ -140,8 +140,8 @@ def _compare_adapter(found: Loaded, folder: Path) -> None:
         typer.echo("not compared: the base was random to begin with (model.llm.random_init)")
         return
     ids = [i for i in encode(fixed_talks(found.chat)[0], found.chat, found.tokenizer, generate=True).ids if i >= 0]
-    expected = logits_of(found.vlm, ids, None)
-    seen = compare_logits(expected, logits_of(again, ids, None), dtype=torch.float32)
+    expected = logits_of(found.vlm, ids, (), preparation=None)
+    seen = compare_logits(expected, logits_of(again, ids, (), preparation=None), dtype=torch.float32)
     _tell(seen.logits, seen.limit)
 
 

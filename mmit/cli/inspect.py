@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.sources import File, files_of, model_image_tokens, settings_of, tokenizer_and_chat
+from mmit.cli.sources import File, files_of, model_preparation, settings_of, tokenizer_and_chat
 from mmit.errors import ConfigError, MmitError, RecordError
 
 if TYPE_CHECKING:
@@ -97,18 +97,23 @@ def _encode(
 
     record.validate(for_training=True)
     tokens, form = tokenizer_and_chat(settings, tokenizer, chat)
+    widths = [image_tokens or 1] * len(record.images)
     if image_tokens is None and settings is not None and record.images:
         if settings.model.vision is None:
             problem = "has images, but the model has no vision tower"
             raise RecordError(problem, where=record.where, remedy="set model.vision")
-        image_tokens = model_image_tokens(settings.model.model_dump())
+        preparation = model_preparation(settings.model)
+        widths = [preparation.spread(image, where=record.where).tokens for image in record.images]
+        image_tokens = None if preparation.tiled else preparation.tokens
     turns, which = _conversation(record, pair, split=settings is not None and settings.data.split_turns)
     try:
         encoded = encode(turns, form, tokens)
     except RecordError as error:  # encode sees turns only and cannot say whose they are
         raise type(error)(error.problem, where=error.where or record.where, remedy=error.remedy) from error
     notes = [f"{record.where}{which}, chat format {form.name}", *_pictures(record)]
-    length = len(encoded.ids) + len(record.images) * ((image_tokens or 1) - 1)
+    length = len(encoded.ids) - len(widths) + sum(widths)
+    if image_tokens is None and settings is not None and widths:
+        notes.append(f"image tokens: {', '.join(map(str, widths))}; {length} positions in the model")
     if settings is not None and length > settings.data.max_length:
         notes.append(f"training refuses it: {length} tokens, more than data.max_length={settings.data.max_length}")
     return _Shown(encoded, tokens, record.where, notes, image_tokens)

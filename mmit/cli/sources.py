@@ -16,8 +16,9 @@ import typer
 from mmit.errors import ConfigError, RecordError, located
 
 if TYPE_CHECKING:
-    from mmit.config import Config, SourceConfig
+    from mmit.config import Config, ModelConfig, SourceConfig
     from mmit.data.chat import ChatFormat, Encoded
+    from mmit.data.preparation import ImagePreparation
     from mmit.records import Record, Turn
 
 ConfigOption = Annotated[
@@ -101,11 +102,12 @@ def config_files(sources: Sequence[SourceConfig]) -> list[File]:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How records are tokenised; `image_tokens` is None where it is not known."""
+    """How records are tokenised; `image_tokens` is None where it is not known, or differs from picture to picture."""
 
     tokenizer: Any
     chat: Any
     image_tokens: int | None
+    preparation: ImagePreparation | None
     max_length: int | None
     split_turns: bool = False
     sees: bool = True  # False for a model without a vision tower
@@ -124,8 +126,13 @@ class Encoder:
 
     def length(self, record: Record) -> int:
         """Tokens of the longest sample of a record, image tokens included (one an image where not known)."""
-        extra = len(record.images) * ((self.image_tokens or 1) - 1)
-        return max(len(encoded.ids) for _, encoded in self.samples(record)) + extra
+        return max(len(encoded.ids) for _, encoded in self.samples(record)) + self.extra(record)
+
+    def extra(self, record: Record) -> int:
+        """Tokens that the pictures of a record take beyond one each. Raises ImageError where a header is needed."""
+        if self.image_tokens is None and self.preparation is not None:
+            return sum(self.preparation.spread(image, where=record.where).tokens - 1 for image in record.images)
+        return len(record.images) * ((self.image_tokens or 1) - 1)
 
     @property
     def control_tokens(self) -> list[str]:
@@ -151,15 +158,17 @@ def encoder_of(
                 raise typer.BadParameter("needs --tokenizer NAME or --config FILE", param_hint=option)
         return None
     tokens, form = tokenizer_and_chat(settings, tokenizer, chat)
+    preparation = None
     if settings is not None:
         if image_tokens is None and settings.model.vision is not None:
-            image_tokens = model_image_tokens(settings.model.model_dump())
+            preparation = model_preparation(settings.model)
+            image_tokens = None if preparation.tiled else preparation.tokens
         max_length = max_length or settings.data.max_length
     elif max_length is None and 0 < tokens.model_max_length < 10**9:  # without one, tokenizers state an enormous number
         max_length = tokens.model_max_length
     split = settings is not None and settings.data.split_turns
     sees = settings is None or settings.model.vision is not None
-    return Encoder(tokens, form, image_tokens, max_length, split, sees)
+    return Encoder(tokens, form, image_tokens, preparation, max_length, split, sees)
 
 
 def tokenizer_and_chat(settings: Config | None, tokenizer: str | None, chat: str | None) -> tuple[Any, ChatFormat]:
@@ -178,24 +187,30 @@ def tokenizer_and_chat(settings: Config | None, tokenizer: str | None, chat: str
     return tokens, form
 
 
-def model_image_tokens(model: dict[str, Any]) -> int:
-    """Count the tokens of an image by building the eye and the projector of a config without their weights."""
+def model_preparation(model: ModelConfig) -> ImagePreparation:
+    """Find out what a picture becomes by building the eye and the projector of a config without their weights."""
     import torch
 
+    from mmit.data.preparation import ImagePreparation
     from mmit.models.assemble import assemble_vision
     from mmit.models.projectors import build_projector
+    from mmit.train.checkpoint import image_preparation
 
-    vision = assemble_vision({**model["vision"], "weights": False, "key_order": False}, dtype=torch.float32)
+    assert model.vision is not None
+    section = {**model.vision.model_dump(), "weights": False, "key_order": False}
+    vision = assemble_vision(section, dtype=torch.float32)
     with located("model.projector"):
         projector = build_projector(
-            model["projector"]["kind"],
+            model.projector.kind,
             vision_dim=vision.dim,
             llm_dim=8,  # any width: it does not change the count
             grid=vision.grid,
             prefix=vision.prefix,
-            **model["projector"]["options"],
+            **model.projector.options,
         )
-    return projector.tokens
+    with located("model.vision"):
+        image = image_preparation(vision, model.vision)
+        return ImagePreparation(**image, tokens=projector.tokens, grid=projector.grid_out)
 
 
 def watched(rows: Iterator[Any], say: Callable[[str], None]) -> Iterator[Any]:

@@ -16,11 +16,20 @@ import numpy as np
 
 from mmit.data.chat import Encoded
 from mmit.data.packing import Sample, trie_length
+from mmit.data.preparation import ImagePreparation, Spread
 from mmit.data.sources import Source
 from mmit.errors import RecordError
 from mmit.records import Image, Record, Turn
 
 Encode = Callable[[Sequence[Turn]], Encoded]
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A picture of a record and the tokens it becomes."""
+
+    image: Image
+    spread: Spread
 
 
 def image_key(image: Image) -> Hashable:
@@ -68,6 +77,7 @@ class Scan:
     supervised: int = 0  # supervised tokens in all
     shared: int = 0  # tokens every unit begins with
     pictures: int = 0  # distinct pictures, by path or bytes
+    crops: int = 0  # what the tower sees of them
     illustrated: list[int] = field(default_factory=list)  # numbers of the records with pictures
     bad: list[RecordError] = field(default_factory=list)
     records: int = 0
@@ -79,7 +89,7 @@ class InstructionData:
     Args:
         sources: opened files.
         encode: turns -> ids and mask.
-        image_tokens: M, tokens per image.
+        preparation: what pictures become in the model; None for one that sees nothing.
         max_length: longest sample in tokens, image tokens included.
         capacity: tokens in a row; a unit never exceeds it.
         split_turns: make each question-answer pair a sample of its own.
@@ -91,14 +101,14 @@ class InstructionData:
         sources: Sequence[Source],
         encode: Encode,
         *,
-        image_tokens: int,
+        preparation: ImagePreparation | None,
         max_length: int,
         capacity: int,
         split_turns: bool = False,
         share_prefix: bool = True,
     ) -> None:
         self.sources, self.encode = list(sources), encode
-        self.image_tokens, self.max_length, self.capacity = image_tokens, max_length, capacity
+        self.preparation, self.max_length, self.capacity = preparation, max_length, capacity
         self.split_turns, self.share_prefix = split_turns, share_prefix
         self._starts = np.cumsum([0] + [len(s) for s in self.sources])
 
@@ -121,36 +131,41 @@ class InstructionData:
         """Which source record `number` belongs to."""
         return int(np.searchsorted(self._starts, number, side="right")) - 1
 
-    def samples(self, number: int, *, outline: bool = False) -> tuple[list[Sample], dict[Hashable, Image], str]:
+    def samples(self, number: int, *, outline: bool = False) -> tuple[list[Sample], dict[Hashable, Shown], str]:
         """Tokenise record `number`: its samples, its pictures, and its place for messages.
 
         Raises RecordError when it is invalid or longer than `max_length`.
         """
         record = self.record(number, outline=outline)
         record.validate(for_training=True)
-        images = {image_key(i): i for i in record.images}
-        keys = tuple(image_key(i) for i in record.images)
-        if keys and not self.image_tokens:
+        if record.images and self.preparation is None:
             raise RecordError(
                 "has images, but the model has no vision tower", where=record.where, remedy="set model.vision"
             )
+        shown = {image_key(i): self._show(i, record.where) for i in record.images}
+        keys = tuple(image_key(i) for i in record.images)
+        widths = tuple(shown[key].spread.tokens for key in keys)
         conversations = split_pairs(record) if self.split_turns else [record.turns]
         samples = []
         for turns in conversations:
             encoded = self.encode(turns)
-            length = len(encoded.ids) + len(keys) * (self.image_tokens - 1)
-            if length > self.max_length:
+            sample = Sample(encoded.ids, encoded.supervised, keys, number, widths)
+            if sample.length > self.max_length:
                 raise RecordError(
-                    f"takes {length} tokens ({len(keys)} images of {self.image_tokens}), more than "
+                    f"takes {sample.length} tokens ({sum(widths)} of them for {len(keys)} images), more than "
                     f"data.max_length={self.max_length}",
                     where=record.where,
                     remedy="raise data.max_length and data.pack_tokens, shorten the record, or set "
                     "run.on_bad_record=skip",
                 )
-            samples.append(Sample(encoded.ids, encoded.supervised, keys, number))
-        return samples, images, record.where
+            samples.append(sample)
+        return samples, shown, record.where
 
-    def unit_samples(self, scan: Scan, unit: int) -> tuple[list[Sample], dict[Hashable, Image], str]:
+    def _show(self, image: Image, where: str) -> Shown:
+        assert self.preparation is not None
+        return Shown(image, self.preparation.spread(image, where=where))
+
+    def unit_samples(self, scan: Scan, unit: int) -> tuple[list[Sample], dict[Hashable, Shown], str]:
         """Samples of one unit of a scan, as `samples` gives them."""
         samples, images, where = self.samples(int(scan.record[unit]))
         return samples[int(scan.first[unit]) : int(scan.last[unit])], images, where
@@ -161,13 +176,13 @@ class InstructionData:
         except RecordError as error:
             where = error.where or self.record(number).where
             return type(error)(error.problem, where=where, remedy=error.remedy)
-        spans = _chunks(samples, self.image_tokens, self.capacity, self.share_prefix)
+        spans = _chunks(samples, self.capacity, self.share_prefix)
         supervised = sum(sum(s.supervised) for s in samples)
         head = samples[0].ids
         for s in samples[1:]:
             head = head[: _common(head, s.ids)]
         head = head[: next((i for i, t in enumerate(head) if t < 0), None)]
-        return _Measured(spans, supervised, head, [hash(key) for key in images])
+        return _Measured(spans, supervised, head, {hash(key): shown.spread.crops for key, shown in images.items()})
 
     def scan(self, *, workers: int = 0, numbers: Iterable[int] | None = None) -> Scan:
         """Measure every record, in `workers` processes; bad ones are listed in the result, not raised."""
@@ -183,7 +198,7 @@ class InstructionData:
         rows: list[tuple[int, int, int, int, int]] = []
         out = Scan(*(np.zeros(0, dtype=np.int64),) * 5, records=len(numbers))
         head: tuple[int, ...] | None = None
-        seen: set[int] = set()
+        seen: dict[int, int] = {}
         for number, result in zip(numbers, results, strict=True):
             if isinstance(result, RecordError):
                 out.bad.append(result)
@@ -198,7 +213,7 @@ class InstructionData:
         table = np.array(rows, dtype=np.int64).reshape(-1, 5)
         out.record, out.first, out.last, out.length, out.source = table.T
         out.shared = len(head or ()) if self.share_prefix else 0
-        out.pictures = len(seen)
+        out.pictures, out.crops = len(seen), sum(seen.values())
         return out
 
 
@@ -207,7 +222,7 @@ class _Measured:
     spans: list[tuple[int, int, int]]  # first pair, one past the last, tokens
     supervised: int
     head: tuple[int, ...]
-    images: list[int]  # hashes of their keys
+    images: dict[int, int]  # hashes of their keys -> crops
 
 
 _scanned: InstructionData | None = None
@@ -225,19 +240,17 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return n
 
 
-def _chunks(
-    samples: Sequence[Sample], image_tokens: int, capacity: int, share: bool
-) -> list[tuple[int, int, int]]:
+def _chunks(samples: Sequence[Sample], capacity: int, share: bool) -> list[tuple[int, int, int]]:
     """Cut a record's samples into units that fit a row, as (first, one past last, tokens)."""
-    whole = trie_length(samples, image_tokens, share=share)
+    whole = trie_length(samples, share=share)
     if whole <= capacity:
         return [(0, len(samples), whole)]
     spans: list[tuple[int, int, int]] = []
     first, length = 0, 0
     for i in range(len(samples)):
-        longer = trie_length(samples[first : i + 1], image_tokens, share=share)
+        longer = trie_length(samples[first : i + 1], share=share)
         if longer > capacity and i > first:
             spans.append((first, i, length))
-            first, longer = i, trie_length(samples[i : i + 1], image_tokens, share=share)
+            first, longer = i, trie_length(samples[i : i + 1], share=share)
         length = longer
     return [*spans, (first, len(samples), length)]

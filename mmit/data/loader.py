@@ -7,7 +7,7 @@ order whatever the number of workers. A record that turns out bad here follows t
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +16,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.packing import Row, build_row
+from mmit.data.preparation import Spread, splice_index
 from mmit.errors import RecordError
 from mmit.records import Image
 
-LoadImage = Callable[[Image, str], torch.Tensor]
+LoadImage = Callable[[Image, str], torch.Tensor]  # picture, place -> its crops (C, 3, H, W) uint8
 
 
 @dataclass
 class MicroBatch:
     """One row ready for the model, and what it is made of."""
 
-    tensors: dict[str, torch.Tensor]  # keyword arguments of VLM.forward
+    tensors: dict[str, Any]  # keyword arguments of VLM.forward
     image_keys: list[Hashable]  # of the distinct pictures, in the order of `pixels`
     records: list[int]
     target_records: torch.Tensor  # (S,)
@@ -44,17 +45,20 @@ class MicroBatch:
         """Supervised tokens."""
         return len(self.tensors["targets"]) if self.weight else 0
 
-    def to(self, device: torch.device) -> dict[str, torch.Tensor]:
+    def to(self, device: torch.device) -> dict[str, Any]:
         """Tensors on the device; `nodes` stays on the CPU, where the attention plan is made."""
         return {
-            k: v if k == "nodes" else v.to(device, non_blocking=True) for k, v in self.tensors.items()
+            k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) and k != "nodes" else v
+            for k, v in self.tensors.items()
         }
 
 
-def to_micro_batch(row: Row, pixels: torch.Tensor | None = None) -> MicroBatch:
-    """Wrap a row; equal pictures are encoded once."""
-    keys = list(dict.fromkeys(row.images))
-    number = {k: i for i, k in enumerate(keys)}
+def to_micro_batch(row: Row, *, spreads: Mapping[Hashable, Spread], tokens: int) -> MicroBatch:
+    """Wrap a row; equal pictures are encoded once.
+
+    Args:
+        spreads: of the row's pictures. tokens: M, image tokens per crop.
+    """
     tensors = {
         "input_ids": row.input_ids,
         "positions": row.positions,
@@ -62,10 +66,10 @@ def to_micro_batch(row: Row, pixels: torch.Tensor | None = None) -> MicroBatch:
         "predict_at": row.predict_at,
         "targets": row.targets,
         "image_positions": row.image_positions,
-        "image_index": torch.tensor([number[k] for k in row.images], dtype=torch.int64),
+        "image_index": splice_index(row.images, spreads, tokens),
+        "image_tokens": tokens,
     }
-    if pixels is not None:
-        tensors["pixels"] = pixels
+    keys = list(dict.fromkeys(row.images))
     return MicroBatch(tensors, keys, row.records, row.target_records, 1.0, row.unshared_tokens)
 
 
@@ -73,7 +77,7 @@ def idle_batch() -> MicroBatch:
     """A row of one token and no weight, for a rank that has none left in the last step."""
     zero = torch.zeros(1, dtype=torch.int64)
     row = Row(zero, zero, zero[:0], torch.tensor([[0, 1, -1]]), zero, zero, zero)
-    batch = to_micro_batch(row)
+    batch = to_micro_batch(row, spreads={}, tokens=0)
     batch.weight = 0.0
     return batch
 
@@ -99,14 +103,16 @@ class _MicroBatches(Dataset):
     def __getitem__(self, index: int) -> MicroBatch:
         samples: list[Any] = []
         pixels: dict[Hashable, torch.Tensor] = {}
+        spreads: dict[Hashable, Spread] = {}
         bad: list[RecordError] = []
         for unit in self.units[index]:
             try:
                 new, images, where = self.data.unit_samples(self.scan, unit)
                 if self.load_image is not None:
-                    for key, image in images.items():
+                    for key, shown in images.items():
                         if key not in pixels:
-                            pixels[key] = self.load_image(image, where)
+                            pixels[key] = self.load_image(shown.image, where)
+                spreads |= {key: shown.spread for key, shown in images.items()}
             except RecordError as error:
                 if not self.skip_bad:
                     raise
@@ -116,10 +122,11 @@ class _MicroBatches(Dataset):
         if not samples:
             batch = idle_batch()
         else:
-            row = build_row(samples, image_tokens=self.data.image_tokens, share=self.data.share_prefix)
-            batch = to_micro_batch(row)
+            row = build_row(samples, share=self.data.share_prefix)
+            tokens = 0 if self.data.preparation is None else self.data.preparation.tokens
+            batch = to_micro_batch(row, spreads=spreads, tokens=tokens)
             if pixels:
-                batch.tensors["pixels"] = torch.stack([pixels[k] for k in batch.image_keys])
+                batch.tensors["pixels"] = torch.cat([pixels[k] for k in batch.image_keys])
         batch.bad = bad
         return batch
 
@@ -139,7 +146,7 @@ def micro_batches(
 
     Args:
         units: for each micro-batch the units it holds; an empty list gives an idle batch.
-        load_image: picture -> (3, H, W) uint8; None where features are cached.
+        load_image: picture, place -> (C, 3, H, W) uint8; None where features are cached.
         skip_bad: leave bad records out and hand them over in `MicroBatch.bad`; else raise the first.
     """
     dataset = _MicroBatches(data, scan, units, load_image=load_image, skip_bad=skip_bad)

@@ -9,7 +9,7 @@ every token attends to its own node and to the ancestors of that node, nothing e
 So a packed row computes exactly what its records would compute alone. Several questions about one image are the
 "message trees" of Molmo (arXiv:2409.17146); plain packing is the special case of a forest of single nodes.
 
-Dimensions: T tokens in the row, S supervised targets, I images, M tokens per image, K nodes.
+Dimensions: T tokens in the row, S supervised targets, P image tokens in it, K nodes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,21 @@ Symbol = tuple[int, Hashable]
 class Sample:
     """One tokenised record.
 
-    `ids[i] < 0` is an image slot standing for M image tokens; the slots take `images` in order. `images` are keys
-    of the pictures (equal key = same picture). `record` is the position in the data set, for messages and metrics.
+    `ids[i] < 0` is an image slot; the slots take `images` in order, keys of the pictures (equal key = same picture),
+    and stand for as many image tokens as `widths` says. `record` is the position in the data set, for messages and
+    metrics.
     """
 
     ids: tuple[int, ...]
     supervised: tuple[bool, ...]
     images: tuple[Hashable, ...] = ()
     record: int = -1
+    widths: tuple[int, ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens it takes, image tokens included."""
+        return len(self.ids) - len(self.widths) + sum(self.widths)
 
 
 @dataclass(slots=True)
@@ -46,12 +53,12 @@ class Row:
 
     input_ids: torch.Tensor  # (T,) int64, 0 under image tokens
     positions: torch.Tensor  # (T,) int64, depth in the forest
-    image_positions: torch.Tensor  # (I * M,) int64, where the tokens of each image go
+    image_positions: torch.Tensor  # (P,) int64, where the tokens of each image go, slot by slot
     nodes: torch.Tensor  # (K, 3) int64: first token, length, parent node or -1
     predict_at: torch.Tensor  # (S,) int64, position whose hidden state predicts the target
     targets: torch.Tensor  # (S,) int64, the supervised token ids
     target_records: torch.Tensor  # (S,) int64, which record asks for it
-    images: list[Hashable] = field(default_factory=list)
+    images: list[Hashable] = field(default_factory=list)  # the picture of each slot
     records: list[int] = field(default_factory=list)
     unshared_tokens: int = 0  # what the records would take without sharing
 
@@ -67,8 +74,13 @@ class _Node:
 def _symbols(sample: Sample) -> list[Symbol]:
     """Tokens that must run: everything before the last supervised token (later ones teach nothing)."""
     last = max((i for i, s in enumerate(sample.supervised) if s), default=-1)
-    images = iter(sample.images)
-    return [(t, None) if t >= 0 else (-1, next(images)) for t in sample.ids[: max(last, 0)]]
+    images = zip(sample.widths, sample.images, strict=True)
+    return [(t, None) if t >= 0 else _slot(*next(images)) for t in sample.ids[: max(last, 0)]]
+
+
+def _slot(width: int, image: Hashable) -> Symbol:
+    """The symbol of an image: minus its tokens, and its key."""
+    return -width, image
 
 
 def _insert(root: _Node, symbols: Sequence[Symbol], share: bool) -> list[tuple[_Node, int]]:
@@ -96,7 +108,7 @@ def _insert(root: _Node, symbols: Sequence[Symbol], share: bool) -> list[tuple[_
     return [(p, j) for p in path for j in range(len(p.symbols))]
 
 
-def trie_length(samples: Sequence[Sample], image_tokens: int, *, share: bool = True) -> int:
+def trie_length(samples: Sequence[Sample], *, share: bool = True) -> int:
     """Tokens that the samples take in a row of their own."""
     root = _Node(None, [])
     for s in samples:
@@ -104,17 +116,16 @@ def trie_length(samples: Sequence[Sample], image_tokens: int, *, share: bool = T
     total, stack = 0, list(root.children.values())
     while stack:
         node = stack.pop()
-        total += sum(image_tokens if t < 0 else 1 for t, _ in node.symbols)
+        total += sum(-t if t < 0 else 1 for t, _ in node.symbols)
         stack.extend(node.children.values())
     return total
 
 
-def build_row(samples: Sequence[Sample], *, image_tokens: int, share: bool = True) -> Row:
+def build_row(samples: Sequence[Sample], *, share: bool = True) -> Row:
     """Lay samples into one row.
 
     Args:
         samples: tokenised records; every one has at least one supervised token that is not its first.
-        image_tokens: M, tokens per image slot.
         share: share common prefixes. Off, every record is a node of its own (same loss, more tokens).
 
     Raises:
@@ -124,8 +135,9 @@ def build_row(samples: Sequence[Sample], *, image_tokens: int, share: bool = Tru
     symbol_lists = []
     for s in samples:
         slots = sum(t < 0 for t in s.ids)
-        if slots != len(s.images):
-            raise RecordError(f"{slots} image slots but {len(s.images)} images", where=f"record {s.record}")
+        if not slots == len(s.images) == len(s.widths):
+            problem = f"{slots} image slots but {len(s.images)} images and {len(s.widths)} widths of them"
+            raise RecordError(problem, where=f"record {s.record}")
         if not any(s.supervised[1:]):
             raise RecordError("no supervised token: there is nothing to learn from it", where=f"record {s.record}")
         symbol_lists.append(_symbols(s))
@@ -142,7 +154,7 @@ def build_row(samples: Sequence[Sample], *, image_tokens: int, share: bool = Tru
         node, parent, depth = stack.pop()
         start = len(ids)
         for j, (token, image) in enumerate(node.symbols):
-            width = 1 if token >= 0 else image_tokens
+            width = 1 if token >= 0 else -token
             if token < 0:
                 images.append(image)
                 image_positions.extend(range(len(ids), len(ids) + width))
@@ -176,9 +188,7 @@ def build_row(samples: Sequence[Sample], *, image_tokens: int, share: bool = Tru
         target_records=tensor(owners),
         images=images,
         records=[s.record for s in samples],
-        unshared_tokens=sum(
-            image_tokens if t < 0 else 1 for symbols in symbol_lists for t, _ in symbols
-        ),
+        unshared_tokens=sum(-t if t < 0 else 1 for symbols in symbol_lists for t, _ in symbols),
     )
 
 

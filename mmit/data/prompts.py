@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmit.data.chat import ChatFormat, Encoded, encode
 from mmit.data.dataset import image_key
 from mmit.data.packing import Sample
+from mmit.data.preparation import ImagePreparation, Spread
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, Turn
 
@@ -26,12 +27,21 @@ BLANK = "blank"  # the key of the one picture that stands for all in the blank-i
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """A picture of a prompt, the tokens it becomes, and its place for messages."""
+
+    image: Image
+    spread: Spread
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A record made ready: one sample to be answered, or one per given answer."""
 
     number: int  # its place among the caller's records
     samples: tuple[Sample, ...]
-    pictures: dict[Hashable, tuple[Image, str]]  # key -> the picture and its place for messages
+    pictures: dict[Hashable, Shown]
     length: int  # tokens of the longest sample
 
 
@@ -85,13 +95,13 @@ def ask(
 
 @dataclass(frozen=True, slots=True)
 class PromptMaker:
-    """Tokenises prompts for one model: its chat format, its image tokens M, its context (None: no limit)."""
+    """Tokenises prompts for one model: its chat format, its pictures' tokens, its context (None: no limit)."""
 
     chat: ChatFormat
     tokenizer: Any
-    image_tokens: int
+    preparation: ImagePreparation | None  # None: it sees nothing
     context: int | None
-    blank: bool = False  # every picture gets the key BLANK
+    blank: Image | None = None  # shown in place of every picture, under the key BLANK
 
     def question(self, record: Record, number: int) -> Prompt:
         """Make the prompt of a record, its own last answer left out. Raises RecordError naming the record."""
@@ -120,26 +130,33 @@ class PromptMaker:
         self, record: Record, number: int, samples: Sequence[tuple[tuple[int, ...], tuple[bool, ...]]]
     ) -> Prompt:
         where = _where(record, number)
-        if record.images and not self.image_tokens:
+        if record.images and self.preparation is None:
             problem = "has images, but the model has no vision tower"
             raise RecordError(problem, where=where, remedy="Send text only.")
-        keys = tuple(BLANK if self.blank else image_key(image) for image in record.images)
+        images = record.images if self.blank is None else (self.blank,) * len(record.images)
+        keys = tuple(BLANK if self.blank is not None else image_key(image) for image in images)
+        spreads = {key: self._spread(image, where) for key, image in zip(keys, images, strict=True)}
+        widths = tuple(spreads[key].tokens for key in keys)
+        made = tuple(Sample(ids, targets, keys, number, widths) for ids, targets in samples)
         # The last token is only predicted, never run.
-        lengths = [len(ids) - 1 + len(keys) * (self.image_tokens - 1) for ids, _ in samples]
-        length = max(lengths, default=0)
+        length = max((sample.length - 1 for sample in made), default=0)
         if self.context is not None and length >= self.context:
             raise RecordError(
-                f"takes {length} tokens ({len(keys)} images of {self.image_tokens}), and the model's context "
+                f"takes {length} tokens ({sum(widths)} of them for {len(keys)} images), and the model's context "
                 f"of {self.context} leaves no room for an answer",
                 where=where,
                 remedy="Shorten the text, leave out early turns, or send fewer pictures.",
             )
         return Prompt(
             number,
-            tuple(Sample(ids, targets, keys, number) for ids, targets in samples),
-            {key: (image, where) for key, image in zip(keys, record.images, strict=True)},
+            made,
+            {key: Shown(image, spreads[key], where) for key, image in zip(keys, images, strict=True)},
             length,
         )
+
+    def _spread(self, image: Image, where: str) -> Spread:
+        assert self.preparation is not None
+        return self.preparation.spread(image, where=where)
 
 
 def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:

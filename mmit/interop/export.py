@@ -9,7 +9,7 @@ T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from peft import PeftModel
 
 from mmit.data.chat import IMAGE_SLOT, ChatFormat, encode
 from mmit.data.content import piece_tokenizer
-from mmit.data.images import fit
+from mmit.data.preparation import ImagePreparation, Spread, prepare_images, splice_index
 from mmit.errors import ModelError
 from mmit.interop.templates import processor_template
 from mmit.models.interop.llava_hf_write import check_writable, reload, write_llava_hf
@@ -73,31 +73,30 @@ def pictures_of(talk: Talk) -> list[PIL.Image.Image]:
     return [p.source for turn in talk for p in turn.parts if isinstance(p, Image)]  # type: ignore[misc]
 
 
-def pixels_of(talk: Talk, image: dict[str, Any]) -> torch.Tensor | None:
-    """(I, 3, H, W) uint8 of a conversation's pictures, or None."""
-    options = {"mode": image["mode"], "interpolation": image["interpolation"], "fill": tuple(image["fill"])}
-    fitted = [fit(picture, tuple(image["size"]), **options) for picture in pictures_of(talk)]
-    return torch.stack(fitted) if fitted else None
+def pixels_of(talk: Talk, preparation: ImagePreparation | None) -> list[torch.Tensor]:
+    """(C, 3, H, W) uint8 of each of a conversation's pictures; none for a model that sees nothing."""
+    return [preparation.pixels(Image(picture)) for picture in pictures_of(talk)] if preparation else []
 
 
 @torch.no_grad()
-def logits_of(vlm: VLM, ids: Sequence[int], pixels: torch.Tensor | None) -> torch.Tensor:
+def logits_of(vlm: VLM, ids: Sequence[int], talk: Talk, *, preparation: ImagePreparation | None) -> torch.Tensor:
     """Logits (T, V) in float32 of a prompt alone, image tokens included in T."""
-    M = vlm.image_tokens
+    pictures = [Image(picture) for picture in pictures_of(talk)] if preparation else []
+    spreads: dict[Hashable, Spread] = {n: preparation.spread(p) for n, p in enumerate(pictures)} if preparation else {}
     long: list[int] = []
     places: list[int] = []
+    waiting = iter(spreads.values())
     for i in ids:
-        if i == IMAGE_SLOT:
-            places += range(len(long), len(long) + M)
-            long += [0] * M
-        else:
-            long.append(i)
-    device, count = vlm.device, 0 if pixels is None else len(pixels)
+        width = next(waiting).tokens if i == IMAGE_SLOT else 0
+        places += range(len(long), len(long) + width)
+        long += [0] * width if i == IMAGE_SLOT else [i]
+    device, pixels = vlm.device, pixels_of(talk, preparation)
     embeddings = vlm.embed(
         torch.tensor(long, device=device),
         image_positions=torch.tensor(places, dtype=torch.int64, device=device),
-        image_index=torch.arange(count, device=device),
-        features=None if pixels is None else vlm.see(pixels.to(device)),
+        image_index=splice_index(spreads, spreads, vlm.image_tokens).to(device),
+        image_tokens=vlm.image_tokens,
+        features=vlm.see(torch.cat(pixels).to(device)) if pixels else None,
     )
     at = torch.arange(len(long), device=device)
     nodes = torch.tensor([[0, len(long), -1]])
@@ -106,8 +105,9 @@ def logits_of(vlm: VLM, ids: Sequence[int], pixels: torch.Tensor | None) -> torc
 
 def source_logits(vlm: VLM, tokenizer: Any, chat: ChatFormat, image: dict[str, Any]) -> list[torch.Tensor]:
     """Logits of the fixed batch, to be taken before a model is changed or written."""
+    preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
     return [
-        logits_of(vlm, encode(talk, chat, tokenizer, generate=True).ids, pixels_of(talk, image))
+        logits_of(vlm, encode(talk, chat, tokenizer, generate=True).ids, talk, preparation=preparation)
         for talk in fixed_talks(chat)
     ]
 
@@ -162,6 +162,7 @@ def export_llava_hf(
         drop_bos=bool(bos) and not begins.startswith(bos),
     )
     model, processor = reload(folder)
+    preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
     pixels, seen = 0.0, []
     assert vlm.vision is not None
     for talk, scores in zip(fixed_talks(chat), expected, strict=True):
@@ -171,9 +172,8 @@ def export_llava_hf(
         ids = [token_id for i in own for token_id in (slot if i == IMAGE_SLOT else [i])]
         _compare_ids(ids, theirs["input_ids"][0].tolist(), processor.tokenizer)
         normalised = None
-        raw = pixels_of(talk, image)
-        if raw is not None:
-            normalised = vlm.vision._normalise(raw.to(vlm.device)).float().cpu()
+        if raw := pixels_of(talk, preparation):
+            normalised = vlm.vision._normalise(torch.cat(raw).to(vlm.device)).float().cpu()
             pixels = max(pixels, float((normalised - theirs["pixel_values"].float()).abs().max()))
         with torch.no_grad():
             found = model(input_ids=torch.tensor([ids]), pixel_values=normalised).logits[0]

@@ -35,6 +35,11 @@ def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionT
         )
 
 
+def has_line_end(vision: Mapping[str, Any]) -> bool:
+    """Whether a `model.vision` section ends the lines of its tiled pictures with a vector of their own."""
+    return vision["fit"] == "any_resolution" and vision["tiles"].get("line_ends", True)
+
+
 def assemble(
     model: Mapping[str, Any],
     *,
@@ -93,6 +98,7 @@ def assemble(
             llm_dim=words.shape[1],
             grid=vision.grid,
             prefix=vision.prefix,
+            line_end=has_line_end(model["vision"]),
             **model["projector"]["options"],
         ).to(words.dtype)
     return VLM(llm, vision=vision, projector=projector), tokens

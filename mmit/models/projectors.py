@@ -21,8 +21,11 @@ from mmit.errors import ModelError, nearest
 class Projector(nn.Module):
     """Base of all projectors: an optional LayerNorm on the features, and the check that N and D_v are right.
 
-    Attributes: tokens_in N, tokens M, vision_dim D_v, llm_dim D_llm, grid (h, w).
+    Attributes: tokens_in N, tokens M, vision_dim D_v, llm_dim D_llm, grid (h, w), grid_out (rows, columns) of the
+    image tokens or None where they are no grid, line_end (D_llm,) that ends a line of tokens or None.
     """
+
+    line_end: nn.Parameter | None
 
     def __init__(
         self, *, vision_dim: int, llm_dim: int, grid: tuple[int, int], prefix: int, tokens: int, norm: bool
@@ -33,6 +36,16 @@ class Projector(nn.Module):
         self.tokens_in = prefix + grid[0] * grid[1]
         self.tokens = tokens
         self.norm = nn.LayerNorm(vision_dim) if norm else nn.Identity()
+        self.register_parameter("line_end", None)
+
+    @property
+    def grid_out(self) -> tuple[int, int] | None:
+        """The grid of the image tokens."""
+        return None
+
+    def add_line_end(self) -> None:
+        """Learn a vector that ends each line of a picture made of tiles (LLaVA-1.6's `image_newline`)."""
+        self.line_end = nn.Parameter(torch.randn(self.llm_dim) / self.llm_dim**0.5)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, D_v) -> (B, M, D_llm). Raises ModelError when N or D_v is not what it was built for."""
@@ -76,6 +89,11 @@ class MLP(Projector):
             norm=norm,
         )
         self.layers = mlp(vision_dim, llm_dim, depth=depth)
+
+    @property
+    def grid_out(self) -> tuple[int, int] | None:
+        """The grid itself; None with a class token before it."""
+        return self.grid if self.tokens == self.grid[0] * self.grid[1] else None
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, D_v) -> (B, N, D_llm)."""
@@ -125,6 +143,11 @@ class PixelShuffleMLP(Projector):
         self.factor = factor
         self.layers = mlp(vision_dim * factor**2, llm_dim, depth=depth)
 
+    @property
+    def grid_out(self) -> tuple[int, int] | None:
+        """The blocks."""
+        return self.grid[0] // self.factor, self.grid[1] // self.factor
+
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, D_v) -> (B, N / factor^2, D_llm)."""
         return self.layers(space_to_depth(features, self.grid, self.factor))
@@ -154,6 +177,11 @@ class AvgPoolMLP(Projector):
             norm=norm,
         )
         self.layers = mlp(vision_dim, llm_dim, depth=depth)
+
+    @property
+    def grid_out(self) -> tuple[int, int] | None:
+        """The averages."""
+        return self.out
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, D_v) -> (B, M, D_llm)."""
@@ -254,6 +282,7 @@ def build_projector(
     llm_dim: int,
     grid: tuple[int, int],
     prefix: int = 0,
+    line_end: bool = False,
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> Projector:
@@ -265,6 +294,7 @@ def build_projector(
         llm_dim: D_llm, the width of the language model's embeddings.
         grid: (h, w), the vision tower's `grid`.
         prefix: tokens in front of the grid (the tower's `prefix`); the kinds that reshape the grid take none.
+        line_end: learn a vector that ends a line of tokens, for pictures made of tiles.
         generator: source of the initial weights; the global random state is then left as it was. Without it,
             they follow `torch.manual_seed`.
         options: of the kind; `norm: true` puts a LayerNorm in front of any of them.
@@ -290,13 +320,21 @@ def build_projector(
             where=f"projector {kind}",
             remedy="read the tower with select: patch",
         )
-    build: Any = PROJECTORS[kind]
+
+
+    def build() -> Projector:
+        made: Any = PROJECTORS[kind]
+        projector = made(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **options)
+        if line_end:
+            projector.add_line_end()
+        return projector
+
     if generator is None:
-        return build(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **options)
+        return build()
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **options)
+        return build()
 
 
 def mlp(dim_in: int, dim_out: int, *, depth: int) -> nn.Sequential:

@@ -4,8 +4,8 @@ Owns the splice of image tokens into text embeddings and its alignment check, an
 packed row. Takes tensors only; knows neither tokenizers nor chat formats. Refuses to guess: image tokens and image
 positions that differ in number are an error that states both.
 
-Dimensions: T tokens in the row, S supervised targets, I image slots, U distinct pictures (U <= I), N vision tokens
-and M image tokens per picture, D_v / D widths of tower and LLM.
+Dimensions: T tokens in the row, P image positions among them, S supervised targets, C crops that the tower sees (one
+for each distinct picture, or its tiles), N vision tokens and M image tokens per crop, D_v / D widths of tower and LLM.
 """
 
 from __future__ import annotations
@@ -43,8 +43,13 @@ class VLM(nn.Module):
 
     @property
     def image_tokens(self) -> int:
-        """M, the LLM tokens one picture becomes; 0 for a text-only model."""
+        """M, the LLM tokens one crop becomes; 0 for a text-only model."""
         return self.projector.tokens if self.projector is not None else 0
+
+    @property
+    def image_grid(self) -> tuple[int, int] | None:
+        """(rows, columns) of these tokens, None where they are no grid."""
+        return self.projector.grid_out if self.projector is not None else None
 
     @property
     def device(self) -> torch.device:
@@ -57,13 +62,13 @@ class VLM(nn.Module):
         return self.llm.get_input_embeddings().weight  # type: ignore[operator, return-value]
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features of pictures: (U, 3, H, W) uint8 -> (U, N, D_v)."""
+        """Features of crops: (C, 3, H, W) uint8 -> (C, N, D_v)."""
         if self.vision is None:
             raise ModelError("this model has no vision tower", remedy="set model.vision, or send text only")
         return self.vision(pixels)
 
     def image_embeddings(self, features: torch.Tensor) -> torch.Tensor:
-        """Image tokens for the LLM: (U, N, D_v) -> (U, M, D)."""
+        """Image tokens for the LLM: (C, N, D_v) -> (C, M, D)."""
         assert self.projector is not None
         weight = next(self.projector.parameters())
         return self.projector(features.to(weight.device, weight.dtype))
@@ -74,15 +79,17 @@ class VLM(nn.Module):
         *,
         image_positions: torch.Tensor,
         image_index: torch.Tensor,
+        image_tokens: int,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Text embeddings with image tokens spliced in.
 
         Args:
             input_ids: (T,) token ids; whatever stands under an image position is ignored.
-            image_positions: (I * M,) where image tokens go, slot by slot.
-            image_index: (I,) which of the U pictures fills each slot.
-            features: (U, N, D_v) of the pictures, or None when there are none.
+            image_positions: (P,) where image tokens go, slot by slot.
+            image_index: (P,) which of the C * M image tokens goes there, -1 for the vector that ends a line.
+            image_tokens: M as the row was laid out.
+            features: (C, N, D_v) of the crops, or None when there are none.
 
         Returns:
             (T, D)
@@ -98,13 +105,18 @@ class VLM(nn.Module):
                     remedy="the record's images were not loaded; check its image parts",
                 )
             return embeddings
-        images = self.image_embeddings(features)[image_index].flatten(0, 1)
-        if len(images) != len(image_positions):
+        if len(image_index) != len(image_positions) or image_tokens != self.image_tokens:
             raise ModelError(
-                f"{len(image_index)} images give {len(images)} image tokens, but the text has "
-                f"{len(image_positions)} image positions",
+                f"{len(features)} images give {self.image_tokens} image tokens each, but the text was laid out for "
+                f"{image_tokens}, with {len(image_positions)} image positions for {len(image_index)} tokens",
                 remedy=f"the projector gives {self.image_tokens} tokens per image; rows must be built with that number",
             )
+        assert self.projector is not None
+        table = self.image_embeddings(features).flatten(0, 1)
+        if self.projector.line_end is not None:
+            table = torch.cat([table, self.projector.line_end[None].to(table)])
+            image_index = torch.where(image_index < 0, len(table) - 1, image_index)
+        images = table.index_select(0, image_index.to(table.device))
         return embeddings.index_copy(0, image_positions, images.to(embeddings))
 
     def forward(
@@ -117,6 +129,7 @@ class VLM(nn.Module):
         targets: torch.Tensor,
         image_positions: torch.Tensor,
         image_index: torch.Tensor,
+        image_tokens: int,
         pixels: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -124,8 +137,8 @@ class VLM(nn.Module):
 
         Args:
             input_ids, positions: (T,). nodes: (K, 3), on the CPU. predict_at, targets: (S,).
-            image_positions: (I * M,). image_index: (I,).
-            pixels: (U, 3, H, W) uint8, or features: (U, N, D_v) computed before.
+            image_positions, image_index: (P,). image_tokens: M; see `embed`.
+            pixels: (C, 3, H, W) uint8, or features: (C, N, D_v) computed before.
 
         Returns:
             (S,) float32 losses. Logits exist only at the S positions.
@@ -134,10 +147,18 @@ class VLM(nn.Module):
             features = self.see(pixels)
         idle = self._unseen() if features is None and self.projector is not None and self.projector.training else None
         embeddings = self.embed(
-            input_ids, image_positions=image_positions, image_index=image_index, features=features
+            input_ids,
+            image_positions=image_positions,
+            image_index=image_index,
+            image_tokens=image_tokens,
+            features=features,
         )
         if idle is not None:
-            embeddings = embeddings + (self.image_embeddings(idle).sum() * 0).to(embeddings)
+            assert self.projector is not None
+            nothing = self.image_embeddings(idle).sum() * 0
+            if self.projector.line_end is not None:
+                nothing = nothing + self.projector.line_end.sum().to(nothing) * 0
+            embeddings = embeddings + nothing.to(embeddings)
         logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=predict_at)
         return F.cross_entropy(logits.float(), targets, reduction="none")
 

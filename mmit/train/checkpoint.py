@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import mmit
-from mmit.config import Config
+from mmit.config import Config, VisionConfig
 from mmit.data.chat import ChatFormat
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble
@@ -64,23 +64,29 @@ class Loaded:
     vlm: VLM
     tokenizer: Any
     chat: ChatFormat
-    image: dict[str, Any]  # size (H, W), fit, interpolation, fill; {} for a text-only model
+    image: dict[str, Any]  # see `image_preparation`; {} for a text-only model
     folder: Path
     meta: dict[str, Any]  # mmit.json
     config: Config
 
 
-def image_preparation(vlm: VLM, fit: str) -> dict[str, Any]:
-    """How a picture is brought to the tower: arguments of `data.images.fit`."""
-    if vlm.vision is None:
+def image_preparation(tower: VisionTower | None, vision: VisionConfig | None) -> dict[str, Any]:
+    """How a picture is brought to the tower: the arguments of `ImagePreparation` that do not follow from the VLM.
+
+    Keys size [H, W], mode, interpolation and fill, and tiles where pictures are cut into tiles.
+    """
+    if tower is None or vision is None:
         return {}
-    fill = [int(255 * m) for m in vlm.vision.mean]  # rounded down, as LLaVA and transformers do
-    return {
-        "size": list(vlm.vision.image_size),
-        "mode": fit,
-        "interpolation": vlm.vision.interpolation,
+    tiled = vision.fit in ("any_resolution", "dynamic")
+    # The mean colour, rounded down; black around tiles. Both as LLaVA and transformers do.
+    fill = [0, 0, 0] if tiled else [int(255 * m) for m in tower.mean]
+    found: dict[str, Any] = {
+        "size": list(tower.image_size),
+        "mode": vision.fit,
+        "interpolation": tower.interpolation,
         "fill": fill,
     }
+    return {**found, "tiles": vision.tiles} if tiled or vision.tiles else found
 
 
 def write_model(
@@ -95,12 +101,11 @@ def write_model(
 ) -> None:
     """Write everything but the trainer's state (see the module docstring)."""
     (folder / "config.yaml").write_text(config.to_yaml())
-    fit = config.model.vision.fit if config.model.vision else "pad"
     meta = {
         "format": FORMAT,
         "step": step,
         "chat": chat.to_json(),
-        "image": image_preparation(vlm, fit),
+        "image": image_preparation(vlm.vision, config.model.vision),
         "image_tokens": vlm.image_tokens,
         "versions": {"mmit": mmit.__version__, "torch": torch.__version__},
     }

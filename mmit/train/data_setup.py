@@ -16,11 +16,10 @@ import torch
 
 from mmit.data.chat import ChatFormat, encode
 from mmit.data.dataset import InstructionData, Scan
-from mmit.data.decode import load_fast
-from mmit.data.images import fit
 from mmit.data.loader import LoadImage, MicroBatch, micro_batches
 from mmit.data.mixture import Walk, epoch_order, mixing_weights
 from mmit.data.packing import plan_rows
+from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError, located
 from mmit.records import Image
@@ -61,7 +60,7 @@ def open_data(
         sources: per source the keys path, format, image_root, name, limit and options, as `open_source` takes them.
         cache: folder for sources converted to mmit's own format.
         on_bad: receives rows that cannot be converted; None raises the first.
-        options: what else `InstructionData` takes (image_tokens, max_length, capacity, ...).
+        options: what else `InstructionData` takes (preparation, max_length, capacity, ...).
     """
     keys = ("path", "format", "image_root", "name", "limit", "options")
     if not world.main:  # rank 0 converts foreign formats first, the others then find the result
@@ -143,20 +142,13 @@ def make_walk(
     return Walk(rows_of, rows_per_step=rows_per_step, epochs=epochs, steps=steps)
 
 
-def image_loader(preparation: Mapping[str, Any]) -> LoadImage:
-    """Picture, place -> (3, H, W) uint8, as the tower wants it (`checkpoint.image_preparation`)."""
-    return partial(_load_image, dict(preparation))
+def image_loader(preparation: ImagePreparation) -> LoadImage:
+    """Picture, place -> (C, 3, H, W) uint8, as the tower wants it."""
+    return partial(_load_image, preparation)
 
 
-def _load_image(preparation: dict[str, Any], image: Image, where: str) -> torch.Tensor:
-    p = preparation
-    return fit(
-        load_fast(image, where=where),
-        tuple(p["size"]),
-        mode=p["mode"],
-        interpolation=p["interpolation"],
-        fill=tuple(p["fill"]),
-    )
+def _load_image(preparation: ImagePreparation, image: Image, where: str) -> torch.Tensor:
+    return preparation.pixels(image, where=where)
 
 
 def batches_of_rank(

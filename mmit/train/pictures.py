@@ -6,12 +6,12 @@ tower that is trained, and to align with records that are not captions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mmit.data.dataset import InstructionData, Scan, image_key
-from mmit.data.loader import LoadImage
+from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError, located
 from mmit.models.vlm import VLM
@@ -27,15 +27,14 @@ def cache_features(
     data: InstructionData,
     scan: Scan,
     *,
-    load_image: LoadImage | None,
     kind: str,
     frozen: bool,
     folder: Path,
-    preparation: Mapping[str, Any],
+    preparation: ImagePreparation | None,
     say: Say,
 ) -> FeatureCache | None:
     """Features of all pictures of a run; None where `kind` is "off" or there is nothing to see. Raises ConfigError."""
-    if kind == "off" or vlm.vision is None or load_image is None or not scan.illustrated:
+    if kind == "off" or vlm.vision is None or preparation is None or not scan.illustrated:
         return None
     if not frozen:
         raise ConfigError(
@@ -45,14 +44,14 @@ def cache_features(
         )
     say(f"computing features of {scan.pictures} pictures once")
     pictures = data.pictures(scan.illustrated)
-    options: dict[str, Any] = {"count": scan.pictures, "kind": kind, "folder": folder, "preparation": preparation}
-    return compute_features(vlm.vision, pictures, load_image, **options)
+    options: dict[str, Any] = {"count": scan.crops, "kind": kind, "folder": folder}
+    return compute_features(vlm.vision, pictures, preparation, **options)
 
 
 def align_to_captions(
     vlm: VLM,
     tokenizer: Any,
-    load_image: LoadImage | None,
+    preparation: ImagePreparation | None,
     *,
     captions: str,
     features: FeatureCache | None,
@@ -62,18 +61,21 @@ def align_to_captions(
     seed: int,
     say: Say,
 ) -> None:
-    """Word alignment of the projector with the captions in an mmit JSONL. Raises ConfigError, RecordError."""
-    if vlm.projector is None or vlm.vision is None or load_image is None:
+    """Word alignment of the projector with the captions in an mmit JSONL. Raises ConfigError, RecordError.
+
+    A model that reads tiles is aligned on whole pictures: a word has no tile of its own.
+    """
+    if vlm.projector is None or vlm.vision is None or preparation is None:
         raise ConfigError("there is no projector to align", where="align", remedy="set model.vision, or align=null")
     with located("align.captions"):
         source = open_source(captions, cache=run_dir / "data")
     records = [_caption(source[i]) for i in range(len(source))]
     words = [tokenizer(" " + r.turns[-1].text, add_special_tokens=False)["input_ids"] for r in records]
     keys = [image_key(r.images[0]) for r in records]
-    if features is None or any(k not in features for k in keys):
+    if features is None or preparation.tiled or any(k not in features for k in keys):
         pictures = zip(keys, (r.images[0] for r in records), strict=True)
-        options: dict[str, Any] = {"kind": "memory", "folder": run_dir / "cache", "preparation": {}}
-        features = compute_features(vlm.vision, pictures, load_image, count=len(set(keys)), **options)
+        options: dict[str, Any] = {"kind": "memory", "folder": run_dir / "cache"}
+        features = compute_features(vlm.vision, pictures, preparation.whole(), count=len(set(keys)), **options)
     embeddings = vlm.word_embeddings.detach()
     loss = align_words(vlm.projector, features.get(keys), words, embeddings, epochs=epochs, lr=lr, seed=seed)
     say(f"word alignment: {len(records)} captions, {epochs} epochs, loss {loss:.3f}")

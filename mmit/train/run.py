@@ -20,6 +20,7 @@ from mmit.data.chat import ChatFormat, chat_format
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.loader import LoadImage, MicroBatch
 from mmit.data.mixture import Walk
+from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.errors import ConfigError, RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
@@ -70,10 +71,12 @@ def run(config: Config) -> int:
     vlm, tokenizer = _assemble(config, start)
     with located("model.chat.format"):
         chat = chat_format(config.model.chat.format, tokenizer)
-    preparation = checkpoint.image_preparation(vlm, config.model.vision.fit if config.model.vision else "pad")
+    with located("model.vision"):
+        image = checkpoint.image_preparation(vlm.vision, config.model.vision)
+        preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
     load_image = image_loader(preparation) if preparation else None
 
-    data, scan = _read_data(config, vlm, tokenizer, chat, world=world, say=say)
+    data, scan = _read_data(config, vlm, tokenizer, chat, preparation=preparation, world=world, say=say)
     walk = _walk(config, scan)
 
     groups = apply_tuning(vlm, config.tune.model_dump())
@@ -86,7 +89,6 @@ def run(config: Config) -> int:
         vlm,
         data,
         scan,
-        load_image=load_image,
         kind=config.model.vision.cache if config.model.vision else "off",
         frozen=config.tune.vision.mode == "frozen",
         folder=run_dir / "cache",
@@ -95,7 +97,7 @@ def run(config: Config) -> int:
     )
     if config.align is not None and begin is None:
         given: dict[str, Any] = {**config.align.model_dump(), "run_dir": run_dir, "seed": seed, "say": say}
-        align_to_captions(vlm, tokenizer, load_image, features=features, **given)
+        align_to_captions(vlm, tokenizer, preparation, features=features, **given)
     if world.main:
         rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
         echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say)
@@ -170,7 +172,14 @@ def _assemble(config: Config, start: Path | None) -> tuple[VLM, Any]:
 
 
 def _read_data(
-    config: Config, vlm: VLM, tokenizer: Any, chat: ChatFormat, *, world: World, say: Say
+    config: Config,
+    vlm: VLM,
+    tokenizer: Any,
+    chat: ChatFormat,
+    *,
+    preparation: ImagePreparation | None,
+    world: World,
+    say: Say,
 ) -> tuple[InstructionData, Scan]:
     """Open, measure and judge the records; each rank measures for itself, the result is the same."""
     options, run_dir = config.data, Path(config.run.dir)
@@ -184,7 +193,7 @@ def _read_data(
         cache=run_dir / "data",
         world=world,
         on_bad=unreadable.append if skip else None,
-        image_tokens=vlm.image_tokens,
+        preparation=preparation,
         max_length=options.max_length,
         capacity=options.pack_tokens,
         split_turns=options.split_turns,

@@ -9,6 +9,7 @@ import pytest
 from mmit.data.chat import chat_format, encode
 from mmit.data.dataset import InstructionData, split_pairs
 from mmit.data.loader import idle_batch, micro_batches
+from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, Turn, write_jsonl
@@ -24,8 +25,11 @@ def parts(tmp_path_factory):
     return lambda turns: encode(turns, chat, tokenizer), path
 
 
+EYE = ImagePreparation((16, 16), "resize", "bicubic", (0, 0, 0), tokens=4)
+
+
 def data_of(parts, **options):
-    arguments = {"image_tokens": 4, "max_length": 200, "capacity": 200, **options}
+    arguments = {"preparation": EYE, "max_length": 200, "capacity": 200, **options}
     return InstructionData([open_source(parts[1])], parts[0], **arguments)
 
 
@@ -89,7 +93,7 @@ def test_bad_records_are_listed_by_name_and_the_rest_is_kept(parts, tmp_path):
     lines = [json.dumps(r) for r in rows]
     lines[7] = lines[7][:-9]
     path.write_text("\n".join(lines) + "\n")
-    data = InstructionData([open_source(path)], parts[0], image_tokens=4, max_length=200, capacity=200)
+    data = InstructionData([open_source(path)], parts[0], preparation=EYE, max_length=200, capacity=200)
     scan = data.scan()
     places = " | ".join(str(e) for e in scan.bad)
     assert len(scan.bad) == 4, places
@@ -122,7 +126,7 @@ def test_missing_and_empty_files_are_named(tmp_path):
 
 
 def test_pictures_need_a_vision_tower(parts):
-    scan = data_of(parts, image_tokens=0).scan()
+    scan = data_of(parts, preparation=None).scan()
     assert len(scan.bad) == 6 and "no vision tower" in scan.bad[0].problem
 
 

@@ -13,8 +13,8 @@ from mmit.errors import RecordError
 tokens = st.lists(st.integers(0, 3), min_size=2, max_size=12)
 
 
-def as_sample(ids, record=0, images=()):
-    return Sample(tuple(ids), (False,) * (len(ids) - 1) + (True,), images, record)
+def as_sample(ids, record=0, images=(), width=4):
+    return Sample(tuple(ids), (False,) * (len(ids) - 1) + (True,), images, record, (width,) * len(images))
 
 
 def path_tokens(row, position):
@@ -33,13 +33,13 @@ def path_tokens(row, position):
 @given(st.lists(tokens, min_size=1, max_size=8), st.booleans())
 def test_each_target_sees_exactly_its_own_record(conversations, share):
     samples = [as_sample(ids, i) for i, ids in enumerate(conversations)]
-    row = build_row(samples, image_tokens=0, share=share)
+    row = build_row(samples, share=share)
     assert row.target_records.tolist() == list(range(len(samples)))
     for s, at, target in zip(samples, row.predict_at.tolist(), row.targets.tolist(), strict=True):
         assert path_tokens(row, at) == list(s.ids[:-1])
         assert target == s.ids[-1]
         assert row.positions[at] == len(s.ids) - 2
-    assert len(row.input_ids) == trie_length(samples, 0, share=share)
+    assert len(row.input_ids) == trie_length(samples, share=share)
     assert row.unshared_tokens == sum(len(s.ids) - 1 for s in samples)
 
 
@@ -47,7 +47,7 @@ def test_image_tokens_are_shared_by_equal_pictures_only():
     a = as_sample([5, -200, 7, 8], 0, ("cat",))
     b = as_sample([5, -200, 9, 8], 1, ("cat",))
     c = as_sample([5, -200, 7, 8], 2, ("dog",))
-    row = build_row([a, b, c], image_tokens=4)
+    row = build_row([a, b, c])
     assert row.images == ["cat", "dog"]
     assert len(row.image_positions) == 8
     assert row.input_ids[row.image_positions].tolist() == [0] * 8
@@ -57,19 +57,19 @@ def test_image_tokens_are_shared_by_equal_pictures_only():
 
 def test_tokens_after_the_last_supervised_one_do_not_run():
     ids = (1, 2, 3, 4, 5)
-    row = build_row([Sample(ids, (False, False, True, False, False), (), 0)], image_tokens=0)
+    row = build_row([Sample(ids, (False, False, True, False, False), (), 0)])
     assert row.input_ids.tolist() == [1, 2]
     assert row.targets.tolist() == [3]
 
 
 def test_slots_and_images_must_agree():
     with pytest.raises(RecordError, match="2 image slots but 1 images"):
-        build_row([as_sample([-200, -200, 1], 3, ("cat",))], image_tokens=4)
+        build_row([as_sample([-200, -200, 1], 3, ("cat",))])
 
 
 def test_a_sample_without_targets_is_refused():
     with pytest.raises(RecordError, match="nothing to learn"):
-        build_row([Sample((1, 2), (True, False), (), 0)], image_tokens=0)
+        build_row([Sample((1, 2), (True, False), (), 0)])
 
 
 @settings(deadline=None)

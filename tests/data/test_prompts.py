@@ -9,6 +9,7 @@ from small_tokenizers import family
 
 from mmit.data.chat import chat_format, encode
 from mmit.data.packing import Sample, build_row
+from mmit.data.preparation import ImagePreparation
 from mmit.data.prompts import BLANK, Prompt, PromptMaker, as_prompt, batches
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, Turn
@@ -23,8 +24,11 @@ def record(*talk: str, images: tuple[str, ...] = (), **provenance: Any) -> Recor
     return Record(tuple(turns), **provenance)
 
 
+EYE = ImagePreparation((8, 8), "resize", "bicubic", (0, 0, 0), tokens=5)
+
+
 def maker(**options: Any) -> PromptMaker:
-    return PromptMaker(CHAT, TOKENIZER, **{"image_tokens": 5, "context": 100} | options)
+    return PromptMaker(CHAT, TOKENIZER, **{"preparation": EYE, "context": 100} | options)
 
 
 def test_a_prompt_ends_where_the_last_answer_begins() -> None:
@@ -40,7 +44,7 @@ def test_a_question_is_predicted_at_its_last_token() -> None:
     prompt = maker().question(record("What?", "a cat", images=("a.png",)), 7)
     ids = encode(record("What?", images=("a.png",)).turns, CHAT, TOKENIZER, generate=True).ids
     (sample,) = prompt.samples
-    row = build_row([sample], image_tokens=5)
+    row = build_row([sample])
     assert len(row.input_ids) == prompt.length == len(ids) + 4
     assert row.predict_at.tolist() == [prompt.length - 1]
     assert prompt.number == sample.record == 7 and list(prompt.pictures) == ["a.png"]
@@ -56,18 +60,18 @@ def test_targets_of_choices_are_the_tokens_of_the_last_answer() -> None:
 
 
 def test_blank_pictures_share_one_key() -> None:
-    prompt = maker(blank=True).question(record("What?", images=("a.png", "b.png")), 0)
+    prompt = maker(blank=EYE.blank((1, 2, 3))).question(record("What?", images=("a.png", "b.png")), 0)
     assert prompt.samples[0].images == (BLANK, BLANK)
 
 
 def test_what_does_not_fit_is_refused_with_its_place_and_counts() -> None:
     length = maker().question(record("What?", images=("a.png",)), 0).length
     assert maker(context=length + 1).question(record("What?", images=("a.png",)), 0).length == length
-    with pytest.raises(RecordError, match=rf"^record 3: takes {length} tokens \(1 images of 5\)"):
+    with pytest.raises(RecordError, match=rf"^record 3: takes {length} tokens \(5 of them for 1 images\)"):
         maker(context=length).question(record("What?", images=("a.png",)), 2)
     assert maker(context=None).question(record("fox " * 300), 0).length > 300
     with pytest.raises(RecordError, match="b.jsonl:4: has images"):
-        maker(image_tokens=0).question(record("What?", images=("a.png",), source="b.jsonl", row=4), 0)
+        maker(preparation=None).question(record("What?", images=("a.png",), source="b.jsonl", row=4), 0)
     with pytest.raises(RecordError, match="^record 1: "):
         maker().choices(record("What?"), 0, answers=[" "], with_end=False)
 

@@ -15,6 +15,7 @@ from transformers import AutoProcessor
 import mmit
 from mmit.data.chat import encode
 from mmit.data.packing import Sample, build_row
+from mmit.data.preparation import splice_index
 from mmit.errors import ConfigError, ModelError
 from mmit.generate import Model
 from mmit.records import Image, Text, Turn
@@ -52,19 +53,15 @@ def processed(processor: Any, talks: list[list[Any]]) -> Any:
 
 def samples(model: Model, talks: list[list[Any]]) -> tuple[list[Sample], torch.Tensor | None]:
     """The same talks in mmit, every token a target; and all their pictures."""
-    from mmit.data.images import fit
-
     found, pixels = [], []
     for number, parts in enumerate(talks):
         encoded = encode(turns(parts), model.chat_format, model.tokenizer, generate=True)
         keys = tuple((number, i) for i in range(sum(i < 0 for i in encoded.ids)))
         # A token after the prompt, so that the logits at its last position are asked for too.
-        found.append(Sample((*encoded.ids, 0), (*[False] * len(encoded.ids), True), keys, record=number))
-        o = model.image
-        for p in parts:
-            if not isinstance(p, str):
-                pixels.append(fit(p, tuple(o["size"]), mode=o["mode"], interpolation=o["interpolation"]))
-    return found, torch.stack(pixels) if pixels else None
+        shown = [model.preparation.spread(Image(p)).tokens for p in parts if not isinstance(p, str)]
+        found.append(Sample((*encoded.ids, 0), (*[False] * len(encoded.ids), True), keys, number, tuple(shown)))
+        pixels += [model.preparation.pixels(Image(p)) for p in parts if not isinstance(p, str)]
+    return found, torch.cat(pixels) if pixels else None
 
 
 @torch.no_grad()
@@ -72,14 +69,23 @@ def logits(model: Model, talks: list[list[Any]]) -> list[torch.Tensor]:
     """Logits at every position of every talk, all talks in one packed row: one (T, V) each."""
     vlm = model.vlm
     found, pixels = samples(model, talks)
-    row = build_row(found, image_tokens=vlm.image_tokens)
+    row = build_row(found)
+    # Pictures come talk after talk, and a row may lay its talks in another order.
+    spreads = {
+        (number, i): model.preparation.spread(Image(p))
+        for number, parts in enumerate(talks)
+        for i, p in enumerate(q for q in parts if not isinstance(q, str))
+    }
     keys = list(dict.fromkeys(row.images))
-    order = sorted(keys)
-    features = None if pixels is None else vlm.see(pixels)[[order.index(k) for k in keys]]
+    features = None
+    if pixels is not None:
+        seen = dict(zip(spreads, vlm.see(pixels).split([s.crops for s in spreads.values()]), strict=True))
+        features = torch.cat([seen[key] for key in keys])
     embeddings = vlm.embed(
         row.input_ids,
         image_positions=row.image_positions,
-        image_index=torch.tensor([keys.index(k) for k in row.images], dtype=torch.int64),
+        image_index=splice_index(row.images, spreads, vlm.image_tokens),
+        image_tokens=vlm.image_tokens,
         features=features,
     )
     at = torch.arange(len(row.input_ids))
@@ -271,8 +277,9 @@ def test_one_step_gives_the_loss_and_projector_gradient_of_transformers(pair: An
     encoded = encode(
         (*turns(talk), Turn("assistant", (Text("Two blue circles."),))), model.chat_format, model.tokenizer
     )
-    keys = tuple(range(len(pictures)))
-    row = build_row([Sample(encoded.ids, encoded.supervised, keys)], image_tokens=model.vlm.image_tokens)
+    spreads = {i: model.preparation.spread(Image(p)) for i, p in enumerate(pictures)}
+    widths = tuple(spread.tokens for spread in spreads.values())
+    row = build_row([Sample(encoded.ids, encoded.supervised, tuple(spreads), widths=widths)])
     _, pixels = samples(model, [talk])
     model.vlm.requires_grad_(False)
     model.vlm.projector.requires_grad_(True)
@@ -284,7 +291,8 @@ def test_one_step_gives_the_loss_and_projector_gradient_of_transformers(pair: An
         predict_at=row.predict_at,
         targets=row.targets,
         image_positions=row.image_positions,
-        image_index=torch.tensor(row.images),
+        image_index=splice_index(row.images, spreads, model.vlm.image_tokens),
+        image_tokens=model.vlm.image_tokens,
         pixels=pixels,
     )
     losses.mean().backward()

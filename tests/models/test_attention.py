@@ -40,7 +40,7 @@ def sample(rng: random.Random, *, prefix=(), length=9, record=0) -> Sample:
 
 
 def row_losses(llm, samples, *, share):
-    row = build_row(samples, image_tokens=0, share=share)
+    row = build_row(samples, share=share)
     vlm = VLM(llm, vision=None, projector=None)
     losses = vlm(
         input_ids=row.input_ids,
@@ -50,6 +50,7 @@ def row_losses(llm, samples, *, share):
         targets=row.targets,
         image_positions=row.image_positions,
         image_index=torch.zeros(0, dtype=torch.int64),
+        image_tokens=0,
     )
     return losses, row
 
@@ -108,7 +109,7 @@ def test_a_neighbour_changes_nothing_at_all(llm):
 def test_no_gradient_flows_between_records(llm):
     rng = random.Random(4)
     first, second = sample(rng, length=10, record=0), sample(rng, length=14, record=1)
-    row = build_row([first, second], image_tokens=0)
+    row = build_row([first, second])
     vlm = VLM(llm, vision=None, projector=None)
     embeddings = llm.get_input_embeddings()(row.input_ids).detach().requires_grad_(True)
     logits = vlm.row_logits(embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at)

@@ -79,11 +79,14 @@ IMAGE_TOKENS = 3
 
 
 def samples() -> list[Sample]:
-    return [Sample((*ids, 0), (False,) * len(ids) + (True,), images, n) for n, (ids, images) in enumerate(PROMPTS)]
+    return [
+        Sample((*ids, 0), (False,) * len(ids) + (True,), images, n, (IMAGE_TOKENS,) * len(images))
+        for n, (ids, images) in enumerate(PROMPTS)
+    ]
 
 
 def lay(llm: PreTrainedModel, some: list[Sample], *, share: bool = True) -> Prompts:
-    row = build_row(some, image_tokens=IMAGE_TOKENS, share=share)
+    row = build_row(some, share=share)
     embeddings = llm.get_input_embeddings()(row.input_ids)
     if row.images:
         pictures = [picture(llm, str(key)) for key in row.images]
@@ -274,7 +277,7 @@ def test_log_likelihoods_equal_a_full_forward() -> None:
     llm = model()
     prompt, answers = (3, 4, 5, 6), [(7, 8), (7,), (9, 10, 11), (7, 8)]
     some = [Sample((*prompt, *answer), (False,) * 4 + (True,) * len(answer), (), n) for n, answer in enumerate(answers)]
-    row = build_row(some, image_tokens=0)
+    row = build_row(some)
     embeddings = llm.get_input_embeddings()(row.input_ids)
     got = decoding.log_likelihoods(
         VLM(llm, vision=None, projector=None),
@@ -299,7 +302,7 @@ def test_the_greedy_continuation_misses_nothing() -> None:
     for _ in range(3):
         answer.append(int(llm(input_ids=torch.tensor([prompt + answer])).logits[0, -1].argmax()))
     sample = Sample((*prompt, *answer), (False,) * 4 + (True,) * 3, (), 0)
-    row = build_row([sample], image_tokens=0)
+    row = build_row([sample])
     prompts = Prompts(llm.get_input_embeddings()(row.input_ids), row.positions, row.nodes, row.predict_at)
     vlm = VLM(llm, vision=None, projector=None)
     got = decoding.log_likelihoods(vlm, prompts, targets=row.targets, owners=row.target_records, count=1)

@@ -52,7 +52,8 @@ def test_image_tokens_go_where_the_slots_are(vlm):
     features = vlm.see(pictures(2))
     ids = ints(5, *[0] * 4, 6, *[0] * 4)
     places = ints(1, 2, 3, 4, 6, 7, 8, 9)
-    out = vlm.embed(ids, image_positions=places, image_index=ints(1, 0), features=features)
+    swapped = ints(4, 5, 6, 7, 0, 1, 2, 3)
+    out = vlm.embed(ids, image_positions=places, image_index=swapped, image_tokens=4, features=features)
     words, images = vlm.word_embeddings, vlm.image_embeddings(features)
     torch.testing.assert_close(out[0], words[5])
     torch.testing.assert_close(out[5], words[6])
@@ -62,11 +63,14 @@ def test_image_tokens_go_where_the_slots_are(vlm):
 
 def test_misalignment_states_both_counts_and_the_likely_cause(vlm):
     features = vlm.see(pictures(1))
-    with pytest.raises(ModelError, match="1 images give 4 image tokens, but the text has 3") as error:
-        vlm.embed(ints(0, 0, 0), image_positions=ints(0, 1, 2), image_index=ints(0), features=features)
+    given = {"image_positions": ints(0, 1, 2), "image_index": ints(0, 1, 2)}
+    with pytest.raises(ModelError, match="1 images give 4 image tokens each, but the text was laid out for 3") as error:
+        vlm.embed(ints(0, 0, 0), **given, image_tokens=3, features=features)
     assert "4 tokens per image" in error.value.remedy
+    with pytest.raises(ModelError, match="3 image positions for 4 tokens"):
+        vlm.embed(ints(0, 0, 0), **{**given, "image_index": ints(0, 1, 2, 3)}, image_tokens=4, features=features)
     with pytest.raises(ModelError, match="3 image positions but no image"):
-        vlm.embed(ints(0, 0, 0), image_positions=ints(0, 1, 2), image_index=ints())
+        vlm.embed(ints(0, 0, 0), **given, image_tokens=3)
 
 
 def row(vlm, ids, **images):
@@ -84,7 +88,7 @@ def row(vlm, ids, **images):
 def test_text_only_rows_touch_the_projector_with_zero_weight(vlm):
     vlm.train()
     vlm.zero_grad()
-    row(vlm, ints(1, 2, 3), image_positions=ints(), image_index=ints()).sum().backward()
+    row(vlm, ints(1, 2, 3), image_positions=ints(), image_index=ints(), image_tokens=4).sum().backward()
     gradients = [p.grad for p in vlm.projector.parameters()]
     assert all(g is not None and g.abs().max() == 0 for g in gradients)
 
@@ -97,7 +101,8 @@ def test_a_picture_changes_the_answer_and_the_tower_records_nothing(vlm):
             ints(1, 0, 0, 0, 0, 2),
             pixels=pictures(2)[i : i + 1],
             image_positions=ints(1, 2, 3, 4),
-            image_index=ints(0),
+            image_index=ints(0, 1, 2, 3),
+            image_tokens=4,
         )
         for i in range(2)
     )

@@ -37,7 +37,7 @@ def composite(config: Config) -> tuple[VLM, Any]:
     return assemble(config.model.model_dump(), dtype=torch.float32, seed=0)
 
 
-def row() -> dict[str, torch.Tensor]:
+def row() -> dict[str, Any]:
     """Arguments of VLM.forward for the row above."""
     draw = torch.Generator().manual_seed(1)
     return {
@@ -47,7 +47,8 @@ def row() -> dict[str, torch.Tensor]:
         "predict_at": PREDICT_AT,
         "targets": torch.randint(1, 200, (len(PREDICT_AT),), generator=draw),
         "image_positions": torch.arange(1, 5),
-        "image_index": torch.tensor([0]),
+        "image_index": torch.arange(4),
+        "image_tokens": 4,
         "pixels": torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8, generator=draw),
     }
 
@@ -59,6 +60,7 @@ def logits(vlm: VLM, *, path: list[int] | None = None) -> torch.Tensor:
         given["input_ids"],
         image_positions=given["image_positions"],
         image_index=given["image_index"],
+        image_tokens=4,
         features=vlm.see(given["pixels"]),
     )
     if path is None:

@@ -6,7 +6,7 @@ import PIL.Image
 import pytest
 import torch
 
-from mmit.data.images import fit, load_rgb
+from mmit.data.preparation import ImagePreparation
 from mmit.errors import ConfigError
 from mmit.models.vision import build_vision
 from mmit.records import Image
@@ -23,8 +23,16 @@ CLIP = {
 }
 
 
-def load(image, where):
-    return fit(load_rgb(image, where=where), (16, 16))
+class Counting(ImagePreparation):
+    """Notes what it decodes."""
+
+    def pixels(self, image, *, where=""):
+        seen.append(image.source)
+        return super().pixels(image, where=where)
+
+
+seen = []
+EYE = Counting((16, 16), "resize", "bicubic", (0, 0, 0), tokens=4)
 
 
 @pytest.fixture
@@ -38,15 +46,13 @@ def pictures(tmp_path):
 def test_bitwise_equal_to_computing_also_from_disk(pictures, tmp_path, dtype):
     torch.manual_seed(0)
     tower = build_vision("hf", CLIP, dtype=dtype)
-    arguments = {"folder": tmp_path / "cache", "preparation": {"mode": "resize"}, "count": 5}
-    direct = tower(torch.stack([load(i, "") for i in pictures.values()]))
-    memory = compute_features(tower, pictures.items(), load, kind="memory", **arguments)
-    written = compute_features(tower, pictures.items(), load, kind="disk", **arguments)
-
-    def never(image, where):
-        raise AssertionError("was on disk")
-
-    read = compute_features(tower, pictures.items(), never, kind="disk", **arguments)
+    arguments = {"folder": tmp_path / "cache", "count": 5}
+    direct = tower(torch.cat([EYE.pixels(i) for i in pictures.values()]))
+    memory = compute_features(tower, pictures.items(), EYE, kind="memory", **arguments)
+    written = compute_features(tower, pictures.items(), EYE, kind="disk", **arguments)
+    seen.clear()
+    read = compute_features(tower, pictures.items(), EYE, kind="disk", **arguments)
+    assert not seen
     for cache in (memory, written, read):
         assert torch.equal(cache.get(list(pictures)), direct)
         assert "k3" in cache and "other" not in cache
@@ -55,24 +61,18 @@ def test_bitwise_equal_to_computing_also_from_disk(pictures, tmp_path, dtype):
 
 def test_changed_bytes_are_computed_again(pictures, tmp_path):
     tower = build_vision("hf", CLIP)
-    arguments = {"kind": "disk", "folder": tmp_path / "cache", "preparation": {}, "count": 5}
-    old = compute_features(tower, pictures.items(), load, **arguments).get(["k0", "k1"])
+    arguments = {"kind": "disk", "folder": tmp_path / "cache", "count": 5}
+    old = compute_features(tower, pictures.items(), EYE, **arguments).get(["k0", "k1"])
     PIL.Image.new("RGB", (16, 16), (255, 255, 0)).save(pictures["k1"].source)
-    new = compute_features(tower, pictures.items(), load, **arguments).get(["k0", "k1"])
+    new = compute_features(tower, pictures.items(), EYE, **arguments).get(["k0", "k1"])
     assert torch.equal(old[0], new[0]) and not torch.equal(old[1], new[1])
 
 
 def test_equal_pictures_are_run_once(pictures, tmp_path):
-    seen = []
-
-    def counting(image, where):
-        seen.append(image)
-        return load(image, where)
-
+    seen.clear()
     twice = {**pictures, "again": Image(pictures["k0"].source)}
-    cache = compute_features(
-        build_vision("hf", CLIP), twice.items(), counting, count=6, kind="memory", folder=tmp_path, preparation={}
-    )
+    tower = build_vision("hf", CLIP)
+    cache = compute_features(tower, twice.items(), EYE, count=6, kind="memory", folder=tmp_path)
     assert len(seen) == 5 and torch.equal(*cache.get(["k0", "again"]))
 
 
@@ -81,10 +81,9 @@ def test_a_cache_that_would_be_too_large_is_refused_before_anything_is_computed(
         compute_features(
             build_vision("hf", CLIP),
             pictures.items(),
-            load,
+            EYE,
             count=5,
             kind="disk",
             folder=tmp_path,
-            preparation={},
             max_bytes=10,
         )

@@ -19,6 +19,7 @@ import torch
 import mmit.train.engine as engine_module
 from mmit.data.chat import chat_format
 from mmit.data.loader import MicroBatch, micro_batches
+from mmit.data.preparation import prepare_images
 from mmit.models.assemble import assemble
 from mmit.models.tuning import apply_tuning
 from mmit.records import Image, Record, Text, Turn, read_jsonl, write_jsonl
@@ -80,6 +81,8 @@ class Bench:
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.vlm, tokenizer = assemble(config.model.model_dump(), dtype=dtype, seed=0, packed=True)
         chat = chat_format("hf", tokenizer)
+        image = image_preparation(self.vlm.vision, config.model.vision)
+        preparation = prepare_images(image, tokens=self.vlm.image_tokens, grid=self.vlm.image_grid)
         source = config.data.train[0].model_dump()
         self.data = open_data(
             [{**source, "path": str(folder / "cases.jsonl")}],
@@ -88,12 +91,12 @@ class Bench:
             cache=folder,
             world=world,
             on_bad=None,
-            image_tokens=self.vlm.image_tokens,
+            preparation=preparation,
             max_length=128,
             capacity=400,
         )
         self.scan = self.data.scan()
-        self.load_image = image_loader(image_preparation(self.vlm, "resize"))
+        self.load_image = image_loader(preparation)
         tune = config.tune.model_dump()
         if tune_vision:
             tune["vision"] = {"mode": "full", "lr": 1e-3, "options": {}}

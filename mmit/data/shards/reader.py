@@ -98,8 +98,8 @@ class ShardSource:
     def outline(self, number: int) -> Record:
         """Read record `number` without its pictures, for measuring and planning: only its text members are fetched.
 
-        An image part that is a member holds a string instead, "SHARD/KEY.SUFFIX", unique in the source; a picture
-        inside a JSON (interleaved documents) is bytes as ever. Raises as `__getitem__`, for the text alone.
+        An image part that is a member holds a string instead, "SHARD/KEY.SUFFIX", unique in the source, and its size;
+        a picture inside a JSON (interleaved documents) is bytes as ever. Raises as `__getitem__`, for the text alone.
         """
         shard, place, wanted = self._wanted(number)
         texts = [m for m in wanted if extension(self._suffixes[m[_SUFFIX]]) not in IMAGES]
@@ -108,10 +108,11 @@ class ShardSource:
         # Stands in for a picture's bytes; no reader of samples looks into them.
         marks = {s: name.encode() for s, name in names.items() if extension(s) in IMAGES}
         record = self._record(number, found | marks)
-        known: dict[Any, str] = {mark: names[suffix] for suffix, mark in marks.items()}
+        sizes = {self._suffixes[m[_SUFFIX]]: (m[_WIDTH], m[_HEIGHT]) for m in wanted}
+        known: dict[Any, Image] = {mark: Image(names[suffix], sizes[suffix]) for suffix, mark in marks.items()}
 
         def named(part: Part) -> Part:
-            return Image(known[part.source]) if isinstance(part, Image) and part.source in known else part
+            return known[part.source] if isinstance(part, Image) and part.source in known else part
 
         turns = tuple(Turn(turn.role, tuple(named(part) for part in turn.parts)) for turn in record.turns)
         return replace(record, turns=turns)
