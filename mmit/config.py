@@ -257,8 +257,15 @@ class DataConfig(Section):
     """put several records, isolated from each other, into one row"""
     share_prefix: bool = True
     """let records that begin alike (the same image) share that beginning in a row"""
+    shuffle: Literal["auto", "global", "block"] = "auto"
+    """global: every order of all records is possible, 16 bytes of memory a record; block: blocks of neighbours lie
+    anywhere, records are mixed within shuffle_window; auto: global up to 100,000,000 records in an epoch"""
+    shuffle_window: PositiveInt = 1_048_576
+    """records mixed together by shuffle=block, 256 blocks of neighbours"""
     workers: NonNegativeInt = 2
     """processes that read and decode"""
+    prefetch_mb: PositiveInt = 256
+    """MiB of prepared rows that may wait on each rank; one row for each worker may wait in any case"""
 
 
 class AlignConfig(Section):

@@ -6,14 +6,14 @@ order whatever the number of workers. A record that turns out bad here follows t
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
+from mmit.data.ahead import ahead
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.packing import Row, build_row
 from mmit.data.preparation import Spread, splice_index
@@ -44,6 +44,22 @@ class MicroBatch:
     def targets(self) -> int:
         """Supervised tokens."""
         return len(self.tensors["targets"]) if self.weight else 0
+
+    @property
+    def bytes(self) -> int:
+        """Of its tensors."""
+        return sum(v.nbytes for v in self.tensors.values() if isinstance(v, torch.Tensor))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Between processes as plain bytes: torch would take shared memory, of which containers have 64 MB, and an open
+        # file for every tensor.
+        tensors = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in self.tensors.items()}
+        return {**self.__dict__, "tensors": tensors, "target_records": self.target_records.numpy()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in self.tensors.items()}
+        self.target_records = torch.from_numpy(state["target_records"])
 
     def to(self, device: torch.device) -> dict[str, Any]:
         """Tensors on the device; `nodes` stays on the CPU, where the attention plan is made."""
@@ -82,30 +98,21 @@ def idle_batch() -> MicroBatch:
     return batch
 
 
-class _MicroBatches(Dataset):
-    """Map-style view: entry i is the micro-batch made of `units[i]` (None = idle)."""
+@dataclass(frozen=True)
+class _Maker:
+    """Units of a micro-batch -> the micro-batch; no unit gives an idle one."""
 
-    def __init__(
-        self,
-        data: InstructionData,
-        scan: Scan,
-        units: Sequence[list[int]],
-        *,
-        load_image: LoadImage | None,
-        skip_bad: bool,
-    ) -> None:
-        self.data, self.scan, self.units = data, scan, units
-        self.load_image, self.skip_bad = load_image, skip_bad
+    data: InstructionData
+    scan: Scan
+    load_image: LoadImage | None
+    skip_bad: bool
 
-    def __len__(self) -> int:
-        return len(self.units)
-
-    def __getitem__(self, index: int) -> MicroBatch:
+    def __call__(self, units: Sequence[int]) -> MicroBatch:
         samples: list[Any] = []
         pixels: dict[Hashable, torch.Tensor] = {}
         spreads: dict[Hashable, Spread] = {}
         bad: list[RecordError] = []
-        for unit in self.units[index]:
+        for unit in units:
             try:
                 new, images, where = self.data.unit_samples(self.scan, unit)
                 if self.load_image is not None:
@@ -131,14 +138,25 @@ class _MicroBatches(Dataset):
         return batch
 
 
+    def most_bytes(self, units: Sequence[int]) -> int:
+        """About the most that a micro-batch of these units takes, by its tokens alone: each crop takes tokens too."""
+        tokens = int(self.scan.length[list(units)].sum()) if len(units) else 1
+        size = 8 * 8 * tokens
+        shown = self.data.preparation
+        if shown is not None and self.load_image is not None:
+            size += -(-tokens // max(shown.tokens, 1)) * 3 * shown.size[0] * shown.size[1]
+        return size
+
+
 def micro_batches(
     data: InstructionData,
     scan: Scan,
-    units: Sequence[list[int]],
+    units: Iterable[Sequence[int]],
     *,
     load_image: LoadImage | None,
     skip_bad: bool = False,
     workers: int = 0,
+    prefetch: int = 256 << 20,
 ) -> Generator[MicroBatch]:
     """Yield the micro-batch of each entry of `units`, in order, prepared ahead by `workers` processes.
 
@@ -148,31 +166,11 @@ def micro_batches(
         units: for each micro-batch the units it holds; an empty list gives an idle batch.
         load_image: picture, place -> (C, 3, H, W) uint8; None where features are cached.
         skip_bad: leave bad records out and hand them over in `MicroBatch.bad`; else raise the first.
+        prefetch: bytes of micro-batches that may wait; one for each worker may in any case.
     """
-    dataset = _MicroBatches(data, scan, units, load_image=load_image, skip_bad=skip_bad)
+    make = _Maker(data, scan, load_image, skip_bad)
     if workers == 0:
-        yield from (dataset[i] for i in range(len(dataset)))
-        return
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        shuffle=False,
-        num_workers=workers,
-        prefetch_factor=4,
-        multiprocessing_context="fork",
-        worker_init_fn=_begin_worker,
+        return (make(entry) for entry in units)
+    return ahead(
+        make, units, workers=workers, budget=prefetch, expected=make.most_bytes, size=lambda batch: batch.bytes
     )
-    prepared: Any = iter(loader)
-    try:
-        yield from prepared
-    finally:
-        # Not left to garbage collection: an exception keeps the iterator alive in its traceback until the process
-        # ends, which then waits for workers that ignore its signals.
-        prepared._shutdown_workers()
-
-
-def _begin_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    # A shell or scheduler signals the whole group; the run still needs its workers to finish the step and save.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

@@ -1,14 +1,14 @@
 """Order: which unit of data comes when, as a pure function of (seed, epoch, position).
 
-Owns the weights of a mixture, its shuffling, and the walk through epochs. Holds no state: a position in the run is one
-integer, the number of rows taken, so that resuming is arithmetic and does not depend on ranks or workers. Up to
-GLOBAL_LIMIT units an epoch is one shuffled array; above that it is shuffled block by block (see BlockOrder).
+Owns the weights of a mixture and its shuffling; `walk.py` fills rows in this order. Holds no state and reads nothing
+but the sizes of the sources. Up to GLOBAL_LIMIT units an epoch is one shuffled array; above that it is shuffled block
+by block (see BlockOrder).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 import numpy as np
@@ -19,6 +19,8 @@ SCHEMES = ("proportional", "sqrt", "temperature", "equal")
 # epoch_order holds 8 bytes a unit, and at its peak 16 (24 if a weight has a fraction): 1 GB makes 125 million units,
 # 60 (40) million while the array is made.
 GLOBAL_LIMIT = 100_000_000
+SHUFFLES = ("auto", "global", "block")
+WINDOW = 1 << 20
 
 
 def mixing_weights(
@@ -80,7 +82,7 @@ def epoch_order(sizes: Sequence[int], weights: Sequence[float], *, seed: int, ep
     _check_weights(sizes, weights)
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     pairs = list(zip(sizes, weights, strict=True))
-    counts = [int(weight) * size + round((weight - int(weight)) * size) for size, weight in pairs]
+    counts = [_drawn(size, weight) for size, weight in pairs]
     order = np.empty(sum(counts), dtype=np.int64)
     start = at = 0
     for (size, weight), count in zip(pairs, counts, strict=True):
@@ -192,86 +194,36 @@ class BlockOrder:
 
 
 def mixture_order(
-    sizes: Sequence[int], weights: Sequence[float], *, seed: int, epoch: int, limit: int = GLOBAL_LIMIT
+    sizes: Sequence[int],
+    weights: Sequence[float],
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: str = "auto",
+    window: int = WINDOW,
+    limit: int = GLOBAL_LIMIT,
 ) -> np.ndarray | BlockOrder:
-    """Return `epoch_order` if the epoch has at most `limit` units, else a BlockOrder; both are indexed by position."""
-    _check_weights(sizes, weights)
-    if sum(size * weight for size, weight in zip(sizes, weights, strict=True)) <= limit:
-        return epoch_order(sizes, weights, seed=seed, epoch=epoch)
-    return BlockOrder(sizes, weights, seed=seed, epoch=epoch)
-
-
-class Walk:
-    """The rows of a run, epoch after epoch.
+    """Return the order of one epoch, indexed by position: the one that a run reads in.
 
     Args:
-        rows_of: epoch -> its rows, a pure function.
-        epochs: passes, possibly fractional; or
-        steps: optimizer steps. Exactly one is given.
-        rows_per_step: rows in an optimizer step, over all ranks.
+        shuffle: "global" an `epoch_order`, "block" a BlockOrder, "auto" the first up to `limit` units in an epoch.
+        window: units that a BlockOrder shuffles together, in 256 blocks of neighbours.
+
+    Raises:
+        ConfigError: weights that are negative or not finite, an unknown shuffle.
     """
+    if shuffle not in SHUFFLES:
+        raise ConfigError(f"unknown shuffle '{shuffle}'", remedy=nearest(shuffle, SHUFFLES))
+    if shuffle == "global" or (shuffle == "auto" and units_in_epoch(sizes, weights) <= limit):
+        return epoch_order(sizes, weights, seed=seed, epoch=epoch)
+    return BlockOrder(sizes, weights, seed=seed, epoch=epoch, block=max(window // 256, 1), window=256)
 
-    def __init__(
-        self,
-        rows_of: Callable[[int], list[list[int]]],
-        *,
-        rows_per_step: int,
-        epochs: float | None = None,
-        steps: int | None = None,
-    ) -> None:
-        self._rows_of = rows_of
-        self._starts = [0]
-        self._kept: tuple[int, list[list[int]]] = (-1, [])
-        self.rows_per_step = rows_per_step
-        if steps is not None:
-            self.steps, self.total_rows = steps, steps * rows_per_step
-        else:
-            assert epochs is not None
-            whole = int(epochs)
-            self.total_rows = self._start(whole)
-            if epochs > whole:
-                self.total_rows += round((epochs - whole) * len(self._epoch(whole)))
-            self.total_rows = max(self.total_rows, 1)
-            self.steps = -(-self.total_rows // rows_per_step)
 
-    def _epoch(self, epoch: int) -> list[list[int]]:
-        if self._kept[0] != epoch:
-            self._kept = (epoch, self._rows_of(epoch))
-        return self._kept[1]
+def units_in_epoch(sizes: Sequence[int], weights: Sequence[float]) -> int:
+    """Units in an epoch, the same in each. Raises ConfigError as `epoch_order`."""
+    _check_weights(sizes, weights)
+    return sum(_drawn(size, weight) for size, weight in zip(sizes, weights, strict=True))
 
-    def _start(self, epoch: int) -> int:
-        """Rows before `epoch`."""
-        while len(self._starts) <= epoch:
-            rows = len(self._epoch(len(self._starts) - 1))
-            if not rows:
-                # A walk over nothing would never reach its end.
-                raise ConfigError("an epoch holds no row", remedy="Check the sources and their weights.")
-            self._starts.append(self._starts[-1] + rows)
-        return self._starts[epoch]
 
-    def row(self, position: int) -> list[int] | None:
-        """Units of the row at `position`, or None past the end of the run (the last step may be short)."""
-        if position >= self.total_rows:
-            return None
-        epoch = max(i for i, s in enumerate(self._starts) if s <= position)
-        while position >= self._start(epoch + 1):
-            epoch += 1
-        return self._epoch(epoch)[position - self._starts[epoch]]
-
-    def epoch_at(self, position: int) -> float:
-        """Epochs completed before row `position`, as a fraction."""
-        position = min(position, self.total_rows)
-        epoch = 0
-        while self._start(epoch + 1) <= position:
-            epoch += 1
-        return epoch + (position - self._starts[epoch]) / max(len(self._epoch(epoch)), 1)
-
-    def micro_positions(self, step: int, *, rank: int, world: int, micro_rows: int) -> list[list[int]]:
-        """Row positions of one step on one rank, micro-batch by micro-batch.
-
-        Row p of a step belongs to rank p mod world. Every rank gets the same number of micro-batches.
-        """
-        first = step * self.rows_per_step
-        mine = list(range(first + rank, first + self.rows_per_step, world))
-        micros = -(-self.rows_per_step // (world * micro_rows))
-        return [mine[i * micro_rows : (i + 1) * micro_rows] for i in range(micros)]
+def _drawn(size: int, weight: float) -> int:
+    return int(weight) * size + round((weight - int(weight)) * size)

@@ -226,7 +226,7 @@ def plan_rows(
     Returns:
         rows as lists of bundle numbers.
     """
-    sizes = np.maximum(lengths - shared, 0)[order].tolist()  # by place in the order
+    sizes = np.maximum(lengths[order] - shared, 0).tolist()  # by place in the order
     room = capacity - shared
     pool = _Pool(sizes, room, window)
     typical = float(np.mean(sizes)) if sizes else 0.0

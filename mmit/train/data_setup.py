@@ -7,21 +7,24 @@ arguments, gives `InstructionData`, its `Scan` and the `Walk`. Refuses a run who
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
-from functools import partial
+import zlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mmit.data.chat import ChatFormat, encode
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.loader import LoadImage, MicroBatch, micro_batches
-from mmit.data.mixture import Walk, epoch_order, mixing_weights
+from mmit.data.mixture import WINDOW, mixing_weights, mixture_order, units_in_epoch
 from mmit.data.packing import plan_rows
 from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
-from mmit.errors import ConfigError, RecordError, located
+from mmit.data.walk import Walk
+from mmit.errors import CheckpointError, ConfigError, RecordError, located
 from mmit.records import Image
 from mmit.train.world import World
 
@@ -122,24 +125,54 @@ def make_walk(
     rows_per_step: int,
     epochs: float | None,
     steps: int | None,
-) -> Walk:
-    """The rows of the run in order.
+    shuffle: str = "auto",
+    window: int = WINDOW,
+    known: Mapping[str, Any] | None = None,
+) -> tuple[Walk, dict[str, Any]]:
+    """The rows of the run in order, and the facts that decide this order.
 
     Args:
         weights: of the sources. mixing: `mixing_weights`' scheme, cap and temperature; scheme "weights" for none.
-        capacity: tokens a row, or None for one unit a row.
+        capacity: tokens a row, or None for one unit a row. shuffle, window: of `mixture_order`.
+        known: facts and `Walk.state` of the checkpoint that the run goes on from.
+
+    Raises:
+        CheckpointError: the facts differ from the known ones.
     """
-    sizes = [int((scan.source == i).sum()) for i in range(len(weights))]
+    sizes = np.bincount(scan.source, minlength=len(weights)).tolist()
     if mixing["scheme"] != "weights":
         weights = [w * m for w, m in zip(weights, mixing_weights(sizes, **mixing), strict=True)]
+    facts = {
+        "seed": seed,
+        "units": len(scan.length),
+        "lengths": zlib.crc32(np.ascontiguousarray(scan.length).view(np.uint8).data),
+        "weights": list(weights),
+        "capacity": capacity,
+        "rows_per_step": rows_per_step,
+        "shuffle": shuffle if shuffle == "global" else f"{shuffle}, {window}",
+    }
+    for key, now in facts.items():
+        if known is not None and known[key] != now:
+            raise CheckpointError(
+                f"the checkpoint was made with other data, another seed or other rows ({key} differs: {known[key]} "
+                f"then, {now} now), so the data order cannot be continued",
+                where="run.resume",
+                remedy="resume with the config and data it was made with, or start from its weights with run.init_from",
+            )
 
-    def rows_of(epoch: int) -> list[list[int]]:
-        order = epoch_order(sizes, weights, seed=seed, epoch=epoch)
+    @lru_cache(maxsize=1)
+    def order_of(epoch: int) -> Any:
+        return mixture_order(sizes, weights, seed=seed, epoch=epoch, shuffle=shuffle, window=window)
+
+    def rows_of(epoch: int, begin: int, end: int) -> list[list[int]]:
+        order = order_of(epoch)[begin:end]
         if capacity is None:
-            return [[int(u)] for u in order]
+            return [[u] for u in order.tolist()]
         return plan_rows(scan.length, capacity=capacity, order=order, shared=scan.shared)
 
-    return Walk(rows_of, rows_per_step=rows_per_step, epochs=epochs, steps=steps)
+    units = units_in_epoch(sizes, weights)
+    walk = Walk(rows_of, units=units, rows_per_step=rows_per_step, epochs=epochs, steps=steps, known=known)
+    return walk, facts
 
 
 def image_loader(preparation: ImagePreparation) -> LoadImage:
@@ -163,14 +196,19 @@ def batches_of_rank(
     load_image: LoadImage | None,
     skip_bad: bool,
     workers: int,
+    prefetch: int,
 ) -> Generator[MicroBatch]:
-    """This rank's micro-batches from step `start` on."""
-    units: list[list[int]] = []
-    for step in range(start, walk.steps):
-        for positions in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
-            rows = [walk.row(p) for p in positions]
-            units.append([u for row in rows if row for u in row])
-    return micro_batches(data, scan, units, load_image=load_image, skip_bad=skip_bad, workers=workers)
+    """This rank's micro-batches from step `start` on; `prefetch` bytes of them may wait."""
+
+    def units() -> Iterator[list[int]]:
+        for step in range(start, walk.steps):
+            for positions in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
+                rows = [walk.row(p) for p in positions]
+                yield [u for row in rows if row for u in row]
+
+    return micro_batches(
+        data, scan, units(), load_image=load_image, skip_bad=skip_bad, workers=workers, prefetch=prefetch
+    )
 
 
 def record_names(

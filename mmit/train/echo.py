@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmit.data.dataset import InstructionData, Scan, split_pairs
-from mmit.data.mixture import Walk
 from mmit.data.viewer import to_rich
+from mmit.data.walk import Walk
 from mmit.models.tuning import parameter_table
 from mmit.models.vlm import VLM
 

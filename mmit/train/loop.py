@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mmit.data.loader import MicroBatch
-from mmit.data.mixture import Walk
+from mmit.data.walk import Walk
 from mmit.errors import MmitError, RecordError
 from mmit.train.engine import Engine
 from mmit.train.metrics_log import RunLog, memory_gib

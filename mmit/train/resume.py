@@ -2,7 +2,8 @@
 
 Owns `trainer/` in a checkpoint (progress, optimizer state, random state of every rank), the choice of the checkpoint
 to continue from, and which older ones are kept. Engine, ZeRO stage and number of ranks may change in between.
-Refuses other data or another seed, because the result would look like the same run without being it.
+Other data or another seed are refused where the order is made (`data_setup.make_walk`), because the result would look
+like the same run without being it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from mmit.train.engine import Engine
 from mmit.train.loop import Progress
 
 Say = Callable[[Any], None]
-OTHER_START = "resume with the config and data it was made with, or start from its weights with run.init_from"
 
 
 def choose(run_dir: Path, resume: str | None, *, say: Say) -> Path | None:
@@ -62,11 +62,14 @@ def set_aside_later(run_dir: Path, step: int, *, say: Say) -> None:
             say(f"set {folder.name} aside as {target.name}: this run goes on from step {step}")
 
 
-def write_trainer(folder: Path, engine: Engine, progress: Progress, *, seed: int, units: int) -> None:
-    """Write progress and random state into `folder`/trainer; the engine adds its own (`Engine.save_state`)."""
+def write_trainer(folder: Path, engine: Engine, progress: Progress, *, order: dict[str, Any]) -> None:
+    """Write progress and random state into `folder`/trainer; the engine adds its own (`Engine.save_state`).
+
+    `order` comes back from `order_of`.
+    """
     trainer = folder / "trainer"
     if engine.rank == 0:
-        facts = {"seed": seed, "units": units, "world": engine.world}
+        facts = {"world": engine.world, "order": order}
         (trainer / "progress.json").write_text(json.dumps({**asdict(progress), **facts}, indent=1))
     random = {"cpu": torch.get_rng_state()}
     if engine.device.type == "cuda":
@@ -74,32 +77,40 @@ def write_trainer(folder: Path, engine: Engine, progress: Progress, *, seed: int
     save_file(random, trainer / f"rng-{engine.rank}.safetensors")
 
 
-def restore(engine: Engine, folder: Path | None, *, seed: int, units: int, say: Say) -> Progress:
-    """Bring the optimizer, the random state and the position back; a fresh start only seeds.
-
-    Raises:
-        CheckpointError: the checkpoint has no trainer state, or is of other data or another seed.
-    """
-    torch.manual_seed(seed + 1000 * engine.rank)
-    if folder is None:
-        return Progress()
-    trainer = folder / "trainer"
+def _saved(folder: Path) -> dict[str, Any]:
     try:
-        saved = json.loads((trainer / "progress.json").read_text())
+        saved = json.loads((folder / "trainer" / "progress.json").read_text())
     except FileNotFoundError:
         raise CheckpointError(
             "holds a model but no trainer state", where=str(folder), remedy="start from its weights with run.init_from"
         ) from None
-    for key, now in (("seed", seed), ("units", units)):
-        if saved[key] != now:
-            raise CheckpointError(
-                f"was made with other data or another seed ({key} differs: {saved[key]} then, {now} now), so the "
-                "data order cannot be continued",
-                where=str(folder),
-                remedy=OTHER_START,
-            )
-    engine.load_state(trainer)
-    _restore_random(engine, trainer, saved["world"], say)
+    if "order" not in saved:
+        problem = "was saved before mmit kept the data order in its checkpoints"
+        raise CheckpointError(problem, where=str(folder), remedy="start from its weights with run.init_from")
+    return saved
+
+
+def order_of(folder: Path | None) -> dict[str, Any] | None:
+    """The place in the data order at which a checkpoint was saved, and what decides that order; None for a fresh start.
+
+    Raises:
+        CheckpointError: the checkpoint has no trainer state.
+    """
+    return None if folder is None else _saved(folder)["order"]
+
+
+def restore(engine: Engine, folder: Path | None, *, seed: int, say: Say) -> Progress:
+    """Bring the optimizer, the random state and the position back; a fresh start only seeds.
+
+    Raises:
+        CheckpointError: the checkpoint has no trainer state.
+    """
+    torch.manual_seed(seed + 1000 * engine.rank)
+    if folder is None:
+        return Progress()
+    saved = _saved(folder)
+    engine.load_state(folder / "trainer")
+    _restore_random(engine, folder / "trainer", saved["world"], say)
     names = {f.name for f in fields(Progress)}
     return Progress(**{k: v for k, v in saved.items() if k in names})
 

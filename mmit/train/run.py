@@ -19,8 +19,8 @@ from mmit.config import Config
 from mmit.data.chat import ChatFormat, chat_format
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.loader import LoadImage, MicroBatch
-from mmit.data.mixture import Walk
 from mmit.data.preparation import ImagePreparation, prepare_images
+from mmit.data.walk import Walk
 from mmit.errors import ConfigError, RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
@@ -77,7 +77,7 @@ def run(config: Config) -> int:
     load_image = image_loader(preparation) if preparation else None
 
     data, scan = _read_data(config, vlm, tokenizer, chat, preparation=preparation, world=world, say=say)
-    walk = _walk(config, scan)
+    walk, order = _walk(config, scan, known=resume.order_of(begin))
 
     groups = apply_tuning(vlm, config.tune.model_dump())
     if start is not None:
@@ -103,7 +103,7 @@ def run(config: Config) -> int:
         echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say)
 
     engine = _engine(config, vlm, groups, world=world)
-    progress = resume.restore(engine, begin, seed=seed, units=len(scan.length), say=say)
+    progress = resume.restore(engine, begin, seed=seed, say=say)
     if world.main:
         resume.set_aside_later(run_dir, progress.step, say=say)
     vlm.train()
@@ -122,7 +122,7 @@ def run(config: Config) -> int:
                 progress=progress,
                 log=log,
                 prepare=partial(_prepare, device=world.device, features=features),
-                save=partial(_save, config, vlm, tokenizer, chat, engine=engine, units=len(scan.length), log=log),
+                save=partial(_save, config, vlm, tokenizer, chat, engine=engine, walk=walk, order=order, log=log),
                 on_bad=partial(note_bad, run_dir, world.rank),
                 name_records=lambda step, places: record_names(
                     data, scan, walk, world=world.size, micro_rows=config.train.micro_rows, step=step, places=places
@@ -206,7 +206,7 @@ def _read_data(
     return data, scan
 
 
-def _walk(config: Config, scan: Scan) -> Walk:
+def _walk(config: Config, scan: Scan, *, known: dict[str, Any] | None) -> tuple[Walk, dict[str, Any]]:
     t = config.train
     return make_walk(
         scan,
@@ -217,6 +217,9 @@ def _walk(config: Config, scan: Scan) -> Walk:
         rows_per_step=t.rows_per_step,
         epochs=t.epochs,
         steps=t.steps,
+        shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
+        known=known,
     )
 
 
@@ -276,6 +279,7 @@ def _batches(
         load_image=load_image,
         skip_bad=config.run.on_bad_record == "skip",
         workers=config.data.workers,
+        prefetch=config.data.prefetch_mb << 20,
     )
 
 
@@ -294,7 +298,8 @@ def _save(
     progress: Progress,
     *,
     engine: Engine,
-    units: int,
+    walk: Walk,
+    order: dict[str, Any],
     log: RunLog,
 ) -> None:
     """Write checkpoints/step-N and remove those beyond `keep_last`."""
@@ -310,7 +315,8 @@ def _save(
                 checkpoint.write_model(draft, vlm, config=config, tokenizer=tokenizer, chat=chat, step=progress.step)
 
     def trainer(draft: Path) -> None:
-        resume.write_trainer(draft, engine, progress, seed=config.run.seed, units=units)
+        state = walk.state(progress.step * walk.rows_per_step)
+        resume.write_trainer(draft, engine, progress, order={**order, **state})
 
     def optimizer(draft: Path) -> None:
         engine.save_state(draft / "trainer")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmit.data.mixture import BlockOrder, Walk, epoch_order, mixing_weights, mixture_order
+from mmit.data.mixture import BlockOrder, epoch_order, mixing_weights, mixture_order, units_in_epoch
 from mmit.errors import ConfigError
 
 SIZES = st.lists(st.integers(0, 40), min_size=1, max_size=5)
@@ -89,6 +90,39 @@ def test_a_billion_units_take_little_memory() -> None:
     assert len(np.unique(order[900_000_000:900_001_000])) == 1000
 
 
+def test_a_window_is_what_is_mixed() -> None:
+    order = mixture_order([100_000], [1.0], seed=0, epoch=0, shuffle="block", window=2560)
+    assert isinstance(order, BlockOrder)
+    place = np.empty(100_000, int)
+    place[order[:]] = np.arange(100_000)
+    inside = np.arange(1, 100_000) % 10 != 0  # neighbours of one block, a 256th of the window
+    assert np.abs(np.diff(place))[inside].max() < 2560
+    assert isinstance(mixture_order([9], [1.0], seed=0, epoch=0, shuffle="global", limit=1), np.ndarray)
+    with pytest.raises(ConfigError, match="did you mean 'global'"):
+        mixture_order([9], [1.0], seed=0, epoch=0, shuffle="globl")
+
+
+@given(mixture=MIXTURES, seed=SEEDS)
+def test_an_epoch_has_as_many_units_as_is_said(mixture: tuple[list[int], list[float]], seed: int) -> None:
+    for kind in ("global", "blocks"):
+        assert len(order_of(kind, mixture, seed=seed)) == units_in_epoch(*mixture)
+
+
+def test_the_memory_of_a_shuffle_is_what_the_readme_says() -> None:
+    """Peak bytes a unit: 16 for a global shuffle, 24 a block and 16 a unit of the window for one by blocks."""
+    tracemalloc.start()
+    try:
+        mixture_order([200_000], [1.0], seed=0, epoch=0, shuffle="global")
+        assert tracemalloc.get_traced_memory()[1] < 200_000 * 16.5
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        order = mixture_order([2_000_000], [1.0], seed=0, epoch=0, shuffle="block", window=256_000)
+        order[1_000_000:1_000_010]
+        assert tracemalloc.get_traced_memory()[1] - before < 3 * 24 * 2000 + 17 * 256_000 + 50_000
+    finally:
+        tracemalloc.stop()
+
+
 def test_small_mixtures_are_shuffled_globally() -> None:
     small = mixture_order([5], [1.0], seed=1, epoch=2)
     assert isinstance(small, np.ndarray) and small.tolist() == epoch_order([5], [1.0], seed=1, epoch=2).tolist()
@@ -144,68 +178,3 @@ def test_wrong_mixtures_are_named() -> None:
                 make([3], [weight], seed=0, epoch=0)
     with pytest.raises(ConfigError, match="2 weights for 1 sources"):
         epoch_order([3], [1.0, 1.0], seed=0, epoch=0)
-
-
-# --- the walk -------------------------------------------------------------------------------------------------------
-
-
-def rows_of(epoch: int) -> list[list[int]]:
-    """Rows of one or two units; their number differs from epoch to epoch, as with packing."""
-    order = epoch_order([23], [1.0], seed=5, epoch=epoch).tolist()
-    width = 1 + epoch % 2
-    return [order[i : i + width] for i in range(0, len(order), width)]
-
-
-RUNS = st.tuples(st.integers(1, 9), st.floats(0.1, 4.0), st.integers(1, 5), st.integers(1, 4))
-
-
-@given(run=RUNS)
-def test_ranks_and_micro_batches_partition_every_step(run: tuple[int, float, int, int]) -> None:
-    rows_per_step, epochs, world, micro_rows = run
-    walk = Walk(rows_of, rows_per_step=rows_per_step, epochs=epochs)
-    seen: list[int] = []
-    for step in range(walk.steps):
-        ranks = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
-        assert len({len(micros) for micros in ranks}) == 1  # or ranks would wait for each other for ever
-        assert all(len(micro) <= micro_rows for micros in ranks for micro in micros)
-        seen.extend(sorted(p for micros in ranks for micro in micros for p in micro))
-    assert seen == list(range(walk.steps * rows_per_step))
-    assert [walk.row(p) is None for p in seen] == [p >= walk.total_rows for p in seen]
-
-
-@given(run=RUNS)
-def test_every_unit_comes_once_an_epoch_whatever_the_division(run: tuple[int, float, int, int]) -> None:
-    rows_per_step, _, world, micro_rows = run
-    walk = Walk(rows_of, rows_per_step=rows_per_step, epochs=3)
-    rows = []
-    for step in range(walk.steps):
-        for rank in range(world):
-            for micro in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
-                rows.extend(row for p in micro if (row := walk.row(p)) is not None)
-    assert np.bincount([unit for row in rows for unit in row]).tolist() == [3] * 23
-    assert len(rows) == walk.total_rows
-
-
-@given(run=RUNS, at=st.floats(0, 1))
-def test_a_fresh_walk_continues_where_another_stopped(run: tuple[int, float, int, int], at: float) -> None:
-    rows_per_step, epochs, _, _ = run
-    whole = Walk(rows_of, rows_per_step=rows_per_step, epochs=epochs)
-    everything = [whole.row(p) for p in range(whole.total_rows)]
-    position = int(at * whole.total_rows)
-    resumed = Walk(rows_of, rows_per_step=rows_per_step, epochs=epochs)
-    assert [resumed.row(p) for p in range(position, whole.total_rows)] == everything[position:]
-    assert resumed.row(whole.total_rows) is None
-    assert resumed.epoch_at(position) == whole.epoch_at(position)
-    assert whole.epoch_at(whole.total_rows) == pytest.approx(epochs, abs=0.1)
-
-
-@given(steps=st.integers(1, 30), rows_per_step=st.integers(1, 9))
-def test_steps_instead_of_epochs(steps: int, rows_per_step: int) -> None:
-    walk = Walk(rows_of, rows_per_step=rows_per_step, steps=steps)
-    assert walk.steps == steps and walk.total_rows == steps * rows_per_step
-    assert walk.row(walk.total_rows - 1) is not None and walk.row(walk.total_rows) is None
-
-
-def test_a_walk_over_nothing_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="no row"):
-        Walk(lambda epoch: [], rows_per_step=2, steps=3).row(0)

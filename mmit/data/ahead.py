@@ -1,0 +1,108 @@
+"""Work done ahead of its consumer, in processes that end with it.
+
+Owns the pool of workers and the bound on what waits: results come in the order of the arguments, whatever the number of
+workers, and the bytes that lie ready or are being made never pass the budget (one result for each worker may lie there
+in any case, or nothing could be made). Knows nothing of data.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from mmit.errors import MmitError
+
+A = TypeVar("A")
+T = TypeVar("T")
+_MOST_PER_WORKER = 64  # small results: their number costs time to look through, not memory
+
+_job: Callable[[Any], Any] | None = None
+
+
+def end_with_parent(parent: int) -> None:
+    """Make this process end when its parent `parent` is gone: one that is killed cannot tell its workers."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def ahead(
+    job: Callable[[A], T],
+    arguments: Iterable[A],
+    *,
+    workers: int,
+    budget: int,
+    expected: Callable[[A], int],
+    size: Callable[[T], int],
+) -> Generator[T]:
+    """Yield `job(argument)` for each argument, in order, made by `workers` forked processes.
+
+    Closing the generator ends the workers; a caller that stops early must, or its process cannot end. They ignore
+    SIGTERM and SIGINT, which a shell or scheduler sends to the whole group while the caller still needs them.
+
+    Args:
+        job: inherited by the workers, so it need not be picklable; its results must be.
+        budget: bytes. expected: most bytes that an argument's result will have. size: bytes of a result.
+
+    Raises:
+        What the job raises. MmitError: a worker was killed.
+    """
+    pool = ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(job, os.getpid())
+    )
+    waiting: deque[tuple[Future[T], int]] = deque()
+    source = iter(arguments)
+    following = next(source, None)
+    try:
+        while following is not None or waiting:
+            while following is not None and len(waiting) < _MOST_PER_WORKER * workers:
+                more = expected(following)
+                if len(waiting) >= workers and _held(waiting, size) + more > budget:
+                    break
+                waiting.append((pool.submit(_run, following), more))
+                following = next(source, None)
+            yield waiting.popleft()[0].result()
+    except BrokenProcessPool as error:
+        remedy = "it was probably out of memory: use fewer data.workers, or a smaller data.prefetch_mb"
+        raise MmitError("a worker process that prepares data was killed", remedy=remedy) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _held(waiting: Iterable[tuple[Future[T], int]], size: Callable[[T], int]) -> int:
+    """Bytes of what is ready, and what the rest may come to."""
+    total = 0
+    for future, most in waiting:
+        made = future.done() and not future.cancelled() and future.exception() is None
+        total += size(future.result()) if made else most
+    return total
+
+
+def _begin(job: Callable[[Any], Any], parent: int) -> None:
+    global _job
+    _job = job
+    with suppress(ImportError):
+        import torch
+
+        torch.set_num_threads(1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent(parent)
+
+
+def _run(argument: Any) -> Any:
+    assert _job is not None
+    return _job(argument)

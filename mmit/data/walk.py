@@ -1,0 +1,147 @@
+"""The walk of a run: which units fill row 0, 1, 2, ..., epoch after epoch.
+
+Takes a pure function that fills rows from a stretch of the order; plans segment by segment, when one is reached, so
+that memory and the cost of starting anywhere are those of one segment. A position is one integer, the rows taken. Its
+`state` is one small JSON from which any number of ranks and workers goes on without planning what came before.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mmit.errors import ConfigError
+
+# Units planned together. A row is filled from one segment only: the last row of each may stay emptier.
+SEGMENT = 65_536
+_KEPT = 3  # segments in memory: loading runs ahead of the step whose records may be asked for
+
+
+class Walk:
+    """The rows of a run.
+
+    Args:
+        rows_of: (epoch, begin, end) -> rows filled from these places of the epoch's order; a pure function.
+        units: in an epoch.
+        epochs: passes, possibly fractional; or
+        steps: optimizer steps. Exactly one is given. With `epochs` all rows are planned once, to count them.
+        rows_per_step: rows in an optimizer step, over all ranks.
+        known: the `state` of an earlier walk of the same order; rows before it cannot be asked for.
+
+    Raises:
+        ConfigError: nothing to walk over.
+    """
+
+    def __init__(
+        self,
+        rows_of: Callable[[int, int, int], list[list[int]]],
+        *,
+        units: int,
+        rows_per_step: int,
+        epochs: float | None = None,
+        steps: int | None = None,
+        known: Mapping[str, Any] | None = None,
+        segment: int = SEGMENT,
+    ) -> None:
+        if units < 1:
+            # A walk over nothing would never reach its end.
+            raise ConfigError("an epoch holds no row", remedy="Check the sources and their weights.")
+        self._rows_of, self._units, self._segment = rows_of, units, segment
+        self._segments = -(-units // segment)  # in an epoch; numbered on through the epochs
+        self._base, self._starts = 0, [0]  # the first segment known, first row of it and of those after it
+        if known is not None:
+            self._base, self._starts = int(known["segment"]), [int(known["first_row"])]
+        self._kept: OrderedDict[int, list[list[int]]] = OrderedDict()
+        self.rows_per_step, self._epochs = rows_per_step, epochs
+        if steps is not None:
+            self.steps, self.total_rows = steps, steps * rows_per_step
+            return
+        assert epochs is not None
+        counted = known is not None and known["epochs"] == epochs
+        self.total_rows = int(known["rows"]) if known and counted else self._count(epochs)
+        self.steps = -(-self.total_rows // rows_per_step)
+
+    def _count(self, epochs: float) -> int:
+        """Rows in so many epochs; where they end inside a segment, the share of its units is rounded to rows."""
+        epoch, units = int(epochs), (epochs - int(epochs)) * self._units
+        segment = epoch * self._segments + int(units // self._segment)
+        if segment < self._base:  # fewer epochs than were gone already
+            return self._starts[0]
+        rest = units % self._segment
+        rows = self._start(segment)
+        return max(rows + (round(rest / self._length(segment) * len(self._rows(segment))) if rest else 0), 1)
+
+    def _length(self, segment: int) -> int:
+        """Units in a segment; the last of an epoch has what is left."""
+        return min(self._segment, self._units - segment % self._segments * self._segment)
+
+    def _rows(self, segment: int) -> list[list[int]]:
+        if segment not in self._kept:
+            epoch, place = divmod(segment, self._segments)
+            begin = place * self._segment
+            rows = self._rows_of(epoch, begin, begin + self._length(segment))
+            if not rows:
+                raise ConfigError("an epoch holds no row", remedy="Check the sources and their weights.")
+            self._kept[segment] = rows
+            if len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(segment)
+        return self._kept[segment]
+
+    def _start(self, segment: int) -> int:
+        """Rows before a segment."""
+        while self._base + len(self._starts) <= segment:
+            self._starts.append(self._starts[-1] + len(self._rows(self._base + len(self._starts) - 1)))
+        return self._starts[segment - self._base]
+
+    def _segment_at(self, position: int) -> int:
+        self._check(position)
+        segment = self._base + bisect_right(self._starts, position) - 1
+        while position >= self._start(segment + 1):
+            segment += 1
+        return segment
+
+    def _segment_behind(self, position: int) -> int:
+        """The segment of the row before `position`, so that the end of one does not ask for the next."""
+        self._check(position)
+        segment = self._base + max(bisect_left(self._starts, position) - 1, 0)
+        while position > self._start(segment + 1):
+            segment += 1
+        return segment
+
+    def _check(self, position: int) -> None:
+        if position < self._starts[0]:
+            raise IndexError(f"row {position} lies before row {self._starts[0]}, from which this walk knows the order")
+
+    def row(self, position: int) -> list[int] | None:
+        """Units of the row at `position`, or None past the end of the run (the last step may be short)."""
+        if position >= self.total_rows:
+            return None
+        segment = self._segment_at(position)
+        return self._rows(segment)[position - self._start(segment)]
+
+    def state(self, position: int) -> dict[str, Any]:
+        """What a later walk needs to go on at row `position`: four numbers."""
+        segment = self._segment_behind(min(position, self.total_rows))
+        first = self._start(segment)
+        return {"segment": segment, "first_row": first, "rows": self.total_rows, "epochs": self._epochs}
+
+    def epoch_at(self, position: int) -> float:
+        """Epochs completed before row `position`, as a fraction (of units; within a segment, of its rows)."""
+        position = min(position, self.total_rows)
+        segment = self._segment_behind(position)
+        epoch, place = divmod(segment, self._segments)
+        share = (position - self._start(segment)) / (self._start(segment + 1) - self._start(segment))
+        return epoch + (place * self._segment + share * self._length(segment)) / self._units
+
+    def micro_positions(self, step: int, *, rank: int, world: int, micro_rows: int) -> list[list[int]]:
+        """Row positions of one step on one rank, micro-batch by micro-batch.
+
+        Row p of a step belongs to rank p mod world. Every rank gets the same number of micro-batches.
+        """
+        first = step * self.rows_per_step
+        mine = list(range(first + rank, first + self.rows_per_step, world))
+        micros = -(-self.rows_per_step // (world * micro_rows))
+        return [mine[i * micro_rows : (i + 1) * micro_rows] for i in range(micros)]

@@ -1,0 +1,138 @@
+"""Rows of a run: complete, the same however the work is divided, and reached without planning what came before."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmit.data.mixture import epoch_order
+from mmit.data.walk import Walk
+from mmit.errors import ConfigError
+
+UNITS = 23
+SEGMENTS = st.sampled_from([4, 7, 23, 1000])
+
+
+def rows_of(epoch: int, begin: int, end: int) -> list[list[int]]:
+    """Rows of one or two units; their number differs from epoch to epoch, as with packing."""
+    order = epoch_order([UNITS], [1.0], seed=5, epoch=epoch)[begin:end].tolist()
+    width = 1 + epoch % 2
+    return [order[i : i + width] for i in range(0, len(order), width)]
+
+
+def walk_of(**options) -> Walk:
+    return Walk(rows_of, units=UNITS, **options)
+
+
+RUNS = st.tuples(st.integers(1, 9), st.floats(0.1, 4.0), st.integers(1, 5), st.integers(1, 4))
+
+
+@given(run=RUNS, segment=SEGMENTS)
+def test_ranks_and_micro_batches_partition_every_step(run: tuple[int, float, int, int], segment: int) -> None:
+    rows_per_step, epochs, world, micro_rows = run
+    walk = walk_of(rows_per_step=rows_per_step, epochs=epochs, segment=segment)
+    seen: list[int] = []
+    for step in range(walk.steps):
+        ranks = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
+        assert len({len(micros) for micros in ranks}) == 1  # or ranks would wait for each other for ever
+        assert all(len(micro) <= micro_rows for micros in ranks for micro in micros)
+        seen.extend(sorted(p for micros in ranks for micro in micros for p in micro))
+    assert seen == list(range(walk.steps * rows_per_step))
+    assert [walk.row(p) is None for p in seen] == [p >= walk.total_rows for p in seen]
+
+
+@given(run=RUNS, segment=SEGMENTS)
+def test_every_unit_comes_once_an_epoch_whatever_the_division(run: tuple[int, float, int, int], segment: int) -> None:
+    rows_per_step, _, world, micro_rows = run
+    walk = walk_of(rows_per_step=rows_per_step, epochs=3, segment=segment)
+    rows = []
+    for step in range(walk.steps):
+        for rank in range(world):
+            for micro in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
+                rows.extend(row for p in micro if (row := walk.row(p)) is not None)
+    assert np.bincount([unit for row in rows for unit in row]).tolist() == [3] * UNITS
+    assert len(rows) == walk.total_rows
+
+
+@given(run=RUNS, at=st.floats(0, 1), segment=SEGMENTS, with_state=st.booleans())
+def test_a_fresh_walk_continues_where_another_stopped(
+    run: tuple[int, float, int, int], at: float, segment: int, with_state: bool
+) -> None:
+    rows_per_step, epochs, _, _ = run
+    options = {"rows_per_step": rows_per_step, "epochs": epochs, "segment": segment}
+    whole = walk_of(**options)
+    everything = [whole.row(p) for p in range(whole.total_rows)]
+    position = int(at * whole.total_rows)
+    known = json.loads(json.dumps(whole.state(position))) if with_state else None
+    resumed = walk_of(**options, known=known)
+    assert resumed.steps == whole.steps
+    assert [resumed.row(p) for p in range(position, whole.total_rows)] == everything[position:]
+    assert resumed.row(whole.total_rows) is None
+    assert resumed.epoch_at(position) == whole.epoch_at(position)
+    assert whole.epoch_at(whole.total_rows) == pytest.approx(epochs, abs=0.1)
+
+
+@given(steps=st.integers(1, 30), rows_per_step=st.integers(1, 9), segment=SEGMENTS)
+def test_steps_instead_of_epochs(steps: int, rows_per_step: int, segment: int) -> None:
+    walk = walk_of(rows_per_step=rows_per_step, steps=steps, segment=segment)
+    assert walk.steps == steps and walk.total_rows == steps * rows_per_step
+    assert walk.row(walk.total_rows - 1) is not None and walk.row(walk.total_rows) is None
+
+
+@pytest.mark.parametrize("limit", [{"epochs": 9.5}, {"steps": 80}])
+def test_resuming_costs_the_same_anywhere(limit: dict[str, float]) -> None:
+    """At 10 % of the first epoch, at 90 % of it, and in the eighth: one segment is planned."""
+    planned: list[tuple[int, int]] = []
+
+    def counted(epoch: int, begin: int, end: int) -> list[list[int]]:
+        planned.append((epoch, begin))
+        return [[unit] for unit in epoch_order([100], [1.0], seed=0, epoch=epoch)[begin:end].tolist()]
+
+    options = {"units": 100, "rows_per_step": 10, "segment": 10, **limit}
+    whole = Walk(counted, **options)
+    for position in (10, 90, 715):
+        expected = whole.row(position)
+        state = whole.state(position)
+        assert len(json.dumps(state)) < 100
+        planned.clear()
+        resumed = Walk(counted, **options, known=state)
+        assert resumed.steps == whole.steps and resumed.row(position) == expected
+        assert len(planned) <= 2, planned
+        with pytest.raises(IndexError, match="lies before row"):
+            resumed.row(position - 11)
+
+
+@pytest.mark.parametrize("epochs", [0.5, 2.0, 3.25])
+def test_a_resumed_run_may_be_longer_or_shorter(epochs: float) -> None:
+    first = walk_of(rows_per_step=2, epochs=1.5, segment=4)
+    resumed = walk_of(rows_per_step=2, epochs=epochs, segment=4, known=first.state(first.total_rows))
+    anew = walk_of(rows_per_step=2, epochs=epochs, segment=4)
+    if epochs > 1.5:
+        assert resumed.total_rows == anew.total_rows
+    else:  # it is over already
+        assert resumed.total_rows <= first.total_rows
+
+
+def test_segments_are_planned_when_they_are_reached() -> None:
+    planned: list[tuple[int, int]] = []
+
+    def counted(epoch: int, begin: int, end: int) -> list[list[int]]:
+        planned.append((epoch, begin))
+        return [[unit] for unit in range(begin, end)]
+
+    walk = Walk(counted, units=1000, rows_per_step=1, steps=100, segment=10)
+    assert [walk.row(p) for p in range(15)] == [[p] for p in range(15)]
+    assert planned == [(0, 0), (0, 10)]
+    walk.epoch_at(20), walk.state(20)
+    assert len(planned) == 2
+
+
+def test_a_walk_over_nothing_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="no row"):
+        Walk(lambda epoch, begin, end: [], units=0, rows_per_step=2, steps=3)
+    with pytest.raises(ConfigError, match="no row"):
+        Walk(lambda epoch, begin, end: [], units=3, rows_per_step=2, steps=3).row(0)
