@@ -1,0 +1,1 @@
+"""mmit models inside other projects' harnesses: lmms-eval, and lm-eval for text; both are imported only here."""
