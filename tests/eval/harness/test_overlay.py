@@ -29,7 +29,7 @@ def first(layout: str, task: str, folder: Path) -> tuple[Record, dict[str, Any]]
     ("layout", "task", "expected"),
     [
         ("pope", "pope", {"question": "Is there a snowboard in the image?", "answer": "yes", "category": "random"}),
-        ("mme", "mme", {"question": "Is there a dog?", "category": "existence", "question_id": "existence/000000006040"}),
+        ("mme", "mme", {"question": "Is there a dog?", "category": "existence", "answer": "Yes"}),
         ("textvqa", "textvqa", {"question": "What brand is it?", "answers": ["nokia"] * 10, "question_id": "34602"}),
         ("gqa", "gqa", {"question": "Is it red?", "answer": "yes"}),
         ("scienceqa", "scienceqa_img", {"question": "Context: Look.\nWhich?", "choices": ["dog", "cat"], "answer": 1}),
