@@ -284,26 +284,28 @@ def run_row(
     *,
     positions: torch.Tensor,
     nodes: torch.Tensor,
-    at: torch.Tensor,
+    at: torch.Tensor | None = None,
     cache: Any = None,
 ) -> Any:
-    """Run one row through a causal LM.
+    """Run one row through a causal LM, or through its body alone.
 
     A row of one node is ordinary causal attention and needs nothing of the model; more nodes need mmit's attention
     function.
 
     Args:
         embeddings: (T, D). positions: (T,). nodes: (K, 3), see `make_plan`.
-        at: (S,) positions whose logits are wanted.
+        at: (S,) positions whose logits are wanted; None for a body, which has none.
         cache: a transformers Cache that keeps the row's keys and values, None for none.
 
     Returns:
-        the model's output; `logits` are (1, S, V).
+        the model's output; `logits` are (1, S, V), a body's `last_hidden_state` (1, T, D).
 
     Raises:
         ModelError: the model does not hand the plan to its attention, so nodes would see each other.
     """
     arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
+    if at is not None:
+        arguments["logits_to_keep"] = at
     plan = None
     if len(nodes) > 1:
         plan = make_plan(nodes.cpu()).to(embeddings.device)
@@ -313,7 +315,6 @@ def run_row(
         inputs_embeds=embeddings[None],
         position_ids=positions[None],
         use_cache=cache is not None,
-        logits_to_keep=at,
         **arguments,
     )
     if plan is not None and not plan.calls:

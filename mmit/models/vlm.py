@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 
 from mmit.errors import ModelError
 from mmit.models.attention import run_row
+from mmit.models.head import Split, check_rows, cross_entropy, split_head
 from mmit.models.projectors import Projector
 from mmit.models.virtual import with_prompt
 from mmit.models.vision import VisionTower
-
-MAX_LOGIT_ROWS = 8192  # supervised positions whose logits may be alive at once
 
 
 class VLM(nn.Module):
@@ -40,6 +39,8 @@ class VLM(nn.Module):
         self.partly: dict[str, tuple[str, ...]] = {}
         # Components that came whole out of a checkpoint: no hub id leads to them, so the next one keeps them whole.
         self.whole: set[str] = set()
+        # Found at the first loss, or before by whoever must not meet a forward of its own there (ZeRO-3).
+        self._split: tuple[Split | None] | None = None
 
     @property
     def image_tokens(self) -> int:
@@ -159,8 +160,32 @@ class VLM(nn.Module):
             if self.projector.line_end is not None:
                 nothing = nothing + self.projector.line_end.sum().to(nothing) * 0
             embeddings = embeddings + nothing.to(embeddings)
-        logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=predict_at)
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        return self.row_losses(embeddings, positions=positions, nodes=nodes, at=predict_at, targets=targets)
+
+    def split(self) -> Split | None:
+        """Body and head of the LLM, or None where they cannot be told apart; asked once."""
+        if self._split is None:
+            self._split = (split_head(self.llm),)
+        return self._split[0]
+
+    def row_losses(
+        self,
+        embeddings: torch.Tensor,
+        *,
+        positions: torch.Tensor,
+        nodes: torch.Tensor,
+        at: torch.Tensor,
+        targets: torch.Tensor,
+    ) -> torch.Tensor:
+        """Cross-entropy of a packed row: (T, D) embeddings -> (S,) float32, as `row_logits` would give it."""
+        parts = self.split()
+        if parts is None:
+            logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at)
+            return F.cross_entropy(logits.float(), targets, reduction="none")
+        body, head = parts
+        embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at)
+        out = run_row(body, embeddings, positions=positions, nodes=nodes)
+        return cross_entropy(out.last_hidden_state[0].index_select(0, at), head, targets)
 
     def row_logits(
         self, embeddings: torch.Tensor, *, positions: torch.Tensor, nodes: torch.Tensor, at: torch.Tensor
@@ -170,10 +195,7 @@ class VLM(nn.Module):
         A row of one node is ordinary causal attention and needs nothing of the model; more nodes need mmit's
         attention function.
         """
-        if len(at) > MAX_LOGIT_ROWS:
-            raise ModelError(
-                f"{len(at)} supervised tokens in one row", remedy="lower data.pack_tokens or train.micro_rows"
-            )
+        check_rows(len(at))
         embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at)
         return run_row(self.llm, embeddings, positions=positions, nodes=nodes, at=at).logits[0]
 

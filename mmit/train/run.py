@@ -85,6 +85,7 @@ def run(config: Config) -> int:
     vlm.to(world.device)
     if config.data.packing:
         vlm.check_isolation()
+    vlm.split()  # takes a forward, which under ZeRO-3 would be out of order in the first step
     features = cache_features(
         vlm,
         data,

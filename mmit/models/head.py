@@ -1,0 +1,131 @@
+"""The output head and its cross-entropy, in chunks: never more logits at once than one chunk times the vocabulary.
+
+Owns the split of a causal LM into body and head, found by watching one small forward, and the loss of hidden states at
+supervised positions. A model that does more to its logits than apply the head (soft-capping, scaling) is not split;
+its own forward then gives all logits of a row at once, up to MAX_LOGIT_ROWS.
+
+Dimensions: S supervised positions, C of them in a chunk, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mmit.errors import ModelError
+from mmit.models.attention import run_row
+
+MAX_LOGIT_ROWS = 8192  # supervised positions whose logits may be alive at once, where they cannot be cut into chunks
+CHUNK_LOGITS = 1 << 26  # entries of a chunk: 256 MiB in float32
+
+Split = tuple[nn.Module, nn.Module]
+
+
+@torch.no_grad()
+def split_head(llm: Any) -> Split | None:
+    """Find body and head of a causal LM, or None where its logits are more than the head of the body's output."""
+    inner: Any = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    body, head = inner.base_model, inner.get_output_embeddings()
+    if body is inner or head is None:
+        return None
+    seen: dict[str, Any] = {}
+    hooks = [
+        body.register_forward_hook(lambda m, inputs, out: seen.update(hidden=getattr(out, "last_hidden_state", None))),
+        head.register_forward_hook(lambda m, inputs, out: seen.update(given=inputs[0], made=out)),
+    ]
+    words = llm.get_input_embeddings().weight
+    at = torch.arange(2, device=words.device)
+    # A call, since ZeRO-3 gathers the table only then.
+    embeddings = llm.get_input_embeddings()(at)
+    try:
+        logits = run_row(llm, embeddings, positions=at, nodes=torch.tensor([[0, 2, -1]]), at=at).logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if seen.get("hidden") is None or "made" not in seen:
+        return None
+    plain = torch.equal(seen["hidden"], seen["given"]) and torch.equal(seen["made"], logits)
+    return (body, head) if plain else None
+
+
+def check_rows(rows: int) -> None:
+    """Refuse more logits at once than memory can be expected to hold. Raises ModelError."""
+    if rows > MAX_LOGIT_ROWS:
+        raise ModelError(
+            f"{rows} supervised tokens in one row", remedy="lower data.pack_tokens or train.micro_rows"
+        )
+
+
+def cross_entropy(
+    hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor, *, chunk_logits: int = CHUNK_LOGITS
+) -> torch.Tensor:
+    """Cross-entropy of `head(hidden)`.
+
+    Args:
+        hidden: (S, D). targets: (S,).
+        head: a frozen linear layer costs one product forward and one for the gradient of `hidden`, which is made
+            in the forward pass; anything trained or adapted runs a second time in the backward pass where there is
+            more than one chunk.
+        chunk_logits: entries of a chunk, C * V.
+
+    Returns:
+        (S,) float32
+    """
+    weight: Any = getattr(head, "weight", None)
+    if weight is not None and weight.ndim < 2:  # a partition of ZeRO-3: only a call of the module makes it whole
+        check_rows(len(targets))
+        return _loss(hidden, head, targets)
+    vocabulary = int(getattr(head, "out_features", 0)) or weight.shape[0]
+    rows = max(64, chunk_logits // vocabulary)
+    if type(head) is nn.Linear and not any(p.requires_grad for p in head.parameters()):
+        return _FrozenHead.apply(hidden, head.weight, head.bias, targets, rows)
+    if len(targets) <= rows:
+        return _loss(hidden, head, targets)
+    pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
+    return torch.cat([checkpoint(_loss, h, head, t, use_reentrant=False) for h, t in pieces])
+
+
+def _loss(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """Loss and its gradient together, chunk by chunk; nothing of size V outlives its chunk.
+
+    The loss of a position depends on its own hidden state alone, so the gradient for a weight of 1 is made at once
+    and multiplied by the real one later.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        rows: int,
+    ) -> torch.Tensor:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for begin in range(0, len(targets), rows):
+            span = slice(begin, begin + rows)
+            logits = F.linear(hidden[span], weight, bias).float()
+            place, total = targets[span, None], logits.logsumexp(1, keepdim=True)
+            losses[span] = (total - logits.gather(1, place))[:, 0]
+            if slope is not None:
+                probability = logits.sub_(total).exp_()
+                probability.scatter_add_(1, place, torch.full_like(total, -1.0))
+                slope[span] = probability.to(weight.dtype) @ weight
+        if slope is not None:
+            ctx.save_for_backward(slope)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return (slope * grad[:, None]).to(slope.dtype), None, None, None, None

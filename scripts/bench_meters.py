@@ -1,0 +1,94 @@
+"""Meters that repeat exactly: executed FLOPs, split at the LM head, and the peak of live bytes; and their statistics.
+
+FLOPs are those of torch's FlopCounterMode (attention counted densely). Live bytes are of every tensor storage that an
+operator returns while the meter is on, from its birth to its end; what was alive before (weights, optimizer) is added.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+aten = torch.ops.aten
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of storages alive at once, those of `held` included."""
+
+    def __init__(self, held: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self._known: dict[int, int] = {}
+        self.now = self.peak = 0
+        for tensor in held:
+            self._count(tensor)
+        self.held = self.now
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or not storage.nbytes():
+            return
+        self._known[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._known.pop(key, 0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count what it returned."""
+        out = function(*args, **(kwargs or {}))
+        for value in tree_iter(out):
+            if isinstance(value, torch.Tensor):
+                self._count(value)
+        return out
+
+
+class HeadFlops(TorchDispatchMode):
+    """FLOPs of matrix products with one side as long as the vocabulary: the LM head and its gradients."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.flops = vocabulary, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator; count it if it is a product of the head."""
+        if function in (aten.mm.default, aten.addmm.default):
+            a, b = args[-2], args[-1]
+            if self.vocabulary in (*a.shape, *b.shape):
+                self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+def flops_of(step: Callable[[], object], vocabulary: int) -> dict[str, int]:
+    """Executed FLOPs of one step: in all, and of the head."""
+    with FlopCounterMode(display=False) as counter, HeadFlops(vocabulary) as head:
+        step()
+    return {"flops": counter.get_total_flops(), "head_flops": head.flops}
+
+
+def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """What lives between steps: weights, buffers, masters and moments."""
+    found = [*model.parameters(), *model.buffers()]
+    for group in optimizer.param_groups:
+        found += group["params"]
+    return found + [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+
+def ratio_interval(
+    numerator: Sequence[float], denominator: Sequence[float], *, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Median of paired ratios, with a 95 % bootstrap interval of that median."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    rng = random.Random(seed)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(draws))
+    return statistics.median(ratios), medians[int(0.025 * draws)], medians[int(0.975 * draws) - 1]
