@@ -85,14 +85,17 @@ def evaluate(
     cut off goes on where it stopped; the processes of torchrun or the deepspeed launcher share the questions. Several
     tasks get a table in summary.md and summary.tex too.
     """
+    from mmit.eval.metrics import check_installed
     from mmit.eval.tasks import load_task, task_items
 
     run = _one_model(run, model)
     tasks = [load_task(name, data_root=data_root) for name in _names(task)]
     probes = _probes(probe)
     metric_of = _judges(tasks, url=judge_url, model=judge_model, prompt=judge_prompt, key_env=key_env)
-    # Before any model is loaded: a missing file or a bad row should not cost minutes.
+    # Before any model is loaded: a missing file, a bad row or a missing package should not cost minutes.
     asked = [(one, task_items(one.model_copy(update={"sample": None}))) for one in tasks]
+    for one, items in asked:
+        check_installed(one.metric, [item.reference for item in items])
 
     from mmit.eval.ranks import from_environment
     from mmit.eval.summary import run_tasks

