@@ -23,10 +23,11 @@ from mmit.data.packing import Row, Sample, build_row
 from mmit.data.preparation import Spread, prepare_images, splice_index
 from mmit.data.prompts import Prompt, PromptMaker, Shown, as_prompt, ask, batches
 from mmit.errors import ConfigError, nearest
-from mmit.interop.foreign import is_foreign, read_foreign
+from mmit.interop.foreign import check_options, is_foreign, read_foreign, settle
 from mmit.models import decoding
 from mmit.models.decoding import Prompts, Sampling
-from mmit.models.llm import DTYPES, context_length
+from mmit.models.hub import model_folder
+from mmit.models.llm import DTYPES, context_length, fewer_bits
 from mmit.models.vlm import VLM
 from mmit.records import Record
 
@@ -63,21 +64,30 @@ def load(
     device: str = "auto",
     dtype: str | torch.dtype | None = None,
     device_map: str | dict[str, Any] | None = None,
+    offload_folder: str | None = None,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
     untuned: bool = False,
+    **foreign: str | None,
 ) -> Model:
-    """Load a checkpoint for use.
+    """Load a model for use.
 
     Args:
-        folder: a checkpoint, a run, whose newest checkpoint is then taken, or a llava-hf folder.
+        folder: a checkpoint; a run, whose newest checkpoint is then taken; a llava-hf folder or one of LLaVA's own;
+            or the hub id of one of these (`owner/name`, `owner/name@revision`).
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
         dtype: number format of the weights ("bf16", "fp16", "fp32"); None takes the one of training.
-        device_map: placement of a large LLM over several devices, as in transformers.
+        device_map: placement of a large LLM as in transformers: "auto", or modules to devices, "cpu" or "disk".
+        offload_folder: where a device map keeps what goes to disk.
+        load_in_8bit, load_in_4bit: linear layers of the LLM in fewer bits, by bitsandbytes.
         untuned: the model as it was before training (base weights, a freshly drawn projector), for comparison.
+        foreign: for folders of other projects `chat` (a chat format in place of the folder's template), and for
+            LLaVA's own `base` and `tower`; see `interop.foreign.read_foreign`.
 
     Raises:
         CheckpointError: the folder is not a whole checkpoint.
-        ModelError: a part of the model cannot be built.
-        ConfigError: no such dtype.
+        ModelError: a part of the model cannot be built, or the hub does not give it.
+        ConfigError: no such dtype, or an option that this kind of folder does not take.
     """
     from mmit.train.checkpoint import load_model  # here, so that a live model is used without it
 
@@ -85,24 +95,23 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype '{dtype}'", remedy=nearest(dtype, DTYPES))
         dtype = DTYPES[dtype]
-    if is_foreign(Path(folder)):
-        return _load_foreign(Path(folder), device=device, dtype=dtype, device_map=device_map)
-    found = load_model(Path(folder), device=device, dtype=dtype, device_map=device_map, untuned=untuned)
+    path = model_folder(folder)
+    bits = fewer_bits(load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
+    if is_foreign(path):
+        if bits and device_map is None and device != "auto":
+            device_map = {"": device}
+        placed: dict[str, Any] = {"device_map": device_map, "offload": offload_folder, "quantization": bits}
+        other = read_foreign(path, dtype=dtype, **placed, **check_options(foreign))
+        settle(other, device=device, device_map=device_map or bits)
+        meta = {"chat": other.chat.to_json(), "image": other.image, "image_tokens": other.vlm.image_tokens}
+        return Model(other.vlm, other.tokenizer, other.chat, image=other.image, folder=path, meta=meta)
+    given = [name for name, value in check_options(foreign).items() if value]
+    if given:
+        problem = f"{given[0]} is for folders of other projects; a checkpoint says it itself"
+        raise ConfigError(problem, where=str(folder), remedy=f"leave {given[0]} out")
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "untuned": untuned, "bits": bits}
+    found = load_model(path, device_map=device_map, offload=offload_folder, **options)
     return Model(found.vlm, found.tokenizer, found.chat, image=found.image, folder=found.folder, meta=found.meta)
-
-
-def _load_foreign(
-    folder: Path, *, device: str, dtype: torch.dtype | None, device_map: str | dict[str, Any] | None
-) -> Model:
-    """Load another project's folder; it was not tuned here, so there is no untuned form of it."""
-    found = read_foreign(folder, dtype=dtype, device_map=device_map)
-    vlm = found.vlm.requires_grad_(False)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    for part in (vlm.vision, vlm.projector, vlm.llm if device_map is None else None):
-        if part is not None:
-            part.to(place if device_map is None else vlm.device)  # type: ignore[arg-type]
-    meta = {"chat": found.chat.to_json(), "image": found.image, "image_tokens": vlm.image_tokens}
-    return Model(vlm, found.tokenizer, found.chat, image=found.image, folder=folder, meta=meta)
 
 
 class Model:

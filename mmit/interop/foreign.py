@@ -6,6 +6,7 @@ layout is told by what the folder declares (config.json), never by its name.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from typing import Any
 import torch
 
 from mmit.data.chat import ChatFormat, chat_format
-from mmit.errors import ModelError
+from mmit.errors import ConfigError, ModelError, nearest
 from mmit.models.interop.hf_towers import hf_tower
 from mmit.models.interop.llava import declared, read_llava
 from mmit.models.interop.llava_hf import LlavaHF, is_llava_hf, read_llava_hf
+from mmit.models.llm import usable_device
 from mmit.models.vlm import VLM
 
-__all__ = ["Foreign", "is_foreign", "read_foreign"]
+__all__ = ["Foreign", "check_options", "is_foreign", "read_foreign", "settle"]
+
+OPTIONS = ("chat", "base", "tower")
 
 
 @dataclass
@@ -48,28 +52,26 @@ def read_foreign(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
-    device_map: str | dict[str, Any] | None = None,
-    packed: bool = True,
     chat: str | None = None,
     base: str | None = None,
     tower: str | None = None,
+    **place: Any,
 ) -> Foreign:
     """Read a folder of another project.
 
     Args:
         folder: a llava-hf folder, or one of LLaVA's own.
         dtype: number format; None takes the folder's own, of LLaVA's own float32.
-        device_map: placement of the LLM of a llava-hf folder, handed to transformers.
-        packed: see `models.llm.load_llm`.
         chat: a chat format in place of the folder's chat template.
         base: the LLM that an adapter or projector of LLaVA's belongs to.
         tower: hub id or folder in place of the vision tower that a LLaVA folder names.
+        place: packed, device_map, offload and quantization of the LLM, see `models.llm.load_llm`.
 
     Raises:
         ModelError: the layout is unknown or the folder incomplete. ConfigError: its chat template cannot be used.
     """
     if is_llava_hf(folder):
-        found = read_llava_hf(folder, dtype=dtype, device_map=device_map, packed=packed)
+        found = read_llava_hf(folder, dtype=dtype, **place)
         _need_chat(chat or found.chat_template, folder)
         form = chat_format(chat, found.tokenizer) if chat else _template_format(found)
         whole = (found.vision_config, found.vision_state)
@@ -77,7 +79,7 @@ def read_foreign(
     if declared(folder) is not None:
         _need_chat(chat, folder)
         dtype = dtype or torch.float32
-        vlm, tokenizer, fit = read_llava(folder, base=base, tower=tower, dtype=dtype)
+        vlm, tokenizer, fit = read_llava(folder, base=base, tower=tower, dtype=dtype, **place)
         eye = vlm.vision
         assert eye is not None and chat is not None
         image = {
@@ -95,13 +97,30 @@ def read_foreign(
     )
 
 
+def check_options(given: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return the options of a folder's reading that have a value. Raises ConfigError for unknown ones."""
+    for name in given:
+        if name not in OPTIONS:
+            raise ConfigError(f"unknown option '{name}'", where="load", remedy=nearest(name, OPTIONS))
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def settle(found: Foreign, *, device: str, device_map: Any) -> None:
+    """Freeze a model and bring its parts where they compute; a device map has placed the LLM already."""
+    vlm = found.vlm.requires_grad_(False)
+    place = usable_device(device)
+    for part in (vlm.vision, vlm.projector, vlm.llm if device_map is None else None):
+        if part is not None:
+            part.to(place if device_map is None else vlm.device)  # type: ignore[arg-type]
+
+
 def _need_chat(chat: str | None, folder: Path) -> None:
     if not chat:
         raise ModelError(
             "has no chat template",
             where=str(folder),
-            remedy="import it, naming the format it was trained with: mmit import-model SRC DST --chat vicuna_v1 "
-            "(LLaVA-1.5)",
+            remedy="name the format it was trained with: --chat vicuna_v1 (LLaVA-1.5) of import-model, chat and eval, "
+            "or mmit.load(..., chat='vicuna_v1')",
         )
 
 

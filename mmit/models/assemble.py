@@ -46,6 +46,7 @@ def assemble(
     dtype: torch.dtype,
     seed: int = 0,
     device_map: str | dict[str, Any] | None = None,
+    offload: str | None = None,
     packed: bool = True,
     tokenizer: str | None = None,
     quantization: Mapping[str, Any] | None = None,
@@ -57,7 +58,7 @@ def assemble(
         model: {"vision": {...} | None, "projector": {...}, "llm": {...}, "chat": {...}} with every key present.
         dtype: number format of frozen weights where a section does not say.
         seed: of the weights that start random (the projector).
-        device_map: placement of the LLM, handed to transformers.
+        device_map, offload: placement of the LLM, see `load_llm`.
         packed: see `load_llm`.
         tokenizer: folder of the tokenizer where it is not the LLM's own (a checkpoint's copy).
         quantization: 4-bit loading of the LLM, see `load_llm`.
@@ -80,6 +81,7 @@ def assemble(
             dtype=DTYPES[llm_options["dtype"]] if llm_options["dtype"] else dtype,
             random_init=llm_options["random_init"],
             device_map=device_map,
+            offload=offload,
             packed=packed,
             quantization=quantization,
             empty=empty,

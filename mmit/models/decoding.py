@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from mmit.errors import ConfigError, ModelError
 from mmit.models.attention import NAME, run_row
+from mmit.models.llm import input_device
 from mmit.models.virtual import with_prompt
 from mmit.models.vlm import VLM
 
@@ -92,21 +93,16 @@ def support(llm: LLM) -> Support:
     return Support(batched=True, shared=_shares_rows(llm), window=min(windows, default=None))
 
 
-def _embeddings(llm: LLM) -> torch.Tensor:
-    """The table of token embeddings: inputs go where it is."""
-    return cast(torch.Tensor, llm.get_input_embeddings().weight)
-
-
 def _shares_rows(llm: LLM) -> bool:
     # Architectures that transformers does not vouch for may drop the plan on its way to the attention.
     if llm.config._attn_implementation != NAME or not llm._supports_attention_backend:
         return False
-    weight = _embeddings(llm)
+    zeros = torch.zeros(2, dtype=torch.int64, device=input_device(llm))
     two = Prompts(
-        weight.detach()[:1].expand(2, -1),
-        torch.zeros(2, dtype=torch.int64, device=weight.device),
+        llm.get_input_embeddings()(zeros).detach(),
+        zeros,
         torch.tensor([[0, 1, -1], [1, 1, -1]]),
-        torch.tensor([1], device=weight.device),
+        torch.tensor([1], device=zeros.device),
     )
     try:
         _run(llm, two, DynamicCache())
@@ -307,7 +303,7 @@ def steps(
 
 def _step(llm: LLM, state: State, chosen: list[int]) -> torch.Tensor:
     """Feed one token per place; return (B, V) logits."""
-    device = _embeddings(llm).device
+    device = input_device(llm)
     padding = state.cache.get_seq_length() - state.lengths if len(chosen) > 1 else torch.zeros(1)
     mask = None
     if padding.any():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
@@ -26,7 +27,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from mmit.errors import ModelError
+from mmit.errors import ConfigError, ModelError
 from mmit.models import attention
 from mmit.models.files import resolve_file
 from mmit.models.virtual import virtual_tokens
@@ -78,6 +79,7 @@ def load_llm(
     dtype: torch.dtype = torch.bfloat16,
     random_init: dict[str, Any] | None = None,
     device_map: str | dict[str, Any] | None = None,
+    offload: str | None = None,
     packed: bool = True,
     quantization: Mapping[str, Any] | None = None,
     empty: bool = False,
@@ -90,9 +92,11 @@ def load_llm(
         dtype: of the weights.
         random_init: a model config (with `model_type`) to build with random weights instead of loading any.
         device_map: passed to transformers (accelerate) for models larger than one device.
+        offload: folder for what the device map puts on disk.
         packed: use mmit's attention function, which runs packed rows, where the architecture takes another one;
             off leaves the model's own.
-        quantization: {"quant": "nf4" or "fp4", "double_quant": bool} loads linear layers in 4 bits (QLoRA).
+        quantization: {"quant": "nf4" or "fp4", "double_quant": bool} loads linear layers in 4 bits (QLoRA); see
+            `fewer_bits` for those that only answer.
         empty: shapes alone, on torch's meta device; reads the configuration and no weights.
 
     Raises:
@@ -100,7 +104,8 @@ def load_llm(
     """
     if quantization is not None and random_init is not None:
         raise ModelError(
-            "a model with random weights cannot be loaded in 4 bits", remedy="set random_init: null, or use mode lora"
+            "a model with random weights cannot be loaded in 4 or 8 bits",
+            remedy="set random_init: null, or use mode lora",
         )
     implementation = {"attn_implementation": attention.NAME} if packed else {}
     try:
@@ -116,14 +121,14 @@ def load_llm(
         if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
             if quantization is not None:
                 raise ModelError(
-                    "a .gguf file cannot be loaded in 4 bits", where=name, remedy="use the model's original weights"
+                    "a .gguf file cannot be loaded in 4 or 8 bits", where=name, remedy="use the original weights"
                 )
             source["quantization_config"] = GgufConfig(dequantize=True)
         elif quantization is not None:
-            source["quantization_config"] = _four_bits(quantization, dtype)
-            device_map = device_map or {"": torch.cuda.current_device()}
+            source["quantization_config"] = bits_config(quantization, dtype)
+        place = placement(device_map, offload, quantized=quantization is not None)
         model = AutoModelForCausalLM.from_pretrained(
-            **source, revision=revision, dtype=dtype, device_map=device_map, **implementation
+            **source, revision=revision, dtype=dtype, **place, **implementation
         )
     except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         raise _explain(name, error) from error
@@ -148,9 +153,38 @@ def why_not_4bit() -> str | None:
     return None
 
 
-def _four_bits(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
-    """NF4 and double quantisation of QLoRA (arXiv:2305.14314)."""
-    if (reason := why_not_4bit()) is not None:
+def fewer_bits(*, load_in_8bit: bool, load_in_4bit: bool) -> dict[str, Any] | None:
+    """Arguments `quantization` of a model that only answers, on whatever device; None for neither.
+
+    Raises ModelError for both, and without bitsandbytes.
+    """
+    if not (load_in_8bit or load_in_4bit):
+        return None
+    if load_in_8bit and load_in_4bit:
+        raise ModelError("load_in_8bit and load_in_4bit are both set", remedy="set one of them")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            "weights of 4 or 8 bits need bitsandbytes, which is not installed",
+            where="load_in_8bit" if load_in_8bit else "load_in_4bit",
+            remedy="pip install 'mmit-tune[qlora]', or leave it out",
+        )
+    return {"bits": 8} if load_in_8bit else {"bits": 4, "quant": "nf4", "double_quant": False}
+
+
+def placement(
+    device_map: str | dict[str, Any] | None, offload: str | None, *, quantized: bool = False
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that say where weights go."""
+    if device_map is None and quantized:
+        device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+    return {"device_map": device_map} | ({} if offload is None else {"offload_folder": offload})
+
+
+def bits_config(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Settings of bitsandbytes: NF4 and double quantisation of QLoRA (arXiv:2305.14314), or LLM.int8 (2208.07339)."""
+    if options.get("bits") == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if "bits" not in options and (reason := why_not_4bit()) is not None:
         remedy = "use mode lora, or a CUDA machine with: pip install 'mmit-tune[qlora]'"
         raise ModelError(reason, where="tune.llm.mode", remedy=remedy)
     return BitsAndBytesConfig(
@@ -159,6 +193,42 @@ def _four_bits(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesCo
         bnb_4bit_use_double_quant=options["double_quant"],
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the device, tried out before anything is loaded. Raises ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        problem = f"torch cannot compute on '{name}': {str(error).splitlines()[0]}"
+        raise ConfigError(problem, where="device", remedy="Give auto, cpu, cuda or cuda:N.") from error
+
+
+def input_device(model: Any) -> torch.device:
+    """Where inputs of a language model go."""
+    embeddings = model.get_input_embeddings()
+    if embeddings.weight.is_meta:  # offloaded: accelerate fetches the weights when they are needed
+        hook = embeddings._hf_hook
+        return torch.device(getattr(hook, "hooks", [hook])[0].execution_device)
+    return embeddings.weight.device
+
+
+def bring_adapters(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Put the adapters of an offloaded model where its weights are fetched to when they are needed.
+
+    peft leaves them where the weights are, which is nowhere. `tensors` are the adapters' under peft's names.
+    """
+    for name, module in model.named_modules():
+        base = getattr(module, "base_layer", None)
+        device = getattr(getattr(base, "_hf_hook", None), "execution_device", None)
+        if device is None:
+            continue
+        for own, parameter in list(module.named_parameters()):
+            value = tensors.get(f"{name}.{own.replace('.default', '')}")
+            if not own.startswith("base_layer.") and (value is not None or not parameter.is_meta):
+                set_module_tensor_to_device(module, own, device, value=value)
 
 
 def _with_own_attention(model: PreTrainedModel) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from mmit.errors import ModelError
 from mmit.models.attention import run_row
 from mmit.models.head import Split, check_rows, cross_entropy, split_head
+from mmit.models.llm import input_device
 from mmit.models.projectors import Projector
 from mmit.models.virtual import with_prompt
 from mmit.models.vision import VisionTower
@@ -55,7 +56,7 @@ class VLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.word_embeddings.device
+        return input_device(self.llm)
 
     @property
     def word_embeddings(self) -> nn.Parameter:

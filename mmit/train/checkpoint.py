@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ from torch import nn
 import mmit
 from mmit.config import Config, VisionConfig
 from mmit.data.chat import ChatFormat
-from mmit.errors import CheckpointError, ConfigError
+from mmit.errors import CheckpointError
 from mmit.models.assemble import assemble
-from mmit.models.llm import why_not_4bit
+from mmit.models.llm import bring_adapters, usable_device, why_not_4bit
 from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
 from mmit.models.vision import VisionTower
 from mmit.models.vlm import VLM
@@ -207,6 +208,7 @@ def _read_adapter(model: Any, adapter: Path) -> PeftModel:
     tensors = load_file(adapter / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     _compare(expected, tensors, adapter / "adapter_model.safetensors")
+    bring_adapters(model, tensors)
     set_peft_model_state_dict(model, tensors)
     return model
 
@@ -240,15 +242,19 @@ def read_config(folder: Path) -> Config:
     return Config.from_dict(raw, where=str(path))
 
 
-def _device(name: str) -> torch.device:
-    """Return the device, tried out before anything is loaded. Raises ConfigError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@contextmanager
+def _placed(device_map: Any) -> Iterator[None]:
+    """Explain what tuning methods cannot do with weights that a device map took off."""
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        problem = f"torch cannot compute on '{name}': {str(error).splitlines()[0]}"
-        raise ConfigError(problem, where="device", remedy="Give auto, cpu, cuda or cuda:N.") from error
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if device_map is None:
+            raise
+        raise CheckpointError(
+            f"its tuning method needs weights that the device map took off: {str(error).splitlines()[0]}",
+            where="device_map",
+            remedy="merge it first (mmit export --format llava-hf) and load that, or keep the LLM on devices and cpu",
+        ) from error
 
 
 def load_model(
@@ -257,6 +263,8 @@ def load_model(
     device: str = "auto",
     dtype: torch.dtype | None = None,
     device_map: str | dict[str, Any] | None = None,
+    offload: str | None = None,
+    bits: Mapping[str, Any] | None = None,
     untuned: bool = False,
 ) -> Loaded:
     """Read a model for use.
@@ -265,14 +273,15 @@ def load_model(
         folder: a checkpoint, or a run (its newest whole checkpoint is taken).
         device: "auto", "cpu", "cuda" or "cuda:N"; ignored for the LLM where `device_map` places it.
         dtype: number format; by default bf16 for a model trained in bf16, else float32.
-        device_map: placement of a large LLM, handed to transformers (accelerate).
+        device_map, offload: placement of a large LLM, see `models.llm.load_llm`.
+        bits: an LLM of fewer bits, see `models.llm.fewer_bits`.
         untuned: the model as it was before training (base weights, freshly drawn projector), for comparison.
 
     Raises:
         CheckpointError: nothing there, or not whole. ModelError: a base it refers to cannot be loaded.
         ConfigError: no such device.
     """
-    place = _device(device)
+    place = usable_device(device)
     path = find(folder)
     config = read_config(path)
     meta = json.loads((path / "mmit.json").read_text())
@@ -292,15 +301,18 @@ def load_model(
             model["vision"]["dtype"] = None
     # 4-bit weights where this machine has them; elsewhere the same adapter goes on the weights they were made from
     four_bits = None if untuned else quantization(config.tune.llm.mode, config.tune.llm.options)
+    if bits is not None:
+        four_bits, device_map = None, device_map or {"": str(place)}
     if four_bits is not None and (reason := why_not_4bit()) is not None:
         warnings.warn(f"{reason}; the base of this QLoRA checkpoint is loaded unquantised", stacklevel=2)
         four_bits = None
     vlm, tokenizer = assemble(
         model,
         dtype=dtype,
-        quantization=four_bits,
+        quantization=bits or four_bits,
         seed=config.run.seed,
         device_map=device_map,
+        offload=offload,
         packed=config.data.packing,
         tokenizer=str(path / "tokenizer"),
     )
@@ -310,8 +322,9 @@ def load_model(
         tune = config.tune.model_dump()
         if tune["llm"]["mode"] == "qlora" and four_bits is None:
             tune["llm"] = unquantised(tune["llm"])
-        apply_tuning(vlm, tune)
-        read_weights(vlm, path)
+        with _placed(device_map):
+            apply_tuning(vlm, tune)
+            read_weights(vlm, path)
     vlm.eval().requires_grad_(False)
     if vlm.vision is not None:
         vlm.vision.freeze()

@@ -30,7 +30,7 @@ TEMPLATE = (
 
 
 def make_llava_hf(
-    folder: Path, *, tower: str = "clip", tokens: str = "byte_level", **options: Any
+    folder: Path, *, tower: str = "clip", tokens: str = "byte_level", width: int = 16, **options: Any
 ) -> LlavaForConditionalGeneration:
     """Save a random model with its processor; `options` go to LlavaConfig. Returns the model, in float32."""
     tokenizer = FAMILIES[tokens]()
@@ -48,8 +48,8 @@ def make_llava_hf(
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer) + 3,
-        hidden_size=16,
-        intermediate_size=24,
+        hidden_size=width,
+        intermediate_size=width * 3 // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -48,7 +48,12 @@ def declared(folder: Path) -> dict[str, Any] | None:
 
 
 def read_llava(
-    folder: Path, *, base: str | None = None, tower: str | None = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    base: str | None = None,
+    tower: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **place: Any,
 ) -> tuple[VLM, PreTrainedTokenizerBase, str]:
     """Read a folder of LLaVA.
 
@@ -57,6 +62,7 @@ def read_llava(
         base: the LLM that an adapter or a projector alone belongs to (`--model-base`).
         tower: hub id or folder in place of config.json's `mm_vision_tower`.
         dtype: number format of the weights.
+        place: packed, device_map, offload and quantization of the LLM, see `load_llm`.
 
     Returns:
         (composite, tokenizer, how pictures are fitted: "pad" or "crop").
@@ -78,7 +84,7 @@ def read_llava(
     rest = next((folder / n for n in ("non_lora_trainables.bin", "mm_projector.bin") if (folder / n).exists()), None)
     if rest is None:
         parts = split_by_prefix(folder_tensors(folder), PREFIXES, where=where)
-        llm: Any = _whole_llm(config, parts["llm"], dtype=dtype, where=where)
+        llm: Any = _whole_llm(config, parts["llm"], dtype=dtype, where=where, **place)
         if parts["vision"]:
             _tower_weights(eye, parts["vision"], where)
         tokenizer = load_tokenizer(where)
@@ -87,9 +93,15 @@ def read_llava(
             raise ModelError(
                 f"holds {rest.name}, which belongs to a base", where=where, remedy="name the base with --base"
             )
-        llm, tokenizer = load_llm(base, dtype=dtype), load_tokenizer(base)
+        llm, tokenizer = load_llm(base, dtype=dtype, **place), load_tokenizer(base)
         _same_base(config, llm, base=base, where=where)
         if (folder / "adapter_config.json").exists():
+            if place.get("quantization") or place.get("device_map"):
+                raise ModelError(
+                    "its adapter is merged into the LLM, which must be whole and in one place for that",
+                    where=where,
+                    remedy="make a model of it first: mmit import-model, then load that",
+                )
             with explained(where, remedy="is this the base that the adapter was trained on?"):
                 llm = PeftModel.from_pretrained(llm, where).merge_and_unload()
     depth = _depth(config.get("mm_projector_type", "linear"), where)
@@ -128,11 +140,13 @@ def _text_config(config: dict[str, Any]) -> Any:
     return AutoConfig.for_model(kind, **plain)
 
 
-def _whole_llm(config: dict[str, Any], tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, where: str) -> Any:
+def _whole_llm(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, where: str, **place: Any
+) -> Any:
     from mmit.models.interop.llava_hf import language_model
 
     text = _text_config(config)
-    return language_model(text, tensors, dtype=dtype, device_map=None, packed=True, where=where)
+    return language_model(text, tensors, dtype=dtype, where=where, **place)
 
 
 def _same_base(config: dict[str, Any], llm: Any, *, base: str, where: str) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import mmit.models.vision_hf as vision_hf
 from mmit.errors import ModelError, nearest
 from mmit.models import attention
 from mmit.models.interop.tensors import complain, fill_module, folder_tensors, split_by_prefix
+from mmit.models.llm import bits_config, placement
 from mmit.models.projectors import build_projector
 from mmit.models.vision import VisionTower
 from mmit.models.vision_encoder import explained, load_needed, triple
@@ -84,16 +86,16 @@ def read_llava_hf(
     folder: str | Path,
     *,
     dtype: torch.dtype | None = None,
-    device_map: str | dict[str, Any] | None = None,
     packed: bool = True,
+    **place: Any,
 ) -> LlavaHF:
     """Read a llava-hf folder.
 
     Args:
         folder: holds config.json, weights, tokenizer and processor files.
         dtype: number format of the weights; None takes the one that config.json states, else float32.
-        device_map: placement of the LLM, handed to transformers.
         packed: see `load_llm`.
+        place: device_map, offload and quantization of the LLM, see `load_llm`.
 
     Raises:
         ModelError: the folder is incomplete, of another layout, or describes what mmit does not compute.
@@ -109,7 +111,7 @@ def read_llava_hf(
     parts = split_by_prefix(folder_tensors(folder), PREFIXES, where=where)
 
     tower, options = _tower(config, parts["vision"], picture=_picture(processor, where), where=where)
-    llm = language_model(_text(config), parts["llm"], dtype=dtype, device_map=device_map, packed=packed, where=where)
+    llm = language_model(_text(config), parts["llm"], dtype=dtype, packed=packed, where=where, **place)
     projector = build_projector(
         "mlp",
         vision_dim=tower.dim,
@@ -214,11 +216,16 @@ def language_model(
     tensors: dict[str, torch.Tensor],
     *,
     dtype: torch.dtype,
-    device_map: str | dict[str, Any] | None,
-    packed: bool,
     where: str,
+    packed: bool = True,
+    device_map: str | dict[str, Any] | None = None,
+    offload: str | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Build a causal LM from its config and exactly its tensors. Raises ModelError with what does not fit."""
+    """Build a causal LM from its config and exactly its tensors; the rest as for `load_llm`.
+
+    Raises ModelError with what does not fit.
+    """
     head, words = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if text.tie_word_embeddings and head is not None:
         if words is None or not torch.equal(head, words):
@@ -237,9 +244,10 @@ def language_model(
             config=text,
             state_dict=tensors,
             dtype=dtype,
-            device_map=device_map,
             output_loading_info=True,
+            **placement(device_map, offload, quantized=quantization is not None),
             **({"attn_implementation": attention.NAME} if packed else {}),
+            **({} if quantization is None else {"quantization_config": bits_config(quantization, dtype)}),
         )
     complain(
         "the weights do not fit the language model",
