@@ -181,11 +181,11 @@ SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "max_new_tokens":
 
 
 def test_sampling_is_reproducible_and_does_not_depend_on_the_batch(model: Model) -> None:
-    drawn = model.generate(RECORDS, seed=5, **SAMPLING)
-    assert drawn == model.generate(RECORDS, seed=5, batch_size=2, **SAMPLING)
+    drawn = model.generate(RECORDS, seed=4, **SAMPLING)
+    assert drawn == model.generate(RECORDS, seed=4, batch_size=2, **SAMPLING)
     assert drawn != model.generate(RECORDS, seed=6, **SAMPLING)
     assert drawn[6] != drawn[7]  # equal questions, separate draws
-    assert drawn[0] == model.chat(PICTURES[0], "What is it?", seed=5, **SAMPLING)
+    assert drawn[0] == model.chat(PICTURES[0], "What is it?", seed=4, **SAMPLING)
 
 
 @pytest.mark.parametrize("stop", [(), ("e",), ("abc", " c")])
