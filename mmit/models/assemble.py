@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mmit.errors import located
 from mmit.models.llm import DTYPES, load_llm, load_tokenizer
+from mmit.models.partition import shape
 from mmit.models.projectors import build_projector
 from mmit.models.vision import VisionTower, build_vision
 from mmit.models.vlm import VLM
@@ -51,6 +52,7 @@ def assemble(
     tokenizer: str | None = None,
     quantization: Mapping[str, Any] | None = None,
     empty: bool = False,
+    partition: Mapping[str, Any] | None = None,
 ) -> tuple[VLM, PreTrainedTokenizerBase]:
     """Build the composite and its tokenizer from a `model` section.
 
@@ -63,6 +65,7 @@ def assemble(
         tokenizer: folder of the tokenizer where it is not the LLM's own (a checkpoint's copy).
         quantization: 4-bit loading of the LLM, see `load_llm`.
         empty: shapes alone, on torch's meta device; reads configurations and the tokenizer, no weights.
+        partition: divide the LLM among ranks while it is loaded, see `load_llm`; the other parts stay whole on each.
 
     Raises:
         ModelError: a part cannot be built or parts do not fit.
@@ -85,6 +88,7 @@ def assemble(
             packed=packed,
             quantization=quantization,
             empty=empty,
+            partition=partition,
         )
     if model["vision"] is None:
         return VLM(llm, vision=None, projector=None), tokens
@@ -97,7 +101,7 @@ def assemble(
         projector = build_projector(
             model["projector"]["kind"],
             vision_dim=vision.dim,
-            llm_dim=words.shape[1],
+            llm_dim=shape(words)[1],
             grid=vision.grid,
             prefix=vision.prefix,
             line_end=has_line_end(model["vision"]),

@@ -6,9 +6,10 @@ code is an error, not an execution.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+import inspect
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,16 +29,16 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from mmit.errors import ConfigError, ModelError
+from mmit.errors import ConfigError, ModelError, nearest
 from mmit.models import attention
 from mmit.models.files import resolve_file
+from mmit.models.partition import partitioned
 from mmit.models.virtual import virtual_tokens
 
 if not sys.stderr.isatty():  # a progress bar in a log file is noise
     disable_progress_bar()
-# peft asks every model it wraps; the answer does not change
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
+FORMER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")  # of published config files; transformers translates them
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -83,6 +85,7 @@ def load_llm(
     packed: bool = True,
     quantization: Mapping[str, Any] | None = None,
     empty: bool = False,
+    partition: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM, ready for packed rows.
 
@@ -98,6 +101,8 @@ def load_llm(
         quantization: {"quant": "nf4" or "fp4", "double_quant": bool} loads linear layers in 4 bits (QLoRA); see
             `fewer_bits` for those that only answer.
         empty: shapes alone, on torch's meta device; reads the configuration and no weights.
+        partition: a complete DeepSpeed config of stage 3, whose number format is `dtype`: each rank keeps its part of
+            every weight as it is read from the files. Not for random weights, `.gguf` files and 4-bit loading.
 
     Raises:
         ModelError: it cannot be found, read or built, or this machine cannot run 4-bit weights.
@@ -110,8 +115,7 @@ def load_llm(
     implementation = {"attn_implementation": attention.NAME} if packed else {}
     try:
         if random_init is not None:
-            options = dict(random_init)
-            config = AutoConfig.for_model(options.pop("model_type", "llama"), **options)
+            config = _described(random_init)
             if empty:
                 return _empty(config, dtype, implementation)
             return _with_own_attention(AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation))
@@ -127,9 +131,10 @@ def load_llm(
         elif quantization is not None:
             source["quantization_config"] = bits_config(quantization, dtype)
         place = placement(device_map, offload, quantized=quantization is not None)
-        model = AutoModelForCausalLM.from_pretrained(
-            **source, revision=revision, dtype=dtype, **place, **implementation
-        )
+        with partitioned(None if "quantization_config" in source else partition):
+            model = AutoModelForCausalLM.from_pretrained(
+                **source, revision=revision, dtype=dtype, **place, **implementation
+            )
     except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         raise _explain(name, error) from error
     if "gguf_file" in source:
@@ -142,6 +147,38 @@ def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation)
     _forget_quantization(model)
     return _with_own_attention(model)
+
+
+def _described(options: Mapping[str, Any]) -> Any:
+    """A model config from plain data. transformers would keep a misspelt key as an attribute that nothing reads."""
+    where = "model.llm.random_init"
+    kind = options.get("model_type", "llama")
+    if kind not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3) or ["llama", "qwen2"]
+        raise ModelError(f"unknown model_type '{kind}'", where=where, remedy=f"e.g. {', '.join(close)}")
+    known = CONFIG_MAPPING[kind]
+    names = {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS}
+    for key in options:
+        if key not in names:
+            raise ModelError(f"unknown key '{key}' for a {kind} model", where=where, remedy=nearest(key, names))
+    return AutoConfig.for_model(kind, **{k: v for k, v in options.items() if k != "model_type"})
+
+
+def recompute_activations(llm: Any) -> None:
+    """Keep no activations inside decoder layers; the backward pass computes them again.
+
+    Raises:
+        ModelError: the architecture cannot.
+    """
+    # transformers 5.2x renamed it; the old name warns there.
+    new = getattr(llm, "activation_checkpointing_enable", None)
+    try:
+        if new is not None:
+            new(activation_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    except ValueError as error:
+        raise ModelError(str(error), where="train.checkpointing", remedy="set train.checkpointing=none") from error
 
 
 def why_not_4bit() -> str | None:

@@ -53,7 +53,7 @@ class Prefix(nn.Module):
 
 
 def virtual_tokens(llm: Any) -> int:
-    """Positions that a soft prompt takes from the model's context."""
+    """Places that a soft prompt takes from the model's context; a prefix, whose keys have no position, takes none."""
     prompt = getattr(llm, PROMPT, None)
     return 0 if prompt is None else prompt.tokens
 

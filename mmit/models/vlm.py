@@ -20,6 +20,7 @@ from mmit.errors import ModelError
 from mmit.models.attention import run_row
 from mmit.models.head import Split, check_rows, cross_entropy, split_head
 from mmit.models.llm import input_device
+from mmit.models.partition import shape
 from mmit.models.projectors import Projector
 from mmit.models.virtual import with_prompt
 from mmit.models.vision import VisionTower
@@ -211,24 +212,25 @@ class VLM(nn.Module):
         Raises:
             ModelError: they meet, or the model cannot run packed rows.
         """
-        words = self.word_embeddings
-        ids = torch.arange(1, 13, device=words.device) % len(words)
+        words = self.llm.get_input_embeddings()  # called, not indexed: ZeRO-3 then brings the weights
+        weight = self.word_embeddings
+        ids = torch.arange(1, 13, device=weight.device) % shape(weight)[0]
         other_first = torch.cat([ids[:6].flip(0), ids[6:]])
         other_second = torch.cat([ids[:6], ids[6:].flip(0)])
-        nodes, at = torch.tensor([[0, 6, -1], [6, 6, -1]]), torch.tensor([5, 11], device=words.device)
-        positions = torch.arange(12, device=words.device) % 6
+        nodes, at = torch.tensor([[0, 6, -1], [6, 6, -1]]), torch.tensor([5, 11], device=weight.device)
+        positions = torch.arange(12, device=weight.device) % 6
         try:
             both, changed_first, changed_second = (
-                self.row_logits(words[row], positions=positions, nodes=nodes, at=at)
+                self.row_logits(words(row), positions=positions, nodes=nodes, at=at)
                 for row in (ids, other_first, other_second)
             )
-            alone = self.row_logits(words[ids[6:]], positions=positions[:6], nodes=nodes[:1], at=at[:1])[0]
+            alone = self.row_logits(words(ids[6:]), positions=positions[:6], nodes=nodes[:1], at=at[:1])[0]
         except (TypeError, ValueError) as error:
             raise ModelError(
                 f"{type(self.llm).__name__} cannot run packed rows: {str(error)[:200]}",
                 remedy="set data.packing=false",
             ) from error
-        tolerance = 0.05 if words.dtype != torch.float32 else 1e-3  # of the logits' spread: rounding, not leakage
+        tolerance = 0.05 if weight.dtype != torch.float32 else 1e-3  # of the logits' spread: rounding, not leakage
         same = (both[1] - alone).abs().max() <= tolerance * alone.float().std() + 1e-6
         apart = torch.equal(both[0], changed_second[0]) and torch.equal(both[1], changed_first[1])
         if not (apart and same):

@@ -36,7 +36,9 @@ from mmit.data.chat import ChatFormat
 from mmit.errors import CheckpointError
 from mmit.models.assemble import assemble
 from mmit.models.llm import bring_adapters, usable_device, why_not_4bit
+from mmit.models.partition import shape, whole
 from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
+from mmit.models.tuning.lora import quietly
 from mmit.models.vision import VisionTower
 from mmit.models.vlm import VLM
 from mmit.train.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
@@ -199,12 +201,14 @@ def _read_partly(vlm: VLM, part: str, path: Path) -> None:
         )
     _compare(expected, tensors, path)
     for name, tensor in tensors.items():
-        expected[name].copy_(tensor)
+        with whole(expected[name], changed=True):
+            expected[name].copy_(tensor)
 
 
 def _read_adapter(model: Any, adapter: Path) -> PeftModel:
     if not isinstance(model, PeftModel):
-        model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+        with quietly():
+            model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     tensors = load_file(adapter / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     _compare(expected, tensors, adapter / "adapter_model.safetensors")
@@ -217,9 +221,9 @@ def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Ten
     problems = [f"missing {k}" for k in expected if k not in found]
     problems += [f"left over {k}" for k in found if k not in expected]
     problems += [
-        f"{k} is {tuple(found[k].shape)}, the model has {tuple(expected[k].shape)}"
+        f"{k} is {tuple(found[k].shape)}, the model has {tuple(shape(expected[k]))}"
         for k in expected
-        if k in found and found[k].shape != expected[k].shape
+        if k in found and found[k].shape != shape(expected[k])
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

@@ -31,8 +31,16 @@ from mmit.train.world import World
 Say = Callable[[Any], None]
 
 
-def check_lengths(*, max_length: int, capacity: int, limit: int | None) -> None:
-    """Refuse records longer than a row (`capacity` tokens) or than the LLM's context (`limit`). Raises ConfigError."""
+def check_lengths(*, max_length: int, capacity: int, limit: int | None, virtual: int = 0) -> None:
+    """Refuse records longer than a row or than the LLM can take.
+
+    Args:
+        max_length: of a record, in tokens. capacity: of a row.
+        limit: of the LLM's context, after the `virtual` tokens of a soft prompt have taken their places.
+
+    Raises:
+        ConfigError: they may be longer.
+    """
     if max_length > capacity:
         raise ConfigError(
             f"max_length={max_length} is more than pack_tokens={capacity}: a record may not fit",
@@ -41,7 +49,8 @@ def check_lengths(*, max_length: int, capacity: int, limit: int | None) -> None:
         )
     if limit is not None and max_length > limit:
         raise ConfigError(
-            f"max_length={max_length} is more than the {limit} tokens the LLM was built for",
+            f"max_length={max_length} is more than the {limit} tokens the LLM was built for"
+            + (f" less the {virtual} of the soft prompt" if virtual else ""),
             where="data.max_length",
             remedy=f"set data.max_length={limit} or less",
         )

@@ -14,6 +14,7 @@ from mmit.data.dataset import InstructionData, Scan, image_key
 from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError, located
+from mmit.models.partition import whole
 from mmit.models.vlm import VLM
 from mmit.records import Record
 from mmit.train.align import align_words
@@ -76,8 +77,9 @@ def align_to_captions(
         pictures = zip(keys, (r.images[0] for r in records), strict=True)
         options: dict[str, Any] = {"kind": "memory", "folder": run_dir / "cache"}
         features = compute_features(vlm.vision, pictures, preparation.whole(), count=len(set(keys)), **options)
-    embeddings = vlm.word_embeddings.detach()
-    loss = align_words(vlm.projector, features.get(keys), words, embeddings, epochs=epochs, lr=lr, seed=seed)
+    with whole(vlm.word_embeddings):
+        embeddings = vlm.word_embeddings.detach()
+        loss = align_words(vlm.projector, features.get(keys), words, embeddings, epochs=epochs, lr=lr, seed=seed)
     say(f"word alignment: {len(records)} captions, {epochs} epochs, loss {loss:.3f}")
 
 

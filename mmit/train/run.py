@@ -23,8 +23,10 @@ from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.walk import Walk
 from mmit.errors import ConfigError, RecordError, located
 from mmit.models.assemble import assemble
-from mmit.models.llm import DTYPES, context_length
+from mmit.models.llm import DTYPES, context_length, recompute_activations
+from mmit.models.partition import partitioned
 from mmit.models.tuning import Group, apply_tuning, check_options, quantization
+from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, resume
 from mmit.train.data_setup import (
@@ -46,7 +48,7 @@ from mmit.train.metrics_log import RunLog
 from mmit.train.pictures import align_to_captions, cache_features
 from mmit.train.signals import EXIT_STOPPED, stop_asked
 from mmit.train.world import World, join_ranks, speaker
-from mmit.train.zero import deepspeed_options
+from mmit.train.zero import complete, deepspeed_options
 
 __all__ = ["EXIT_STOPPED", "run"]
 
@@ -68,7 +70,8 @@ def run(config: Config) -> int:
         torch.set_num_threads(config.train.threads)
 
     start = begin or (checkpoint.find(config.run.init_from, warn=say) if config.run.init_from else None)
-    vlm, tokenizer = _assemble(config, start)
+    parts = _partition(config) if world.deepspeed else None
+    vlm, tokenizer = _assemble(config, start, parts)
     with located("model.chat.format"):
         chat = chat_format(config.model.chat.format, tokenizer)
     with located("model.vision"):
@@ -76,14 +79,15 @@ def run(config: Config) -> int:
         preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
     load_image = image_loader(preparation) if preparation else None
 
+    with partitioned(parts):
+        groups = apply_tuning(vlm, config.tune.model_dump())
+        if start is not None:
+            checkpoint.read_weights(vlm, start)
     data, scan = _read_data(config, vlm, tokenizer, chat, preparation=preparation, world=world, say=say)
     walk, order = _walk(config, scan, known=resume.order_of(begin))
 
-    groups = apply_tuning(vlm, config.tune.model_dump())
-    if start is not None:
-        checkpoint.read_weights(vlm, start)
     vlm.to(world.device)
-    if config.data.packing:
+    if config.data.packing and parts is None:
         vlm.check_isolation()
     vlm.split()  # takes a forward, which under ZeRO-3 would be out of order in the first step
     features = cache_features(
@@ -98,12 +102,15 @@ def run(config: Config) -> int:
     )
     if config.align is not None and begin is None:
         given: dict[str, Any] = {**config.align.model_dump(), "run_dir": run_dir, "seed": seed, "say": say}
-        align_to_captions(vlm, tokenizer, preparation, features=features, **given)
+        with partitioned(parts):
+            align_to_captions(vlm, tokenizer, preparation, features=features, **given)
     if world.main:
         rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
         echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say)
 
     engine = _engine(config, vlm, groups, world=world)
+    if config.data.packing and parts is not None:  # runs only under the engine that brings its weights
+        vlm.check_isolation()
     progress = resume.restore(engine, begin, seed=seed, say=say)
     if world.main:
         resume.set_aside_later(run_dir, progress.step, say=say)
@@ -150,7 +157,15 @@ def _make(run_dir: Path) -> None:
         raise ConfigError(problem, where=f"run.dir: {run_dir}", remedy="choose another folder") from None
 
 
-def _assemble(config: Config, start: Path | None) -> tuple[VLM, Any]:
+def _partition(config: Config) -> dict[str, Any] | None:
+    """Under ZeRO-3 the DeepSpeed config by which ranks divide the LLM while loading it; None where each loads all."""
+    t = config.train
+    options = complete(deepspeed_options(config.engine.deepspeed), precision=t.precision, clip=t.clip)
+    divided = int((options.get("zero_optimization") or {}).get("stage", 0)) == 3
+    return options if divided and config.model.llm.dtype in (None, config.train.precision) else None
+
+
+def _assemble(config: Config, start: Path | None, parts: dict[str, Any] | None) -> tuple[VLM, Any]:
     """The composite and its tokenizer; a fully tuned LLM comes from the checkpoint `start`."""
     dtype = torch.float32 if config.train.precision == "fp32" else DTYPES[config.train.precision]
     model = config.model.model_dump()
@@ -166,6 +181,7 @@ def _assemble(config: Config, start: Path | None) -> tuple[VLM, Any]:
         packed=config.data.packing,
         tokenizer=tokenizer,
         quantization=quantization(config.tune.llm.mode, config.tune.llm.options),
+        partition=parts,
     )
     if tokenizer is not None:
         vlm.whole.add("llm")
@@ -185,7 +201,12 @@ def _read_data(
     """Open, measure and judge the records; each rank measures for itself, the result is the same."""
     options, run_dir = config.data, Path(config.run.dir)
     skip = config.run.on_bad_record == "skip"
-    check_lengths(max_length=options.max_length, capacity=options.pack_tokens, limit=context_length(vlm.llm))
+    check_lengths(
+        max_length=options.max_length,
+        capacity=options.pack_tokens,
+        limit=context_length(vlm.llm),
+        virtual=virtual_tokens(vlm.llm),
+    )
     unreadable: list[RecordError] = []
     data = open_data(
         [s.model_dump() for s in options.train],
@@ -235,7 +256,7 @@ def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World) -> E
         "clip": t.clip,
     }
     if t.checkpointing == "full":
-        vlm.llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(vlm.llm)
     if not world.deepspeed:
         return TorchEngine(vlm, groups, **common)
     frozen = ["vision"] if vlm.vision is not None and config.tune.vision.mode == "frozen" else []

@@ -212,6 +212,15 @@ def test_bad_records_stop_or_are_skipped_and_listed(straight, tmp_path):
         run(tiny_config(tmp_path))
 
 
+def test_a_soft_prompt_counts_against_the_context(straight, tmp_path):
+    for part in ("data", "tokenizer", "vision"):
+        os.symlink(straight / part, tmp_path / part)
+    tune = {"llm": {"mode": "soft_prompt", "lr": 1e-2, "options": {"tokens": 12}}}
+    data = {**tiny_config(tmp_path).data.model_dump(), "max_length": 501, "pack_tokens": 512}
+    with pytest.raises(ConfigError, match="501 is more than the 500 tokens .* less the 12 of the soft prompt"):
+        run(tiny_config(tmp_path, tune=tune, data=data))
+
+
 def test_a_record_longer_than_max_length_is_named(straight, tmp_path):
     for part in ("data", "tokenizer", "vision"):
         os.symlink(straight / part, tmp_path / part)

@@ -23,6 +23,7 @@ from mmit.models.files import load_tensors
 from mmit.models.interop.tensors import complain
 from mmit.models.llm import load_llm
 from mmit.models.projectors import MLP, Linear
+from mmit.models.tuning.lora import quietly
 from mmit.models.vision import VisionTower
 from mmit.models.vision_encoder import explained
 from mmit.models.vlm import VLM
@@ -90,7 +91,9 @@ def reload_adapter(folder: Path, base: str, *, revision: str | None, random_init
     if random_init is not None:
         return None
     llm = load_llm(base, revision=revision, dtype=torch.float32)
-    return VLM(PeftModel.from_pretrained(llm, str(folder)).eval(), vision=None, projector=None)
+    with quietly():
+        adapted = PeftModel.from_pretrained(llm, str(folder))
+    return VLM(adapted.eval(), vision=None, projector=None)
 
 
 def write_llava(

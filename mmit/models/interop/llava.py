@@ -22,6 +22,7 @@ from mmit.models.interop.hf_parts import read_llava_projector
 from mmit.models.interop.tensors import complain, fill_module, folder_tensors, split_by_prefix
 from mmit.models.llm import load_llm, load_tokenizer
 from mmit.models.projectors import build_projector
+from mmit.models.tuning.lora import quietly
 from mmit.models.vision import VisionTower, build_vision
 from mmit.models.vision_encoder import explained, load_needed
 from mmit.models.vlm import VLM
@@ -103,7 +104,8 @@ def read_llava(
                     remedy="make a model of it first: mmit import-model, then load that",
                 )
             with explained(where, remedy="is this the base that the adapter was trained on?"):
-                llm = PeftModel.from_pretrained(llm, where).merge_and_unload()
+                with quietly():
+                    llm = PeftModel.from_pretrained(llm, where).merge_and_unload()
     depth = _depth(config.get("mm_projector_type", "linear"), where)
     width = llm.get_input_embeddings().weight.shape[1]
     projector = build_projector("mlp", vision_dim=eye.dim, llm_dim=width, grid=eye.grid, prefix=eye.prefix, depth=depth)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from mmit.errors import ModelError, nearest
+from mmit.models.partition import numel
 from mmit.models.tuning.llm import METHODS, biases, norm_parameters
 from mmit.models.tuning.lora import LORA, quantization, trained_b, tune_vision_lora
 from mmit.models.tuning.merge import base_name, is_added, merge
@@ -131,7 +132,7 @@ def _tune_vision(vlm: VLM, tower: VisionTower, mode: str, options: Mapping[str, 
 
 
 def _check_share(component: str, module: nn.Module, trained: list[tuple[str, nn.Parameter]], *, mode: str) -> None:
-    count, total = sum(p.numel() for _, p in trained), sum(p.numel() for p in module.parameters())
+    count, total = numel(p for _, p in trained), numel(module.parameters())
     if count < LEAST_SHARE * total:
         raise ModelError(
             f"mode '{mode}' trains {count} of {total} parameters, next to nothing",
@@ -159,8 +160,8 @@ def parameter_table(vlm: VLM) -> list[dict[str, Any]]:
         rows.append(
             {
                 "component": component,
-                "total": sum(p.numel() for p in parameters),
-                "trained": sum(p.numel() for p in parameters if p.requires_grad),
+                "total": numel(parameters),
+                "trained": numel(p for p in parameters if p.requires_grad),
                 "dtype": "/".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
             }
         )

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mmit.errors import ModelError, nearest
+from mmit.models.partition import shape
 from mmit.models.tuning.structure import attention_and_mlp, base_model, decoder_layers
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
@@ -72,7 +73,7 @@ def insert_adapters(llm: Any, *, size: int, activation: str, after: list[str] | 
     Raises:
         ModelError: the layers or the two children cannot be found.
     """
-    width = llm.get_input_embeddings().weight.shape[1]
+    width = shape(llm.get_input_embeddings().weight)[1]
     for layer in decoder_layers(llm):
         for name in after or attention_and_mlp(layer):
             child = getattr(layer, name, None)

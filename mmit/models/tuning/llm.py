@@ -15,6 +15,7 @@ from torch import nn
 
 from mmit.errors import ModelError
 from mmit.models import attention
+from mmit.models.partition import shape, whole
 from mmit.models.tuning.bottleneck import insert_adapters
 from mmit.models.tuning.lora import IA3, LORA, QLORA, tune_ia3, tune_lora, tune_qlora
 from mmit.models.tuning.options import Option, Options
@@ -93,12 +94,13 @@ def _list(value: Any) -> list[str] | None:
 
 
 def _soft_prompt(vlm: VLM, options: Mapping[str, Any]) -> None:
-    words = vlm.word_embeddings.detach()
     count = options["tokens"]
-    if options["init"] == "vocab":
-        start = words[torch.randint(len(words), (count,)).to(words.device)]
-    else:
-        start = torch.randn(count, words.shape[1]).to(words) * words.std()
+    with whole(vlm.word_embeddings):
+        words = vlm.word_embeddings.detach()
+        if options["init"] == "vocab":
+            start = words[torch.randint(len(words), (count,)).to(words.device)]
+        else:
+            start = torch.randn(count, words.shape[1]).to(words) * words.std()
     base_model(vlm.llm).add_module(PROMPT, SoftPrompt(start))
     train_only(vlm, "llm", [f"{PROMPT}.embeddings"])
 
@@ -139,7 +141,7 @@ def _bitfit(vlm: VLM, options: Mapping[str, Any]) -> None:
         for name, module in decoder_layers(llm).named_modules():
             if isinstance(module, nn.Linear) and module.bias is None and _chosen(name, only):
                 like = module.weight
-                module.bias = nn.Parameter(torch.zeros(len(like), dtype=like.dtype, device=like.device))
+                module.bias = nn.Parameter(torch.zeros(shape(like)[0], dtype=like.dtype, device=like.device))
                 setattr(module, INSERTED, True)
     names = biases(llm, only)
     if not names:

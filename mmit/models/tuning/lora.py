@@ -7,7 +7,9 @@ that need data or are not the same twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -60,11 +62,20 @@ def lora_config(options: Mapping[str, Any], *, task: str | None = "CAUSAL_LM") -
         raise ModelError(str(error), where="tune.llm.options") from error
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Around whatever wraps a model: peft asks it in a way that transformers has a new name for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
+
+
 def wrap(model: Any, config: PeftConfig, *, where: str) -> PeftModel:
     """Put a model into PEFT's wrapper. Raises ModelError where the targets are not found."""
     try:
-        # autocast off: the engine decides number formats, and keeps float32 masters itself.
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        with quietly():
+            # autocast off: the engine decides number formats, and keeps float32 masters itself.
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
     except (ValueError, TypeError) as error:
         names = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise ModelError(str(error), where=where, remedy=f"its linear layers are {', '.join(names)}") from error

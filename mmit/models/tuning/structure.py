@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from mmit.errors import ModelError
+from mmit.models.partition import shape
 
 
 def base_model(llm: Any) -> Any:
@@ -48,7 +49,7 @@ def _attentions(layer: nn.Module) -> list[str]:
 
 
 def _matrices(module: nn.Module) -> int:
-    return sum(p.dim() >= 2 for p in module.parameters())
+    return sum(len(shape(p)) >= 2 for p in module.parameters())
 
 
 def attention_and_mlp(layer: nn.Module) -> tuple[str, str]:
@@ -74,5 +75,5 @@ def norms(module: nn.Module) -> Iterator[str]:
     for name, child in module.named_modules():
         own = list(child.parameters(recurse=False))
         leaf = next(child.children(), None) is None
-        if leaf and own and all(p.dim() == 1 for p in own) and hasattr(child, "weight"):
+        if leaf and own and all(len(shape(p)) == 1 for p in own) and hasattr(child, "weight"):
             yield name
