@@ -211,7 +211,7 @@ class SourceConfig(Section):
     """One file or folder of records."""
 
     path: str
-    """file, folder or shards to read"""
+    """file, folder or shards to read; PATH#N draws N of its records, the same in every run, and PATH#N@SEED others"""
     format: str = "mmit"
     """format of its rows, as `mmit data import` names them; shards for a folder of indexed tars"""
     image_root: str | None = None
@@ -221,7 +221,7 @@ class SourceConfig(Section):
     weight: PositiveFloat = 1.0
     """how often its records are drawn, relative to once per epoch"""
     limit: PositiveInt | None = None
-    """use only this many records, null all"""
+    """use only the first so many records, null all"""
     name: str | None = None
     """name in reports, null derives it from path"""
 

@@ -43,7 +43,9 @@ def import_(
             metavar="FORMAT", help=f"llava, alpaca, ...; auto looks at the file; {' and '.join(PACKAGES)} need no PATH."
         ),
     ],
-    path: Annotated[Path | None, typer.Argument(metavar="PATH", help="The file to read.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="PATH", help="The file to read; PATH#N draws N of its records.")
+    ] = None,
     *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE.jsonl", help="The file to write.")],
     image_root: Annotated[
@@ -71,9 +73,9 @@ def import_(
         format, file = _checked(format, path)
         options = _options(option or [])
 
-        from mmit.data.formats import import_file
+        from mmit.data.rows import import_records
 
-        records = import_file(
+        records = import_records(
             file,
             format,
             image_root=image_root,
@@ -105,7 +107,9 @@ def _checked(format: str, path: Path | None) -> tuple[str, Path]:
     if path is None:
         raise typer.BadParameter(f"format {format} needs a file", param_hint="PATH")
     if format == "auto":
-        format, reason = detect_format(path)
+        from mmit.data.sources import split_subset
+
+        format, reason = detect_format(split_subset(path)[0])
         typer.echo(f"format: {format} ({reason})")
     return format, path
 

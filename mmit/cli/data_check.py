@@ -39,7 +39,10 @@ _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
 def check(
-    data: Annotated[Path, typer.Argument(metavar="DATA_OR_CONFIG", help="A data file or shards, or a run's YAML.")],
+    data: Annotated[
+        Path,
+        typer.Argument(metavar="DATA_OR_CONFIG", help="A data file or shards (FILE#N: N of its records), or a YAML."),
+    ],
     *,
     format: FormatOption = None,
     image_root: ImageRootOption = None,

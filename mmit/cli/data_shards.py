@@ -28,7 +28,10 @@ WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes. [defa
 
 
 def build(
-    data: Annotated[list[Path], typer.Argument(metavar="DATA...", help="Data files of any format, in this order.")],
+    data: Annotated[
+        list[Path],
+        typer.Argument(metavar="DATA...", help="Data files of any format, in this order; FILE#N draws N records."),
+    ],
     *,
     out: OutOption,
     format: Annotated[str, typer.Option(help="Format of the files; auto looks at each.")] = "auto",
@@ -98,14 +101,16 @@ def index(
 def _records(
     files: list[Path], format: str, image_root: Path | None, on_bad: Callable[[RecordError], None] | None
 ) -> Iterator[Record]:
-    from mmit.data.formats import detect_format, import_file
+    from mmit.data.formats import detect_format
+    from mmit.data.rows import import_records
+    from mmit.data.sources import split_subset
 
     for path in files:
         name = format
         if format == "auto":
-            name, reason = detect_format(path)
+            name, reason = detect_format(split_subset(path)[0])
             typer.echo(f"{path}: {name} ({reason})")
-        yield from import_file(path, name, image_root=image_root, on_bad=on_bad)
+        yield from import_records(path, name, image_root=image_root, on_bad=on_bad)
 
 
 @contextmanager

@@ -83,12 +83,14 @@ def files_of(
 def _told_format(path: Path) -> str:
     from mmit.data.formats import detect_format
     from mmit.data.shards.reader import has_index
+    from mmit.data.sources import split_subset
 
-    if has_index(path):
+    file, _ = split_subset(path)
+    if has_index(file):
         return "shards"
-    if not path.is_file():
-        raise ConfigError("no such file", where=str(path), remedy="Check the path.")
-    format, reason = detect_format(path)
+    if not Path(file).is_file():
+        raise ConfigError("no such file", where=file, remedy="Check the path.")
+    format, reason = detect_format(file)
     typer.echo(f"format: {format} ({reason})", err=True)
     return format
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mmit.data.formats import detect_format, import_file
 from mmit.data.shards.reader import has_index
-from mmit.data.sources import open_source
+from mmit.data.sources import Subset, open_source, split_subset
 from mmit.errors import ConfigError, RecordError
-from mmit.records import Record
+from mmit.records import OnBad, Record
 
 Row = Record | RecordError
 
@@ -29,19 +31,41 @@ def read_rows(
 ) -> Iterator[Row]:
     """Yield the records and bad rows of a file in one of FORMATS, or of a folder of shards ("shards").
 
-    Without `format` it is found out. `limit` ends after that many rows, bad ones included. Raises RecordError if the
-    file cannot be read or told, ConfigError if there is none.
+    Without `format` it is found out. `limit` ends after that many rows, bad ones included. "PATH#N" takes N rows, the
+    same that training takes (`split_subset`). Raises RecordError if the file cannot be read or told, ConfigError if
+    there is none.
     """
+    path, subset = split_subset(path)
     if format == "shards" or has_index(path):
         rows = _shard_rows(path)
     else:
         if format != "hf" and not Path(path).is_file():
             raise ConfigError("no such file", where=os.fspath(path), remedy="Check the path.")
-        rows = _file_rows(path, format or detect_format(path)[0], image_root)
+        format = format or detect_format(path)[0]
+        rows = _file_rows(path, format, image_root)
+    if subset is not None:
+        again = partial(read_rows, path, format, image_root=image_root, limit=limit)
+        # Lines of mmit's own files have numbers though they are bad; in other formats only what was converted has.
+        rows = _take(again, subset, where=path, count_bad=format in (None, "mmit", "shards"))
     for number, row in enumerate(rows):
         if number == limit:
             return
         yield row
+
+
+def _take(make: Callable[[], Iterator[Row]], subset: Subset, *, where: str, count_bad: bool = False) -> Iterator[Row]:
+    """Yield the rows of a subset; `make` begins a pass over all rows, of which the first counts them.
+
+    Bad rows are counted where `count_bad`; else they are yielded all, since what they would have been is not known.
+    """
+    size = sum(count_bad or isinstance(row, Record) for row in make())
+    chosen = set(subset.numbers(size, where=f"{where}{subset}").tolist())
+    number = 0
+    for row in make():
+        counted = count_bad or isinstance(row, Record)
+        if not counted or number in chosen:
+            yield row
+        number += counted
 
 
 def _file_rows(path: str | os.PathLike[str], format: str, image_root: str | os.PathLike[str] | None) -> Iterator[Row]:
@@ -60,6 +84,22 @@ def _shard_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
             yield source[index]
         except RecordError as error:
             yield error
+
+
+def import_records(
+    path: str | os.PathLike[str], format: str, *, on_bad: OnBad | None = None, **options: Any
+) -> Iterator[Record]:
+    """Yield the records of a file as `import_file` does; of "PATH#N" those of the subset, read in two passes."""
+    file, subset = split_subset(path)
+    if subset is None:
+        yield from import_file(file, format, on_bad=on_bad, **options)
+        return
+    ignored: OnBad | None = None if on_bad is None else lambda error: None  # told in the second pass
+    size = sum(1 for _ in import_file(file, format, on_bad=ignored, **options))
+    chosen = set(subset.numbers(size, where=os.fspath(path)).tolist())
+    for number, record in enumerate(import_file(file, format, on_bad=on_bad, **options)):
+        if number in chosen:
+            yield record
 
 
 def sample_rows(rows: Iterable[Row], count: int, *, seed: int) -> tuple[list[tuple[int, Row]], int]:

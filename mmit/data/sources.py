@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,44 @@ from mmit.data.formats import import_file
 from mmit.data.shards.reader import has_index, open_shards
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Record, write_jsonl
+
+# data.jsonl#500, data.jsonl#500@7
+_SUBSET = re.compile(r"(?s)(.+)#([0-9]{1,12})(?:@([0-9]{1,9}))?")
+
+
+@dataclass(frozen=True)
+class Subset:
+    """`count` records drawn without repetition; see `split_subset`."""
+
+    count: int
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"#{self.count}" + (f"@{self.seed}" if self.seed else "")
+
+    def numbers(self, size: int, *, where: str = "") -> np.ndarray:
+        """Which of `size` records it takes, in the order of the file. Raises ConfigError if there are too few."""
+        if self.count > size:
+            remedy = f"Ask for {size} or fewer; a source is repeated by its weight."
+            raise ConfigError(f"{self.count} records are asked for, but there are {size}", where=where, remedy=remedy)
+        # PCG64's stream and this shuffle are fixed by numpy's compatibility policy for Generator.permutation.
+        rng = np.random.Generator(np.random.PCG64([self.seed, 0x6D6D6974]))
+        return np.sort(rng.permutation(size)[: self.count])
+
+
+def split_subset(path: str | os.PathLike[str]) -> tuple[str, Subset | None]:
+    """Split "PATH#N" or "PATH#N@SEED" into the path and the subset; a file that is really called so is left whole.
+
+    A subset is drawn evenly and depends on the number of records, N and SEED (0 if left out) alone, not on the seed of
+    a run; of the same seed, the smaller one lies inside the larger one. Raises ConfigError for "#0".
+    """
+    given = os.fspath(path)
+    match = _SUBSET.fullmatch(given)
+    if match is None or os.path.exists(given):
+        return given, None
+    if not int(match[2]):
+        raise ConfigError("a subset of no record", where=given, remedy="Give a positive number after the #.")
+    return match[1], Subset(int(match[2]), int(match[3] or 0))
 
 
 class Source(Protocol):
@@ -87,6 +126,41 @@ class JsonlSource:
         return record
 
 
+@dataclass(frozen=True)
+class SubsetSource:
+    """Some of a source's records, in its order."""
+
+    whole: Source
+    chosen: np.ndarray  # (n,) int64
+    subset: Subset
+
+    @property
+    def name(self) -> str:
+        """Of the whole source."""
+        return self.whole.name
+
+    @property
+    def origin(self) -> str:
+        """As the user wrote it."""
+        return f"{self.whole.origin}{self.subset}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the whole source and the subset."""
+        return f"{self.whole.fingerprint}{self.subset}"
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Record:
+        """Read one record. Raises as the whole source."""
+        return self.whole[int(self.chosen[index])]
+
+    def outline(self, index: int) -> Record:
+        """Read one record for measuring. Raises as the whole source."""
+        return self.whole.outline(int(self.chosen[index]))
+
+
 def open_source(
     path: str | os.PathLike[str],
     *,
@@ -101,7 +175,8 @@ def open_source(
     """Open a source; a format other than "mmit" is first converted into a JSONL under `cache`, once.
 
     Args:
-        path: the file, or a folder of shards with its index, or its URL (hf://, s3://, http(s)://), opened as it is.
+        path: the file, or a folder of shards with its index, or its URL (hf://, s3://, http(s)://), opened as it is;
+            with "#N" behind it a subset of N records (of the first `limit`), see `split_subset`.
         format: a key of FORMATS. image_root: where its relative image paths start.
         limit: use only its first `limit` records.
         cache: folder for converted files; the file name carries a hash of the input's path, size and time.
@@ -111,6 +186,11 @@ def open_source(
     Raises:
         ConfigError: no such file, or no record in it. RecordError: a bad row.
     """
+    path, subset = split_subset(path)
+    if subset is not None:
+        given: dict[str, Any] = {"format": format, "image_root": image_root, "name": name, "limit": limit}
+        whole = open_source(path, cache=cache, options=options, on_bad=on_bad, **given)
+        return SubsetSource(whole, subset.numbers(len(whole), where=f"{path}{subset}"), subset)
     if format == "shards" or (format == "mmit" and has_index(path)):
         return open_shards(path, name=name or "", limit=limit, cache=cache)
     origin = Path(path)

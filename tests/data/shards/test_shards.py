@@ -677,11 +677,25 @@ def faulty() -> dict[str, list[tuple[str, bytes]]]:
     }
 
 
-def test_faults_are_skipped_exactly_and_all_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "rate"),
+    [
+        (400, 0.15),
+        pytest.param(14_000, 0.001, marks=pytest.mark.slow),
+        pytest.param(3000, 0.01, marks=pytest.mark.slow),
+        pytest.param(2000, 0.05, marks=pytest.mark.slow),
+    ],
+)
+def test_faults_are_skipped_exactly_and_all_listed(tmp_path: Path, number: int, rate: float) -> None:
+    """All fourteen kinds in turn, at random places; five of them must be read."""
     members, injected, rng = [], {}, np.random.default_rng(0)
     kinds = [*sound_but_odd().items(), *faulty().items()]
-    for n in range(400):
-        kind, content = kinds[int(rng.integers(len(kinds)))] if rng.random() < 0.15 else ("good.jpg", picture(n))
+    assert len(kinds) == 14
+    good = [picture(n) for n in range(40)]
+    places = rng.permutation(number)[: round(number * rate)].tolist()
+    fault_at = {place: kinds[i % len(kinds)] for i, place in enumerate(places)}
+    for n in range(number):
+        kind, content = fault_at.get(n, ("good.jpg", good[n % len(good)]))
         if isinstance(content, bytes):
             members += [(f"{n}.{kind.partition('.')[2]}", content), (f"{n}.txt", b"caption")]
             continue
@@ -693,22 +707,22 @@ def test_faults_are_skipped_exactly_and_all_listed(tmp_path: Path) -> None:
     listed = Collected()
     source = indexed(tmp_path, members, on_bad=listed)
     shard = bytearray((tmp_path / "foreign.tar").read_bytes())
-    for number in range(len(source)):
-        if injected.get(source.key(number)) == "flip":
-            row = source.index.members[int(source.index.samples[number]["member"])]
+    for i in range(len(source)):
+        if injected.get(source.key(i)) == "flip":
+            row = source.index.members[int(source.index.samples[i]["member"])]
             shard[int(row["start"]) + int(row["lead"]) + int(row["size"]) // 2] ^= 1
     (tmp_path / "foreign.tar").write_bytes(shard)
     read = 0
-    for number in range(len(source)):
+    for i in range(len(source)):
         try:
-            record = source[number]
+            record = source[i]
             for image in record.images:
-                decode_rgb(image.source, where=source.where(number))
+                decode_rgb(image.source, where=source.where(i))
             read += 1
         except RecordError as error:
             listed.append(error)
     assert set(injected.values()) == faulty().keys()
-    assert read == 400 - len(injected)
+    assert read == number - len(injected)
     assert sorted(error.where.split("foreign.tar: ")[1].split(":")[0].split(",")[0] for error in listed) == sorted(
         injected
     )
