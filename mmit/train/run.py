@@ -49,6 +49,7 @@ from mmit.train.pictures import align_to_captions, cache_features
 from mmit.train.signals import EXIT_STOPPED, stop_asked
 from mmit.train.world import World, join_ranks, speaker
 from mmit.train.zero import complete, deepspeed_options
+from mmit.train.zero_check import check_deepspeed
 
 __all__ = ["EXIT_STOPPED", "run"]
 
@@ -161,6 +162,7 @@ def _partition(config: Config) -> dict[str, Any] | None:
     """Under ZeRO-3 the DeepSpeed config by which ranks divide the LLM while loading it; None where each loads all."""
     t = config.train
     options = complete(deepspeed_options(config.engine.deepspeed), precision=t.precision, clip=t.clip)
+    check_deepspeed(options)
     divided = int((options.get("zero_optimization") or {}).get("stage", 0)) == 3
     return options if divided and config.model.llm.dtype in (None, config.train.precision) else None
 

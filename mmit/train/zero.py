@@ -15,6 +15,30 @@ from mmit.errors import ConfigError, nearest
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 WHERE = "engine.deepspeed"
+# What the config decides, or mmit itself, and a DeepSpeed JSON may not: key -> who does.
+ELSEWHERE = {
+    "train_batch_size": "train.rows_per_step",
+    "optimizer": "train.betas, train.eps and tune.*.lr",
+    "scheduler": "train.schedule and train.warmup",
+    "amp": "train.precision",
+    "activation_checkpointing": "train.checkpointing",
+    "curriculum_learning": "the order of the data (data.mixing, run.seed)",
+    "data_efficiency": "the order of the data (data.mixing, run.seed)",
+    "progressive_layer_drop": "the model, which runs whole",
+    "compression_training": "tune.*",
+    "tensor_parallel": "its ranks, which share data and ZeRO's partitions only",
+    "sequence_parallel_size": "its ranks, which share data and ZeRO's partitions only",
+    "pipeline": "its ranks, which share data and ZeRO's partitions only",
+}
+# Further sections and keys that DeepSpeed reads at the top of its JSON (docs/_pages/config-json.md there).
+KNOWN = (
+    "aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile csv_monitor data_types "
+    "disable_allgather dump_state elasticity flops_profiler fp16 fp32_allreduce gradient_accumulation_steps "
+    "gradient_clipping gradient_predivide_factor hybrid_engine keep_fp32_modules memory_breakdown nebula "
+    "prescale_gradients seq_parallel_communication_data_type sparse_gradients steps_per_print tensorboard timers "
+    "torch_autocast train_micro_batch_size_per_gpu use_data_before_expert_parallelism wall_clock_breakdown wandb "
+    "weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization"
+).split()
 
 
 def deepspeed_options(name: str) -> dict[str, Any]:
@@ -42,16 +66,19 @@ def complete(options: Mapping[str, Any], *, precision: str, clip: float | None) 
         "gradient_clipping": (clip or 0.0, f"train.clip={clip}"),
         "train_micro_batch_size_per_gpu": (1, "a packed micro-batch, which is one sequence to DeepSpeed"),
         "gradient_accumulation_steps": (1, "mmit's loop, which accumulates itself"),
+        "zero_allow_untested_optimizer": (True, "its own AdamW, which DeepSpeed does not know"),
+        # torch's fused AdamW runs on CPUs without a compiler
+        "zero_force_ds_cpu_optimizer": (False, "its own AdamW, also under offload"),
     }
-    for key in ("train_batch_size", "optimizer", "scheduler"):
-        if key in options and options[key] != "auto":
-            given = json.dumps(options[key])
-            owner = {"optimizer": "train.betas, train.eps and tune.*.lr", "scheduler": "train.schedule"}
+    for key, given in options.items():
+        if key in ELSEWHERE and given != "auto":
             raise ConfigError(
-                f"{key} is {given}, but mmit decides it by {owner.get(key, 'train.rows_per_step')}",
+                f"{key} is {json.dumps(given)}, but mmit decides it by {ELSEWHERE[key]}",
                 where=f"{WHERE}.{key}",
                 remedy="remove it from the DeepSpeed JSON",
             )
+        if key not in ELSEWHERE and key not in KNOWN:
+            raise ConfigError("DeepSpeed has no such key", where=f"{WHERE}.{key}", remedy=nearest(key, KNOWN))
     whole = {k: v for k, v in options.items() if v != "auto"}
     for key, (value, owner_) in mine.items():
         section, _, leaf = key.rpartition(".")
@@ -75,6 +102,4 @@ def complete(options: Mapping[str, Any], *, precision: str, clip: float | None) 
             where=WHERE,
             remedy="set engine.deepspeed=zero1, which computes the same, or train.precision=fp32",
         )
-    whole["zero_allow_untested_optimizer"] = True
-    whole["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW runs on CPUs without a compiler
     return whole

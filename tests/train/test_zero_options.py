@@ -7,7 +7,8 @@ import json
 import pytest
 
 from mmit.errors import ConfigError
-from mmit.train.zero import FOLDER, complete, deepspeed_options
+from mmit.train.zero import ELSEWHERE, FOLDER, complete, deepspeed_options
+from mmit.train.zero_check import check_deepspeed
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
@@ -27,13 +28,66 @@ def test_every_json_of_ours_fits(name):
         ({"fp16": {"enabled": True}}, "fp16.enabled", ("true", "train.precision=bf16")),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps", ("4", "1")),
         ({"train_batch_size": 32}, "train_batch_size", ("32", "rows_per_step")),
+        ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu", ("8", "1")),
+        ({"zero_force_ds_cpu_optimizer": True}, "zero_force_ds_cpu_optimizer", ("true", "false")),
+        ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer", ("false", "true")),
         ({"optimizer": {"type": "Lamb"}}, "optimizer", ("Lamb", "train.betas")),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler", ("WarmupLR", "train.schedule")),
+        ({"amp": {"enabled": True}}, "amp", ("enabled", "train.precision")),
+        ({"activation_checkpointing": {"x": 1}}, "activation_checkpointing", ("x", "train.checkpointing")),
+        ({"curriculum_learning": {"enabled": True}}, "curriculum_learning", ("enabled", "data.mixing")),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency", ("enabled", "data.mixing")),
+        ({"progressive_layer_drop": {"enabled": True}}, "progressive_layer_drop", ("enabled", "model")),
+        ({"compression_training": {"x": 1}}, "compression_training", ("x", "tune")),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", ("2", "ranks")),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size", ("2", "ranks")),
+        ({"pipeline": {"stages": 2}}, "pipeline", ("2", "ranks")),
+        ({"gradient_cliping": 1.0}, "gradient_cliping", ("no such key", "gradient_clipping")),
     ],
 )
 def test_a_contradiction_names_both_values(options, key, both):
     with pytest.raises(ConfigError) as error:
         complete({"zero_optimization": {"stage": 2}, **options}, precision="bf16", clip=1.0)
     assert error.value.where == f"engine.deepspeed.{key}" and all(b in str(error.value) for b in both)
+
+
+def test_every_value_that_mmit_decides_is_in_the_list_above():
+    tried = {key for _, key, _ in test_a_contradiction_names_both_values.pytestmark[0].args[1]}
+    assert tried >= set(ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    ("zero", "told"),
+    [
+        ({"stge": 2}, "did you mean 'stage'"),
+        ({"stage": 7}, "stage"),
+        ({"stage": 2, "overlap_comm": "perhaps"}, "overlap_comm"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "no such folder"),
+        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/no/such/disk"}}, "/no/such/disk"),
+        ({"stage": 3, "offload_param": {"device": "floppy"}}, "device"),
+    ],
+)
+def test_what_deepspeed_would_not_take_is_told_before_anything_is_loaded(zero, told):
+    pytest.importorskip("deepspeed")
+    whole = complete({"zero_optimization": zero}, precision="bf16" if zero.get("stage") else "fp32", clip=1.0)
+    with pytest.raises(ConfigError, match=told) as error:
+        check_deepspeed(whole)
+    assert error.value.where.startswith("engine.deepspeed") and error.value.remedy
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
+def test_deepspeed_reads_every_json_of_ours(name, tmp_path):
+    pytest.importorskip("deepspeed")
+    whole = complete(deepspeed_options(name), precision="fp32", clip=1.0)
+    if "nvme" not in name:
+        check_deepspeed(whole)
+        return
+    for section in ("offload_optimizer", "offload_param"):
+        whole["zero_optimization"][section]["nvme_path"] = str(tmp_path)
+    try:
+        check_deepspeed(whole)
+    except ConfigError as error:
+        assert "libaio" in error.problem  # all that this machine may lack
 
 
 def test_what_agrees_or_is_auto_is_taken():
