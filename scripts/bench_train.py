@@ -1,0 +1,164 @@
+"""Pairs mmit with TRL's SFTTrainer and a plain transformers Trainer on one case; prints a Markdown table. See --help.
+
+SmolLM2-135M, a small CLIP tower and a two-layer projector in one llava-hf folder; LoRA r16 and the projector are
+trained, batch 8, bf16. All arms start from the same weights and get the same samples. First their losses must agree (in
+float32 without gradient, and over the first bf16 steps). Then FLOPs and live bytes of one step are counted, which
+repeats exactly, and steps are timed in turns: each round runs every arm on the same batch, every second round backwards.
+A peer that is not installed (`pip install trl==1.16.0`) is a line that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+from bench_meters import LiveBytes, flops_of, ratio_interval, tensors_of  # noqa: E402
+from bench_train_arms import BATCH, Arm, Case, make_case, mmit_arm  # noqa: E402
+from bench_train_peers import trainer_arm, trl_arm  # noqa: E402
+
+ARMS: dict[str, Callable[..., Arm]] = {
+    "mmit": mmit_arm,
+    "TRL, checkpointing off": partial(trl_arm, checkpointing=False),
+    "TRL, checkpointing on": partial(trl_arm, checkpointing=True),
+    "transformers Trainer": trainer_arm,
+}
+SAME_FP32, SAME_BF16 = 1e-4, 0.01  # relative difference of losses that is rounding
+WARM = 2  # steps in bf16 before anything is measured, whose losses are compared
+
+
+def say(text: str) -> None:
+    """Progress on stderr; the table is the only output."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def begin(case: Case, names: list[str], *, bf16: bool) -> tuple[dict[str, Arm], dict[str, str]]:
+    """Build the arms; those whose packages are missing come back with the reason."""
+    arms, missing = {}, {}
+    for name in names:
+        try:
+            arms[name] = ARMS[name](case, bf16=bf16)
+        except ImportError as error:
+            missing[name] = str(error)
+    return arms, missing
+
+
+def check_float32(case: Case, names: list[str]) -> dict[str, float]:
+    """Losses of batch 0 in float32, one arm in memory at a time; exits where they differ."""
+    found: dict[str, tuple[float, int, int]] = {}
+    for name in names:
+        arms, _ = begin(case, [name], bf16=False)
+        if name in arms:
+            found[name] = arms[name].loss(0)
+        del arms
+        gc.collect()
+    own = found["mmit"]
+    for name, (loss, targets, _) in found.items():
+        if abs(loss - own[0]) > SAME_FP32 * own[0] or targets != own[1]:
+            sys.exit(f"{name} has loss {loss} over {targets} tokens, mmit {own[0]} over {own[1]}: not the same task")
+    return {name: value[0] for name, value in found.items()}
+
+
+def measure(arms: dict[str, Arm], *, rounds: int) -> dict[str, dict[str, Any]]:
+    """Warm up, count and time."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, arm in arms.items():
+        losses = [arm.step(i) for i in range(WARM)]
+        _, targets, tokens = arm.loss(WARM)
+        head = getattr(arm.model, "llm", arm.model).get_output_embeddings()
+        row: dict[str, Any] = {"losses": losses, "targets": targets, "tokens": tokens, "seconds": []}
+        if arm.floor is not None:
+            row["floor"] = arm.floor(WARM)
+        row |= flops_of(lambda arm=arm: arm.step(WARM), head)  # type: ignore[misc]
+        with LiveBytes(tensors_of(arm.model, arm.optimizer())) as live:
+            arm.step(WARM + 1)
+        table[name] = row | {"live_bytes": live.peak, "held_bytes": live.held}
+        say(f"{name}: {row['flops'] / 1e9:.1f} GFLOP, {live.peak / 2**20:.0f} MiB")
+    for name, row in table.items():
+        for ours, theirs in zip(table["mmit"]["losses"], row["losses"], strict=True):
+            if abs(ours - theirs) > SAME_BF16 * ours:
+                sys.exit(f"{name} has losses {row['losses']}, mmit {table['mmit']['losses']}: not the same training")
+    for number in range(rounds):
+        for name in list(arms) if number % 2 == 0 else reversed(list(arms)):
+            start = time.perf_counter()
+            arms[name].step(WARM + 2 + number)
+            table[name]["seconds"].append(time.perf_counter() - start)
+        say(f"round {number + 1} of {rounds}")
+    return table
+
+
+def markdown(table: dict[str, dict[str, Any]], missing: dict[str, str]) -> str:
+    """The figures of all arms, ratios against mmit."""
+    own = table["mmit"]
+    lines = [
+        f"| batch {BATCH}, bf16 | GFLOP a step | head | live MiB | tokens run | samples/s | mmit is faster by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in table.items():
+        rate = faster = "not timed"
+        if row["seconds"]:
+            rate = f"{BATCH * len(row['seconds']) / sum(row['seconds']):.2f}"
+            middle, low, high = ratio_interval(row["seconds"], own["seconds"])
+            faster = "" if row is own else f"{middle:.2f} x ({low:.2f} to {high:.2f})"
+        flops, live = row["flops"] / own["flops"], row["live_bytes"] / own["live_bytes"]
+        lines.append(
+            f"| {name} | {row['flops'] / 1e9:.1f} ({flops:.2f} x) | {row['head_flops'] / 1e9:.1f} | "
+            f"{row['live_bytes'] / 2**20:.0f} ({live:.2f} x) | {row['tokens']} | {rate} | {faster} |"
+        )
+    lines += [f"| {name} | not installed: {reason} | | | | | |" for name, reason in missing.items()]
+    floor = own["floor"]
+    lines.append(f"\nmmit's executed FLOPs / floor: {own['flops']} / {floor} = {own['flops'] / floor:.4f}")
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    """What was compared."""
+    found = []
+    for package in ("torch", "transformers", "peft", "trl"):
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found) + f", {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    """Compare and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each arm; 0 counts only")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), help="mmit is always one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write all figures as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    names = ["mmit", *(name for name in args.arms if name != "mmit")]
+    with tempfile.TemporaryDirectory() as folder:
+        case = make_case(Path(folder) / "case", batches=args.rounds + WARM + 2, seed=args.seed)
+        losses = check_float32(case, [name for name in names if name != "TRL, checkpointing on"])
+        say(f"losses in float32: {losses}")
+        arms, missing = begin(case, names, bf16=True)
+        table = measure(arms, rounds=args.rounds)
+    print(versions() + "\n\n" + markdown(table, missing))
+    print("losses in float32, batch 0: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
+    print("losses of the first steps in bf16: " + ", ".join(f"{n} {r['losses']}" for n, r in table.items()))
+    if args.out:
+        args.out.write_text(json.dumps({"versions": versions(), "float32": losses, "arms": table}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
