@@ -1,9 +1,9 @@
 """Pairs mmit with TRL's SFTTrainer and a plain transformers Trainer on one case; prints a Markdown table. See --help.
 
 SmolLM2-135M, a small CLIP tower and a two-layer projector in one llava-hf folder; LoRA r16 and the projector are
-trained, batch 8, bf16. All arms start from the same weights and get the same samples. First their losses must agree (in
-float32 without gradient, and over the first bf16 steps). Then FLOPs and live bytes of one step are counted, which
-repeats exactly, and steps are timed in turns: each round runs every arm on the same batch, every second round backwards.
+trained, batch 8, bf16. All arms start from the same weights and get the same samples. First their losses must agree
+(in float32 without gradient, and over the first bf16 steps). Then FLOPs and live bytes of one step are counted, which
+repeats exactly, and steps are timed in turns: each round runs every arm on the same batch, every other one backwards.
 A peer that is not installed (`pip install trl==1.16.0`) is a line that says so.
 """
 

@@ -76,7 +76,7 @@ def make_case(folder: Path, *, batches: int, seed: int) -> Case:
 
     section = {
         "vision": {"kind": "hf", "name": TOWER, "weights": False, "layer": -1, "select": "patch", "image_size": None}
-        | {"key_order": False, "dtype": None},
+        | {"key_order": False, "dtype": None, "fit": "resize", "tiles": {}},
         "projector": {"kind": "mlp", "options": {"depth": 2}},
         "llm": {"name": LLM, "revision": None, "dtype": None, "random_init": None},
     }
@@ -160,6 +160,7 @@ def mmit_arm(case: Case, *, bf16: bool = True) -> Arm:
     from mmit.data.chat import encode
     from mmit.data.dataset import InstructionData
     from mmit.data.loader import micro_batches
+    from mmit.data.preparation import prepare_images
     from mmit.data.sources import open_source
     from mmit.interop.foreign import read_foreign
     from mmit.models.tuning import apply_tuning
@@ -181,10 +182,11 @@ def mmit_arm(case: Case, *, bf16: bool = True) -> Arm:
     engine = TorchEngine(vlm, groups, device=torch.device("cpu"), precision="bf16" if bf16 else "fp32")
     source = open_source(path=str(case.records), format="mmit", image_root=None, name=None, limit=None, options={})
     turns = lambda t: encode(t, found.chat, found.tokenizer)  # noqa: E731
-    data = InstructionData([source], turns, image_tokens=vlm.image_tokens, max_length=512, capacity=4096)
+    preparation = prepare_images(found.image, tokens=vlm.image_tokens, grid=vlm.image_grid)
+    data = InstructionData([source], turns, preparation=preparation, max_length=512, capacity=4096)
     scan = data.scan()
     assert not scan.bad, scan.bad[0]
-    load = image_loader(found.image)
+    load = image_loader(preparation)
 
     def batch(i: int) -> Any:
         units = [list(range(i * BATCH, (i + 1) * BATCH))]

@@ -81,6 +81,8 @@ class Scan:
     illustrated: list[int] = field(default_factory=list)  # numbers of the records with pictures
     bad: list[RecordError] = field(default_factory=list)
     records: int = 0
+    # (U,) int64, crops that the tower sees for the unit alone
+    seen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
 class InstructionData:
@@ -195,7 +197,7 @@ class InstructionData:
             _scanned = None
         else:
             results = [self._measure(n) for n in numbers]
-        rows: list[tuple[int, int, int, int, int]] = []
+        rows: list[tuple[int, int, int, int, int, int]] = []
         out = Scan(*(np.zeros(0, dtype=np.int64),) * 5, records=len(numbers))
         head: tuple[int, ...] | None = None
         seen: dict[int, int] = {}
@@ -204,14 +206,14 @@ class InstructionData:
                 out.bad.append(result)
                 continue
             source = self.source_of(number)
-            rows.extend((number, *span, source) for span in result.spans)
+            rows.extend((number, *span, source, sum(result.images.values())) for span in result.spans)
             out.supervised += result.supervised
             if result.images:
                 out.illustrated.append(number)
                 seen.update(result.images)
             head = result.head if head is None else head[: _common(head, result.head)]
-        table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-        out.record, out.first, out.last, out.length, out.source = table.T
+        table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+        out.record, out.first, out.last, out.length, out.source, out.seen = table.T
         out.shared = len(head or ()) if self.share_prefix else 0
         out.pictures, out.crops = len(seen), sum(seen.values())
         return out

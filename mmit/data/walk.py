@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mmit.data.balance import imbalance, spread
 from mmit.errors import ConfigError
 
 # Units planned together. A row is filled from one segment only: the last row of each may stay emptier.
@@ -29,6 +30,7 @@ class Walk:
         steps: optimizer steps. Exactly one is given. With `epochs` all rows are planned once, to count them.
         rows_per_step: rows in an optimizer step, over all ranks.
         known: the `state` of an earlier walk of the same order; rows before it cannot be asked for.
+        cost_of: predicts what a row costs; ranks then get equal work instead of every world-th row.
 
     Raises:
         ConfigError: nothing to walk over.
@@ -44,11 +46,12 @@ class Walk:
         steps: int | None = None,
         known: Mapping[str, Any] | None = None,
         segment: int = SEGMENT,
+        cost_of: Callable[[list[int]], float] | None = None,
     ) -> None:
         if units < 1:
             # A walk over nothing would never reach its end.
             raise ConfigError("an epoch holds no row", remedy="Check the sources and their weights.")
-        self._rows_of, self._units, self._segment = rows_of, units, segment
+        self._rows_of, self._units, self._segment, self._cost_of = rows_of, units, segment, cost_of
         self._segments = -(-units // segment)  # in an epoch; numbered on through the epochs
         self._base, self._starts = 0, [0]  # the first segment known, first row of it and of those after it
         if known is not None:
@@ -139,9 +142,22 @@ class Walk:
     def micro_positions(self, step: int, *, rank: int, world: int, micro_rows: int) -> list[list[int]]:
         """Row positions of one step on one rank, micro-batch by micro-batch.
 
-        Row p of a step belongs to rank p mod world. Every rank gets the same number of micro-batches.
+        Without costs row p of a step belongs to rank p mod world. Every rank gets the same number of micro-batches.
         """
         first = step * self.rows_per_step
-        mine = list(range(first + rank, first + self.rows_per_step, world))
+        if self._cost_of is None or world == 1:
+            mine = list(range(first + rank, first + self.rows_per_step, world))
+        else:
+            mine = [first + place for place in spread(self._costs(step), world)[rank]]
         micros = -(-self.rows_per_step // (world * micro_rows))
         return [mine[i * micro_rows : (i + 1) * micro_rows] for i in range(micros)]
+
+    def imbalance(self, step: int, *, world: int) -> float:
+        """Predicted cost of the step's busiest rank over the mean of all; 1.0 where costs are unknown."""
+        return 1.0 if self._cost_of is None or world == 1 else imbalance(self._costs(step), world)
+
+    def _costs(self, step: int) -> list[float]:
+        assert self._cost_of is not None
+        first = step * self.rows_per_step
+        rows = [self.row(p) for p in range(first, first + self.rows_per_step)]
+        return [self._cost_of(row) if row else 0.0 for row in rows]

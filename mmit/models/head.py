@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from mmit.errors import ModelError
@@ -49,8 +50,10 @@ def split_head(llm: Any) -> Split | None:
             hook.remove()
     if seen.get("hidden") is None or "made" not in seen:
         return None
-    plain = torch.equal(seen["hidden"], seen["given"]) and torch.equal(seen["made"], logits)
-    return (body, head) if plain else None
+    hidden, given = seen["hidden"], seen["given"]
+    abstract = hidden.is_meta or isinstance(hidden, FakeTensor)  # shapes without values, of a dry run
+    same = hidden.shape == given.shape if abstract else torch.equal(hidden, given)
+    return (body, head) if same and seen["made"] is logits else None
 
 
 def check_rows(rows: int) -> None:

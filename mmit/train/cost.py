@@ -186,6 +186,7 @@ def measure_bytes(
     passing = 0
     trained = [p for g in groups for _, p in g.parameters]
     with mode:
+        vlm.split()  # takes a forward of its own, which is not to be counted
         engine = TorchEngine(_Placed(vlm), groups, device=torch.device("cpu"), precision=precision)
     for batch in batches:
         nodes = batch["nodes"]

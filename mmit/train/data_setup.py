@@ -137,6 +137,7 @@ def make_walk(
     shuffle: str = "auto",
     window: int = WINDOW,
     known: Mapping[str, Any] | None = None,
+    costs: np.ndarray | None = None,
 ) -> tuple[Walk, dict[str, Any]]:
     """The rows of the run in order, and the facts that decide this order.
 
@@ -144,6 +145,7 @@ def make_walk(
         weights: of the sources. mixing: `mixing_weights`' scheme, cap and temperature; scheme "weights" for none.
         capacity: tokens a row, or None for one unit a row. shuffle, window: of `mixture_order`.
         known: facts and `Walk.state` of the checkpoint that the run goes on from.
+        costs: (U,) of the units; ranks get equal work by them.
 
     Raises:
         CheckpointError: the facts differ from the known ones.
@@ -180,7 +182,10 @@ def make_walk(
         return plan_rows(scan.length, capacity=capacity, order=order, shared=scan.shared)
 
     units = units_in_epoch(sizes, weights)
-    walk = Walk(rows_of, units=units, rows_per_step=rows_per_step, epochs=epochs, steps=steps, known=known)
+    cost_of = None if costs is None else lambda row: float(costs[row].sum())
+    walk = Walk(
+        rows_of, units=units, rows_per_step=rows_per_step, epochs=epochs, steps=steps, known=known, cost_of=cost_of
+    )
     return walk, facts
 
 

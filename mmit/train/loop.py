@@ -143,6 +143,7 @@ def train(
             "tokens_per_s": all_tokens / seconds,
             "supervised_per_s": targets / seconds,
             "fill": all_tokens / (walk.rows_per_step * plan.capacity),
+            "imbalance": walk.imbalance(progress.step - 1, world=engine.world),
             "shared": 1 - tokens / max(sum(b.unshared_tokens for b in step_batches), 1),
             "memory_gib": memory_gib(engine.device),
             "skipped_steps": progress.skipped_steps,

@@ -29,6 +29,7 @@ from mmit.models.tuning import Group, apply_tuning, check_options, quantization
 from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, resume
+from mmit.train.balance import unit_costs
 from mmit.train.data_setup import (
     Say,
     batches_of_rank,
@@ -85,7 +86,9 @@ def run(config: Config) -> int:
         if start is not None:
             checkpoint.read_weights(vlm, start)
     data, scan = _read_data(config, vlm, tokenizer, chat, preparation=preparation, world=world, say=say)
-    walk, order = _walk(config, scan, known=resume.order_of(begin))
+    cached = config.model.vision is not None and config.model.vision.cache != "off"
+    costs = unit_costs(vlm, scan, cached=cached) if world.size > 1 else None
+    walk, order = _walk(config, scan, known=resume.order_of(begin), costs=costs)
 
     vlm.to(world.device)
     if config.data.packing and parts is None:
@@ -230,7 +233,9 @@ def _read_data(
     return data, scan
 
 
-def _walk(config: Config, scan: Scan, *, known: dict[str, Any] | None) -> tuple[Walk, dict[str, Any]]:
+def _walk(
+    config: Config, scan: Scan, *, known: dict[str, Any] | None, costs: Any = None
+) -> tuple[Walk, dict[str, Any]]:
     t = config.train
     return make_walk(
         scan,
@@ -244,6 +249,7 @@ def _walk(config: Config, scan: Scan, *, known: dict[str, Any] | None) -> tuple[
         shuffle=config.data.shuffle,
         window=config.data.shuffle_window,
         known=known,
+        costs=costs,
     )
 
 

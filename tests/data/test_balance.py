@@ -1,0 +1,45 @@
+"""Rows dealt to ranks: equal work, the same rows in a step whatever the number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mmit.data.balance import imbalance, spread
+from mmit.data.walk import Walk
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_every_row_goes_to_one_rank_and_ranks_differ_by_one_row_at_most(ranks):
+    costs = np.random.default_rng(0).lognormal(size=21).tolist()
+    hands = spread(costs, ranks)
+    assert sorted(place for hand in hands for place in hand) == list(range(21))
+    assert max(map(len, hands)) - min(map(len, hands)) <= 1
+
+
+def test_rounds_hold_rows_of_like_cost():
+    hands = spread([1, 100, 2, 99, 3, 98], 3)
+    assert [sorted(hand) for hand in zip(*hands, strict=True)] == [[1, 3, 5], [0, 2, 4]]
+
+
+def test_dealing_is_more_even_than_taking_turns():
+    rng = np.random.default_rng(1)
+    steps = [rng.lognormal(sigma=0.3, size=128).tolist() for _ in range(20)]
+    turns = [max(sum(c[r::8]) for r in range(8)) * 8 / sum(c) for c in steps]
+    dealt = [imbalance(c, 8) for c in steps]
+    assert max(dealt) < 1.03 < np.mean(turns)
+    assert imbalance([], 4) == 1.0
+
+
+def test_a_step_holds_the_same_rows_on_any_number_of_ranks():
+    def rows_of(epoch, begin, end):
+        return [[i] for i in range(begin, end)]
+
+    walk = Walk(rows_of, units=40, rows_per_step=12, epochs=1.0, cost_of=lambda row: float(row[0] % 7))
+    for step in range(walk.steps):
+        for world, micro_rows in ((1, 1), (2, 1), (4, 3), (8, 1)):
+            ranks = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
+            assert len({len(micros) for micros in ranks}) == 1
+            places = sorted(p for micros in ranks for micro in micros for p in micro)
+            assert places == list(range(12 * step, 12 * step + 12))
+        assert walk.imbalance(step, world=4) >= 1.0 == walk.imbalance(step, world=1)
