@@ -1,7 +1,7 @@
 """What a unit of data costs, in the time of one token: by which rows are dealt to ranks.
 
-Three terms: its tokens through the LLM's weights, the square of its length through attention, its pictures through the
-tower. Forward and backward pass of a frozen LLM are 4 FLOPs a weight and token; relative numbers are all that is needed.
+Three terms: its tokens through the LLM's weights, the square of its length through attention, its pictures through
+the tower. Forward and backward pass of a frozen LLM are 4 FLOPs a weight and token; only the relation matters.
 """
 
 from __future__ import annotations

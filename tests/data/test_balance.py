@@ -27,7 +27,7 @@ def test_dealing_is_more_even_than_taking_turns():
     steps = [rng.lognormal(sigma=0.3, size=128).tolist() for _ in range(20)]
     turns = [max(sum(c[r::8]) for r in range(8)) * 8 / sum(c) for c in steps]
     dealt = [imbalance(c, 8) for c in steps]
-    assert max(dealt) < 1.03 < np.mean(turns)
+    assert max(dealt) < 1.05 < np.mean(turns)
     assert imbalance([], 4) == 1.0
 
 
