@@ -1,8 +1,8 @@
 """Plans rows for a simulated mix of 665,000 records with lengths like LLaVA-1.5's; prints one JSON. See --help.
 
-576 image tokens in 94 % of the records, log-normal text. Measures the seconds of planning an epoch, the fill of its rows,
-and for 8 ranks the largest over the mean predicted cost of a step: rows dealt by cost, and every 8th row in turn. Costs
-are those of CLIP-L/14-336 and a 7B LLM (32 layers of 4,096), packed and with one record a row.
+576 image tokens in 94 % of the records, log-normal text. Measures the seconds of planning an epoch, the fill of its
+rows, and for 8 ranks the largest over the mean predicted cost of a step: rows dealt by cost, and every 8th row in turn.
+Costs are those of CLIP-L/14-336 and a 7B LLM (32 layers of 4,096), packed and with one record a row.
 """
 
 from __future__ import annotations
