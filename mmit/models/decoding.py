@@ -342,12 +342,13 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Gener
     share = ordered.softmax(-1)
     total = share.cumsum(-1)
     share = share.masked_fill(total - share >= sampling.top_p, 0.0)
+    # Drawn in the order of the vocabulary: in that of the shares, rounding could swap two that are nearly equal.
+    share = torch.zeros_like(share).scatter(-1, ids, share)
     total = share.cumsum(-1)
     uniform = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(total.device)
-    # Below the last token kept: rounding in the sum must not let a token of probability 0 through.
-    last = (share > 0).sum(-1) - 1
-    place = torch.minimum((total <= uniform[:, None] * total[:, -1:]).sum(-1), last)
-    return ids.gather(-1, place[:, None])[:, 0].tolist()
+    # Up to the last token kept: rounding in the sum must not let a token of probability 0 through.
+    last = share.shape[-1] - 1 - (share > 0).flip(-1).int().argmax(-1)
+    return torch.minimum((total <= uniform[:, None] * total[:, -1:]).sum(-1), last).tolist()
 
 
 def decode(llm: LLM, state: State, *, limits: Sequence[int], **options: Any) -> list[list[int]]:

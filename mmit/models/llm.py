@@ -38,7 +38,8 @@ from mmit.models.virtual import virtual_tokens
 if not sys.stderr.isatty():  # a progress bar in a log file is noise
     disable_progress_bar()
 
-FORMER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")  # of published config files; transformers translates them
+# Of published config files: transformers translates the first three, some models read a head_dim they do not declare.
+FORMER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "head_dim")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -149,6 +150,12 @@ def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -
     return _with_own_attention(model)
 
 
+def config_keys(kind: str) -> set[str]:
+    """Return the keys that describe a model of this `model_type`."""
+    known = CONFIG_MAPPING[kind]
+    return {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS}
+
+
 def _described(options: Mapping[str, Any]) -> Any:
     """A model config from plain data. transformers would keep a misspelt key as an attribute that nothing reads."""
     where = "model.llm.random_init"
@@ -156,8 +163,7 @@ def _described(options: Mapping[str, Any]) -> Any:
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3) or ["llama", "qwen2"]
         raise ModelError(f"unknown model_type '{kind}'", where=where, remedy=f"e.g. {', '.join(close)}")
-    known = CONFIG_MAPPING[kind]
-    names = {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS}
+    names = config_keys(kind)
     for key in options:
         if key not in names:
             raise ModelError(f"unknown key '{key}' for a {kind} model", where=where, remedy=nearest(key, names))

@@ -14,6 +14,7 @@ from mmit.errors import ModelError
 from mmit.models import attention
 from mmit.models.llm import load_llm
 from mmit.models.vlm import VLM
+from tests.models.small_llms import described
 
 LLAMA = {
     "model_type": "llama",
@@ -169,7 +170,7 @@ def test_soft_capping_is_refused():
 )
 def test_what_packed_rows_would_get_wrong_is_found_out_before_training(options):
     torch.manual_seed(0)
-    llm = load_llm("tiny", random_init=LLAMA | options, dtype=torch.float32)
+    llm = load_llm("tiny", random_init=described(LLAMA, options), dtype=torch.float32)
     vlm = VLM(llm, vision=None, projector=None).train()
     with pytest.raises(ModelError, match="data.packing=false"):
         vlm.check_isolation()
@@ -179,5 +180,5 @@ def test_what_packed_rows_would_get_wrong_is_found_out_before_training(options):
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma3_text"])
 def test_common_architectures_pass_the_isolation_check(model_type, dtype):
     torch.manual_seed(0)
-    options = LLAMA | {"model_type": model_type, "head_dim": 4, "pad_token_id": 0}
+    options = described(LLAMA | {"head_dim": 4}, {"model_type": model_type, "pad_token_id": 0})
     VLM(load_llm("tiny", random_init=options, dtype=dtype), vision=None, projector=None).check_isolation()

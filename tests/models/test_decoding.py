@@ -14,6 +14,7 @@ from mmit.models import decoding
 from mmit.models.decoding import Prompts, Sampling, Support
 from mmit.models.llm import load_llm
 from mmit.models.vlm import VLM
+from tests.models.small_llms import described
 
 VOCABULARY = 50
 COMMON: dict[str, Any] = {
@@ -59,7 +60,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Support]] = {
 
 def model(family: str = "llama", **options: Any) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = COMMON | FAMILIES[family][0]
+    config = described(COMMON, FAMILIES[family][0])
     return load_llm("tiny", random_init=config, dtype=torch.float32, **options).eval()
 
 
@@ -150,7 +151,7 @@ def test_greedy_equals_generate_one_at_a_time(family: str) -> None:
 @pytest.mark.parametrize("config", [{}, {"model_type": "bloom", "n_layer": 2, "n_head": 4}])
 def test_a_model_without_mmit_attention_is_batched_but_shares_no_rows(config: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    options = COMMON | {"model_type": "llama"} | config
+    options = described(COMMON, {"model_type": "llama"} | config)
     llm = load_llm("tiny", random_init=options, dtype=torch.float32, packed=False).eval()
     assert decoding.support(llm) == Support(True, False)
     assert answer(llm, samples(), 36) == reference(llm, 36)
