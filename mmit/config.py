@@ -53,6 +53,8 @@ class RunConfig(Section):
     """stop at the first unusable record, or leave it out, count it and list it"""
     max_bad_fraction: Fraction = 0.01
     """with on_bad_record=skip: a larger share of bad records stops the run"""
+    stall_seconds: PositiveFloat | None = 300.0
+    """a rank that stays in one phase for so long is reported with what it is doing; null keeps no heartbeats"""
 
 
 class VisionConfig(Section):
@@ -244,7 +246,7 @@ class DataConfig(Section):
     train: list[SourceConfig] = Field(min_length=1)
     """sources to train on"""
     eval: list[SourceConfig] = []
-    """sources to evaluate on"""
+    """held-out sources whose loss is measured while training (train.eval_every)"""
     mixing: MixingConfig = MixingConfig()
     """how the sources are mixed"""
     split_turns: bool = False
@@ -279,6 +281,21 @@ class AlignConfig(Section):
     """peak learning rate"""
 
 
+class BestConfig(Section):
+    """Which checkpoint is the best."""
+
+    metric: str = "eval_loss"
+    """eval_loss, or a number that the evaluation callable returns"""
+    better: Literal["lower", "higher"] | None = None
+    """which values are better; null: lower, for eval_loss only"""
+
+    @model_validator(mode="after")
+    def _direction(self) -> BestConfig:
+        if self.better is None and not self.metric.startswith("eval_loss"):
+            raise ValueError(f"say which values of {self.metric} are better: better: higher, or better: lower")
+        return self
+
+
 class TrainConfig(Section):
     """The optimisation."""
 
@@ -310,8 +327,20 @@ class TrainConfig(Section):
     """steps between checkpoints; null saves at the end only"""
     keep_last: PositiveInt = 2
     """checkpoints kept"""
+    keep_best: BestConfig | None = None
+    """the checkpoint that is best by a metric is kept besides; null keeps none"""
+    save_in_background: bool = False
+    """write checkpoints while training goes on, from a copy in host memory; false: on the disk when a save returns"""
+    eval_every: PositiveInt | None = None
+    """steps between evaluations (data.eval, or a callable); null evaluates after the last step only"""
     log_every: PositiveInt = 1
     """steps between lines of metrics"""
+    report_to: list[Literal["tensorboard", "wandb"]] = []
+    """where metrics go besides metrics.jsonl"""
+    spike_sigma: PositiveFloat | None = 6.0
+    """a loss above mean + spike_sigma * standard deviation of the losses before is reported; null never"""
+    spike_window: PositiveInt = 128
+    """how many losses before it a loss is compared with"""
     checkpointing: Literal["none", "full"] = "none"
     """recompute activations in the backward pass: slower, less memory"""
     compile: bool = False

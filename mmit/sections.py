@@ -87,7 +87,8 @@ def _type_text(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     notes = [note for item in metadata for note in (item.metadata if isinstance(item, FieldInfo) else [item])]
     if origin is list:
         least = "non-empty " if any(isinstance(note, MinLen) for note in notes) else ""
-        return f"{least}list of {_type_text(args[0])}s"
+        plural = "" if get_origin(args[0]) is Literal else "s"
+        return f"{least}list of {_type_text(args[0])}{plural}"
     if origin is dict:
         return "mapping with text keys"
     bounds = [f"{sign} {getattr(note, key)}" for note in notes for sign, key in _BOUNDS.get(type(note), ())]

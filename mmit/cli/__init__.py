@@ -1,4 +1,4 @@
-"""The command line: `mmit train | eval | compare | chat | data import | inspect | env | config`.
+"""The command line: `mmit train | eval | compare | chat | data import | inspect | run-status | report | env | config`.
 
 Each command reads like a table of contents and lives in a module of its own; what it needs of torch and the rest
 is imported when it runs, so that help is instant. A user's mistake ends with one message and exit code 2.
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from mmit import __version__
-from mmit.cli import chat, config, data, env, evaluate, export, harness, inspect, train
+from mmit.cli import chat, config, data, env, evaluate, export, harness, inspect, train, watch
 from mmit.cli.errors import Commands
 
 app = typer.Typer(
@@ -35,6 +35,8 @@ app.add_typer(harness.app, name="harness")
 app.command("export")(export.export)
 app.command("import-model")(export.import_model)
 app.command("inspect")(inspect.inspect)
+app.command("run-status")(watch.run_status)
+app.command("report")(watch.report)
 app.command("env")(env.env)
 app.command("config")(config.config)
 

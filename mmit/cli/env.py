@@ -18,6 +18,8 @@ PACKAGES = {
     "accelerate": "",
     "deepspeed": "deepspeed",
     "gguf": "gguf",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
 }
 
 

@@ -117,6 +117,11 @@ class InstructionData:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @property
+    def starts(self) -> list[int]:
+        """Number of the first record of each source."""
+        return self._starts[:-1].tolist()
+
     def record(self, number: int, *, outline: bool = False) -> Record:
         """Read record `number` (counted over all sources); an outline may lack the bytes of its pictures."""
         source = self.source_of(number)

@@ -64,6 +64,7 @@ def open_data(
     cache: Path,
     world: World,
     on_bad: Callable[[RecordError], None] | None,
+    key: str = "data.train",
     **options: Any,
 ) -> InstructionData:
     """Open the sources of a run.
@@ -72,6 +73,7 @@ def open_data(
         sources: per source the keys path, format, image_root, name, limit and options, as `open_source` takes them.
         cache: folder for sources converted to mmit's own format.
         on_bad: receives rows that cannot be converted; None raises the first.
+        key: the list of the config that they are from, for messages.
         options: what else `InstructionData` takes (preparation, max_length, capacity, ...).
     """
     keys = ("path", "format", "image_root", "name", "limit", "options")
@@ -79,7 +81,7 @@ def open_data(
         world.barrier()
     opened = []
     for i, source in enumerate(sources):
-        with located(f"data.train.{i}"):
+        with located(f"{key}.{i}"):
             opened.append(open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad))
     if world.main:
         world.barrier()
@@ -90,9 +92,19 @@ def _encode(chat: ChatFormat, tokenizer: Any, turns: Any) -> Any:
     return encode(turns, chat, tokenizer)
 
 
-def judge(scan: Scan, *, skip: bool, max_bad_fraction: float, run_dir: Path, main: bool, say: Say) -> None:
-    """Apply the stated policy to bad records; all of them are listed in `bad_records.jsonl`."""
-    listing = run_dir / "bad_records.jsonl"
+def judge(
+    scan: Scan,
+    *,
+    skip: bool,
+    max_bad_fraction: float,
+    run_dir: Path,
+    main: bool,
+    say: Say,
+    key: str = "data.train",
+    name: str = "bad_records.jsonl",
+) -> None:
+    """Apply the stated policy to bad records; all of them are listed in the file `name`."""
+    listing = run_dir / name
     if main and scan.bad:
         run_dir.mkdir(parents=True, exist_ok=True)
         listing.write_text("".join(_line(e) for e in scan.bad), encoding="utf-8")
@@ -110,14 +122,26 @@ def judge(scan: Scan, *, skip: bool, max_bad_fraction: float, run_dir: Path, mai
     if scan.bad:
         say(f"{len(scan.bad)} bad records are left out, listed in {listing}")
     if not len(scan.length):
-        raise RecordError("no usable record is left", where="data.train", remedy="check the files and formats")
+        raise RecordError("no usable record is left", where=key, remedy="check the files and formats")
 
 
-def note_bad(run_dir: Path, rank: int, error: RecordError) -> None:
-    """Add a record that turned out bad while training to the listing."""
-    name = "bad_records.jsonl" if rank == 0 else f"bad_records-{rank}.jsonl"
-    with open(run_dir / name, "a", encoding="utf-8") as file:
+def note_bad(run_dir: Path, rank: int, error: RecordError, *, name: str = "bad_records.jsonl") -> None:
+    """Add a record that turned out bad while training to the listing; each rank has its own."""
+    listing = run_dir / name if rank == 0 else run_dir / f"{Path(name).stem}-{rank}.jsonl"
+    with open(listing, "a", encoding="utf-8") as file:
         file.write(_line(error))
+
+
+def source_names(data: InstructionData) -> list[str]:
+    """Names of the sources for metrics: equal ones are numbered."""
+    names: list[str] = []
+    for source in data.sources:
+        name, count = source.name, 1
+        while name in names:
+            count += 1
+            name = f"{source.name} ({count})"
+        names.append(name)
+    return names
 
 
 def _line(error: RecordError) -> str:

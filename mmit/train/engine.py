@@ -63,6 +63,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
+    def losses(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(S,) losses of one micro-batch without gradients; under ZeRO-3 all ranks must call it together."""
+
+    @abstractmethod
     def step(self, factor: float) -> float:
         """Apply the collected gradient with learning rates times `factor`; return its norm before clipping.
 
@@ -180,6 +184,11 @@ class TorchEngine(Engine):
                     p.grad = None
         return losses.detach()
 
+    @torch.no_grad()
+    def losses(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One forward pass."""
+        return self.model(**tensors)
+
     def step(self, factor: float) -> float:
         """AdamW on the masters."""
         grads = [m.grad for m in self.masters if m.grad is not None]
@@ -282,6 +291,11 @@ class DeepSpeedEngine(Engine):
         losses = self.engine(**tensors)
         self.engine.backward(poisoned(losses, scale * self.world), scale_wrt_gas=False)
         return losses.detach()
+
+    @torch.no_grad()
+    def losses(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """One forward pass; the model is in evaluation mode."""
+        return self.engine(**tensors)
 
     def step(self, factor: float) -> float:
         """DeepSpeed's optimizer step; on a gradient that is not finite all ranks skip it."""

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,6 +24,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 Warn = Callable[[str], None]
 Fill = Callable[[Path], None]
+Step = Callable[[], None]
 
 
 def _hash(path: Path) -> str:
@@ -47,6 +49,8 @@ def write_folder(
     *,
     main: bool = True,
     all_fine: Callable[[bool], bool] = lambda mine: mine,
+    later: Sequence[Fill] = (),
+    hand_over: Callable[[Callable[[], None]], None] | None = None,
 ) -> None:
     """Write a folder that appears whole: into a draft, fsynced, manifest last, renamed.
 
@@ -56,15 +60,31 @@ def write_folder(
         main: this rank makes the folder, the manifest and the rename.
         all_fine: this rank's verdict -> that of all ranks; waits for them, so that no rank is left waiting for one
             that failed.
+        later: more of them, called on the main rank only; nothing but the manifest and the rename comes after.
+        hand_over: receives what comes after `fills` as one callable (main rank only), to be run elsewhere; the
+            folder appears when that has run. None runs it here.
 
     Raises:
         CheckpointError: the disk is full, broken or read-only, here or on another rank. What was there before is
             untouched and the draft is removed.
     """
     draft = folder.with_name(f".{folder.name}.draft")
-    steps: list[Callable[[], None]] = [lambda: _begin(draft, main)]
-    steps += [lambda fill=fill: fill(draft) for fill in fills]  # type: ignore[misc]
-    steps += [lambda: _publish(draft, folder) if main else None]
+    steps: list[Step] = [lambda: _begin(draft, main), *(partial(fill, draft) for fill in fills)]
+    rest: list[Step] = [*(partial(fill, draft) for fill in later), lambda: _publish(draft, folder)]
+    if hand_over is None:
+        steps += [step if main else _nothing for step in rest]
+    _write(folder, draft, steps, main=main, all_fine=all_fine)
+    if hand_over is not None and main:
+        hand_over(lambda: _write(folder, draft, rest, main=True, all_fine=lambda mine: mine))
+
+
+def _nothing() -> None:
+    pass
+
+
+def _write(
+    folder: Path, draft: Path, steps: Sequence[Step], *, main: bool, all_fine: Callable[[bool], bool]
+) -> None:
     for step in steps:
         failure: Exception | None = None
         try:

@@ -1,13 +1,17 @@
-"""What a run writes while it runs: `metrics.jsonl`, the progress line and `loss.png`. Rank 0 only."""
+"""What a run writes while it runs: `metrics.jsonl`, `events.jsonl`, the progress line, `loss.png`. Rank 0 only.
+
+Hands every row to the trackers (TensorBoard, W&B) too. After a resume the files read as if nothing had happened: rows
+of steps that will run again are dropped first.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import resource
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.console import Console
@@ -20,6 +24,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mmit.train.run_files import EVENTS, METRICS, note_event, plain, read_rows
+from mmit.train.trackers import Tracker
+
 
 def memory_gib(device: torch.device) -> float:
     """Peak memory so far: of the device, or of this process on a CPU."""
@@ -30,19 +37,25 @@ def memory_gib(device: torch.device) -> float:
 
 
 class RunLog:
-    """Metrics file, progress bar and messages of a run; silent where `active` is False."""
+    """Metrics file, events file, progress bar and messages of a run; silent where `active` is False."""
 
-    def __init__(self, folder: Path, *, active: bool, total: int, start: int) -> None:
+    def __init__(self, folder: Path, *, active: bool, trackers: Iterable[Tracker] = ()) -> None:
         self.folder, self.active = folder, active
         self.console = Console(stderr=True)
-        self._file = None
+        self._trackers = list(trackers) if active else []
+        self._file: TextIO | None = None
         self._progress: Progress | None = None
-        if not active:
+
+    def begin(self, *, total: int, start: int) -> None:
+        """Go on after step `start` of `total`."""
+        if not self.active:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        _keep_before(path, start)
-        self._file = open(path, "a", encoding="utf-8")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, EVENTS):
+            _keep_before(self.folder / name, start)
+        for tracker in self._trackers:
+            tracker.begin(start)
+        self._file = open(self.folder / METRICS, "a", encoding="utf-8")
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -59,14 +72,32 @@ class RunLog:
 
     def step(self, row: dict[str, Any], *, write: bool) -> None:
         """Record one optimizer step; `write` also puts it into metrics.jsonl."""
-        if self._progress is None or self._file is None:
+        if self._progress is None:
             return
         if write:
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self._file.write(json.dumps(finite) + "\n")  # JSON has no NaN
-            self._file.flush()
+            self._write(row)
         facts = f"loss {row['loss']:.4f} lr {row['lr']:.1e} {row['tokens_per_s']:.0f} tok/s {row['memory_gib']:.1f} GiB"
         self._progress.update(self._task, completed=row["step"], facts=facts)
+
+    def evaluation(self, step: int, results: Mapping[str, float], *, seconds: float) -> None:
+        """Record what an evaluation gave: a row {"step", "eval", "eval_seconds"} of metrics.jsonl."""
+        if self._file is None:
+            return
+        self._write({"step": step, "eval": dict(results), "eval_seconds": seconds})
+        told = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
+        self.say(f"evaluation at step {step}: {told or 'no result'}")
+
+    def _write(self, row: dict[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(plain(row)) + "\n")
+        self._file.flush()
+        for tracker in self._trackers:
+            tracker.log(row["step"], dict(scalars(row)))
+
+    def event(self, step: int, kind: str, **facts: Any) -> None:
+        """Add a line to events.jsonl: a step that was skipped, a spike, a rank that stands still."""
+        if self.active:
+            note_event(self.folder, {"step": step, "kind": kind, **facts})
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
@@ -77,22 +108,27 @@ class RunLog:
         """Stop the bar, close the file, draw the curve."""
         if self._progress is not None:
             self._progress.stop()
+        for tracker in self._trackers:
+            tracker.close()
         if self._file is not None:
             self._file.close()
-            draw_loss(self.folder / "metrics.jsonl", self.folder / "loss.png")
+            draw_loss(self.folder / METRICS, self.folder / "loss.png")
+
+
+def scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a row under one name each: `loss_of.NAME` becomes "loss_of/NAME"."""
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not (name == "step" and not prefix):
+            yield f"{prefix}{name}", value
 
 
 def _keep_before(path: Path, start: int) -> None:
     """Drop rows that a resumed run will write again (and a half-written last line)."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= start:
-                kept.append(line)
-        except (ValueError, KeyError):
-            continue
+    kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= start]
     draft = path.with_name(f".{path.name}.draft")  # a kill in the middle of writing must not cost the rows
     draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     draft.replace(path)
@@ -100,8 +136,7 @@ def _keep_before(path: Path, start: int) -> None:
 
 def draw_loss(metrics: Path, picture: Path) -> None:
     """Draw loss (with a running mean) and learning rate over steps."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    rows = [r for r in rows if r["loss"] is not None]  # steps that were skipped
+    rows = [r for r in read_rows(metrics) if r.get("loss") is not None]  # neither skipped steps nor evaluations
     if not rows:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg

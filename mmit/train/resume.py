@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mmit.errors import CheckpointError, ConfigError
 from mmit.train import folders
 from mmit.train.engine import Engine
 from mmit.train.loop import Progress
+from mmit.train.run_files import BEST, write_json
 
 Say = Callable[[Any], None]
 
@@ -62,19 +63,28 @@ def set_aside_later(run_dir: Path, step: int, *, say: Say) -> None:
             say(f"set {folder.name} aside as {target.name}: this run goes on from step {step}")
 
 
-def write_trainer(folder: Path, engine: Engine, progress: Progress, *, order: dict[str, Any]) -> None:
-    """Write progress and random state into `folder`/trainer; the engine adds its own (`Engine.save_state`).
+@dataclass(frozen=True)
+class TrainerState:
+    """Progress and random state of this rank at one moment, apart from the run that goes on."""
 
-    `order` comes back from `order_of`.
-    """
-    trainer = folder / "trainer"
-    if engine.rank == 0:
-        facts = {"world": engine.world, "order": order}
-        (trainer / "progress.json").write_text(json.dumps({**asdict(progress), **facts}, indent=1))
-    random = {"cpu": torch.get_rng_state()}
-    if engine.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(engine.device)
-    save_file(random, trainer / f"rng-{engine.rank}.safetensors")
+    rank: int
+    facts: dict[str, Any]
+    random: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, engine: Engine, progress: Progress, *, order: dict[str, Any]) -> TrainerState:
+        """Take the state now; `order` comes back from `order_of`."""
+        random = {"cpu": torch.get_rng_state()}
+        if engine.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(engine.device)
+        return cls(engine.rank, {**asdict(progress), "world": engine.world, "order": order}, random)
+
+    def write(self, folder: Path) -> None:
+        """Write into `folder`/trainer; the engine adds its own (`Engine.save_state`)."""
+        trainer = folder / "trainer"
+        if self.rank == 0:
+            (trainer / "progress.json").write_text(json.dumps(self.facts, indent=1))
+        save_file(self.random, trainer / f"rng-{self.rank}.safetensors")
 
 
 def _saved(folder: Path) -> dict[str, Any]:
@@ -126,13 +136,37 @@ def _restore_random(engine: Engine, trainer: Path, ranks: int, say: Say) -> None
         torch.cuda.set_rng_state(state["cuda"], engine.device)
 
 
-def prune(run_dir: Path, keep: int, *, say: Say) -> None:
-    """Keep the newest `keep` checkpoints, and sweep up what interrupted saves left.
+def settle_best(run_dir: Path, progress: Progress, *, say: Say) -> None:
+    """Make best.json agree with the checkpoint the run goes on from; forget a best whose folder is gone."""
+    if progress.best is not None and not checkpoint_folder(run_dir, progress.best["step"]).is_dir():
+        say(f"the best checkpoint so far, of step {progress.best['step']}, is gone: the next evaluation sets a new one")
+        progress.best = None
+    write_best(run_dir, progress.best)
+
+
+def write_best(run_dir: Path, best: dict[str, Any] | None) -> None:
+    """Write down which checkpoint is the best: {"metric", "value", "step", "checkpoint"}."""
+    if best is None:
+        (run_dir / BEST).unlink(missing_ok=True)
+    else:
+        folder = checkpoint_folder(run_dir, best["step"]).relative_to(run_dir).as_posix()
+        write_json(run_dir / BEST, {**best, "checkpoint": folder})
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def prune(run_dir: Path, keep: int, *, best: int | None = None, say: Say) -> None:
+    """Keep the newest `keep` checkpoints and that of step `best`, and sweep up what interrupted saves left.
 
     One that cannot be removed is no reason to end a run whose new checkpoint is safe: it is named, and tried again
     after the next save.
     """
     for old in folders.checkpoints(run_dir)[:-keep]:
+        if folders.step_of(old) == best:
+            continue
         try:
             folders.remove_folder(old)
         except OSError as error:

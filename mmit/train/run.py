@@ -1,13 +1,13 @@
-"""A training run from its config, read as a table of contents: parts, data, engine, loop, checkpoint.
+"""A training run from its config, read as a table of contents: parts, loop, evaluations, saves, report.
 
-The one place where config sections are taken apart; what it calls takes plain arguments. `scripts/train.py` and
+Here and in `parts.py` config sections are taken apart; what they call takes plain arguments. `scripts/train.py` and
 `mmit train` both come here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -16,140 +16,153 @@ from typing import Any
 import torch
 
 from mmit.config import Config
-from mmit.data.chat import ChatFormat, chat_format
+from mmit.data.chat import ChatFormat
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.loader import LoadImage, MicroBatch
-from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.walk import Walk
-from mmit.errors import ConfigError, RecordError, located
-from mmit.models.assemble import assemble
-from mmit.models.llm import DTYPES, context_length, recompute_activations
-from mmit.models.partition import partitioned
-from mmit.models.tuning import Group, apply_tuning, check_options, quantization
-from mmit.models.virtual import virtual_tokens
+from mmit.errors import ConfigError
+from mmit.models.tuning import Group, check_options
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, resume
-from mmit.train.balance import unit_costs
-from mmit.train.data_setup import (
-    Say,
-    batches_of_rank,
-    check_lengths,
-    image_loader,
-    judge,
-    make_walk,
-    note_bad,
-    open_data,
-    record_names,
-)
-from mmit.train.echo import echo
-from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
+from mmit.train.data_setup import Say, batches_of_rank, make_walk, note_bad, record_names, source_names
+from mmit.train.engine import Engine
+from mmit.train.evaluation import LOSS, Best, Evaluations, HeldOut, Measure
 from mmit.train.features import FeatureCache
-from mmit.train.loop import Plan, Progress, train
+from mmit.train.heartbeat import Heartbeat
+from mmit.train.loop import Plan, train
 from mmit.train.metrics_log import RunLog
-from mmit.train.pictures import align_to_captions, cache_features
-from mmit.train.signals import EXIT_STOPPED, stop_asked
+from mmit.train.parts import BAD_RECORDS, Parts, build
+from mmit.train.report import write_report
+from mmit.train.run_files import note_event
+from mmit.train.saving import Saves
+from mmit.train.signals import EXIT_STOPPED, Leave, Stop, stop_asked
+from mmit.train.spikes import Spikes
+from mmit.train.trackers import open_trackers, require
 from mmit.train.world import World, join_ranks, speaker
-from mmit.train.zero import complete, deepspeed_options
-from mmit.train.zero_check import check_deepspeed
 
-__all__ = ["EXIT_STOPPED", "run"]
+__all__ = ["EXIT_STOPPED", "Evaluate", "run"]
+
+Evaluate = Callable[[checkpoint.Loaded, int], Mapping[str, float]]  # the model as it is, the step -> numbers
 
 
-def run(config: Config) -> int:
+def run(config: Config, *, evaluate: Evaluate | None = None) -> int:
     """Train as `config` says. Returns the exit code: 0, or EXIT_STOPPED after a signal (a checkpoint is saved).
+
+    Args:
+        evaluate: called every `train.eval_every` steps and after the last one, on every rank, with the live model in
+            evaluation mode; the numbers it returns on rank 0 go to metrics.jsonl, and `train.keep_best` may name one.
 
     Raises MmitError for anything a user can mend.
     """
+    require(config.train.report_to)
+    _check_evaluation(config, evaluate)
     world = join_ranks(kind=config.engine.kind, device=config.device)
-    run_dir, seed = Path(config.run.dir), config.run.seed
+    run_dir = Path(config.run.dir)
     say = speaker(world.main)
     check_options(config.tune.model_dump())
     for note in config.notes:
         say(note)
     _make(run_dir)
-    begin = resume.choose(run_dir, config.run.resume, say=say)
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-
-    start = begin or (checkpoint.find(config.run.init_from, warn=say) if config.run.init_from else None)
-    parts = _partition(config) if world.deepspeed else None
-    vlm, tokenizer = _assemble(config, start, parts)
-    with located("model.chat.format"):
-        chat = chat_format(config.model.chat.format, tokenizer)
-    with located("model.vision"):
-        image = checkpoint.image_preparation(vlm.vision, config.model.vision)
-        preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
-    load_image = image_loader(preparation) if preparation else None
-
-    with partitioned(parts):
-        groups = apply_tuning(vlm, config.tune.model_dump())
-        if start is not None:
-            checkpoint.read_weights(vlm, start)
-    data, scan = _read_data(config, vlm, tokenizer, chat, preparation=preparation, world=world, say=say)
-    cached = config.model.vision is not None and config.model.vision.cache != "off"
-    costs = unit_costs(vlm, scan, cached=cached) if world.size > 1 else None
-    walk, order = _walk(config, scan, known=resume.order_of(begin), costs=costs)
-
-    vlm.to(world.device)
-    if config.data.packing and parts is None:
-        vlm.check_isolation()
-    vlm.split()  # takes a forward, which under ZeRO-3 would be out of order in the first step
-    features = cache_features(
-        vlm,
-        data,
-        scan,
-        kind=config.model.vision.cache if config.model.vision else "off",
-        frozen=config.tune.vision.mode == "frozen",
-        folder=run_dir / "cache",
-        preparation=preparation,
-        say=say,
-    )
-    if config.align is not None and begin is None:
-        given: dict[str, Any] = {**config.align.model_dump(), "run_dir": run_dir, "seed": seed, "say": say}
-        with partitioned(parts):
-            align_to_captions(vlm, tokenizer, preparation, features=features, **given)
-    if world.main:
-        rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
-        echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say)
-
-    engine = _engine(config, vlm, groups, world=world)
-    if config.data.packing and parts is not None:  # runs only under the engine that brings its weights
-        vlm.check_isolation()
-    progress = resume.restore(engine, begin, seed=seed, say=say)
-    if world.main:
-        resume.set_aside_later(run_dir, progress.step, say=say)
-    vlm.train()
-    log = RunLog(run_dir, active=world.main, total=walk.steps, start=progress.step)
-    batches = _batches(
-        config, data, scan, walk, engine=engine, start=progress.step, load_image=None if features else load_image
-    )
-    # Closed here: workers that outlive the loop keep the process from ending, since they ignore its signals.
-    with stop_asked(say) as stopped, closing(batches):
-        try:
-            finished = train(
-                engine,
-                walk,
-                batches,
-                plan=_plan(config, scan),
-                progress=progress,
-                log=log,
-                prepare=partial(_prepare, device=world.device, features=features),
-                save=partial(_save, config, vlm, tokenizer, chat, engine=engine, walk=walk, order=order, log=log),
-                on_bad=partial(note_bad, run_dir, world.rank),
-                name_records=lambda step, places: record_names(
-                    data, scan, walk, world=world.size, micro_rows=config.train.micro_rows, step=step, places=places
-                ),
-                should_stop=stopped,
-            )
-        finally:
-            log.close()
-    what = "finished" if finished else "stopped by a signal"
-    last = checkpoint.checkpoints(run_dir)[-1]
-    if finished and world.main:
-        done = {"steps": progress.step, "checkpoint": str(last.relative_to(run_dir))}
-        (run_dir / "finished.json").write_text(json.dumps(done))
-    say(f"{what} at step {progress.step}; checkpoint: {last}")
+    begin = resume.choose(run_dir, config.run.resume, say=say)  # first: nothing of another run may be touched
+    trackers = open_trackers(config.train.report_to, run_dir, config.flat()) if world.main else []
+    report = partial(_report_stall, run_dir, speaker(True))
+    heart = Heartbeat(run_dir, rank=world.rank, world=world.size, stall=config.run.stall_seconds, report=report)
+    last, finished = "failed", False
+    try:
+        with stop_asked(say) as stopped, closing(RunLog(run_dir, active=world.main, trackers=trackers)) as log:
+            with stopped.leaving():  # nothing of this start is worth saving yet
+                parts = build(config, begin, world=world, say=say, heart=heart)
+            finished = _train(config, evaluate, parts, world=world, log=log, heart=heart, stopped=stopped)
+        last = "finished" if finished else "stopped"
+    except Leave:
+        last = "stopped"
+        say("stopped by a signal before the first step; nothing was changed")
+    finally:
+        heart.close(last)
+        if world.main:
+            write_report(run_dir)
     return 0 if finished else EXIT_STOPPED
+
+
+def _train(
+    config: Config,
+    evaluate: Evaluate | None,
+    parts: Parts,
+    *,
+    world: World,
+    log: RunLog,
+    heart: Heartbeat,
+    stopped: Stop,
+) -> bool:
+    """The loop and the last save; True when the run came to its end."""
+    run_dir, micro_rows = Path(config.run.dir), config.train.micro_rows
+    data, scan, walk, engine, progress = parts.data, parts.scan, parts.walk, parts.engine, parts.progress
+    log.begin(total=walk.steps, start=progress.step)
+    saves = Saves(
+        run_dir,
+        engine,
+        parts.vlm,
+        write_model=partial(_write_model, config, parts.tokenizer, parts.chat),
+        everything=config.tune.llm.mode == "full" or "llm" in parts.vlm.whole,
+        order=lambda step: {**parts.order, **walk.state(step * walk.rows_per_step)},
+        keep_last=config.train.keep_last,
+        background=config.train.save_in_background,
+        say=log.say,
+    )
+    load_image = None if parts.features else parts.load_image
+    batches = _batches(config, data, scan, walk, engine=engine, start=progress.step, load_image=load_image)
+    # Closed here: workers that outlive the loop keep the process from ending, since they ignore its signals.
+    with closing(saves), closing(batches):
+        finished = train(
+            engine,
+            walk,
+            batches,
+            plan=_plan(config, data, scan, parts.groups),
+            progress=progress,
+            log=log,
+            prepare=partial(_prepare, device=world.device, features=parts.features),
+            save=saves,
+            on_bad=partial(note_bad, run_dir, world.rank),
+            name_records=lambda step, places: record_names(
+                data, scan, walk, world=world.size, micro_rows=micro_rows, step=step, places=places
+            ),
+            evaluate=_evaluations(config, evaluate, parts, log=log, stopped=stopped, heart=heart),
+            should_stop=stopped,
+            save_failed=saves.failed,
+            phase=heart.phase,
+        )
+        heart.phase("the last save", progress.step)
+        saves.wait()
+    newest = checkpoint.checkpoints(run_dir)[-1]
+    if finished and world.main:
+        done = {"steps": progress.step, "checkpoint": str(newest.relative_to(run_dir))}
+        (run_dir / "finished.json").write_text(json.dumps(done))
+    log.say(f"{'finished' if finished else 'stopped by a signal'} at step {progress.step}; checkpoint: {newest}")
+    if progress.best is not None:
+        best = progress.best
+        log.say(f"best: step {best['step']}, {best['metric']} {best['value']:.4f}")
+    return finished
+
+
+def _check_evaluation(config: Config, evaluate: Evaluate | None) -> None:
+    """Refuse what asks for an evaluation that there is not."""
+    t = config.train
+    for key, value, met in (
+        ("train.eval_every", t.eval_every, bool(config.data.eval) or evaluate is not None),
+        ("train.keep_best", t.keep_best, bool(config.data.eval) or evaluate is not None),
+    ):
+        if value is not None and not met:
+            problem = "there is nothing to evaluate"
+            raise ConfigError(problem, where=key, remedy="name held-out sources in data.eval, or set it to null")
+    if t.keep_best is not None and t.keep_best.metric.startswith(LOSS) and not config.data.eval:
+        problem = f"'{t.keep_best.metric}' is the loss on data.eval, which is empty"
+        raise ConfigError(problem, where="train.keep_best.metric", remedy="fill data.eval, or name another metric")
+
+
+def _report_stall(run_dir: Path, say: Say, message: str, facts: Mapping[str, Any]) -> None:
+    """From the heartbeat's thread, on rank 0 or 1."""
+    say(f"standstill: {message}")
+    note_event(run_dir, {**facts, "kind": "stalled", "message": message})
 
 
 def _make(run_dir: Path) -> None:
@@ -161,130 +174,69 @@ def _make(run_dir: Path) -> None:
         raise ConfigError(problem, where=f"run.dir: {run_dir}", remedy="choose another folder") from None
 
 
-def _partition(config: Config) -> dict[str, Any] | None:
-    """Under ZeRO-3 the DeepSpeed config by which ranks divide the LLM while loading it; None where each loads all."""
+def _plan(config: Config, data: InstructionData, scan: Scan, groups: list[Group]) -> Plan:
     t = config.train
-    options = complete(deepspeed_options(config.engine.deepspeed), precision=t.precision, clip=t.clip)
-    check_deepspeed(options)
-    divided = int((options.get("zero_optimization") or {}).get("stage", 0)) == 3
-    return options if divided and config.model.llm.dtype in (None, config.train.precision) else None
-
-
-def _assemble(config: Config, start: Path | None, parts: dict[str, Any] | None) -> tuple[VLM, Any]:
-    """The composite and its tokenizer; a fully tuned LLM comes from the checkpoint `start`."""
-    dtype = torch.float32 if config.train.precision == "fp32" else DTYPES[config.train.precision]
-    model = config.model.model_dump()
-    tokenizer = None
-    named = Path(model["llm"]["name"]).absolute()  # the config itself may point there, as a base like any other
-    if start is not None and (start / "llm").exists() and named != (start / "llm").absolute():
-        model["llm"].update(name=str(start / "llm"), revision=None, random_init=None)
-        tokenizer = str(start / "tokenizer")
-    vlm, tokens = assemble(
-        model,
-        dtype=dtype,
-        seed=config.run.seed,
-        packed=config.data.packing,
-        tokenizer=tokenizer,
-        quantization=quantization(config.tune.llm.mode, config.tune.llm.options),
-        partition=parts,
-    )
-    if tokenizer is not None:
-        vlm.whole.add("llm")
-    return vlm, tokens
-
-
-def _read_data(
-    config: Config,
-    vlm: VLM,
-    tokenizer: Any,
-    chat: ChatFormat,
-    *,
-    preparation: ImagePreparation | None,
-    world: World,
-    say: Say,
-) -> tuple[InstructionData, Scan]:
-    """Open, measure and judge the records; each rank measures for itself, the result is the same."""
-    options, run_dir = config.data, Path(config.run.dir)
-    skip = config.run.on_bad_record == "skip"
-    check_lengths(
-        max_length=options.max_length,
-        capacity=options.pack_tokens,
-        limit=context_length(vlm.llm),
-        virtual=virtual_tokens(vlm.llm),
-    )
-    unreadable: list[RecordError] = []
-    data = open_data(
-        [s.model_dump() for s in options.train],
-        chat,
-        tokenizer,
-        cache=run_dir / "data",
-        world=world,
-        on_bad=unreadable.append if skip else None,
-        preparation=preparation,
-        max_length=options.max_length,
-        capacity=options.pack_tokens,
-        split_turns=options.split_turns,
-        share_prefix=options.share_prefix and options.packing,
-    )
-    scan = data.scan(workers=options.workers)
-    scan.bad = unreadable + scan.bad
-    bound = config.run.max_bad_fraction
-    judge(scan, skip=skip, max_bad_fraction=bound, run_dir=run_dir, main=world.main, say=say)
-    return data, scan
-
-
-def _walk(
-    config: Config, scan: Scan, *, known: dict[str, Any] | None, costs: Any = None
-) -> tuple[Walk, dict[str, Any]]:
-    t = config.train
-    return make_walk(
-        scan,
-        [s.weight for s in config.data.train],
-        mixing=config.data.mixing.model_dump(),
-        seed=config.run.seed,
-        capacity=config.data.pack_tokens if config.data.packing else None,
-        rows_per_step=t.rows_per_step,
-        epochs=t.epochs,
-        steps=t.steps,
-        shuffle=config.data.shuffle,
-        window=config.data.shuffle_window,
-        known=known,
-        costs=costs,
-    )
-
-
-def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World) -> Engine:
-    t = config.train
-    common: dict[str, Any] = {
-        "device": world.device,
-        "precision": t.precision,
-        "betas": t.betas,
-        "eps": t.eps,
-        "weight_decay": t.weight_decay,
-        "clip": t.clip,
-    }
-    if t.checkpointing == "full":
-        recompute_activations(vlm.llm)
-    if not world.deepspeed:
-        return TorchEngine(vlm, groups, **common)
-    frozen = ["vision"] if vlm.vision is not None and config.tune.vision.mode == "frozen" else []
-    options = deepspeed_options(config.engine.deepspeed)
-    return DeepSpeedEngine(vlm, groups, config=options, replicated=frozen, **common)
-
-
-def _plan(config: Config, scan: Scan) -> Plan:
-    t = config.train
-    peaks = [c.lr for c in (config.tune.llm, config.tune.projector, config.tune.vision) if c.lr is not None]
+    rates = {g.name: g.lr for g in groups}
+    order = sorted(rates, key=lambda name: not name.startswith("llm"))  # the progress line shows the first
     return Plan(
         schedule=t.schedule,
         warmup=t.warmup,
         min_lr_ratio=t.min_lr_ratio,
-        peak_lr=peaks[0],
+        rates={name: rates[name] for name in order},
         capacity=config.data.pack_tokens,
         micro_rows=t.micro_rows,
         log_every=t.log_every,
         save_every=t.save_every,
         max_bad=int(config.run.max_bad_fraction * scan.records),
+        sources=source_names(data),
+        starts=data.starts,
+        spikes=Spikes(t.spike_sigma, t.spike_window),
+        eval_every=t.eval_every,
+    )
+
+
+def _evaluations(
+    config: Config, evaluate: Evaluate | None, parts: Parts, *, log: RunLog, stopped: Stop, heart: Heartbeat
+) -> Evaluations | None:
+    """What is measured while training; None for nothing."""
+    measures: list[Measure] = []
+    if parts.held_out is not None:
+        measures.append(_held_out_loss(config, *parts.held_out, parts=parts, stopped=stopped))
+    if evaluate is not None:
+        folder = Path(config.run.dir)
+        live = checkpoint.Loaded(parts.vlm, parts.tokenizer, parts.chat, parts.image, folder, {}, config)
+        measures.append(partial(evaluate, live))
+    keep = config.train.keep_best
+    if not measures:
+        return None
+    return Evaluations(
+        parts.engine,
+        parts.vlm,
+        measures,
+        best=Best(keep.metric, higher=keep.better == "higher") if keep else None,
+        log=log,
+        interruptible=stopped.leaving,
+        phase=heart.phase,
+    )
+
+
+def _held_out_loss(
+    config: Config, data: InstructionData, scan: Scan, *, parts: Parts, stopped: Stop
+) -> HeldOut:
+    """The loss on data.eval, in rows as in training; its pictures go through the tower each time."""
+    engine, load_image = parts.engine, parts.load_image
+    rows = engine.world * config.train.micro_rows
+    packing = config.data.pack_tokens if config.data.packing else None
+    even: dict[str, Any] = {"mixing": {"scheme": "weights"}, "seed": 0, "epochs": 1.0, "steps": None}
+    walk, _ = make_walk(scan, [1.0] * len(data.sources), capacity=packing, rows_per_step=rows, **even)
+    return HeldOut(
+        engine,
+        lambda: closing(_batches(config, data, scan, walk, engine=engine, start=0, load_image=load_image)),
+        prepare=partial(_prepare, device=engine.device, features=None),
+        names=source_names(data),
+        starts=data.starts,
+        on_bad=partial(note_bad, Path(config.run.dir), engine.rank, name=BAD_RECORDS["eval"]),
+        should_stop=stopped,
     )
 
 
@@ -320,39 +272,5 @@ def _prepare(batch: MicroBatch, *, device: torch.device, features: FeatureCache 
     return tensors
 
 
-def _save(
-    config: Config,
-    vlm: VLM,
-    tokenizer: Any,
-    chat: ChatFormat,
-    progress: Progress,
-    *,
-    engine: Engine,
-    walk: Walk,
-    order: dict[str, Any],
-    log: RunLog,
-) -> None:
-    """Write checkpoints/step-N and remove those beyond `keep_last`."""
-    run_dir, main = Path(config.run.dir), engine.rank == 0
-    folder = run_dir / "checkpoints" / f"step-{progress.step:06d}"
-    everything = config.tune.llm.mode == "full" or "llm" in vlm.whole
-    written = [p for n, p in vlm.named_parameters() if everything or p.requires_grad or not n.startswith("llm.")]
-
-    def model(draft: Path) -> None:
-        with engine.whole(written):
-            if main:
-                (draft / "trainer").mkdir()
-                checkpoint.write_model(draft, vlm, config=config, tokenizer=tokenizer, chat=chat, step=progress.step)
-
-    def trainer(draft: Path) -> None:
-        state = walk.state(progress.step * walk.rows_per_step)
-        resume.write_trainer(draft, engine, progress, order={**order, **state})
-
-    def optimizer(draft: Path) -> None:
-        engine.save_state(draft / "trainer")
-
-    checkpoint.write_folder(folder, [model, trainer, optimizer], main=main, all_fine=engine.all_true)
-    if main:
-        resume.prune(run_dir, config.train.keep_last, say=log.say)
-    engine.barrier()
-    log.say(f"saved {folder}")
+def _write_model(config: Config, tokenizer: Any, chat: ChatFormat, draft: Path, vlm: VLM, step: int) -> None:
+    checkpoint.write_model(draft, vlm, config=config, tokenizer=tokenizer, chat=chat, step=step)

@@ -1,0 +1,89 @@
+"""`mmit run-status` and `mmit report`: look at a run from outside, while it runs or afterwards. Need no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmit.errors import ConfigError
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+
+
+def report(run: Run) -> None:
+    """Write RUN/report.html: curves, evaluations, what went wrong, data, hardware, config, in one file."""
+    from mmit.train.report import write_report
+
+    _must_be_run(run)
+    typer.echo(write_report(run))
+
+
+def run_status(
+    run: Run,
+    *,
+    stall: Annotated[float, typer.Option(min=0, help="Seconds in one phase after which a rank stands out.")] = 300.0,
+) -> None:
+    """Say how far a run is and what each of its ranks is doing. Exit code 1 when a rank stands still."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mmit.train.heartbeat import OVER, SILENT, read_beats
+
+    _must_be_run(run)
+    for line in _progress(run):
+        typer.echo(line)
+    table, now, still = Table("rank", "state", "for", "host", "process"), time.time(), False
+    beats = read_beats(run)
+    for rank, beat in sorted(beats.items()):
+        seconds = max(now - (beat.time if beat.phase in OVER else beat.since), 0.0)
+        # The clocks of other machines may differ by seconds; heartbeats come every few.
+        silent = now - beat.time > max(stall, SILENT * 10.0)
+        stands = beat.phase not in (*OVER, "failed") and (silent or seconds >= stall)
+        still = still or stands
+        state = beat.phase if beat.phase in (*OVER, "failed") else beat.doing
+        if stands:
+            state += f", no sign of life for {now - beat.time:.0f} s" if silent else ", stands still"
+        table.add_row(str(rank), state, f"{seconds:.0f} s", beat.host, str(beat.pid))
+    if beats:
+        Console().print(table)
+    raise typer.Exit(1 if still else 0)
+
+
+def _must_be_run(run: Path) -> None:
+    known = ("metrics.jsonl", "run.json", "checkpoints", "heartbeats")
+    if not any((run / name).exists() for name in known):
+        what = "is no run: it holds neither metrics.jsonl nor checkpoints" if run.is_dir() else "no such folder"
+        raise ConfigError(what, where=str(run), remedy="Give the run.dir of a run.")
+
+
+def _progress(run: Path) -> Iterator[str]:
+    from mmit.train.run_files import BEST, EVENTS, METRICS, RUN, read_json, read_rows
+
+    rows = read_rows(run / METRICS)
+    steps = [r for r in rows if "eval" not in r]
+    total: Any = (read_json(run / RUN) or {}).get("steps")
+    if not steps:
+        yield f"no step logged yet of {total}" if total else "no step logged yet"
+        return
+    last = steps[-1]
+    loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
+    yield f"step {last['step']} of {total or '?'}, loss {loss}, {last['tokens_per_s']:.0f} tokens/s"
+    if total and last["step"] < total:
+        recent = steps[-20:]
+        span = sum(r["seconds"] for r in recent) / len(recent)
+        yield f"about {span * (total - last['step']):.0f} s of steps left"
+    if evals := [r for r in rows if "eval" in r]:
+        told = ", ".join(f"{k} {v:.4f}" for k, v in evals[-1]["eval"].items() if v is not None)
+        yield f"evaluation at step {evals[-1]['step']}: {told}"
+    if best := read_json(run / BEST):
+        yield f"best: {best['checkpoint']}, {best['metric']} {best['value']:.4f}"
+    kinds = [e.get("kind") for e in read_rows(run / EVENTS)]
+    if kinds:
+        counts = {kind: kinds.count(kind) for kind in ("skipped", "spike", "stalled")}
+        yield "{skipped} skipped steps, {spike} loss spikes, {stalled} standstills (events.jsonl)".format(**counts)
+    if newest := sorted((run / "checkpoints").glob("step-*")):
+        yield f"newest checkpoint: {newest[-1]}"

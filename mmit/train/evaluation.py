@@ -1,0 +1,179 @@
+"""Evaluation while training: the loss on records that are held out, and whatever a callable of the user measures.
+
+Owns when an evaluation may be broken off, what it must leave untouched (random state, modes, gradients), and the
+choice of the best checkpoint (`train.keep_best`). The held-out loss is that of training: same rows, summed over
+supervised tokens and divided by their number over all ranks. Knows no benchmark.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmit.data.loader import MicroBatch
+from mmit.errors import ConfigError, RecordError
+from mmit.train.engine import Engine
+from mmit.train.loop import Progress, sources_of, sum_by_source
+from mmit.train.metrics_log import RunLog
+from mmit.train.signals import Leave
+
+LOSS = "eval_loss"
+Metrics = Mapping[str, float]
+Measure = Callable[[int], Metrics]  # step -> numbers
+
+
+@dataclass(frozen=True)
+class Best:
+    """Which checkpoint is the best: that with the lowest or highest value of a metric."""
+
+    metric: str
+    higher: bool
+
+    def better(self, value: float, best: Mapping[str, Any] | None) -> bool:
+        """Whether `value` beats the best so far; the earlier of two equals stays."""
+        if not math.isfinite(value):
+            return False
+        return best is None or (value > best["value"] if self.higher else value < best["value"])
+
+
+class HeldOut:
+    """Mean loss on held-out rows, exact over ranks.
+
+    Args:
+        batches: gives this rank's micro-batches anew; every rank gets equally many.
+        prepare: a micro-batch -> model arguments on the device.
+        names, starts: of the sources, and the number of the first record of each.
+        on_bad: receives each record that has to be left out, once.
+        should_stop: asked before each micro-batch; on several ranks they leave together.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        batches: Callable[[], AbstractContextManager[Iterable[MicroBatch]]],
+        *,
+        prepare: Callable[[MicroBatch], dict[str, torch.Tensor]],
+        names: Sequence[str],
+        starts: Sequence[int],
+        on_bad: Callable[[RecordError], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.engine, self.batches, self.prepare = engine, batches, prepare
+        self.names, self.starts, self.should_stop = names, starts, should_stop
+        self.on_bad = on_bad
+        self._noted: set[str] = set()
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """{"eval_loss": mean over all targets, and "eval_loss/NAME" of each source where there are several}."""
+        count = len(self.names)
+        sums = torch.zeros(count, dtype=torch.float64, device=self.engine.device)
+        targets = torch.zeros(count, dtype=torch.int64)
+        with self.batches() as batches:
+            for batch in batches:
+                if self.engine.all_sum([float(self.should_stop())])[0]:
+                    raise Leave
+                for error in batch.bad:
+                    if error.where not in self._noted:
+                        self._noted.add(error.where)
+                        self.on_bad(error)
+                losses = self.engine.losses(self.prepare(batch))
+                if batch.weight:
+                    sources = sources_of(batch.target_records, self.starts)
+                    targets += torch.bincount(sources, minlength=count)
+                    sums += sum_by_source(losses, sources, count=count)
+        both = self.engine.all_sum([*sums.tolist(), *map(float, targets.tolist())])
+        total, number = both[:count], both[count:]
+        results = {LOSS: sum(total) / max(sum(number), 1.0)}
+        if count > 1:
+            results |= {f"{LOSS}/{k}": s / n for k, s, n in zip(self.names, total, number, strict=True) if n}
+        return results
+
+
+class Evaluations:
+    """Runs the evaluations of a step and judges whether the model is the best so far.
+
+    Args:
+        model: whose modes and random state an evaluation must not change.
+        measures: each gives numbers on every rank; those of rank 0 are kept. The first may be `HeldOut`.
+        interruptible: a context in which a signal breaks off at once; used around the user's own code on one rank.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: nn.Module,
+        measures: list[Measure],
+        *,
+        best: Best | None,
+        log: RunLog,
+        interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+        phase: Callable[[str, int], None] = lambda name, step: None,
+    ) -> None:
+        self.engine, self.model, self.measures = engine, model, measures
+        self.best, self.log, self.interruptible, self.phase = best, log, interruptible, phase
+
+    def __call__(self, progress: Progress) -> bool:
+        """Evaluate after `progress.step`; True when this is the best model so far.
+
+        A signal leaves the evaluation unfinished; the resumed run then begins with it.
+
+        Raises:
+            ConfigError: the metric of train.keep_best is not among the results.
+        """
+        began = time.perf_counter()
+        self.phase("evaluation", progress.step)
+        results: dict[str, float] = {}
+        try:
+            with untouched(self.model, self.engine.device):
+                for measure in self.measures:
+                    alone = self.engine.world == 1 and not isinstance(measure, HeldOut)
+                    with self.interruptible() if alone else nullcontext():
+                        results |= {str(k): float(v) for k, v in measure(progress.step).items()}
+        except Leave:
+            self.log.say(f"the evaluation at step {progress.step} is broken off and comes again on resume")
+            return False
+        progress.evaluated = progress.step
+        self.log.evaluation(progress.step, results, seconds=time.perf_counter() - began)
+        return self.best is not None and self._judge(self.best, results, progress)
+
+    def _judge(self, best: Best, results: Metrics, progress: Progress) -> bool:
+        main = self.engine.rank == 0
+        if main and best.metric not in results:
+            given = ", ".join(sorted(results)) or "none"
+            raise ConfigError(
+                f"no evaluation gives '{best.metric}'; there is {given}",
+                where="train.keep_best.metric",
+                remedy="name one of these",
+            )
+        # Ranks may measure differently; all must come to one verdict, since all take part in a save.
+        value = results[best.metric] if main else 0.0
+        finite = math.isfinite(value)
+        verdict = [float(main and best.better(value, progress.best)), value if finite else 0.0]
+        chosen, value = self.engine.all_sum(verdict)
+        if chosen:
+            progress.best = {"metric": best.metric, "value": value, "step": progress.step}
+        return bool(chosen)
+
+
+@contextmanager
+def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients inside; afterwards modes and random states are as before."""
+    modes = [(m, m.training) for m in model.modules()]
+    frozen = [(p, p.requires_grad) for p in model.parameters()]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for parameter, wanted in frozen:
+                parameter.requires_grad_(wanted)

@@ -1,0 +1,252 @@
+"""The parts of a run from its config, ready for the first step: model, data, engine, the state of a checkpoint.
+
+Takes config sections apart, as `run.py` does; what it calls takes plain arguments. Refuses what cannot be trained
+before anything is written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mmit.config import Config
+from mmit.data.chat import ChatFormat, chat_format
+from mmit.data.dataset import InstructionData, Scan
+from mmit.data.loader import LoadImage
+from mmit.data.preparation import ImagePreparation, prepare_images
+from mmit.data.walk import Walk
+from mmit.errors import RecordError, located
+from mmit.models.assemble import assemble
+from mmit.models.llm import DTYPES, context_length, recompute_activations
+from mmit.models.partition import partitioned
+from mmit.models.tuning import Group, apply_tuning, quantization
+from mmit.models.virtual import virtual_tokens
+from mmit.models.vlm import VLM
+from mmit.train import checkpoint, resume
+from mmit.train.balance import unit_costs
+from mmit.train.data_setup import Say, check_lengths, image_loader, judge, make_walk, open_data
+from mmit.train.describe import describe, note_start
+from mmit.train.echo import echo
+from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
+from mmit.train.features import FeatureCache
+from mmit.train.heartbeat import Heartbeat
+from mmit.train.loop import Progress
+from mmit.train.pictures import align_to_captions, cache_features
+from mmit.train.world import World
+from mmit.train.zero import complete, deepspeed_options
+from mmit.train.zero_check import check_deepspeed
+
+BAD_RECORDS = {"train": "bad_records.jsonl", "eval": "bad_records_eval.jsonl"}
+
+
+@dataclass
+class Parts:
+    """What is ready before the first step."""
+
+    vlm: VLM
+    tokenizer: Any
+    chat: ChatFormat
+    image: dict[str, Any]  # see `checkpoint.image_preparation`
+    load_image: LoadImage | None
+    data: InstructionData
+    scan: Scan
+    walk: Walk
+    order: dict[str, Any]  # what decides it
+    held_out: tuple[InstructionData, Scan] | None
+    features: FeatureCache | None
+    groups: list[Group]
+    engine: Engine
+    progress: Progress
+
+
+def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: Heartbeat) -> Parts:
+    """Model, data, engine, and the state of the checkpoint `begin`."""
+    run_dir, seed = Path(config.run.dir), config.run.seed
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+
+    heart.phase("building the model", 0)
+    start = begin or (checkpoint.find(config.run.init_from, warn=say) if config.run.init_from else None)
+    divided = _partition(config) if world.deepspeed else None
+    vlm, tokenizer = _assemble(config, start, divided)
+    with located("model.chat.format"):
+        chat = chat_format(config.model.chat.format, tokenizer)
+    with located("model.vision"):
+        image = checkpoint.image_preparation(vlm.vision, config.model.vision)
+        preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
+    load_image = image_loader(preparation) if preparation else None
+
+    with partitioned(divided):
+        groups = apply_tuning(vlm, config.tune.model_dump())
+        if start is not None:
+            checkpoint.read_weights(vlm, start)
+    heart.phase("measuring the data", 0)
+    read: Any = partial(_read_data, config, vlm, tokenizer, chat, preparation=preparation, world=world, say=say)
+    data, scan = read()
+    cached = config.model.vision is not None and config.model.vision.cache != "off"
+    costs = unit_costs(vlm, scan, cached=cached) if world.size > 1 else None
+    walk, order = _walk(config, scan, known=resume.order_of(begin), costs=costs)
+    held_out = read(part="eval") if config.data.eval else None
+
+    heart.phase("preparing the model", 0)
+    vlm.to(world.device)
+    if config.data.packing and divided is None:
+        vlm.check_isolation()
+    vlm.split()  # takes a forward, which under ZeRO-3 would be out of order in the first step
+    features = cache_features(
+        vlm,
+        data,
+        scan,
+        kind=config.model.vision.cache if config.model.vision else "off",
+        frozen=config.tune.vision.mode == "frozen",
+        folder=run_dir / "cache",
+        preparation=preparation,
+        say=say,
+    )
+    if config.align is not None and begin is None:
+        given: dict[str, Any] = {**config.align.model_dump(), "run_dir": run_dir, "seed": seed, "say": say}
+        with partitioned(divided):
+            align_to_captions(vlm, tokenizer, preparation, features=features, **given)
+    if world.main:
+        rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
+        echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say)
+
+    engine = _engine(config, vlm, groups, world=world)
+    if config.data.packing and divided is not None:  # runs only under the engine that brings its weights
+        vlm.check_isolation()
+    progress = resume.restore(engine, begin, seed=seed, say=say)
+    if world.main:
+        resume.set_aside_later(run_dir, progress.step, say=say)
+        resume.settle_best(run_dir, progress, say=say)
+        note_start(run_dir, describe(vlm, data, scan, walk=walk, held_out=held_out, world=world), step=progress.step)
+        (run_dir / "config.yaml").write_text(config.to_yaml())
+    vlm.train()
+    return Parts(
+        vlm, tokenizer, chat, image, load_image, data, scan, walk, order, held_out, features, groups, engine, progress
+    )
+
+
+def _partition(config: Config) -> dict[str, Any] | None:
+    """Under ZeRO-3 the DeepSpeed config by which ranks divide the LLM while loading it; None where each loads all."""
+    t = config.train
+    options = complete(deepspeed_options(config.engine.deepspeed), precision=t.precision, clip=t.clip)
+    check_deepspeed(options)
+    divided = int((options.get("zero_optimization") or {}).get("stage", 0)) == 3
+    return options if divided and config.model.llm.dtype in (None, config.train.precision) else None
+
+
+def _assemble(config: Config, start: Path | None, divided: dict[str, Any] | None) -> tuple[VLM, Any]:
+    """The composite and its tokenizer; a fully tuned LLM comes from the checkpoint `start`."""
+    dtype = torch.float32 if config.train.precision == "fp32" else DTYPES[config.train.precision]
+    model = config.model.model_dump()
+    tokenizer = None
+    named = Path(model["llm"]["name"]).absolute()  # the config itself may point there, as a base like any other
+    if start is not None and (start / "llm").exists() and named != (start / "llm").absolute():
+        model["llm"].update(name=str(start / "llm"), revision=None, random_init=None)
+        tokenizer = str(start / "tokenizer")
+    vlm, tokens = assemble(
+        model,
+        dtype=dtype,
+        seed=config.run.seed,
+        packed=config.data.packing,
+        tokenizer=tokenizer,
+        quantization=quantization(config.tune.llm.mode, config.tune.llm.options),
+        partition=divided,
+    )
+    if tokenizer is not None:
+        vlm.whole.add("llm")
+    return vlm, tokens
+
+
+def _read_data(
+    config: Config,
+    vlm: VLM,
+    tokenizer: Any,
+    chat: ChatFormat,
+    *,
+    preparation: ImagePreparation | None,
+    world: World,
+    say: Say,
+    part: Literal["train", "eval"] = "train",
+) -> tuple[InstructionData, Scan]:
+    """Open, measure and judge the records; each rank measures for itself, the result is the same."""
+    options, run_dir = config.data, Path(config.run.dir)
+    skip = config.run.on_bad_record == "skip"
+    check_lengths(
+        max_length=options.max_length,
+        capacity=options.pack_tokens,
+        limit=context_length(vlm.llm),
+        virtual=virtual_tokens(vlm.llm),
+    )
+    unreadable: list[RecordError] = []
+    data = open_data(
+        [s.model_dump() for s in getattr(options, part)],
+        chat,
+        tokenizer,
+        cache=run_dir / "data",
+        world=world,
+        on_bad=unreadable.append if skip else None,
+        key=f"data.{part}",
+        preparation=preparation,
+        max_length=options.max_length,
+        capacity=options.pack_tokens,
+        split_turns=options.split_turns,
+        share_prefix=options.share_prefix and options.packing,
+    )
+    scan = data.scan(workers=options.workers)
+    scan.bad = unreadable + scan.bad
+    bound = config.run.max_bad_fraction
+    judge(
+        scan,
+        skip=skip,
+        max_bad_fraction=bound,
+        run_dir=run_dir,
+        main=world.main,
+        say=say,
+        key=f"data.{part}",
+        name=BAD_RECORDS[part],
+    )
+    return data, scan
+
+
+def _walk(
+    config: Config, scan: Scan, *, known: dict[str, Any] | None, costs: Any = None
+) -> tuple[Walk, dict[str, Any]]:
+    t = config.train
+    return make_walk(
+        scan,
+        [s.weight for s in config.data.train],
+        mixing=config.data.mixing.model_dump(),
+        seed=config.run.seed,
+        capacity=config.data.pack_tokens if config.data.packing else None,
+        rows_per_step=t.rows_per_step,
+        epochs=t.epochs,
+        steps=t.steps,
+        shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
+        known=known,
+        costs=costs,
+    )
+
+
+def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World) -> Engine:
+    t = config.train
+    common: dict[str, Any] = {
+        "device": world.device,
+        "precision": t.precision,
+        "betas": t.betas,
+        "eps": t.eps,
+        "weight_decay": t.weight_decay,
+        "clip": t.clip,
+    }
+    if t.checkpointing == "full":
+        recompute_activations(vlm.llm)
+    if not world.deepspeed:
+        return TorchEngine(vlm, groups, **common)
+    frozen = ["vision"] if vlm.vision is not None and config.tune.vision.mode == "frozen" else []
+    options = deepspeed_options(config.engine.deepspeed)
+    return DeepSpeedEngine(vlm, groups, config=options, replicated=frozen, **common)
