@@ -109,7 +109,7 @@ def _by_rank(text: str, options: Mapping[str, str]) -> str:
 
 
 def _first_character(text: str, options: Mapping[str, str]) -> str:
-    return text.strip()[:1]
+    return text.strip()[:1].upper()  # lmms-eval lowers both sides, so "because" is B
 
 
 def _whole(text: str, options: Mapping[str, str]) -> str:
@@ -161,7 +161,7 @@ def choice_accuracy(
 
     Profiles:
         extract: `extract_letter`.
-        seed_lmms: the first character of the stripped answer (SEED-Bench in lmms-eval).
+        seed_lmms: the first character of the stripped answer, in either case (SEED-Bench in lmms-eval).
         seed_llava: the whole answer must be the letter (LLaVA's conversion for SEED-Bench).
         scienceqa_lmms: the letter in either case, or a capital and a period at the start.
         scienceqa_llava: a letter A-E, "A. " at the start, or exactly one "The answer is A."
