@@ -10,6 +10,7 @@ from collections.abc import Callable
 from string import ascii_uppercase
 from typing import Any
 
+from mmit.errors import RecordError
 from mmit.eval.layouts.common import lettered
 from mmit.eval.questions import CHOICES, GROUP, REFERENCE
 from mmit.records import Record
@@ -91,12 +92,17 @@ def mmbench(record: Record) -> Columns:
 
 
 def split_options(record: Record) -> tuple[str, list[str]]:
-    """Take the options off the end of a question: its text, and the options without their letters."""
+    """Take the options off the end of a question: its text, and the options without their letters.
+
+    Raises RecordError if they are not there, one a line behind their letters.
+    """
     rest, options = record.turns[-1].text, list[str]()
     for letter in reversed(record.meta[CHOICES]):
         rest, _, option = rest.rpartition(f"\n{letter}. ")
         options.insert(0, option)
-    assert f"{rest}\n{lettered(options)}" == record.turns[-1].text
+    if f"{rest}\n{lettered(options)}" != record.turns[-1].text:
+        problem = "the question does not end with its options"
+        raise RecordError(problem, where=record.where, remedy="Choose a task that lists them one a line.")
     return rest, options
 
 

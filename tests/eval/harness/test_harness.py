@@ -30,7 +30,11 @@ Yaml = dict[str, Any]
 
 # harness's task -> (its metric, mmit's task, that task's YAML where mmit ships none of this profile)
 LMMS: dict[str, tuple[str, str, Yaml]] = {
-    "pope": ("pope_accuracy", "pope_lmms", {"layout": "pope", "folder": "pope", "prompt": SHORT, "metric": "pope:lmms"}),
+    "pope": (
+        "pope_accuracy",
+        "pope_lmms",
+        {"layout": "pope", "folder": "pope", "prompt": SHORT, "metric": "pope:lmms"},
+    ),
     "mme": ("", "mme", {}),
     "vqav2_val": (
         "exact_match",
