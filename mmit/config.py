@@ -48,7 +48,7 @@ class RunConfig(Section):
     resume: str | None = None
     """auto continues the newest valid checkpoint in run.dir, a path continues that one, null starts anew"""
     init_from: str | None = None
-    """checkpoint folder whose weights this run starts from, with a fresh optimizer (a second stage)"""
+    """checkpoint folder or hub id whose weights this run starts from, with a fresh optimizer (a second stage)"""
     on_bad_record: Literal["error", "skip"] = "error"
     """stop at the first unusable record, or leave it out, count it and list it"""
     max_bad_fraction: Fraction = 0.01

@@ -104,3 +104,25 @@ def test_two_ranks_as_written_and_the_checkpoint_loads(tmp_path):
     model = mmit.load(tmp_path / "runs" / "two-ranks")
     answer = model.chat(str(ROOT / "assets" / "red-circle.png"), "what shape is in the image?", max_new_tokens=5)
     assert answer
+
+
+@pytest.mark.slow
+def test_to_and_from_llava_hf_as_written(tmp_path, monkeypatch):
+    """The hub's cache holds a small random model under the name that the page uses."""
+    pytest.importorskip("easy_vqa")
+    from tests.interop.llava_models import make_llava_hf
+    from tests.models.test_hub import cached
+
+    make_llava_hf(tmp_path / "tiny", tokens="llama")
+    cached(tmp_path / "home" / "hub", "llava-hf/llava-1.5-7b-hf", tmp_path / "tiny")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    commands = blocks("To and from other libraries")
+    assert [c.split()[1] for c in commands] == ["train", "eval", "export"]
+    run_all(["mmit data import easy-vqa --split train --out data/easy-vqa/train.jsonl"], tmp_path)
+    shown = run_all(commands, tmp_path)
+    assert "tuned model" in shown and "ids of the processor: the same" in shown
+    code = TEXT.split("## To and from other libraries\n", 1)[1].split("```python\n", 1)[1].split("```", 1)[0]
+    (tmp_path / "ask.py").write_text(code)
+    assert "generated_text" in run_all([f"{sys.executable} ask.py"], tmp_path)
+    assert "easy_vqa | exact" in (tmp_path / "exported" / "README.md").read_text()

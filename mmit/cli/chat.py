@@ -21,7 +21,10 @@ HELP = "/image PATH shows a picture with the next message, /reset begins anew, /
 
 
 def chat(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, a llava-hf folder, or a hub id."),
+    ],
     image: Annotated[
         list[Path] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; may be repeated.")
     ] = None,
@@ -36,6 +39,12 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained)")] = None,
+    load_in_8bit: Annotated[bool, typer.Option("--load-8bit", help="The LLM in 8 bits, by bitsandbytes.")] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-4bit", help="The LLM in 4 bits, by bitsandbytes.")] = False,
+    chat_format: Annotated[
+        str | None, typer.Option("--chat", help="Chat format of a folder of another project, such as vicuna_v1.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="LLM that a LLaVA adapter or projector belongs to.")] = None,
 ) -> None:
     """Talk with a trained model.
 
@@ -43,7 +52,8 @@ def chat(
     """
     from mmit.generate import load
 
-    model = load(run, device=device, dtype=dtype)
+    bits: dict[str, Any] = {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
+    model = load(run, device=device, dtype=dtype, **bits, chat=chat_format, base=base)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options |= {"top_p": top_p, "seed": seed}
     talk = Conversation(model, system=system, options=options)

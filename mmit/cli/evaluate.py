@@ -68,6 +68,10 @@ def evaluate(
             help="Folder with one folder per benchmark; a task of your own looks there before its own folder.",
         ),
     ] = None,
+    chat: Annotated[
+        str | None, typer.Option(help="Chat format of a folder of another project, such as vicuna_v1.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="LLM that a LLaVA adapter or projector belongs to.")] = None,
     endpoint_model: Annotated[str | None, typer.Option(help="Model of the endpoint that is evaluated.")] = None,
     judge_url: Annotated[
         str | None, typer.Option(envvar="MMIT_JUDGE_URL", help="Base URL of the judge, for tasks that need one.")
@@ -102,7 +106,8 @@ def evaluate(
 
     ranks = from_environment()
     device = _own_device(device) if ranks.world > 1 else device
-    where, options = _model(run, device=device, dtype=dtype, endpoint_model=endpoint_model, key_env=key_env, out=out)
+    told: dict[str, Any] = {"endpoint_model": endpoint_model, "key_env": key_env, "chat": chat, "base": base}
+    where, options = _model(run, device=device, dtype=dtype, out=out, **told)
     alone = len(tasks) == 1
     run_tasks(
         options.pop("model"),
@@ -138,7 +143,15 @@ def _names(given: list[str] | None) -> list[str]:
 
 
 def _model(
-    run: str, *, device: str, dtype: str | None, endpoint_model: str | None, key_env: str, out: Path | None
+    run: str,
+    *,
+    device: str,
+    dtype: str | None,
+    endpoint_model: str | None,
+    key_env: str,
+    chat: str | None,
+    base: str | None,
+    out: Path | None,
 ) -> tuple[Path, dict[str, Any]]:
     """Return where results go by default, and the model with what `run_task` wants to know of it."""
     from mmit.errors import ConfigError
@@ -158,9 +171,21 @@ def _model(
         }
     from mmit.eval.runner import Lazy
     from mmit.generate import load
+    from mmit.interop.foreign import is_foreign
+    from mmit.models.hub import is_hub_id, model_folder
     from mmit.train.checkpoint import MANIFEST, find
 
-    checkpoint = find(Path(run), warn=lambda text: typer.echo(text, err=True))
+    if out is None and is_hub_id(run):
+        raise ConfigError("no folder for the results", where="--out", remedy="The hub's cache is none: give --out.")
+    folder = model_folder(run)
+    if is_foreign(folder):
+        return folder, {
+            "model": load(folder, device=device, dtype=dtype, chat=chat, base=base),
+            "untuned_factory": None,
+            "model_name": run,
+            "fingerprint": _content(folder),
+        }
+    checkpoint = find(folder, warn=lambda text: typer.echo(text, err=True))
     untuned = Lazy(lambda: load(checkpoint, device=device, dtype=dtype, untuned=True))  # one for all tasks
     return Path(run), {
         "model": load(checkpoint, device=device, dtype=dtype),
@@ -168,6 +193,17 @@ def _model(
         "model_name": str(checkpoint),
         "fingerprint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16],
     }
+
+
+def _content(folder: Path) -> str:
+    """Hash what a folder of another project says and weighs."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".jinja", ".safetensors", ".bin")):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def _own_device(device: str) -> str:

@@ -27,6 +27,12 @@ def export(
     format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")] = "llava-hf",
     dtype: Annotated[str, typer.Option(help="Number format of llava-hf weights: fp32, bf16 or fp16.")] = "fp32",
     image_token: Annotated[str, typer.Option(help="Image token of llava-hf, if the chat format has none.")] = "<image>",
+    licence: Annotated[str | None, typer.Option(help="The model's licence for its card, as the hub names it.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository, owner/name.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository a private one.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what --push-to-hub would upload.")] = False,
 ) -> None:
     """Write a trained model for other software.
 
@@ -34,24 +40,32 @@ def export(
     non_lora_trainables.bin). peft: the LLM's adapter alone. mmit: one checkpoint with the base weights inside.
 
     What was written is loaded again, and its logits of a fixed batch are compared with the source; the largest
-    difference is printed, and beyond rounding the export fails and leaves nothing behind.
+    difference is printed, and beyond rounding the export fails and leaves nothing behind. Every export holds a model
+    card, README.md: parts, data, recipe, evaluation, licences.
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown export format '{format}'", where="--format", remedy=nearest(format, FORMATS))
     import torch
 
+    from mmit.interop.push import check_repository
     from mmit.models.llm import DTYPES
     from mmit.train.checkpoint import load_model
     from mmit.train.portable import refuse_existing, save_whole
 
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype '{dtype}'", where="--dtype", remedy=nearest(dtype, DTYPES))
+    if push_to_hub is not None:
+        check_repository(push_to_hub)
+    elif dry_run or private:
+        raise ConfigError("is for --push-to-hub", where="--dry-run" if dry_run else "--private", remedy="name a REPO")
     refuse_existing(out)
     kept = None if format == "mmit" else torch.float32  # as trained, where numbers are copied and not computed with
     found = load_model(run, device="cpu", dtype=kept)
     if format == "mmit":
         save_whole(found, out)
         _check_whole(found, out)
+        _card(found, out, format=format, licence=licence)
+        _push(out, push_to_hub, private=private, dry_run=dry_run)
         return
     draft = out.with_name(f".{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -63,6 +77,7 @@ def export(
             _llava(found, draft)
         else:
             _peft(found, draft)
+        _card(found, draft, format=format, licence=licence)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
@@ -70,6 +85,29 @@ def export(
         out.rmdir()  # it is empty
     draft.rename(out)
     typer.echo(f"wrote {out}")
+    _push(out, push_to_hub, private=private, dry_run=dry_run)
+
+
+def _card(found: Loaded, folder: Path, *, format: str, licence: str | None) -> None:
+    from mmit.interop.card import model_card
+
+    told: dict[str, Any] = {"step": found.meta.get("step", 0), "checkpoint": found.folder, "licence": licence}
+    text = model_card(found.config.model_dump(), format=format, **told)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _push(folder: Path, name: str | None, *, private: bool, dry_run: bool) -> None:
+    from mmit.interop.push import listing, push
+
+    if name is None:
+        return
+    if not dry_run:
+        typer.echo(f"uploaded to {push(folder, name, private=private)}")
+        return
+    files = listing(folder)
+    for file, size in files:
+        typer.echo(f"{size:>14,}  {file}")
+    typer.echo(f"{len(files)} files, {sum(size for _, size in files):,} bytes would go to {name}; nothing was uploaded")
 
 
 def _llava_hf(found: Loaded, folder: Path, **options: Any) -> None:
@@ -165,7 +203,9 @@ def _tell(difference: float, limit: float, what: str = "logit") -> None:
 
 
 def import_model(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="A llava-hf folder, or one of LLaVA's own.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A llava-hf folder, or one of LLaVA's own, or a hub id.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint folder to write; must not exist.")],
     *,
     chat: Annotated[str | None, typer.Option(help="Chat format in place of the folder's template.")] = None,
@@ -176,23 +216,31 @@ def import_model(
 
     Strict: a tensor that is missing or left over is an error with the list.
     """
-    import torch
-
-    from mmit.config import Config
-    from mmit.interop.foreign import read_foreign
-    from mmit.train.portable import imported_sections, refuse_existing, save_imported
-
-    refuse_existing(out)
-    found = read_foreign(source, chat=chat, base=base, tower=tower)
-    precision = "fp32" if found.dtype == torch.float32 else "bf16"
-    raw = {
-        **imported_sections(found, out),
-        "data": {"train": [{"path": "train.jsonl"}]},
-        "train": {"epochs": 1.0, "precision": precision},
-    }
-    save_imported(found, out, Config.from_dict(raw, where=f"import of {source}"))
+    make_start(source, out, chat=chat, base=base, tower=tower)
     typer.echo(f"wrote {out}")
     typer.echo(
         f"train from it: mmit train --config {out / 'config.yaml'} data.train.0.path=YOUR.jsonl "
         "tune.llm.mode=lora tune.llm.lr=2e-4"
     )
+
+
+def make_start(source: str, out: Path, **options: Any) -> None:
+    """Write another project's model as a checkpoint to start from; `options` go to `read_foreign`."""
+    import torch
+
+    from mmit.config import Config
+    from mmit.interop.foreign import read_foreign
+    from mmit.models.hub import model_folder
+    from mmit.models.llm import context_length
+    from mmit.train.portable import imported_sections, refuse_existing, save_imported
+
+    refuse_existing(out)
+    found = read_foreign(model_folder(source), **options)
+    length = min(2048, context_length(found.vlm.llm) or 2048)
+    precision = "fp32" if found.dtype == torch.float32 else "bf16"
+    raw = {
+        **imported_sections(found, out),
+        "data": {"train": [{"path": "train.jsonl"}], "max_length": length, "pack_tokens": length},
+        "train": {"epochs": 1.0, "precision": precision},
+    }
+    save_imported(found, out, Config.from_dict(raw, where=f"import of {source}"))

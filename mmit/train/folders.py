@@ -235,5 +235,8 @@ def find(folder: str | Path, *, warn: Warn = lambda text: None) -> Path:
     found = newest(folder, warn=warn) if folder.is_dir() else None
     if found is None:
         what = "holds no whole checkpoint" if folder.is_dir() else "no such folder"
-        raise CheckpointError(what, where=str(folder), remedy="give a run folder or one of its checkpoints/step-*")
+        remedy = "give a run folder or one of its checkpoints/step-*"
+        if (folder / "config.json").exists():
+            remedy += "; to start from a model of another project: mmit train --from, or mmit import-model"
+        raise CheckpointError(what, where=str(folder), remedy=remedy)
     return found

@@ -21,6 +21,7 @@ from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.walk import Walk
 from mmit.errors import RecordError, located
 from mmit.models.assemble import assemble
+from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, context_length, recompute_activations
 from mmit.models.partition import partitioned
 from mmit.models.tuning import Group, apply_tuning, quantization
@@ -70,7 +71,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         torch.set_num_threads(config.train.threads)
 
     heart.phase("building the model", 0)
-    start = begin or (checkpoint.find(config.run.init_from, warn=say) if config.run.init_from else None)
+    init_from = config.run.init_from
+    start = begin or (checkpoint.find(model_folder(init_from), warn=say) if init_from else None)
     divided = _partition(config) if world.deepspeed else None
     vlm, tokenizer = _assemble(config, start, divided)
     with located("model.chat.format"):

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import mmit
 from mmit.cli import app
 from mmit.config import Config
+from mmit.errors import CheckpointError
 from mmit.train.checkpoint import read_config
 from mmit.train.run import run
 from tests.interop.llava_models import make_llava_hf
@@ -162,6 +163,47 @@ def _edit(checkpoint: Path, *, fit: str) -> None:
     data = path.read_bytes()
     manifest["files"]["config.yaml"] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_every_export_has_a_card_and_can_be_listed_for_the_hub(trained: Path, tmp_path: Path) -> None:
+    options = ("--push-to-hub", "me/tiny", "--dry-run", "--licence", "apache-2.0")
+    text = command("export", trained, "--format", "peft", "--out", tmp_path / "peft", *options)
+    assert "would go to me/tiny; nothing was uploaded" in text and "adapter_model.safetensors" in text
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "library_name: peft" in card
+    assert "has not been evaluated" in card and "not stated (16 records)" in card and "mode: lora" in card
+    assert str(tmp_path) not in card and str(trained.parent) not in card  # names of this machine's folders
+    command("export", trained, "--format", "mmit", "--out", tmp_path / "mmit")
+    assert "library_name: mmit" in (tmp_path / "mmit" / "README.md").read_text()
+    mmit.load(tmp_path / "mmit", device="cpu")
+    assert "is for --push-to-hub" in command("export", trained, "--out", tmp_path / "c", "--dry-run", code=2)
+    assert "owner/name" in command("export", trained, "--out", tmp_path / "c", "--push-to-hub", "tiny", code=2)
+
+
+def test_an_upload_without_a_network_leaves_the_folder(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    out = tmp_path / "out"
+    text = command("export", trained, "--format", "peft", "--out", out, "--push-to-hub", "me/tiny", code=2)
+    assert "upload to me/tiny" in text and f"hf upload me/tiny {out}" in text
+    assert (out / "adapter_model.safetensors").exists()
+
+
+def test_a_folder_of_another_project_is_evaluated_and_started_from(tmp_path: Path) -> None:
+    make_llava_hf(tmp_path / "in", tokens="llama")
+    data = write_records(tmp_path / "data", count=4, text_only=0)
+    task = tmp_path / "own.yaml"
+    task.write_text(f"name: own\nrecords: {data}\nmetric: exact\nmax_new_tokens: 4\n")
+    command("eval", tmp_path / "in", "--task", task, "--out", tmp_path / "scores", "--baseline-n", 2)
+    assert json.loads((tmp_path / "scores" / "report.json").read_text())["model"] == str(tmp_path / "in")
+    options = (f"run.dir={tmp_path / 'run'}", f"data.train.0.path={data}", "train.epochs=null", "train.steps=1")
+    command("train", "--from", tmp_path / "in", *options, "tune.llm.mode=lora", "tune.llm.lr=1e-3", "data.workers=0")
+    assert mmit.load(tmp_path / "run", device="cpu").chat(PICTURE, "What?", max_new_tokens=4)
+    assert "not both" in command("train", "--from", tmp_path / "in", "--config", task, code=2)
+    started = tiny_config(tmp_path, run={"dir": str(tmp_path / "b"), "init_from": str(tmp_path / "in")})
+    with pytest.raises(CheckpointError, match="mmit train --from"):
+        run(started)
 
 
 def test_mistakes_are_told(trained: Path, tmp_path: Path) -> None:
