@@ -7,7 +7,7 @@ Refuses what a Record cannot express (tools, messages that are not learnt) inste
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
@@ -67,11 +67,16 @@ def sharegpt(row: Row, *, image_root: str = "") -> Record:
 def messages(row: Row, *, image_root: str = "") -> Record:
     """OpenAI messages: {"messages": [{"role", "content": text or a list of text and image_url parts}]}.
 
-    An image's URL is a path, file:// or a base64 data: URL; its `detail` is not kept. Raises RecordError for
-    http(s) URLs, tools and messages of weight 0, none of which a Record can express.
+    An image's URL is a path, file:// or a base64 data: URL; its `detail` is not kept. Pictures may also lie beside the
+    messages, in `images`: then "<image>" marks their places in content that is text, and {"type": "image"} parts do in
+    content that is a list (ms-swift, LLaMA-Factory, TRL). Raises RecordError for http(s) URLs, tools and messages of
+    weight 0, none of which a Record can express, and if places and pictures differ in number.
     """
     key = "messages" if "messages" in row else "conversations"
     turns, meta = [], rest(row, key)
+    beside = images_of(row, image_root) or []
+    in_lists = any(isinstance(message.get("content"), list) for message in objects_of(row, key))
+    left = iter(beside)
     for number, message in enumerate(objects_of(row, key), 1):
         role = by_name(message.get("role"), _MESSAGE_ROLES, f"turn {number} is said by")
         for name in ("tool_calls", "function_call"):
@@ -80,11 +85,16 @@ def messages(row: Row, *, image_root: str = "") -> Record:
                 raise RecordError(f"message {number} has {name}", remedy=remedy)
         content = message.get("content")
         if isinstance(content, list):
-            parts = tuple(_content_part(part, image_root, number) for part in content)
+            parts = tuple(_content_part(part, image_root, number, left) for part in content)
         else:
             parts = (Text(text_of(content, f"content of message {number}")),)
         turns.append(Turn(cast(Any, role), parts))
     _keep_turn_keys(meta, row[key], ("role", "content"))
+    if beside and not in_lists:
+        turns = list(place_images([(turn.role, turn.text) for turn in turns], beside))
+    elif unused := len(list(left)):
+        remedy = 'Give each its place in the content: {"type": "image"}.'
+        raise RecordError(f"{unused} of {len(beside)} images have no place in the messages", remedy=remedy)
     return Record(tuple(turns), id=id_of(row), meta=meta)
 
 
@@ -155,12 +165,20 @@ def _without_empty(parts: list[Part]) -> tuple[Part, ...]:
     return tuple(part for part in parts if part != Text("") or len(parts) == 1)
 
 
-def _content_part(part: Any, root: str, number: int) -> Part:
+def _content_part(part: Any, root: str, number: int, beside: Iterator[Image]) -> Part:
     kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image":
+        if part.get("image") is not None:
+            return image_part(part["image"], root)
+        found = next(beside, None)
+        if found is None:
+            remedy = "Put the picture into the part, or one for each part into images."
+            raise RecordError(f"message {number} has an image part without a picture", remedy=remedy)
+        return found
     if kind == "text":
         return Text(text_of(part.get("text"), f"text of message {number}"))
     if kind != "image_url":
-        remedy = 'Parts are {"type": "text", "text"} and {"type": "image_url", "image_url": {"url"}}.'
+        remedy = 'A part is {"type": "text", "text"}, {"type": "image"} or {"type": "image_url", "image_url": {"url"}}.'
         raise RecordError(f"message {number} has a part of type '{short(kind)}'", remedy=remedy)
     value = part.get("image_url")
     url = text_of(value.get("url") if isinstance(value, dict) else value, f"image_url of message {number}")
@@ -207,6 +225,6 @@ FORMATS = {
     "sharegpt4v": Format("ShareGPT4V, rows as LLaVA's", llava, licence="CC-BY-NC-4.0"),
     "allava": Format("ALLaVA, rows as LLaVA's; its text-only part quotes <image>", sharegpt),
     "sharegpt": Format("conversations with more speaker names than LLaVA's", sharegpt),
-    "messages": Format("OpenAI messages with image_url parts", messages, detect=("messages",)),
+    "messages": Format("OpenAI messages with image_url parts, or images beside them", messages, detect=("messages",)),
     "mmit": Format("mmit's own records", mmit_row, detect=("turns",)),
 }

@@ -126,13 +126,28 @@ def hf_rows(path: str, *, split: str = "train", config: str | None = None, revis
     try:
         rows = datasets.load_dataset(path, config, split=split, revision=revision, streaming=True, **safe)
         for name, feature in (rows.features or {}).items():
-            if isinstance(feature, datasets.Image):
-                rows = rows.cast_column(name, datasets.Image(decode=False))
+            if (kept := _encoded(feature, datasets.Image)) != feature:
+                rows = rows.cast_column(name, kept)
         yield from enumerate(rows, 1)
     except (OSError, ValueError, RuntimeError) as error:
         problem = f"cannot load the data set: {short(str(error), 200)}"
         remedy = "Check its name and the options split, config and revision; one with a script must be exported first."
         raise ConfigError(problem, where=path, remedy=remedy) from error
+
+
+def _encoded(feature: Any, image: Any) -> Any:
+    """The feature with pictures left encoded, those in lists (`images`) and structs too."""
+    if isinstance(feature, image):
+        return image(decode=False)
+    if isinstance(feature, dict):
+        return {key: _encoded(value, image) for key, value in feature.items()}
+    if isinstance(feature, list):
+        return [_encoded(value, image) for value in feature]
+    inner = getattr(feature, "feature", None)
+    if inner is None or (kept := _encoded(inner, image)) == inner:
+        return feature
+    length = getattr(feature, "length", -1)
+    return type(feature)(kept, length=length)
 
 
 def column_row(row: Row, *, image_root: str = "", columns: Any = None) -> Record:

@@ -148,12 +148,17 @@ def _fetch(files: Any, path: str, start: int, size: int) -> bytes:
     """Fetch a range; a passing fault of the network is tried again."""
     for attempt in range(1, _TRIES + 1):
         try:
-            return files.cat_file(path, start=start, end=start + size)
+            data = files.cat_file(path, start=start, end=start + size)
+            break
         except Exception as error:
             if attempt == _TRIES or isinstance(error, FileNotFoundError):
                 raise _unreachable(path, error) from error
             time.sleep(2.0**attempt)
-    raise AssertionError
+    if len(data) > size:
+        # Not a fault of the record, which its checksum would make of it.
+        problem = f"the server sends {len(data):,} bytes where a range of {size:,} was asked for"
+        raise ShardFileError(problem, where=path, remedy="Copy it to a disk, or to a server with range requests.")
+    return data
 
 
 def run_jobs(job: Callable[..., T], arguments: Iterable[Sequence[Any]], *, workers: int) -> Iterator[T]:

@@ -12,7 +12,7 @@ from format_tools import ask, imported, shape, talk, texts, url, write
 
 from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.errors import RecordError
-from mmit.records import Image, Record
+from mmit.records import Image, Record, Text
 
 
 def llava(*values: str, **keys: Any) -> Record:
@@ -196,6 +196,31 @@ def test_sharegpt() -> None:
             assert shape(pictured)[1] == ("user", ["[r/i.png]", "q"])
     with pytest.raises(RecordError, match="'function_call'"):
         FORMATS["sharegpt"].row({"conversations": [{"from": "function_call", "value": "x"}]}, image_root="")
+
+
+@pytest.mark.parametrize("images", [["a.png", "b.png"], [{"bytes": None, "path": f"{name}.png"} for name in "ab"]])
+def test_messages_with_images_beside_them(images: list[Any]) -> None:
+    """ms-swift and LLaMA-Factory mark the places in the text, TRL and parquet by parts without a picture."""
+    answer = {"role": "assistant", "content": "yes"}
+    marked = {"messages": [{"role": "user", "content": "<image>Same as <image>?"}, answer], "images": images}
+    record = FORMATS["messages"].row(marked, image_root="r")
+    assert record.turns[0].parts == (Image("r/a.png"), Text("Same as "), Image("r/b.png"), Text("?"))
+    none = {"text": None, "image_url": None}
+    parts = [{"type": "image", **none}, {"type": "text", "text": "<image>"}, {"type": "image", **none}]
+    listed = {"messages": [{"role": "user", "content": parts}, answer], "images": images}
+    record = FORMATS["messages"].row(listed, image_root="r")
+    assert record.turns[0].parts == (Image("r/a.png"), Text("<image>"), Image("r/b.png"))
+    own = {"messages": [{"role": "user", "content": [{"type": "image", "image": "c.png"}]}, answer]}
+    assert FORMATS["messages"].row(own, image_root="r").images == (Image("r/c.png"),)
+    alone = {"messages": [{"role": "user", "content": "What is <image>?"}, answer]}
+    assert FORMATS["messages"].row(alone, image_root="r").turns[0].text == "What is <image>?"
+    for wrong, cause in (
+        ({**marked, "images": images[:1] * 3}, "2 <image> but the row 3 images"),
+        ({**listed, "images": images * 2}, "2 of 4 images have no place"),
+        ({**listed, "images": images[:1]}, "an image part without a picture"),
+    ):
+        with pytest.raises(RecordError, match=cause):
+            FORMATS["messages"].row(wrong, image_root="r")
 
 
 def test_messages() -> None:

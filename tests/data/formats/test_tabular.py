@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import datetime
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import PIL.Image
 import pytest
 from format_tools import bad_rows, imported, shape, texts, write
 
@@ -196,6 +198,37 @@ def test_real_parquet(tmp_path: Path) -> None:
     path.write_bytes(b"not parquet")
     with pytest.raises(RecordError, match="parquet|read"):
         list(import_file(path, "parquet"))
+
+
+@pytest.mark.slow
+def test_a_real_hugging_face_set_with_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures stay the bytes they were, in a column of their own and in lists; a script is refused unread."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    buffer = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), (200, 0, 0)).save(buffer, "PNG")
+    cell = {"bytes": buffer.getvalue(), "path": None}
+    talk = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "Red."}]
+    for name, row, feature, how in (
+        ("one", {"image": cell, "q": "What?", "a": "Red."}, datasets.Image(), {"columns": "instruction=q,output=a"}),
+        ("many", {"images": [cell], "messages": talk}, datasets.Sequence(datasets.Image()), {"as_format": "messages"}),
+    ):
+        table = datasets.Dataset.from_list([row] * 3).cast_column(next(iter(row)), feature)
+        (tmp_path / name).mkdir()
+        table.to_parquet(tmp_path / name / "train.parquet")
+        for path, format in ((tmp_path / name / "train.parquet", "parquet"), (tmp_path / name, "hf")):
+            records = list(import_file(path, format, **how))
+            assert [r.images for r in records] == [(Image(buffer.getvalue()),)] * 3, (name, format)
+            assert [turn.text for turn in records[0].turns] == ["What?", "Red."]
+            assert [r.row for r in records] == [1, 2, 3]
+    with pytest.raises(ConfigError, match="Bad split"):
+        list(import_file(tmp_path / "one", "hf", split="none"))
+    (tmp_path / "scripted").mkdir()
+    (tmp_path / "scripted" / "scripted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ConfigError, match="scripts are no longer supported|trust_remote_code"):
+        list(import_file(tmp_path / "scripted", "hf"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_json_of_any_keys(tmp_path: Path) -> None:
