@@ -37,6 +37,7 @@ from mmit.train.features import FeatureCache
 from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Progress
 from mmit.train.pictures import align_to_captions, cache_features
+from mmit.train.start import check_start
 from mmit.train.world import World
 from mmit.train.zero import complete, deepspeed_options
 from mmit.train.zero_check import check_deepspeed
@@ -73,6 +74,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     heart.phase("building the model", 0)
     init_from = config.run.init_from
     start = begin or (checkpoint.find(model_folder(init_from), warn=say) if init_from else None)
+    if start is not None and begin is None:
+        check_start(start, then=checkpoint.read_config(start).model_dump(), now=config.model_dump(), say=say)
     divided = _partition(config) if world.deepspeed else None
     vlm, tokenizer = _assemble(config, start, divided)
     with located("model.chat.format"):
@@ -96,9 +99,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
 
     heart.phase("preparing the model", 0)
     vlm.to(world.device)
-    if config.data.packing and divided is None:
-        vlm.check_isolation()
-    vlm.split()  # takes a forward, which under ZeRO-3 would be out of order in the first step
+    if divided is None:
+        _try_forward(vlm, packing=config.data.packing)
     features = cache_features(
         vlm,
         data,
@@ -118,8 +120,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say)
 
     engine = _engine(config, vlm, groups, world=world)
-    if config.data.packing and divided is not None:  # runs only under the engine that brings its weights
-        vlm.check_isolation()
+    if divided is not None:  # only the engine brings its weights
+        _try_forward(vlm, packing=config.data.packing)
     progress = resume.restore(engine, begin, seed=seed, say=say)
     if world.main:
         resume.set_aside_later(run_dir, progress.step, say=say)
@@ -130,6 +132,13 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     return Parts(
         vlm, tokenizer, chat, image, load_image, data, scan, walk, order, held_out, features, groups, engine, progress
     )
+
+
+def _try_forward(vlm: VLM, *, packing: bool) -> None:
+    """Forwards that find out about the model; in the first step they would be out of the order ZeRO-3 records."""
+    if packing:
+        vlm.check_isolation()
+    vlm.split()
 
 
 def _partition(config: Config) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import mmit.train.parts as parts_module
 import mmit.train.run as run_module
 from mmit.config import load_config
 
@@ -39,7 +40,7 @@ class Peak(threading.Thread):
 
 def main(path: str) -> None:
     peaks = {}
-    real_assemble, real_train = run_module._assemble, run_module.train
+    real_assemble, real_train = parts_module._assemble, run_module.train
 
     def assemble(*args, **kwargs):
         peaks["all"] = Peak()
@@ -52,7 +53,7 @@ def main(path: str) -> None:
         peaks["ready"] = peaks["all"].most - peaks["all"].start_mib
         return real_train(*args, **kwargs)
 
-    run_module._assemble, run_module.train = assemble, train
+    parts_module._assemble, run_module.train = assemble, train
     assert run_module.run(load_config(path)) == 0
     peak = peaks.pop("all")
     peak.done.set()
