@@ -51,7 +51,9 @@ def write_answers(
     with open(path, "w", encoding="utf-8", newline="\n") as file:
         for (row, record), answer in zip(rows, answers, strict=True):
             line = {"question_id": row["question_id"], "prompt": record.turns[0].text, "text": answer}
-            line |= {"answer_id": uuid.uuid4().hex[:22], "model_id": model, "metadata": {}}
+            # VizWiz's submission names pictures, which LLaVA's own file leaves to the question file.
+            metadata = {"image": row["image"]} if row.get("image") else {}
+            line |= {"answer_id": uuid.uuid4().hex[:22], "model_id": model, "metadata": metadata}
             file.write(json.dumps(line) + "\n")
 
 

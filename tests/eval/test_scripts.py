@@ -103,3 +103,41 @@ def test_question_files_and_chunks(tmp_path: Path) -> None:
     module.write_answers(tmp_path / "a.jsonl", found, list("abcde"), "m")
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == list("abcde") and lines[0]["question_id"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vqav2", [{"question_id": 7, "answer": "dog"}]),
+        ("vizwiz", [{"image": "a.png", "answer": "dog"}]),
+        ("gqa", [{"questionId": 7, "prediction": "a dog"}]),
+        ("mmvet", {"v1_7": "A dog."}),
+        ("seedbench", {"question_id": 7, "prediction": "A dog."}),
+    ],
+)
+def test_from_question_file_over_answer_file_to_submission(name: str, expected: Any, tmp_path: Path) -> None:
+    answer = script("answer")
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 7, "image": "a.png", "text": "What?"}) + "\n")
+    answer.write_answers(tmp_path / "a.jsonl", answer.questions(str(tmp_path / "q.jsonl"), ""), ["A dog."], "m")
+    assert script("convert").main([name, str(tmp_path / "a.jsonl"), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out").read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "told"),
+    [
+        ("vqav2", [{"question_id": 1, "text": "a"}, {"question_id": "x-1", "text": "a"}], "a.jsonl:2"),
+        ("mme", [{"question_id": 1, "text": "yes"}], "a.jsonl:1"),
+        ("vizwiz", [{"question_id": 1, "text": "yes"}], "no picture's name"),
+        ("gqa", [{"question_id": 1, "text": "yes"}, {"question_id": 1}], "a.jsonl:2"),
+        ("gqa", ["{"], "a.jsonl:1"),
+        ("gqa", [{"format": 1, "task": "gqa"}], "no answers"),
+    ],
+)
+def test_bad_answers_name_file_and_line(
+    name: str, lines: list[Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (tmp_path / "a.jsonl").write_text(text + "\n")
+    assert script("convert").main([name, str(tmp_path / "a.jsonl"), str(tmp_path / "out")]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "out").exists()
