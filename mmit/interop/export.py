@@ -149,7 +149,7 @@ def export_llava_hf(
     begins = chat.pieces(fixed_talks(chat)[0], generate=True)[0].text
     expected = source_logits(vlm, tokenizer, chat, image)
     merge_adapters(vlm)
-    check_writable(vlm)
+    check_writable(vlm, image)
     write_llava_hf(
         folder,
         vlm,
@@ -168,15 +168,20 @@ def export_llava_hf(
     for talk, scores in zip(fixed_talks(chat), expected, strict=True):
         own = encode(talk, chat, tokenizer, generate=True).ids
         theirs = processed(processor, talk)
-        slot = [model.config.image_token_id] * vlm.image_tokens
-        ids = [token_id for i in own for token_id in (slot if i == IMAGE_SLOT else [i])]
+        slots = iter([preparation.spread(Image(p)).tokens for p in pictures_of(talk)] if preparation else [])
+        mark = model.config.image_token_id
+        ids = [token for i in own for token in ([mark] * next(slots) if i == IMAGE_SLOT else [i])]
         _compare_ids(ids, theirs["input_ids"][0].tolist(), processor.tokenizer)
-        normalised = None
+        shown: dict[str, torch.Tensor] = {}
         if raw := pixels_of(talk, preparation):
-            normalised = vlm.vision._normalise(torch.cat(raw).to(vlm.device)).float().cpu()
-            pixels = max(pixels, float((normalised - theirs["pixel_values"].float()).abs().max()))
+            shown = {"pixel_values": vlm.vision._normalise(torch.cat(raw).to(vlm.device)).float().cpu()}
+            other = theirs["pixel_values"].float()
+            if "image_sizes" in theirs:  # crops of all pictures, those with fewer filled up
+                other = torch.cat([crops[: len(mine)] for crops, mine in zip(other, raw, strict=True)])
+                shown["image_sizes"] = theirs["image_sizes"]
+            pixels = max(pixels, float((shown["pixel_values"] - other).abs().max()))
         with torch.no_grad():
-            found = model(input_ids=torch.tensor([ids]), pixel_values=normalised).logits[0]
+            found = model(input_ids=torch.tensor([ids]), **shown).logits[0]
         seen.append(compare_logits(scores, found, dtype=dtype))
     worst = max(seen, key=lambda difference: difference.logits / difference.limit)
     return Difference(worst.logits, worst.limit, pixels)

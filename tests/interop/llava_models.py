@@ -12,6 +12,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
     SiglipVisionConfig,
 )
@@ -19,6 +23,7 @@ from transformers import (
 from tests.data.small_tokenizers import FAMILIES
 
 SIDE, PATCH = 16, 8
+CANVASES = [[16, 32], [32, 16], [32, 32], [48, 16], [16, 48]]  # of LLaVA-NEXT, (height, width)
 # As llava-hf's own, which take lists of parts.
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {% elif m['role'] == 'assistant' %}ASSISTANT: {% endif %}"
@@ -30,9 +35,18 @@ TEMPLATE = (
 
 
 def make_llava_hf(
-    folder: Path, *, tower: str = "clip", tokens: str = "byte_level", width: int = 16, **options: Any
-) -> LlavaForConditionalGeneration:
-    """Save a random model with its processor; `options` go to LlavaConfig. Returns the model, in float32."""
+    folder: Path,
+    *,
+    tower: str = "clip",
+    tokens: str = "byte_level",
+    width: int = 16,
+    tiled: bool = False,
+    **options: Any,
+) -> Any:
+    """Save a random model with its processor; `options` go to its config. Returns the model, in float32.
+
+    `tiled` makes it a LLaVA-NEXT.
+    """
     tokenizer = FAMILIES[tokens]()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     tokenizer.pad_token = tokenizer.eos_token
@@ -65,15 +79,21 @@ def make_llava_hf(
         **options,
     }
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=eye, text_config=text, **settings)).eval()
+    if tiled:
+        config: Any = LlavaNextConfig(vision_config=eye, text_config=text, image_grid_pinpoints=CANVASES, **settings)
+        model: Any = LlavaNextForConditionalGeneration(config).eval()
+    else:
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=eye, text_config=text, **settings)).eval()
     with torch.no_grad():  # norms and biases at their initial values would hide a missing one
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "vision" in name or "projector" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     edge: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    LlavaProcessor(
-        CLIPImageProcessor(**edge),
+    if tiled:
+        edge["image_grid_pinpoints"] = CANVASES
+    (LlavaNextProcessor if tiled else LlavaProcessor)(
+        (LlavaNextImageProcessor if tiled else CLIPImageProcessor)(**edge),
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy=settings["vision_feature_select_strategy"],

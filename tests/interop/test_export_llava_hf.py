@@ -246,7 +246,7 @@ def test_what_llava_hf_cannot_hold_is_refused_with_the_reason(tmp_path: Path) ->
     with pytest.raises(ModelError, match="two linear layers"):
         write(tmp_path / "out", vlm, tokenizer=tokenizer)
     with pytest.raises(ModelError, match="text-only"):
-        check_writable(VLM(vlm.llm, vision=None, projector=None))
+        check_writable(VLM(vlm.llm, vision=None, projector=None), {})
 
 
 def test_an_image_token_that_is_a_word_is_refused(tmp_path: Path) -> None:

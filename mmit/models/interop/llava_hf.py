@@ -1,9 +1,10 @@
-"""llava-hf folders (`LlavaForConditionalGeneration`), read into a composite.
+"""llava-hf folders (`LlavaForConditionalGeneration` and `LlavaNextForConditionalGeneration`), read into a composite.
 
-Goes in: a folder whose config.json declares model_type "llava" and the architecture of transformers. Comes out: the
-composite, the processor's tokenizer, chat template and picture preparation, and the whole tower (the composite holds
-it only up to the layer that is read). Refuses what the composite cannot compute exactly: several feature layers,
-projectors without bias or with another activation, towers other than CLIP and SigLIP.
+Goes in: a folder whose config.json declares model_type "llava" or "llava_next" and the architecture of transformers.
+Comes out: the composite, for LLaVA-NEXT with its tiles and the vector that ends a line (`image_newline`), the
+processor's tokenizer, chat template and picture preparation, and the whole tower (the composite holds it only up to
+the layer that is read). Refuses what the composite cannot compute exactly: several feature layers, projectors without
+bias or with another activation, towers other than CLIP and SigLIP.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import torch
 from PIL.Image import Resampling
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoProcessor,
-    LlavaConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,7 +36,7 @@ from mmit.models.vision import VisionTower
 from mmit.models.vision_encoder import explained, load_needed, triple
 from mmit.models.vlm import VLM
 
-MODEL_TYPE, ARCHITECTURE = "llava", "LlavaForConditionalGeneration"
+ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 # (prefix in the file, part, prefix in the part): transformers up to 4.51 and what it still writes, then the names
 # in memory since 4.52, which some folders hold.
 PREFIXES = (
@@ -50,6 +51,7 @@ PREFIXES = (
     ("model.multi_modal_projector.", "projector", ""),
     ("lm_head.", "llm", "lm_head."),
 )
+NEWLINE = (("image_newline", "newline", ""), ("model.image_newline", "newline", ""))
 PROJECTOR = {"linear_1": "layers.0", "linear_2": "layers.2"}  # theirs -> ours
 
 
@@ -79,7 +81,8 @@ def is_llava_hf(folder: Path) -> bool:
         declared = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return declared.get("model_type") == MODEL_TYPE and ARCHITECTURE in (declared.get("architectures") or ())
+    named = ARCHITECTURES.get(str(declared.get("model_type")))
+    return named is not None and named in (declared.get("architectures") or ())
 
 
 def read_llava_hf(
@@ -102,15 +105,18 @@ def read_llava_hf(
     """
     folder, where = Path(folder), str(folder)
     with explained(where, remedy="is this a llava-hf folder with its config.json?"):
-        config: Any = LlavaConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder)
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     dtype = dtype or stated
     _check_config(config, where)
     with explained(where, remedy="the folder must hold the tokenizer and preprocessor_config.json too"):
         processor = AutoProcessor.from_pretrained(folder)
-    parts = split_by_prefix(folder_tensors(folder), PREFIXES, where=where)
-
-    tower, options = _tower(config, parts["vision"], picture=_picture(processor, where), where=where)
+    tiled = config.model_type == "llava_next"
+    parts = split_by_prefix(folder_tensors(folder), PREFIXES + (NEWLINE if tiled else ()), where=where)
+    picture = _picture(processor, where)
+    if tiled:
+        picture |= _tiles(config, processor, where)
+    tower, options = _tower(config, parts["vision"], picture=picture, where=where)
     llm = language_model(_text(config), parts["llm"], dtype=dtype, packed=packed, where=where, **place)
     projector = build_projector(
         "mlp",
@@ -119,21 +125,23 @@ def read_llava_hf(
         grid=tower.grid,
         prefix=tower.prefix,
         depth=2,
+        line_end=tiled,
     )
-    renamed = {}
+    newline = parts.get("newline", {}).get("")
+    renamed = {} if newline is None else {"line_end": newline.to(dtype)}
     for key, tensor in parts["projector"].items():
         name, _, leaf = key.rpartition(".")
         renamed[f"{PROJECTOR.get(name, name)}.{leaf}"] = tensor.to(dtype)
     fill_module(projector.to(dtype), renamed, where=f"{where}, multi_modal_projector")
-    picture = _picture(processor, where)
+    told = ("size", "mode", "interpolation", "fill", *(("tiles",) if tiled else ()))
     return LlavaHF(
         vlm=VLM(llm, vision=tower.to(dtype), projector=projector),
         tokenizer=processor.tokenizer,
         processor=processor,
         chat_template=processor.chat_template or processor.tokenizer.chat_template,
         image_token=processor.image_token,
-        image={key: picture[key] for key in ("size", "mode", "interpolation", "fill")},
-        vision_options={**options, "fit": picture["mode"]},
+        image={key: picture[key] for key in told},
+        vision_options={**options, "fit": picture["mode"], "tiles": picture.get("tiles", {})},
         vision_config=config.vision_config,
         vision_state=parts["vision"],
         dtype=dtype,
@@ -202,6 +210,22 @@ def _tower(
     constants = {key: picture[key] for key in ("mean", "std", "interpolation")}
     encoder = dataclasses.replace(encoder, name=where, weights_id=where, **constants)
     return VisionTower("hf", encoder), options
+
+
+def _tiles(config: Any, processor: Any, where: str) -> dict[str, Any]:
+    """How LLaVA-NEXT cuts a picture; its canvases are (height, width), those of a tiling (W, H)."""
+    canvases = [list(canvas) for canvas in config.image_grid_pinpoints]
+    other = [list(canvas) for canvas in processor.image_processor.image_grid_pinpoints]
+    if canvases != other:
+        raise ModelError(
+            f"its processor cuts tiles from {other}, its model reads {canvases}",
+            where=where,
+            remedy="check image_grid_pinpoints in preprocessor_config.json against config.json",
+        )
+    if config.vision_config.model_type.startswith("clip") and config.vision_feature_select_strategy == "full":
+        raise ModelError("keeps the class token, so that its tiles join to no picture", where=where)
+    pinpoints = [[width, height] for height, width in canvases]
+    return {"mode": "any_resolution", "fill": [0, 0, 0], "tiles": {"pinpoints": pinpoints}}
 
 
 def _text(config: Any) -> Any:

@@ -2,7 +2,8 @@
 
 Goes in: a composite whose adapters are merged, its tokenizer, a chat template for the processor and how pictures are
 prepared. Comes out: config, weights under the names that every version of transformers reads, tokenizer with its image
-token, processor and generation config. Refuses what `LlavaForConditionalGeneration` cannot hold.
+token, processor and generation config. Refuses what `LlavaForConditionalGeneration` and
+`LlavaNextForConditionalGeneration` cannot hold.
 """
 
 from __future__ import annotations
@@ -17,29 +18,46 @@ from huggingface_hub import save_torch_state_dict
 from PIL.Image import Resampling
 from tokenizers import AddedToken
 from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPImageProcessor,
     GenerationConfig,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaImageProcessor,
+    LlavaNextConfig,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
 )
 
 from mmit.errors import ModelError
 from mmit.models.interop.hf_towers import hf_tower
-from mmit.models.interop.llava_hf import ARCHITECTURE, PROJECTOR
+from mmit.models.interop.llava_hf import ARCHITECTURES, PROJECTOR
 from mmit.models.interop.tensors import complain
 from mmit.models.projectors import MLP
 from mmit.models.vlm import VLM
 
+# LLaVA-1.6's canvases, (W, H), for tiles of 336 pixels: what a tiling without canvases of its own takes.
+PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 NAMES = {"llm": "language_model.", "vision": "vision_tower.vision_model.", "projector": "multi_modal_projector."}
 
 
-def check_writable(vlm: VLM) -> None:
-    """Raise ModelError, before anything is computed, for a composite that llava-hf cannot hold."""
+def check_writable(vlm: VLM, image: Mapping[str, Any]) -> None:
+    """Raise ModelError, before anything is computed, for what llava-hf cannot hold.
+
+    `image` says how pictures are prepared: the arguments of `data.preparation.ImagePreparation`.
+    """
     if vlm.vision is None or vlm.projector is None:
         raise ModelError("a text-only model is no LLaVA", remedy="export with --format peft or --format mmit")
     hf_tower(vlm.vision)
+    off = [name for name in ("thumbnail", "unpad", "line_ends") if not image.get("tiles", {}).get(name, True)]
+    if image["mode"] == "dynamic" or off:
+        raise ModelError(
+            f"cannot be exported: {'tiles of fit dynamic' if not off else f'tiles with {off[0]}: false'} are not "
+            "LLaVA-NEXT's",
+            where="model.vision",
+            remedy="export with --format mmit, or train with fit any_resolution and its defaults",
+        )
     layers = getattr(vlm.projector, "layers", ())
     if type(vlm.projector) is not MLP or len(layers) != 3 or not isinstance(vlm.projector.norm, torch.nn.Identity):
         raise ModelError(
@@ -71,7 +89,7 @@ def write_llava_hf(
         tokenizer: copied before the image token is added.
         chat_template: Jinja, for messages whose contents are lists of parts.
         image_token: text of the image token.
-        image: how pictures are prepared: the arguments of `data.images.fit`.
+        image: how pictures are prepared; any_resolution makes it a LLaVA-NEXT.
         end_ids: ids that end an answer.
         dtype: number format of the weights written.
         drop_bos: the chat format writes no BOS, so the tokenizer must not put one in front by itself.
@@ -79,7 +97,7 @@ def write_llava_hf(
     Raises:
         ModelError: see `check_writable`; the image token means something else to the tokenizer.
     """
-    check_writable(vlm)
+    check_writable(vlm, image)
     assert vlm.vision is not None and vlm.projector is not None
     tokens = copy.deepcopy(tokenizer)
     image_id = _add_image_token(tokens, image_token)
@@ -94,7 +112,10 @@ def write_llava_hf(
     strategy: Any = "default" if with_cls and not vlm.vision.prefix else "full"
     text_config = copy.deepcopy(llm.config)
     text_config.dtype = None
-    config = LlavaConfig(
+    tiled = image["mode"] == "any_resolution"
+    canvases: dict[str, Any] = {"image_grid_pinpoints": _canvases(image)} if tiled else {}
+    config_class: Any = LlavaNextConfig if tiled else LlavaConfig
+    config = config_class(
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=image_id,
@@ -103,13 +124,14 @@ def write_llava_hf(
         vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=bool(text_config.tie_word_embeddings),
+        **canvases,
     )
-    config.architectures, config.dtype = [ARCHITECTURE], dtype
+    config.architectures, config.dtype = [ARCHITECTURES[config.model_type]], dtype
     config.save_pretrained(folder)
     state = _state(vlm, vision_state, tied=config.tie_word_embeddings)
     save_torch_state_dict({key: value.to(dtype) for key, value in state.items()}, folder, max_shard_size="5GB")
     _write_generation(folder, tokens, end_ids)
-    LlavaProcessor(
+    (LlavaNextProcessor if tiled else LlavaProcessor)(
         _image_processor(image, mean=vlm.vision.mean, std=vlm.vision.std),
         tokens,
         patch_size=vision_config.patch_size,
@@ -130,9 +152,14 @@ def _write_generation(folder: Path, tokens: Any, end_ids: Sequence[int]) -> None
         tokens.pad_token = tokens.convert_ids_to_tokens(pad)
 
 
-def reload(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def _canvases(image: Mapping[str, Any]) -> list[list[int]]:
+    """Canvases of LLaVA-NEXT as (height, width)."""
+    return [[height, width] for width, height in image.get("tiles", {}).get("pinpoints", PINPOINTS)]
+
+
+def reload(folder: Path) -> tuple[Any, Any]:
     """Load a written folder with transformers' own classes, in float32; complain about any key too many or few."""
-    loader: Any = LlavaForConditionalGeneration
+    loader: Any = AutoModelForImageTextToText
     model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     complain(
         "transformers does not find the weights it expects",
@@ -143,7 +170,7 @@ def reload(folder: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]
         remedy="this is a defect of the export",
     )
     # The PIL form of the image processor is the one whose arithmetic is mmit's.
-    return model.eval(), LlavaProcessor.from_pretrained(folder, backend="pil")
+    return model.eval(), AutoProcessor.from_pretrained(folder, backend="pil")
 
 
 def _add_image_token(tokens: Any, image_token: str) -> int:
@@ -178,16 +205,20 @@ def _state(vlm: VLM, vision: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
     """All tensors under the names of llava-hf up to transformers 4.51, which later versions and vLLM read too."""
     assert vlm.projector is not None
     ours = {own: theirs for theirs, own in PROJECTOR.items()}
+    projector = dict(vlm.projector.state_dict())
+    newline = projector.pop("line_end", None)
     parts: dict[str, Mapping[str, torch.Tensor]] = {
         "llm": vlm.llm.state_dict(),
         "vision": vision,
-        "projector": {f"{ours[key[:8]]}{key[8:]}": value for key, value in vlm.projector.state_dict().items()},
+        "projector": {f"{ours[key[:8]]}{key[8:]}": value for key, value in projector.items()},
     }
     state = {
         NAMES[part] + key: value.detach().cpu().contiguous()
         for part, tensors in parts.items()
         for key, value in tensors.items()
     }
+    if newline is not None:
+        state["image_newline"] = newline.detach().cpu()
     if tied:
         state.pop("language_model.lm_head.weight", None)
     return state
@@ -202,6 +233,9 @@ def _image_processor(image: Mapping[str, Any], *, mean: Sequence[float], std: Se
         "resample": int(Resampling[image["interpolation"].upper()]),
         "crop_size": {"height": height, "width": width},
     }
+    if image["mode"] == "any_resolution":
+        canvases = _canvases(image)
+        return LlavaNextImageProcessor(size={"shortest_edge": height}, image_grid_pinpoints=canvases, **common)
     if image["mode"] == "pad":
         return LlavaImageProcessor(do_pad=True, size={"shortest_edge": height}, **common)
     if image["mode"] == "crop":
