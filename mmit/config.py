@@ -341,8 +341,9 @@ class TrainConfig(Section):
     """a loss above mean + spike_sigma * standard deviation of the losses before is reported; null never"""
     spike_window: PositiveInt = 128
     """how many losses before it a loss is compared with"""
-    checkpointing: Literal["none", "full"] = "none"
-    """recompute activations in the backward pass: slower, less memory"""
+    checkpointing: Literal["none", "selective", "full", "auto"] = "none"
+    """recompute activations in the backward pass, slower with less memory: of every second decoder layer, of all, or
+    (auto) the least of these that a forecast says fits the device"""
     compile: bool = False
     """compile the model with torch.compile"""
     threads: PositiveInt | None = None

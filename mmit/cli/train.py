@@ -1,12 +1,17 @@
-"""`mmit train`: a config and overrides become a run."""
+"""`mmit train`: a config and overrides become a run, or the forecast of one."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from mmit.config import Config
+
+PLANNING = "Dry run"
 
 
 def train(
@@ -14,7 +19,8 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="FILE|KEY=VALUE",
-            help="Overrides such as train.steps=50; `resume=auto` is short for run.resume=auto.",
+            help="Overrides such as train.steps=50; `resume=auto` is short for run.resume=auto, `dry_run=true` for "
+            "--dry-run.",
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The YAML of the run.")] = None,
@@ -28,6 +34,25 @@ def train(
         ),
     ] = None,
     chat: Annotated[str | None, typer.Option(help="With --from: its chat format, if it has no template.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Forecast the run without weights: steps, FLOPs, memory, time, price.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="GPU to plan for, by name or memory (h100, 24GB).", rich_help_panel=PLANNING),
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Devices. (default: the launcher's, or 1)", rich_help_panel=PLANNING)
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached.", rich_help_panel=PLANNING)
+    ] = 0.4,
+    tflops: Annotated[
+        float | None, typer.Option(min=0, help="Peak of a device that has no name here.", rich_help_panel=PLANNING)
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Price of a device for an hour.", rich_help_panel=PLANNING)
+    ] = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Train as a config says. `mmit config` lists its keys.
@@ -43,10 +68,14 @@ def train(
         file, overrides = start_from(source, overrides_of(arguments or []), chat=chat)
     else:
         file, overrides = split_arguments(config, arguments or [])
+    asked, overrides = _dry_run(overrides)
 
     from mmit.config import load_config
 
     settings = load_config(file, overrides)
+    if dry_run or asked:
+        _forecast(settings, gpu=gpu, ranks=ranks, share=mfu, tflops=tflops, price=price)
+        return
 
     from mmit.train.run import run  # after the config has been read, so that its errors come at once
 
@@ -82,3 +111,48 @@ def start_from(source: str, overrides: list[str], *, chat: str | None) -> tuple[
     if not (start / "manifest.json").exists():
         make_start(source, start, chat=chat)
     return start / "config.yaml", [f"run.dir={run_dir}", *overrides]
+
+
+def _dry_run(overrides: list[str]) -> tuple[bool, list[str]]:
+    """Take `dry_run=true` or `dry_run=false` out of the overrides; the last one counts."""
+    from mmit.errors import ConfigError
+
+    asked, others = False, []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key != "dry_run":
+            others.append(text)
+        elif value in ("true", "false"):
+            asked = value == "true"
+        else:
+            raise ConfigError(f"is '{value}'", where="dry_run", remedy="write dry_run=true")
+    return asked, others
+
+
+def _forecast(
+    config: Config,
+    *,
+    gpu: str | None,
+    ranks: int | None,
+    share: float,
+    tflops: float | None,
+    price: float | None,
+) -> None:
+    from rich.console import Console
+
+    from mmit.train.devices import find_device
+
+    device = find_device(gpu, kind=config.device)
+
+    from mmit.train.forecast import forecast
+    from mmit.train.forecast_report import show
+
+    world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
+    if int(os.environ.get("RANK", "0")):
+        return  # one rank speaks for all
+    found = forecast(config, ranks=world, flash=device.cuda)
+    peak = tflops * 1e12 if tflops else None
+    say = Console(highlight=False, soft_wrap=True).print
+    for note in config.notes:
+        say(note)
+    show(found, device, share=share, peak=peak, price=price, say=say)

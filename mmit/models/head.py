@@ -34,6 +34,8 @@ def split_head(llm: Any) -> Split | None:
     body, head = inner.base_model, inner.get_output_embeddings()
     if body is inner or head is None:
         return None
+    if head.weight.device.type == "meta":  # an empty model has no numbers to compare: it is taken for a plain one
+        return body, head
     seen: dict[str, Any] = {}
     hooks = [
         body.register_forward_hook(lambda m, inputs, out: seen.update(hidden=getattr(out, "last_hidden_state", None))),

@@ -17,6 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmit.models.recompute import set_recompute
 from mmit.models.shapes import free_attention, make_fake, planned_attention
 from mmit.models.tuning import Group
 from mmit.models.vlm import VLM
@@ -32,7 +33,7 @@ class RowFacts:
 
     tokens: float
     supervised: float
-    pictures: float  # distinct ones, each encoded once
+    crops: float  # distinct pictures, or crops of them: what the tower sees
     pairs: float  # query-key pairs: sum over tokens of the tokens they see, themselves included
 
 
@@ -60,7 +61,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOPs per picture (tower, projector), token (backbone), predicted position (head), query-key pair (attention)."""
+    """FLOPs per crop (tower, projector), token (backbone), predicted position (head), query-key pair (attention)."""
 
     tower: Rate
     projector: Rate
@@ -77,8 +78,8 @@ class Rates:
             cached: the tower's features come from a cache.
         """
         amounts = {
-            "tower": 0.0 if cached else row.pictures,
-            "projector": row.pictures,
+            "tower": 0.0 if cached else row.crops,
+            "projector": row.crops,
             "backbone": row.tokens,
             "attention": row.pairs + self.prefix_pairs * row.tokens,
             "head": row.supervised,
@@ -156,6 +157,7 @@ class Bytes:
     masters: int  # float32 copies of trained weights that are not float32 themselves
     moments: int
     passing: int  # activations, gradients, logits
+    single: int  # the same for a step of one micro-batch, where no gradients wait in float32
 
     @property
     def total(self) -> int:
@@ -166,11 +168,12 @@ class Bytes:
 def measure_bytes(
     vlm: VLM,
     groups: Sequence[Group],
-    batches: Iterable[Mapping[str, torch.Tensor]],
+    batches: Iterable[Mapping[str, Any]],
     *,
     precision: str,
     accumulate: bool,
     flash: bool,
+    recompute: str = "none",
 ) -> Bytes:
     """Run forward and backward on fake tensors and count what is alive. The composite is of no use afterwards.
 
@@ -178,26 +181,30 @@ def measure_bytes(
         groups: what is trained. batches: model arguments of the largest micro-batches, with pixels or features.
         accumulate: whether a step has more than one micro-batch.
         flash: whether attention keeps what a fused CUDA kernel keeps, or what mmit's CPU attention does.
+        recompute: activation checkpointing, see `models.recompute`.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     new = make_fake(vlm, mode)
     groups = [Group(g.name, g.lr, [(n, new[id(p)]) for n, p in g.parameters]) for g in groups]
     vlm.train()
-    passing = 0
+    set_recompute(vlm, recompute)
+    passing = single = 0
     trained = [p for g in groups for _, p in g.parameters]
     with mode:
         vlm.split()  # takes a forward of its own, which is not to be counted
         engine = TorchEngine(_Placed(vlm), groups, device=torch.device("cpu"), precision=precision)
     for batch in batches:
         nodes = batch["nodes"]
-        tensors = {k: mode.from_tensor(v) for k, v in batch.items() if k != "nodes"}
+        tensors = {k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         with planned_attention(vlm, nodes, mode=mode, flash=flash), mode, LiveBytes() as live:
             live.add([*vlm.parameters(), *vlm.buffers(), *engine.masters])
             held = live.now
             for again in range(2 if accumulate else 1):
+                single = max(single, live.peak - held) if again else single
                 row = {**tensors, "nodes": torch.tensor([[0, len(tensors["input_ids"]), -1]])}
                 engine.forward_backward(row, scale=1.0, last=not accumulate or again == 1)
             passing = max(passing, live.peak - held)
+            single = max(single, 0 if accumulate else passing)
         for p in (*trained, *engine.masters):
             p.grad = None
     llm = _bytes(vlm.llm)
@@ -210,6 +217,7 @@ def measure_bytes(
         masters=4 * sum(m.numel() for m in masters),
         moments=8 * sum(p.numel() for p in trained),
         passing=passing,
+        single=single,
     )
 
 
@@ -223,7 +231,7 @@ class _Placed(nn.Module):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         return self
 
-    def forward(self, **tensors: torch.Tensor) -> torch.Tensor:
+    def forward(self, **tensors: Any) -> torch.Tensor:
         return self.vlm(**tensors)
 
 

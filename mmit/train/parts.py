@@ -22,8 +22,9 @@ from mmit.data.walk import Walk
 from mmit.errors import RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.hub import model_folder
-from mmit.models.llm import DTYPES, context_length, recompute_activations
+from mmit.models.llm import DTYPES, context_length
 from mmit.models.partition import partitioned
+from mmit.models.recompute import MODES, set_recompute
 from mmit.models.tuning import Group, apply_tuning, quantization
 from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
@@ -34,12 +35,13 @@ from mmit.train.describe import describe, note_start
 from mmit.train.echo import echo
 from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
 from mmit.train.features import FeatureCache
+from mmit.train.forecast import least_recompute
 from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Progress
 from mmit.train.pictures import align_to_captions, cache_features
 from mmit.train.start import check_start
 from mmit.train.world import World
-from mmit.train.zero import complete, deepspeed_options
+from mmit.train.zero import complete, deepspeed_options, zero_stage
 from mmit.train.zero_check import check_deepspeed
 
 BAD_RECORDS = {"train": "bad_records.jsonl", "eval": "bad_records_eval.jsonl"}
@@ -119,7 +121,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
         echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say)
 
-    engine = _engine(config, vlm, groups, world=world)
+    heart.phase("preparing the engine", 0)
+    engine = _engine(config, vlm, groups, world=world, recompute=_recompute(config, world, say))
     if divided is not None:  # only the engine brings its weights
         _try_forward(vlm, packing=config.data.packing)
     progress = resume.restore(engine, begin, seed=seed, say=say)
@@ -244,7 +247,18 @@ def _walk(
     )
 
 
-def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World) -> Engine:
+def _recompute(config: Config, world: World, say: Say) -> str:
+    """The mode of activation checkpointing; `auto` asks a forecast."""
+    if config.train.checkpointing != "auto":
+        return config.train.checkpointing
+    stage = zero_stage(deepspeed_options(config.engine.deepspeed)) if world.deepspeed else None
+    mode, reason = least_recompute(config, ranks=world.size, stage=stage)
+    mode = world.most(mode, MODES)  # ranks that differ would wait for each other
+    say(f"train.checkpointing is {mode}: {reason}")
+    return mode
+
+
+def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World, recompute: str) -> Engine:
     t = config.train
     common: dict[str, Any] = {
         "device": world.device,
@@ -254,8 +268,7 @@ def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World) -> E
         "weight_decay": t.weight_decay,
         "clip": t.clip,
     }
-    if t.checkpointing == "full":
-        recompute_activations(vlm.llm)
+    set_recompute(vlm, recompute)
     if not world.deepspeed:
         return TorchEngine(vlm, groups, **common)
     frozen = ["vision"] if vlm.vision is not None and config.tune.vision.mode == "frozen" else []

@@ -7,6 +7,7 @@ environment (RANK, LOCAL_RANK, WORLD_SIZE), which the deepspeed launcher, torchr
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,13 @@ class World:
     def main(self) -> bool:
         """This rank speaks and writes."""
         return self.rank == 0
+
+    def most(self, mine: str, order: Sequence[str]) -> str:
+        """Of the choices of all ranks, the one that stands last in `order`."""
+        place = torch.tensor(order.index(mine), device=self.device)
+        if self.size > 1:
+            torch.distributed.all_reduce(place, op=torch.distributed.ReduceOp.MAX)
+        return order[int(place)]
 
     def barrier(self) -> None:
         """Wait for all ranks."""

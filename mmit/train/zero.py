@@ -58,6 +58,11 @@ def deepspeed_options(name: str) -> dict[str, Any]:
     return options
 
 
+def zero_stage(options: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config."""
+    return int((options.get("zero_optimization") or {}).get("stage", 0))
+
+
 def complete(options: Mapping[str, Any], *, precision: str, clip: float | None) -> dict[str, Any]:
     """The whole DeepSpeed config. Raises ConfigError where `options` contradicts the training config."""
     mine: dict[str, tuple[Any, str]] = {
@@ -95,7 +100,7 @@ def complete(options: Mapping[str, Any], *, precision: str, clip: float | None) 
             whole[section] = inner
     if precision == "bf16":
         whole["bf16"].setdefault("check_grad_overflow", True)  # else a NaN gradient is applied
-    stage = int((whole.get("zero_optimization") or {}).get("stage", 0))
+    stage = zero_stage(whole)
     if precision != "fp32" and stage == 0:
         raise ConfigError(
             f"DeepSpeed's ZeRO-0 does not sum {precision} gradients in float32, or keeps a state mmit cannot save",
