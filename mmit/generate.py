@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 
@@ -32,6 +32,8 @@ from mmit.models.vlm import VLM
 from mmit.records import Record
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mmit.data.prompts import Picture
 
 __all__ = ["Likelihood", "Model", "Usage", "as_prompt", "ask", "load"]
@@ -114,6 +116,17 @@ def load(
     return Model(found.vlm, found.tokenizer, found.chat, image=found.image, folder=found.folder, meta=found.meta)
 
 
+class Answering(TypedDict, total=False):
+    """How an answer is written; what each means and its default are `Model.generate`'s."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: Sequence[str]
+
+
 class Model:
     """A composite with its tokenizer, chat format and image preparation, ready to answer.
 
@@ -150,25 +163,18 @@ class Model:
         *,
         history: Sequence[tuple[str, str]] | Record | None = None,
         system: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        **answering: Unpack[Answering],
     ) -> str:
         """Answer a question about pictures, or about none.
 
         Args:
             images, text, history, system: see `ask`.
-            max_new_tokens, temperature, top_p, top_k, seed, stop: see `generate`.
+            answering: max_new_tokens, temperature, top_p, top_k, seed, stop; see `generate`.
 
         Returns:
             the answer without surrounding whitespace.
         """
-        record = ask(images, text, history=history, system=system)
-        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        return self.generate([record], max_new_tokens=max_new_tokens, stop=stop, **sampling)[0]
+        return self.generate([ask(images, text, history=history, system=system)], **answering)[0]
 
     def stream(
         self,
@@ -177,17 +183,13 @@ class Model:
         *,
         history: Sequence[tuple[str, str]] | Record | None = None,
         system: str | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
+        **answering: Unpack[Answering],
     ) -> Iterator[str]:
         """Answer as `chat` does, in pieces that add up to its answer; none ends inside a character."""
-        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        options: dict[str, Any] = dict(answering)
+        limit, reader = options.pop("max_new_tokens", 256), AnswerText(self.tokenizer, options.pop("stop", ()))
         prompt = self.prompt_maker().question(ask(images, text, history=history, system=system), 0)
-        return self._stream(prompt, AnswerText(self.tokenizer, stop), max_new_tokens, sampling=sampling)
+        return self._stream(prompt, reader, limit, sampling=Sampling(**options))
 
     @torch.inference_mode()
     def _stream(self, prompt: Prompt, reader: AnswerText, max_new_tokens: int, *, sampling: Sampling) -> Iterator[str]:

@@ -126,3 +126,17 @@ def test_to_and_from_llava_hf_as_written(tmp_path, monkeypatch):
     (tmp_path / "ask.py").write_text(code)
     assert "generated_text" in run_all([f"{sys.executable} ask.py"], tmp_path)
     assert "easy_vqa | exact" in (tmp_path / "exported" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_measuring_as_written(tmp_path):
+    pytest.importorskip("easy_vqa")
+    from mmit.train.run import run
+    from tests.tiny_run import tiny_config
+
+    run(tiny_config(tmp_path / "made", run={"dir": str(tmp_path / "runs" / "quickstart")}, train={"steps": 1}))
+    output = run_all(blocks("Measure"), tmp_path)
+    assert "| easy_vqa " in output and "| custom_example " in output and "McNemar" in output
+    assert {"summary.md", "summary.tex", "summary.json", "summary.html"} <= {
+        path.name for path in (tmp_path / "runs" / "measured").iterdir()
+    }

@@ -35,6 +35,8 @@ from mmit.data.formats import FORMATS, easy_vqa, import_file
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.eval import layouts
 from mmit.eval.judges import JUDGES
+from mmit.eval.layouts.hub import PREFIX as HUB
+from mmit.eval.layouts.hub import local_folder
 from mmit.eval.metrics import METRICS
 from mmit.eval.questions import QUESTION, Item, check_ids, prompt_text, record_items, sample_items
 from mmit.records import Record
@@ -80,7 +82,8 @@ class Task(Section):
     layout: str | None = None
     """layout of a benchmark's files, a name in mmit.eval.layouts.LAYOUTS, instead of records"""
     folder: str | None = None
-    """folder of a layout's files in the data root (by default data/); null takes the task's name"""
+    """folder of a layout's files in the data root (by default data/), or hub:owner/name of a data set on the hub;
+    null takes the task's name"""
     options: dict[str, Any] = {}
     """options of the layout"""
     format: str = "mmit"
@@ -269,7 +272,7 @@ def _task_file(given: str) -> Path:
 
 
 def _anchored(path: str | None, base: str) -> str | None:
-    if path is None or path.startswith(_PACKAGE):
+    if path is None or path.startswith((_PACKAGE, HUB)):
         return path
     return os.path.join(base, os.path.expanduser(path))
 
@@ -304,7 +307,8 @@ def _items(task: Task, spec: str, split: str | None) -> list[Item]:
 
 def _records(task: Task, spec: str, split: str | None) -> Iterator[Record]:
     if task.layout:
-        return layouts.read(task.layout, task.folder or task.name, task=task.name, split=split, **task.options)
+        folder = local_folder(task.folder or task.name)
+        return layouts.read(task.layout, folder, task=task.name, split=split, **task.options)
     if spec.startswith(_PACKAGE):
         return PACKAGES[spec.removeprefix(_PACKAGE)](split or "")
     path = spec.replace(SPLIT, split or "")

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mmit.data.images import load_rgb
 from mmit.errors import ConfigError, MmitError, RecordError
 from mmit.eval.judges import JUDGES
-from mmit.eval.layouts import LAYOUTS
+from mmit.eval.layouts import LAYOUTS, hub
 from mmit.eval.metrics import METRICS
 from mmit.eval.tasks import SHIPPED, Item, Task, load_task, task_items
 from mmit.records import Image, Text
@@ -189,6 +190,26 @@ def test_the_parquet_files_of_the_hub(name: str, tmp_path: Path) -> None:
     items = task_items(load_task(name, data_root=tmp_path))
     assert [item.reference for item in items] == [reference] * 2 and len({item.id for item in items}) == 2
     assert all(isinstance(image.source, bytes) for item in items for image in item.prompt.images)
+
+
+def test_a_benchmark_by_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fetch(name: str, **options: Any) -> str:
+        asked.append((name, options["repo_type"], options["revision"]))
+        if name == "no/such":
+            raise LocalEntryNotFoundError("cannot find it\nmore")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    CASES["mmmu_val"][0](tmp_path / "snapshot")
+    path = tmp_path / "t.yaml"
+    path.write_text("name: t\nlayout: mmmu\nfolder: hub:MMMU/MMMU@v1\nmetric: mmmu\n")
+    assert len(task_items(load_task(path, data_root=tmp_path / "elsewhere"))) == 2
+    assert asked == [("MMMU/MMMU", "dataset", "v1")]
+    path.write_text("name: t\nlayout: mmmu\nfolder: hub:no/such\nmetric: mmmu\n")
+    with pytest.raises(ConfigError, match="does not give the data set 'no/such': cannot find it"):
+        task_items(load_task(path))
 
 
 def test_variants_of_the_real_layouts(tmp_path: Path) -> None:

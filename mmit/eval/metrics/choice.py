@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from mmit.errors import MmitError
-from mmit.eval.metrics.score import Score, check_lengths, mean_score, memo, need, pick
+from mmit.eval.metrics.score import Score, each, mean_score, memo, need, pick
 
 _ANSWER_PHRASES = (
     *("the answer is", "answer is", "the correct answer is", "correct answer is", "the best answer is"),
@@ -170,12 +170,11 @@ def choice_accuracy(
         MmitError: unknown profile, columns of different length, or a reference that is no letter.
     """
     read = pick(CHOICE, profile, where="choice")
-    check_lengths("choice", predictions, references=references)
     seen: dict[tuple[str, str], str] = {}
     values, parsed, missing = [], [], []
     anything = set(ascii_uppercase)
-    for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        answer, options = _letter(reference, where=f"choice: question {row}")
+    for where, prediction, reference in each("choice", predictions, references):
+        answer, options = _letter(reference, where=where)
         key = (prediction, "".join(options))
         if key not in seen:
             seen[key] = read(prediction, options)
@@ -200,10 +199,9 @@ def realworldqa(
     Raises:
         MmitError: columns of different length.
     """
-    check_lengths("realworldqa", predictions, references=references)
     letter = memo(lambda text: extract_letter(text, "ABCD"))
     values, parsed = [], []
-    for prediction, reference in zip(predictions, references, strict=True):
+    for _, prediction, reference in each("realworldqa", predictions, references):
         gold = reference.strip()
         is_letter = gold.upper() in set("ABCD")
         said = letter(prediction) if is_letter else prediction.lower().strip().rstrip(".")
@@ -285,12 +283,11 @@ def mmbench(
             without its question.
     """
     read = pick(MMBENCH, profile, where="mmbench")
-    check_lengths("mmbench", predictions, references=references, groups=groups)
     questions: dict[int, list[int]] = {}
     right, parsed = [], []
-    for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        where = f"mmbench: row {row}"
-        need(reference, ("index", "answer", "options"), where=where)
+    keys = ("index", "answer", "options")
+    rows = each("mmbench", predictions, references, keys=keys, groups=groups, unit="row")
+    for row, (where, prediction, reference) in enumerate(rows):
         answer, options = _letter(reference, where=where)
         parsed.append(read(prediction, options))
         right.append(parsed[-1] == answer)

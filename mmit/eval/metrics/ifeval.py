@@ -13,7 +13,7 @@ from typing import Any
 from mmit.errors import MmitError, nearest
 from mmit.eval.metrics.ifeval_rules import NEEDS_LANGUAGE, RULES, WORD_TOOLS, Words, language
 from mmit.eval.metrics.intervals import wilson
-from mmit.eval.metrics.score import Score, check_lengths, mean_score, need, pick
+from mmit.eval.metrics.score import Score, each, mean_score, pick
 
 
 def loose_variants(text: str) -> list[str]:
@@ -59,7 +59,6 @@ def follows(text: str, instruction: str, *, kwargs: Mapping[str, Any], words: Wo
 
 def _obeyed(text: str, reference: Any, *, words: Words, where: str) -> list[tuple[str, bool, bool]]:
     """Return (instruction, obeyed strictly, obeyed loosely) for each instruction of one row."""
-    need(reference, ("instruction_id_list", "kwargs"), where=where)
     names, arguments = reference["instruction_id_list"], reference["kwargs"]
     if len(names) != len(arguments):
         raise MmitError(
@@ -118,13 +117,13 @@ def ifeval(
     """
     mode = pick(PROFILES, profile, where="ifeval")
     words = pick(WORD_TOOLS, tokeniser, where="ifeval")()
-    check_lengths("ifeval", predictions, references=references)
     per_prompt: dict[str, list[bool]] = {"strict": [], "loose": []}
     per_instruction: dict[str, list[bool]] = {"strict": [], "loose": []}
     counts: dict[str, list[int]] = {}
     parsed = []
-    for row, (text, reference) in enumerate(zip(predictions, references, strict=True)):
-        found = _obeyed(text, reference, words=words, where=f"ifeval: prompt {row}")
+    keys = ("instruction_id_list", "kwargs")
+    for where, text, reference in each("ifeval", predictions, references, keys=keys, unit="prompt"):
+        found = _obeyed(text, reference, words=words, where=where)
         obeyed = {"strict": [s for _, s, _ in found], "loose": [loose for _, _, loose in found]}
         for name, strict, _ in found:
             tally = counts.setdefault(name, [0, 0])

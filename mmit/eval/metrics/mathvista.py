@@ -12,7 +12,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from mmit.errors import MmitError
-from mmit.eval.metrics.score import Score, check_lengths, mean_score, need, pick
+from mmit.eval.metrics.score import Score, each, mean_score, need, pick
 from mmit.eval.metrics.similarity import edit_distance
 
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
@@ -105,11 +105,9 @@ def mathvista(
             keys.
     """
     extracted = pick(PROFILES, profile, where="mathvista")
-    check_lengths("mathvista", predictions, references=references)
     values, parsed = [], []
-    for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        where = f"mathvista: question {row}"
-        need(reference, ("question_type", "answer_type", "answer"), where=where)
+    keys = ("question_type", "answer_type", "answer")
+    for where, prediction, reference in each("mathvista", predictions, references, keys=keys):
         if reference["answer_type"] not in _ANSWER_TYPES:
             raise MmitError(
                 f"unknown answer type {reference['answer_type']!r}",

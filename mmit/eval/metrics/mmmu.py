@@ -14,7 +14,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from mmit.errors import MmitError
-from mmit.eval.metrics.score import Score, check_lengths, mean_score, need, pick
+from mmit.eval.metrics.score import Score, each, mean_score, need, pick
 
 
 def parse_choice(text: str, options: Sequence[str]) -> str:
@@ -117,14 +117,11 @@ def mmmu(
             question type.
     """
     guess = pick(PROFILES, profile, where="mmmu")
-    check_lengths("mmmu", predictions, references=references)
     rng = random.Random(seed)
     values: list[float] = []
     parsed: list[str | list[str | float]] = []
     missing: list[bool] = []
-    for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        where = f"mmmu: question {row}"
-        need(reference, ("answer", "question_type"), where=where)
+    for where, prediction, reference in each("mmmu", predictions, references, keys=("answer", "question_type")):
         kind, answer = reference["question_type"], reference["answer"]
         if kind == "open":
             values.append(float(open_correct(prediction, answer)))

@@ -6,7 +6,7 @@ share of answers that could not be read, and the same numbers per group. Knows n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +86,28 @@ def need(reference: Any, keys: Sequence[str], *, where: str) -> None:
             where=where,
             remedy=f"Each reference of this metric is a mapping with the keys {', '.join(keys)}.",
         )
+
+
+def each(
+    name: str,
+    predictions: Sequence[str],
+    references: Sequence[Any],
+    *,
+    keys: Sequence[str] = (),
+    groups: Sequence[str] | None = None,
+    unit: str = "question",
+) -> Iterator[tuple[str, str, Any]]:
+    """Yield (where, prediction, reference), columns and the references' keys being checked.
+
+    Raises:
+        MmitError: columns of different length, or a reference without one of `keys`.
+    """
+    check_lengths(name, predictions, references=references, groups=groups)
+    for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        where = f"{name}: {unit} {row}"
+        if keys:
+            need(reference, keys, where=where)
+        yield where, prediction, reference
 
 
 def options_of(reference: str | Sequence[str], *, where: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import re
 import string
 from collections.abc import Callable, Sequence
 
-from mmit.eval.metrics.score import Score, check_lengths, mean_score, memo, need, options_of, pick
+from mmit.eval.metrics.score import Score, check_lengths, each, mean_score, memo, options_of, pick
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LEADING_LETTER = re.compile(r"\s*([A-Z])\.")
@@ -128,11 +128,8 @@ def ocrbench(
         MmitError: unknown profile, columns of different length, or a reference without its keys.
     """
     fold = pick(OCRBENCH, profile, where="ocrbench")
-    check_lengths("ocrbench", predictions, references=references)
     values = []
-    for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
-        where = f"ocrbench: question {row}"
-        need(reference, ("answers", "dataset"), where=where)
+    for where, prediction, reference in each("ocrbench", predictions, references, keys=("answers", "dataset")):
         formula = reference["dataset"] == "HME100k"
         said = _formula(prediction) if formula else _sentence(fold(prediction))
         answers = options_of(reference["answers"], where=where)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmit.errors import MmitError
 from mmit.eval.metrics.intervals import bootstrap_counts, resample_counts, wilson
-from mmit.eval.metrics.score import Score, check_lengths, mean_score, memo, need, pick, split
+from mmit.eval.metrics.score import Score, check_lengths, each, mean_score, memo, pick, split
 from mmit.eval.metrics.vqa import vlmeval_words
 
 
@@ -231,12 +231,10 @@ def mme(
             that does not have two questions.
     """
     read = memo(pick(MME, profile, where="mme"))
-    check_lengths("mme", predictions, references=references)
-    said = [read(p) for p in predictions]
-    right = []
-    for i, reference in enumerate(references):
-        need(reference, ("answer", "category", "image"), where=f"mme: question {i}")
-        right.append(float(said[i] == _binary(reference["answer"], where=f"mme: question {i}")))
+    said, right = [], []
+    for where, prediction, reference in each("mme", predictions, references, keys=("answer", "category", "image")):
+        said.append(read(prediction))
+        right.append(float(said[-1] == _binary(reference["answer"], where=where)))
     categories, ci95 = _mme_categories(right, references, seed=seed)
     base = mean_score(
         "mme",
@@ -296,14 +294,13 @@ def _statements(
 ) -> Score:
     """Score true-or-false verdicts, and the sentences whose every picture is judged right."""
     read = memo(pick(NLVR, profile, where=name))
-    check_lengths(name, predictions, references=references)
-    said = [read(p) for p in predictions]
+    said: list[str] = []
     values: list[float] = []
     sentences: dict[str, bool] = {}
-    for i, reference in enumerate(references):
-        need(reference, ("label", "identifier"), where=f"{name}: question {i}")
+    for _, prediction, reference in each(name, predictions, references, keys=("label", "identifier")):
         sentence = sentence_of(str(reference["identifier"]))
-        values.append(float(said[i] == str(reference["label"]).lower()))
+        said.append(read(prediction))
+        values.append(float(said[-1] == str(reference["label"]).lower()))
         sentences[sentence] = sentences.get(sentence, True) and values[-1] == 1
     consistent = sum(sentences.values())
     return mean_score(
