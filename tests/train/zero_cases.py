@@ -270,7 +270,7 @@ def chosen(stage: int, world: int, part: str) -> list[tuple[str, list[list[list[
 
 def main(folder: Path, part: str) -> None:
     torch.set_num_threads(1)
-    signal.alarm(3 * CAP)  # the start takes longer
+    signal.alarm(10 * CAP)  # the start may have to compile
     world = join_ranks(kind="deepspeed", device="cpu")
     frozen, trained = Bench(folder, world), Bench(folder, world, tune_vision=True)
     for stage in range(4):
