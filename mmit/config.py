@@ -345,7 +345,7 @@ class TrainConfig(Section):
     """recompute activations in the backward pass, slower with less memory: of every second decoder layer, of all, or
     (auto) the least of these that a forecast says fits the device"""
     compile: bool = False
-    """compile the model with torch.compile"""
+    """torch.compile for norms and feed-forward of every layer; costs a start, rows need no constant length"""
     threads: PositiveInt | None = None
     """CPU threads of each rank, null leaves torch's choice"""
 

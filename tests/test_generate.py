@@ -160,6 +160,18 @@ def test_one_picture_and_its_tokens_are_computed_once_for_all_its_questions() ->
     assert 0 < usage.new_tokens <= 36 * 3
 
 
+def test_eighteen_questions_about_a_scene_take_a_fifth_of_the_prompt_tokens() -> None:
+    model = build()
+    asked = [question(f"Number {n}?", *PICTURES[:2], *PICTURES[:2], *PICTURES[:2]) for n in range(18)]
+    tokens, answers = [], []
+    for batch_size in (1, 18):
+        before = model.usage.prefill_tokens
+        answers.append(model.generate(asked, max_new_tokens=3, batch_size=batch_size))
+        tokens.append(model.usage.prefill_tokens - before)
+    assert answers[0] == answers[1]
+    assert tokens[0] >= 5 * tokens[1]
+
+
 def test_pictures_run_once_even_when_batches_share_them() -> None:
     model = build()
     asked = [question("Which?", PICTURES[n % 3], PICTURES[(n + 1) % 3]) for n in range(9)]

@@ -19,8 +19,9 @@ from mmit.data.dataset import InstructionData, Scan
 from mmit.data.loader import LoadImage
 from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.walk import Walk
-from mmit.errors import RecordError, located
+from mmit.errors import ConfigError, RecordError, located
 from mmit.models.assemble import assemble
+from mmit.models.compiled import compile_layers
 from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, context_length
 from mmit.models.partition import partitioned
@@ -125,6 +126,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     engine = _engine(config, vlm, groups, world=world, recompute=_recompute(config, world, say))
     if divided is not None:  # only the engine brings its weights
         _try_forward(vlm, packing=config.data.packing)
+    if config.train.compile:
+        _compile(vlm, engine)
     progress = resume.restore(engine, begin, seed=seed, say=say)
     if world.main:
         resume.set_aside_later(run_dir, progress.step, say=say)
@@ -256,6 +259,13 @@ def _recompute(config: Config, world: World, say: Say) -> str:
     mode = world.most(mode, MODES)  # ranks that differ would wait for each other
     say(f"train.checkpointing is {mode}: {reason}")
     return mode
+
+
+def _compile(vlm: VLM, engine: Engine) -> None:
+    if isinstance(engine, DeepSpeedEngine) and engine.stage == 3:
+        problem = "compiled layers do not see that ZeRO-3 gathers their weights"
+        raise ConfigError(problem, where="train.compile", remedy="set train.compile=false, or engine.deepspeed=zero2")
+    compile_layers(vlm.llm, device=engine.device.type)
 
 
 def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World, recompute: str) -> Engine:

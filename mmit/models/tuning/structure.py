@@ -32,7 +32,7 @@ def decoder_layers(llm: Any) -> nn.ModuleList:
     found = [
         module
         for module in llm.modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and all(map(_attentions, module))
+        if isinstance(module, nn.ModuleList) and len(module) == count and all(map(attentions, module))
     ]
     if len(found) != 1:
         raise ModelError(
@@ -43,7 +43,7 @@ def decoder_layers(llm: Any) -> nn.ModuleList:
     return found[0]
 
 
-def _attentions(layer: nn.Module) -> list[str]:
+def attentions(layer: nn.Module) -> list[str]:
     """Children that carry a layer number, as transformers' attention modules do for their cache."""
     return [name for name, child in layer.named_children() if _matrices(child) >= 2 and hasattr(child, "layer_idx")]
 
@@ -58,16 +58,16 @@ def attention_and_mlp(layer: nn.Module) -> tuple[str, str]:
     Raises:
         ModelError: the layer does not have exactly one of each.
     """
-    attentions = _attentions(layer)
-    others = [n for n, child in layer.named_children() if n not in attentions and _matrices(child) >= 2]
-    if len(attentions) != 1 or len(others) != 1:
+    found = attentions(layer)
+    others = [n for n, child in layer.named_children() if n not in found and _matrices(child) >= 2]
+    if len(found) != 1 or len(others) != 1:
         raise ModelError(
-            f"{type(layer).__name__} has attention {attentions or 'nowhere'} and feed-forward {others or 'nowhere'}; "
+            f"{type(layer).__name__} has attention {found or 'nowhere'} and feed-forward {others or 'nowhere'}; "
             f"its children are {[n for n, _ in layer.named_children()]}",
             where="tune.llm.options.after",
             remedy="name the children to put adapters after, e.g. after: [self_attn, mlp]",
         )
-    return attentions[0], others[0]
+    return found[0], others[0]
 
 
 def norms(module: nn.Module) -> Iterator[str]:
