@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,7 +69,7 @@ class WandB:
         import wandb
 
         kept = folder / "wandb.json"
-        identity = json.loads(kept.read_text())["id"] if kept.exists() else wandb.util.generate_id()
+        identity = json.loads(kept.read_text())["id"] if kept.exists() else secrets.token_hex(4)
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "mmit"),
