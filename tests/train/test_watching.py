@@ -18,6 +18,7 @@ from mmit.config import Config
 from mmit.data.loader import micro_batches
 from mmit.data.preparation import prepare_images
 from mmit.errors import ConfigError
+from mmit.generate import Model
 from mmit.records import Record, write_jsonl
 from mmit.train import checkpoint, folders, trackers
 from mmit.train.data_setup import image_loader, open_data
@@ -57,6 +58,9 @@ SCORES = {2: 0.1, 4: 0.9, 6: 0.3, 8: 0.2}
 
 def evaluate(now: checkpoint.Loaded, step: int) -> dict[str, float]:
     assert not now.vlm.training and not torch.is_grad_enabled()
+    if step == 2:
+        model = Model(now.vlm, now.tokenizer, now.chat, image=now.image)
+        assert isinstance(model.chat(None, "Count 1.", max_new_tokens=2), str)
     torch.rand(3)  # must not disturb the run
     now.vlm.requires_grad_(False)
     return {"score": SCORES.get(step, 0.0)}
