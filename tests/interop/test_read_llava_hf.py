@@ -257,6 +257,17 @@ def test_what_mmit_does_not_compute_is_refused(tmp_path: Path, changes: dict[str
         mmit.load(tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize(("changes", "problem"), [({"image_token_index": 5}, "at id"), ({}, "tokens, its model")])
+def test_another_tokenizer_is_refused(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    make_llava_hf(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    if not changes:
+        config["text_config"]["vocab_size"] = config["image_token_index"] - 3
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ModelError, match=f"(?s)its tokenizer has.*{problem}.*own tokenizer files"):
+        mmit.load(tmp_path, device="cpu")
+
+
 def test_siglip_has_no_class_token_to_drop(tmp_path: Path) -> None:
     make_llava_hf(tmp_path, tower="siglip", vision_feature_select_strategy="default")
     with pytest.raises(ModelError, match="drops the first token"):

@@ -111,6 +111,7 @@ def read_llava_hf(
     _check_config(config, where)
     with explained(where, remedy="the folder must hold the tokenizer and preprocessor_config.json too"):
         processor = AutoProcessor.from_pretrained(folder)
+    _check_tokens(config, processor, where)
     tiled = config.model_type == "llava_next"
     parts = split_by_prefix(folder_tensors(folder), PREFIXES + (NEWLINE if tiled else ()), where=where)
     picture = _picture(processor, where)
@@ -165,6 +166,22 @@ def _check_config(config: Any, where: str) -> None:
     kind = config.vision_config.model_type
     if kind not in vision_hf.MODEL_CLASSES:
         raise ModelError(f"its vision tower is a '{kind}'", where=where, remedy=nearest(kind, vision_hf.MODEL_CLASSES))
+
+
+def _check_tokens(config: Any, processor: Any, where: str) -> None:
+    """Refuse a tokenizer that is not the one the model was trained with, where that shows."""
+    tokens, rows = processor.tokenizer, config.text_config.vocab_size
+    found = tokens.convert_tokens_to_ids(processor.image_token)
+    remedy = "put the model's own tokenizer files and config.json together; another tokenizer gives other ids"
+    if found != config.image_token_index:
+        raise ModelError(
+            f"its tokenizer has the image token '{processor.image_token}' at id {found}, its config.json at "
+            f"{config.image_token_index}",
+            where=where,
+            remedy=remedy,
+        )
+    if len(tokens) > rows:
+        raise ModelError(f"its tokenizer has {len(tokens)} tokens, its model {rows}", where=where, remedy=remedy)
 
 
 def _tower(
