@@ -1,8 +1,11 @@
-"""Measures what the data layer promises; prints one JSON. See --help.
+"""Measure what the data layer promises, paired in one run; prints a table and one JSON. Takes about three minutes.
+
+    python scripts/bench_data.py
 
 1. shard -> RGB tensor, one process, crc checked, against webdataset + PIL: the same tars, in turns, medians.
 2. Start-up (seconds, memory) on an index of a million rows, in a fresh process.
-3. Resume at 10 % and 90 % of an epoch of a million: order, position, first record read.
+3. Resume in a fresh process at 10 % and 90 % of the first epoch of a million and in the eighth: order, rows, record.
+4. Planning of packed rows, and the linter's text checks: records a minute on one core.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,15 +40,30 @@ print(json.dumps({"rows": size, "seconds": round(seconds, 3), "rss_mb": round(rs
 """
 RESUME = """
 import json, sys, time
-from mmit.data.mixture import epoch_order
+import numpy as np
+from mmit.data.dataset import Scan
 from mmit.data.shards.reader import open_shards
-found = {}
-for percent in (10, 90, 10, 90):
+from mmit.train.data_setup import make_walk
+def walk_of(known):
+    mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
+    return make_walk(scan, [1.0], mixing=mixing, seed=1, capacity=2048, rows_per_step=8, epochs=10, steps=None,
+                     known=known)
+size = len(open_shards(sys.argv[1]))
+lengths = np.random.default_rng(0).integers(100, 700, size)
+zeros = np.zeros(size, np.int64)
+scan = Scan(np.arange(size), zeros, zeros, lengths, zeros)
+facts = {"segment": 0, "first_row": 0, "rows": 1, "epochs": 10}
+mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
+facts |= make_walk(scan, [1.0], mixing=mixing, seed=1, capacity=2048, rows_per_step=8, epochs=None, steps=1)[1]
+found, segments = {}, -(-size // 65536)
+for name, share in (("at_10_percent", 0.1), ("at_90_percent", 0.9), ("in_epoch_8", 7.5)):
     begin = time.perf_counter()
     source = open_shards(sys.argv[1])
-    order = epoch_order([len(source)], [1.0], seed=1, epoch=3)
-    source.key(int(order[len(order) * percent // 100]))
-    found.setdefault(f"at_{percent}_percent_s", []).append(round(time.perf_counter() - begin, 3))
+    segment = int(share * segments)
+    walk, _ = walk_of({**facts, "segment": segment, "first_row": segment * 10000, "rows": 10**7})
+    (first, *_) = walk.row(segment * 10000 + 77)
+    source.key(first)
+    found[name + "_s"] = round(time.perf_counter() - begin, 3)
 print(json.dumps(found))
 """
 
@@ -160,6 +179,45 @@ def million_rows(folder: Path, rows: int) -> None:
     write_index(parts, folder)
 
 
+def planning(units: int) -> dict[str, object]:
+    """Rows of 2,048 tokens from `units` records of 100 to 700."""
+    from mmit.data.packing import plan_rows
+
+    lengths = np.random.default_rng(0).integers(100, 700, units)
+    begin = time.process_time()
+    rows = plan_rows(lengths, capacity=2048, order=np.random.default_rng(1).permutation(units))
+    seconds = time.process_time() - begin
+    fill = float(lengths.sum()) / (2048 * len(rows))
+    return {"records": units, "records_per_minute": round(units / seconds * 60), "fill": round(fill, 4)}
+
+
+def linting(rows: int) -> dict[str, object]:
+    """The text checks of `mmit data check`, reading included."""
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("bench_lint.py")), "--rows", str(rows)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return json.loads(run.stdout)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print each promise beside what was measured."""
+    lines = [
+        (f"tensors/s, {t['picture']}, mmit : webdataset", ">= 1.3", "{mmit} : {webdataset} = {ratio}".format(**per))
+        for t in report["throughput"]
+        for per in [t["per_second"]]
+    ]
+    start, resume = report["start_up"], report["resume"]
+    lines += [
+        (f"start-up on {start['rows']:,} rows", "< 3 s, < 200 MB", f"{start['seconds']} s, {start['rss_mb']} MB"),
+        ("resume", "< 2 s anywhere", ", ".join(f"{value} s {name[:-2]}" for name, value in resume.items())),
+        ("linter, records a minute", ">= 100,000", f"{report['lint']['rows_per_minute']:,}"),
+        ("planning, records a minute", "", f"{report['planning']['records_per_minute']:,}"),
+    ]
+    for what, promised, found in lines:
+        print(f"{what:44} {promised:18} {found}")
+
+
 def fresh(code: str, folder: Path) -> dict[str, object]:
     """Run code in a new interpreter."""
     run = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
@@ -172,12 +230,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--lint-rows", type=int, default=50_000)
     args = parser.parse_args()
     import torch
     import webdataset
 
     torch.set_num_threads(1)
-    report: dict[str, object] = {
+    report: dict[str, Any] = {
         "python": platform.python_version(),
         "webdataset": webdataset.__version__,
         "machine": platform.processor() or platform.machine(),
@@ -194,6 +253,9 @@ def main() -> None:
         report["index_bytes_per_row"] = round(sum(f.stat().st_size for f in rows.glob("index*/*")) / args.rows, 1)
         report["start_up"] = fresh(START, rows)
         report["resume"] = fresh(RESUME, rows)
+    report["planning"] = planning(200_000)
+    report["lint"] = linting(args.lint_rows)
+    show(report)
     print(json.dumps(report, indent=1))
 
 
