@@ -26,7 +26,9 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    zero, fields = options.get("zero_optimization") or {}, DeepSpeedZeroConfig.model_fields
+    zero = options.get("zero_optimization") or {}
+    known = DeepSpeedZeroConfig.model_fields  # some are written otherwise in the JSON: stage3_max_live_parameters
+    fields = {*known, *(f.alias for f in known.values() if f.alias)}
     for key in zero:
         if key not in fields:
             where = f"{WHERE}.zero_optimization.{key}"

@@ -75,6 +75,12 @@ def test_what_deepspeed_would_not_take_is_told_before_anything_is_loaded(zero, t
     assert error.value.where.startswith("engine.deepspeed") and error.value.remedy
 
 
+def test_keys_that_deepspeed_knows_by_an_alias_are_taken():
+    pytest.importorskip("deepspeed")
+    zero = {"stage": 3, "stage3_max_live_parameters": 1000000, "stage3_prefetch_bucket_size": 1000}
+    check_deepspeed(complete({"zero_optimization": zero}, precision="bf16", clip=1.0))
+
+
 @pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
 def test_deepspeed_reads_every_json_of_ours(name, tmp_path):
     pytest.importorskip("deepspeed")
