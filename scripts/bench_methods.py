@@ -1,7 +1,11 @@
 """Every tuning method of the LLM at equal steps: the quickstart's model and data, one Markdown table.
 
     python scripts/bench_methods.py --data data/easy-vqa --out runs/methods     # about an hour on one core
+    python scripts/bench_methods.py --data data/easy-vqa --out runs/methods --time-only   # about five minutes
     python scripts/bench_methods.py --out runs/methods --table                  # the table of what is there
+
+`--time-only` trains every method for a few steps more, LoRA at the beginning and again at the end, and puts these times
+and peaks into the table: run it where nothing else runs.
 
 The projector is aligned once and every method starts from it, sees the same rows in the same order, and answers the
 same seeded sample of test questions. A method whose results are there is not run again. Each method has the learning
@@ -14,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -56,6 +61,7 @@ METHODS: dict[str, Method] = {
     "bitfit": Method("bitfit", 1e-3, "the upper end of arXiv:2106.10199; biases inserted", {"insert_biases": True}),
     "layernorm": Method("layernorm", 2e-3, "norms are as small as biases (arXiv:2312.11420)"),
 }
+TIMED_STEPS = 10
 REFUSED = {"qlora": "needs a CUDA device (4-bit weights by bitsandbytes)"}
 
 
@@ -70,14 +76,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=600, help="the first of the training set, all their questions")
     parser.add_argument("--questions", type=int, default=500, help="of the test set, the same for all")
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--time-only", action="store_true", help="only measure time and memory of a step, anew")
     args = parser.parse_args(argv)
-    if not args.table:
-        start = args.out / "start"
-        if not (start / "finished.json").exists():
-            aligned_start(args, start)
+    start = args.out / "start"
+    if not args.table and not (start / "finished.json").exists():
+        aligned_start(args, start)
+    if args.time_only:
+        measure_times(args, start)
+    elif not args.table:
         for name in args.only:
             if not (args.out / name / "finished.json").exists():
-                train_method(args, name, start)
+                train_method(args, name, start, run=args.out / name, steps=args.steps)
             if not (args.out / name / "eval" / "report.json").exists():
                 mmit("eval", args.out / name, "--task", "easy_vqa", "--limit", args.questions, "--no-baselines",
                      "--probe", "none")  # fmt: skip
@@ -110,11 +119,32 @@ def aligned_start(args: argparse.Namespace, start: Path) -> None:
          "tune.projector.lr=1e-12")  # fmt: skip
 
 
-def train_method(args: argparse.Namespace, name: str, start: Path) -> None:
+def train_method(args: argparse.Namespace, name: str, start: Path, *, run: Path, steps: int) -> None:
     """Train one method from the shared start."""
-    mmit("train", "--config", QUICKSTART, f"run.dir={args.out / name}", "run.resume=auto", *common(args), "align=null",
-         f"run.init_from={start}", f"train.steps={args.steps}",
+    mmit("train", "--config", QUICKSTART, f"run.dir={run}", "run.resume=auto", *common(args), "align=null",
+         f"run.init_from={start}", f"train.steps={steps}",
          f"tune.llm={json.dumps(METHODS[name].plan())}")  # fmt: skip
+
+
+def measure_times(args: argparse.Namespace, start: Path) -> None:
+    """A few steps of every method, one after the other; LoRA first and last shows whether the machine kept its pace."""
+    folder = args.out / "times"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, run in [*((n, n) for n in args.only), ("lora", "lora-again")]:
+        train_method(args, name, start, run=folder / run, steps=TIMED_STEPS)
+    first, last = (median_seconds(folder / run) for run in ("lora", "lora-again"))
+    print(f"LoRA at the beginning {first:.2f} s a step, at the end {last:.2f}", file=sys.stderr)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics."""
+    lines = (run / "metrics.jsonl").read_text().splitlines() if (run / "metrics.jsonl").exists() else []
+    return [row for line in lines if "loss" in (row := json.loads(line)) and "seconds" in row]
+
+
+def median_seconds(run: Path) -> float:
+    """Median time of a step, without the first two."""
+    return statistics.median([r["seconds"] for r in rows_of(run)][2:] or [float("nan")])
 
 
 def trained_parameters(run: Path) -> int:
@@ -142,7 +172,8 @@ def table(out: Path) -> str:
             continue
         found = json.loads(report.read_text())
         low, high = found["ci95"]
-        rows = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
+        rows = rows_of(out / name)
+        timed = out / "times" / name if rows_of(out / "times" / name) else out / name
         cells = [
             name,
             f"{method.lr:g}" if method.lr else "-",
@@ -150,8 +181,8 @@ def table(out: Path) -> str:
             f"{100 * found['accuracy']:.1f} %",
             f"{100 * low:.1f} to {100 * high:.1f}",
             f"{statistics.fmean(r['loss'] for r in rows[-10:]):.3f}",
-            f"{statistics.median(r['seconds'] for r in rows):.2f}",
-            f"{rows[-1]['memory_gib']:.2f} GiB",
+            f"{median_seconds(timed):.2f}",
+            f"{rows_of(timed)[-1]['memory_gib']:.2f} GiB",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines += [f"| {name} | - | - | - | - | - | - | {why} |" for name, why in REFUSED.items()]

@@ -96,7 +96,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
     share_again = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]
     per_micro = rates.flops(mean, recompute=share_again, cached=cached)
-    step = config.train.rows_per_step / config.train.micro_rows
+    step = min(config.train.rows_per_step, walk.total_rows) / config.train.micro_rows
     pictures = scan.pictures * share
     rows = walk.total_rows / max(walk.epoch_at(walk.total_rows), 1e-9)  # in an epoch
     memory = _memory(config, vlm, groups, built, micros=micros, flash=flash, recompute=mode)
@@ -231,12 +231,13 @@ def _micro_batches(
     """Some micro-batches of the first rank, evenly over the run, without pictures."""
     t = config.train
     units: list[list[int]] = []
+    short: list[list[int]] = []  # of a last step that has fewer rows
     for step in np.unique(np.linspace(0, walk.steps - 1, MICROS).astype(int)).tolist():
         positions = walk.micro_positions(step, rank=0, world=ranks, micro_rows=t.micro_rows)[0]
         rows = [walk.row(p) for p in positions]
-        if all(rows):
-            units.append([u for row in rows if row for u in row])
-    yield from micro_batches(data, scan, units, load_image=None, skip_bad=config.run.on_bad_record == "skip")
+        (units if all(rows) else short).append([u for row in rows if row for u in row])
+    skip = config.run.on_bad_record == "skip"
+    yield from micro_batches(data, scan, units or short[:1], load_image=None, skip_bad=skip)
 
 
 def _facts(batch: MicroBatch) -> RowFacts:

@@ -159,6 +159,12 @@ def test_a_dry_run_tells_what_the_run_does(folder, tmp_path):
     assert found.pictures == 12 and found.fill == pytest.approx(sum(r["fill"] for r in rows) / len(rows), rel=0.15)
 
 
+def test_less_data_than_a_step_takes(folder, tmp_path):
+    options = {"epochs": 1.0, "steps": None, "rows_per_step": 64, "micro_rows": 8}
+    found = forecast(tiny_config(folder, run={"dir": str(tmp_path)}, train=options))
+    assert found.steps == 1 and 0 < found.fill < 1
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["dry_run=true", "--gpu", "h100", "--price", "2.5"], pytest.param(["--dry-run"], marks=pytest.mark.slow)],
