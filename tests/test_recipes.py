@@ -10,7 +10,7 @@ import pytest
 import mmit.train.run as training
 from mmit.config import load_config
 from mmit.models.tuning import MODES
-from mmit.train import checkpoint
+from mmit.train import checkpoint, parts
 from tests.tiny_run import tiny_config
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "train"
@@ -82,7 +82,7 @@ def test_a_recipe_is_built_and_stepped_once(small, tmp_path, monkeypatch, name):
 
         return noting
 
-    monkeypatch.setattr(training, "apply_tuning", note(training.apply_tuning, "groups"))
+    monkeypatch.setattr(parts, "apply_tuning", note(parts.apply_tuning, "groups"))
     monkeypatch.setattr(training, "train", note(training.train, "plan"))
     assert training.run(config) == 0
     rates = {c: getattr(told.tune, c).lr for c in ("vision", "projector", "llm")}
