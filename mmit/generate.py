@@ -8,10 +8,8 @@ prompt that does not fit the model's context rather than cut it.
 from __future__ import annotations
 
 import os
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -20,8 +18,8 @@ import torch
 from mmit.data.answers import AnswerText
 from mmit.data.chat import ChatFormat
 from mmit.data.packing import Row, Sample, build_row
-from mmit.data.preparation import Spread, prepare_images, splice_index
-from mmit.data.prompts import Prompt, PromptMaker, Shown, as_prompt, ask, batches
+from mmit.data.preparation import prepare_images, splice_index
+from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, batches
 from mmit.errors import ConfigError, nearest
 from mmit.interop.foreign import check_options, is_foreign, read_foreign, settle
 from mmit.models import decoding
@@ -29,6 +27,7 @@ from mmit.models.decoding import Prompts, Sampling
 from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, context_length, fewer_bits
 from mmit.models.vlm import VLM
+from mmit.pictures import Features, Pictures
 from mmit.records import Record
 
 if TYPE_CHECKING:
@@ -37,9 +36,6 @@ if TYPE_CHECKING:
     from mmit.data.prompts import Picture
 
 __all__ = ["Likelihood", "Model", "Usage", "as_prompt", "ask", "load"]
-
-CROPS_AT_ONCE = 32  # through the vision tower, but for a picture that has more
-Features = dict[Hashable, tuple[torch.Tensor, Spread]]  # key of a picture -> (C, N, D) of its crops, and its tokens
 
 
 @dataclass(slots=True)
@@ -195,7 +191,7 @@ class Model:
     def _stream(self, prompt: Prompt, reader: AnswerText, max_new_tokens: int, *, sampling: Sampling) -> Iterator[str]:
         ids: list[int] = []
         sent = ""
-        features = _Pictures(self, [[prompt]]).take([prompt])
+        features = self._see(Pictures(self.vlm, self.preparation, [[prompt]]), [prompt])
         for new in self._steps([prompt], features, reader, max_new_tokens=max_new_tokens, sampling=sampling):
             ids += [token for _, token in new]
             text = reader.settled(ids)
@@ -268,10 +264,10 @@ class Model:
     ) -> list[str]:
         """Continue prompts that are tokens already, one sample each, numbered by their place; see `generate`."""
         plan = batches(prompts, batch_size)
-        pictures = _Pictures(self, plan)
+        pictures = Pictures(self.vlm, self.preparation, plan)
         answers = [""] * len(prompts)
         for batch in plan:
-            features = pictures.take(batch)
+            features = self._see(pictures, batch)
             # A model that cannot be batched takes its prompts one by one.
             for part in [batch] if self._support().batched else [[prompt] for prompt in batch]:
                 ids: list[list[int]] = [[] for _ in part]
@@ -323,10 +319,10 @@ class Model:
     def likelihoods(self, prompts: Sequence[Prompt], *, batch_size: int) -> list[list[Likelihood]]:
         """Say for each prompt how likely its samples' targets are; `prompts` are numbered by their place."""
         plan = batches([prompt for prompt in prompts if prompt.samples], batch_size)
-        pictures = _Pictures(self, plan)
+        pictures = Pictures(self.vlm, self.preparation, plan)
         scores: list[list[Likelihood]] = [[] for _ in prompts]
         for batch in plan:
-            found = iter(self._likelihoods(batch, pictures.take(batch)))
+            found = iter(self._likelihoods(batch, self._see(pictures, batch)))
             for prompt in batch:
                 scores[prompt.number] = [next(found) for _ in prompt.samples]
         return scores
@@ -375,6 +371,12 @@ class Model:
             self.usage.new_tokens += len(new)
             yield new
 
+    def _see(self, pictures: Pictures, batch: Sequence[Prompt]) -> Features:
+        before = pictures.seen
+        features = pictures.take(batch)
+        self.usage.pictures += pictures.seen - before
+        return features
+
     def _groups(self, samples: list[Sample], longest: int) -> list[list[Sample]]:
         """Samples by the row they run in: all in one where the model allows it, else each in its own."""
         able = self._support()
@@ -420,37 +422,3 @@ class Model:
         """Ids that end an answer: the last of the chat format's ending, and the tokenizer's EOS."""
         ids = (*self.chat_format.end_ids[-1:], self.tokenizer.eos_token_id)
         return tuple(i for i in ids if i is not None)
-
-
-class _Pictures:
-    """The features of pictures: each computed once, and kept until the last batch that needs it."""
-
-    def __init__(self, model: Model, plan: Sequence[Sequence[Prompt]]) -> None:
-        self._model = model
-        self._uses = Counter(key for batch in plan for key in _shown(batch))
-        self._kept: Features = {}
-
-    def take(self, batch: Sequence[Prompt]) -> Features:
-        """Return the features of every picture of a batch. Raises ImageError."""
-        vision, pictures = self._model.vlm.vision, _shown(batch)
-        missing = [key for key in pictures if key not in self._kept]
-        while missing:
-            assert vision is not None  # a text-only model gets no prompt with pictures
-            crops = accumulate(pictures[key].spread.crops for key in missing)
-            count = max(1, sum(total <= CROPS_AT_ONCE for total in crops))
-            keys, missing = missing[:count], missing[count:]
-            pixels = [self._pixels(pictures[key]) for key in keys]
-            seen = self._model.vlm.see(torch.cat(pixels).to(next(vision.parameters()).device))
-            for key, features in zip(keys, seen.split([len(cut) for cut in pixels]), strict=True):
-                self._kept[key] = features, pictures[key].spread
-            self._model.usage.pictures += len(keys)
-        self._uses.subtract(pictures.keys())
-        return {key: self._kept[key] if self._uses[key] else self._kept.pop(key) for key in pictures}
-
-    def _pixels(self, shown: Shown) -> torch.Tensor:
-        assert self._model.preparation is not None
-        return self._model.preparation.pixels(shown.image, where=shown.where)
-
-
-def _shown(batch: Sequence[Prompt]) -> dict[Hashable, Shown]:
-    return {key: shown for prompt in batch for key, shown in prompt.pictures.items()}

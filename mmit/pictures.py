@@ -1,0 +1,58 @@
+"""The pictures of prompts while they are answered: each runs through the vision tower once.
+
+Takes the plan of batches, gives the features of each batch's pictures, and keeps those that a later batch shows again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from itertools import accumulate
+
+import torch
+
+from mmit.data.preparation import ImagePreparation, Spread
+from mmit.data.prompts import Prompt, Shown
+from mmit.models.vlm import VLM
+
+CROPS_AT_ONCE = 32  # through the vision tower, but for a picture that has more
+Features = dict[Hashable, tuple[torch.Tensor, Spread]]  # key of a picture -> (C, N, D) of its crops, and its tokens
+
+
+class Pictures:
+    """The features of pictures: each computed once, and kept until the last batch that needs it.
+
+    Args:
+        preparation: None for a model that sees nothing; its prompts have no pictures.
+        plan: the batches in their order.
+
+    Attributes:
+        seen: pictures run through the tower so far.
+    """
+
+    def __init__(self, vlm: VLM, preparation: ImagePreparation | None, plan: Sequence[Sequence[Prompt]]) -> None:
+        self._vlm, self._preparation = vlm, preparation
+        self._uses = Counter(key for batch in plan for key in _shown(batch))
+        self._kept: Features = {}
+        self.seen = 0
+
+    def take(self, batch: Sequence[Prompt]) -> Features:
+        """Return the features of every picture of a batch. Raises ImageError."""
+        pictures = _shown(batch)
+        missing = [key for key in pictures if key not in self._kept]
+        while missing:
+            assert self._vlm.vision is not None and self._preparation is not None
+            crops = accumulate(pictures[key].spread.crops for key in missing)
+            count = max(1, sum(total <= CROPS_AT_ONCE for total in crops))
+            keys, missing = missing[:count], missing[count:]
+            pixels = [self._preparation.pixels(pictures[key].image, where=pictures[key].where) for key in keys]
+            seen = self._vlm.see(torch.cat(pixels).to(next(self._vlm.vision.parameters()).device))
+            for key, features in zip(keys, seen.split([len(cut) for cut in pixels]), strict=True):
+                self._kept[key] = features, pictures[key].spread
+            self.seen += len(keys)
+        self._uses.subtract(pictures.keys())
+        return {key: self._kept[key] if self._uses[key] else self._kept.pop(key) for key in pictures}
+
+
+def _shown(batch: Sequence[Prompt]) -> dict[Hashable, Shown]:
+    return {key: shown for prompt in batch for key, shown in prompt.pictures.items()}
