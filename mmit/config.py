@@ -257,6 +257,9 @@ class DataConfig(Section):
     """capacity of a row in tokens"""
     packing: bool = True
     """put several records, isolated from each other, into one row"""
+    group: bool = True
+    """without packing: records of a step that are alike in length, with pictures or not, share a micro-batch, which is
+    padded (train.micro_rows > 1); which records a step holds does not change"""
     share_prefix: bool = True
     """let records that begin alike (the same image) share that beginning in a row"""
     shuffle: Literal["auto", "global", "block"] = "auto"

@@ -10,9 +10,10 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import Any
 
-from mmit.data.balance import imbalance, spread
+from mmit.data.balance import spread
 from mmit.errors import ConfigError
 
 # Units planned together. A row is filled from one segment only: the last row of each may stay emptier.
@@ -31,6 +32,8 @@ class Walk:
         rows_per_step: rows in an optimizer step, over all ranks.
         known: the `state` of an earlier walk of the same order; rows before it cannot be asked for.
         cost_of: predicts what a row costs; ranks then get equal work instead of every world-th row.
+        alike: a row's key; rows of a step with near keys then share micro-batches, and near ones run at the same time
+            on all ranks.
 
     Raises:
         ConfigError: nothing to walk over.
@@ -47,11 +50,13 @@ class Walk:
         known: Mapping[str, Any] | None = None,
         segment: int = SEGMENT,
         cost_of: Callable[[list[int]], float] | None = None,
+        alike: Callable[[list[int]], tuple[int, ...]] | None = None,
     ) -> None:
         if units < 1:
             # A walk over nothing would never reach its end.
             raise ConfigError("an epoch holds no row", remedy="Check the sources and their weights.")
-        self._rows_of, self._units, self._segment, self._cost_of = rows_of, units, segment, cost_of
+        self._rows_of, self._units, self._segment = rows_of, units, segment
+        self._cost_of, self._alike = cost_of, alike
         self._segments = -(-units // segment)  # in an epoch; numbered on through the epochs
         self._base, self._starts = 0, [0]  # the first segment known, first row of it and of those after it
         if known is not None:
@@ -145,6 +150,8 @@ class Walk:
         Without costs row p of a step belongs to rank p mod world. Every rank gets the same number of micro-batches.
         """
         first = step * self.rows_per_step
+        if self._alike is not None and micro_rows > 1:
+            return self._alike_positions(step, world=world, micro_rows=micro_rows)[rank::world]
         if self._cost_of is None or world == 1:
             mine = list(range(first + rank, first + self.rows_per_step, world))
         else:
@@ -152,9 +159,24 @@ class Walk:
         micros = -(-self.rows_per_step // (world * micro_rows))
         return [mine[i * micro_rows : (i + 1) * micro_rows] for i in range(micros)]
 
-    def imbalance(self, step: int, *, world: int) -> float:
+    def _alike_positions(self, step: int, *, world: int, micro_rows: int) -> list[list[int]]:
+        """The step's rows cut into micro-batches by their keys: the first of every rank, the second, ..."""
+        assert self._alike is not None
+        first = step * self.rows_per_step
+        rows = [(self.row(p), p) for p in range(first, first + self.rows_per_step)]
+        order = [p for _, p in sorted((self._alike(row), p) for row, p in rows if row)]
+        count = world * -(-self.rows_per_step // (world * micro_rows))
+        cuts = [i * len(order) // count for i in range(count + 1)]
+        return [order[begin:end] for begin, end in pairwise(cuts)]
+
+    def imbalance(self, step: int, *, world: int, micro_rows: int = 1) -> float:
         """Predicted cost of the step's busiest rank over the mean of all; 1.0 where costs are unknown."""
-        return 1.0 if self._cost_of is None or world == 1 else imbalance(self._costs(step), world)
+        if self._cost_of is None or world == 1:
+            return 1.0
+        costs, first = self._costs(step), step * self.rows_per_step
+        ranks = (self.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world))
+        loads = [sum(costs[p - first] for micro in micros for p in micro) for micros in ranks]
+        return max(loads) * world / sum(loads) if sum(loads) else 1.0
 
     def _costs(self, step: int) -> list[float]:
         assert self._cost_of is not None

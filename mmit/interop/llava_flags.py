@@ -55,6 +55,7 @@ FLAGS: dict[str, tuple[type, Any]] = {
     "save_total_limit": (int, None),
     "logging_steps": (int, 500),
     "dataloader_num_workers": (int, 0),
+    "group_by_modality_length": (bool, False),
     "seed": (int, 42),
 }
 # Flags that change speed or bookkeeping, not the model.
@@ -63,7 +64,6 @@ WITHOUT_EFFECT = (
     "tf32",
     "lazy_preprocess",
     "is_multimodal",
-    "group_by_modality_length",
     "evaluation_strategy",
     "eval_strategy",
     "per_device_eval_batch_size",
@@ -115,6 +115,7 @@ def config_from_flags(arguments: Sequence[str], *, ranks: int = 1) -> tuple[dict
             "max_length": f["model_max_length"],
             "pack_tokens": f["model_max_length"],
             "packing": False,  # a row is a record, as a place in LLaVA's batch is
+            "group": f["group_by_modality_length"],
             "share_prefix": False,
             "workers": f["dataloader_num_workers"],
         },

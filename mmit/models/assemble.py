@@ -61,7 +61,7 @@ def assemble(
         dtype: number format of frozen weights where a section does not say.
         seed: of the weights that start random (the projector).
         device_map, offload: placement of the LLM, see `load_llm`.
-        packed: see `load_llm`.
+        packed: see `load_llm`; off, records of a row run as a padded batch.
         tokenizer: folder of the tokenizer where it is not the LLM's own (a checkpoint's copy).
         quantization: 4-bit loading of the LLM, see `load_llm`.
         empty: shapes alone, on torch's meta device; reads configurations and the tokenizer, no weights.
@@ -91,7 +91,7 @@ def assemble(
             partition=partition,
         )
     if model["vision"] is None:
-        return VLM(llm, vision=None, projector=None), tokens
+        return VLM(llm, vision=None, projector=None, padded=not packed), tokens
     section = {**model["vision"], "weights": False, "key_order": False} if empty else model["vision"]
     with torch.device("meta") if empty else nullcontext():
         vision = assemble_vision(section, dtype=dtype)
@@ -107,4 +107,4 @@ def assemble(
             line_end=has_line_end(model["vision"]),
             **model["projector"]["options"],
         ).to(words.dtype)
-    return VLM(llm, vision=vision, projector=projector), tokens
+    return VLM(llm, vision=vision, projector=projector, padded=not packed), tokens

@@ -59,22 +59,42 @@ def virtual_tokens(llm: Any) -> int:
 
 
 def with_prompt(
-    llm: Any, embeddings: torch.Tensor, positions: torch.Tensor, nodes: torch.Tensor, at: torch.Tensor
+    llm: Any,
+    embeddings: torch.Tensor,
+    positions: torch.Tensor,
+    nodes: torch.Tensor,
+    at: torch.Tensor,
+    *,
+    repeated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Put the model's soft prompt, if it has one, above everything else in a row.
 
     Args:
         llm: the language model.
         embeddings: (T, D). positions: (T,). nodes: (K, 3) first token, length, parent or -1. at: (S,).
+        repeated: the nodes are roots one after the other, and each gets a prompt of its own.
 
     Returns:
-        the same four with P more tokens in front; every former root hangs below them.
+        the same four with P more tokens in front, below which every former root hangs; or in front of every root.
     """
     prompt = getattr(llm, PROMPT, None)
     if prompt is None:
         return embeddings, positions, nodes, at
     rows = prompt().to(embeddings)
     count = len(rows)
+    before = torch.arange(count, device=positions.device, dtype=positions.dtype)
+    if repeated:
+        lengths: list[int] = nodes[:, 1].tolist()
+        starts = nodes[:, 0].contiguous().to(at.device)
+        table = nodes.cpu().clone()
+        table[:, 0] += count * torch.arange(len(nodes))
+        table[:, 1] += count
+        return (
+            torch.cat([x for piece in embeddings.split(lengths) for x in (rows, piece)]),
+            torch.cat([x for piece in positions.split(lengths) for x in (before, piece + count)]),
+            table,
+            at + count * torch.searchsorted(starts, at, right=True),
+        )
     if len(nodes) == 1:  # one sequence stays one, and needs no packed attention
         table = torch.tensor([[0, count + len(embeddings), -1]])
     else:
@@ -82,5 +102,4 @@ def with_prompt(
         below[:, 0] += count
         below[:, 2] += 1  # -1, no parent, becomes 0, the prompt
         table = torch.cat([torch.tensor([[0, count, -1]]), below])
-    before = torch.arange(count, device=positions.device, dtype=positions.dtype)
     return torch.cat([rows, embeddings]), torch.cat([before, positions + count]), table, at + count

@@ -20,6 +20,7 @@ from mmit.errors import ModelError
 from mmit.models.attention import run_row
 from mmit.models.head import Split, check_rows, cross_entropy, split_head
 from mmit.models.llm import input_device
+from mmit.models.padded import is_flat, run_padded
 from mmit.models.partition import shape
 from mmit.models.projectors import Projector
 from mmit.models.virtual import with_prompt
@@ -30,13 +31,20 @@ class VLM(nn.Module):
     """A language model that can be handed pictures; text-only when `vision` is None."""
 
     def __init__(
-        self, llm: PreTrainedModel | PeftModel, *, vision: VisionTower | None, projector: Projector | None
+        self,
+        llm: PreTrainedModel | PeftModel,
+        *,
+        vision: VisionTower | None,
+        projector: Projector | None,
+        padded: bool = False,
     ) -> None:
         super().__init__()
         if (vision is None) != (projector is None):
             raise ModelError("a vision tower needs a projector and the other way round")
         self.llm: PreTrainedModel | PeftModel = llm
         self.vision, self.projector = vision, projector
+        # Records of a row that share nothing run side by side as a padded batch, not in mmit's attention.
+        self.padded = padded
         # Per component the parameters that a tuning method chose or added, which a checkpoint keeps by name.
         self.partly: dict[str, tuple[str, ...]] = {}
         # Components that came whole out of a checkpoint: no hub id leads to them, so the next one keeps them whole.
@@ -185,9 +193,13 @@ class VLM(nn.Module):
             logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at)
             return F.cross_entropy(logits.float(), targets, reduction="none")
         body, head = parts
-        embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at)
-        out = run_row(body, embeddings, positions=positions, nodes=nodes)
-        return cross_entropy(out.last_hidden_state[0].index_select(0, at), head, targets)
+        padded = self.padded and is_flat(nodes)
+        embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at, repeated=padded)
+        if padded:
+            hidden = run_padded(body, embeddings, positions=positions, nodes=nodes)
+        else:
+            hidden = run_row(body, embeddings, positions=positions, nodes=nodes).last_hidden_state[0]
+        return cross_entropy(hidden.index_select(0, at), head, targets)
 
     def row_logits(
         self, embeddings: torch.Tensor, *, positions: torch.Tensor, nodes: torch.Tensor, at: torch.Tensor
@@ -195,10 +207,13 @@ class VLM(nn.Module):
         """Logits of a packed row: (T, D) embeddings -> (S, V) at positions `at` (S,).
 
         A row of one node is ordinary causal attention and needs nothing of the model; more nodes need mmit's
-        attention function.
+        attention function, or `padded`.
         """
         check_rows(len(at))
-        embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at)
+        padded = self.padded and is_flat(nodes)
+        embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at, repeated=padded)
+        if padded:
+            return run_padded(self.llm, embeddings, positions=positions, nodes=nodes, at=at)
         return run_row(self.llm, embeddings, positions=positions, nodes=nodes, at=at).logits[0]
 
     @torch.no_grad()

@@ -162,6 +162,7 @@ def make_walk(
     window: int = WINDOW,
     known: Mapping[str, Any] | None = None,
     costs: np.ndarray | None = None,
+    group: bool = True,
 ) -> tuple[Walk, dict[str, Any]]:
     """The rows of the run in order, and the facts that decide this order.
 
@@ -170,6 +171,8 @@ def make_walk(
         capacity: tokens a row, or None for one unit a row. shuffle, window: of `mixture_order`.
         known: facts and `Walk.state` of the checkpoint that the run goes on from.
         costs: (U,) of the units; ranks get equal work by them.
+        group: without `capacity`, let units of a step share a micro-batch that have pictures or not and are equally
+            long, as LLaVA's group_by_modality_length; a step holds the same units as without.
 
     Raises:
         CheckpointError: the facts differ from the known ones.
@@ -205,10 +208,20 @@ def make_walk(
             return [[u] for u in order.tolist()]
         return plan_rows(scan.length, capacity=capacity, order=order, shared=scan.shared)
 
+    def alike(row: list[int]) -> tuple[int, ...]:
+        return int(scan.seen[row].any()), int(scan.length[row].sum())
+
     units = units_in_epoch(sizes, weights)
     cost_of = None if costs is None else lambda row: float(costs[row].sum())
     walk = Walk(
-        rows_of, units=units, rows_per_step=rows_per_step, epochs=epochs, steps=steps, known=known, cost_of=cost_of
+        rows_of,
+        units=units,
+        rows_per_step=rows_per_step,
+        epochs=epochs,
+        steps=steps,
+        known=known,
+        cost_of=cost_of,
+        alike=alike if group and capacity is None else None,
     )
     return walk, facts
 

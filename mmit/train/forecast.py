@@ -221,6 +221,7 @@ def _walk(config: Config, scan: Scan) -> Walk:
         steps=t.steps,
         shuffle=config.data.shuffle,
         window=config.data.shuffle_window,
+        group=config.data.group,
     )
     return walk
 

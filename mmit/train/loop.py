@@ -151,7 +151,7 @@ def train(
         progress.tokens += int(step.tokens)
         progress.supervised += int(step.targets)
         row = _row(step, walk, plan, progress, factor=factor, norm=norm, seconds=time.perf_counter() - began)
-        row["imbalance"] = walk.imbalance(progress.step - 1, world=engine.world)
+        row["imbalance"] = walk.imbalance(progress.step - 1, world=engine.world, micro_rows=plan.micro_rows)
         row["memory_gib"] = memory_gib(engine.device)
         done = progress.step == walk.steps
         log.step(row, write=progress.step % plan.log_every == 0 or done)

@@ -245,6 +245,7 @@ def _walk(
         steps=t.steps,
         shuffle=config.data.shuffle,
         window=config.data.shuffle_window,
+        group=config.data.group,
         known=known,
         costs=costs,
     )

@@ -228,6 +228,7 @@ def _held_out_loss(
     rows = engine.world * config.train.micro_rows
     packing = config.data.pack_tokens if config.data.packing else None
     even: dict[str, Any] = {"mixing": {"scheme": "weights"}, "seed": 0, "epochs": 1.0, "steps": None}
+    even["group"] = config.data.group
     walk, _ = make_walk(scan, [1.0] * len(data.sources), capacity=packing, rows_per_step=rows, **even)
     return HeldOut(
         engine,

@@ -43,3 +43,36 @@ def test_a_step_holds_the_same_rows_on_any_number_of_ranks():
             places = sorted(p for micros in ranks for micro in micros for p in micro)
             assert places == list(range(12 * step, 12 * step + 12))
         assert walk.imbalance(step, world=4) >= 1.0 == walk.imbalance(step, world=1)
+
+
+@pytest.mark.parametrize(("world", "micro_rows"), [(1, 4), (2, 3), (4, 2), (3, 5)])
+def test_like_rows_share_a_micro_batch_and_the_step_stays_what_it_was(world, micro_rows):
+    length = np.random.default_rng(2).integers(10, 200, 31)
+    pictured = np.random.default_rng(3).integers(0, 2, 31)
+
+    def rows_of(epoch, begin, end):
+        return [[i] for i in range(begin, end)]
+
+    def key(row):
+        return int(pictured[row[0]]), int(length[row[0]])
+
+    def padding(walk):
+        waste = 0
+        for step in range(walk.steps):
+            for rank in range(world):
+                for micro in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
+                    lengths = [int(length[p]) for p in micro if p < 31]
+                    waste += sum(max(lengths) - n for n in lengths)
+        return waste
+
+    options = {"units": 31, "rows_per_step": 12, "epochs": 1.0}
+    walk, plain = Walk(rows_of, alike=key, **options), Walk(rows_of, **options)
+    for step in range(walk.steps):
+        ranks = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
+        assert {len(micros) for micros in ranks} == {-(-12 // (world * micro_rows))}
+        places = [p for micros in ranks for micro in micros for p in micro]
+        assert sorted(places) == list(range(12 * step, min(12 * step + 12, 31)))
+        assert all(len(micro) <= micro_rows for micros in ranks for micro in micros)
+        in_order = [p for at_once in zip(*ranks, strict=True) for micro in at_once for p in micro]
+        assert in_order == sorted(in_order, key=lambda p: (key([p]), p))
+    assert padding(walk) < padding(plain)

@@ -38,6 +38,7 @@ def test_lora_stage() -> None:
     assert found.tune.llm.options == {"r": 128, "alpha": 256, "dropout": 0.05}
     assert found.tune.projector.lr == 2e-5 and found.tune.vision.mode == "frozen"
     assert found.train.rows_per_step == 16 * 2 * 8 and not found.data.packing
+    assert found.data.group and not config(PRETRAIN).data.group
     assert found.model.vision is not None
     assert (found.model.vision.fit, found.model.vision.layer) == ("pad", -2)
     assert found.model.chat.format == "vicuna_v1"
@@ -53,8 +54,9 @@ def test_first_stage() -> None:
 
 
 def test_flags_without_effect_are_told() -> None:
-    _, notes = config_from_flags(LORA.split())
-    assert any("--deepspeed" in note for note in notes) and any("--group_by_modality_length" in note for note in notes)
+    _, notes = config_from_flags([*LORA.split(), "--lazy_preprocess", "True"])
+    assert any("--deepspeed" in note for note in notes) and any("--lazy_preprocess" in note for note in notes)
+    assert not any("--group_by_modality_length" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def sample(rng: random.Random, *, prefix=(), length=9, record=0) -> Sample:
     return Sample(tuple(ids), tuple(supervised), (), record)
 
 
-def row_losses(llm, samples, *, share):
+def row_losses(llm, samples, *, share, vlm=None):
     row = build_row(samples, share=share)
-    vlm = VLM(llm, vision=None, projector=None)
+    vlm = vlm or VLM(llm, vision=None, projector=None)
     losses = vlm(
         input_ids=row.input_ids,
         positions=row.positions,

@@ -84,6 +84,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path, workers):
     [
         {"rows_per_step": 4, "micro_rows": 1},
         {"rows_per_step": 4, "micro_rows": 4},
+        {"rows_per_step": 4, "micro_rows": 4, "packing": False},
     ],
 )
 def test_splitting_a_step_differently_changes_nothing(tmp_path_factory, straight, change):
@@ -93,7 +94,8 @@ def test_splitting_a_step_differently_changes_nothing(tmp_path_factory, straight
         for part in ("data", "tokenizer", "vision"):
             os.symlink(straight / part, folder / part)
         train = {"steps": 3, "rows_per_step": 4, "micro_rows": micro, "precision": "fp32"}
-        assert run(tiny_config(folder, train=train)) == 0
+        data = {**tiny_config(folder).data.model_dump(), "packing": change.get("packing", True)}
+        assert run(tiny_config(folder, train=train, data=data)) == 0
         results.append((losses(folder / "run"), final_tensors(folder / "run")))
     for values, tensors in results[1:]:
         assert values == pytest.approx(results[0][0], abs=1e-5)
