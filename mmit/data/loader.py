@@ -61,13 +61,6 @@ class MicroBatch:
         self.tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in self.tensors.items()}
         self.target_records = torch.from_numpy(state["target_records"])
 
-    def to(self, device: torch.device) -> dict[str, Any]:
-        """Tensors on the device; `nodes` stays on the CPU, where the attention plan is made."""
-        return {
-            k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) and k != "nodes" else v
-            for k, v in self.tensors.items()
-        }
-
 
 def to_micro_batch(row: Row, *, spreads: Mapping[Hashable, Spread], tokens: int) -> MicroBatch:
     """Wrap a row; equal pictures are encoded once.

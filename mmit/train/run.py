@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mmit.config import Config
 from mmit.data.chat import ChatFormat
 from mmit.data.dataset import InstructionData, Scan
@@ -38,6 +36,7 @@ from mmit.train.saving import Saves
 from mmit.train.signals import EXIT_STOPPED, Leave, Stop, stop_asked
 from mmit.train.spikes import Spikes
 from mmit.train.trackers import open_trackers, require
+from mmit.train.upload import Upload
 from mmit.train.world import World, join_ranks, speaker
 
 __all__ = ["EXIT_STOPPED", "Evaluate", "run"]
@@ -120,7 +119,7 @@ def _train(
             plan=_plan(config, data, scan, parts.groups),
             progress=progress,
             log=log,
-            prepare=partial(_prepare, device=world.device, features=parts.features),
+            prepare=partial(_prepare, upload=Upload(world.device), features=parts.features),
             save=saves,
             on_bad=partial(note_bad, run_dir, world.rank),
             name_records=lambda step, places: record_names(
@@ -233,7 +232,7 @@ def _held_out_loss(
     return HeldOut(
         engine,
         lambda: closing(_batches(config, data, scan, walk, engine=engine, start=0, load_image=load_image)),
-        prepare=partial(_prepare, device=engine.device, features=None),
+        prepare=partial(_prepare, upload=Upload(engine.device), features=None),
         names=source_names(data),
         starts=data.starts,
         on_bad=partial(note_bad, Path(config.run.dir), engine.rank, name=BAD_RECORDS["eval"]),
@@ -266,11 +265,11 @@ def _batches(
     )
 
 
-def _prepare(batch: MicroBatch, *, device: torch.device, features: FeatureCache | None) -> dict[str, torch.Tensor]:
-    tensors = batch.to(device)
+def _prepare(batch: MicroBatch, *, upload: Upload, features: FeatureCache | None) -> dict[str, Any]:
+    tensors = dict(batch.tensors)
     if features is not None and batch.image_keys:
-        tensors["features"] = features.get(batch.image_keys).to(device, non_blocking=True)
-    return tensors
+        tensors["features"] = features.get(batch.image_keys)
+    return upload(tensors)
 
 
 def _write_model(config: Config, tokenizer: Any, chat: ChatFormat, draft: Path, vlm: VLM, step: int) -> None:

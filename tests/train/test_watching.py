@@ -118,7 +118,7 @@ def test_the_held_out_loss_is_that_of_the_checkpoint(straight):
     losses: dict[int, list[float]] = {0: [], 1: []}
     with torch.no_grad():
         for unit, batch in enumerate(micro_batches(data, scan, units, load_image=image_loader(preparation))):
-            losses[int(scan.source[unit])] += found.vlm(**batch.to(torch.device("cpu"))).tolist()
+            losses[int(scan.source[unit])] += found.vlm(**batch.tensors).tolist()
     means = [sum(each) / len(each) for each in (losses[0] + losses[1], losses[0], losses[1])]
     named = [last["eval"][name] for name in ("eval_loss", "eval_loss/seen", "eval_loss/held")]
     assert named == pytest.approx(means, abs=1e-5)

@@ -26,6 +26,7 @@ from mmit.records import Image, Record, Text, Turn, read_jsonl, write_jsonl
 from mmit.train.checkpoint import image_preparation
 from mmit.train.data_setup import image_loader, open_data
 from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
+from mmit.train.upload import Upload
 from mmit.train.world import World, join_ranks
 from tests.tiny_run import tiny_config
 
@@ -138,7 +139,7 @@ def accumulate(engine: Engine, batches: list[MicroBatch], targets: float) -> flo
     total = 0.0
     for i, batch in enumerate(batches):
         scale = batch.weight / max(targets, 1.0)
-        losses = engine.forward_backward(batch.to(engine.device), scale=scale, last=i == len(batches) - 1)
+        losses = engine.forward_backward(Upload(engine.device)(batch.tensors), scale=scale, last=i == len(batches) - 1)
         total += float(losses.sum()) * batch.weight / max(targets, 1.0)
     return total
 
