@@ -229,14 +229,23 @@ def _walk(config: Config, scan: Scan) -> Walk:
 def _micro_batches(
     config: Config, data: InstructionData, scan: Scan, walk: Walk, *, ranks: int
 ) -> Iterator[MicroBatch]:
-    """Some micro-batches of the first rank, evenly over the run, without pictures."""
+    """Some micro-batches, evenly over the run, without pictures.
+
+    Those of grouped records grow from the first in a step to the last, so their places are spread too: from the
+    largest, which decides about memory, to the smallest.
+    """
     t = config.train
     units: list[list[int]] = []
     short: list[list[int]] = []  # of a last step that has fewer rows
-    for step in np.unique(np.linspace(0, walk.steps - 1, MICROS).astype(int)).tolist():
-        positions = walk.micro_positions(step, rank=0, world=ranks, micro_rows=t.micro_rows)[0]
+    steps = np.unique(np.linspace(0, walk.steps - 1, MICROS).astype(int)).tolist()
+    micros = -(-t.rows_per_step // (ranks * t.micro_rows))
+    grouped = config.data.group and not config.data.packing and t.micro_rows > 1
+    last = ranks * micros - 1 if grouped else 0
+    for step, place in zip(steps, np.linspace(last, 0, len(steps)).astype(int).tolist(), strict=True):
+        micro, rank = divmod(place, ranks)
+        positions = walk.micro_positions(step, rank=rank, world=ranks, micro_rows=t.micro_rows)[micro]
         rows = [walk.row(p) for p in positions]
-        (units if all(rows) else short).append([u for row in rows if row for u in row])
+        (units if rows and all(rows) else short).append([u for row in rows if row for u in row])
     skip = config.run.on_bad_record == "skip"
     yield from micro_batches(data, scan, units or short[:1], load_image=None, skip_bad=skip)
 

@@ -165,6 +165,17 @@ def test_less_data_than_a_step_takes(folder, tmp_path):
     assert found.steps == 1 and 0 < found.fill < 1
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_grouped_micro_batches_stand_for_the_whole_step(folder, tmp_path, ranks):
+    """A step is an epoch here, and the four steps look at one of its four micro-batches each."""
+    config = tiny_config(folder, run={"dir": str(tmp_path)})
+    data = {**config.data.model_dump(), "packing": False}
+    train = {"steps": 4, "rows_per_step": 16, "micro_rows": 4}
+    found = forecast(tiny_config(folder, run={"dir": str(tmp_path)}, data=data, train=train), ranks=ranks)
+    assert found.row.crops * 4 == found.pictures == 12
+    assert found.row.supervised * 4 == found.supervised
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["dry_run=true", "--gpu", "h100", "--price", "2.5"], pytest.param(["--dry-run"], marks=pytest.mark.slow)],
