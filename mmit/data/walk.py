@@ -144,6 +144,10 @@ class Walk:
         share = (position - self._start(segment)) / (self._start(segment + 1) - self._start(segment))
         return epoch + (place * self._segment + share * self._length(segment)) / self._units
 
+    def micros(self, *, world: int, micro_rows: int) -> int:
+        """Micro-batches of a step on every rank."""
+        return -(-self.rows_per_step // (world * micro_rows))
+
     def micro_positions(self, step: int, *, rank: int, world: int, micro_rows: int) -> list[list[int]]:
         """Row positions of one step on one rank, micro-batch by micro-batch.
 
@@ -156,8 +160,8 @@ class Walk:
             mine = list(range(first + rank, first + self.rows_per_step, world))
         else:
             mine = [first + place for place in spread(self._costs(step), world)[rank]]
-        micros = -(-self.rows_per_step // (world * micro_rows))
-        return [mine[i * micro_rows : (i + 1) * micro_rows] for i in range(micros)]
+        count = self.micros(world=world, micro_rows=micro_rows)
+        return [mine[i * micro_rows : (i + 1) * micro_rows] for i in range(count)]
 
     def _alike_positions(self, step: int, *, world: int, micro_rows: int) -> list[list[int]]:
         """The step's rows cut into micro-batches by their keys: the first of every rank, the second, ..."""
@@ -165,7 +169,7 @@ class Walk:
         first = step * self.rows_per_step
         rows = [(self.row(p), p) for p in range(first, first + self.rows_per_step)]
         order = [p for _, p in sorted((self._alike(row), p) for row, p in rows if row)]
-        count = world * -(-self.rows_per_step // (world * micro_rows))
+        count = world * self.micros(world=world, micro_rows=micro_rows)
         cuts = [i * len(order) // count for i in range(count + 1)]
         return [order[begin:end] for begin, end in pairwise(cuts)]
 

@@ -118,7 +118,7 @@ def train(
         True when the walk was finished, False when stopped early.
     """
     source = iter(batches)
-    micros = len(walk.micro_positions(0, rank=engine.rank, world=engine.world, micro_rows=plan.micro_rows))
+    micros = walk.micros(world=engine.world, micro_rows=plan.micro_rows)
     better = _evaluate_if_due(evaluate, walk, plan, progress)  # a signal may have cut it short
     if better:
         save(progress)
