@@ -79,16 +79,11 @@ def read_foreign(
     if declared(folder) is not None:
         _need_chat(chat, folder)
         dtype = dtype or torch.float32
-        vlm, tokenizer, fit = read_llava(folder, base=base, tower=tower, dtype=dtype, **place)
+        vlm, tokenizer, image = read_llava(folder, base=base, tower=tower, dtype=dtype, **place)
         eye = vlm.vision
         assert eye is not None and chat is not None
-        image = {
-            "size": list(eye.image_size),
-            "mode": fit,
-            "interpolation": eye.interpolation,
-            "fill": [int(255 * m) for m in eye.mean],
-        }
-        options = {"layer": -1, "select": "cls_patch" if eye.prefix else "patch", "fit": fit}
+        select = "cls_patch" if eye.prefix else "patch"
+        options = {"layer": -1, "select": select, "fit": image["mode"], "tiles": image.get("tiles", {})}
         return Foreign(vlm, tokenizer, chat_format(chat, tokenizer), image, hf_tower(eye), options, dtype)
     raise ModelError(
         "its config.json declares no layout that mmit reads",

@@ -122,7 +122,9 @@ def test_lora(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres'"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
+        ({"image_aspect_ratio": "anyres"}, "mm_patch_merge_type 'flat'"),
+        ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"}, "image_grid_pinpoints is None"),
         ({"mm_use_im_start_end": True}, "mm_use_im_start_end"),
         ({"mm_projector_type": "identity"}, "mm_projector_type is 'identity'"),
         ({"hidden_size": 64}, "hidden_size 64 instead of 16"),

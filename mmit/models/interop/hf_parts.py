@@ -125,7 +125,7 @@ def write_llava(
             where="export --format llava",
             remedy=f"it has {', '.join(LLAVA_CLASSES)}; use --format llava-hf",
         )
-    if vlm.vision.kind != "hf" or fit == "resize":
+    if vlm.vision.kind != "hf" or fit not in ("pad", "crop"):
         raise ModelError(
             f"LLaVA's code reads transformers' CLIP towers with padded or cropped pictures, not {vlm.vision.kind} "
             f"{vlm.vision.name} with fit: {fit}",
@@ -197,17 +197,20 @@ def _projector_type(projector: Any) -> str:
 def read_llava_projector(path: Path, projector: torch.nn.Module) -> None:
     """Load LLaVA's `mm_projector.bin` or `non_lora_trainables.bin` into a projector; any prefix is legal.
 
+    A projector with a `line_end` takes it from `image_newline`.
+
     Raises ModelError with what is missing, left over or of another shape.
     """
-    mark = "mm_projector."
+    mark, own = "mm_projector.", _llava_projector(projector)
     found, other = {}, []
     for key, value in load_tensors(path).items():
         if mark in key:
             found[key.split(mark, 1)[1]] = value.float()
+        elif "line_end" in own and key.split(".")[-1] == "image_newline":
+            found["line_end"] = value.float()
         else:
             other.append(key)
     complain("holds more than a projector", left_over=other, where=str(path))
-    own = _llava_projector(projector)
     complain(
         "the projector does not fit",
         missing=own.keys() - found.keys(),
@@ -217,4 +220,5 @@ def read_llava_projector(path: Path, projector: torch.nn.Module) -> None:
         remedy="check mm_projector_type, the tower's width and the LLM's width",
     )
     single = len(projector.layers) == 1  # type: ignore[arg-type]
-    projector.load_state_dict({f"layers.{'0.' if single else ''}{key}": value for key, value in found.items()})
+    front = f"layers.{'0.' if single else ''}"
+    projector.load_state_dict({key if key == "line_end" else front + key: value for key, value in found.items()})

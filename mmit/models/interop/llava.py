@@ -2,8 +2,9 @@
 
 Goes in: a folder with LLaVA's config.json and its weights in one of three layouts: the whole model; `mm_projector.bin`
 beside a base; a LoRA adapter and `non_lora_trainables.bin` beside a base. Comes out: the composite with the adapter
-merged. The tower is the one in the shards where there is one (it may be fine-tuned), else `mm_vision_tower`. Refuses
-what those fields say that mmit does not compute: tiles (anyres), image start and end tokens, other projectors.
+merged, and how its pictures are prepared, LLaVA-1.6's tiles (anyres) included. The tower is the one in the shards
+where there is one (it may be fine-tuned), else `mm_vision_tower`. Refuses what those fields say that mmit does not
+compute: tiles that are not joined to one picture, image start and end tokens, other projectors.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ PREFIXES = (
     ("", "llm", ""),
 )
 
+NEWLINE = (("model.image_newline", "newline", ""),)
+
 
 def declared(folder: Path) -> dict[str, Any] | None:
     """Return config.json if it declares one of LLaVA's own classes, else None."""
@@ -55,7 +58,7 @@ def read_llava(
     tower: str | None = None,
     dtype: torch.dtype = torch.float32,
     **place: Any,
-) -> tuple[VLM, PreTrainedTokenizerBase, str]:
+) -> tuple[VLM, PreTrainedTokenizerBase, dict[str, Any]]:
     """Read a folder of LLaVA.
 
     Args:
@@ -66,7 +69,7 @@ def read_llava(
         place: packed, device_map, offload and quantization of the LLM, see `load_llm`.
 
     Returns:
-        (composite, tokenizer, how pictures are fitted: "pad" or "crop").
+        (composite, tokenizer, how pictures are prepared: the arguments of `data.preparation.ImagePreparation`).
 
     Raises:
         ModelError: the folder is incomplete, does not fit its base, or asks for what mmit does not compute.
@@ -75,6 +78,7 @@ def read_llava(
     if config is None:
         raise ModelError("its config.json declares none of LLaVA's classes", where=where)
     fit = _check(config, where)
+    line_end = fit.get("tiles", {}).get("line_ends", False)
     eye = build_vision(
         "hf",
         tower or config["mm_vision_tower"],
@@ -84,7 +88,8 @@ def read_llava(
     )
     rest = next((folder / n for n in ("non_lora_trainables.bin", "mm_projector.bin") if (folder / n).exists()), None)
     if rest is None:
-        parts = split_by_prefix(folder_tensors(folder), PREFIXES, where=where)
+        prefixes = (*NEWLINE, *PREFIXES) if line_end else PREFIXES
+        parts = split_by_prefix(folder_tensors(folder), prefixes, where=where)
         llm: Any = _whole_llm(config, parts["llm"], dtype=dtype, where=where, **place)
         if parts["vision"]:
             _tower_weights(eye, parts["vision"], where)
@@ -108,24 +113,67 @@ def read_llava(
                     llm = PeftModel.from_pretrained(llm, where).merge_and_unload()
     depth = _depth(config.get("mm_projector_type", "linear"), where)
     width = llm.get_input_embeddings().weight.shape[1]
-    projector = build_projector("mlp", vision_dim=eye.dim, llm_dim=width, grid=eye.grid, prefix=eye.prefix, depth=depth)
+    projector = build_projector(
+        "mlp",
+        vision_dim=eye.dim,
+        llm_dim=width,
+        grid=eye.grid,
+        prefix=eye.prefix,
+        depth=depth,
+        line_end=line_end,
+    )
     if rest is not None:
         read_llava_projector(rest, projector)
     else:
         own = {f"layers.{'0.' if depth == 1 else ''}{key}": value for key, value in parts["projector"].items()}
-        fill_module(projector, own, where=f"{where}, mm_projector")
-    return VLM(llm, vision=eye, projector=projector.to(dtype)), tokenizer, fit
+        if newline := parts.get("newline"):
+            own["line_end"] = newline[""]
+        fill_module(projector, own, where=f"{where}, mm_projector and image_newline (line_end)")
+    image = {"size": list(eye.image_size), "interpolation": eye.interpolation, "fill": [int(255 * m) for m in eye.mean]}
+    return VLM(llm, vision=eye, projector=projector.to(dtype)), tokenizer, {**image, **fit}
 
 
-def _check(config: dict[str, Any], where: str) -> str:
-    """Return how pictures are fitted. Raises ModelError for fields that mmit cannot honour."""
+def _check(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return mode of the fit, and fill and tiles of anyres. Raises ModelError for fields that mmit cannot honour."""
     aspect = config.get("image_aspect_ratio") or "square"
-    if aspect not in ("pad", "square"):
-        raise ModelError(f"image_aspect_ratio is '{aspect}'", where=where, remedy="mmit reads pad and square")
+    if aspect not in ("pad", "square", "anyres"):
+        raise ModelError(f"image_aspect_ratio is '{aspect}'", where=where, remedy="mmit reads pad, square and anyres")
     for field in ("mm_use_im_start_end", "mm_use_im_patch_token"):
         if config.get(field):
             raise ModelError(f"{field} is set: images stand between tokens of their own", where=where)
-    return {"pad": "pad", "square": "crop"}[aspect]
+    return _tiles(config, where) if aspect == "anyres" else {"mode": {"pad": "pad", "square": "crop"}[aspect]}
+
+
+def _tiles(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """How LLaVA-1.6 cuts a picture. Its canvases are (W, H), as a tiling's are; its padding is black."""
+    merge = config.get("mm_patch_merge_type") or "flat"
+    if merge not in ("spatial", "spatial_unpad"):
+        raise ModelError(
+            f"image_aspect_ratio is 'anyres' and mm_patch_merge_type '{merge}'",
+            where=where,
+            remedy="mmit joins the tiles of a picture: it reads spatial_unpad and spatial",
+        )
+    if config.get("mm_vision_select_feature", "patch") != "patch":
+        raise ModelError(
+            "keeps the class token, so that its tiles join to no picture",
+            where=where,
+            remedy="mmit reads mm_vision_select_feature 'patch' with anyres",
+        )
+    told = config.get("image_grid_pinpoints")
+    try:  # training writes the text of its flag: a list of tuples
+        found = json.loads(told.translate(str.maketrans("()", "[]"))) if isinstance(told, str) else told
+        pinpoints = [[int(width), int(height)] for width, height in found or ()]
+    except (ValueError, TypeError):
+        pinpoints = []
+    if not pinpoints:
+        raise ModelError(
+            f"image_grid_pinpoints is {told!r}, no list of canvases",
+            where=where,
+            remedy="give (width, height) in pixels, LLaVA-1.6's are [[336, 672], [672, 336], [672, 672], ...]",
+        )
+    unpad = merge == "spatial_unpad"
+    tiles = {"pinpoints": pinpoints, "unpad": unpad, "line_ends": unpad}
+    return {"mode": "any_resolution", "fill": [0, 0, 0], "tiles": tiles}
 
 
 def _depth(kind: str, where: str) -> int:
