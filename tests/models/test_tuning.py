@@ -165,7 +165,7 @@ def test_the_method_is_one_line_of_a_run(folder, tmp_path, mode):
     assert torch.isfinite(logits(loaded.vlm)).all()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_vision_methods_and_resume(folder, tmp_path, precision):
     tune = {
         "vision": {"mode": "lora", "lr": 1e-3, "options": {"r": 2}},
@@ -186,7 +186,10 @@ def test_vision_methods_and_resume(folder, tmp_path, precision):
     assert "tune.llm" in error.value.remedy
 
 
-@pytest.mark.parametrize("llm, vision", [("frozen", "frozen"), ("lora", "lora"), ("houlsby", "layernorm")])
+@pytest.mark.parametrize(
+    "llm, vision",
+    [pytest.param("frozen", "frozen", marks=pytest.mark.slow), ("lora", "lora"), ("houlsby", "layernorm")],
+)
 def test_a_second_stage_keeps_what_the_first_trained_whole(folder, tmp_path, llm, vision):
     train = {"steps": 2, "rows_per_step": 2, "precision": "fp32"}
     full = {"llm": {"mode": "full", "lr": 0.1}, "vision": {"mode": "full", "lr": 0.1}}

@@ -122,6 +122,7 @@ def test_bytes_are_those_that_are_alive(folder, case, precision, recompute):
     assert found.trained == sum(p.numel() for g in groups for _, p in g.parameters)
 
 
+@pytest.mark.slow
 def test_less_is_alive_the_more_is_recomputed_and_the_gradients_stay(folder):
     config = wider(folder, "llm lora")
     alive, gradients = [], []

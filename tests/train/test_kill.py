@@ -172,6 +172,7 @@ def resumed_at(course: Course, name: str, stops: list[int], workers: list[int]) 
     course.equals(name)
 
 
+@pytest.mark.slow
 def test_resumed_twice_with_other_workers(course):
     resumed_at(course, "resumed", [5, 10], [0, 2, 0])
 

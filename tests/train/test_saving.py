@@ -39,6 +39,7 @@ def contents(run_dir: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run_dir)): p.read_bytes() for p in kept}
 
 
+@pytest.mark.slow
 def test_a_background_save_equals_a_foreground_one_while_training_goes_on(tmp_path, monkeypatch):
     assert run(config_of(tmp_path, "front", background=False)) == 0
     real, writers, ahead = checkpoint.write_model, set(), []
@@ -127,6 +128,7 @@ def in_child(config: Config, moment: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 def test_kill_during_a_background_save_leaves_the_one_before(tmp_path):
     config = config_of(tmp_path, "killed", background=True)
     main = os.getpid()
