@@ -18,6 +18,7 @@ from mmit.errors import ConfigError, ModelError, nearest
 from mmit.models.interop.hf_towers import hf_tower
 from mmit.models.interop.llava import declared, read_llava
 from mmit.models.interop.llava_hf import LlavaHF, is_llava_hf, read_llava_hf
+from mmit.models.interop.tinyllava import read_tinyllava, tinyllava_config
 from mmit.models.llm import usable_device
 from mmit.models.vlm import VLM
 
@@ -45,7 +46,7 @@ class Foreign:
 
 def is_foreign(folder: Path) -> bool:
     """Tell whether a folder declares a layout that `read_foreign` takes."""
-    return is_llava_hf(folder) or declared(folder) is not None
+    return is_llava_hf(folder) or declared(folder) is not None or tinyllava_config(folder) is not None
 
 
 def read_foreign(
@@ -60,7 +61,7 @@ def read_foreign(
     """Read a folder of another project.
 
     Args:
-        folder: a llava-hf folder, or one of LLaVA's own.
+        folder: a llava-hf folder, one of LLaVA's own, or TinyLLaVA's.
         dtype: number format; None takes the folder's own, of LLaVA's own float32.
         chat: a chat format in place of the folder's chat template.
         base: the LLM that an adapter or projector of LLaVA's belongs to.
@@ -76,10 +77,14 @@ def read_foreign(
         form = chat_format(chat, found.tokenizer) if chat else _template_format(found)
         whole = (found.vision_config, found.vision_state)
         return Foreign(found.vlm, found.tokenizer, form, found.image, whole, found.vision_options, found.dtype)
-    if declared(folder) is not None:
+    own = declared(folder) is not None
+    if own or tinyllava_config(folder) is not None:
         _need_chat(chat, folder)
         dtype = dtype or torch.float32
-        vlm, tokenizer, image = read_llava(folder, base=base, tower=tower, dtype=dtype, **place)
+        if own:
+            vlm, tokenizer, image = read_llava(folder, base=base, tower=tower, dtype=dtype, **place)
+        else:
+            vlm, tokenizer, image = read_tinyllava(folder, tower=tower, dtype=dtype, **place)
         eye = vlm.vision
         assert eye is not None and chat is not None
         select = "cls_patch" if eye.prefix else "patch"
@@ -88,7 +93,8 @@ def read_foreign(
     raise ModelError(
         "its config.json declares no layout that mmit reads",
         where=str(folder),
-        remedy="mmit reads llava-hf folders (LlavaForConditionalGeneration) and LLaVA's own (Llava...ForCausalLM)",
+        remedy="mmit reads llava-hf folders (LlavaForConditionalGeneration), LLaVA's own (Llava...ForCausalLM) "
+        "and TinyLLaVA's",
     )
 
 

@@ -20,6 +20,7 @@ from mmit.models.interop.llava_hf import read_llava_hf
 from mmit.models.vlm import VLM
 from mmit.train.checkpoint import load_model
 from tests.interop.llava_models import make_llava_hf
+from tests.tiny_run import write_records
 
 FIELDS = {
     "model_type": "llava_llama",
@@ -148,3 +149,22 @@ def test_an_import_starts_from_llavas_files(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["import-model", str(out), str(tmp_path / "start"), *options])
     assert result.exit_code == 0, result.output
     compare(load_model(tmp_path / "start", device="cpu"), vlm, tokenizer)
+
+
+def test_chat_and_eval_take_a_projector_with_its_base(tmp_path: Path) -> None:
+    _, _, projector = parts(tmp_path)
+    out = tmp_path / "llava"
+    write_config(out, tmp_path)
+    torch.save({f"model.{k}": v for k, v in projector.items()}, out / "mm_projector.bin")
+    options = ["--chat", "vicuna_v1", "--base", str(tmp_path / "base"), "--device", "cpu"]
+    asked = CliRunner().invoke(app, ["chat", str(out), *options, "--prompt", "What?", "--max-new-tokens", "3"])
+    assert asked.exit_code == 0, asked.output
+    data = write_records(tmp_path / "data", count=2, text_only=0)
+    task = tmp_path / "task.yaml"
+    task.write_text(json.dumps({"name": "colours", "records": str(data), "metric": "exact", "max_new_tokens": 3}))
+    told = ["eval", str(out), *options, "--task", str(task), "--out", str(tmp_path / "scores"), "--probe", "none"]
+    scored = CliRunner().invoke(app, told)
+    assert scored.exit_code == 0, scored.output
+    assert list((tmp_path / "scores").rglob("*.json"))
+    bare = CliRunner().invoke(app, ["chat", str(out), "--chat", "vicuna_v1", "--prompt", "What?"])
+    assert bare.exit_code != 0

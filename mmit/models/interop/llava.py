@@ -77,7 +77,7 @@ def read_llava(
     config, where = declared(folder), str(folder)
     if config is None:
         raise ModelError("its config.json declares none of LLaVA's classes", where=where)
-    fit = _check(config, where)
+    fit = picture_fit(config, where)
     line_end = fit.get("tiles", {}).get("line_ends", False)
     eye = build_vision(
         "hf",
@@ -92,7 +92,7 @@ def read_llava(
         parts = split_by_prefix(folder_tensors(folder), prefixes, where=where)
         llm: Any = _whole_llm(config, parts["llm"], dtype=dtype, where=where, **place)
         if parts["vision"]:
-            _tower_weights(eye, parts["vision"], where)
+            own_tower(eye, parts["vision"], where)
         tokenizer = load_tokenizer(where)
     else:
         if base is None:
@@ -111,7 +111,7 @@ def read_llava(
             with explained(where, remedy="is this the base that the adapter was trained on?"):
                 with quietly():
                     llm = PeftModel.from_pretrained(llm, where).merge_and_unload()
-    depth = _depth(config.get("mm_projector_type", "linear"), where)
+    depth = projector_depth(config.get("mm_projector_type", "linear"), where)
     width = llm.get_input_embeddings().weight.shape[1]
     projector = build_projector(
         "mlp",
@@ -133,7 +133,7 @@ def read_llava(
     return VLM(llm, vision=eye, projector=projector.to(dtype)), tokenizer, {**image, **fit}
 
 
-def _check(config: dict[str, Any], where: str) -> dict[str, Any]:
+def picture_fit(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Return mode of the fit, and fill and tiles of anyres. Raises ModelError for fields that mmit cannot honour."""
     aspect = config.get("image_aspect_ratio") or "square"
     if aspect not in ("pad", "square", "anyres"):
@@ -176,10 +176,11 @@ def _tiles(config: dict[str, Any], where: str) -> dict[str, Any]:
     return {"mode": "any_resolution", "fill": [0, 0, 0], "tiles": tiles}
 
 
-def _depth(kind: str, where: str) -> int:
+def projector_depth(kind: str, where: str, *, field: str = "mm_projector_type") -> int:
+    """Return how many linear layers a projector has. Raises ModelError for other projectors."""
     found = re.fullmatch(r"mlp(\d+)x_gelu", kind)
     if kind != "linear" and found is None:
-        raise ModelError(f"mm_projector_type is '{kind}'", where=where, remedy="mmit reads linear and mlpNx_gelu")
+        raise ModelError(f"{field} is '{kind}'", where=where, remedy="mmit reads linear and mlpNx_gelu")
     return int(found[1]) if found else 1
 
 
@@ -207,7 +208,7 @@ def _same_base(config: dict[str, Any], llm: Any, *, base: str, where: str) -> No
         raise ModelError(f"does not belong to {base}: it was trained with {', '.join(wrong)}", where=where)
 
 
-def _tower_weights(eye: VisionTower, tensors: dict[str, torch.Tensor], where: str) -> None:
+def own_tower(eye: VisionTower, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Put the folder's own tower, which may be fine-tuned, in place of the stock one."""
     core = getattr(eye.encoder.model, "vision_model", eye.encoder.model)
     needed = core.state_dict()
