@@ -87,7 +87,7 @@ def read_tinyllava(
             remedy="mmit reads TinyLLaVA's models with a CLIP tower",
         )
     own_tower(eye, parts["vision"], where)
-    llm = language_model(_text(config, where), parts["llm"], dtype=dtype, where=where, **place)
+    llm: Any = language_model(_text(config, where), parts["llm"], dtype=dtype, where=where, **place)
     width = llm.get_input_embeddings().weight.shape[1]
     projector = build_projector("mlp", vision_dim=eye.dim, llm_dim=width, grid=eye.grid, prefix=eye.prefix, depth=depth)
     own = {f"layers.{'0.' if depth == 1 else ''}{key}": value for key, value in parts["projector"].items()}
