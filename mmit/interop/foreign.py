@@ -6,7 +6,7 @@ layout is told by what the folder declares (config.json), never by its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mmit.errors import ConfigError, ModelError, nearest
 from mmit.models.interop.hf_towers import hf_tower
 from mmit.models.interop.llava import declared, read_llava
 from mmit.models.interop.llava_hf import LlavaHF, is_llava_hf, read_llava_hf
+from mmit.models.interop.prismatic import prismatic_config, read_prismatic
 from mmit.models.interop.tinyllava import read_tinyllava, tinyllava_config
 from mmit.models.llm import usable_device
 from mmit.models.vlm import VLM
@@ -25,6 +26,12 @@ from mmit.models.vlm import VLM
 __all__ = ["Foreign", "check_options", "is_foreign", "read_foreign", "settle"]
 
 OPTIONS = ("chat", "base", "tower")
+# what tells a layout by its config.json -> what reads it
+READERS_BY_CONFIG: dict[Callable[[Path], Any], Callable[..., Any]] = {
+    declared: read_llava,
+    tinyllava_config: read_tinyllava,
+    prismatic_config: read_prismatic,
+}
 
 
 @dataclass
@@ -46,7 +53,7 @@ class Foreign:
 
 def is_foreign(folder: Path) -> bool:
     """Tell whether a folder declares a layout that `read_foreign` takes."""
-    return is_llava_hf(folder) or declared(folder) is not None or tinyllava_config(folder) is not None
+    return is_llava_hf(folder) or any(told(folder) is not None for told in READERS_BY_CONFIG)
 
 
 def read_foreign(
@@ -61,11 +68,11 @@ def read_foreign(
     """Read a folder of another project.
 
     Args:
-        folder: a llava-hf folder, one of LLaVA's own, or TinyLLaVA's.
+        folder: a llava-hf folder, one of LLaVA's own, TinyLLaVA's, or a run folder of prismatic-vlms.
         dtype: number format; None takes the folder's own, of LLaVA's own float32.
         chat: a chat format in place of the folder's chat template.
-        base: the LLM that an adapter or projector of LLaVA's belongs to.
-        tower: hub id or folder in place of the vision tower that a LLaVA folder names.
+        base: the LLM that an adapter or projector of LLaVA's, or a Prismatic VLM, belongs to.
+        tower: hub id or folder in place of the vision tower that the folder names; of Prismatic, a timm name.
         place: packed, device_map, offload and quantization of the LLM, see `models.llm.load_llm`.
 
     Raises:
@@ -77,14 +84,13 @@ def read_foreign(
         form = chat_format(chat, found.tokenizer) if chat else _template_format(found)
         whole = (found.vision_config, found.vision_state)
         return Foreign(found.vlm, found.tokenizer, form, found.image, whole, found.vision_options, found.dtype)
-    own = declared(folder) is not None
-    if own or tinyllava_config(folder) is not None:
+    read = next((read for told, read in READERS_BY_CONFIG.items() if told(folder) is not None), None)
+    if read is not None:
         _need_chat(chat, folder)
         dtype = dtype or torch.float32
-        if own:
-            vlm, tokenizer, image = read_llava(folder, base=base, tower=tower, dtype=dtype, **place)
-        else:
-            vlm, tokenizer, image = read_tinyllava(folder, tower=tower, dtype=dtype, **place)
+        if read is not read_tinyllava:  # all of a TinyLLaVA is in its folder
+            place["base"] = base
+        vlm, tokenizer, image = read(folder, tower=tower, dtype=dtype, **place)
         eye = vlm.vision
         assert eye is not None and chat is not None
         select = "cls_patch" if eye.prefix else "patch"
@@ -93,8 +99,8 @@ def read_foreign(
     raise ModelError(
         "its config.json declares no layout that mmit reads",
         where=str(folder),
-        remedy="mmit reads llava-hf folders (LlavaForConditionalGeneration), LLaVA's own (Llava...ForCausalLM) "
-        "and TinyLLaVA's",
+        remedy="mmit reads llava-hf folders (LlavaForConditionalGeneration), LLaVA's own (Llava...ForCausalLM), "
+        "TinyLLaVA's and run folders of prismatic-vlms",
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import pickle
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -57,26 +58,19 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     where = str(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
+    if path.suffix != ".safetensors":
         if path.suffix not in PICKLED:
             raise ModelError(
                 f"unknown weight format '{path.suffix}'",
                 where=where,
                 remedy=f"valid: .safetensors, {', '.join(PICKLED)}",
             )
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            "the file holds more than tensors, and reading it could run code",
-            where=where,
-            remedy="save its state_dict as .safetensors",
-        ) from error
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise ModelError(
-            f"cannot be read: {error}", where=where, remedy="is the download complete?"
-        ) from error
+        loaded = load_pickle(path)
+    else:
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(error, where) from error
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -85,6 +79,25 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
             "not a flat dict of named tensors", where=where, remedy="save model.state_dict() as .safetensors"
         )
     return dict(loaded)
+
+
+def load_pickle(path: Path) -> Any:
+    """Read what torch.save wrote, on the CPU, if it holds tensors and plain containers alone. Raises ModelError."""
+    where = str(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ModelError(
+            "the file holds more than tensors, and reading it could run code",
+            where=where,
+            remedy="save its state_dict as .safetensors",
+        ) from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise _unreadable(error, where) from error
+
+
+def _unreadable(error: Exception, where: str) -> ModelError:
+    return ModelError(f"cannot be read: {error}", where=where, remedy="is the download complete?")
 
 
 def _existing(path: Path, *, where: str) -> Path:

@@ -113,35 +113,44 @@ def _from_open_clip(tower: VisionTower, visual: Any) -> Converted:
 
 
 def _from_timm(tower: VisionTower, model: Any) -> Converted:
-    """SigLIP's vision transformer in timm (arXiv:2303.15343) as transformers' SiglipVisionModel."""
+    """CLIP's or SigLIP's (arXiv:2303.15343) vision transformer in timm as transformers' class of that name."""
     blocks = list(model.blocks)
-    block = blocks[0]
+    block, patches = blocks[0], model.patch_embed.proj
+    clip = model.cls_token is not None and isinstance(model.norm_pre, nn.LayerNorm)
+    kind = "CLIP" if clip else "SigLIP"
+    config_class: Any = CLIPVisionConfig if clip else SiglipVisionConfig
+    places = tower.grid[0] * tower.grid[1] + clip
     unlike = {
-        "a class or register token": model.cls_token is not None or getattr(model, "reg_token", None) is not None,
-        "a norm before its blocks": not isinstance(model.norm_pre, nn.Identity),
+        "a class token and no norm before its blocks": model.cls_token is not None and not clip,
+        "register tokens": getattr(model, "reg_token", None) is not None,
+        "a norm before its blocks": not clip and not isinstance(model.norm_pre, nn.Identity),
         "layer scale": not isinstance(block.ls1, nn.Identity),
         "norms on queries and keys": not isinstance(block.attn.q_norm, nn.Identity),
-        "no bias in its patch embedding": model.patch_embed.proj.bias is None,
+        "a bias in its patch embedding": clip and patches.bias is not None,
+        "no bias in its patch embedding": not clip and patches.bias is None,
         "no bias in its attention": block.attn.qkv.bias is None,
+        "no position for its class token": model.pos_embed.shape[1] != places,
     }
     if any(unlike.values()):
-        _refuse(tower, f"it has {', '.join(what for what, so in unlike.items() if so)}, unlike SigLIP")
-    config = SiglipVisionConfig(
+        _refuse(tower, f"it has {', '.join(what for what, so in unlike.items() if so)}, unlike {kind}")
+    config = config_class(
         hidden_size=tower.dim,
         intermediate_size=block.mlp.fc1.out_features,
         num_hidden_layers=len(blocks),
         num_attention_heads=block.attn.num_heads,
         image_size=tower.image_size[0],
-        patch_size=model.patch_embed.proj.kernel_size[0],
+        patch_size=patches.kernel_size[0],
         hidden_act=_activation(tower, block.mlp.act),
         layer_norm_eps=block.norm1.eps,
-        vision_use_head=False,
+        **({} if clip else {"vision_use_head": False}),
     )
-    state = {
-        "embeddings.patch_embedding.weight": model.patch_embed.proj.weight,
-        "embeddings.patch_embedding.bias": model.patch_embed.proj.bias,
-        "embeddings.position_embedding.weight": model.pos_embed[0],
-    }
+    state = {"embeddings.patch_embedding.weight": patches.weight}
+    state["embeddings.position_embedding.weight"] = model.pos_embed[0]
+    if clip:
+        state["embeddings.class_embedding"] = model.cls_token[0, 0]
+        state |= {"pre_layrnorm.weight": model.norm_pre.weight, "pre_layrnorm.bias": model.norm_pre.bias}
+    else:
+        state["embeddings.patch_embedding.bias"] = patches.bias
     names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
     for number, layer in enumerate(blocks):
         own = layer.state_dict()
