@@ -44,7 +44,7 @@ def chat(
     chat_format: Annotated[
         str | None, typer.Option("--chat", help="Chat format of a folder of another project, such as vicuna_v1.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="LLM that a LLaVA adapter or projector belongs to.")] = None,
+    base: Annotated[str | None, typer.Option(help="LLM of a LLaVA adapter or projector, or a Prismatic VLM.")] = None,
 ) -> None:
     """Talk with a trained model.
 

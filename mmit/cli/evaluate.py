@@ -71,7 +71,7 @@ def evaluate(
     chat: Annotated[
         str | None, typer.Option(help="Chat format of a folder of another project, such as vicuna_v1.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="LLM that a LLaVA adapter or projector belongs to.")] = None,
+    base: Annotated[str | None, typer.Option(help="LLM of a LLaVA adapter or projector, or a Prismatic VLM.")] = None,
     endpoint_model: Annotated[str | None, typer.Option(help="Model of the endpoint that is evaluated.")] = None,
     judge_url: Annotated[
         str | None, typer.Option(envvar="MMIT_JUDGE_URL", help="Base URL of the judge, for tasks that need one.")

@@ -204,13 +204,13 @@ def _tell(difference: float, limit: float, what: str = "logit") -> None:
 
 def import_model(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A llava-hf folder, or one of LLaVA's own, or a hub id.")
+        str, typer.Argument(metavar="SRC", help="A folder of llava-hf, LLaVA, TinyLLaVA or Prismatic, or a hub id.")
     ],
     out: Annotated[Path, typer.Argument(metavar="DST", help="Checkpoint folder to write; must not exist.")],
     *,
     chat: Annotated[str | None, typer.Option(help="Chat format in place of the folder's template.")] = None,
-    base: Annotated[str | None, typer.Option(help="LLM that a LLaVA adapter or projector belongs to.")] = None,
-    tower: Annotated[str | None, typer.Option(help="Vision tower in place of the one a LLaVA folder names.")] = None,
+    base: Annotated[str | None, typer.Option(help="LLM of a LLaVA adapter or projector, or a Prismatic VLM.")] = None,
+    tower: Annotated[str | None, typer.Option(help="Vision tower in place of the one that the folder names.")] = None,
 ) -> None:
     """Make an mmit checkpoint of another project's model, to start training from.
 

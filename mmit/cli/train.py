@@ -30,10 +30,13 @@ def train(
         typer.Option(
             "--from",
             metavar="FOLDER|HUB_ID",
-            help="In place of a YAML: start from this llava-hf (or LLaVA) model; everything else is an override.",
+            help="In place of a YAML: start from this model (llava-hf, LLaVA, TinyLLaVA, Prismatic); all else is an "
+            "override.",
         ),
     ] = None,
     chat: Annotated[str | None, typer.Option(help="With --from: its chat format, if it has no template.")] = None,
+    base: Annotated[str | None, typer.Option(help="With --from: the LLM that it is built on, as import-model.")] = None,
+    tower: Annotated[str | None, typer.Option(help="With --from: its vision tower, as import-model.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Forecast the run without weights: steps, FLOPs, memory, time, price.")
     ] = False,
@@ -65,8 +68,11 @@ def train(
     if source is not None:
         if config is not None:
             raise typer.BadParameter("give a config or a model to start from, not both", param_hint="--from")
-        file, overrides = start_from(source, overrides_of(arguments or []), chat=chat)
+        file, overrides = start_from(source, overrides_of(arguments or []), chat=chat, base=base, tower=tower)
     else:
+        for option, value in (("--chat", chat), ("--base", base), ("--tower", tower)):
+            if value is not None:
+                raise typer.BadParameter("belongs to a model to start from: give --from too", param_hint=option)
         file, overrides = split_arguments(config, arguments or [])
     asked, overrides = _dry_run(overrides)
 
@@ -97,8 +103,11 @@ def overrides_of(arguments: list[str]) -> list[str]:
     return [f"run.{text}" if text.startswith("resume=") else text for text in arguments]
 
 
-def start_from(source: str, overrides: list[str], *, chat: str | None) -> tuple[Path, list[str]]:
-    """Import a model into the run's folder, unless an earlier start did, and return its config with the overrides."""
+def start_from(source: str, overrides: list[str], **options: str | None) -> tuple[Path, list[str]]:
+    """Import a model into the run's folder, unless an earlier start did, and return its config with the overrides.
+
+    `options` are those of `read_foreign`.
+    """
     from mmit.cli.export import make_start
     from mmit.errors import ConfigError
 
@@ -109,7 +118,7 @@ def start_from(source: str, overrides: list[str], *, chat: str | None) -> tuple[
     run_dir = given[-1] if given else f"runs/{Path(source).name.partition('@')[0]}"
     start = Path(run_dir) / "start"
     if not (start / "manifest.json").exists():
-        make_start(source, start, chat=chat)
+        make_start(source, start, **options)
     return start / "config.yaml", [f"run.dir={run_dir}", *overrides]
 
 

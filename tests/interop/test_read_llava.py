@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor
 from typer.testing import CliRunner
 
 from mmit.cli import app
@@ -35,9 +36,9 @@ FIELDS = {
 THEIRS = {"linear_1": "0", "linear_2": "2"}
 
 
-def parts(folder: Path) -> tuple[VLM, Any, dict[str, torch.Tensor]]:
+def parts(folder: Path, **options: Any) -> tuple[VLM, Any, dict[str, torch.Tensor]]:
     """A model of transformers as the reference: composite, tokenizer, its projector under LLaVA's names."""
-    make_llava_hf(folder / "hf", tokens="llama_legacy")
+    make_llava_hf(folder / "hf", tokens="llama_legacy", **options)
     found = read_llava_hf(folder / "hf")
     weights = load_file(folder / "hf" / "model.safetensors")
     projector = {}
@@ -51,6 +52,7 @@ def parts(folder: Path) -> tuple[VLM, Any, dict[str, torch.Tensor]]:
     save_file(
         {f"vision_model.{k}": v for k, v in tower.items()}, folder / "tower" / "model.safetensors", {"format": "pt"}
     )
+    CLIPImageProcessor().save_pretrained(folder / "tower")  # the constants of both kinds of tower here
     found.vlm.llm.save_pretrained(folder / "base")  # type: ignore[operator, arg-type]
     found.tokenizer.save_pretrained(folder / "base")
     return found.vlm, found.tokenizer, projector

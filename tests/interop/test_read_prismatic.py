@@ -22,6 +22,7 @@ from mmit.models.interop.prismatic import TOWERS
 from mmit.models.vision import build_vision
 from mmit.train.checkpoint import load_model
 from tests.interop.test_read_llava import parts
+from tests.tiny_run import write_records
 
 CLIP, SIGLIP = "clip-vit-l-336px", "siglip-vit-so400m"
 TINY = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": 16}
@@ -97,6 +98,19 @@ def test_a_run_folder(tmp_path: Path, changes: dict[str, Any], mode: str) -> Non
     result = CliRunner().invoke(app, ["import-model", str(out), str(start), *options])
     assert result.exit_code == 0, result.output
     compare(load_model(start, device="cpu"), *reference)
+
+
+def test_training_starts_from_it(tmp_path: Path) -> None:
+    out, _, told, *reference = make(tmp_path)
+    data, run = write_records(tmp_path / "data", count=3, text_only=1), tmp_path / "tuned"
+    options = [word for name, value in told.items() for word in (f"--{name}", value)]
+    options += [f"data.train.0.path={data}", f"run.dir={run}", "train.epochs=null", "train.steps=2"]
+    rates = ["tune.llm.mode=lora", "tune.llm.lr=1e-3", "tune.projector.lr=1e-3", "data.workers=0"]
+    result = CliRunner().invoke(app, ["train", "--from", str(out), *options, *rates])
+    assert result.exit_code == 0, result.output
+    compare(load_model(run / "start", device="cpu"), *reference)
+    written = CliRunner().invoke(app, ["export", str(run), "--format", "llava-hf", "--out", str(tmp_path / "written")])
+    assert written.exit_code == 0, written.output
 
 
 def test_a_trained_tower_is_used_and_an_untrained_llm_comes_from_the_base(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """TinyLLaVA folders (`TinyLlavaForConditionalGeneration`), read into a composite.
 
-Goes in: a Hugging Face folder of TinyLLaVA Factory, with language model, CLIP tower and connector in its weights.
-Comes out: the composite, its tokenizer, and how its pictures are prepared. Refuses connectors other than linear and
-mlpNx_gelu, SigLIP towers (TinyLLaVA drops their first patch as if it were a class token), and what a LLaVA folder is
-refused for.
+Goes in: a Hugging Face folder of TinyLLaVA Factory, with language model, tower and connector in its weights. Comes
+out: the composite, its tokenizer, and how its pictures are prepared. Refuses connectors other than linear and
+mlpNx_gelu, SigLIP towers under `patch` (TinyLLaVA drops their first patch as if it were a class token), and what a
+LLaVA folder is refused for.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mmit.models.interop.tensors import fill_module, folder_tensors, split_by_pr
 from mmit.models.llm import load_tokenizer
 from mmit.models.projectors import build_projector
 from mmit.models.vision import build_vision
+from mmit.models.vision_encoder import explained
 from mmit.models.vlm import VLM
 
 PREFIXES = (
@@ -68,24 +69,12 @@ def read_tinyllava(
         raise ModelError(
             "does not name one vision tower (vision_model_name_or_path)",
             where=where,
-            remedy="mmit reads models of one CLIP tower; name it with tower",
+            remedy="mmit reads models of one CLIP or SigLIP tower; name it with tower",
         )
     parts = split_by_prefix(folder_tensors(folder), PREFIXES, where=where)
     eye = build_vision(
-        "hf",
-        name,
-        layer=config.get("vision_feature_layer", -2),
-        select=config.get("vision_feature_select_strategy", "patch"),
-        dtype=dtype,
+        "hf", name, layer=config.get("vision_feature_layer", -2), select=_select(config, name, where), dtype=dtype
     )
-    network: Any = eye.encoder.model
-    kind = network.config.model_type
-    if not kind.startswith("clip"):
-        raise ModelError(
-            f"its vision tower is a '{kind}', whose first token is a patch, and TinyLLaVA drops the first token",
-            where=where,
-            remedy="mmit reads TinyLLaVA's models with a CLIP tower",
-        )
     own_tower(eye, parts["vision"], where)
     llm: Any = language_model(_text(config, where), parts["llm"], dtype=dtype, where=where, **place)
     width = llm.get_input_embeddings().weight.shape[1]
@@ -94,6 +83,23 @@ def read_tinyllava(
     fill_module(projector, own, where=f"{where}, connector")
     image = {"size": list(eye.image_size), "interpolation": eye.interpolation, "fill": [int(255 * m) for m in eye.mean]}
     return VLM(llm, vision=eye, projector=projector.to(dtype)), load_tokenizer(where), {**image, **fit}
+
+
+def _select(config: dict[str, Any], name: str, where: str) -> str:
+    """Which tokens are read; "patch" drops the first one there, whatever it is, and "cls_patch" none."""
+    told = config.get("vision_feature_select_strategy", "patch")
+    with explained(f"hf {name}", remedy="name the tower's folder or hub id with tower"):
+        kind = AutoConfig.from_pretrained(name).model_type
+    if not kind.startswith("siglip"):
+        return told
+    if told != "cls_patch":
+        raise ModelError(
+            f"its vision tower is a '{kind}', whose first token is a patch, and vision_feature_select_strategy "
+            f"'{told}' drops the first token",
+            where=where,
+            remedy="mmit reads TinyLLaVA's SigLIP models that keep all tokens ('cls_patch'), and those with CLIP",
+        )
+    return "patch"  # there is no class token: all tokens are patches
 
 
 def _text(config: dict[str, Any], where: str) -> Any:
