@@ -84,7 +84,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
     check_options(config.tune.model_dump())
     vlm, groups, tokenizer = empty_model(config)
     data, scan, share = _sample_data(config, vlm, tokenizer)
-    walk = _walk(config, scan)
+    walk = walk_of(config, scan)[0]
     mode = recompute or config.train.checkpointing
     mode = "none" if mode == "auto" else mode
     cached = config.model.vision is not None and config.model.vision.cache != "off"
@@ -132,7 +132,7 @@ def least_recompute(config: Config, *, ranks: int, stage: int | None) -> tuple[s
     room = device.memory if device.cuda else device.memory // ranks_here
     vlm, _, tokenizer = empty_model(config)
     data, scan, _ = _sample_data(config, vlm, tokenizer)
-    built = list(_micro_batches(config, data, scan, _walk(config, scan), ranks=ranks))
+    built = list(_micro_batches(config, data, scan, walk_of(config, scan)[0], ranks=ranks))
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
     tried = []
     for mode in MODES:
@@ -208,9 +208,12 @@ def _preparation(config: Config, vlm: VLM) -> ImagePreparation | None:
         return prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
 
 
-def _walk(config: Config, scan: Scan) -> Walk:
+def walk_of(
+    config: Config, scan: Scan, *, known: dict[str, Any] | None = None, costs: Any = None
+) -> tuple[Walk, dict[str, Any]]:
+    """The rows of a run, forecast or real, and what decides their order; `known`, `costs`: see `make_walk`."""
     t = config.train
-    walk, _ = make_walk(
+    return make_walk(
         scan,
         [s.weight for s in config.data.train],
         mixing=config.data.mixing.model_dump(),
@@ -222,8 +225,9 @@ def _walk(config: Config, scan: Scan) -> Walk:
         shuffle=config.data.shuffle,
         window=config.data.shuffle_window,
         group=config.data.group,
+        known=known,
+        costs=costs,
     )
-    return walk
 
 
 def _micro_batches(

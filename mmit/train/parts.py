@@ -31,12 +31,12 @@ from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, resume
 from mmit.train.balance import unit_costs
-from mmit.train.data_setup import Say, check_lengths, image_loader, judge, make_walk, open_data
+from mmit.train.data_setup import Say, check_lengths, image_loader, judge, open_data
 from mmit.train.describe import describe, note_start
 from mmit.train.echo import echo
 from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
 from mmit.train.features import FeatureCache
-from mmit.train.forecast import least_recompute
+from mmit.train.forecast import least_recompute, walk_of
 from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Progress
 from mmit.train.pictures import align_to_captions, cache_features
@@ -97,7 +97,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     data, scan = read()
     cached = config.model.vision is not None and config.model.vision.cache != "off"
     costs = unit_costs(vlm, scan, cached=cached) if world.size > 1 else None
-    walk, order = _walk(config, scan, known=resume.order_of(begin), costs=costs)
+    walk, order = walk_of(config, scan, known=resume.order_of(begin), costs=costs)
     held_out = read(part="eval") if config.data.eval else None
 
     heart.phase("preparing the model", 0)
@@ -228,27 +228,6 @@ def _read_data(
         name=BAD_RECORDS[part],
     )
     return data, scan
-
-
-def _walk(
-    config: Config, scan: Scan, *, known: dict[str, Any] | None, costs: Any = None
-) -> tuple[Walk, dict[str, Any]]:
-    t = config.train
-    return make_walk(
-        scan,
-        [s.weight for s in config.data.train],
-        mixing=config.data.mixing.model_dump(),
-        seed=config.run.seed,
-        capacity=config.data.pack_tokens if config.data.packing else None,
-        rows_per_step=t.rows_per_step,
-        epochs=t.epochs,
-        steps=t.steps,
-        shuffle=config.data.shuffle,
-        window=config.data.shuffle_window,
-        group=config.data.group,
-        known=known,
-        costs=costs,
-    )
 
 
 def _recompute(config: Config, world: World, say: Say) -> str:
