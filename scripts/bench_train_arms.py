@@ -194,13 +194,13 @@ def mmit_arm(case: Case, *, bf16: bool = True) -> Arm:
 
     def step(i: int) -> float:
         got = batch(i)
-        losses = engine.forward_backward(got.to(engine.device), scale=1 / got.targets, last=True)
+        losses = engine.forward_backward(got.tensors, scale=1 / got.targets, last=True)
         engine.step(1.0)
         return float(losses.sum()) / got.targets
 
     @torch.no_grad()
     def loss(i: int) -> tuple[float, int, int]:
         got = batch(i)
-        return float(vlm(**got.to(engine.device)).mean()), got.targets, got.tokens
+        return float(vlm(**got.tensors).mean()), got.targets, got.tokens
 
     return Arm(vlm, lambda: engine.optimizer, step, loss, lambda i: floor(vlm, batch(i).tensors))
