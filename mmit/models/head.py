@@ -99,6 +99,24 @@ def _loss(hidden: torch.Tensor, head: nn.Module, targets: torch.Tensor) -> torch
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
 
 
+def _softmax_loss(logits: torch.Tensor, targets: torch.Tensor, *, slope: bool) -> torch.Tensor:
+    """Cross-entropy (C,) in float32 of (C, V) logits, which become its slope in place where that is wanted.
+
+    Block by block: float32 copies stay as small as a block, which a CPU keeps in its cache.
+    """
+    losses = []
+    block = 16 if logits.device.type == "cpu" else 256
+    for part, target in zip(logits.split(block), targets[:, None].split(block), strict=True):
+        top = part.amax(1, keepdim=True)
+        probability = part.softmax(1, dtype=torch.float32)
+        # The largest probability is exp(top - logsumexp): no pass of its own for the logsumexp.
+        below = top.float() - part.gather(1, target).float()
+        losses.append((below - probability.amax(1, keepdim=True).log())[:, 0])
+        if slope:
+            part.copy_(probability.scatter_add_(1, target, torch.full_like(below, -1.0)))
+    return torch.cat(losses)
+
+
 class _FrozenHead(torch.autograd.Function):
     """Loss and its gradient together, chunk by chunk; nothing of size V outlives its chunk.
 
@@ -119,13 +137,10 @@ class _FrozenHead(torch.autograd.Function):
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for begin in range(0, len(targets), rows):
             span = slice(begin, begin + rows)
-            logits = F.linear(hidden[span], weight, bias).float()
-            place, total = targets[span, None], logits.logsumexp(1, keepdim=True)
-            losses[span] = (total - logits.gather(1, place))[:, 0]
+            logits = F.linear(hidden[span], weight, bias)
+            losses[span] = _softmax_loss(logits, targets[span], slope=slope is not None)
             if slope is not None:
-                probability = logits.sub_(total).exp_()
-                probability.scatter_add_(1, place, torch.full_like(total, -1.0))
-                slope[span] = probability.to(weight.dtype) @ weight
+                slope[span] = logits @ weight
         if slope is not None:
             ctx.save_for_backward(slope)
         return losses
