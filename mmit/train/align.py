@@ -35,7 +35,7 @@ def align_words(
     batch: int = 64,
     negatives: int = 4096,
     seed: int = 0,
-    log: Callable[[int, float], None] = lambda epoch, loss: None,
+    alive: Callable[[], None] = lambda: None,
 ) -> float:
     """Train the projector in place; returns the loss of the last epoch.
 
@@ -45,6 +45,7 @@ def align_words(
         words: for each picture the token ids of its caption.
         embeddings: (V, D) input embeddings of the LLM.
         negatives: random vocabulary entries that compete with the words of all captions.
+        alive: called after each step.
 
     Raises:
         RecordError: no picture has a caption.
@@ -66,7 +67,7 @@ def align_words(
     optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.01)
     steps = epochs * -(-len(words) // batch)
     step, last = 0, math.nan
-    for epoch in range(epochs):
+    for _ in range(epochs):
         total = 0.0
         order = torch.randperm(len(words), generator=generator)
         for chunk in order.split(batch):
@@ -83,8 +84,8 @@ def align_words(
             optimizer.step()
             step += 1
             total += loss.item() * len(chunk)
+            alive()
         last = total / len(words)
-        log(epoch, last)
     for name, parameter in projector.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     return last

@@ -2,7 +2,8 @@
 
 Owns the cache keyed by what decides a feature: the picture's bytes, its preparation, and the tower's fingerprint
 (weights, layer, number format). Forecasts its size before writing it and evicts nothing. Cached features are bitwise
-those the tower gives, batch by batch.
+those the tower gives, batch by batch; of several ranks each computes every so-manieth batch and gets the others', so
+that what is in a batch, and with it every bit, does not depend on their number.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict
-from itertools import accumulate
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from mmit.data.preparation import ImagePreparation
-from mmit.errors import ConfigError
+from mmit.errors import ConfigError, ImageError
 from mmit.models.vision import VisionTower
 from mmit.records import Image
+from mmit.train.world import World
 
+ALONE = World(0, 1, torch.device("cpu"), deepspeed=False)
 DISK_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
 
 
@@ -55,13 +58,6 @@ def forecast_bytes(tower: VisionTower, crops: int) -> int:
     return crops * tower.tokens * tower.dim * size
 
 
-def _digest(image: Image) -> str:
-    if isinstance(image.source, bytes):
-        return hashlib.sha256(image.source).hexdigest()
-    assert isinstance(image.source, str)
-    return hashlib.sha256(Path(image.source).read_bytes()).hexdigest()
-
-
 def compute_features(
     tower: VisionTower,
     pictures: Iterable[tuple[Hashable, Image]],
@@ -70,6 +66,8 @@ def compute_features(
     count: int,
     kind: str,
     folder: Path,
+    world: World = ALONE,
+    begin: Callable[[str], None] = lambda phase: None,
     batch: int = 64,
     max_bytes: int = 8 << 30,
 ) -> FeatureCache:
@@ -80,10 +78,14 @@ def compute_features(
         preparation: how pictures are brought to the tower; part of the disk key.
         count: how many crops of distinct pictures to expect, for the forecast.
         kind: "memory", or "disk" to keep the features under `folder` for later runs.
+        world: the ranks that share the work; all of them call this with the same pictures, and each gets everything.
+        begin: receives the name of each phase, for the heartbeat.
+        batch: crops that go through the tower together.
         max_bytes: a larger cache is refused before anything is computed.
 
     Raises:
-        ConfigError: the cache would be larger than `max_bytes`. ImageError: a picture cannot be read.
+        ConfigError: the cache would be larger than `max_bytes`, or ranks do not see the same pictures.
+        ImageError: a picture cannot be read.
     """
     need = forecast_bytes(tower, count)
     if need > max_bytes:
@@ -93,40 +95,129 @@ def compute_features(
             where="model.vision.cache",
             remedy="set model.vision.cache=off",
         )
-    first = next(tower.parameters())
-    store = _Store(folder, tower, preparation, first.dtype) if kind == "disk" else None
-    known = store.load() if store else {}
-    number: dict[Hashable, int] = {}
-    place: dict[str, int] = {}
-    rows: list[torch.Tensor] = []  # (C, N, D) each
-    waiting: list[tuple[int, torch.Tensor]] = []
-
-    def flush() -> None:
-        if waiting:
-            pixels = torch.cat([p for _, p in waiting])
-            features = tower(pixels.to(first.device)).cpu().split([len(p) for _, p in waiting])
-            for (at, _), seen in zip(waiting, features, strict=True):
-                rows[at] = seen
-            waiting.clear()
-
-    for key, image in pictures:
-        if key in number:
-            continue
-        digest = _digest(image)
-        if digest not in place:
-            place[digest] = len(rows)
-            rows.append(known.get(digest, torch.empty(0)))
-            if digest not in known:
-                waiting.append((place[digest], preparation.pixels(image)))
-        number[key] = place[digest]
-        if sum(len(crops) for _, crops in waiting) >= batch:
-            flush()
-    flush()
+    dtype = next(tower.parameters()).dtype
+    store = _Store(folder, tower, preparation, dtype) if kind == "disk" else None
+    distinct = _Distinct(pictures, preparation, known=store.load(world) if store else {})
+    batches = distinct.batches(batch)
+    whole = True
+    while whole:  # round by round, so that no rank waits for another longer than for a batch
+        begin("computing features")
+        with world.together():
+            round_ = list(islice(batches, world.size))
+            seen = _compute(tower, round_[world.rank], preparation) if world.rank < len(round_) else None
+        begin("sharing features")
+        _check_same(world, [digest for one in round_ for digest in one.digests])
+        for source, one in enumerate(round_):
+            features = torch.empty(sum(one.crops), tower.tokens, tower.dim, dtype=dtype)
+            if source == world.rank and seen is not None:
+                features = seen
+            world.share(features, source=source)
+            distinct.take(one, features)
+        whole = len(round_) == world.size
+    rows = distinct.rows
+    table = torch.cat(rows) if rows else torch.empty(0, tower.tokens, tower.dim, dtype=dtype)
     crops = [len(row) for row in rows]
-    table = torch.cat(rows) if rows else torch.empty(0, tower.tokens, tower.dim, dtype=first.dtype)
-    if store and place.keys() - known.keys():
-        store.save(dict(zip(place, crops, strict=True)), table)
-    return FeatureCache(table, number, [0, *accumulate(crops)])
+    if store and distinct.new and world.keeper:
+        store.save(dict(zip(distinct.place, crops, strict=True)), table, rank=world.rank)
+    return FeatureCache(table, distinct.number, [0, *accumulate(crops)])
+
+
+@dataclass
+class _Batch:
+    """Pictures that go through the tower together: digests, numbers of crops, and where the picture is."""
+
+    digests: list[str] = field(default_factory=list)
+    crops: list[int] = field(default_factory=list)
+    images: list[Image] = field(default_factory=list)
+
+
+class _Distinct:
+    """Goes through pictures once, gives equal ones one place, and puts those whose features are not known in batches.
+
+    Attributes:
+        number: key -> place. place: digest -> place. rows: (C, N, D) at each place. new: some were not known.
+    """
+
+    def __init__(
+        self,
+        pictures: Iterable[tuple[Hashable, Image]],
+        preparation: ImagePreparation,
+        *,
+        known: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._pictures, self._preparation, self._known = pictures, preparation, known
+        self.number: dict[Hashable, int] = {}
+        self.place: dict[str, int] = {}
+        self.rows: list[torch.Tensor] = []
+        self.new = False
+
+    def batches(self, crops: int) -> Iterator[_Batch]:
+        """Batches of at least so many crops, and the rest. Raises ImageError."""
+        batch = _Batch()
+        for key, image in self._pictures:
+            if key in self.number:
+                continue
+            digest = _digest(image)
+            if digest not in self.place:
+                self.place[digest] = len(self.rows)
+                self.rows.append(self._known.get(digest, torch.empty(0)))
+                if digest not in self._known:
+                    self.new = True
+                    batch.digests.append(digest)
+                    batch.crops.append(self._preparation.spread(image).crops)
+                    batch.images.append(image)
+            self.number[key] = self.place[digest]
+            if sum(batch.crops) >= crops:
+                yield batch
+                batch = _Batch()
+        if batch.digests:
+            yield batch
+
+    def take(self, batch: _Batch, features: torch.Tensor) -> None:
+        """Keep the (sum of crops, N, D) features of a batch."""
+        for digest, seen in zip(batch.digests, features.split(batch.crops), strict=True):
+            self.rows[self.place[digest]] = seen
+
+
+def _digest(image: Image) -> str:
+    if isinstance(image.source, bytes):
+        return hashlib.sha256(image.source).hexdigest()
+    assert isinstance(image.source, str)
+    try:
+        return hashlib.sha256(Path(image.source).read_bytes()).hexdigest()
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+        raise ImageError(problem, where=image.source, remedy="check the path and data.train.N.image_root") from None
+
+
+def _compute(tower: VisionTower, batch: _Batch, preparation: ImagePreparation) -> torch.Tensor:
+    """(sum of crops, N, D). Raises ImageError."""
+    pixels = []
+    for image, crops in zip(batch.images, batch.crops, strict=True):
+        found = preparation.pixels(image)
+        if len(found) != crops:
+            where = image.source if isinstance(image.source, str) else "a picture"
+            raise ImageError(
+                f"decodes to {len(found)} tiles, its header told {crops}",
+                where=where,
+                remedy="write the picture again without EXIF rotation",
+            )
+        pixels.append(found)
+    return tower(torch.cat(pixels).to(next(tower.parameters()).device)).cpu().contiguous()
+
+
+def _check_same(world: World, digests: Sequence[str]) -> None:
+    mine = _checksum(" ".join(digests))
+    if any(theirs != [mine] for theirs in world.gather(mine)):
+        raise ConfigError(
+            "ranks do not see the same pictures",
+            where="data.train",
+            remedy="every node needs the same files under the same paths; copy them, or use a shared folder",
+        )
+
+
+def _checksum(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 class _Store:
@@ -139,7 +230,13 @@ class _Store:
         self.folder = folder / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.shape, self.dtype = (tower.tokens, tower.dim), dtype
 
-    def load(self) -> dict[str, torch.Tensor]:
+    def load(self, world: World) -> dict[str, torch.Tensor]:
+        """What was kept, where every rank finds the same: nodes that share no folder may have lost it one by one."""
+        known = self._read()
+        mine = _checksum(json.dumps({digest: len(rows) for digest, rows in known.items()}))
+        return known if all(theirs == [mine] for theirs in world.gather(mine)) else {}
+
+    def _read(self) -> dict[str, torch.Tensor]:
         index = self.folder / "index.json"
         if not index.exists():
             return {}
@@ -151,14 +248,17 @@ class _Store:
         rows = torch.from_numpy(raw).view(self.dtype).view(count, *self.shape)
         return dict(zip(crops, rows.split(list(crops.values())), strict=True))
 
-    def save(self, crops: Mapping[str, int], rows: torch.Tensor) -> None:
-        """Write features first, the index last, each through a temporary name."""
+    def save(self, crops: Mapping[str, int], rows: torch.Tensor, *, rank: int) -> None:
+        """Write features first, the index last, each through a temporary name.
+
+        Nodes that share the folder write the same at once; process ids of machines may be equal, ranks are not.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".features.{os.getpid()}"
+        draft = self.folder / f".features.{rank}.{os.getpid()}"
         numbers = rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows
         numbers.numpy().tofile(draft)
         (self.folder / "index.json").unlink(missing_ok=True)
         draft.replace(self.folder / "features.bin")
-        draft = self.folder / f".index.{os.getpid()}"
+        draft = self.folder / f".index.{rank}.{os.getpid()}"
         draft.write_text(json.dumps(dict(crops)))
         draft.replace(self.folder / "index.json")

@@ -104,6 +104,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     vlm.to(world.device)
     if divided is None:
         _try_forward(vlm, packing=config.data.packing)
+    begin_phase = partial(heart.phase, step=0)
     features = cache_features(
         vlm,
         data,
@@ -112,12 +113,16 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         frozen=config.tune.vision.mode == "frozen",
         folder=run_dir / "cache",
         preparation=preparation,
+        world=world,
+        begin=begin_phase,
         say=say,
     )
     if config.align is not None and begin is None:
         given: dict[str, Any] = {**config.align.model_dump(), "run_dir": run_dir, "seed": seed, "say": say}
+        given |= {"world": world, "begin": begin_phase}
         with partitioned(divided):
             align_to_captions(vlm, tokenizer, preparation, features=features, **given)
+        heart.phase("preparing the model", 0)
     if world.main:
         rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
         echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say)

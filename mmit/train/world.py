@@ -1,20 +1,28 @@
-"""Ranks: who this process is among those that train together, and where it computes.
+"""Ranks: who this process is among those that train together, where it computes, and how work is shared.
 
-Owns the choice between one process and DeepSpeed's ranks, and the device of each rank. Reads the launcher's
-environment (RANK, LOCAL_RANK, WORLD_SIZE), which the deepspeed launcher, torchrun and `srun` scripts set.
+Owns the choice between one process and DeepSpeed's ranks, the device of each rank, and what ranks tell each other
+before the first step. Reads the launcher's environment (RANK, LOCAL_RANK, WORLD_SIZE), which the deepspeed launcher,
+torchrun and `srun` scripts set.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from mmit.errors import ConfigError
+from mmit import errors
+from mmit.errors import ConfigError, MmitError
 from mmit.train.engine import join_deepspeed
+
+PIECE = 64 << 20  # bytes that go over the wire at once
+ALIVE = 1.0  # seconds between signs of life of a rank that works while the others wait
 
 
 @dataclass(frozen=True)
@@ -25,11 +33,17 @@ class World:
     size: int
     device: torch.device
     deepspeed: bool
+    local_rank: int = 0
 
     @property
     def main(self) -> bool:
         """This rank speaks and writes."""
         return self.rank == 0
+
+    @property
+    def keeper(self) -> bool:
+        """This rank writes what every node keeps for itself; nodes may share a disk or not."""
+        return self.local_rank == 0
 
     def most(self, mine: str, order: Sequence[str]) -> str:
         """Of the choices of all ranks, the one that stands last in `order`."""
@@ -42,6 +56,74 @@ class World:
         """Wait for all ranks."""
         if self.size > 1:
             torch.distributed.barrier()
+
+    def gather(self, *mine: int) -> list[list[int]]:
+        """The numbers of every rank, by rank."""
+        if self.size == 1:
+            return [list(mine)]
+        table = torch.zeros(self.size, len(mine), dtype=torch.int64, device=self.device)
+        table[self.rank] = torch.tensor(mine)
+        torch.distributed.all_reduce(table)
+        return table.tolist()
+
+    def share(self, tensor: torch.Tensor, *, source: int) -> None:
+        """Write what the contiguous `tensor` holds on rank `source` into those of all ranks, bit by bit."""
+        if self.size == 1 or not tensor.numel():
+            return
+        for piece in tensor.detach().view(-1).view(torch.uint8).split(PIECE):
+            there = piece.to(self.device)
+            torch.distributed.broadcast(there, src=source)
+            if there is not piece and self.rank != source:
+                piece.copy_(there)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block that all ranks run: an MmitError on one of them is raised on every one, at the block's end."""
+        mine: MmitError | None = None
+        try:
+            yield
+        except MmitError as error:
+            if self.size == 1:
+                raise
+            mine = error
+        facts = [type(mine).__name__, mine.problem, mine.where, mine.remedy] if mine else []
+        text = json.dumps(facts).encode() if mine else b""
+        lengths = [length for (length,) in self.gather(len(text))]
+        if not any(lengths):
+            return
+        source = next(rank for rank, length in enumerate(lengths) if length)
+        sent = torch.zeros(lengths[source], dtype=torch.uint8)
+        if self.rank == source:
+            sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        self.share(sent, source=source)
+        self.barrier()  # none may leave before all have read it
+        kind, problem, where, remedy = json.loads(bytes(sent.tolist()))
+        raise mine or getattr(errors, kind, MmitError)(problem, where=where, remedy=remedy)
+
+    def first(self, work: Callable[[Callable[[], None]], None]) -> None:
+        """Let rank 0 do `work` while the others wait for it, however long; its MmitError is raised on all.
+
+        Args:
+            work: takes a function to call now and then. By it the others learn that rank 0 is at work: a collective
+                in which nothing happens for 10 (nccl) or 30 (gloo) minutes would end their processes.
+        """
+        told = time.monotonic()
+
+        def alive() -> None:
+            nonlocal told
+            if time.monotonic() - told > ALIVE:
+                self.gather(1)
+                told = time.monotonic()
+
+        with self.together():
+            if self.main:
+                try:
+                    work(alive)
+                finally:
+                    self.gather(0)
+            else:
+                while self.gather(0)[0][0]:
+                    pass
 
 
 def join_ranks(*, kind: str, device: str) -> World:
@@ -73,7 +155,7 @@ def join_ranks(*, kind: str, device: str) -> World:
             remedy="start it with: deepspeed --num_gpus N scripts/train.py --config FILE; or set engine.kind=auto",
         )
     rank, size = join_deepspeed(cuda=place.type == "cuda")
-    return World(rank, size, place, deepspeed=True)
+    return World(rank, size, place, deepspeed=True, local_rank=int(os.environ["LOCAL_RANK"]))
 
 
 def _device(name: str) -> torch.device:
