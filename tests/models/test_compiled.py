@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmit.errors import ConfigError
 from mmit.models import compiled
 from mmit.models.llm import load_llm
+from mmit.models.tuning.fused_lora import fuse_lora
 from mmit.models.vlm import VLM
 
 LLAMA = {
@@ -30,7 +31,9 @@ def model(dtype=torch.float32):
     torch.manual_seed(0)
     llm = load_llm("tiny", random_init=LLAMA, dtype=dtype)
     options = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
-    return VLM(get_peft_model(llm, LoraConfig(**options), autocast_adapter_dtype=False), vision=None, projector=None)
+    adapted = get_peft_model(llm, LoraConfig(**options), autocast_adapter_dtype=False)
+    assert fuse_lora(adapted) == 4 * 7
+    return VLM(adapted, vision=None, projector=None)
 
 
 def losses(vlm, lengths):

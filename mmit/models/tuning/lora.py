@@ -16,6 +16,7 @@ from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from mmit.errors import ModelError
+from mmit.models.tuning.fused_lora import fuse_lora
 from mmit.models.tuning.options import Option, Options
 
 LORA_KEYS = {  # ours -> peft's
@@ -105,6 +106,7 @@ def tune_lora(llm: Any, options: Mapping[str, Any]) -> PeftModel:
             )
         llm = wrap(llm, lora_config(options), where="tune.llm.options.targets")
     mark_adapter(llm)
+    fuse_lora(llm)
     return llm
 
 
@@ -146,6 +148,7 @@ def tune_vision_lora(encoder: nn.Module, options: Mapping[str, Any]) -> PeftMode
     """
     if isinstance(encoder, PeftModel):
         mark_adapter(encoder)
+        fuse_lora(encoder)
         return encoder
     fused = [f"{n}." for n, m in encoder.named_modules() if isinstance(m, nn.MultiheadAttention)]
     linear = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and not n.startswith(tuple(fused))]
@@ -156,7 +159,9 @@ def tune_vision_lora(encoder: nn.Module, options: Mapping[str, Any]) -> PeftMode
             remedy="use layernorm, bitfit or full",
         )
     config = lora_config({**options, "targets": options["targets"] or linear}, task=None)
-    return wrap(encoder, config, where="tune.vision.options.targets")
+    adapted = wrap(encoder, config, where="tune.vision.options.targets")
+    fuse_lora(adapted)
+    return adapted
 
 
 def quantization(mode: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
