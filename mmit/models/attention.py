@@ -23,6 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmit.errors import ModelError
+from mmit.models.buckets import Layout, additive, make_layout, pick, place, small_attention
 from mmit.models.virtual import PREFIX
 
 NAME = "mmit"
@@ -48,6 +49,7 @@ class Plan:
     inverse: torch.Tensor  # (T,) where each row position sits in the concatenated bucket outputs
     longest: int  # tokens on the longest path
     calls: list[int] = field(default_factory=list)  # one entry per layer that ran it; shared by copies
+    layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)  # by H and KV, made when first needed
 
     def to(self, device: torch.device | str) -> Plan:
         """Copy the index tensors to a device."""
@@ -138,18 +140,6 @@ class _Gather(torch.autograd.Function):
         return total.index_add_(0, index, grad.float()).to(grad.dtype), None
 
 
-def _small_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
-) -> torch.Tensor:
-    """Attention written out. Scores in the input's dtype, softmax in float32; shapes as in SDPA."""
-    g, heads, lq, d = q.shape
-    kv = k.shape[1]
-    q = (q * scale).reshape(g, kv, heads // kv * lq, d)  # the heads of a group share their keys
-    scores = (q @ k.transpose(-1, -2)).view(g, kv, heads // kv, lq, -1)
-    weights = scores.masked_fill(~mask[:, :, None], float("-inf")).softmax(-1, dtype=torch.float32).to(v.dtype)
-    return (weights.view(g, kv, heads // kv * lq, -1) @ v).view(g, heads, lq, d)
-
-
 Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values (KV, P, D) that every query sees
 
 
@@ -167,30 +157,40 @@ def forest_attention(
     Returns:
         (1, T, H, D)
     """
-    rows_q, rows_k, rows_v = (x[0].transpose(0, 1) for x in (q, k, v))  # (T, heads, D)
+    heads, kv, tokens = q.shape[1], k.shape[1], q.shape[2]
+    if (heads, kv) not in plan.layouts:
+        plan.layouts[heads, kv] = make_layout(plan.buckets, tokens, heads=heads, kv=kv)
+    layout = plan.layouts[heads, kv]
+    tables = [x[0].transpose(0, 1).reshape(-1, x.shape[-1]) for x in (q, k, v)]
+    states = iter(pick(tables[0], tables[1], tables[2], layout))
     outs = []
-    for b in plan.buckets:
+    for n, b in enumerate(plan.buckets):
         g, lq, lk = b.size
-        pick = lambda rows, index, length: (  # noqa: E731
-            _Gather.apply(rows, index).view(g, length, rows.shape[1], rows.shape[2]).transpose(1, 2)  # noqa: B023
+        queries, keys, values = (
+            next(states).view(g, count, length, -1) for count, length in ((heads, lq), (kv, lk), (kv, lk))
         )
-        picked = pick(rows_q, b.queries, lq), pick(rows_k, b.keys, lk), pick(rows_v, b.keys, lk)
-        mask = b.mask
+        mask, count = b.mask, 0
         if prefix is not None:
-            picked = (picked[0], _join(prefix[0], picked[1]), _join(prefix[1], picked[2]))
-            mask = _see_prefix(mask, prefix[0].shape[1], queries=lq, keys=lk, device=q.device)
+            count = prefix[0].shape[1]
+            keys, values = _join(prefix[0], keys), _join(prefix[1], values)
+            mask = _see_prefix(mask, count, queries=lq, keys=lk, device=q.device)
         if mask is not None and q.device.type == "cpu" and lk <= SMALL:
-            out = _small_attention(*picked, mask, scale)
+            case = (n, q.dtype, count)
+            if case not in layout.masks:
+                layout.masks[case] = additive(mask, heads=heads, kv=kv, dtype=q.dtype)
+            out = small_attention(queries, keys, values, layout.masks[case], scale)
         else:
             out = F.scaled_dot_product_attention(
-                *picked,
+                queries,
+                keys,
+                values,
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scale,
-                enable_gqa=rows_q.shape[1] != rows_k.shape[1],
+                enable_gqa=heads != kv,
             )
-        outs.append(out.transpose(1, 2).reshape(g * lq, *rows_q.shape[1:]).index_select(0, b.keep))
-    return torch.cat(outs).index_select(0, plan.inverse)[None]
+        outs.append(out.reshape(g * heads * lq, -1))
+    return place(outs, layout).view(1, tokens, heads, -1)
 
 
 def _join(before: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
