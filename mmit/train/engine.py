@@ -22,7 +22,7 @@ from torch import nn
 from mmit.errors import ConfigError
 from mmit.models.tuning import Group
 from mmit.train.optimizer_state import read_state, write_state
-from mmit.train.zero import complete
+from mmit.train.zero import complete, zero_stage
 
 
 def join_deepspeed(*, cuda: bool) -> tuple[int, int]:
@@ -157,9 +157,7 @@ class TorchEngine(Engine):
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
         self.split = any(p.dtype != torch.float32 for p in self.parameters)
-        self.masters = [
-            p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters
-        ]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters]
         count = 0
         param_groups = []
         for g in groups:
@@ -258,16 +256,14 @@ class DeepSpeedEngine(Engine):
         self._model, self._replicated = model, replicated
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = device
-        whole = complete(config, precision=precision, clip=clip)
-        self.stage = int(whole.get("zero_optimization", {}).get("stage", 0))
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
+        trained = sum(math.prod(shape) for shape in self.shapes().values())
+        whole = complete(config, precision=precision, clip=clip, trained=trained)
+        self.stage = zero_stage(whole)
         optimizer = torch.optim.AdamW(
             [{"params": [p for _, p in g.parameters], "lr": g.lr, "peak": g.lr} for g in groups],
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            fused=True,
+            betas=betas, eps=eps, weight_decay=weight_decay, fused=True,
         )
         self._peaks = [g.lr for g in groups]
         with self._out_of_sight():

@@ -145,7 +145,7 @@ class Evaluations:
 
     def _judge(self, best: Best, results: Metrics, progress: Progress) -> bool:
         main = self.engine.rank == 0
-        if main and best.metric not in results:
+        if not self.engine.all_true(not main or best.metric in results):
             given = ", ".join(sorted(results)) or "none"
             raise ConfigError(
                 f"no evaluation gives '{best.metric}'; there is {given}",

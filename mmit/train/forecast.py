@@ -35,12 +35,12 @@ from mmit.train.cost import Bytes, RowFacts, count_pairs, measure_bytes, measure
 from mmit.train.data_setup import check_lengths, make_walk, open_data
 from mmit.train.devices import find_device
 from mmit.train.world import World
+from mmit.train.zero import bucket_size
 
 SAMPLE = 2000  # records measured; more are told from them
 MICROS = 16  # micro-batches that are built, evenly over the run
 ALONE = "one device, or ZeRO-0"
 ROOM = 0.9  # of a device's memory that a forecast may take
-BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size where its JSON does not say, in elements
 
 
 @dataclass(frozen=True)
@@ -306,9 +306,10 @@ def stages(memory: Bytes, *, ranks: int, precision: str) -> dict[str, int]:
     """Bytes per rank without DeepSpeed and under its ZeRO stages, as configs/deepspeed has them.
 
     ZeRO (arXiv:1910.02054): stage 1 partitions masters and moments, 2 gradients, 3 weights. DeepSpeed adds a bucket
-    of `BUCKET` elements for gradients on their way (in float32 under stage 1), and under stage 3 up to 10^9 gathered
-    weights. Its gradients are summed in float32.
+    for gradients on their way (in float32 under stage 1), of the size that `zero.complete` fills in, and under stage 3
+    up to 10^9 gathered weights. Its gradients are summed in float32.
     """
+    bucket = bucket_size(memory.trained)
     element = 4 if precision == "fp32" else 2
     weights = memory.llm + memory.rest
     states = 12 * memory.trained  # masters and moments, which stages 1 to 3 keep in float32 whatever the precision
@@ -316,12 +317,12 @@ def stages(memory: Bytes, *, ranks: int, precision: str) -> dict[str, int]:
     gathered = min(memory.llm, 1_050_000_000 * element)
     return {
         ALONE: memory.total,
-        "ZeRO-1": weights + states // ranks + gradients + memory.single + 4 * BUCKET,
-        "ZeRO-2": weights + (states + gradients) // ranks + memory.single + element * BUCKET,
+        "ZeRO-1": weights + states // ranks + gradients + memory.single + 4 * bucket,
+        "ZeRO-2": weights + (states + gradients) // ranks + memory.single + element * bucket,
         "ZeRO-3": memory.llm // ranks
         + memory.rest
         + gathered
         + (states + gradients) // ranks
         + memory.single
-        + element * BUCKET,
+        + element * bucket,
     }

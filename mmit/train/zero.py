@@ -13,6 +13,8 @@ from typing import Any
 
 from mmit.errors import ConfigError, nearest
 
+BUCKET = 500_000_000  # DeepSpeed's own reduce_bucket_size, in elements
+BUCKET_STEP = 1 << 20
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 WHERE = "engine.deepspeed"
 # What the config decides, or mmit itself, and a DeepSpeed JSON may not: key -> who does.
@@ -60,11 +62,26 @@ def deepspeed_options(name: str) -> dict[str, Any]:
 
 def zero_stage(options: Mapping[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed config."""
-    return int((options.get("zero_optimization") or {}).get("stage", 0))
+    stage = (options.get("zero_optimization") or {}).get("stage", 0)
+    return 0 if stage == "auto" else int(stage)
 
 
-def complete(options: Mapping[str, Any], *, precision: str, clip: float | None) -> dict[str, Any]:
-    """The whole DeepSpeed config. Raises ConfigError where `options` contradicts the training config."""
+def bucket_size(trained: int) -> int:
+    """`reduce_bucket_size` where the JSON leaves it out: DeepSpeed's own, or what all gradients fill if that is less.
+
+    Every rank allocates that many elements, 1 to 2 GB by default, though an adapter's gradients fill a hundredth.
+    """
+    return min(BUCKET, -(-trained // BUCKET_STEP) * BUCKET_STEP)
+
+
+def complete(
+    options: Mapping[str, Any], *, precision: str, clip: float | None, trained: int | None = None
+) -> dict[str, Any]:
+    """The whole DeepSpeed config; `trained` is the number of trained elements, None where it is not known yet.
+
+    What is "auto" among the options of ZeRO has DeepSpeed's default. Raises ConfigError where `options` contradicts the
+    training config.
+    """
     mine: dict[str, tuple[Any, str]] = {
         "bf16.enabled": (precision == "bf16", f"train.precision={precision}"),
         "fp16.enabled": (precision == "fp16", f"train.precision={precision}"),
@@ -101,6 +118,11 @@ def complete(options: Mapping[str, Any], *, precision: str, clip: float | None) 
     if precision == "bf16":
         whole["bf16"].setdefault("check_grad_overflow", True)  # else a NaN gradient is applied
     stage = zero_stage(whole)
+    if isinstance(whole.get("zero_optimization"), Mapping):
+        zero = {k: v for k, v in whole["zero_optimization"].items() if v != "auto"}
+        if trained is not None and stage:
+            zero.setdefault("reduce_bucket_size", bucket_size(trained))
+        whole["zero_optimization"] = zero
     if precision != "fp32" and stage == 0:
         raise ConfigError(
             f"DeepSpeed's ZeRO-0 does not sum {precision} gradients in float32, or keeps a state mmit cannot save",

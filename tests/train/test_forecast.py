@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmit.train.engine import TorchEngine
 from mmit.train.forecast import ALONE, empty_model, forecast, least_recompute, stages
 from mmit.train.live_bytes import LiveBytes
 from mmit.train.run import run
+from mmit.train.zero import BUCKET, bucket_size
 from tests.models.test_tuning import CASES
 from tests.models.tuned_models import NODES, PATHS, composite, config_for, row, tune_plan
 from tests.tiny_run import tiny_config
@@ -147,6 +149,10 @@ def test_the_stages_partition_what_they_should(folder):
     assert one["ZeRO-1"] - many["ZeRO-1"] == 12 * found.trained * 7 // 8
     assert one["ZeRO-2"] - many["ZeRO-2"] == 16 * found.trained * 7 // 8
     assert one["ZeRO-3"] - many["ZeRO-3"] > one["ZeRO-2"] - many["ZeRO-2"]
+    # a full bucket, and 16 bytes of states and gradient for each
+    billion = dataclasses.replace(found, trained=found.trained + 10**9)
+    more = stages(billion, ranks=1, precision="fp32")["ZeRO-1"] - one["ZeRO-1"]
+    assert more == 16 * 10**9 + 4 * (BUCKET - bucket_size(found.trained))
 
 
 def test_a_dry_run_tells_what_the_run_does(folder, tmp_path):

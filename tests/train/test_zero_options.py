@@ -106,6 +106,23 @@ def test_what_agrees_or_is_auto_is_taken():
     assert complete({"gradient_clipping": 1}, precision="fp32", clip=1.0)["gradient_clipping"] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("given", "trained", "size"),
+    [
+        ({}, 3_000_001, 3 << 20),
+        ({"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto"}, 1, 1 << 20),
+        ({}, 7_000_000_000, 500_000_000),
+        ({"reduce_bucket_size": 12345}, 1, 12345),
+    ],
+)
+def test_the_bucket_is_no_larger_than_what_is_trained_and_the_users_own_wins(given, trained, size):
+    for stage in (1, 2, 3):
+        whole = complete(
+            {"zero_optimization": {"stage": stage, **given}}, precision="bf16", clip=1.0, trained=trained
+        )
+        assert whole["zero_optimization"] == {"stage": stage, "reduce_bucket_size": size}
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_needs_a_stage_whose_state_can_be_saved(precision):
     with pytest.raises(ConfigError, match="zero1"):
