@@ -14,6 +14,7 @@ from mmit.errors import ConfigError
 from mmit.models import compiled
 from mmit.models.llm import load_llm
 from mmit.models.tuning.fused_lora import fuse_lora
+from mmit.models.tuning.fused_norm import fuse_norms
 from mmit.models.vlm import VLM
 
 LLAMA = {
@@ -32,7 +33,7 @@ def model(dtype=torch.float32):
     llm = load_llm("tiny", random_init=LLAMA, dtype=dtype)
     options = {"r": 2, "target_modules": "all-linear", "init_lora_weights": False}
     adapted = get_peft_model(llm, LoraConfig(**options), autocast_adapter_dtype=False)
-    assert fuse_lora(adapted) == 4 * 7
+    assert (fuse_lora(adapted), fuse_norms(adapted)) == (4 * 7, 4 * 2 + 1)
     return VLM(adapted, vision=None, projector=None)
 
 

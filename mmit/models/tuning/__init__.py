@@ -18,6 +18,7 @@ from torch import nn
 
 from mmit.errors import ModelError, nearest
 from mmit.models.partition import numel
+from mmit.models.tuning.fused_norm import fuse_norms
 from mmit.models.tuning.llm import METHODS, biases, norm_parameters
 from mmit.models.tuning.lora import LORA, quantization, trained_b, tune_vision_lora
 from mmit.models.tuning.merge import base_name, is_added, merge
@@ -80,6 +81,7 @@ def apply_tuning(vlm: VLM, tune: Mapping[str, Mapping[str, Any]]) -> list[Group]
     if vlm.vision is not None and vlm.projector is not None:
         _tune_vision(vlm, vlm.vision, tune["vision"]["mode"], options["vision"])
         vlm.projector.requires_grad_(tune["projector"]["mode"] == "full")
+    fuse_norms(vlm.llm)
     groups = []
     for component in COMPONENTS:
         module = getattr(vlm, component)

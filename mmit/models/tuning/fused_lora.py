@@ -29,7 +29,7 @@ class FusedLinear(Linear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
-        if not x.dtype == base.weight.dtype == a.dtype == b.dtype or _autocast(x.device.type):
+        if not x.dtype == base.weight.dtype == a.dtype == b.dtype or autocast_on(x.device.type):
             return super().forward(x)
         return _Fused.apply(x, base.weight, base.bias, a, b, self.scaling[name])
 
@@ -58,7 +58,8 @@ def fuse_lora(model: nn.Module) -> int:
     return len(found)
 
 
-def _autocast(device: str) -> bool:
+def autocast_on(device: str) -> bool:
+    """Whether torch picks number formats by itself on "cpu", "cuda", ...; never on a device that has no autocast."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
