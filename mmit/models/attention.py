@@ -5,7 +5,8 @@ on. Without a plan (generation, evaluation with a cache) it is transformers' own
 approximate: a model whose attention needs what this does not compute (soft-capping, a sliding window shorter than
 the longest path, no kwargs reaching the attention) is a ModelError, never a different result.
 
-Tokens of other records are never gathered, so nothing can leak: their influence is exactly 0.0.
+Tokens of other records are never gathered, so nothing can leak: their influence is exactly 0.0. On CUDA in half
+precision a row is one call of a variable-length kernel (`varlen.py`); elsewhere nodes of like size are a batch.
 
 Dimensions: T tokens in the row, H query heads, KV key heads, D head size, G nodes in a bucket, Lq / Lk their
 longest query / key length.
@@ -23,7 +24,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mmit.errors import ModelError
+from mmit.models import varlen
 from mmit.models.buckets import Layout, additive, make_layout, pick, place, small_attention
+from mmit.models.varlen import Segments, make_segments
 from mmit.models.virtual import PREFIX
 
 NAME = "mmit"
@@ -48,6 +51,7 @@ class Plan:
     buckets: list[Bucket]
     inverse: torch.Tensor  # (T,) where each row position sits in the concatenated bucket outputs
     longest: int  # tokens on the longest path
+    segments: Segments  # the same row for a variable-length kernel
     calls: list[int] = field(default_factory=list)  # one entry per layer that ran it; shared by copies
     layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)  # by H and KV, made when first needed
 
@@ -61,14 +65,14 @@ class Plan:
             Bucket(move(b.queries), move(b.keys), move(b.keep), None if b.mask is None else move(b.mask), b.size)
             for b in self.buckets
         ]
-        return Plan(buckets, move(self.inverse), self.longest, self.calls)
+        return Plan(buckets, move(self.inverse), self.longest, self.segments.to(device), self.calls)
 
 
 def make_plan(nodes: torch.Tensor) -> Plan:
     """Sort nodes into buckets.
 
     Args:
-        nodes: (K, 3) first token, length, parent node (or -1); parents come before children.
+        nodes: (K, 3) first token, length, parent node (or -1); they follow each other, parents before children.
     """
     table: list[list[int]] = nodes.tolist()
     paths: list[list[int]] = []  # row positions a node's tokens may see before the node itself
@@ -90,7 +94,7 @@ def make_plan(nodes: torch.Tensor) -> Plan:
     inverse = torch.empty_like(places)
     inverse[places] = torch.arange(len(places))
     longest = max(len(p) + row[1] for p, row in zip(paths, table, strict=True))
-    return Plan(buckets, inverse, longest)
+    return Plan(buckets, inverse, longest, make_segments(table, paths))
 
 
 def _alike(table: list[list[int]], paths: list[list[int]], a: int, b: int) -> bool:
@@ -124,22 +128,6 @@ def _bucket(table: list[list[int]], paths: list[list[int]], group: list[int]) ->
     return Bucket(queries.flatten(), keys.flatten(), keep, mask, (len(group), longest_q, longest_k))
 
 
-class _Gather(torch.autograd.Function):
-    """`rows[index]` whose backward sums in float32: a prefix key collects gradient from many branches."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(index)
-        ctx.length = rows.shape[0]
-        return rows.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (index,) = ctx.saved_tensors
-        total = torch.zeros(ctx.length, *grad.shape[1:], dtype=torch.float32, device=grad.device)
-        return total.index_add_(0, index, grad.float()).to(grad.dtype), None
-
-
 Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values (KV, P, D) that every query sees
 
 
@@ -157,6 +145,9 @@ def forest_attention(
     Returns:
         (1, T, H, D)
     """
+    if prefix is None and varlen.usable(q):
+        rows = (x[0].transpose(0, 1) for x in (q, k, v))
+        return varlen.varlen_attention(*rows, plan.segments, scale)[None]
     heads, kv, tokens = q.shape[1], k.shape[1], q.shape[2]
     if (heads, kv) not in plan.layouts:
         plan.layouts[heads, kv] = make_layout(plan.buckets, tokens, heads=heads, kv=kv)

@@ -157,7 +157,14 @@ def _partition(config: Config) -> dict[str, Any] | None:
     t = config.train
     options = complete(deepspeed_options(config.engine.deepspeed), precision=t.precision, clip=t.clip)
     check_deepspeed(options)
-    divided = int((options.get("zero_optimization") or {}).get("stage", 0)) == 3
+    divided = zero_stage(options) == 3
+    for name, tuned in (("vision", config.tune.vision), ("llm", config.tune.llm)):
+        if divided and tuned.options.get("dora"):
+            raise ConfigError(
+                "DoRA reads weights past the calls for which ZeRO-3 brings them together",
+                where=f"tune.{name}.options.dora",
+                remedy="set engine.deepspeed=zero2, or dora: false",
+            )
     return options if divided and config.model.llm.dtype in (None, config.train.precision) else None
 
 

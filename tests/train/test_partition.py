@@ -83,7 +83,7 @@ def test_no_rank_holds_the_whole_model(tmp_path):
 
 TUNED = {
     "lora": {"mode": "lora", "lr": 1e-2, "options": {"r": 4}},
-    "dora": {"mode": "lora", "lr": 1e-2, "options": {"r": 4, "dora": True}},
+    "rslora": {"mode": "lora", "lr": 1e-2, "options": {"r": 4, "rslora": True, "lr_ratio": 4}},
     "pissa": {"mode": "lora", "lr": 1e-2, "options": {"r": 4, "init": "pissa"}},
     "houlsby": {"mode": "houlsby", "lr": 1e-2, "options": {"size": 3}},
     "soft_prompt": {"mode": "soft_prompt", "lr": 1e-2},

@@ -1,0 +1,123 @@
+"""Attention of a whole packed row in one call of a variable-length kernel.
+
+Owns the layout such kernels want: queries one node after the other, and for every node its ancestors' keys followed by
+its own. The kernel aligns its causal mask to the bottom right, so query i of a node with b ancestors sees keys 0 to
+b + i, which is what a node may see. Where nodes share nothing, the row is that layout already and nothing is gathered.
+Refuses nothing: `usable` says where the kernel runs (CUDA, half precision), and the caller has another way.
+
+Dimensions: T tokens in the row, G keys gathered for all nodes, K nodes, H query heads, KV key heads, D head size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a build without it
+    varlen_attn = None  # type: ignore[assignment]
+
+MAX_HEAD = 256  # of the flash kernels
+_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters  # torch 2.12 and later
+
+
+@dataclass(slots=True)
+class Segments:
+    """Index tensors of a row for a variable-length kernel."""
+
+    keys: torch.Tensor | None  # (G,) row positions, node by node; None: the row itself
+    cu_queries: torch.Tensor  # (K + 1,) int32, where each node's queries begin
+    cu_keys: torch.Tensor  # (K + 1,) int32; the very same tensor where nothing is gathered, which kernels look at
+    longest_query: int
+    longest_key: int
+
+    def to(self, device: torch.device | str) -> Segments:
+        """Copy to a device."""
+        queries = self.cu_queries.to(device, non_blocking=True)
+        if self.keys is None:
+            return Segments(None, queries, queries, self.longest_query, self.longest_key)
+        keys, cu_keys = self.keys.to(device, non_blocking=True), self.cu_keys.to(device, non_blocking=True)
+        return Segments(keys, queries, cu_keys, self.longest_query, self.longest_key)
+
+
+def make_segments(table: list[list[int]], paths: list[list[int]]) -> Segments:
+    """Lay a row out for the kernel.
+
+    Args:
+        table: first token, length, parent of each node, which follow each other in the row.
+        paths: row positions of each node's ancestors.
+    """
+    lengths = [row[1] for row in table]
+    queries = _ends(lengths)
+    if not any(paths):
+        return Segments(None, queries, queries, max(lengths), max(lengths))
+    keys = [
+        position
+        for path, (start, length, _) in zip(paths, table, strict=True)
+        for position in (*path, *range(start, start + length))
+    ]
+    sizes = [len(path) + length for path, length in zip(paths, lengths, strict=True)]
+    return Segments(torch.tensor(keys), queries, _ends(sizes), max(lengths), max(sizes))
+
+
+def _ends(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def usable(q: torch.Tensor) -> bool:
+    """Whether the kernel takes queries (..., D) like these: half precision, CUDA, compute capability 8 or more."""
+    return (
+        varlen_attn is not None
+        and q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= MAX_HEAD
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
+    """torch's own: (T, H, D), (G, KV, D) -> (T, H, D)."""
+    more: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if _GROUPS:
+            more["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    s = segments
+    return varlen_attn(
+        q, k, v, s.cu_queries, s.cu_keys, s.longest_query, s.longest_key, scale=scale, window_size=(-1, 0), **more
+    )
+
+
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float], torch.Tensor]
+
+
+def varlen_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, *, run: Kernel = kernel
+) -> torch.Tensor:
+    """Attention of one row: (T, H, D), (T, KV, D), (T, KV, D) -> (T, H, D)."""
+    if segments.keys is not None:
+        k, v = (_Gather.apply(x, segments.keys) for x in (k, v))
+    return run(q, k, v, segments, scale)
+
+
+class _Gather(torch.autograd.Function):
+    """`rows[index]` whose backward sums in float32: a prefix key collects gradient from many branches."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.length = rows.shape[0]
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        total = torch.zeros(ctx.length, *grad.shape[1:], dtype=torch.float32, device=grad.device)
+        return total.index_add_(0, index, grad.float()).to(grad.dtype), None

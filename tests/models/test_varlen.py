@@ -1,0 +1,99 @@
+"""The layout for variable-length kernels: run by a kernel written out, it is the attention of the buckets."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmit.data.packing import build_row
+from mmit.models import varlen
+from mmit.models.attention import forest_attention, make_plan
+from tests.models.test_attention import many
+
+
+def written_out(q, k, v, segments, scale):
+    """What the kernel does: segment by segment, causal, aligned to the bottom right."""
+    out = torch.empty_like(q)
+    queries, keys = segments.cu_queries.tolist(), segments.cu_keys.tolist()
+    repeat = q.shape[1] // k.shape[1]
+    for n in range(len(queries) - 1):
+        a, b, c, d = queries[n], queries[n + 1], keys[n], keys[n + 1]
+        assert b - a <= segments.longest_query and d - c <= segments.longest_key
+        mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        mine_k, mine_v = (x[c:d].repeat_interleave(repeat, dim=1).transpose(0, 1) for x in (k, v))
+        out[a:b] = F.scaled_dot_product_attention(
+            q[a:b].transpose(0, 1), mine_k, mine_v, attn_mask=mask, scale=scale
+        ).transpose(0, 1)
+    return out
+
+
+def heads(row, *, dtype=torch.float64, device="cpu", size=8):
+    torch.manual_seed(0)
+    total = len(row.input_ids)
+    return [torch.randn(1, n, total, size, dtype=dtype, device=device).requires_grad_() for n in (4, 2, 2)]
+
+
+def by_segments(row, q, k, v):
+    """Output and gradients through the segments, with the kernel written out."""
+    rows = (x[0].transpose(0, 1) for x in (q, k, v))
+    return with_gradients(
+        varlen.varlen_attention(*rows, make_plan(row.nodes).segments, 0.3, run=written_out)[None], q, k, v
+    )
+
+
+def by_function(row, q, k, v):
+    """Output and gradients as layers get them: buckets on the CPU and in float64, the kernel in half precision."""
+    return with_gradients(forest_attention(q, k, v, make_plan(row.nodes).to(q.device), 0.3), q, k, v)
+
+
+def with_gradients(out, *inputs):
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return out, torch.autograd.grad(out, inputs, upstream.to(out))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.booleans())
+def test_segments_are_the_attention_of_buckets(seed, shared):
+    row = build_row(many(random.Random(seed), shared=shared))
+    tensors = heads(row)
+    (out, grads), (other, others) = by_segments(row, *tensors), by_function(row, *tensors)
+    for a, b in zip((out, *grads), (other, *others), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=0)  # both have parts in float32
+
+
+def test_records_that_share_nothing_are_taken_as_they_lie():
+    row = build_row(many(random.Random(1), shared=False), share=False)
+    segments = make_plan(row.nodes).segments
+    assert segments.keys is None and segments.cu_keys is segments.cu_queries
+    moved = segments.to("cpu")
+    assert moved.cu_keys is moved.cu_queries
+    assert segments.cu_queries.dtype == torch.int32 and segments.cu_queries[-1] == len(row.input_ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_agrees_with_the_buckets(shared, dtype):
+    row = build_row(many(random.Random(2), shared=shared), share=shared)
+    tensors = heads(row, dtype=dtype, device="cuda", size=64)
+    assert varlen.usable(tensors[0])
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    (out, grads), (other, others) = by_function(row, *tensors), by_function(row, *exact)
+    for a, b in zip((out, *grads), (other, *others), strict=True):
+        torch.testing.assert_close(a.double(), b, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.gpu
+def test_the_kernel_lets_nothing_through_from_another_record():
+    row = build_row(many(random.Random(3), shared=False), share=False)
+    q, k, v = heads(row, dtype=torch.bfloat16, device="cuda", size=64)
+    plan = make_plan(row.nodes).to("cuda")
+    cut = int(row.nodes[1, 0])
+    out = forest_attention(q, k, v, plan, 0.3)
+    for grad in torch.autograd.grad(out[:, :cut].sum(), (q, k, v)):
+        assert grad[:, :, cut:].abs().max() == 0.0
