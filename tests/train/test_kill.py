@@ -215,7 +215,9 @@ def test_sigterm_inside_a_save_finishes_it_and_leaves(course, monkeypatch):
 
 @pytest.fixture(scope="module")
 def long_course(tmp_path_factory):
-    return Course(tmp_path_factory.mktemp("long"), epochs=70, save_every=10)
+    course = Course(tmp_path_factory.mktemp("long"), epochs=80, save_every=10)
+    assert course.steps >= 200
+    return course
 
 
 @pytest.mark.long
@@ -228,11 +230,11 @@ def test_killed_at_fifty_random_points(long_course):
         number += 1
 
 
-@pytest.mark.slow
-def test_stopped_at_random_points(long_course):
-    rng = random.Random(2)
-    for number in range(6):
-        stopped(long_course, f"stopped-{number}", rng.uniform(0.02, 0.98))
+@pytest.mark.parametrize("points", [pytest.param(6, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.long)])
+def test_stopped_at_random_points(long_course, points):
+    rng = random.Random(points)
+    for number in range(points):
+        stopped(long_course, f"stopped-{number}-of-{points}", rng.uniform(0.0, 0.98))
 
 
 @pytest.mark.slow

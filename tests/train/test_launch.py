@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,8 @@ def test_a_rank_that_dies_ends_the_job_and_a_signal_saves_first(tmp_path, what):
     path = configs(tmp_path, steps=100000, save_every=20)
     command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
     command += [str(ROOT / "scripts" / "train.py"), "--config", str(path)]
-    launcher = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    launcher = subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
     try:
         began = time.monotonic()
         while not folders.checkpoints(tmp_path / "two"):
@@ -124,12 +126,13 @@ def test_a_rank_that_dies_ends_the_job_and_a_signal_saves_first(tmp_path, what):
         began = time.monotonic()
         if what == "kill a rank":
             os.kill(ranks[1], signal.SIGKILL)
-        else:
-            launcher.send_signal(signal.SIGTERM)
+        else:  # the group, as a terminal does: on one node the launcher does not pass a signal on
+            os.killpg(launcher.pid, signal.SIGTERM)
         said, _ = launcher.communicate(timeout=120)
         assert launcher.returncode != 0 and time.monotonic() - began < 90
     finally:
-        launcher.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
     time.sleep(1)
     assert not [p for p in ranks if psutil.pid_exists(p) and psutil.Process(p).status() != "zombie"], said[-2000:]
     newest = folders.newest(tmp_path / "two")
