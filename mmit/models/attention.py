@@ -146,8 +146,8 @@ def forest_attention(
         (1, T, H, D)
     """
     if prefix is None and varlen.usable(q):
-        rows = (x[0].transpose(0, 1) for x in (q, k, v))
-        return varlen.varlen_attention(*rows, plan.segments, scale)[None]
+        rows_q, rows_k, rows_v = (x[0].transpose(0, 1) for x in (q, k, v))
+        return varlen.varlen_attention(rows_q, rows_k, rows_v, plan.segments, scale)[None]
     heads, kv, tokens = q.shape[1], k.shape[1], q.shape[2]
     if (heads, kv) not in plan.layouts:
         plan.layouts[heads, kv] = make_layout(plan.buckets, tokens, heads=heads, kv=kv)
