@@ -152,9 +152,7 @@ class ComponentTune(Section):
     @model_validator(mode="after")
     def _lr_when_trained(self) -> ComponentTune:
         if self.mode != "frozen" and self.lr is None:
-            raise ValueError(
-                f"mode '{self.mode}' trains this component, but lr is null; give a learning rate"
-            )
+            raise ValueError(f"mode '{self.mode}' trains this component, but lr is null; give a learning rate")
         return self
 
 

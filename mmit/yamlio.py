@@ -131,9 +131,7 @@ def parse_override(text: str) -> tuple[Keys, Any]:
     key, equals, value = text.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise ConfigError(
-            "not of the form key=value", where=where, remedy="Write a dotted key, e.g. train.steps=50"
-        )
+        raise ConfigError("not of the form key=value", where=where, remedy="Write a dotted key, e.g. train.steps=50")
     data, _ = parse_yaml(value, where=where)
     return tuple(int(part) if part.isdecimal() else part for part in parts), data
 

@@ -7,9 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(
-    help="Run mmit models in lmms-eval and lm-eval.", no_args_is_help=True, rich_markup_mode="markdown"
-)
+app = typer.Typer(help="Run mmit models in lmms-eval and lm-eval.", no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.command("overlay")

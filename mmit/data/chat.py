@@ -78,9 +78,7 @@ class ChatFormat(ABC):
             if key not in keys:
                 raise ConfigError(f"unknown key '{key}'", where="chat format", remedy=nearest(key, keys))
         if "name" not in obj:
-            raise ConfigError(
-                "the key 'name' is missing", where="chat format", remedy=f"keys: {', '.join(keys)}"
-            )
+            raise ConfigError("the key 'name' is missing", where="chat format", remedy=f"keys: {', '.join(keys)}")
         if "template" not in obj:
             return chat_format(obj["name"], tokenizer)
         return TemplateFormat(
@@ -118,9 +116,7 @@ class TemplateFormat(ChatFormat):
         self.end, self.as_processor = self._template.end, as_processor
 
     def _lay_out(self, turns: list[FlatTurn], generate: bool) -> list[Piece]:
-        shape: Shape = tuple(
-            (role, "".join("i" if p is None else "t" for p in parts)) for role, parts in turns
-        )
+        shape: Shape = tuple((role, "".join("i" if p is None else "t" for p in parts)) for role, parts in turns)
         texts = iter([part for _, parts in turns for part in parts if part is not None])
         pieces = []
         for slot in self._template.slots(shape, generate=generate):
@@ -151,18 +147,14 @@ class BuiltInFormat(ChatFormat):
         self._write, end = BUILT_IN[name]
         self.end = end or tokenizer.eos_token
         if not self.end:
-            problem = (
-                f"the chat format '{name}' ends an answer with the EOS token, but the tokenizer has none"
-            )
+            problem = f"the chat format '{name}' ends an answer with the EOS token, but the tokenizer has none"
             raise ConfigError(problem, remedy="Set tokenizer.eos_token.")
         self._bos = [Piece("template", tokens.bos)] if tokens.bos else []
         if name == "chatml":
             for token in ("<|im_start|>", "<|im_end|>"):
                 if len(tokens.control_spans(token)) != 1:
                     problem = f"the tokenizer has no token {token}, which the chat format 'chatml' needs"
-                    raise ConfigError(
-                        problem, remedy="Use 'qa' or 'vicuna_v1', which need only an EOS token."
-                    )
+                    raise ConfigError(problem, remedy="Use 'qa' or 'vicuna_v1', which need only an EOS token.")
 
     def _lay_out(self, turns: list[FlatTurn], generate: bool) -> list[Piece]:
         return self._bos + self._write(turns, self.end, generate)
@@ -308,9 +300,7 @@ def _merged(pieces: list[Piece]) -> list[Piece]:
     for piece in pieces:
         if not piece.text and piece.kind != "image":
             if piece.supervised:
-                raise RecordError(
-                    "the chat template strips the answer to nothing", remedy="Give it some text."
-                )
+                raise RecordError("the chat template strips the answer to nothing", remedy="Give it some text.")
         elif out and piece.kind == out[-1].kind == "template" and piece.supervised == out[-1].supervised:
             out[-1] = Piece("template", out[-1].text + piece.text, piece.supervised)
         else:

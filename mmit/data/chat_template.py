@@ -99,9 +99,7 @@ class ChatTemplate:
             left, right = rules[number]
             supervised = role == "assistant"
             slots.append(
-                Slot("content", supervised=supervised, left=left, right=right)
-                if kind == "t"
-                else Slot("image")
+                Slot("content", supervised=supervised, left=left, right=right) if kind == "t" else Slot("image")
             )
         slots += self._after_answer(gaps[-1], last=True)
         return tuple(slot for slot in slots if slot.text or slot.kind != "template")
@@ -167,9 +165,7 @@ class ChatTemplate:
                     if kind == "t" and after == before:
                         stripped[number][side].add(space)
                     elif kind == "t" and after != (before + space if side == 0 else space + before):
-                        self._fail(
-                            "the template rewrites whitespace inside contents", "Use another template."
-                        )
+                        self._fail("the template rewrites whitespace inside contents", "Use another template.")
         return [(_chars(left), _chars(right)) for left, right in stripped]
 
     def _render(self, shape: Shape, pad: tuple[str, str] = ("", "")) -> str:
@@ -187,9 +183,7 @@ class ChatTemplate:
                 ]
             messages.append({"role": role, "content": content})
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, chat_template=self.source, tokenize=False, **self.args
-            )
+            return self._tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **self.args)
         except jinja2.TemplateError as error:
             if type(error) is jinja2.TemplateError:  # what raise_exception() in a template raises
                 raise _Refusal(str(error)) from error

@@ -130,7 +130,6 @@ class _Maker:
         batch.bad = bad
         return batch
 
-
     def most_bytes(self, units: Sequence[int]) -> int:
         """About the most that a micro-batch of these units takes, by its tokens alone: each crop takes tokens too."""
         tokens = int(self.scan.length[list(units)].sum()) if len(units) else 1

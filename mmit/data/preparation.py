@@ -153,9 +153,7 @@ class ImagePreparation:
         return Image(PIL.Image.new("RGB", (self.size[1], self.size[0]), tuple(colour)))
 
 
-def prepare_images(
-    image: Mapping[str, Any], *, tokens: int, grid: tuple[int, int] | None
-) -> ImagePreparation | None:
+def prepare_images(image: Mapping[str, Any], *, tokens: int, grid: tuple[int, int] | None) -> ImagePreparation | None:
     """Join how pictures are brought to a tower, as a checkpoint states it, to what its model makes of them.
 
     Args:

@@ -73,14 +73,10 @@ def to_rich(encoded: Encoded, tokenizer: Any, *, image_tokens: int | None = None
         out.append("»", style="bold green")
     if not out.plain.endswith("\n"):
         out.append("\n")
-    return out.append(
-        legend(encoded, image_tokens=image_tokens) + ", «supervised», │ between tokens", style="italic"
-    )
+    return out.append(legend(encoded, image_tokens=image_tokens) + ", «supervised», │ between tokens", style="italic")
 
 
-def to_html(
-    encoded: Encoded, tokenizer: Any, *, title: str = "Record", image_tokens: int | None = None
-) -> str:
+def to_html(encoded: Encoded, tokenizer: Any, *, title: str = "Record", image_tokens: int | None = None) -> str:
     """Return a record as an HTML page of its own; the id of a token shows when the mouse rests on it."""
     tokens = html_tokens(encoded, tokenizer, image_tokens=image_tokens)
     note = f'{legend(encoded, image_tokens=image_tokens)}; <span class="supervised">supervised</span>'

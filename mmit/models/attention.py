@@ -31,6 +31,7 @@ from mmit.models.virtual import PREFIX
 
 NAME = "mmit"
 SMALL = 512  # keys; up to here writing attention out beats the CPU's fused kernel (4x on 50 keys, backward included)
+LONE = 128  # tokens; a longer node without ancestors is a bucket of its own, without a mask
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ def make_plan(nodes: torch.Tensor) -> Plan:
 
 def _alike(table: list[list[int]], paths: list[list[int]], a: int, b: int) -> bool:
     """Padding two nodes to one size wastes little. Long nodes without ancestors run alone, without a mask."""
-    if table[b][1] > 128 and not paths[b]:
+    if table[b][1] > LONE and not paths[b]:
         return False
     queries, keys = table[b][1] / table[a][1], (len(paths[b]) + 16) / (len(paths[a]) + 16)
     return (table[b][1] <= 8 or queries <= 1.5) and 0.5 <= keys <= 2.0
@@ -120,7 +121,7 @@ def _bucket(table: list[list[int]], paths: list[list[int]], group: list[int]) ->
         keys[g, : len(paths[n])] = torch.tensor(paths[n], dtype=torch.int64)
         keys[g, len(paths[n]) : len(paths[n]) + length] = own
     mask = None
-    if len(group) > 1 or paths[group[0]]:
+    if len(group) > 1 or paths[group[0]] or longest_q <= LONE:
         # query i of a node sees its b ancestors and its own first i + 1 tokens: keys 0 .. b + i
         limit = before[:, None] + torch.arange(longest_q)[None, :]
         mask = (torch.arange(longest_k)[None, None, :] <= limit[:, :, None])[:, None]

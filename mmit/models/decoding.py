@@ -367,9 +367,7 @@ class Likelihoods(NamedTuple):
     misses: torch.Tensor  # (count,) int64
 
 
-def log_likelihoods(
-    vlm: VLM, row: Prompts, *, targets: torch.Tensor, owners: torch.Tensor, count: int
-) -> Likelihoods:
+def log_likelihoods(vlm: VLM, row: Prompts, *, targets: torch.Tensor, owners: torch.Tensor, count: int) -> Likelihoods:
     """Sum the log-probabilities of given continuations.
 
     Args:

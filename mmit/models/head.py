@@ -61,9 +61,7 @@ def split_head(llm: Any) -> Split | None:
 def check_rows(rows: int) -> None:
     """Refuse more logits at once than memory can be expected to hold. Raises ModelError."""
     if rows > MAX_LOGIT_ROWS:
-        raise ModelError(
-            f"{rows} supervised tokens in one row", remedy="lower data.pack_tokens or train.micro_rows"
-        )
+        raise ModelError(f"{rows} supervised tokens in one row", remedy="lower data.pack_tokens or train.micro_rows")
 
 
 def cross_entropy(

@@ -219,9 +219,7 @@ class Resampler(Projector):
                 where="resampler",
                 remedy=f"valid heads: {[h for h in range(1, 33) if vision_dim % h == 0]}",
             )
-        super().__init__(
-            vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, tokens=queries, norm=norm
-        )
+        super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, tokens=queries, norm=norm)
         self.queries = nn.Parameter(torch.randn(queries, vision_dim) * 0.02)
         self.places = nn.Parameter(torch.randn(self.tokens_in, vision_dim) * 0.02)
         self.blocks = nn.ModuleList(ResamplerBlock(vision_dim, heads=heads) for _ in range(depth))
@@ -321,7 +319,6 @@ def build_projector(
             remedy="read the tower with select: patch",
         )
 
-
     def build() -> Projector:
         made: Any = PROJECTORS[kind]
         projector = made(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **options)
@@ -389,9 +386,7 @@ def _pooled(grid: tuple[int, int], side: int | tuple[int, int] | None, tokens: i
 def _whole(**values: int) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(
-                f"{name} is {value!r}", where="projector", remedy="it must be a whole number from 1 up"
-            )
+            raise ModelError(f"{name} is {value!r}", where="projector", remedy="it must be a whole number from 1 up")
 
 
 def _divides(rows: int, columns: int, *, grid: tuple[int, int], what: str, remedy: str) -> None:

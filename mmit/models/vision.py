@@ -73,9 +73,7 @@ def build_vision(
             remedy="leave key_order out",
         )
     if not isinstance(name, str) and kind != "hf":
-        raise ModelError(
-            "only kind hf takes a config dict", where=kind, remedy="give the name of an architecture"
-        )
+        raise ModelError("only kind hf takes a config dict", where=kind, remedy="give the name of an architecture")
     build: Any = ENCODERS[kind]
     encoder = build(
         name,

@@ -76,8 +76,7 @@ def blocks_to_run(layer: int, total: int, *, where: str) -> int:
         raise ModelError(
             f"layer {layer} does not exist; the encoder has {total} blocks",
             where=where,
-            remedy=f"nearest: {_clamp(layer, 1, total)}; valid: 1..{total} from the input, "
-            f"-{total}..-1 from the end",
+            remedy=f"nearest: {_clamp(layer, 1, total)}; valid: 1..{total} from the input, -{total}..-1 from the end",
         )
     return blocks
 
@@ -111,9 +110,7 @@ def check_norm(wanted: bool, *, last: bool, norm: nn.Module | None, where: str) 
             remedy="read layer -1, or leave normalize out",
         )
     if wanted and (norm is None or isinstance(norm, nn.Identity)):
-        raise ModelError(
-            "this encoder has no final norm over its tokens", where=where, remedy="leave normalize out"
-        )
+        raise ModelError("this encoder has no final norm over its tokens", where=where, remedy="leave normalize out")
 
 
 @contextmanager
@@ -172,15 +169,12 @@ def pair_by_order(
     theirs = [(key, value) for key, value in tensors.items() if not key.endswith("num_batches_tracked")]
     remedy = "key_order needs a file of this very architecture, in its order"
     if len(ours) != len(theirs):
-        raise ModelError(
-            f"the file holds {len(theirs)} tensors, the encoder {len(ours)}", where=where, remedy=remedy
-        )
+        raise ModelError(f"the file holds {len(theirs)} tensors, the encoder {len(ours)}", where=where, remedy=remedy)
     for number, ((key, shape), (name, value)) in enumerate(zip(ours, theirs, strict=True), start=1):
         leaf, other = key.rpartition(".")[2], name.rpartition(".")[2]
         if value.shape != shape:
             raise ModelError(
-                f"tensor {number} is {name} {tuple(value.shape)} in the file and {key} {tuple(shape)} "
-                "in the encoder",
+                f"tensor {number} is {name} {tuple(value.shape)} in the file and {key} {tuple(shape)} in the encoder",
                 where=where,
                 remedy=remedy,
             )

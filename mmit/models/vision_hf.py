@@ -169,9 +169,7 @@ def _model(
     model_class = getattr(transformers, kind)
     if isinstance(weights, str) or weights is False or not isinstance(name, str):
         if weights is True:
-            raise ModelError(
-                "a config dict brings no weights", where=where, remedy="leave weights out, or give a file"
-            )
+            raise ModelError("a config dict brings no weights", where=where, remedy="leave weights out, or give a file")
         return model_class(config), weights if isinstance(weights, str) else "random"
     with explained(where, remedy="the hub id or folder must hold model.safetensors or pytorch_model.bin"):
         with _quiet():
@@ -210,11 +208,7 @@ def _load_file(
     prefix = "vision_model."
     if all(key.startswith(prefix) for key in tensors):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    norm = {
-        key.removeprefix("post_layernorm."): value
-        for key, value in tensors.items()
-        if "post_layernorm." in key
-    }
+    norm = {key.removeprefix("post_layernorm."): value for key, value in tensors.items() if "post_layernorm." in key}
     load_needed(core, tensors, full=full, where=where)
     if not isinstance(reader.norm, nn.Identity):
         load_needed(reader.norm, norm, full={key: value.shape for key, value in norm.items()}, where=where)
@@ -241,9 +235,7 @@ def _constants(name: str, kind: str) -> Mapping[str, Any]:
     with open(path, encoding="utf-8") as file:
         found = json.load(file)
     if abs(found.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-4 or not found.get("do_rescale", True):
-        raise ModelError(
-            "pixels are not scaled by 1/255", where=where, remedy="mmit cannot feed this encoder"
-        )
+        raise ModelError("pixels are not scaled by 1/255", where=where, remedy="mmit cannot feed this encoder")
     default = DEFAULT_CONSTANTS[kind]
     if not found.get("do_normalize", True):
         return {**default, "mean": 0.0, "std": 1.0}

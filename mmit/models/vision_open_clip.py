@@ -96,9 +96,7 @@ def open_clip_encoder(
     shared: dict[str, Any] = {
         "name": name,
         "weights_id": weights_id,
-        "identity": json.dumps(
-            ["open_clip", config["vision_cfg"], config.get("quick_gelu", False)], sort_keys=True
-        ),
+        "identity": json.dumps(["open_clip", config["vision_cfg"], config.get("quick_gelu", False)], sort_keys=True),
     }
     cut: dict[str, Any] = {"layer": layer, "select": select, "normalize": normalize}
     if hasattr(visual, "trunk"):
@@ -116,16 +114,10 @@ def open_clip_encoder(
         std=triple(constants["std"]),
         interpolation=constants["interpolation"],
     )
-    return (
-        _cut_vit(visual, **cut, **shared)
-        if hasattr(visual, "transformer")
-        else _cut_resnet(visual, **cut, **shared)
-    )
+    return _cut_vit(visual, **cut, **shared) if hasattr(visual, "transformer") else _cut_resnet(visual, **cut, **shared)
 
 
-def _visual(
-    name: str, pretrained: str | None, *, load: bool, image_size: int | tuple[int, int] | None
-) -> Any:
+def _visual(name: str, pretrained: str | None, *, load: bool, image_size: int | tuple[int, int] | None) -> Any:
     """Return the vision part; the text tower, which a checkpoint can only be read with, is freed here."""
     import open_clip
 
@@ -232,9 +224,7 @@ def _weights(name: str, weights: str | bool | None, *, own: bool) -> tuple[str |
     if weights in tags:
         _check_activation(architecture, weights)
         return weights, weights
-    is_path = (
-        weights.startswith(PACKAGE) or os.sep in weights or Path(weights).suffix or Path(weights).exists()
-    )
+    is_path = weights.startswith(PACKAGE) or os.sep in weights or Path(weights).suffix or Path(weights).exists()
     if not is_path:
         raise ModelError(
             f"'{weights}' is neither a pretrained tag of this architecture nor a file",
@@ -286,8 +276,7 @@ def _agreed_constants(name: str) -> dict[str, Any]:
 
     architecture = name.replace("/", "-")
     known = [
-        open_clip.get_pretrained_cfg(architecture, tag)
-        for tag in open_clip.list_pretrained_tags_by_model(architecture)
+        open_clip.get_pretrained_cfg(architecture, tag) for tag in open_clip.list_pretrained_tags_by_model(architecture)
     ]
     agreed = {}
     for key in ("mean", "std", "interpolation"):

@@ -36,9 +36,7 @@ from mmit.models.vision_encoder import (
 class TimmReader(Reader):
     """Normalised pixels (B, 3, H, W) -> features (B, N, D) of one layer of a timm model."""
 
-    def __init__(
-        self, model: nn.Module, *, index: int, normalize: bool, with_cls: bool, stages: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, *, index: int, normalize: bool, with_cls: bool, stages: bool) -> None:
         super().__init__()
         self.model = model
         self.index, self.normalize, self.with_cls, self.stages = index, normalize, with_cls, stages
@@ -209,9 +207,7 @@ def _check_name(name: str, names: list[str], tagged: list[str]) -> None:
         return  # a name such as hf-hub:org/repo is looked up by timm itself
     if architecture in names:
         tags = [entry for entry in tagged if entry.startswith(f"{architecture}.")]
-        raise ModelError(
-            "timm has no such weights", where=name, remedy=f"valid: {', '.join(tags) or architecture}"
-        )
+        raise ModelError("timm has no such weights", where=name, remedy=f"valid: {', '.join(tags) or architecture}")
     close = difflib.get_close_matches(architecture, names, n=5, cutoff=0.5)
     raise ModelError(
         "timm has no such model",

@@ -263,7 +263,10 @@ class DeepSpeedEngine(Engine):
         self.stage = zero_stage(whole)
         optimizer = torch.optim.AdamW(
             [{"params": [p for _, p in g.parameters], "lr": g.lr, "peak": g.lr} for g in groups],
-            betas=betas, eps=eps, weight_decay=weight_decay, fused=True,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            fused=True,
         )
         self._peaks = [g.lr for g in groups]
         with self._out_of_sight():

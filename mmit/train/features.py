@@ -223,9 +223,7 @@ def _checksum(text: str) -> int:
 class _Store:
     """`index.json` (digest -> crops, in order) and `features.bin` in a folder named after the tower."""
 
-    def __init__(
-        self, folder: Path, tower: VisionTower, preparation: ImagePreparation, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, folder: Path, tower: VisionTower, preparation: ImagePreparation, dtype: torch.dtype) -> None:
         key = json.dumps([tower.fingerprint(), asdict(preparation)], sort_keys=True)
         self.folder = folder / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.shape, self.dtype = (tower.tokens, tower.dim), dtype

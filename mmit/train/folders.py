@@ -82,9 +82,7 @@ def _nothing() -> None:
     pass
 
 
-def _write(
-    folder: Path, draft: Path, steps: Sequence[Step], *, main: bool, all_fine: Callable[[bool], bool]
-) -> None:
+def _write(folder: Path, draft: Path, steps: Sequence[Step], *, main: bool, all_fine: Callable[[bool], bool]) -> None:
     for step in steps:
         failure: Exception | None = None
         try:
@@ -188,9 +186,7 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise CheckpointError("is missing from the checkpoint", where=str(path), remedy=remedy)
         if path.stat().st_size != size:
-            raise CheckpointError(
-                f"has {path.stat().st_size} bytes instead of {size}", where=str(path), remedy=remedy
-            )
+            raise CheckpointError(f"has {path.stat().st_size} bytes instead of {size}", where=str(path), remedy=remedy)
         if _hash(path) != sha256:
             raise CheckpointError("was changed after it was written (sha256 differs)", where=str(path), remedy=remedy)
     for path in sorted(p for p in (folder / "trainer").rglob("*") if p.is_file()):

@@ -127,9 +127,7 @@ class Watch:
         self._written: dict[int, tuple[float, float]] = {}  # rank -> (time in the file, when it was first seen)
         self._told: dict[int, tuple[int, float]] = {}  # rank -> (moves, seconds that were told)
 
-    def look(
-        self, beats: Mapping[int, Beat], *, now: float, every: float
-    ) -> list[tuple[int, str, dict[str, Any]]]:
+    def look(self, beats: Mapping[int, Beat], *, now: float, every: float) -> list[tuple[int, str, dict[str, Any]]]:
         """(rank, message, facts) of the ranks that stand still and were not told yet; again after twice as long."""
         for rank, beat in beats.items():
             if self._moved.get(rank, (-1, 0.0))[0] != beat.moves:

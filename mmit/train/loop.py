@@ -171,9 +171,7 @@ def train(
     return True
 
 
-def _evaluate_if_due(
-    evaluate: Callable[[Progress], bool] | None, walk: Walk, plan: Plan, progress: Progress
-) -> bool:
+def _evaluate_if_due(evaluate: Callable[[Progress], bool] | None, walk: Walk, plan: Plan, progress: Progress) -> bool:
     """Evaluate after every `eval_every` steps and after the last; True when this is the best model so far."""
     if evaluate is None or progress.evaluated == progress.step or progress.step == 0:
         return False

@@ -219,9 +219,7 @@ def _evaluations(
     )
 
 
-def _held_out_loss(
-    config: Config, data: InstructionData, scan: Scan, *, parts: Parts, stopped: Stop
-) -> HeldOut:
+def _held_out_loss(config: Config, data: InstructionData, scan: Scan, *, parts: Parts, stopped: Stop) -> HeldOut:
     """The loss on data.eval, in rows as in training; its pictures go through the tower each time."""
     engine, load_image = parts.engine, parts.load_image
     rows = engine.world * config.train.micro_rows

@@ -187,9 +187,7 @@ class Saves:
         hand_over = self._then(writer, folder, best)
         checkpoint.write_folder(folder, [], later=[model, trainer.write, optimizer], hand_over=hand_over)
 
-    def _then(
-        self, writer: Writer, folder: Path, best: dict[str, Any] | None
-    ) -> Callable[[Callable[[], None]], None]:
+    def _then(self, writer: Writer, folder: Path, best: dict[str, Any] | None) -> Callable[[Callable[[], None]], None]:
         def hand_over(publish: Callable[[], None]) -> None:
             def work() -> None:
                 publish()

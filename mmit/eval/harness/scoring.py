@@ -119,9 +119,7 @@ def continue_tokens(
         prompts.append(Prompt(number, (sample,), {}, len(begin)))
     sampling = Sampling(temperature=how.temperature, top_p=how.top_p, top_k=how.top_k, seed=seed)
     reader = AnswerText(model.tokenizer, how.stop, strip=False)
-    return model.answer(
-        prompts, reader, batch_size=batch_size, max_new_tokens=how.max_new_tokens, sampling=sampling
-    )
+    return model.answer(prompts, reader, batch_size=batch_size, max_new_tokens=how.max_new_tokens, sampling=sampling)
 
 
 def _too_long(tokens: int, context: int) -> RecordError:

@@ -36,9 +36,7 @@ def follows(text: str, instruction: str, *, kwargs: Mapping[str, Any], words: Wo
         MmitError: unknown instruction, or an argument that it needs is missing.
     """
     if instruction not in RULES:
-        raise MmitError(
-            f"unknown instruction '{instruction}'", where=where, remedy=nearest(instruction, RULES)
-        )
+        raise MmitError(f"unknown instruction '{instruction}'", where=where, remedy=nearest(instruction, RULES))
     names, rule = RULES[instruction]
     missing = [n for n in names if n not in kwargs]
     if missing:
@@ -61,9 +59,7 @@ def _obeyed(text: str, reference: Any, *, words: Words, where: str) -> list[tupl
     """Return (instruction, obeyed strictly, obeyed loosely) for each instruction of one row."""
     names, arguments = reference["instruction_id_list"], reference["kwargs"]
     if len(names) != len(arguments):
-        raise MmitError(
-            f"{len(names)} instructions but {len(arguments)} kwargs", where=where, remedy="Give one each."
-        )
+        raise MmitError(f"{len(names)} instructions but {len(arguments)} kwargs", where=where, remedy="Give one each.")
     variants = loose_variants(text)
     found = []
     for name, raw in zip(names, arguments, strict=True):

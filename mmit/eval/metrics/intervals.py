@@ -149,9 +149,7 @@ def _pair(
     return first, second
 
 
-def mcnemar(
-    correct_a: Sequence[bool] | np.ndarray, correct_b: Sequence[bool] | np.ndarray
-) -> PairedDifference:
+def mcnemar(correct_a: Sequence[bool] | np.ndarray, correct_b: Sequence[bool] | np.ndarray) -> PairedDifference:
     """Compare two models' right/wrong answers to the same questions.
 
     The p-value is McNemar's exact test (two-sided binomial on the questions where just one model is right);

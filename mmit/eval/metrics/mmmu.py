@@ -34,9 +34,7 @@ def parse_choice(text: str, options: Sequence[str]) -> str:
             return max(found, key=lambda c: text.rfind(place.format(c)))
     if len(text.split()) > 5:
         lowered = text.lower()
-        named = [
-            (c, str(o).lower()) for c, o in zip(letters, options, strict=True) if str(o).lower() in lowered
-        ]
+        named = [(c, str(o).lower()) for c, o in zip(letters, options, strict=True) if str(o).lower() in lowered]
         if named:
             return max(named, key=lambda item: lowered.rfind(item[1]))[0]
     return ""
@@ -136,7 +134,5 @@ def mmmu(
             values.append(float(said == answer if isinstance(answer, str) else said in answer))
             parsed.append(said)
         else:
-            raise MmitError(
-                f"unknown question type {kind!r}", where=where, remedy="valid: multiple-choice, open"
-            )
+            raise MmitError(f"unknown question type {kind!r}", where=where, remedy="valid: multiple-choice, open")
     return mean_score("mmmu", profile, values, parsed=parsed, unparsed=missing, groups=groups, seed=seed)

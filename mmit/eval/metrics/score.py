@@ -61,9 +61,7 @@ def check_lengths(
         MmitError: nothing to score, or a column does not have one entry per prediction.
     """
     if not len(predictions):
-        raise MmitError(
-            "nothing to score: no predictions", where=name, remedy="Check the task's data and limit."
-        )
+        raise MmitError("nothing to score: no predictions", where=name, remedy="Check the task's data and limit.")
     for column, values in others.items():
         if values is not None and len(values) != len(predictions):
             raise MmitError(
@@ -118,9 +116,7 @@ def options_of(reference: str | Sequence[str], *, where: str) -> tuple[str, ...]
     """
     answers = (reference,) if isinstance(reference, str) else tuple(reference)
     if not answers:
-        raise MmitError(
-            "no reference answer", where=where, remedy="Leave the question out or give an answer."
-        )
+        raise MmitError("no reference answer", where=where, remedy="Leave the question out or give an answer.")
     return answers
 
 

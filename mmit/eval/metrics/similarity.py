@@ -128,9 +128,7 @@ def anls(
     """
     pick(ANLS, profile, where="anls")
     one = partial(anls_one, profile=profile)
-    return _per_answer(
-        "anls", profile, one, predictions=predictions, references=references, groups=groups, seed=seed
-    )
+    return _per_answer("anls", profile, one, predictions=predictions, references=references, groups=groups, seed=seed)
 
 
 def _number(text: str) -> float | None:
