@@ -26,10 +26,7 @@ from mmit.train.zero import complete, zero_stage
 
 
 def join_deepspeed(*, cuda: bool) -> tuple[int, int]:
-    """Join the ranks that the DeepSpeed launcher started; returns rank and number of ranks.
-
-    Raises ConfigError when DeepSpeed is not installed.
-    """
+    """Join the ranks that the launcher started: (rank, number of ranks). Raises ConfigError without DeepSpeed."""
     try:
         import deepspeed
     except ImportError as error:
@@ -46,6 +43,7 @@ class Engine(ABC):
     rank: int = 0
     world: int = 1
     device: torch.device
+    optimizer: Any
     names: list[str]  # of the trained parameters, in the order of
     parameters: list[nn.Parameter]
 
@@ -147,23 +145,17 @@ class TorchEngine(Engine):
         clip: float | None = 1.0,
     ) -> None:
         if precision == "fp16":
-            raise ConfigError(
-                "fp16 needs loss scaling, which the torch engine does not do",
-                where="train.precision",
-                remedy="set train.precision=bf16, or engine.kind=deepspeed",
-            )
+            problem = "fp16 needs loss scaling, which the torch engine does not do"
+            remedy = "set train.precision=bf16, or engine.kind=deepspeed"
+            raise ConfigError(problem, where="train.precision", remedy=remedy)
         self.device, self.clip = device, clip
         self.model = model.to(device)
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
         self.split = any(p.dtype != torch.float32 for p in self.parameters)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters]
-        count = 0
-        param_groups = []
-        for g in groups:
-            mine = self.masters[count : count + len(g.parameters)]
-            param_groups.append({"params": mine, "lr": g.lr, "peak": g.lr})
-            count += len(mine)
+        masters = iter(self.masters)
+        param_groups = [{"params": [next(masters) for _ in g.parameters], "lr": g.lr, "peak": g.lr} for g in groups]
         self.optimizer = torch.optim.AdamW(
             param_groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
         )
@@ -251,7 +243,6 @@ class DeepSpeedEngine(Engine):
         clip: float | None = 1.0,
     ) -> None:
         import deepspeed
-
         self._deepspeed = deepspeed
         self._model, self._replicated = model, replicated
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -283,7 +274,6 @@ class DeepSpeedEngine(Engine):
             yield
         finally:
             self._model._modules.update(hidden)
-
     def forward_backward(self, tensors: Mapping[str, torch.Tensor], *, scale: float, last: bool) -> torch.Tensor:
         """DeepSpeed averages gradients over ranks, and the loop wants their sum: hence `world`."""
         self.engine.set_gradient_accumulation_boundary(last)
@@ -341,9 +331,10 @@ class DeepSpeedEngine(Engine):
                 self._inner.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
             return
         flats = self._flat_masters()
-        for flat in flats:
-            zeros = {k: torch.zeros_like(flat.data) for k in ("exp_avg", "exp_avg_sq")}
-            self._inner.state[flat] = {"step": torch.tensor(0.0), **zeros}
+        for place, flat in enumerate(flats):
+            with self._from_disk(place):
+                zeros = {k: torch.zeros_like(flat.data) for k in ("exp_avg", "exp_avg_sq")}
+                self._inner.state[flat] = {"step": torch.tensor(0.0), **zeros}
         self._link_states()
         step = torch.tensor(0.0)
         for name, state in states:
@@ -363,6 +354,16 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return [p for group in self._inner.param_groups for p in group["params"]]
+
+    @contextmanager
+    def _from_disk(self, number: int) -> Iterator[None]:
+        """Bring flat masters that are offloaded to NVMe into memory; afterwards they and new moments are written."""
+        away = self.stage == 3 and self.optimizer._swappable_optimizer_subgroup(number)
+        if away:
+            self.optimizer._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if away:
+            self.optimizer._optimizer_states_and_gradient_swap_out(number)
 
     def _link_states(self) -> None:
         """Tell DeepSpeed where the moments of each parameter are; it does so itself after the first group's first step,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 
 from mmit.errors import CheckpointError
 
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's scaler changes
 KEYS = ("step", "exp_avg", "exp_avg_sq", "master")
 FILE_BYTES = 2 << 30
 INDEX = "optimizer.json"
@@ -89,3 +91,16 @@ def _same_parameters(then: Shapes, now: Shapes, folder: Path) -> None:
             where=str(folder),
             remedy="resume with the config the checkpoint was made with, or use run.init_from for its weights only",
         )
+
+
+def scaler_state(optimizer: Any) -> dict[str, float]:
+    """State of DeepSpeed's dynamic loss scale (fp16); {} where the loss is not scaled, or by a fixed number."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return {k: getattr(scaler, k) for k in SCALER} if getattr(scaler, "dynamic", False) else {}
+
+
+def take_scaler_state(optimizer: Any, state: Mapping[str, float]) -> None:
+    """Put back what `scaler_state` gave, where the loss is scaled dynamically."""
+    if scaler_state(optimizer):
+        for key, value in state.items():
+            setattr(optimizer.loss_scaler, key, value)

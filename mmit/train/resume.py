@@ -21,6 +21,7 @@ from mmit.errors import CheckpointError, ConfigError
 from mmit.train import folders
 from mmit.train.engine import Engine
 from mmit.train.loop import Progress
+from mmit.train.optimizer_state import scaler_state, take_scaler_state
 from mmit.train.run_files import BEST, write_json
 
 Say = Callable[[Any], None]
@@ -77,7 +78,8 @@ class TrainerState:
         random = {"cpu": torch.get_rng_state()}
         if engine.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(engine.device)
-        return cls(engine.rank, {**asdict(progress), "world": engine.world, "order": order}, random)
+        facts = {**asdict(progress), "world": engine.world, "order": order, "scaler": scaler_state(engine.optimizer)}
+        return cls(engine.rank, facts, random)
 
     def write(self, folder: Path) -> None:
         """Write into `folder`/trainer; the engine adds its own (`Engine.save_state`)."""
@@ -120,6 +122,7 @@ def restore(engine: Engine, folder: Path | None, *, seed: int, say: Say) -> Prog
         return Progress()
     saved = _saved(folder)
     engine.load_state(folder / "trainer")
+    take_scaler_state(engine.optimizer, saved.get("scaler", {}))
     _restore_random(engine, folder / "trainer", saved["world"], say)
     names = {f.name for f in fields(Progress)}
     return Progress(**{k: v for k, v in saved.items() if k in names})

@@ -20,7 +20,7 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
     """Let DeepSpeed read a complete config before anything is loaded.
 
     Raises:
-        ConfigError: it does not take a key or value, or this machine cannot offload to NVMe.
+        ConfigError: it does not take a key or value, or this machine cannot compute in fp16 or offload to NVMe.
     """
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime.config import DeepSpeedConfig
@@ -42,6 +42,9 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
     except (ValueError, TypeError, AssertionError) as error:
         problem = str(error).split("\n")[0] or "DeepSpeed refuses it"
         raise ConfigError(problem, where=WHERE, remedy="mend the DeepSpeed JSON") from error
+    if options["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
+        problem = f"DeepSpeed does not train in fp16 on this {get_accelerator().device_name()}"
+        raise ConfigError(problem, where="train.precision", remedy="set train.precision=bf16 or fp32")
     for key in ("offload_optimizer", "offload_param"):
         section = zero.get(key) or {}
         if section.get("device") != "nvme":
