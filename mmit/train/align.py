@@ -86,6 +86,7 @@ def align_words(
             total += loss.item() * len(chunk)
             alive()
         last = total / len(words)
+    projector.zero_grad()  # what is left of the last step must not go into the first of the run
     for name, parameter in projector.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     return last

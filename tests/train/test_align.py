@@ -32,6 +32,12 @@ def test_the_words_of_a_picture_become_its_nearest_embeddings():
     assert torch.equal(embeddings, before)
 
 
+def test_no_gradient_is_left_for_the_first_step_of_the_run():
+    projector, features, words, embeddings = setting()
+    align_words(projector, features, words, embeddings, epochs=1, lr=1e-2)
+    assert all(p.grad is None for p in projector.parameters())
+
+
 def test_same_seed_same_projector_and_number_formats_are_kept():
     results = []
     for _ in range(2):
