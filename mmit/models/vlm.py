@@ -229,27 +229,29 @@ class VLM(nn.Module):
         """
         words = self.llm.get_input_embeddings()  # called, not indexed: ZeRO-3 then brings the weights
         weight = self.word_embeddings
-        ids = torch.arange(1, 13, device=weight.device) % shape(weight)[0]
+        vocabulary = shape(weight)[0]
+        # From all over it: the first ids are often control tokens, with which a model does little and rounds much.
+        ids = torch.arange(1, 13, device=weight.device) * max(vocabulary // 13, 1) % vocabulary
         other_first = torch.cat([ids[:6].flip(0), ids[6:]])
         other_second = torch.cat([ids[:6], ids[6:].flip(0)])
-        nodes, at = torch.tensor([[0, 6, -1], [6, 6, -1]]), torch.tensor([5, 11], device=weight.device)
+        nodes, at = torch.tensor([[0, 6, -1], [6, 6, -1]]), torch.arange(12, device=weight.device)
         positions = torch.arange(12, device=weight.device) % 6
         try:
             both, changed_first, changed_second = (
                 self.row_logits(words(row), positions=positions, nodes=nodes, at=at)
                 for row in (ids, other_first, other_second)
             )
-            alone = self.row_logits(words(ids[6:]), positions=positions[:6], nodes=nodes[:1], at=at[:1])[0]
+            alone = self.row_logits(words(ids[6:]), positions=positions[:6], nodes=nodes[:1], at=at[:6])
         except (TypeError, ValueError) as error:
             raise ModelError(
                 f"{type(self.llm).__name__} cannot run packed rows: {str(error)[:200]}",
                 remedy="set data.packing=false",
             ) from error
         # Rounding, not leakage, which `apart` sees to the last bit: root mean square as a share of the logits' spread.
-        # In bf16 a soft prompt was seen to round by 0.09, PiSSA by 0.20; wrong positions by 0.43 and more.
-        tolerance = 0.3 if weight.dtype != torch.float32 else 1e-3
-        same = (both[1] - alone).float().pow(2).mean().sqrt() <= tolerance * alone.float().std() + 1e-6
-        apart = torch.equal(both[0], changed_second[0]) and torch.equal(both[1], changed_first[1])
+        # In bf16 SmolLM2 with one method or another was seen to round by up to 0.12; wrong positions by 0.9 and more.
+        tolerance = 0.2 if weight.dtype != torch.float32 else 1e-3
+        same = (both[6:] - alone).float().pow(2).mean().sqrt() <= tolerance * alone.float().std() + 1e-6
+        apart = torch.equal(both[:6], changed_second[:6]) and torch.equal(both[6:], changed_first[6:])
         if not (apart and same):
             raise ModelError(
                 f"records packed into one row of {type(self.llm).__name__} see each other",

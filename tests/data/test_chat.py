@@ -210,6 +210,7 @@ def test_vicuna_has_the_published_text() -> None:
     )
 
 
+@pytest.mark.slow
 def test_smollm2_real_tokenizer() -> None:
     tokenizer = st.smollm2()
     if tokenizer is None:

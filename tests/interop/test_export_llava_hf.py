@@ -285,6 +285,7 @@ def test_bos_is_written_once(tmp_path: Path) -> None:
     assert list(ids).count(tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.slow
 def test_smollm2_answers_in_the_pipeline_of_transformers(tmp_path: Path) -> None:
     from PIL import Image as Picture
     from transformers import pipeline
