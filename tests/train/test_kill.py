@@ -234,7 +234,7 @@ def test_killed_at_fifty_random_points(long_course):
 def test_stopped_at_random_points(long_course, points):
     rng = random.Random(points)
     for number in range(points):
-        stopped(long_course, f"stopped-{number}-of-{points}", rng.uniform(0.0, 0.98))
+        stopped(long_course, f"stopped-{number}-of-{points}", rng.uniform(0.02, 0.98))
 
 
 @pytest.mark.slow
