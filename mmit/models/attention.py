@@ -50,7 +50,6 @@ class Plan:
     """How to run attention over one row; made once, used by every layer."""
 
     buckets: list[Bucket]
-    inverse: torch.Tensor  # (T,) where each row position sits in the concatenated bucket outputs
     longest: int  # tokens on the longest path
     segments: Segments  # the same row for a variable-length kernel
     calls: list[int] = field(default_factory=list)  # one entry per layer that ran it; shared by copies
@@ -66,7 +65,7 @@ class Plan:
             Bucket(move(b.queries), move(b.keys), move(b.keep), None if b.mask is None else move(b.mask), b.size)
             for b in self.buckets
         ]
-        return Plan(buckets, move(self.inverse), self.longest, self.segments.to(device), self.calls)
+        return Plan(buckets, self.longest, self.segments.to(device), self.calls)
 
 
 def make_plan(nodes: torch.Tensor) -> Plan:
@@ -91,11 +90,8 @@ def make_plan(nodes: torch.Tensor) -> Plan:
         else:
             groups.append([n])
     buckets = [_bucket(table, paths, g) for g in groups]
-    places = torch.cat([b.queries[b.keep] for b in buckets])
-    inverse = torch.empty_like(places)
-    inverse[places] = torch.arange(len(places))
     longest = max(len(p) + row[1] for p, row in zip(paths, table, strict=True))
-    return Plan(buckets, inverse, longest, make_segments(table, paths))
+    return Plan(buckets, longest, make_segments(table, paths))
 
 
 def _alike(table: list[list[int]], paths: list[list[int]], a: int, b: int) -> bool:

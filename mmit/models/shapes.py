@@ -134,7 +134,6 @@ def planned_attention(vlm: VLM, nodes: torch.Tensor, *, mode: FakeTensorMode, fl
     for b in plan.buckets:
         b.queries, b.keys, b.keep = (mode.from_tensor(x) for x in (b.queries, b.keys, b.keep))
         b.mask = None if b.mask is None else mode.from_tensor(b.mask)
-    plan.inverse = mode.from_tensor(plan.inverse)
     with _implementation(vlm, PLANNED, _Current(plan=plan, flash=flash)):
         yield
 
