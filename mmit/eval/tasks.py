@@ -1,6 +1,6 @@
 """Tasks: which questions are asked, with which prompt, and by which metric the answers are judged.
 
-In: a task's YAML (a path, or the name of one in configs/eval). Out: a typed `Task`, and its questions as
+In: a task's YAML (a path, or the name of one in mmit/configs/eval). Out: a typed `Task`, and its questions as
 `Item`s: one per question-answer pair, each with the pictures it is about. Never runs a model, never scores.
 
 A task of one's own is records, prompt and metric (configs/eval/custom_example.yaml is a whole one):
@@ -31,6 +31,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
 from mmit import sections
+from mmit.configs import moved, shipped
 from mmit.data.formats import FORMATS, easy_vqa, import_file
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.eval import layouts
@@ -44,7 +45,6 @@ from mmit.sections import Section, brief
 from mmit.yamlio import parse_yaml
 
 __all__ = [
-    "SHIPPED",
     "Item",
     "SampleConfig",
     "Task",
@@ -58,7 +58,6 @@ __all__ = [
 SPLIT = "{split}"
 _PACKAGE = "package:"
 PACKAGES: dict[str, Callable[[str], Iterator[Record]]] = {"easy-vqa": easy_vqa}
-SHIPPED = Path(__file__).resolve().parents[2] / "configs" / "eval"
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -227,7 +226,7 @@ def load_task(path_or_name: str | os.PathLike[str], *, data_root: str | os.PathL
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        remedy = "Give the path of a task's YAML, or the name of one in configs/eval."
+        remedy = "Give the path of a task's YAML, or the name of one that mmit ships, such as pope."
         raise ConfigError(f"cannot read the task: {error}", where=str(path), remedy=remedy) from None
     raw, lines = parse_yaml(text, where=str(path))
     if not isinstance(raw, dict):
@@ -259,14 +258,14 @@ def _home(task: Task, path: Path, data_root: str | os.PathLike[str] | None) -> s
 def _task_file(given: str) -> Path:
     """Return the file a path or name stands for. A name has neither folder nor suffix."""
     if os.path.basename(given) != given or given.endswith((".yaml", ".yml")):
-        return Path(given)
-    # Installed without its repository, mmit has no configs of its own; those of a checkout one is in will do.
-    folders = [folder for folder in (SHIPPED, Path("configs", "eval")) if folder.is_dir()]
-    found = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.yaml")}
+        return moved("eval", given)
+    # A project that keeps its own tasks as this repository does may name them too; what mmit ships comes first.
+    found = {path.stem: path for path in Path("configs", "eval").glob("*.yaml")} | shipped("eval")
     if given not in found:
-        remedy = nearest(given, found) if found else f"There is no folder {SHIPPED}."
         raise ConfigError(
-            f"unknown task '{given}'", where="task", remedy=f"{remedy}\nOr give the path of a task's YAML."
+            f"unknown task '{given}'",
+            where="task",
+            remedy=f"{nearest(given, found)}\nOr give the path of a task's YAML.",
         )
     return found[given]
 

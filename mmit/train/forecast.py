@@ -303,7 +303,7 @@ def _with_pictures(batch: MicroBatch, vlm: VLM, *, cached: bool) -> Mapping[str,
 
 
 def stages(memory: Bytes, *, ranks: int, precision: str) -> dict[str, int]:
-    """Bytes per rank without DeepSpeed and under its ZeRO stages, as configs/deepspeed has them.
+    """Bytes per rank without DeepSpeed and under its ZeRO stages, as mmit/configs/deepspeed has them.
 
     ZeRO (arXiv:1910.02054): stage 1 partitions masters and moments, 2 gradients, 3 weights. DeepSpeed adds a bucket
     for gradients on their way (in float32 under stage 1), of the size that `zero.complete` fills in, and under stage 3

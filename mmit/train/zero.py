@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mmit.configs import moved, shipped
 from mmit.errors import ConfigError, nearest
 
 BUCKET = 500_000_000  # DeepSpeed's own reduce_bucket_size, in elements
 BUCKET_STEP = 1 << 20
-FOLDER = Path(__file__).resolve().parents[2] / "configs" / "deepspeed"
 WHERE = "engine.deepspeed"
 # What the config decides, or mmit itself, and a DeepSpeed JSON may not: key -> who does.
 ELSEWHERE = {
@@ -44,12 +44,12 @@ KNOWN = (
 
 
 def deepspeed_options(name: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON: a short name from configs/deepspeed/ or a path. Raises ConfigError."""
-    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    """Read a DeepSpeed JSON: the name of one in mmit/configs/deepspeed or a path. Raises ConfigError."""
+    names = shipped("deepspeed")
+    path = moved("deepspeed", name) if name.endswith(".json") else names.get(name, Path(name))
     try:
         options = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        names = [p.stem for p in FOLDER.glob("*.json")]
         raise ConfigError(
             f"no DeepSpeed config '{name}'", where=WHERE, remedy=f"give the path of a JSON; {nearest(name, names)}"
         ) from None

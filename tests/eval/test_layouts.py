@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from mmit.configs import shipped
 from mmit.data.images import load_rgb
 from mmit.errors import ConfigError, MmitError, RecordError
 from mmit.eval.judges import JUDGES
 from mmit.eval.layouts import LAYOUTS, hub
 from mmit.eval.metrics import METRICS
-from mmit.eval.tasks import SHIPPED, Item, Task, load_task, task_items
+from mmit.eval.tasks import Item, Task, load_task, task_items
 from mmit.records import Image, Text
 from tests.eval.benchmarks import CASES, MMMU_ROWS, mmbench, mmmu, picture, pope, scienceqa, seedbench, tabmwp, write
 
@@ -73,7 +74,7 @@ def test_right_answers_get_the_full_score(name: str, tmp_path: Path) -> None:
 
 
 def test_every_shipped_benchmark_has_a_case_and_every_layout_a_task() -> None:
-    tasks = [load_task(path.stem) for path in SHIPPED.glob("*.yaml")]
+    tasks = [load_task(name) for name in shipped("eval")]
     assert {task.layout for task in tasks if task.layout} == set(LAYOUTS)
     tested = {load_task(name).layout for name in CASES}
     assert tested == set(LAYOUTS)
@@ -261,7 +262,7 @@ def test_mmmu_needs_its_pictures(tmp_path: Path) -> None:
 
 
 def test_the_custom_example_works() -> None:
-    task = load_task("custom_example")
+    task = load_task(Path(__file__).parents[2] / "configs" / "eval" / "custom_example.yaml")
     items = task_items(task)
     assert len(items) == 6 and items[0].text.endswith("\nAnswer in one short sentence.")
     for item in items:

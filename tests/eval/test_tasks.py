@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from mmit.configs import shipped
 from mmit.errors import ConfigError, MmitError, RecordError
-from mmit.eval.tasks import SHIPPED, Item, Task, load_task, sample_items, task_items, training_items
+from mmit.eval.tasks import Item, Task, load_task, sample_items, task_items, training_items
 from mmit.records import Image, Record, Text, Turn, write_jsonl
 
 
@@ -179,7 +180,7 @@ def test_names_and_paths() -> None:
         load_task("no/such.yaml")
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", shipped("eval").values(), ids=lambda path: path.stem)
 def test_every_shipped_task_loads_by_its_name(path: Path) -> None:
     task = load_task(path.stem)
     assert isinstance(task, Task) and task.name == path.stem

@@ -6,12 +6,13 @@ import json
 
 import pytest
 
+from mmit.configs import shipped
 from mmit.errors import ConfigError
-from mmit.train.zero import ELSEWHERE, FOLDER, complete, deepspeed_options
+from mmit.train.zero import ELSEWHERE, complete, deepspeed_options
 from mmit.train.zero_check import check_deepspeed
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
+@pytest.mark.parametrize("name", sorted(shipped("deepspeed")))
 def test_every_json_of_ours_fits(name):
     stage = int(name[4])
     for precision in ("fp32", "bf16") if stage else ("fp32",):
@@ -81,7 +82,7 @@ def test_keys_that_deepspeed_knows_by_an_alias_are_taken():
     check_deepspeed(complete({"zero_optimization": zero}, precision="bf16", clip=1.0))
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in FOLDER.glob("*.json")))
+@pytest.mark.parametrize("name", sorted(shipped("deepspeed")))
 def test_deepspeed_reads_every_json_of_ours(name, tmp_path):
     pytest.importorskip("deepspeed")
     whole = complete(deepspeed_options(name), precision="fp32", clip=1.0)
