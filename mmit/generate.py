@@ -17,13 +17,15 @@ import torch
 
 from mmit.data.answers import AnswerText
 from mmit.data.chat import ChatFormat
+from mmit.data.messages import check_records
 from mmit.data.packing import Row, Sample, build_row
 from mmit.data.preparation import prepare_images, splice_index
-from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, batches
+from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, ask_messages, batches
 from mmit.errors import ConfigError, nearest
 from mmit.interop.foreign import check_options, is_foreign, read_foreign, settle
 from mmit.models import decoding
 from mmit.models.decoding import Prompts, Sampling
+from mmit.models.generation import end_ids, generation_facts
 from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, context_length, fewer_bits
 from mmit.models.vlm import VLM
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
     from mmit.data.prompts import Picture
 
+History = Sequence[tuple[str, str]] | Sequence[Mapping[str, Any]] | Record | None
 __all__ = ["Likelihood", "Model", "Usage", "as_prompt", "ask", "load"]
 
 
@@ -116,11 +119,11 @@ class Answering(TypedDict, total=False):
     """How an answer is written; what each means and its default are `Model.generate`'s."""
 
     max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
     seed: int
-    stop: Sequence[str]
+    stop: Sequence[str] | None
 
 
 class Model:
@@ -130,6 +133,7 @@ class Model:
         vlm, tokenizer, chat_format: the parts. The composite is put into eval mode and left in it.
         image: how pictures are brought to the tower: {"size": (H, W), "mode", "interpolation", "fill"}, and "tiles"
             where they are cut; {} for a text-only model. preparation: the same with what the model makes of it.
+        generation: what its generation_config.json says of end tokens and sampling.
         folder, meta: the checkpoint it came from and its mmit.json, if any.
         usage: counts of what was computed so far.
     """
@@ -149,43 +153,51 @@ class Model:
         self.vlm, self.tokenizer, self.chat_format = vlm.eval(), tokenizer, chat_format
         self.image, self.folder, self.meta = dict(image or {}), folder, dict(meta or {})
         self.preparation = prepare_images(self.image, tokens=vlm.image_tokens, grid=vlm.image_grid)
+        self.generation = generation_facts(vlm.llm)
         self.usage = Usage()
         self._able: decoding.Support | None = None
 
     def chat(
         self,
-        images: Picture | Sequence[Picture] | None,
-        text: str,
+        images: Picture | Sequence[Picture] | None = None,
+        text: str | None = None,
         *,
-        history: Sequence[tuple[str, str]] | Record | None = None,
+        history: History = None,
         system: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         **answering: Unpack[Answering],
     ) -> str:
         """Answer a question about pictures, or about none.
 
         Args:
             images, text, history, system: see `ask`.
+            messages: in their place the whole conversation, [{"role", "content"}, ...] as OpenAI's API and
+                transformers take it; see `data.messages.turns_of`.
             answering: max_new_tokens, temperature, top_p, top_k, seed, stop; see `generate`.
 
         Returns:
             the answer without surrounding whitespace.
         """
-        return self.generate([ask(images, text, history=history, system=system)], **answering)[0]
+        record = _asked(images, text, history=history, system=system, messages=messages)
+        return self.generate([record], **answering)[0]
 
     def stream(
         self,
-        images: Picture | Sequence[Picture] | None,
-        text: str,
+        images: Picture | Sequence[Picture] | None = None,
+        text: str | None = None,
         *,
-        history: Sequence[tuple[str, str]] | Record | None = None,
+        history: History = None,
         system: str | None = None,
+        messages: Sequence[Mapping[str, Any]] | None = None,
         **answering: Unpack[Answering],
     ) -> Iterator[str]:
         """Answer as `chat` does, in pieces that add up to its answer; none ends inside a character."""
         options: dict[str, Any] = dict(answering)
         limit, reader = options.pop("max_new_tokens", 256), AnswerText(self.tokenizer, options.pop("stop", ()))
-        prompt = self.prompt_maker().question(ask(images, text, history=history, system=system), 0)
-        return self._stream(prompt, reader, limit, sampling=Sampling(**options))
+        _check_count("max_new_tokens", limit)
+        record = _asked(images, text, history=history, system=system, messages=messages)
+        prompt = self.prompt_maker().question(record, 0)
+        return self._stream(prompt, reader, limit, sampling=self._sampling(**options))
 
     @torch.inference_mode()
     def _stream(self, prompt: Prompt, reader: AnswerText, max_new_tokens: int, *, sampling: Sampling) -> Iterator[str]:
@@ -209,11 +221,11 @@ class Model:
         *,
         batch_size: int = 32,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
         seed: int = 0,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | None = (),
         blank_images: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
@@ -226,7 +238,9 @@ class Model:
             records: what is asked.
             batch_size: most prompts decoded at a time.
             max_new_tokens: most tokens of an answer; the end of the model's context ends it sooner.
-            temperature, top_p, top_k, seed: see `Sampling`; a record's draws depend on its place in the list.
+            temperature, top_p, top_k: see `Sampling`; None takes what the model's generation_config.json says
+                (`generation`), greedy decoding where it asks for no sampling.
+            seed: of the draws; a record's depend on its place in the list.
             stop: texts that end an answer and are left out of it.
             blank_images: show a picture of the encoder's mean colour in place of every picture.
             progress: called after each batch with the number of records it answered.
@@ -238,9 +252,12 @@ class Model:
             RecordError: a record is malformed, its picture unreadable, or its prompt too long for the model.
             ConfigError: an option is out of its range.
         """
+        check_records(records)
+        _check_count("max_new_tokens", max_new_tokens)
+        _check_count("batch_size", batch_size)
         maker = self.prompt_maker(blank=blank_images)
         prompts = [maker.question(record, n) for n, record in enumerate(records)]
-        sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        sampling = self._sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         reader = AnswerText(self.tokenizer, stop)
         return self.answer(
             prompts,
@@ -303,10 +320,19 @@ class Model:
         Returns:
             for each record, a number per choice.
         """
+        check_records(records)
+        _check_count("batch_size", batch_size)
+        if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
+            problem = f"choices is a {type(choices).__name__}, not a list of texts"
+            raise ConfigError(problem, remedy="Give one list of texts, or one list per record.")
         per_record: Any = [choices] * len(records) if choices and isinstance(choices[0], str) else choices
         if len(per_record) != len(records):
             problem = f"{len(per_record)} lists of choices for {len(records)} records"
             raise ConfigError(problem, remedy="Give one list of texts, or one list per record.")
+        for number, answers in enumerate(per_record, 1):
+            if isinstance(answers, (str, bytes)) or not all(isinstance(answer, str) for answer in answers):
+                problem = f"the choices of record {number} are no list of texts"
+                raise ConfigError(problem, remedy="Give one list of texts, or one list per record.")
         maker = self.prompt_maker(blank=blank_images)
         prompts = [
             maker.choices(record, n, answers=answers, with_end=with_end)
@@ -351,8 +377,7 @@ class Model:
         sampling: Sampling,
     ) -> Iterator[list[tuple[int, int]]]:
         """Prefill one batch and decode it: after each step, (place in the batch, new id) pairs."""
-        if max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens is {max_new_tokens}", remedy="Give 1 or more.")
+        _check_count("max_new_tokens", max_new_tokens)
         context = context_length(self.vlm.llm)
         rooms = [max_new_tokens if context is None else context - prompt.length for prompt in batch]
         longest = max(prompt.length for prompt in batch)
@@ -419,6 +444,37 @@ class Model:
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the last of the chat format's ending, and the tokenizer's EOS."""
-        ids = (*self.chat_format.end_ids[-1:], self.tokenizer.eos_token_id)
-        return tuple(i for i in ids if i is not None)
+        """Ids that end an answer: the chat format's, the tokenizer's EOS, and the generation config's list."""
+        return end_ids(self.chat_format.end_ids, self.tokenizer, self.vlm.llm)
+
+    def _sampling(self, **given: Any) -> Sampling:
+        """The model's own way to draw tokens, with what the caller gives put in its place."""
+        unknown = [name for name in given if name not in Answering.__annotations__]
+        if unknown:
+            raise ConfigError(f"unknown option '{unknown[0]}'", remedy=nearest(unknown[0], Answering.__annotations__))
+        return replace(self.generation.sampling, **{name: value for name, value in given.items() if value is not None})
+
+
+def _asked(
+    images: Any,
+    text: Any,
+    *,
+    history: History,
+    system: str | None,
+    messages: Sequence[Mapping[str, Any]] | None,
+) -> Record:
+    """The record of a question, given in parts or as messages. Raises ConfigError for both, and for neither."""
+    if messages is None:
+        return ask(images, text, history=history, system=system)
+    given = {"images": images, "text": text, "history": history}
+    if extra := [name for name, value in given.items() if value is not None]:
+        problem = f"messages and {extra[0]} are both given"
+        raise ConfigError(problem, remedy="Put everything into messages, or leave messages out.")
+    return ask_messages(messages, system=system)
+
+
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} is {value!r}", remedy="Give a whole number, 1 or more.")
+    if value < 1:
+        raise ConfigError(f"{name} is {value}", remedy="Give 1 or more.")

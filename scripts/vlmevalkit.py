@@ -117,7 +117,7 @@ def model_class() -> type:
             from mmit.records import Record
 
             record = Record(conversation(message), dataset or "VLMEvalKit")
-            return self.model.generate([record], max_new_tokens=self.max_new_tokens)[0]
+            return self.model.generate([record], max_new_tokens=self.max_new_tokens, temperature=0.0)[0]
 
     return Mmit
 

@@ -10,12 +10,14 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
+from transformers import GenerationConfig
 
 import mmit
 from mmit.data.chat import chat_format, encode
 from mmit.data.images import fit, load_rgb
 from mmit.errors import CheckpointError, ConfigError, ImageError, RecordError
 from mmit.generate import Model, as_prompt, ask
+from mmit.models.decoding import Sampling
 from mmit.models.llm import load_llm
 from mmit.models.projectors import build_projector
 from mmit.models.vision import build_vision
@@ -346,3 +348,74 @@ def test_a_checkpoint_is_loaded_and_answers(tmp_path: Path) -> None:
         mmit.load(config.run.dir, dtype="bf-16")
     with pytest.raises(CheckpointError, match="no such folder"):
         mmit.load(tmp_path / "nowhere")
+
+
+def test_messages_are_answered_as_the_same_question_in_parts(model: Model) -> None:
+    asked = [{"role": "user", "content": [{"type": "image", "image": picture(0)}, {"type": "text", "text": "What?"}]}]
+    expected = model.chat(picture(0), "What?", max_new_tokens=8)
+    assert model.chat(messages=asked, max_new_tokens=8) == expected
+    assert "".join(model.stream(messages=asked, max_new_tokens=8)) == expected
+    later = [*asked, {"role": "assistant", "content": "a cat"}, {"role": "user", "content": "Sure?"}]
+    told = model.chat(None, "Sure?", history=later[:2], max_new_tokens=8)
+    assert told == model.chat(messages=later, max_new_tokens=8)
+    with pytest.raises(ConfigError, match="messages and text"):
+        model.chat(None, "What?", messages=asked)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda m: m.chat([{"role": "user", "content": "Hi"}]), "messages="),
+        (lambda m: m.chat([{"role": "user", "content": "Hi"}], "x"), "messages="),
+        (lambda m: m.chat(), "text is a NoneType"),
+        (lambda m: m.chat("Hi"), "text is a NoneType"),
+        (lambda m: m.generate([{"role": "user", "content": "Hi"}]), "entry 1 of records is a dict"),
+        (lambda m: m.generate(["hi"]), "entry 1 of records is a str"),
+        (lambda m: m.generate("hi"), "records is a str"),
+        (lambda m: m.generate(ask(None, "hi")), "one Record"),
+        (lambda m: m.chat(None, "hi", max_new_tokens=None), "max_new_tokens is None"),
+        (lambda m: m.chat(None, "hi", max_new_tokens=2.0), "max_new_tokens is 2.0"),
+        (lambda m: m.stream(None, "hi", max_new_tokens="2"), "max_new_tokens is '2'"),
+        (lambda m: m.stream(None, "hi", max_new_tokens=0), "max_new_tokens is 0"),
+        (lambda m: m.chat(None, "hi", temperature="0.5"), "temperature is '0.5'"),
+        (lambda m: m.chat(None, "hi", temperature=True), "temperature is True"),
+        (lambda m: m.chat(None, "hi", temperature=1.0, top_k=5.0), "top_k is 5.0"),
+        (lambda m: m.chat(None, "hi", top_p="1"), "top_p is '1'"),
+        (lambda m: m.chat(None, "hi", seed="x"), "seed is 'x'"),
+        (lambda m: m.chat(None, "hi", stop=3), "stop is 3"),
+        (lambda m: m.chat(None, "hi", stop=[3]), "stop is"),
+        (lambda m: m.stream(None, "hi", max_tokens=3), "max_tokens"),
+        (lambda m: m.generate([ask(None, "hi")], batch_size="4"), "batch_size is '4'"),
+        (lambda m: m.score([ask(None, "hi")], "yes"), "choices is a str"),
+        (lambda m: m.score([ask(None, "hi")], [["yes", 3]]), "choices of record 1"),
+        (lambda m: m.score("hi", ["yes"]), "records is a str"),
+        (lambda m: m.chat(None, "hi", system=3), "system is a int"),
+    ],
+)
+def test_an_argument_of_another_type_is_one_clear_error(model: Model, call: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        call(model)
+
+
+def test_nothing_that_stops_is_nothing(model: Model) -> None:
+    assert model.chat(None, "hi", max_new_tokens=4, stop=None) == model.chat(None, "hi", max_new_tokens=4)
+
+
+def test_the_list_of_end_tokens_and_the_sampling_are_the_models_own() -> None:
+    model = build(vision=False)
+    record = question("Hello")
+    plain = model.generate([record], max_new_tokens=20)[0]
+    ids = encode(record.turns, CHAT, TOKENIZER, generate=True).ids
+    first = int(model.vlm.llm(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+    assert plain and first not in model.end_ids
+    llm: Any = model.vlm.llm
+    llm.generation_config = GenerationConfig(eos_token_id=[first, 7], do_sample=True, temperature=0.7, min_p=0.1)
+    again = Model(model.vlm, TOKENIZER, CHAT)
+    assert set(again.end_ids) == {*model.end_ids, first, 7}
+    assert again.generate([record], max_new_tokens=20, temperature=0.0) == [""]
+    assert again.generation.sampling == Sampling(0.7, 1.0, 50)
+    assert "temperature 0.7" in again.generation.told() and "min_p 0.1" in again.generation.told()
+    llm.generation_config.eos_token_id = None
+    drawn = {again.generate([record], max_new_tokens=20, seed=seed)[0] for seed in range(4)}
+    assert len(drawn) > 1  # sampled where nothing is said
+    assert again.generate([record], max_new_tokens=20, temperature=0.0) == [plain]

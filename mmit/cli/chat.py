@@ -34,8 +34,14 @@ def chat(
     *,
     system: Annotated[str | None, typer.Option(help="The system turn.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="0 takes the likeliest token. (default: as generation_config.json says, else 0)"),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: from all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained)")] = None,
@@ -55,7 +61,9 @@ def chat(
     bits: dict[str, Any] = {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
     model = load(run, device=device, dtype=dtype, **bits, chat=chat_format, base=base)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    options |= {"top_p": top_p, "seed": seed}
+    options |= {"top_p": top_p, "top_k": top_k, "seed": seed}
+    if temperature is None and (told := model.generation.told()):
+        typer.echo(f"{told} (--temperature 0: the likeliest tokens)", err=True)
     talk = Conversation(model, system=system, options=options)
     for path in image or []:
         talk.show(str(path))

@@ -112,15 +112,15 @@ def _push(folder: Path, name: str | None, *, private: bool, dry_run: bool) -> No
 
 def _llava_hf(found: Loaded, folder: Path, **options: Any) -> None:
     from mmit.interop.export import export_llava_hf
+    from mmit.models.generation import end_ids
 
-    ends = (*found.chat.end_ids[-1:], found.tokenizer.eos_token_id)
     seen = export_llava_hf(
         folder,
         found.vlm,
         tokenizer=found.tokenizer,
         chat=found.chat,
         image=found.image,
-        end_ids=[i for i in ends if i is not None],
+        end_ids=end_ids(found.chat.end_ids, found.tokenizer, found.vlm.llm),
         **options,
     )
     _tell(seen.logits, seen.limit)

@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mmit.errors import ConfigError
+
 _BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -19,8 +21,10 @@ class AnswerText:
     `strip=False` keeps the whitespace around a finished answer: it matters where a text is continued.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), *, strip: bool = True) -> None:
-        given = [stop] if isinstance(stop, str) else stop  # a text is a sequence of texts too
+    def __init__(self, tokenizer: Any, stop: Sequence[str] | None = (), *, strip: bool = True) -> None:
+        given = [stop] if isinstance(stop, str) else () if stop is None else stop  # a text is a sequence of texts too
+        if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
+            raise ConfigError(f"stop is {stop!r}", remedy="Give a text or a list of texts that end an answer.")
         self._tokenizer, self.stop = tokenizer, tuple(text for text in given if text)
         self._strip = strip
         self._special = frozenset(tokenizer.all_special_ids)

@@ -7,12 +7,13 @@ it, and which prompts run together. Reads no picture; refuses a prompt that leav
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mmit.data.chat import ChatFormat, Encoded, encode
 from mmit.data.dataset import image_key
+from mmit.data.messages import history_turns, is_messages, turns_of
 from mmit.data.packing import Sample
 from mmit.data.preparation import ImagePreparation, Spread
 from mmit.errors import ConfigError, RecordError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     Picture = str | os.PathLike[str] | bytes | PIL.Image.Image | Image
 
+USAGE = "Write chat(images, text), the images None for none."
 BLANK = "blank"  # the key of the one picture that stands for all in the blank-image baseline
 
 
@@ -57,7 +59,7 @@ def ask(
     images: Picture | Sequence[Picture] | None,
     text: str,
     *,
-    history: Sequence[tuple[str, str]] | Record | None = None,
+    history: Sequence[tuple[str, str]] | Sequence[Mapping[str, Any]] | Record | None = None,
     system: str | None = None,
 ) -> Record:
     """Build the record of a question.
@@ -65,32 +67,63 @@ def ask(
     Args:
         images: a path, encoded bytes, a PIL picture, a list of them, or None.
         text: what the user says.
-        history: earlier (user, assistant) texts, the pictures then belonging to the first of them; or a
-            Record that ends with an answer, the pictures then belonging to the new turn.
+        history: earlier (user, assistant) texts, the pictures then belonging to the first of them; or messages
+            [{"role", "content"}, ...] or a Record that end with an answer, the pictures then belonging to the new turn.
         system: the system turn, if the history has none.
 
     Raises:
+        ConfigError: an argument of another type.
         RecordError: the turns break the rules of a record.
     """
-    if images is None:
-        images = []
-    elif isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
-        images = [images]
-    shown = tuple(i if isinstance(i, Image) else Image(i) for i in images)  # type: ignore[arg-type]
+    shown = _shown(images)
+    for name, value in (("text", text), ("system", system)):
+        if not isinstance(value, str) and (name == "text" or value is not None):
+            problem = f"{name} is a {type(value).__name__}, not a text"
+            raise ConfigError(problem, remedy=f"{USAGE} For a conversation: messages=[...].")
+    question = Turn("user", (*shown, Text(text)))
+    earlier = () if history is None or isinstance(history, Record) else history_turns(history)
     if isinstance(history, Record):
         history.validate(for_training=True)
-        turns = [*history.turns, Turn("user", (*shown, Text(text)))]
+        turns = [*history.turns, question]
+    elif history and isinstance(history[0], Mapping):
+        Record(earlier).validate(for_training=True)
+        turns = [*earlier, question]
     else:
-        texts = [said for pair in history or () for said in pair] + [text]
-        turns = [Turn("assistant" if n % 2 else "user", (Text(said),)) for n, said in enumerate(texts)]
+        turns = [*earlier, Turn("user", (Text(text),))]
         turns[0] = Turn("user", (*shown, *turns[0].parts))
+    return _record(turns, system)
+
+
+def ask_messages(messages: Sequence[Mapping[str, Any]], *, system: str | None = None) -> Record:
+    """Build the record of a question from messages that end with the user's; see `data.messages.turns_of`."""
+    return _record(list(turns_of(messages)), system)
+
+
+def _record(turns: list[Turn], system: str | None) -> Record:
     if system is not None:
-        if turns[0].role == "system":
+        if turns and turns[0].role == "system":
             raise RecordError("the history has a system turn already", remedy="Leave system out.")
         turns = [Turn("system", (Text(system),)), *turns]
     record = Record(tuple(turns))
     record.validate(for_training=False)
     return record
+
+
+def _shown(images: Any) -> tuple[Image, ...]:
+    """The pictures of a question. Raises ConfigError for what is none."""
+    if is_messages(images):
+        raise ConfigError("images holds messages", remedy="Write chat(messages=[...]).")
+    if images is None:
+        images = []
+    elif isinstance(images, (str, bytes)) or not isinstance(images, Sequence):
+        images = [images]
+    pictures = tuple(i if isinstance(i, Image) else Image(i) for i in images)
+    for picture in pictures:
+        is_picture = isinstance(picture.source, (str, bytes)) or hasattr(picture.source, "convert")
+        if not is_picture:
+            problem = f"an image is a {type(picture.source).__name__}"
+            raise ConfigError(problem, remedy="Give a path, encoded bytes, a PIL picture, or a list of them.")
+    return pictures
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ import torch
 
 from mmit.data.chat import ChatFormat, chat_format
 from mmit.errors import ConfigError, ModelError, nearest
+from mmit.models.generation import read_generation
 from mmit.models.interop.hf_towers import hf_tower
 from mmit.models.interop.llava import declared, read_llava
 from mmit.models.interop.llava_hf import LlavaHF, is_llava_hf, read_llava_hf
@@ -80,6 +81,7 @@ def read_foreign(
     """
     if is_llava_hf(folder):
         found = read_llava_hf(folder, dtype=dtype, **place)
+        read_generation(found.vlm.llm, folder)
         _need_chat(chat or found.chat_template, folder)
         form = chat_format(chat, found.tokenizer) if chat else _template_format(found)
         whole = (found.vision_config, found.vision_state)
@@ -91,6 +93,7 @@ def read_foreign(
         if read is not read_tinyllava:  # all of a TinyLLaVA is in its folder
             place["base"] = base
         vlm, tokenizer, image = read(folder, tower=tower, dtype=dtype, **place)
+        read_generation(vlm.llm, folder)
         eye = vlm.vision
         assert eye is not None and chat is not None
         select = "cls_patch" if eye.prefix else "patch"

@@ -43,6 +43,15 @@ class Prompts(NamedTuple):
     predict_at: torch.Tensor  # (B,) last token of each prompt
 
 
+_NUMBER: tuple[type, ...] = (int, float)
+_SAMPLING_TYPES = (
+    ("temperature", _NUMBER, "a number, 0 (greedy) or more"),
+    ("top_p", _NUMBER, "a number above 0 and up to 1"),
+    ("top_k", (int,), "a whole number, 0 (every token) or more"),
+    ("seed", (int,), "a whole number"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is chosen; temperature 0 is greedy, top_k 0 keeps every token.
@@ -56,6 +65,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name, kind, told in _SAMPLING_TYPES:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise ConfigError(f"{name} is {value!r}", remedy=f"Give {told}.")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError(f"temperature is {self.temperature}", remedy="Give 0 (greedy) or more.")
         if not 0 < self.top_p <= 1:

@@ -25,7 +25,7 @@ _SHAREGPT_ROLES = _LLAVA_ROLES | {
     "bard": "assistant",
     "model": "assistant",
 }
-_MESSAGE_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+MESSAGE_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 Dialogue = list[tuple[str, str]]
 
@@ -78,7 +78,7 @@ def messages(row: Row, *, image_root: str = "") -> Record:
     in_lists = any(isinstance(message.get("content"), list) for message in objects_of(row, key))
     left = iter(beside)
     for number, message in enumerate(objects_of(row, key), 1):
-        role = by_name(message.get("role"), _MESSAGE_ROLES, f"turn {number} is said by")
+        role = by_name(message.get("role"), MESSAGE_ROLES, f"turn {number} is said by")
         for name in ("tool_calls", "function_call"):
             if message.get(name):
                 remedy = "Records know no tools: leave the record out."
@@ -182,6 +182,11 @@ def _content_part(part: Any, root: str, number: int, beside: Iterator[Image]) ->
         raise RecordError(f"message {number} has a part of type '{short(kind)}'", remedy=remedy)
     value = part.get("image_url")
     url = text_of(value.get("url") if isinstance(value, dict) else value, f"image_url of message {number}")
+    return image_at_url(url, number, root=root)
+
+
+def image_at_url(url: str, number: int, *, root: str = "") -> Image:
+    """The picture of message `number` at a path, a file:// URL or a base64 data: URL. Raises RecordError."""
     if url.startswith("data:"):
         head, _, data = url.partition(",")
         try:
