@@ -13,6 +13,8 @@ from mmit.records import Image, Record, Text, Turn, write_jsonl
 from tests.data.small_tokenizers import byte_level
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
+# What every test of resuming trains with: dropout draws random numbers, and puts modules of PEFT in train mode.
+DROPOUT = {"llm": {"mode": "lora", "lr": 1e-2, "options": {"r": 4, "dropout": 0.1}}}
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -20,6 +20,7 @@ from mmit.errors import ModelError
 from mmit.models.attention import run_row
 from mmit.models.head import Split, check_rows, cross_entropy, split_head
 from mmit.models.llm import input_device
+from mmit.models.modes import evaluation_mode, training_mode
 from mmit.models.padded import is_flat, run_padded
 from mmit.models.partition import shape
 from mmit.models.projectors import Projector
@@ -175,7 +176,8 @@ class VLM(nn.Module):
     def split(self) -> Split | None:
         """Body and head of the LLM, or None where they cannot be told apart; asked once."""
         if self._split is None:
-            self._split = (split_head(self.llm),)
+            with evaluation_mode(self.llm):
+                self._split = (split_head(self.llm),)
         return self._split[0]
 
     def row_losses(
@@ -216,13 +218,15 @@ class VLM(nn.Module):
             return run_padded(self.llm, embeddings, positions=positions, nodes=nodes, at=at)
         return run_row(self.llm, embeddings, positions=positions, nodes=nodes, at=at).logits[0]
 
-    @torch.no_grad()
     def check_isolation(self) -> None:
-        """See for this very model that records of one row do not meet; takes four forwards of a few tokens.
+        """See for this very model that records of one row do not meet; takes five forwards of a few tokens.
 
         Convolutions, running states or attention of their own can mix neighbours behind the attention function's
-        back. Two records share a row; one of them is then changed, which must leave the logits of the other
-        untouched to the last bit, and those of the second must be its logits alone.
+        back. Two records share a row. The gradient of either one's logits with respect to the other's embeddings must
+        be exactly zero, and changing one record must leave the logits of the other as they are, up to rounding. (Up to
+        rounding, because a mixture of experts multiplies the tokens of all records together, and how many there are
+        decides how a product rounds.) The logits of the second must be its logits alone. Dropout is off, except for
+        one forward in train mode, in which attention refuses what it does not compute.
 
         Raises:
             ModelError: they meet, or the model cannot run packed rows.
@@ -236,25 +240,44 @@ class VLM(nn.Module):
         other_second = torch.cat([ids[:6], ids[6:].flip(0)])
         nodes, at = torch.tensor([[0, 6, -1], [6, 6, -1]]), torch.arange(12, device=weight.device)
         positions = torch.arange(12, device=weight.device) % 6
+        devices = [weight.device] if weight.device.type == "cuda" else []
         try:
-            both, changed_first, changed_second = (
-                self.row_logits(words(row), positions=positions, nodes=nodes, at=at)
-                for row in (ids, other_first, other_second)
-            )
-            alone = self.row_logits(words(ids[6:]), positions=positions[:6], nodes=nodes[:1], at=at[:6])
+            with training_mode(self), torch.no_grad(), torch.random.fork_rng(devices=devices):
+                self.row_logits(words(ids), positions=positions, nodes=nodes, at=at)
+            with evaluation_mode(self):
+                with torch.no_grad():
+                    changed_first, changed_second = (
+                        self.row_logits(words(row), positions=positions, nodes=nodes, at=at)
+                        for row in (other_first, other_second)
+                    )
+                    alone = self.row_logits(words(ids[6:]), positions=positions[:6], nodes=nodes[:1], at=at[:6])
+                with torch.enable_grad():
+                    embeddings = words(ids).detach().requires_grad_()
+                    both = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at)
+                    apart = _apart(both, embeddings, border=6)
+                both = both.detach()
         except (TypeError, ValueError) as error:
             raise ModelError(
                 f"{type(self.llm).__name__} cannot run packed rows: {str(error)[:200]}",
                 remedy="set data.packing=false",
             ) from error
-        # Rounding, not leakage, which `apart` sees to the last bit: root mean square as a share of the logits' spread.
-        # In bf16 SmolLM2 with one method or another was seen to round by up to 0.12; wrong positions by 0.9 and more.
+        # Root mean square as a share of the logits' spread. In bf16 SmolLM2 with one method or another was seen to
+        # round by up to 0.12; wrong positions differ by 0.9 and more.
         tolerance = 0.2 if weight.dtype != torch.float32 else 1e-3
-        same = (both[6:] - alone).float().pow(2).mean().sqrt() <= tolerance * alone.float().std() + 1e-6
-        apart = torch.equal(both[:6], changed_second[:6]) and torch.equal(both[6:], changed_first[6:])
-        if not (apart and same):
+
+        def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+            return bool((a - b).float().pow(2).mean().sqrt() <= tolerance * b.float().std() + 1e-6)
+
+        untouched = same(changed_second[:6], both[:6]) and same(changed_first[6:], both[6:])
+        if not (apart and untouched):
             raise ModelError(
                 f"records packed into one row of {type(self.llm).__name__} see each other",
+                remedy="set data.packing=false for this architecture",
+            )
+        if not same(both[6:], alone):
+            raise ModelError(
+                f"{type(self.llm).__name__} answers a record differently in a packed row than alone: the positions it "
+                "counts are not those of the record",
                 remedy="set data.packing=false for this architecture",
             )
 
@@ -269,3 +292,16 @@ class VLM(nn.Module):
         if any(p.requires_grad for p in self.vision.parameters()):
             return self.see(torch.zeros(1, 3, *self.vision.image_size, dtype=torch.uint8, device=weight.device))
         return torch.zeros(1, self.vision.tokens, self.vision.dim, dtype=weight.dtype, device=weight.device)
+
+
+def _apart(logits: torch.Tensor, embeddings: torch.Tensor, *, border: int) -> bool:
+    """Whether nothing flows between the two records that meet at `border`: (T, V) logits of (T, D) embeddings.
+
+    The factors differ from entry to entry, because the logits of a softmax-like head may have a gradient that sums to
+    zero.
+    """
+    factors = torch.linspace(0.5, 1.5, logits.numel(), device=logits.device).view_as(logits).to(logits)
+    scaled = logits * factors
+    (of_first,) = torch.autograd.grad(scaled[:border].sum(), embeddings, retain_graph=True)
+    (of_second,) = torch.autograd.grad(scaled[border:].sum(), embeddings)
+    return not (of_first[border:].count_nonzero() or of_second[:border].count_nonzero())

@@ -19,6 +19,7 @@ from torch import nn
 
 from mmit.data.loader import MicroBatch
 from mmit.errors import ConfigError, RecordError
+from mmit.models.modes import evaluation_mode
 from mmit.train.engine import Engine
 from mmit.train.loop import Progress, sources_of, sum_by_source
 from mmit.train.metrics_log import RunLog
@@ -165,15 +166,11 @@ class Evaluations:
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards modes and random states are as before."""
-    modes = [(m, m.training) for m in model.modules()]
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        model.eval()
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             for parameter, wanted in frozen:
                 parameter.requires_grad_(wanted)

@@ -20,7 +20,7 @@ import mmit.train.run as run_module
 from mmit.config import Config
 from mmit.train import checkpoint, folders
 from mmit.train.run import EXIT_STOPPED
-from tests.tiny_run import tiny_config
+from tests.tiny_run import DROPOUT, tiny_config
 
 
 def start(config: Config) -> int:
@@ -111,6 +111,7 @@ class Course:
             self.folder,
             run={"dir": str(self.folder / name), "resume": "auto"},
             train={**numbers, "precision": "fp32", "threads": 1},
+            tune=DROPOUT,
             data=data,
         )
 

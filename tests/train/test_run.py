@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from mmit.errors import CheckpointError, ConfigError, ImageError, RecordError
 from mmit.train import checkpoint
 from mmit.train.run import EXIT_STOPPED, run
-from tests.tiny_run import tiny_config
+from tests.tiny_run import DROPOUT, tiny_config
 
 
 def losses(folder: Path) -> list[float]:
@@ -36,9 +36,9 @@ def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """A run of six steps that nothing interrupted."""
+    """A run of six steps that nothing interrupted, with dropout."""
     folder = tmp_path_factory.mktemp("straight")
-    assert run(tiny_config(folder)) == 0
+    assert run(tiny_config(folder, tune=DROPOUT)) == 0
     return folder
 
 
@@ -56,7 +56,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path, workers):
     os.symlink(straight / "data", folder / "data")
     for part in ("tokenizer", "vision"):
         os.symlink(straight / part, folder / part)
-    config = tiny_config(folder, train={"steps": 6, "rows_per_step": 2, "precision": "fp32", "save_every": 2})
+    train = {"steps": 6, "rows_per_step": 2, "precision": "fp32", "save_every": 2}
+    config = tiny_config(folder, train=train, tune=DROPOUT)
     real_save, saves = checkpoint.write_folder, []
 
     def save_then_die(*args, **kwargs):
@@ -72,11 +73,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(straight, tmp_path, workers):
     finally:
         checkpoint.write_folder = real_save
     again = {"dir": str(folder / "run"), "resume": "auto"}
-    assert run(tiny_config(folder, run=again, data={**config.data.model_dump(), "workers": workers})) == 0
+    data = {**config.data.model_dump(), "workers": workers}
+    assert run(tiny_config(folder, run=again, data=data, train=train, tune=DROPOUT)) == 0
     assert losses(folder / "run") == losses(straight / "run")
     ours, theirs = final_tensors(folder / "run"), final_tensors(straight / "run")
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_adapters_with_dropout_start_from_others_and_from_pissa(straight, tmp_path):
+    """Adapters that are not zero at the start: the checks before the first step must not run with dropout on."""
+    for part in ("data", "tokenizer", "vision"):
+        os.symlink(straight / part, tmp_path / part)
+    then = str(straight / "run")
+    assert run(tiny_config(tmp_path, run={"dir": str(tmp_path / "next"), "init_from": then}, tune=DROPOUT)) == 0
+    pissa = {"llm": {**DROPOUT["llm"], "options": {**DROPOUT["llm"]["options"], "init": "pissa"}}}
+    assert run(tiny_config(tmp_path, run={"dir": str(tmp_path / "pissa")}, tune=pissa)) == 0
 
 
 @pytest.mark.parametrize(
