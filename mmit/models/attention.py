@@ -26,6 +26,7 @@ from transformers.masking_utils import sdpa_mask
 from mmit.errors import ModelError
 from mmit.models import varlen
 from mmit.models.buckets import Layout, additive, make_layout, pick, place, small_attention
+from mmit.models.calls import ELSEWHERE, call
 from mmit.models.varlen import Segments, make_segments
 from mmit.models.virtual import PREFIX
 
@@ -291,19 +292,22 @@ def run_row(
     Raises:
         ModelError: the model does not hand the plan to its attention, so nodes would see each other.
     """
-    arguments: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-    if at is not None:
-        arguments["logits_to_keep"] = at
     plan = None
     if len(nodes) > 1:
         plan = make_plan(nodes.cpu()).to(embeddings.device)
-        # A 4-D mask is handed through untouched by transformers; the plan replaces it.
-        arguments |= {"mmit_plan": plan, "attention_mask": embeddings.new_zeros(1, 1, 1, 1)}
-    out = llm(
+    out = call(
+        llm,
         inputs_embeds=embeddings[None],
         position_ids=positions[None],
+        # A 4-D mask is handed through untouched by transformers; the plan replaces it.
+        attention_mask=None if plan is None else embeddings.new_zeros(1, 1, 1, 1),
         use_cache=cache is not None,
-        **arguments,
+        logits_to_keep=at,
+        cache=cache,
+        # One node has the positions that a model counts by itself.
+        optional=("use_cache", "position_ids") if plan is None else ("use_cache",),
+        passing=None if plan is None else {"mmit_plan": plan},
+        remedy=ELSEWHERE if plan is None else "set data.packing=false",
     )
     if plan is not None and not plan.calls:
         raise ModelError(

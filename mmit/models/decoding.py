@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from mmit.errors import ConfigError, ModelError
 from mmit.models.attention import NAME, run_row
+from mmit.models.calls import cache_name, cache_of, call
 from mmit.models.llm import input_device
 from mmit.models.virtual import with_prompt
 from mmit.models.vlm import VLM
@@ -129,7 +130,6 @@ class State:
     """A batch between two steps."""
 
     cache: Cache
-    argument: str  # the name by which the model takes its cache
     lengths: torch.Tensor  # (B,) on the CPU, tokens of each prompt that are in the cache
     logits: torch.Tensor  # (B, V) for the next token
 
@@ -185,29 +185,31 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
     if not able.batched:
         (row,) = rows
         out = _run(llm, row, None)
-        names = ("past_key_values", "cache_params")
-        argument = next((name for name in names if getattr(out, name, None) is not None), None)
-        if argument is None:
+        cache_name(llm)  # refuses a model whose next step could not be given the cache
+        cache = cache_of(out)
+        if cache is None:
             raise ModelError(
-                f"{type(llm).__name__} returns no cache that the next step could go on from",
+                f"{type(llm).__name__} returns no cache that the next step could continue from",
                 remedy="use an architecture that transformers can decode with a cache",
             )
-        return State(getattr(out, argument), argument, torch.tensor([len(row.embeddings)]), out.logits[0])
+        return State(cache, torch.tensor([len(row.embeddings)]), out.logits[0])
     caches: list[Cache] = [DynamicCache() for _ in rows]
     logits = [_run(llm, row, cache).logits[0] for row, cache in zip(rows, caches, strict=True)]
     paths = [_paths(row.nodes.tolist(), row.predict_at.tolist()) for row in rows]
     lengths = torch.tensor([len(path) for row in paths for path in row])
-    return State(_batch_cache(caches, paths), "past_key_values", lengths, torch.cat(logits))
+    return State(_batch_cache(caches, paths), lengths, torch.cat(logits))
 
 
 def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
     """Run a row; without `cache`, a single prompt whose model makes the cache it needs by itself."""
     if cache is None:
-        return llm(
+        return call(
+            llm,
             inputs_embeds=row.embeddings[None],
             position_ids=row.positions[None],
             use_cache=True,
             logits_to_keep=row.predict_at,
+            optional=("use_cache", "position_ids"),
         )
     return run_row(llm, row.embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at, cache=cache)
 
@@ -322,13 +324,16 @@ def _step(llm: LLM, state: State, chosen: list[int]) -> torch.Tensor:
     if padding.any():
         columns = torch.arange(state.cache.get_seq_length() + 1)
         mask = (columns >= padding[:, None]).long().to(device)
-    out = llm(
+    out = call(
+        llm,
         input_ids=torch.tensor(chosen, device=device)[:, None],
         attention_mask=mask,
         position_ids=state.lengths[:, None].to(device),
         use_cache=True,
         logits_to_keep=1,
-        **{state.argument: state.cache},
+        cache=state.cache,
+        # A model that does not take positions has none, or counts them from the mask and the cache.
+        optional=("use_cache", "position_ids"),
     )
     state.lengths = state.lengths + 1
     return out.logits[:, -1]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from mmit.models.calls import call
 from mmit.models.head import check_rows
 
 
@@ -46,12 +47,14 @@ def run_padded(
         ),
         "use_cache": False,
     }
+    # Left out where a model does not take them: positions start at 0 in every record, and padding comes last.
+    optional = ("position_ids", "attention_mask", "use_cache")
     if at is None:
-        hidden = llm(**given).last_hidden_state
+        hidden = call(llm, **given, optional=optional).last_hidden_state
         return torch.cat([states[:n] for states, n in zip(hidden, lengths, strict=True)])
     starts = nodes[:, 0].to(at.device)
     record = torch.searchsorted(starts.contiguous(), at, right=True) - 1
     # A model takes one list of places for the whole batch.
     places, place = (at - starts[record]).unique(return_inverse=True)
     check_rows(len(lengths) * len(places))
-    return llm(**given, logits_to_keep=places).logits[record, place]
+    return call(llm, **given, logits_to_keep=places, optional=optional).logits[record, place]

@@ -51,6 +51,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], Support]] = {
         Support(True, True),
     ),
     "state space": ({"model_type": "mamba", "state_size": 4}, Support(False, False)),
+    "state space of heads": (
+        {"model_type": "mamba2", "state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        Support(False, False),
+    ),
     "convolutions": (
         {"model_type": "lfm2", "layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
         Support(False, False),

@@ -1,0 +1,93 @@
+"""Calls of a language model: every keyword is one that its forward takes.
+
+Owns how mmit's arguments reach the forward of a transformers model. Most forwards end in `**kwargs`, which take any
+name and forget it: a renamed argument is then lost without a word. Takes keywords, checks them against the callee's
+signature, gives the model's output. Refuses a keyword that nobody reads, unless the caller says what its absence means.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers.cache_utils import Cache
+
+from mmit.errors import ModelError
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; before 5.24 one of the other two
+ELSEWHERE = "use another architecture, or a version of transformers that `mmit env` lists as tested"
+
+
+def call(
+    llm: torch.nn.Module,
+    *,
+    cache: Cache | None = None,
+    optional: Collection[str] = (),
+    passing: Mapping[str, Any] | None = None,
+    remedy: str = ELSEWHERE,
+    **arguments: Any,
+) -> Any:
+    """Run a causal LM, or its body.
+
+    Args:
+        llm: the model, with or without PEFT's wrapper.
+        cache: keys and values or running states to go on from, handed over by the name that the forward has for it.
+        optional: arguments to leave out where the forward does not name them.
+        passing: arguments that are meant for layers further down, which no signature can vouch for: the caller
+            checks that they arrived.
+        **arguments: of the forward; None stands for "not given". Without `logits_to_keep` in the signature the
+            model computes all logits, and those asked for are taken out.
+
+    Returns:
+        the model's output.
+
+    Raises:
+        ModelError: the forward does not take an argument that it was to be given.
+    """
+    inner = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    taken, open_ended = _parameters(inner)
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if cache is not None:
+        given[cache_name(llm)] = cache
+    keep = given.get("logits_to_keep")
+    selects = keep is not None and "logits_to_keep" not in taken
+    if selects:
+        del given["logits_to_keep"]
+    missing = given.keys() - taken
+    if missing and open_ended:  # transformers' causal LMs hand the rest of their keywords to their body
+        missing -= _parameters(getattr(inner, "base_model", inner))[0]
+    if refused := sorted(missing - set(optional)):
+        raise ModelError(f"the forward of {type(inner).__name__} does not take {', '.join(refused)}", remedy=remedy)
+    out = llm(**{name: value for name, value in given.items() if name not in missing}, **(passing or {}))
+    if selects:
+        out.logits = out.logits[:, -keep:] if isinstance(keep, int) else out.logits[:, keep]
+    return out
+
+
+def cache_name(llm: torch.nn.Module) -> str:
+    """The name by which a model's forward takes its cache. Raises ModelError where it takes none."""
+    inner = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    taken, _ = _parameters(inner)
+    name = next((name for name in CACHE_NAMES if name in taken), None)
+    if name is None:
+        raise ModelError(
+            f"the forward of {type(inner).__name__} takes no cache that decoding could continue from",
+            remedy="use an architecture that transformers can decode with a cache",
+        )
+    return name
+
+
+def cache_of(out: Any) -> Cache | None:
+    """The cache in a model's output, or None."""
+    held = dict(out.items())  # not by attribute: old names are deprecated properties of the new one
+    return next((held[name] for name in CACHE_NAMES if held.get(name) is not None), None)
+
+
+def _parameters(module: Any) -> tuple[set[str], bool]:
+    """Names that a forward takes, and whether it takes any other name too."""
+    found = inspect.signature(module.forward).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in found if p.kind in named}, any(p.kind is p.VAR_KEYWORD for p in found)
