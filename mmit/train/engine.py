@@ -21,7 +21,7 @@ from torch import nn
 
 from mmit.errors import ConfigError
 from mmit.models.tuning import Group
-from mmit.train.optimizer_state import read_state, write_state
+from mmit.train.optimizer_state import placed, placed_step, read_state, write_state
 from mmit.train.zero import complete, zero_stage
 
 
@@ -214,7 +214,7 @@ class TorchEngine(Engine):
             if master is not None and p is not m:
                 m.data.copy_(master)
                 p.data.copy_(m)
-            self.optimizer.state[m] = {k: v if k == "step" else v.to(m.device) for k, v in state.items()}
+            self.optimizer.state[m] = placed(state, m, self.optimizer)
 
 
 class DeepSpeedEngine(Engine):
@@ -243,6 +243,7 @@ class DeepSpeedEngine(Engine):
         clip: float | None = 1.0,
     ) -> None:
         import deepspeed
+
         self._deepspeed = deepspeed
         self._model, self._replicated = model, replicated
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -274,6 +275,7 @@ class DeepSpeedEngine(Engine):
             yield
         finally:
             self._model._modules.update(hidden)
+
     def forward_backward(self, tensors: Mapping[str, torch.Tensor], *, scale: float, last: bool) -> torch.Tensor:
         """DeepSpeed averages gradients over ranks, and the loop wants their sum: hence `world`."""
         self.engine.set_gradient_accumulation_boundary(last)
@@ -328,13 +330,13 @@ class DeepSpeedEngine(Engine):
             for name, state in states:
                 state.pop("master", None)
                 p = number[name]
-                self._inner.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
+                self._inner.state[p] = placed(state, p, self._inner)
             return
         flats = self._flat_masters()
         for place, flat in enumerate(flats):
             with self._from_disk(place):
                 zeros = {k: torch.zeros_like(flat.data) for k in ("exp_avg", "exp_avg_sq")}
-                self._inner.state[flat] = {"step": torch.tensor(0.0), **zeros}
+                self._inner.state[flat] = {"step": placed_step(torch.tensor(0.0), flat, self._inner), **zeros}
         self._link_states()
         step = torch.tensor(0.0)
         for name, state in states:
@@ -343,7 +345,7 @@ class DeepSpeedEngine(Engine):
                 if key in state:
                     self._set_part(number[name], state[key], key)
         for flat in flats:
-            self._inner.state[flat]["step"] = step.clone()
+            self._inner.state[flat]["step"] = placed_step(step, flat, self._inner)
 
     @property
     def _inner(self) -> torch.optim.Optimizer:

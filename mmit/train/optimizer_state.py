@@ -93,6 +93,22 @@ def _same_parameters(then: Shapes, now: Shapes, folder: Path) -> None:
         )
 
 
+def placed_step(step: torch.Tensor, p: torch.Tensor, optimizer: torch.optim.Optimizer) -> torch.Tensor:
+    """The step count of a parameter, on the device on which AdamW itself would have made it.
+
+    A fused AdamW refuses a count that lies elsewhere than the parameter, a plain one keeps it on the CPU.
+    """
+    there = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    return step.detach().to(p.device if there else "cpu", torch.float32, copy=True)
+
+
+def placed(
+    state: Mapping[str, torch.Tensor], p: torch.Tensor, optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """The state of a parameter on the devices on which AdamW keeps it."""
+    return {k: placed_step(v, p, optimizer) if k == "step" else v.to(p.device) for k, v in state.items()}
+
+
 def scaler_state(optimizer: Any) -> dict[str, float]:
     """State of DeepSpeed's dynamic loss scale (fp16); {} where the loss is not scaled, or by a fixed number."""
     scaler = getattr(optimizer, "loss_scaler", None)
