@@ -1,8 +1,12 @@
-"""The one record type: what was asked, with which images, and what should be answered.
+"""The one record type: what was asked, with which images, what should be answered, and what carries loss.
 
 Owns Record / Turn / Text / Image, their strict validation, and JSONL in and out, one record per line. Never
 opens a picture to look at it, never guesses a missing part, never takes a literal "<image>" in text for a
-picture: the importers in mmit/data/formats.py turn such markers into image parts.
+picture: the importers in mmit/data/formats turn such markers into image parts.
+
+Loss weights: the weight of a token of a turn's text is the `weight` of its text part, else of its turn, else the
+default of its role (1 for the assistant, 0 otherwise, unless a run's `data.loss` says otherwise), times the `weight`
+of the record.
 """
 
 from __future__ import annotations
@@ -10,8 +14,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -19,13 +21,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from mmit.errors import RecordError, nearest
+from mmit.record_rules import (
+    ROLES,
+    json_problem,
+    order_problem,
+    short,
+    source_problem,
+    text_problem,
+    tool_calls_problem,
+    weight_problem,
+)
 
 if TYPE_CHECKING:
     import PIL.Image
 
     Source = str | bytes | PIL.Image.Image
 
-ROLES = ("system", "user", "assistant")
+__all__ = ["ROLES", "Image", "OnBad", "Part", "Record", "Text", "Turn", "image_at", "json_lines", "read_jsonl", "short"]
+__all__ += ["write_jsonl"]
+
 _PROVENANCE: dict[str, tuple[Any, str]] = {
     "id": (str, "a string"),
     "source": (str, "a string"),
@@ -33,26 +47,25 @@ _PROVENANCE: dict[str, tuple[Any, str]] = {
     "licence": ((str, type(None)), "a string"),
     "meta": (Mapping, "a mapping"),
 }
+# What a record holds besides turns and provenance, and what a turn holds besides role and parts; written when set.
+_EXTRAS: dict[str, Any] = {"weight": 1.0, "tools": (), "template_args": {}}
+_TURN_EXTRAS: dict[str, Any] = {
+    "weight": None,
+    "thinking": None,
+    "tool_calls": (),
+    "name": None,
+    "tool_call_id": None,
+}
 _PART_KEYS = ("image", "image_base64", "text")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 _EXAMPLE = 'A row reads {"turns": [{"role": "user", "parts": [{"image": "a.png"}, {"text": "..."}]}, ...]}.'
-
-
-def short(value: object, limit: int = 80) -> str:
-    """Return `value` as one printable line of at most `limit` characters, for messages about foreign data.
-
-    The end of a long value is kept, since the end of a path is what tells two files apart.
-    """
-    text = value if isinstance(value, str) else repr(value)
-    line = repr(text[-limit:])[1:-1]
-    return line if max(len(text), len(line)) <= limit else f"...{line[3 - limit :]}"
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of text, taken literally."""
+    """A piece of text, taken literally; `weight` is its loss weight, None for that of its turn."""
 
     text: str
+    weight: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +89,28 @@ OnBad = Callable[[RecordError], None]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one speaker says: text and image parts in reading order."""
+    """What one speaker says: text and image parts in reading order.
 
-    role: Literal["system", "user", "assistant"]
+    Attributes:
+        role: who says it; a tool turn holds the result of a call.
+        parts: its text and images; images stand in user, assistant and tool turns.
+        weight: loss weight of its text, 0 or more; None for the default of its role.
+        thinking: an assistant's reasoning before its answer; None if there is none, "" if it is empty.
+        tool_calls: an assistant's calls, {"type": "function", "function": {"name", "arguments"}}, as OpenAI's.
+        name: the tool whose result a tool turn holds. tool_call_id: the call that it answers.
+    """
+
+    role: Literal["system", "user", "assistant", "tool"]
     parts: tuple[Part, ...]
+    weight: float | None = None
+    thinking: str | None = None
+    tool_calls: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    name: str | None = None
+    tool_call_id: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", _as_tuple(self.parts, "parts", "Turn(role, (Text(...),))"))
+        object.__setattr__(self, "tool_calls", _as_tuple(self.tool_calls, "tool_calls", "tool_calls=[{...}]"))
 
     @property
     def text(self) -> str:
@@ -92,7 +120,11 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One conversation with its provenance; `row` is its line or position in `source`, counted from 1."""
+    """One conversation with its provenance; `row` is its line or position in `source`, counted from 1.
+
+    `weight` multiplies the loss weights of all its turns; `tools` are the JSON schemas of the tools it may call, and
+    `template_args` variables for the chat template, such as enable_thinking.
+    """
 
     turns: tuple[Turn, ...]
     id: str = ""
@@ -100,9 +132,13 @@ class Record:
     row: int | None = None
     licence: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    weight: float = 1.0
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", _as_tuple(self.turns, "turns", "Record((Turn(...), Turn(...)))"))
+        object.__setattr__(self, "tools", _as_tuple(self.tools, "tools", "tools=[{...}]"))
 
     @classmethod
     def triple(
@@ -135,24 +171,34 @@ class Record:
         """Check the rules of the format; raise RecordError with the place, the cause and the remedy.
 
         A record for training ends with an assistant turn, one for generation (`for_training=False`) with a
-        user turn; None accepts either ending, which is what a reader that knows no purpose asks for.
+        user or tool turn; None accepts either ending, which is what a reader that knows no purpose asks for.
         """
         self._check_provenance()
+        self._check_extras()
+        previous: str | None = None
         for number, turn in enumerate(self.turns, 1):
             if not isinstance(turn, Turn):
                 self._fail(f"turn {number} is a {type(turn).__name__}", "Build it as mmit.records.Turn.")
-            self._check_role(number, turn)
+            if turn.role not in ROLES:
+                self._fail(f"turn {number} has role '{short(turn.role)}'", nearest(str(turn.role), ROLES))
+            self._check(*order_problem(number, turn.role, previous))
             self._check_content(f"turn {number} ({turn.role})", turn)
+            self._check_turn_extras(f"turn {number} ({turn.role})", turn)
+            previous = turn.role
         last = self.turns[-1].role if self.turns else "system"
         if last == "system":
             self._fail("the record has no user turn", "Give it at least one user turn.")
         if for_training is True and last != "assistant":
-            self._fail("the last turn is the user's: there is no answer to learn", "Add the assistant turn.")
-        if for_training is False and last != "user":
+            self._fail(f"the last turn is the {last}'s: there is no answer to learn", "Add the assistant turn.")
+        if for_training is False and last == "assistant":
             self._fail("the last turn is the assistant's", "For generation, end with the user turn.")
 
     def _fail(self, problem: str, remedy: str) -> NoReturn:
         raise RecordError(problem, where=self.where, remedy=remedy)
+
+    def _check(self, problem: str, remedy: str, *, label: str = "") -> None:
+        if problem:
+            self._fail(f"{label} has {problem}" if label else problem, remedy)
 
     def _check_provenance(self) -> None:
         for key, (kind, name) in _PROVENANCE.items():
@@ -160,60 +206,68 @@ class Record:
             if not isinstance(value, kind) or isinstance(value, bool):
                 self._fail(f"'{key}' is {short(value)}, not {name}", f"Make '{key}' {name}, or leave it out.")
 
-    def _check_role(self, number: int, turn: Turn) -> None:
-        """System first if at all; then user and assistant in turn."""
-        if turn.role not in ROLES:
-            self._fail(f"turn {number} has role '{short(turn.role)}'", nearest(str(turn.role), ROLES))
-        if turn.role == "system" and number > 1:
-            self._fail(f"turn {number} is a system turn", "Only the first turn may be the system's: move it.")
-        has_system = self.turns[0].role == "system"
-        expected = "user" if (number - has_system) % 2 else "assistant"
-        if turn.role not in ("system", expected):
-            self._fail(
-                f"turn {number} is the {turn.role}'s where the {expected}'s belongs",
-                "After an optional system turn, user and assistant alternate, the user first: "
-                "merge neighbouring turns of one speaker, or add the missing one.",
-            )
+    def _check_extras(self) -> None:
+        self._check(*weight_problem(self.weight), label="the record")
+        for number, tool in enumerate(self.tools, 1):
+            if not isinstance(tool, Mapping):
+                remedy = 'Write {"type": "function", "function": {"name", "description", "parameters"}}.'
+                self._fail(f"tool {number} is a {type(tool).__name__}, not a JSON schema", remedy)
+        if not isinstance(self.template_args, Mapping):
+            self._fail("'template_args' is not a mapping", 'Write {"enable_thinking": true}, or leave it out.')
+        held = {"tools": list(self.tools), "template_args": dict(self.template_args)}
+        self._check(*json_problem(held, "tools or template_args hold"))
 
     def _check_content(self, label: str, turn: Turn) -> None:
         for part in turn.parts:
             if isinstance(part, Image):
-                problem, remedy = _source_problem(part.source)
-                if turn.role != "user":
-                    problem, remedy = "an image", "Only user turns show images: move it to a user turn."
+                problem, remedy = source_problem(part.source)
+                if turn.role == "system":
+                    problem, remedy = "an image", "A system turn shows no image: move it to a user turn."
             elif isinstance(part, Text):
-                problem, remedy = _text_problem(part.text)
+                problem, remedy = text_problem(part.text)
+                if not problem and part.weight is not None:
+                    problem, remedy = weight_problem(part.weight)
             else:
                 problem, remedy = f"a part that is a {type(part).__name__}", "A part is a Text or an Image."
-            if problem:
-                self._fail(f"{label} has {problem}", remedy)
-        if not turn.text.strip() and not any(isinstance(part, Image) for part in turn.parts):
+            self._check(problem, remedy, label=label)
+        # An empty system turn suppresses a template's default one; a tool may return nothing.
+        may_be_empty = turn.role in ("system", "tool") or turn.tool_calls
+        if not may_be_empty and not turn.text.strip() and not any(isinstance(part, Image) for part in turn.parts):
             self._fail(f"{label} is empty", "Fill in its text, or leave the turn or the record out.")
 
+    def _check_turn_extras(self, label: str, turn: Turn) -> None:
+        if turn.weight is not None:
+            self._check(*weight_problem(turn.weight), label=label)
+        if turn.thinking is not None:
+            self._check(*text_problem(turn.thinking), label=f"{label}: thinking")
+        self._check(*tool_calls_problem(turn.tool_calls), label=label)
+        for key, owner in (("thinking", "assistant"), ("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(turn, key) not in (None, ()) and turn.role != owner:
+                self._fail(f"{label} has {key}", f"Only the {owner}'s turns have {key}: move or remove it.")
+        for key in ("name", "tool_call_id"):
+            if not isinstance(getattr(turn, key), (str, type(None))):
+                self._fail(f"{label}: {key} is '{short(getattr(turn, key))}'", f"Write {key} as a string.")
+
     def to_json(self) -> dict[str, Any]:
-        """Return the canonical JSON object: paths as given, bytes as base64, PIL pictures as base64 PNG."""
+        """Return the canonical JSON object: paths as given, bytes as base64, PIL pictures as base64 PNG.
+
+        Weights, tools, thinking and the like are written where they are set.
+        """
         row = {"source": self.source, "row": self.row, "licence": self.licence, "meta": dict(self.meta)}
-        try:
-            text = json.dumps([self.id, row], allow_nan=False, ensure_ascii=False).encode("utf-8")
-            kept = json.loads(text) == [self.id, row]
-        except (TypeError, ValueError, RecursionError):
-            kept = False
-        if not kept:
-            problem = "id, source or meta holds what JSON cannot keep: a tuple, NaN, an object, a numeric key"
-            self._fail(problem, "Use only strings, numbers, booleans, null, lists and string-keyed mappings.")
-        return {"id": self.id, "turns": [self._turn_json(turn) for turn in self.turns]} | row
+        self._check(*json_problem([self.id, row], "id, source or meta holds"))
+        return {"id": self.id, "turns": [self._turn_json(turn) for turn in self.turns]} | row | _set(self, _EXTRAS)
 
     def _turn_json(self, turn: Turn) -> dict[str, Any]:
-        parts: list[dict[str, str]] = []
+        parts: list[dict[str, Any]] = []
         for part in turn.parts:
             if isinstance(part, Text):
-                parts.append({"text": part.text})
+                parts.append({"text": part.text} if part.weight is None else {"text": part.text, "weight": part.weight})
             elif isinstance(part.source, str):
                 parts.append({"image": part.source})
             else:
                 data = part.source if isinstance(part.source, bytes) else _png(part.source, self.where)
                 parts.append({"image_base64": base64.b64encode(data).decode("ascii")})
-        return {"role": turn.role, "parts": parts}
+        return {"role": turn.role, "parts": parts} | _set(turn, _TURN_EXTRAS)
 
     @classmethod
     def from_json(cls, obj: Any, *, where: str = "", root: str = "") -> Record:
@@ -222,14 +276,14 @@ class Record:
         Raises RecordError, placed at `where`, for unknown keys, wrong types and broken rules.
         """
         where = where or "record"
-        _check_keys(obj, (*_PROVENANCE, "turns"), where=where)
+        _check_keys(obj, (*_PROVENANCE, *_EXTRAS, "turns"), where=where)
         turns = []
         for number, turn in enumerate(_list(obj, "turns", where), 1):
             place = f"{where}: turn {number}"
-            _check_keys(turn, ("role", "parts"), where=place)
+            _check_keys(turn, ("role", "parts", *_TURN_EXTRAS), where=place)
             parts = [_part(part, place, root) for part in _list(turn, "parts", place)]
-            turns.append(Turn(turn.get("role"), tuple(parts)))
-        record = cls(tuple(turns), **{key: obj[key] for key in _PROVENANCE if key in obj})
+            turns.append(Turn(turn.get("role"), tuple(parts), **_given(turn, _TURN_EXTRAS, place)))
+        record = cls(tuple(turns), **_given(obj, _PROVENANCE, where), **_given(obj, _EXTRAS, where))
         try:
             record.validate(for_training=None)
         except RecordError as error:
@@ -244,32 +298,18 @@ def _as_tuple(value: Any, name: str, example: str) -> tuple[Any, ...]:
     raise RecordError(f"'{name}' is a {type(value).__name__}, not a sequence", remedy=f"Write {example}.")
 
 
-def _text_problem(text: Any) -> tuple[str, str]:
-    """Return ("", "") for sound text, else the problem and its remedy."""
-    if not isinstance(text, str):
-        return f"a text part that is a {type(text).__name__}", "Make the text a string."
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        problem = f"half of a surrogate pair at character {error.start}, which is not valid text"
-        return problem, "Export the text again as UTF-8."
-    return "", ""
+def _set(held: Record | Turn, extras: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the extras that differ from their default, as JSON values."""
+    found = {key: getattr(held, key) for key, default in extras.items() if getattr(held, key) != default}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
 
 
-def _source_problem(source: Any) -> tuple[str, str]:
-    """Return ("", "") for a usable image source, else the problem and its remedy."""
-    # A PIL picture can exist only where PIL has been imported, so this need not import it.
-    pil = sys.modules.get("PIL.Image")
-    if pil is not None and isinstance(source, pil.Image):
-        return "", ""
-    if not isinstance(source, (str, bytes)) or not source:
-        problem = f"an image without a file: its source is '{short(source)}'"
-        return problem, "Give the path of a file, the bytes of an encoded picture, or a PIL picture."
-    if isinstance(source, str) and _URL.match(source):
-        return f"an image that is a URL: '{short(source)}'", "Download the picture and give the file's path."
-    if isinstance(source, str) and ("\0" in source or _text_problem(source)[0]):
-        return f"an image path that is not valid text: '{short(source)}'", "Rename the file."
-    return "", ""
+def _given(obj: dict[str, Any], keys: Iterable[str], where: str) -> dict[str, Any]:
+    """Return the named keys of a JSON object; lists of tools and calls must be lists."""
+    for key in ("tools", "tool_calls"):
+        if key in keys and key in obj:
+            _list(obj, key, where)
+    return {key: obj[key] for key in keys if key in obj}
 
 
 def _png(picture: PIL.Image.Image, where: str) -> bytes:
@@ -297,12 +337,15 @@ def _list(obj: dict[str, Any], key: str, where: str) -> list[Any]:
 
 
 def _part(obj: Any, where: str, root: str) -> Part:
-    _check_keys(obj, _PART_KEYS, where=where)
-    if len(obj) != 1 or not isinstance(next(iter(obj.values())), str):
+    _check_keys(obj, (*_PART_KEYS, "weight"), where=where)
+    kinds = [key for key in _PART_KEYS if key in obj]
+    if len(kinds) != 1 or not isinstance(obj[kinds[0]], str):
         remedy = f"Give each part exactly one key of {', '.join(_PART_KEYS)}, its value a string."
         raise RecordError("cannot tell what a part is", where=where, remedy=remedy)
     if "text" in obj:
-        return Text(obj["text"])
+        return Text(obj["text"], obj.get("weight"))
+    if "weight" in obj:
+        raise RecordError("an image part has a weight", where=where, remedy="Only text carries loss: remove it.")
     if "image" in obj:
         return image_at(obj["image"], root, where=where)
     try:
@@ -315,7 +358,7 @@ def _part(obj: Any, where: str, root: str) -> Part:
 def image_at(path: Any, root: str, *, where: str = "") -> Image:
     """Return the image part of a file, `path` starting at `root` unless absolute."""
     # Checked before joining, which would hide a URL or an empty path behind the folder's name.
-    problem, remedy = _source_problem(path)
+    problem, remedy = source_problem(path)
     if problem:
         raise RecordError(f"has {problem}", where=where, remedy=remedy)
     return Image(os.path.join(root, path))

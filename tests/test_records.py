@@ -46,6 +46,50 @@ def records(draw: st.DrawFn) -> Record:
     )
 
 
+def test_weights_tools_and_thoughts_round_trip(tmp_path: Path) -> None:
+    turns = (
+        Turn("system", (Text(""),)),
+        Turn("user", (Text("Weather?"),), weight=0.5),
+        Turn("assistant", (), thinking="", tool_calls=(CALL,), weight=0),
+        Turn("tool", (Text(""), Image(str(tmp_path / "map.png"))), name="f", tool_call_id="c1"),
+        Turn("tool", (Text("12 degrees"),)),
+        Turn("assistant", (Text("It is "), Text("12", 0.25), Image(str(tmp_path / "a.png"))), thinking="Cold."),
+    )
+    record = Record(turns, "r1", weight=0.5, tools=({"name": "f"},), template_args={"enable_thinking": True})
+    record.validate()
+    write_jsonl([record], tmp_path / "x.jsonl")
+    found = next(read_jsonl(tmp_path / "x.jsonl"))
+    assert (found.turns, found.weight, found.tools) == (turns, 0.5, ({"name": "f"},))
+    assert found.template_args == {"enable_thinking": True}
+
+
+def test_a_plain_record_is_written_as_before() -> None:
+    """Files and fingerprints of records without weights, tools or thoughts stay as they were."""
+    row = Record.triple("q", "a").to_json()
+    assert set(row) == {"id", "turns", "source", "row", "licence", "meta"}
+    assert row["turns"][1] == {"role": "assistant", "parts": [{"text": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        ({"weight": "2"}, "the record has a weight of '2'"),
+        ({"tools": {"name": "f"}}, "'tools' is missing or not a list"),
+        ({"tools": ["f"]}, "tool 1 is a str, not a JSON schema"),
+        ({"template_args": [1]}, "'template_args' is not a mapping"),
+        ({"turns": [{"role": "user", "parts": [{"text": "q", "weight": -1}]}]}, "a negative weight: -1"),
+        ({"turns": [{"role": "user", "parts": [{"image": "q", "weight": 1}]}]}, "an image part has a weight"),
+        ({"turns": [{"role": "user", "parts": [{"text": "q"}], "wieght": 1}]}, "unknown key 'wieght'"),
+        ({"turns": [{"role": "user", "parts": [{"text": "q"}], "tool_calls": {}}]}, "'tool_calls' is missing or not"),
+    ],
+)
+def test_extras_of_a_wrong_kind_are_refused(change: dict, cause: str) -> None:
+    row = {"turns": [{"role": "user", "parts": [{"text": "q"}]}]} | change
+    with pytest.raises(RecordError) as caught:
+        Record.from_json(row, where="x.jsonl:3")
+    assert cause in caught.value.problem and caught.value.where.startswith("x.jsonl:3")
+
+
 @given(records())
 def test_json_round_trip(record: Record) -> None:
     record.validate(for_training=None)
@@ -78,6 +122,8 @@ def answer(text: str = "yes") -> Turn:
 
 ASK = user(Text("is it?"))
 SYSTEM = Turn("system", (Text("Be brief."),))
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+TOOL = Turn("tool", (Text("12 degrees"),), name="f", tool_call_id="c1")
 BAD: list[tuple[tuple, str, str]] = [
     ((), "no user turn", "user turn"),
     ((SYSTEM,), "no user turn", "user turn"),
@@ -85,13 +131,21 @@ BAD: list[tuple[tuple, str, str]] = [
     ((ASK, ASK, answer()), "turn 2 is the user's where the assistant's belongs", "merge"),
     ((SYSTEM, answer()), "turn 2 is the assistant's", "alternate"),
     ((ASK, SYSTEM, answer()), "turn 2 is a system turn", "first turn"),
-    ((Turn("gpt", (Text("x"),)),), "role 'gpt'", "valid: assistant, system, user"),  # type: ignore[arg-type]
+    ((Turn("gpt", (Text("x"),)),), "role 'gpt'", "valid: assistant, system, tool, user"),  # type: ignore[arg-type]
     ((Turn("asistant", (Text("x"),)),), "role 'asistant'", "did you mean 'assistant'?"),  # type: ignore[arg-type]
     ((ASK, answer("")), "turn 2 (assistant) is empty", "Fill in"),
     ((ASK, answer(" \n")), "turn 2 (assistant) is empty", "Fill in"),
     ((user(), answer()), "turn 1 (user) is empty", "Fill in"),
-    ((Turn("system", (Text(""),)), ASK, answer()), "turn 1 (system) is empty", "leave the turn"),
-    ((ASK, Turn("assistant", (Text("x"), Image("a.png")))), "turn 2 (assistant) has an image", "user turn"),
+    ((ASK, answer(), TOOL), "the last turn is the tool's: there is no answer to learn", "assistant turn"),
+    ((ASK, TOOL, answer()), "turn 2 is a tool's where the assistant's belongs", "follows the assistant turn"),
+    ((ASK, answer(), TOOL, ASK), "turn 4 is the user's where the assistant's or the tool's belongs", "alternate"),
+    ((ASK, Turn("assistant", (Text("x"),), weight=-1)), "turn 2 (assistant) has a negative weight", "unlearn"),
+    ((ASK, Turn("assistant", (Text("x", float("nan")),))), "turn 2 (assistant) has a weight of 'nan'", "finite"),
+    ((ASK, Turn("assistant", (Text("x", True),))), "turn 2 (assistant) has a weight of 'True'", "finite"),
+    ((Turn("user", (Text("x"),), thinking="y"), answer()), "turn 1 (user) has thinking", "Only the assistant's"),
+    ((Turn("user", (Text("x"),), tool_calls=(CALL,)), answer()), "turn 1 (user) has tool_calls", "Only the assist"),
+    ((ASK, Turn("assistant", (), tool_calls=({"name": "f"},))), "tool call 1 without a function name", "Write"),
+    ((ASK, Turn("assistant", (), thinking="only")), "turn 2 (assistant) is empty", "Fill in"),
     ((Turn("system", (Image("a.png"), Text("x"))), ASK), "turn 1 (system) has an image", "user turn"),
     ((user(Image("")), answer()), "an image without a file", "path of a file"),
     ((user(Image(b"")), answer()), "an image without a file", "path of a file"),
@@ -177,9 +231,13 @@ def _row(part: object) -> dict:
         ([1], "found a list", "A row reads"),
         ({"turn": []}, "unknown key 'turn'", "did you mean 'turns'"),
         ({}, "'turns' is missing", "A row reads"),
-        ({**ROW, "extra": 1}, "unknown key 'extra'", "valid: id, licence, meta, row, source, turns"),
+        (
+            {**ROW, "extra": 1},
+            "unknown key 'extra'",
+            "valid: id, licence, meta, row, source, template_args, tools, turns, weight",
+        ),
         ({"turns": [{"role": "user"}]}, "'parts' is missing", "A row reads"),
-        ({"turns": [{"role": "user", "content": "q", "parts": []}]}, "unknown key 'content'", "valid: parts"),
+        ({"turns": [{"role": "user", "content": "q", "parts": []}]}, "unknown key 'content'", "valid: name, parts"),
         (_row("q"), "found a str", "A row reads"),
         (_row({"txt": "q"}), "unknown key 'txt'", "did you mean 'text'"),
         (_row({"text": "q", "image": "a"}), "cannot tell what a part is", "exactly one key"),

@@ -61,6 +61,7 @@ class ChatFormat(ABC):
         Raises RecordError for turns that break the rules of a record or that the format cannot express.
         """
         Record(tuple(turns)).validate(for_training=not generate)
+        _refuse_unwritten(turns)
         return _merged(self._lay_out([_flat(turn) for turn in turns], generate))
 
     @abstractmethod
@@ -281,6 +282,22 @@ class _Writer:
         self.origin += [origin] * len(ids)
 
 
+def _refuse_unwritten(turns: Sequence[Turn]) -> None:
+    """Raise RecordError for what the chat formats do not write: it must not be learnt as if it were not there."""
+    for number, turn in enumerate(turns, 1):
+        held = {key: getattr(turn, key) for key in ("weight", "thinking", "tool_calls")}
+        found = [key for key, value in held.items() if value not in (None, ())]
+        if any(isinstance(part, Text) and part.weight is not None for part in turn.parts):
+            found.append("weighted text")
+        if turn.role == "tool":
+            found.append("a tool's result")
+        if turn.role == "assistant" and any(isinstance(part, Image) for part in turn.parts):
+            found.append("an image")
+        if found:
+            problem = f"turn {number} ({turn.role}) has {', '.join(found)}, which the chat format does not write"
+            raise RecordError(problem, remedy="Leave the record out: run.on_bad_record=skip.")
+
+
 def _flat(turn: Turn) -> FlatTurn:
     """Join neighbouring texts, so that how a text was cut into parts makes no difference; drop empty ones."""
     parts: list[str | None] = []
@@ -291,7 +308,7 @@ def _flat(turn: Turn) -> FlatTurn:
             parts[-1] += cast(Text, part).text
         elif cast(Text, part).text:
             parts.append(cast(Text, part).text)
-    return turn.role, parts
+    return cast(Any, turn.role), parts
 
 
 def _merged(pieces: list[Piece]) -> list[Piece]:

@@ -74,7 +74,7 @@ def _vicuna_v1(turns: list[FlatTurn], end: str, generate: bool) -> list[Piece]:
         out.append(_template(VICUNA_SYSTEM + " "))
     for role, parts in turns:
         if role == "system":
-            out += [*_parts(parts), _template(" ")]
+            out += [*_parts(parts), _template(" ")] if parts else []
         elif role == "user":
             images, rest = _leading_images(parts)
             newline = [_template("\n")] if images and rest and not cast(str, rest[0]).startswith("\n") else []
@@ -102,7 +102,7 @@ def _qa(turns: list[FlatTurn], end: str, generate: bool) -> list[Piece]:
     out = []
     for role, parts in turns:
         if role == "system":
-            out += [*_parts(parts), _template("\n")]
+            out += [*_parts(parts), _template("\n")] if parts else []
         elif role == "user":
             images, rest = _leading_images(parts)
             question = [_template("Question: "), *_parts(rest), _template("\n")] if rest else []

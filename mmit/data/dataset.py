@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -49,6 +49,9 @@ def split_pairs(record: Record) -> list[tuple[Turn, ...]]:
     turns = list(record.turns)
     system = tuple(t for t in turns[:1] if t.role == "system")
     dialogue = turns[len(system) :]
+    if any(turn.role == "tool" for turn in dialogue):
+        problem = "has tool turns, whose answers need the calls before them, so its pairs cannot be split"
+        raise RecordError(problem, where=record.where, remedy="set data.split_turns=false for this data")
     first = tuple(p for p in dialogue[0].parts if isinstance(p, Image))
     if len(first) != len(record.images):
         raise RecordError(
@@ -60,7 +63,7 @@ def split_pairs(record: Record) -> list[tuple[Turn, ...]]:
     for i in range(0, len(dialogue), 2):
         question, answer = dialogue[i], dialogue[i + 1]
         if i:
-            question = Turn("user", (*first, *question.parts))
+            question = replace(question, parts=(*first, *question.parts))
         pairs.append((*system, question, answer))
     return pairs
 
@@ -145,6 +148,9 @@ class InstructionData:
         """
         record = self.record(number, outline=outline)
         record.validate(for_training=True)
+        if record.weight != 1 or record.tools or record.template_args:
+            problem = "the record has a weight, tools or template_args, which training does not use"
+            raise RecordError(problem, where=record.where, remedy="leave it out: set run.on_bad_record=skip")
         if record.images and self.preparation is None:
             raise RecordError(
                 "has images, but the model has no vision tower", where=record.where, remedy="set model.vision"

@@ -16,7 +16,7 @@ from typing import Any
 from mmit.errors import ConfigError, MmitError
 from mmit.eval.questions import Item
 from mmit.eval.tasks import Task
-from mmit.records import Image, Record, Text, Turn
+from mmit.records import Image, Record, Text
 
 # A yes-or-no benchmark's answers, told by its metric.
 _CLOSED = {"pope": ("yes", "no"), "mme": ("yes", "no"), "nlvr": ("true", "false"), "nlvr2": ("True", "False")}
@@ -92,7 +92,7 @@ def _with(item: Item, images: tuple[Image, ...]) -> Item:
                 number += 1
             else:
                 parts.append(part)
-        turns.append(Turn(turn.role, tuple(parts)))
+        turns.append(replace(turn, parts=tuple(parts)))
     return replace(item, prompt=replace(item.prompt, turns=tuple(turns)))
 
 

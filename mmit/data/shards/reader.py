@@ -24,7 +24,7 @@ from mmit.data.shards.index import ARRAYS, DTYPES, INDEX, VERSION, write_atomic
 from mmit.data.shards.records import IMAGES, Limits, check_members, extension, to_record
 from mmit.data.shards.tar_headers import padded
 from mmit.errors import ConfigError, RecordError
-from mmit.records import Image, Part, Record, Turn, short
+from mmit.records import Image, Part, Record, short
 
 # Members of a sample that lie this close are fetched with one read.
 _GAP = 1 << 16
@@ -114,7 +114,7 @@ class ShardSource:
         def named(part: Part) -> Part:
             return known[part.source] if isinstance(part, Image) and part.source in known else part
 
-        turns = tuple(Turn(turn.role, tuple(named(part) for part in turn.parts)) for turn in record.turns)
+        turns = tuple(replace(turn, parts=tuple(named(part) for part in turn.parts)) for turn in record.turns)
         return replace(record, turns=turns)
 
     def _record(self, number: int, members: dict[str, bytes]) -> Record:

@@ -149,7 +149,8 @@ def from_record(record: Record, key: str, pictures: Sequence[bytes]) -> dict[str
         names.append(f"{key}.{known[data]}")
     named = iter(names)
     turns = tuple(
-        Turn(t.role, tuple(Image(next(named)) if isinstance(p, Image) else p for p in t.parts)) for t in record.turns
+        replace(t, parts=tuple(Image(next(named)) if isinstance(p, Image) else p for p in t.parts))
+        for t in record.turns
     )
     row = replace(record, turns=turns).to_json()
     members["json"] = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
@@ -224,7 +225,7 @@ def _with_bytes(record: Record, key: str, images: Mapping[str, bytes], *, where:
         used.add(suffix)
         return Image(images[suffix])
 
-    turns = tuple(Turn(turn.role, tuple(fill(part) for part in turn.parts)) for turn in record.turns)
+    turns = tuple(replace(turn, parts=tuple(fill(part) for part in turn.parts)) for turn in record.turns)
     if unused := images.keys() - used:
         problem = f"{', '.join(map(short, sorted(unused)))} is shown by no image part"
         _fail(problem, where, "Name it in an image part, or leave it out of the tar.")

@@ -15,7 +15,7 @@ from typing import Any
 import PIL.Image
 
 from mmit.errors import ConfigError, RecordError
-from mmit.records import ROLES, Image, Record, Text, Turn
+from mmit.records import Image, Record, Text, Turn
 
 CHAT = "mmit-chat:"  # begins a context that holds turns as JSON
 _KNOWN = ("until", "max_new_tokens", "max_gen_toks", "do_sample", "temperature", "top_p", "top_k", "num_beams")
@@ -75,8 +75,8 @@ def conversation(messages: Sequence[Mapping[str, Any]], *, name: str) -> Record:
     turns = []
     for message in messages:
         role = message["role"]
-        if role not in ROLES:
-            raise RecordError(f"a message by '{role}'", where=name, remedy=f"Roles are {', '.join(ROLES)}.")
+        if role not in ("system", "user", "assistant"):
+            raise RecordError(f"a message by '{role}'", where=name, remedy="Roles are system, user, assistant.")
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
         turns.append(Turn(role, tuple(_part(part, name=name) for part in parts)))
