@@ -60,11 +60,12 @@ def import_file(
 ) -> Iterator[Record]:
     """Yield the records of a file in one of FORMATS; `options` are those that the format documents.
 
-    JSONL and tables are streamed; a JSON list or object has to be loaded whole. Relative image paths start at
-    `image_root`, by default the file's folder. `source` (by default the path), `licence` (by default the format's)
-    and the row's line, or position in a list, are noted where a row does not state its own. `check_images` asks for
-    every image file to exist. A bad row raises RecordError naming file and row or, with `on_bad`, is handed to it and
-    left out, for the caller to count; a file that cannot be read always raises. Unknown format or option: ConfigError.
+    JSON lists, JSONL and tables are streamed; a file that is one JSON object has to be loaded whole. Relative image
+    paths start at `image_root`, by default the file's folder. `source` (by default the path), `licence` (by default the
+    format's) and the row's line, or position in a list, are noted where a row does not state its own. `check_images`
+    asks for every image file to exist. A bad row raises RecordError naming file and row or, with `on_bad`, is handed to
+    it and left out, for the caller to count; a file that cannot be read always raises. Unknown format or option:
+    ConfigError.
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown data format '{format}'", remedy=nearest(format, FORMATS))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmit.data.formats.json_stream import list_items
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Part, Record, Text, Turn, image_at, json_lines, short
 
@@ -23,15 +24,21 @@ Rows = Iterator[tuple[int, Any]]
 
 
 def json_rows(path: str) -> Rows:
-    """Yield (line or position from 1, value) of a JSON list or of JSONL.
+    """Yield (line or position from 1, value) of a JSON list or of JSONL, both streamed.
 
-    JSONL is streamed; a list has to be loaded whole. A line that is not JSON is yielded as its RecordError, so
-    that the caller may go on; a list that is not JSON raises.
+    A line that is not JSON is yielded as its RecordError, so that the caller may go on; a list raises where it stops
+    being one.
     """
-    if _first_byte(path) != b"[":
+    if not is_list(path):
         yield from json_lines(path)
         return
-    yield from enumerate(_json_file(path, "The file begins like a JSON list: mend this line, or write JSONL."), 1)
+    for number, (_, _, value) in enumerate(list_items(path), 1):
+        yield number, value
+
+
+def is_list(path: str) -> bool:
+    """Tell whether a JSON file begins as a list, by its first character."""
+    return _first_byte(path) == b"["
 
 
 def json_object(path: str, *needed: str) -> Row:
