@@ -150,7 +150,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
         means.append(mean)
     figure = Figure(figsize=(7, 4), dpi=120)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.09, 0.12, 0.81, 0.81))  # measured once: tight_layout draws everything twice
     axes.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="loss")
     axes.plot(steps, means, color="#1f4e79", linewidth=1.6, label="running mean")
     axes.set_xlabel("optimizer step")
@@ -159,6 +159,6 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     other = axes.twinx()
     other.plot(steps, [r["lr"] for r in rows], color="#c97b2c", linewidth=0.8, linestyle="--")
     other.set_ylabel("learning rate", color="#c97b2c")
+    other.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))  # short labels: the axes have a fixed place
     axes.legend(loc="upper right")
-    figure.tight_layout()
     figure.savefig(picture)
