@@ -20,7 +20,8 @@ def _model(case: Case, *, bf16: bool) -> tuple[Any, Any]:
 
     dtype = torch.bfloat16 if bf16 else torch.float32
     loader: Any = LlavaForConditionalGeneration
-    return loader.from_pretrained(case.weights, dtype=dtype), AutoProcessor.from_pretrained(case.weights, backend="pil")
+    model = loader.from_pretrained(case.weights, dtype=dtype, trust_remote_code=False)
+    return model, AutoProcessor.from_pretrained(case.weights, backend="pil", trust_remote_code=False)
 
 
 def _lora() -> Any:

@@ -19,6 +19,10 @@ ALLOWED: dict[tuple[str, str], str] = {}
 
 UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
+# Methods of transformers that run the code of a model's folder after a `y` on stdin, unless told not to.
+LOADERS = {"from_pretrained", "from_config"}
+# They load no code, and hand unknown arguments on.
+HARMLESS = {"peft.PeftModel.from_pretrained"}
 YAML = {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.unsafe_load_all"}
 
 
@@ -29,6 +33,10 @@ def rules_broken(source: str) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)) and _unpickles(node, tree):
             yield node.lineno, "pickle"
+        elif isinstance(node, ast.Attribute) and node.attr in LOADERS and not _refuses_code(node, tree, names):
+            yield node.lineno, "no trust_remote_code=False"
+        elif isinstance(node, ast.Constant) and node.value in LOADERS:  # getattr(x, "from_pretrained")
+            yield node.lineno, "no trust_remote_code=False"
         elif isinstance(node, ast.Call):
             yield from ((node.lineno, rule) for rule in _call_rules(node, names))
 
@@ -42,6 +50,19 @@ def _unpickles(node: ast.Import | ast.ImportFrom, tree: ast.Module) -> bool:
     uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in bound]
     errors = [n.value for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.endswith("Error")]
     return bool(bound) and (not uses or any(use not in errors for use in uses))
+
+
+def _refuses_code(loader: ast.Attribute, tree: ast.Module, names: dict[str, str]) -> bool:
+    """Say whether a loader is called here and now with trust_remote_code=False; handed on, nobody knows."""
+    first, _, rest = ast.unparse(loader).partition(".")
+    if f"{names.get(first, first)}.{rest}" in HARMLESS:
+        return True
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.func is loader]
+    return any(
+        k.arg == "trust_remote_code" and isinstance(k.value, ast.Constant) and k.value.value is False
+        for call in calls
+        for k in call.keywords
+    )
 
 
 def _imported_names(tree: ast.Module) -> dict[str, str]:
@@ -122,11 +143,24 @@ def test_no_dangerous_call() -> None:
         ("tar.extractall(d)", "extractall"),
         ("import yaml\nyaml.load(t, Loader=yaml.Loader)", "yaml.load"),
         ("from yaml import unsafe_load\nunsafe_load(t)", "yaml.load"),
-        ("AutoModel.from_pretrained(n, trust_remote_code=True)", "trust_remote_code=True"),
+        ("f(n, trust_remote_code=True)", "trust_remote_code=True"),
+        ("AutoModel.from_pretrained(n)", "no trust_remote_code=False"),
+        ("AutoModel.from_pretrained(n, trust_remote_code=flag)", "no trust_remote_code=False"),
+        ("AutoModel.from_pretrained(n, **options)", "no trust_remote_code=False"),
+        ("transformers.AutoModel.from_config(c, trust_remote_code=None)", "no trust_remote_code=False"),
+        ("load = AutoConfig.from_pretrained", "no trust_remote_code=False"),
+        ("partial(AutoConfig.from_pretrained, trust_remote_code=False)", "no trust_remote_code=False"),
+        ("getattr(AutoConfig, 'from_pretrained')(n)", "no trust_remote_code=False"),
+        ("from other import PeftModel\nPeftModel.from_pretrained(m, n)", "no trust_remote_code=False"),
     ],
 )
 def test_the_gate_closes(source: str, rule: str) -> None:
     assert [found for _, found in rules_broken(source)] == [rule]
+
+
+def test_the_gate_sees_the_calls_there_are() -> None:
+    loads = sum(path.read_text().count("trust_remote_code=False") for path in python_files())
+    assert loads > 12
 
 
 @pytest.mark.parametrize(
@@ -141,6 +175,8 @@ def test_the_gate_closes(source: str, rule: str) -> None:
         "import json\njson.load(f)",
         "import subprocess\nsubprocess.run([c], shell=False)",
         "f(trust_remote_code=False)",
+        "AutoModel.from_pretrained(n, **options, trust_remote_code=False)",
+        "from peft import PeftModel\nPeftModel.from_pretrained(m, n)",
     ],
 )
 def test_the_gate_lets_pass(source: str) -> None:

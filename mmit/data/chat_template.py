@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn, cast
 
-import jinja2
-
 from mmit.data.content import piece_tokenizer
+from mmit.data.template_process import Exceeded, Failed, Refused, render
 from mmit.errors import ConfigError, MmitError, RecordError
 
 Role = Literal["system", "user", "assistant"]
@@ -182,16 +181,15 @@ class ChatTemplate:
                     for kind, mark in zip(kinds, marks, strict=True)
                 ]
             messages.append({"role": role, "content": content})
+        # As apply_chat_template of transformers: the special tokens by name, which the arguments may replace.
+        variables = {**self._tokenizer.special_tokens_map, "tools": None, "documents": None, **self.args}
         try:
-            return self._tokenizer.apply_chat_template(messages, chat_template=self.source, tokenize=False, **self.args)
-        except jinja2.TemplateError as error:
-            if type(error) is jinja2.TemplateError:  # what raise_exception() in a template raises
-                raise _Refusal(str(error)) from error
-            problem = f"the template fails: {error}"
-            raise ConfigError(problem, where=self.where, remedy="Mend the template.") from error
-        except Exception as error:  # a template can raise anything; it must reach the user as one clear error
-            problem = f"the template fails: {type(error).__name__}: {error}"
-            raise ConfigError(problem, where=self.where, remedy="Mend the template.") from error
+            return render(self.source, {"messages": messages, "add_generation_prompt": False, **variables})
+        except Refused as refused:
+            raise _Refusal(str(refused)) from None
+        except Failed as failed:
+            kind = _Exceeded if isinstance(failed, Exceeded) else ConfigError
+            raise kind(f"the template fails: {failed}", where=self.where, remedy="Correct the template.") from None
 
     def _explain(self, refusal: _Refusal, shape: Shape) -> NoReturn:
         """Turn a template's own raise_exception into an error with a remedy."""
@@ -224,7 +222,7 @@ class ChatTemplate:
                 self._check_style(talk)
                 if wants_images:
                     self.image_token = self._find_image_token(image_token)
-            except _Ambiguous:
+            except (_Ambiguous, _Exceeded):
                 raise
             except MmitError as error:
                 problem = error if user == "string" else problem  # what went wrong in the common style
@@ -243,6 +241,8 @@ class ChatTemplate:
             try:
                 self._check_style(with_system)
                 return
+            except _Exceeded:
+                raise
             except MmitError:
                 continue
         # A template may refuse system turns; the record that has one will be told so.
@@ -285,6 +285,10 @@ class _Refusal(RecordError):
 
 class _Ambiguous(ConfigError):
     """The template takes image parts, but what it writes for them cannot be read."""
+
+
+class _Exceeded(ConfigError):
+    """The template takes more time or memory than it may; no other style will do better."""
 
 
 def _sentinel(number: int) -> str:

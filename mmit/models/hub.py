@@ -6,8 +6,12 @@ into the hub's cache (HF_HOME), and read from there when offline. Never fetches 
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -38,6 +42,20 @@ def model_folder(source: str | os.PathLike[str]) -> Path:
     held = {path.name for path in folder.iterdir()}
     whole = any(n.endswith(".safetensors") or n in ("mm_projector.bin", "manifest.json") for n in held)
     return folder if whole else _fetch(name, revision, ignore=NEVER)
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Answer no question: stdin is empty meanwhile.
+
+    For libraries that call transformers without `trust_remote_code=False`, which then asks whether to run the code of
+    a model's folder and takes the answer from whatever stands on stdin.
+    """
+    before, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = before
 
 
 def _fetch(name: str, revision: str, *, ignore: list[str]) -> Path:

@@ -70,7 +70,7 @@ def _explain(name: str, error: Exception) -> ModelError:
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to the model `name` (see `load_llm`). Raises ModelError."""
     try:
-        return AutoTokenizer.from_pretrained(**_source(name), revision=revision)
+        return AutoTokenizer.from_pretrained(**_source(name), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _explain(name, error) from error
 
@@ -119,10 +119,12 @@ def load_llm(
             config = _described(random_init)
             if empty:
                 return _empty(config, dtype, implementation)
-            return _with_own_attention(AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation))
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **implementation)
+            return _with_own_attention(model)
         source = _source(name)
         if empty:
-            return _empty(AutoConfig.from_pretrained(**source, revision=revision), dtype, implementation)
+            config = AutoConfig.from_pretrained(**source, revision=revision, trust_remote_code=False)
+            return _empty(config, dtype, implementation)
         if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
             if quantization is not None:
                 raise ModelError(
@@ -134,7 +136,7 @@ def load_llm(
         place = placement(device_map, offload, quantized=quantization is not None)
         with partitioned(None if "quantization_config" in source else partition):
             model = AutoModelForCausalLM.from_pretrained(
-                **source, revision=revision, dtype=dtype, **place, **implementation
+                **source, revision=revision, dtype=dtype, trust_remote_code=False, **place, **implementation
             )
     except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         raise _explain(name, error) from error
@@ -145,7 +147,7 @@ def load_llm(
 
 def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -> PreTrainedModel:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **implementation)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **implementation)
     _forget_quantization(model)
     return _with_own_attention(model)
 

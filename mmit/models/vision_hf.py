@@ -133,7 +133,7 @@ def _config(name: str | Mapping[str, Any]) -> tuple[Any, str]:
 
     if isinstance(name, str):
         with explained(f"hf {name}", remedy="give a hub id or a folder with a config.json"):
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
         model_type = config.model_type
     else:
         model_type = str(name.get("model_type", ""))
@@ -173,7 +173,9 @@ def _model(
         return model_class(config), weights if isinstance(weights, str) else "random"
     with explained(where, remedy="the hub id or folder must hold model.safetensors or pytorch_model.bin"):
         with _quiet():
-            model, info = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+            model, info = model_class.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
     bad = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if bad:
         raise ModelError(

@@ -18,6 +18,7 @@ from torch import nn
 
 from mmit.errors import ModelError, nearest
 from mmit.models.files import PACKAGE, resolve_file
+from mmit.models.hub import unasked
 from mmit.models.vision_encoder import (
     Encoder,
     Reader,
@@ -121,7 +122,9 @@ def _visual(name: str, pretrained: str | None, *, load: bool, image_size: int | 
     """Return the vision part; the text tower, which a checkpoint can only be read with, is freed here."""
     import open_clip
 
-    with explained(f"open_clip {name}", remedy="without a network, give a weight file that is already here"):
+    # unasked: a text tower may be a model of transformers.
+    remedy = "without a network, give a weight file that is already here"
+    with unasked(), explained(f"open_clip {name}", remedy=remedy):
         model: Any = open_clip.create_model(
             name,
             pretrained=pretrained,

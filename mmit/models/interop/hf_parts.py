@@ -55,7 +55,7 @@ def write_tower_config(folder: Path, name: str, tower: VisionTower) -> None:
     """Write what `build_vision` needs of a hub id or folder besides weights."""
     folder.mkdir(parents=True)
     with explained(f"hf {name}", remedy="the tower's own folder or hub id is needed for its config"):
-        AutoConfig.from_pretrained(name).save_pretrained(folder)
+        AutoConfig.from_pretrained(name, trust_remote_code=False).save_pretrained(folder)
     size = list(tower.image_size)
     told = {"size": size, "interpolation": tower.interpolation, "mean": tower.mean, "std": tower.std}
     _write_constants(folder, told)

@@ -105,12 +105,12 @@ def read_llava_hf(
     """
     folder, where = Path(folder), str(folder)
     with explained(where, remedy="is this a llava-hf folder with its config.json?"):
-        config: Any = AutoConfig.from_pretrained(folder)
+        config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     dtype = dtype or stated
     _check_config(config, where)
     with explained(where, remedy="the folder must hold the tokenizer and preprocessor_config.json too"):
-        processor = AutoProcessor.from_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     _check_tokens(config, processor, where)
     tiled = config.model_type == "llava_next"
     parts = split_by_prefix(folder_tensors(folder), PREFIXES + (NEWLINE if tiled else ()), where=where)
@@ -286,6 +286,7 @@ def language_model(
             state_dict=tensors,
             dtype=dtype,
             output_loading_info=True,
+            trust_remote_code=False,
             **placement(device_map, offload, quantized=quantization is not None),
             **({"attn_implementation": attention.NAME} if packed else {}),
             **({} if quantization is None else {"quantization_config": bits_config(quantization, dtype)}),

@@ -160,7 +160,9 @@ def _canvases(image: Mapping[str, Any]) -> list[list[int]]:
 def reload(folder: Path) -> tuple[Any, Any]:
     """Load a written folder with transformers' own classes, in float32; complain about any key too many or few."""
     loader: Any = AutoModelForImageTextToText
-    model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = loader.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+    )
     complain(
         "transformers does not find the weights it expects",
         missing=map(str, info["missing_keys"]),
@@ -170,7 +172,7 @@ def reload(folder: Path) -> tuple[Any, Any]:
         remedy="this is a defect of the export",
     )
     # The PIL form of the image processor is the one whose arithmetic is mmit's.
-    return model.eval(), AutoProcessor.from_pretrained(folder, backend="pil")
+    return model.eval(), AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
 
 
 def _add_image_token(tokens: Any, image_token: str) -> int:

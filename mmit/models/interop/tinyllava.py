@@ -89,7 +89,7 @@ def _select(config: dict[str, Any], name: str, where: str) -> str:
     """Which tokens are read; "patch" drops the first one there, whatever it is, and "cls_patch" none."""
     told = config.get("vision_feature_select_strategy", "patch")
     with explained(f"hf {name}", remedy="name the tower's folder or hub id with tower"):
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
     if not kind.startswith("siglip"):
         return told
     if told != "cls_patch":
