@@ -188,8 +188,8 @@ class ChatTemplate:
         except Refused as refused:
             raise _Refusal(str(refused)) from None
         except Failed as failed:
-            kind = _Exceeded if isinstance(failed, Exceeded) else ConfigError
-            raise kind(f"the template fails: {failed}", where=self.where, remedy="Correct the template.") from None
+            error = _Exceeded if isinstance(failed, Exceeded) else ConfigError
+            raise error(f"the template fails: {failed}", where=self.where, remedy="Correct the template.") from None
 
     def _explain(self, refusal: _Refusal, shape: Shape) -> NoReturn:
         """Turn a template's own raise_exception into an error with a remedy."""
