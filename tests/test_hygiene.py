@@ -22,7 +22,7 @@ SHELLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatus
 # Methods of transformers that run the code of a model's folder after a `y` on stdin, unless told not to.
 LOADERS = {"from_pretrained", "from_config"}
 # They load no code, and hand unknown arguments on.
-HARMLESS = {"peft.PeftModel.from_pretrained"}
+HARMLESS = {"peft.PeftModel.from_pretrained", "transformers.GenerationConfig.from_pretrained"}
 YAML = {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.unsafe_load_all"}
 
 

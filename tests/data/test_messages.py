@@ -35,7 +35,7 @@ DATA_URL = "data:image/png;base64," + base64.b64encode(encoded()).decode()
         ({"type": "image", "image": Path("a.png")}, "a.png"),
         ({"type": "image", "image": DATA_URL}, encoded()),
         ({"type": "image", "image": encoded()}, encoded()),
-        ({"type": "image", "url": "file:///tmp/b%20c.png"}, "/tmp/b c.png"),
+        ({"type": "image", "url": "file:///pictures/b%20c.png"}, "/pictures/b c.png"),
         ({"type": "image", "path": "a.png"}, "a.png"),
         ({"type": "image", "base64": base64.b64encode(encoded()).decode()}, encoded()),
         ({"type": "image_url", "image_url": {"url": DATA_URL}}, encoded()),

@@ -22,9 +22,12 @@ from tests.tiny_run import write_tokenizer
 AUTO = {"AutoConfig": "other.OtherConfig"} | {
     name: "other.OtherModel" for name in ("AutoModel", "AutoModelForCausalLM", "AutoProcessor", "AutoTokenizer")
 }
-CODE = "open({mark!r}, 'w').write('x')\nfrom transformers import PretrainedConfig\n" + (
-    "class OtherConfig(PretrainedConfig):\n    model_type = 'other'\nclass OtherModel: pass\n"
-)
+CODE = """open({mark!r}, 'w').write('x')
+from transformers import PretrainedConfig
+class OtherConfig(PretrainedConfig):
+    model_type = 'other'
+class OtherModel: pass
+"""
 
 
 @pytest.fixture
