@@ -322,8 +322,9 @@ class TrainConfig(Section):
     """AdamW epsilon"""
     clip: PositiveFloat | None = 1.0
     """largest gradient norm, null never clips"""
-    precision: Literal["bf16", "fp32", "fp16"] = "bf16"
-    """number format of the computation"""
+    precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
+    """number format of the computation; auto takes bf16 where the device multiplies it at least as fast as fp32, else
+    fp32, and a run that is continued keeps what it began with"""
     save_every: PositiveInt | None = None
     """steps between checkpoints; null saves at the end only"""
     keep_last: PositiveInt = 2

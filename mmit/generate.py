@@ -8,6 +8,7 @@ prompt that does not fit the model's context rather than cut it.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 
+from mmit import precision
 from mmit.data.answers import AnswerText
 from mmit.data.chat import ChatFormat
 from mmit.data.messages import check_records
@@ -22,12 +24,12 @@ from mmit.data.packing import Row, Sample, build_row
 from mmit.data.preparation import prepare_images, splice_index
 from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, ask_messages, batches
 from mmit.errors import ConfigError, nearest
-from mmit.interop.foreign import check_options, is_foreign, read_foreign, settle
+from mmit.interop.foreign import Foreign, check_options, is_foreign, read_foreign, settle
 from mmit.models import decoding
 from mmit.models.decoding import Prompts, Sampling
 from mmit.models.generation import end_ids, generation_facts
 from mmit.models.hub import model_folder
-from mmit.models.llm import DTYPES, context_length, fewer_bits
+from mmit.models.llm import DTYPES, context_length, fewer_bits, usable_device
 from mmit.models.vlm import VLM
 from mmit.pictures import Features, Pictures
 from mmit.records import Record
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from mmit.data.prompts import Picture
 
 History = Sequence[tuple[str, str]] | Sequence[Mapping[str, Any]] | Record | None
+NAMES = {dtype: name for name, dtype in precision.HALVES.items()}
 __all__ = ["Likelihood", "Model", "Usage", "as_prompt", "ask", "load"]
 
 
@@ -77,7 +80,8 @@ def load(
         folder: a checkpoint; a run, whose newest checkpoint is then taken; a llava-hf folder or one of LLaVA's own;
             or the hub id of one of these (`owner/name`, `owner/name@revision`).
         device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
-        dtype: number format of the weights ("bf16", "fp16", "fp32"); None takes the one of training.
+        dtype: number format of the weights ("bf16", "fp16", "fp32"); None takes the one of training, and fp32 where
+            the device computes that faster, unless fewer bits or a device map were asked for because of its memory.
         device_map: placement of a large LLM as in transformers: "auto", or modules to devices, "cpu" or "disk".
         offload_folder: where a device map keeps what goes to disk.
         load_in_8bit, load_in_4bit: linear layers of the LLM in fewer bits, by bitsandbytes.
@@ -96,6 +100,8 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"unknown dtype '{dtype}'", remedy=nearest(dtype, DTYPES))
         dtype = DTYPES[dtype]
+    if dtype in NAMES and (slow := precision.warning(usable_device(device), NAMES[dtype])) is not None:
+        warnings.warn(slow, stacklevel=2)
     path = model_folder(folder)
     bits = fewer_bits(load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit)
     if is_foreign(path):
@@ -103,16 +109,30 @@ def load(
             device_map = {"": device}
         placed: dict[str, Any] = {"device_map": device_map, "offload": offload_folder, "quantization": bits}
         other = read_foreign(path, dtype=dtype, **placed, **check_options(foreign))
+        notes = [] if dtype or device_map or bits else _adapt(other, usable_device(device))
         settle(other, device=device, device_map=device_map or bits)
         meta = {"chat": other.chat.to_json(), "image": other.image, "image_tokens": other.vlm.image_tokens}
-        return Model(other.vlm, other.tokenizer, other.chat, image=other.image, folder=path, meta=meta)
+        return Model(other.vlm, other.tokenizer, other.chat, image=other.image, folder=path, meta=meta, notes=notes)
     given = [name for name, value in check_options(foreign).items() if value]
     if given:
         problem = f"{given[0]} is for folders of other projects; a checkpoint says it itself"
         raise ConfigError(problem, where=str(folder), remedy=f"leave {given[0]} out")
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "untuned": untuned, "bits": bits}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "untuned": untuned, "bits": bits, "adapt": True}
     found = load_model(path, device_map=device_map, offload=offload_folder, **options)
-    return Model(found.vlm, found.tokenizer, found.chat, image=found.image, folder=found.folder, meta=found.meta)
+    facts: dict[str, Any] = {"image": found.image, "folder": found.folder, "meta": found.meta, "notes": found.notes}
+    return Model(found.vlm, found.tokenizer, found.chat, **facts)
+
+
+def _adapt(found: Foreign, place: torch.device) -> list[str]:
+    """Bring weights of 16 bits to float32 where the device computes that faster; returns what to say about it."""
+    name = NAMES.get(found.dtype)
+    if name is None:
+        return []
+    fast, reason = precision.fast_half(place, name)
+    if fast:
+        return []
+    found.vlm.float()
+    return [f"stored in {name}, loaded in fp32: {reason}"]
 
 
 class Answering(TypedDict, total=False):
@@ -135,6 +155,7 @@ class Model:
             where they are cut; {} for a text-only model. preparation: the same with what the model makes of it.
         generation: what its generation_config.json says of end tokens and sampling.
         folder, meta: the checkpoint it came from and its mmit.json, if any.
+        notes: what was decided when it was loaded, in words.
         usage: counts of what was computed so far.
     """
 
@@ -147,6 +168,7 @@ class Model:
         image: Mapping[str, Any] | None = None,
         folder: Path | None = None,
         meta: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         if vlm.vision is not None and not image:
             raise ConfigError("a model with a vision tower needs its image preparation")
@@ -154,6 +176,7 @@ class Model:
         self.image, self.folder, self.meta = dict(image or {}), folder, dict(meta or {})
         self.preparation = prepare_images(self.image, tokens=vlm.image_tokens, grid=vlm.image_grid)
         self.generation = generation_facts(vlm.llm)
+        self.notes = list(notes)
         self.usage = Usage()
         self._able: decoding.Support | None = None
 

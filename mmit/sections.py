@@ -58,7 +58,8 @@ def describe(section: type[Section], *, prefix: str = "", defaults: Section | No
 
 def _section_in(annotation: Any) -> type[Section] | None:
     """Return the section class in `Section`, `Section | None` or `list[Section]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
+    # In Python 3.10 list[...] is an instance of type that no issubclass takes.
+    if get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     found = [section for part in get_args(annotation) if (section := _section_in(part))]
     return found[0] if found else None

@@ -44,7 +44,9 @@ def chat(
     top_k: Annotated[int | None, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: from all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained, or fp32 where that is faster)")
+    ] = None,
     load_in_8bit: Annotated[bool, typer.Option("--load-8bit", help="The LLM in 8 bits, by bitsandbytes.")] = False,
     load_in_4bit: Annotated[bool, typer.Option("--load-4bit", help="The LLM in 4 bits, by bitsandbytes.")] = False,
     chat_format: Annotated[
@@ -60,6 +62,8 @@ def chat(
 
     bits: dict[str, Any] = {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
     model = load(run, device=device, dtype=dtype, **bits, chat=chat_format, base=base)
+    for note in model.notes:
+        typer.echo(note, err=True)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options |= {"top_p": top_p, "top_k": top_k, "seed": seed}
     if temperature is None and (told := model.generation.told()):

@@ -59,7 +59,9 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained)")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained, or fp32 where that is faster)")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop answers on file and start anew.")] = False,
     data_root: Annotated[
         Path | None,
@@ -180,7 +182,7 @@ def _model(
     folder = model_folder(run)
     if is_foreign(folder):
         return folder, {
-            "model": load(folder, device=device, dtype=dtype, chat=chat, base=base),
+            "model": _told(load(folder, device=device, dtype=dtype, chat=chat, base=base)),
             "untuned_factory": None,
             "model_name": run,
             "fingerprint": _content(folder),
@@ -188,11 +190,17 @@ def _model(
     checkpoint = find(folder, warn=lambda text: typer.echo(text, err=True))
     untuned = Lazy(lambda: load(checkpoint, device=device, dtype=dtype, untuned=True))  # one for all tasks
     return Path(run), {
-        "model": load(checkpoint, device=device, dtype=dtype),
+        "model": _told(load(checkpoint, device=device, dtype=dtype)),
         "untuned_factory": lambda: untuned,
         "model_name": str(checkpoint),
         "fingerprint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16],
     }
+
+
+def _told(model: Any) -> Any:
+    for note in model.notes:
+        typer.echo(note, err=True)
+    return model
 
 
 def _content(folder: Path) -> str:

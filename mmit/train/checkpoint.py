@@ -21,7 +21,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, 
 from mmit.models.tuning.lora import quietly
 from mmit.models.vision import VisionTower
 from mmit.models.vlm import VLM
+from mmit.precision import fast_half
 from mmit.train.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
 from mmit.yamlio import parse_yaml
 
@@ -71,6 +72,7 @@ class Loaded:
     folder: Path
     meta: dict[str, Any]  # mmit.json
     config: Config
+    notes: list[str] = field(default_factory=list)  # what was decided while loading, in words
 
 
 def image_preparation(tower: VisionTower | None, vision: VisionConfig | None) -> dict[str, Any]:
@@ -270,6 +272,7 @@ def load_model(
     offload: str | None = None,
     bits: Mapping[str, Any] | None = None,
     untuned: bool = False,
+    adapt: bool = False,
 ) -> Loaded:
     """Read a model for use.
 
@@ -280,6 +283,8 @@ def load_model(
         device_map, offload: placement of a large LLM, see `models.llm.load_llm`.
         bits: an LLM of fewer bits, see `models.llm.fewer_bits`.
         untuned: the model as it was before training (base weights, freshly drawn projector), for comparison.
+        adapt: without a `dtype`, take float32 in place of bf16 where the device computes that faster, unless fewer
+            bits or a device map were asked for because of its memory; weights keep their values.
 
     Raises:
         CheckpointError: nothing there, or not whole. ModelError: a base it refers to cannot be loaded.
@@ -297,9 +302,16 @@ def load_model(
     if model["vision"] and (path / "vision.safetensors").exists() and not untuned:
         if model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
             model["vision"].update(weights=False, key_order=False)  # all of the tower is read below
-    if dtype is None:
-        dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    trained = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    notes = []
+    if dtype is None and adapt and device_map is None and bits is None and trained != torch.float32:
+        fast, why = fast_half(place, "bf16")
+        if not fast:
+            notes.append(f"trained in {config.train.precision}, loaded in fp32: {why}")
+    if dtype is None and not notes:
+        dtype = trained
     else:
+        dtype = dtype or torch.float32
         model["llm"]["dtype"] = None
         if model["vision"]:
             model["vision"]["dtype"] = None
@@ -339,4 +351,4 @@ def load_model(
             if part is not None:
                 part.to(vlm.device)
     chat = ChatFormat.from_json(meta["chat"], tokenizer)
-    return Loaded(vlm, tokenizer, chat, meta["image"], path, meta, config)
+    return Loaded(vlm, tokenizer, chat, meta["image"], path, meta, config, notes)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmit import precision
 from mmit.config import Config
 from mmit.data.chat import chat_format
 from mmit.data.dataset import InstructionData, Scan
@@ -82,6 +83,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
         MmitError: whatever the run would be refused for; a configuration or tokenizer that cannot be reached.
     """
     check_options(config.tune.model_dump())
+    config = planned(config, cuda=flash)
     vlm, groups, tokenizer = empty_model(config)
     data, scan, share = _sample_data(config, vlm, tokenizer)
     walk = walk_of(config, scan)[0]
@@ -144,6 +146,18 @@ def least_recompute(config: Config, *, ranks: int, stage: int | None) -> tuple[s
         if need <= ROOM * room:
             return mode, f"forecast {', '.join(tried)}; {device.name} has {room / 2**30:.1f} GiB for each rank"
     return mode, f"forecast {', '.join(tried)}, more than the {room / 2**30:.1f} GiB of {device.name}; this may not fit"
+
+
+def planned(config: Config, *, cuda: bool) -> Config:
+    """The config with the number format that `train.precision=auto` takes on the devices of a forecast.
+
+    Args:
+        cuda: they are GPUs, all of which mmit knows have bf16 units; else CPUs like this machine's.
+    """
+    if config.train.precision != "auto":
+        return config
+    name = "bf16" if cuda else precision.choose(torch.device("cpu")).name
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": name})})
 
 
 def empty_model(config: Config) -> tuple[VLM, list[Group], Any]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from mmit import precision
 from mmit.config import Config
 from mmit.data.chat import ChatFormat, chat_format
 from mmit.data.dataset import InstructionData, Scan
@@ -143,6 +144,29 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     return Parts(
         vlm, tokenizer, chat, image, load_image, data, scan, walk, order, held_out, features, groups, engine, progress
     )
+
+
+def settle_precision(config: Config, begin: Path | None, *, world: World, say: Say) -> Config:
+    """The config with bf16, fp32 or fp16 in place of `train.precision=auto`, the same on all ranks.
+
+    A run that goes on from the checkpoint `begin` keeps the format it was begun in, on whatever machine.
+    """
+    asked = config.train.precision
+    if asked != "auto":
+        if (slow := precision.warning(world.device, asked)) is not None:
+            say(f"warning: train.precision: {slow}: set train.precision=auto")
+        return config
+    name, reason = precision.choose(world.device)
+    shared = world.most(name, ("bf16", "fp32"))
+    if shared != name:
+        reason = "another rank's device multiplies bf16 slower than fp32"
+    began = checkpoint.read_config(begin).train.precision if begin is not None else "auto"
+    if began not in ("auto", shared):
+        say(f"train.precision stays {began}, as this run was begun; a new run would take {shared} here: {reason}")
+        shared = began
+    else:
+        say(f"train.precision is {shared}: {reason}")
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": shared})})
 
 
 def _try_forward(vlm: VLM, *, packing: bool) -> None:

@@ -29,7 +29,7 @@ from mmit.train.features import FeatureCache
 from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Plan, train
 from mmit.train.metrics_log import RunLog
-from mmit.train.parts import BAD_RECORDS, Parts, build
+from mmit.train.parts import BAD_RECORDS, Parts, build, settle_precision
 from mmit.train.report import write_report
 from mmit.train.run_files import note_event
 from mmit.train.saving import Saves
@@ -63,6 +63,7 @@ def run(config: Config, *, evaluate: Evaluate | None = None) -> int:
         say(note)
     _make(run_dir)
     begin = resume.choose(run_dir, config.run.resume, say=say)  # first: nothing of another run may be touched
+    config = settle_precision(config, begin, world=world, say=say)
     trackers = open_trackers(config.train.report_to, run_dir, config.flat()) if world.main else []
     report = partial(_report_stall, run_dir, speaker(True))
     heart = Heartbeat(run_dir, rank=world.rank, world=world.size, stall=config.run.stall_seconds, report=report)
