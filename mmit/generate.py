@@ -380,7 +380,7 @@ class Model:
         samples = [sample for prompt in batch for sample in prompt.samples]
         samples = [replace(sample, record=n) for n, sample in enumerate(samples)]
         totals = torch.zeros(len(samples)), torch.zeros(len(samples), dtype=torch.int64)
-        for group in self._groups(samples, max(prompt.length for prompt in batch)):
+        for group in self._groups(samples):
             row, prompts = self._row(group, features)
             found = decoding.log_likelihoods(
                 self.vlm, prompts, targets=row.targets, owners=row.target_records, count=len(samples)
@@ -403,8 +403,7 @@ class Model:
         _check_count("max_new_tokens", max_new_tokens)
         context = context_length(self.vlm.llm)
         rooms = [max_new_tokens if context is None else context - prompt.length for prompt in batch]
-        longest = max(prompt.length for prompt in batch)
-        groups = self._groups([prompt.samples[0] for prompt in batch], longest)
+        groups = self._groups([prompt.samples[0] for prompt in batch])
         rows = [self._row(group, features)[1] for group in groups]
         steps = decoding.steps(
             self.vlm.llm,
@@ -425,11 +424,9 @@ class Model:
         self.usage.pictures += pictures.seen - before
         return features
 
-    def _groups(self, samples: list[Sample], longest: int) -> list[list[Sample]]:
+    def _groups(self, samples: list[Sample]) -> list[list[Sample]]:
         """Samples by the row they run in: all in one where the model allows it, else each in its own."""
-        able = self._support()
-        together = able.shared and (able.window is None or longest <= able.window)
-        return [samples] if together else [[sample] for sample in samples]
+        return [samples] if self._support().shared else [[sample] for sample in samples]
 
     def _row(self, samples: list[Sample], features: Features) -> tuple[Row, Prompts]:
         """Lay samples into a row and splice their pictures in."""

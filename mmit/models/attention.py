@@ -1,9 +1,9 @@
 """Attention over a packed row: every token sees its node and that node's ancestors, nothing else.
 
 Owns the attention function that mmit registers with transformers under the name "mmit" and the index plan it runs
-on. Without a plan (generation, evaluation with a cache) it is transformers' own SDPA attention. Refuses to
-approximate: a model whose attention needs what this does not compute (soft-capping, a sliding window shorter than
-the longest path, no kwargs reaching the attention) is a ModelError, never a different result.
+on. Without a row (generation, evaluation with a cache) it is transformers' own SDPA attention. Sliding windows, chunks,
+sinks, soft caps and dropout of attention weights are computed, in rows and without. Refuses to approximate: a model
+whose attention needs something else is a ModelError, never a different result.
 
 Tokens of other records are never gathered, so nothing can leak: their influence is exactly 0.0. On CUDA in half
 precision a row is one call of a variable-length kernel (`varlen.py`); elsewhere nodes of like size are a batch.
@@ -14,21 +14,22 @@ longest query / key length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from mmit.errors import ModelError
 from mmit.models import varlen
 from mmit.models.buckets import Layout, additive, make_layout, pick, place, small_attention
-from mmit.models.calls import ELSEWHERE, call
+from mmit.models.calls import ELSEWHERE, call, takes
+from mmit.models.row_state import ATTENTION, RowState, current_row, running
 from mmit.models.varlen import Segments, make_segments
 from mmit.models.virtual import PREFIX
+from mmit.models.visibility import Visibility, row_mask, visibility, written_out
 
 NAME = "mmit"
 SMALL = 512  # keys; up to here writing attention out beats the CPU's fused kernel (4x on 50 keys, backward included)
@@ -44,6 +45,7 @@ class Bucket:
     keep: torch.Tensor  # positions inside (G * Lq,) that are not padding
     mask: torch.Tensor | None  # (G, 1, Lq, Lk) True = visible; None = plain causal
     size: tuple[int, int, int]  # G, Lq, Lk
+    before: torch.Tensor  # (G,) keys of each node's ancestors
 
 
 @dataclass(slots=True)
@@ -53,8 +55,8 @@ class Plan:
     buckets: list[Bucket]
     longest: int  # tokens on the longest path
     segments: Segments  # the same row for a variable-length kernel
-    calls: list[int] = field(default_factory=list)  # one entry per layer that ran it; shared by copies
     layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)  # by H and KV, made when first needed
+    masks: dict[tuple[int, Visibility], torch.Tensor] = field(default_factory=dict)  # by bucket and pattern
 
     def to(self, device: torch.device | str) -> Plan:
         """Copy the index tensors to a device."""
@@ -63,10 +65,19 @@ class Plan:
             return tensor.to(device, non_blocking=True)
 
         buckets = [
-            Bucket(move(b.queries), move(b.keys), move(b.keep), None if b.mask is None else move(b.mask), b.size)
+            Bucket(
+                move(b.queries), move(b.keys), move(b.keep), None if b.mask is None else move(b.mask), b.size, b.before
+            )
             for b in self.buckets
         ]
-        return Plan(buckets, self.longest, self.segments.to(device), self.calls)
+        return Plan(buckets, self.longest, self.segments.to(device))
+
+    def visible(self, number: int, pattern: Visibility, device: torch.device) -> torch.Tensor:
+        """Mask (G, 1, Lq, Lk) of a bucket under a layer's pattern; made once."""
+        if (number, pattern) not in self.masks:
+            b = self.buckets[number]
+            self.masks[number, pattern] = pattern.mask(b.before.to(device), b.size[1], b.size[2])
+        return self.masks[number, pattern]
 
 
 def make_plan(nodes: torch.Tensor) -> Plan:
@@ -123,14 +134,43 @@ def _bucket(table: list[list[int]], paths: list[list[int]], group: list[int]) ->
         limit = before[:, None] + torch.arange(longest_q)[None, :]
         mask = (torch.arange(longest_k)[None, None, :] <= limit[:, :, None])[:, None]
     keep = real.flatten().nonzero().flatten()
-    return Bucket(queries.flatten(), keys.flatten(), keep, mask, (len(group), longest_q, longest_k))
+    return Bucket(queries.flatten(), keys.flatten(), keep, mask, (len(group), longest_q, longest_k), before)
 
 
 Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values (KV, P, D) that every query sees
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a layer's attention is besides causal softmax attention; see `visibility.written_out`."""
+
+    pattern: Visibility | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Fused kernels compute it."""
+        return self.softcap is None and self.sinks is None and not self.dropout
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `written_out`."""
+        return {"softcap": self.softcap, "sinks": self.sinks, "dropout": self.dropout}
+
+
+PLAIN = Kind()
+
+
 def forest_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, scale: float, *, prefix: Prefix | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    plan: Plan,
+    scale: float,
+    *,
+    prefix: Prefix | None = None,
+    kind: Kind = PLAIN,
 ) -> torch.Tensor:
     """Attention of one row.
 
@@ -139,13 +179,16 @@ def forest_attention(
         plan: from `make_plan` on the row's nodes, on the same device.
         scale: factor on the scores.
         prefix: keys and values before those of the row.
+        kind: what the layer computes beyond plain causal attention.
 
     Returns:
         (1, T, H, D)
     """
-    if prefix is None and varlen.usable(q):
+    pattern = kind.pattern if kind.pattern is not None and plan.longest > kind.pattern.reach else None
+    window = None if pattern is None else pattern.window
+    if prefix is None and kind.plain and (pattern is None or window is not None) and varlen.usable(q):
         rows_q, rows_k, rows_v = (x[0].transpose(0, 1) for x in (q, k, v))
-        return varlen.varlen_attention(rows_q, rows_k, rows_v, plan.segments, scale)[None]
+        return varlen.varlen_attention(rows_q, rows_k, rows_v, plan.segments, scale, window=window)[None]
     heads, kv, tokens = q.shape[1], k.shape[1], q.shape[2]
     if (heads, kv) not in plan.layouts:
         plan.layouts[heads, kv] = make_layout(plan.buckets, tokens, heads=heads, kv=kv)
@@ -158,13 +201,15 @@ def forest_attention(
         queries, keys, values = (
             next(states).view(g, count, length, -1) for count, length in ((heads, lq), (kv, lk), (kv, lk))
         )
-        mask, count = b.mask, 0
+        mask, count = b.mask if pattern is None else plan.visible(n, pattern, q.device), 0
         if prefix is not None:
             count = prefix[0].shape[1]
             keys, values = _join(prefix[0], keys), _join(prefix[1], values)
             mask = _see_prefix(mask, count, queries=lq, keys=lk, device=q.device)
-        if mask is not None and q.device.type == "cpu" and lk <= SMALL:
-            case = (n, q.dtype, count)
+        if not kind.plain:
+            out = written_out(queries, keys, values, mask, scale=scale, **kind.options())
+        elif mask is not None and q.device.type == "cpu" and lk <= SMALL:
+            case = (n, q.dtype, count, pattern)
             if case not in layout.masks:
                 layout.masks[case] = additive(mask, heads=heads, kv=kv, dtype=q.dtype)
             out = small_attention(queries, keys, values, layout.masks[case], scale)
@@ -204,18 +249,18 @@ def _attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    mmit_plan: Plan | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function transformers calls in every layer; adds the layer's prefix where it has one."""
+    row = current_row()
     virtual = getattr(module, PREFIX, None)
     if virtual is None:
-        return _row_attention(module, query, key, value, attention_mask, mmit_plan, **kwargs)
+        return layer_attention(module, query, key, value, attention_mask, row, **kwargs)
     keys, values, gate = virtual()
     prefix = (keys.to(query), values.to(query))
     if gate is None:
-        return _row_attention(module, query, key, value, attention_mask, mmit_plan, prefix=prefix, **kwargs)
-    out, _ = _row_attention(module, query, key, value, attention_mask, mmit_plan, **kwargs)
+        return layer_attention(module, query, key, value, attention_mask, row, prefix=prefix, **kwargs)
+    out, _ = layer_attention(module, query, key, value, attention_mask, row, **kwargs)
     added = F.scaled_dot_product_attention(
         query,
         prefix[0][None].expand(len(query), -1, -1, -1),
@@ -226,45 +271,40 @@ def _attention(
     return out + gate.to(out) * added.transpose(1, 2), None
 
 
-def _row_attention(
+def layer_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    mmit_plan: Plan | None = None,
+    row: RowState | None,
     *,
     prefix: Prefix | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer over a packed row, or with transformers' own function where there is no plan."""
-    if beyond := [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]:
+    """Attention of one layer over a packed row, or over an ordinary batch where there is no row."""
+    if kwargs.get("position_bias") is not None:
         raise ModelError(
-            f"{type(module).__name__} needs {', '.join(beyond)}, which packed attention does not compute",
+            f"{type(module).__name__} adds a bias to its scores, which packed attention does not compute",
             remedy="set data.packing=false",
         )
-    if mmit_plan is None:
-        if prefix is not None:
-            queries, keys = query.shape[2], key.shape[2]
-            count = prefix[0].shape[1]
-            attention_mask = _see_prefix(attention_mask, count, queries=queries, keys=keys, device=query.device)
-            key, value = _join(prefix[0], key), _join(prefix[1], value)
+    given = kwargs.get("scaling")
+    scale = query.shape[-1] ** -0.5 if given is None else given
+    dropout = (kwargs.get("dropout") or 0.0) if module.training else 0.0
+    kind = Kind(None, kwargs.get("softcap"), kwargs.get("s_aux"), dropout)
+    if row is not None:
+        row.calls.append(ATTENTION)
+        kind = replace(kind, pattern=visibility(attention_mask))
+        return forest_attention(query, key, value, row.plan, scale, prefix=prefix, kind=kind), None
+    if prefix is not None:
+        queries, keys = query.shape[2], key.shape[2]
+        count = prefix[0].shape[1]
+        attention_mask = _see_prefix(attention_mask, count, queries=queries, keys=keys, device=query.device)
+        key, value = _join(prefix[0], key), _join(prefix[1], value)
+    if kind.plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if dropout := kwargs.get("dropout"):
-        raise ModelError(
-            f"attention dropout {dropout} is not computed in packed rows",
-            remedy="set the model's attention_dropout to 0, or data.packing=false",
-        )
-    window = kwargs.get("sliding_window")
-    if window is not None and mmit_plan.longest > window:
-        raise ModelError(
-            f"a record of {mmit_plan.longest} tokens is longer than the model's sliding window of {window}",
-            remedy=f"set data.max_length={window} or less",
-        )
-    mmit_plan.calls.append(1)
-    scale = kwargs.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return forest_attention(query, key, value, mmit_plan, scale, prefix=prefix), None
+    out = written_out(query, key, value, attention_mask, scale=scale, **kind.options())
+    return out.transpose(1, 2), None
 
 
 def run_row(
@@ -275,6 +315,7 @@ def run_row(
     nodes: torch.Tensor,
     at: torch.Tensor | None = None,
     cache: Any = None,
+    ids: torch.Tensor | None = None,
 ) -> Any:
     """Run one row through a causal LM, or through its body alone.
 
@@ -285,31 +326,40 @@ def run_row(
         embeddings: (T, D). positions: (T,). nodes: (K, 3), see `make_plan`.
         at: (S,) positions whose logits are wanted; None for a body, which has none.
         cache: a transformers Cache that keeps the row's keys and values, None for none.
+        ids: (T,) of the tokens, negative for none; see `calls.call`.
 
     Returns:
         the model's output; `logits` are (1, S, V), a body's `last_hidden_state` (1, T, D).
 
     Raises:
-        ModelError: the model does not hand the plan to its attention, so nodes would see each other.
+        ModelError: no layer asked for the row, so nodes would see each other.
     """
-    plan = None
+    row = None
     if len(nodes) > 1:
-        plan = make_plan(nodes.cpu()).to(embeddings.device)
-    out = call(
-        llm,
-        inputs_embeds=embeddings[None],
-        position_ids=positions[None],
-        # A 4-D mask is handed through untouched by transformers; the plan replaces it.
-        attention_mask=None if plan is None else embeddings.new_zeros(1, 1, 1, 1),
-        use_cache=cache is not None,
-        logits_to_keep=at,
-        cache=cache,
-        # One node has the positions that a model counts by itself.
-        optional=("use_cache", "position_ids") if plan is None else ("use_cache",),
-        passing=None if plan is None else {"mmit_plan": plan},
-        remedy=ELSEWHERE if plan is None else "set data.packing=false",
-    )
-    if plan is not None and not plan.calls:
+        table = nodes.cpu()
+        row = RowState(table.tolist(), make_plan(table).to(embeddings.device), embeddings.device)
+    with running(row):
+        out = call(
+            llm,
+            inputs_embeds=embeddings[None],
+            position_ids=positions[None],
+            # Given, so that transformers does not look for packed sequences in the positions itself.
+            attention_mask=None if row is None else positions.new_ones(1, len(positions)),
+            use_cache=cache is not None,
+            logits_to_keep=at,
+            cache=cache,
+            ids=None if ids is None else ids[None],
+            # One node has the positions that a model counts by itself; without attention there are none.
+            optional=("use_cache", "position_ids"),
+            remedy=ELSEWHERE if row is None else "set data.packing=false",
+        )
+    if row is not None and ATTENTION in row.calls and not takes(llm, "position_ids"):
+        raise ModelError(
+            f"the forward of {type(llm).__name__} does not take position_ids, so that it would count on from one "
+            "record of a row to the next",
+            remedy="set data.packing=false",
+        )
+    if row is not None and not row.calls:
         raise ModelError(
             f"{type(llm).__name__} does not route its attention through transformers' attention interface, so "
             "records packed in one row would see each other",
@@ -319,4 +369,4 @@ def run_row(
 
 
 AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, row_mask)

@@ -35,7 +35,7 @@ class Layout:
     keys: list[torch.Tensor]  # per bucket (G * KV * Lk,) places in the tables of keys and values; padded with 0
     slots: list[torch.Tensor]  # as `queries`, padded with T * H, a row of zeros
     inverse: torch.Tensor  # (T * H,) where each row of the table of outputs sits in the buckets' outputs
-    masks: dict[tuple[int, torch.dtype, int], torch.Tensor] = field(default_factory=dict)  # additive; by bucket
+    masks: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)  # additive; by bucket and what it hides
 
 
 def make_layout(buckets: Sequence[Indexed], tokens: int, *, heads: int, kv: int) -> Layout:

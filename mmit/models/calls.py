@@ -8,7 +8,7 @@ signature, gives the model's output. Refuses a keyword that nobody reads, unless
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers.cache_utils import Cache
 
 from mmit.errors import ModelError
+from mmit.models.per_layer import per_layer_inputs
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; before 5.24 one of the other two
 ELSEWHERE = "use another architecture, or a version of transformers that `mmit env` lists as tested"
@@ -25,8 +26,8 @@ def call(
     llm: torch.nn.Module,
     *,
     cache: Cache | None = None,
+    ids: torch.Tensor | None = None,
     optional: Collection[str] = (),
-    passing: Mapping[str, Any] | None = None,
     remedy: str = ELSEWHERE,
     **arguments: Any,
 ) -> Any:
@@ -35,9 +36,9 @@ def call(
     Args:
         llm: the model, with or without PEFT's wrapper.
         cache: keys and values or running states to go on from, handed over by the name that the forward has for it.
+        ids: (B, T) of the tokens behind `inputs_embeds`, negative where there is none, for a model whose layers ask;
+            None where they are to be found out from the embeddings.
         optional: arguments to leave out where the forward does not name them.
-        passing: arguments that are meant for layers further down, which no signature can vouch for: the caller
-            checks that they arrived.
         **arguments: of the forward; None stands for "not given". Without `logits_to_keep` in the signature the
             model computes all logits, and those asked for are taken out.
 
@@ -52,6 +53,9 @@ def call(
     given = {name: value for name, value in arguments.items() if value is not None}
     if cache is not None:
         given[cache_name(llm)] = cache
+    if "inputs_embeds" in given and takes(llm, "per_layer_inputs"):
+        extra = per_layer_inputs(llm, given["inputs_embeds"], ids)
+        given |= {} if extra is None else {"per_layer_inputs": extra}
     keep = given.get("logits_to_keep")
     selects = keep is not None and "logits_to_keep" not in taken
     if selects:
@@ -61,10 +65,16 @@ def call(
         missing -= _parameters(getattr(inner, "base_model", inner))[0]
     if refused := sorted(missing - set(optional)):
         raise ModelError(f"the forward of {type(inner).__name__} does not take {', '.join(refused)}", remedy=remedy)
-    out = llm(**{name: value for name, value in given.items() if name not in missing}, **(passing or {}))
+    out = llm(**{name: value for name, value in given.items() if name not in missing})
     if selects:
         out.logits = out.logits[:, -keep:] if isinstance(keep, int) else out.logits[:, keep]
     return out
+
+
+def takes(llm: torch.nn.Module, name: str) -> bool:
+    """Whether the forward of a causal LM, or of the body it hands its keywords to, names this argument."""
+    inner = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    return any(name in _parameters(module)[0] for module in (inner, getattr(inner, "base_model", inner)))
 
 
 def cache_name(llm: torch.nn.Module) -> str:

@@ -25,6 +25,7 @@ from mmit.errors import ConfigError, ModelError
 from mmit.models.attention import NAME, run_row
 from mmit.models.calls import cache_name, cache_of, call
 from mmit.models.llm import input_device
+from mmit.models.per_record import rotary_limit
 from mmit.models.virtual import with_prompt
 from mmit.models.vlm import VLM
 
@@ -89,7 +90,6 @@ class Support:
 
     batched: bool  # prompts of several lengths can be decoded together
     shared: bool  # many prompts can run as one row
-    window: int | None = None  # longest prompt in a row of many, where some layers look back no further
 
 
 def support(llm: LLM) -> Support:
@@ -103,13 +103,12 @@ def support(llm: LLM) -> Support:
     chunked = getattr(llm.config.get_text_config(), "attention_chunk_size", None) is not None
     if chunked or not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return Support(batched=False, shared=False)
-    windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    return Support(batched=True, shared=_shares_rows(llm), window=min(windows, default=None))
+    return Support(batched=True, shared=_shares_rows(llm))
 
 
 def _shares_rows(llm: LLM) -> bool:
-    # Architectures that transformers does not vouch for may drop the plan on its way to the attention.
-    if llm.config._attn_implementation != NAME or not llm._supports_attention_backend:
+    # Prompts that share a beginning share its keys, which the length of a prompt may not decide about.
+    if llm.config._attn_implementation != NAME or rotary_limit(llm) is not None:
         return False
     zeros = torch.zeros(2, dtype=torch.int64, device=input_device(llm))
     two = Prompts(

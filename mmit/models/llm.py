@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -33,6 +35,9 @@ from mmit.errors import ConfigError, ModelError, nearest
 from mmit.models import attention
 from mmit.models.files import resolve_file
 from mmit.models.partition import partitioned
+from mmit.models.per_record import run_per_record
+from mmit.models.row_state import checkpoint_contexts
+from mmit.models.rules import DROPOUT_KEYS, takes_attention
 from mmit.models.virtual import virtual_tokens
 
 if not sys.stderr.isatty():  # a progress bar in a log file is noise
@@ -40,6 +45,26 @@ if not sys.stderr.isatty():  # a progress bar in a log file is noise
 
 # Of published config files: transformers translates the first three, some models read a head_dim they do not declare.
 FORMER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "head_dim")
+# Written by training code or former versions, read by no class: what a key says is in another one or in the weights.
+PUBLISHED = (
+    "auto_map", "architectures", "transformers_version", "_name_or_path", "quantization_config", "use_cache",
+    "pretraining_tp", "tie_word_embeddings", "torch_dtype", "_attn_implementation", "_attn_implementation_autoset",
+    "attn_implementation", "unsloth_fixed", "unsloth_version", "model_name", "cache_implementation",
+    "ep_size", "moe_layer_freq", "aux_loss_alpha", "seq_aux", "scoring_func", "topk_method", "num_nextn_predict_layers",
+    "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor",  # DeepSeek
+    "sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern",
+    "layer_types", "no_rope_layers", "no_rope_layer_interval", "full_attention_interval", "mlp_only_layers",
+    "hybrid_override_pattern", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype",
+    "use_mamba_kernels", "rescale_prenorm_residual", "residual_in_fp32", "attn_output_gate",
+    "initial_context_length", "experts_per_token", "swiglu_limit", "output_router_logits", "router_aux_loss_coef",
+    "block_dim", "block_ff_dim", "conv_dim", "conv_use_xavier_init", "block_use_swiglu", "block_norm_eps",
+    "full_attn_idxs", "block_mlp_init_scale", "block_out_init_scale", "block_multiple_of", "block_ffn_dim_multiplier",
+    "block_auto_adjust_ff_dim", "use_pos_enc", "num_heads", "theta", "tie_embedding",  # LFM2
+    "attn_pdrop", "embd_pdrop", "resid_pdrop", "embedding_dropout", "interpolate_factor", "lm_head_bias",
+    "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "hidden_activation", "hidden_act",
+    "rope_theta", "rope_scaling", "rope_local_base_freq", "global_rope_theta", "partial_rotary_factor", "rope_type",
+    "attention_bias", "mlp_bias", "use_qk_norm", "qk_norm", "clip_qkv", "rms_norm_eps", "layer_norm_eps",
+)  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -87,6 +112,7 @@ def load_llm(
     quantization: Mapping[str, Any] | None = None,
     empty: bool = False,
     partition: Mapping[str, Any] | None = None,
+    attention_dropout: float | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM, ready for packed rows.
 
@@ -104,6 +130,7 @@ def load_llm(
         empty: shapes alone, on torch's meta device; reads the configuration and no weights.
         partition: a complete DeepSpeed config of stage 3, whose number format is `dtype`: each rank keeps its part of
             every weight as it is read from the files. Not for random weights, `.gguf` files and 4-bit loading.
+        attention_dropout: of attention weights in training, in the place of what the model's config says.
 
     Raises:
         ModelError: it cannot be found, read or built, or this machine cannot run 4-bit weights.
@@ -113,17 +140,19 @@ def load_llm(
             "a model with random weights cannot be loaded in 4 or 8 bits",
             remedy="set random_init: null, or use mode lora",
         )
-    implementation = {"attn_implementation": attention.NAME} if packed else {}
     try:
         if random_init is not None:
-            config = _described(random_init)
+            config = _with_dropout(_described(random_init), attention_dropout)
+            implementation = _attention_of(config, packed)
             if empty:
                 return _empty(config, dtype, implementation)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **implementation)
-            return _with_own_attention(model)
+            return ready(model)
         source = _source(name)
+        config = AutoConfig.from_pretrained(**source, revision=revision, trust_remote_code=False)
+        config = _with_dropout(config, attention_dropout)
+        implementation = _attention_of(config, packed)
         if empty:
-            config = AutoConfig.from_pretrained(**source, revision=revision, trust_remote_code=False)
             return _empty(config, dtype, implementation)
         if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
             if quantization is not None:
@@ -135,6 +164,8 @@ def load_llm(
             source["quantization_config"] = bits_config(quantization, dtype)
         place = placement(device_map, offload, quantized=quantization is not None)
         with partitioned(None if "quantization_config" in source else partition):
+            if attention_dropout is not None:
+                source["config"] = config
             model = AutoModelForCausalLM.from_pretrained(
                 **source, revision=revision, dtype=dtype, trust_remote_code=False, **place, **implementation
             )
@@ -142,20 +173,24 @@ def load_llm(
         raise _explain(name, error) from error
     if "gguf_file" in source:
         _forget_quantization(model)
-    return _with_own_attention(model)
+    return ready(model)
 
 
 def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **implementation)
     _forget_quantization(model)
-    return _with_own_attention(model)
+    return ready(model)
 
 
 def config_keys(kind: str) -> set[str]:
     """Return the keys that describe a model of this `model_type`."""
     known = CONFIG_MAPPING[kind]
-    return {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS}
+    names = {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS, *PUBLISHED}
+    for base in known.__mro__:  # keys of older files that a class takes out of its keyword arguments
+        if issubclass(base, PreTrainedConfig):
+            names |= set(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", inspect.getsource(base)))
+    return names
 
 
 def _described(options: Mapping[str, Any]) -> Any:
@@ -180,11 +215,12 @@ def recompute_activations(llm: Any) -> None:
     """
     # transformers 5.2x renamed it; the old name warns there.
     new = getattr(llm, "activation_checkpointing_enable", None)
+    given = {"use_reentrant": False, "context_fn": checkpoint_contexts}
     try:
         if new is not None:
-            new(activation_checkpointing_kwargs={"use_reentrant": False})
+            new(activation_checkpointing_kwargs=given)
         else:
-            llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            llm.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
     except ValueError as error:
         raise ModelError(str(error), where="train.checkpointing", remedy="set train.checkpointing=none") from error
 
@@ -276,11 +312,27 @@ def bring_adapters(model: Any, tensors: Mapping[str, torch.Tensor]) -> None:
                 set_module_tensor_to_device(module, own, device, value=value)
 
 
-def _with_own_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Give a model that transformers does not vouch for its own attention back; it cannot run packed rows."""
-    if not model._supports_attention_backend:
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+def _with_dropout(config: Any, dropout: float | None) -> Any:
+    text = config.get_text_config()
+    for key in DROPOUT_KEYS:
+        if dropout is not None and getattr(text, key, None) is not None:
+            setattr(text, key, dropout)
+    return config
+
+
+def ready(model: PreTrainedModel) -> PreTrainedModel:
+    """Change the layers of a loaded model that must be shown one record of a row at a time."""
+    run_per_record(model)
     return model
+
+
+def _attention_of(config: Any, packed: bool) -> dict[str, str]:
+    """Arguments that choose the attention function; none for a model that has its own."""
+    kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    kind = kind[0] if isinstance(kind, (tuple, list)) else kind
+    if not packed or kind is None or not takes_attention(kind):
+        return {}
+    return {"attn_implementation": attention.NAME}
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

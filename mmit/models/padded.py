@@ -1,6 +1,6 @@
 """Records of a micro-batch side by side: one batch, padded on the right.
 
-Owns the way for models that cannot keep records of one row apart (state spaces, convolutions, attention of their own).
+Owns the way for models that cannot keep records of one row apart (attention or a state in code of their own).
 Takes a row whose nodes are all roots, gives its hidden states or logits back as a row. Padding follows a record, and
 these models are causal, so it changes nothing. Refuses nothing; what a node shares with another cannot be told here.
 
@@ -24,13 +24,20 @@ def is_flat(nodes: torch.Tensor) -> bool:
 
 
 def run_padded(
-    llm: Any, embeddings: torch.Tensor, *, positions: torch.Tensor, nodes: torch.Tensor, at: torch.Tensor | None = None
+    llm: Any,
+    embeddings: torch.Tensor,
+    *,
+    positions: torch.Tensor,
+    nodes: torch.Tensor,
+    at: torch.Tensor | None = None,
+    ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the records of a row through a causal LM, or through its body alone, as one padded batch.
 
     Args:
         embeddings: (T, D). positions: (T,). nodes: (K, 3), all of them roots, one after the other.
         at: (S,) positions whose logits are wanted; None for a body, which has none.
+        ids: (T,) of the tokens, negative for none; see `calls.call`.
 
     Returns:
         (S, V) logits, or the body's (T, D) hidden states.
@@ -46,6 +53,7 @@ def run_padded(
             [torch.ones(n, dtype=torch.int64, device=embeddings.device) for n in lengths], batch_first=True
         ),
         "use_cache": False,
+        "ids": None if ids is None else pad_sequence(list(ids.split(lengths)), batch_first=True),
     }
     # Left out where a model does not take them: positions start at 0 in every record, and padding comes last.
     optional = ("position_ids", "attention_mask", "use_cache")

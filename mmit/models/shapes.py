@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from mmit.errors import ModelError
 from mmit.models import attention
+from mmit.models.row_state import RowState, running
 from mmit.models.tuning.structure import base_model
 from mmit.models.virtual import PREFIX, virtual_tokens
 from mmit.models.vlm import VLM
@@ -43,7 +44,7 @@ class _Current:
     """What the two attention functions below run with; set by their context managers."""
 
     calls: Calls = field(default_factory=Calls)
-    plan: attention.Plan | None = None
+    row: RowState | None = None
     flash: bool = False
 
 
@@ -87,7 +88,8 @@ def _planned(
     """mmit's attention over the current plan, or what a fused kernel would keep of it."""
     if _current.flash and getattr(module, PREFIX, None) is None:
         return _Flash.apply(query, key, value), None  # type: ignore[no-untyped-call]
-    return attention._attention(module, query, key, value, None, mmit_plan=_current.plan, **options)
+    with running(_current.row):
+        return attention._attention(module, query, key, value, None, **options)
 
 
 @contextmanager
@@ -134,7 +136,8 @@ def planned_attention(vlm: VLM, nodes: torch.Tensor, *, mode: FakeTensorMode, fl
     for b in plan.buckets:
         b.queries, b.keys, b.keep = (mode.from_tensor(x) for x in (b.queries, b.keys, b.keep))
         b.mask = None if b.mask is None else mode.from_tensor(b.mask)
-    with _implementation(vlm, PLANNED, _Current(plan=plan, flash=flash)):
+    row = RowState(nodes.tolist(), plan, torch.device("cpu"))
+    with _implementation(vlm, PLANNED, _Current(row=row, flash=flash)):
         yield
 
 

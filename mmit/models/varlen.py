@@ -81,8 +81,10 @@ def usable(q: torch.Tensor) -> bool:
     )
 
 
-def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float) -> torch.Tensor:
-    """torch's own: (T, H, D), (G, KV, D) -> (T, H, D)."""
+def kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, window: int | None = None
+) -> torch.Tensor:
+    """torch's own: (T, H, D), (G, KV, D) -> (T, H, D). `window`: keys that a query sees, its own among them."""
     more: dict[str, Any] = {}
     if q.shape[1] != k.shape[1]:
         if _GROUPS:
@@ -90,23 +92,32 @@ def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments
         else:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     s = segments
-    out = varlen_attn(
-        q, k, v, s.cu_queries, s.cu_keys, s.longest_query, s.longest_key, scale=scale, window_size=(-1, 0), **more
-    )
+    more["window_size"] = (-1 if window is None else window - 1, 0)
+    out = varlen_attn(q, k, v, s.cu_queries, s.cu_keys, s.longest_query, s.longest_key, scale=scale, **more)
     assert isinstance(out, torch.Tensor)  # a pair only where the log-sums are asked for
     return out
 
 
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float], torch.Tensor]
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float, int | None], torch.Tensor]
 
 
 def varlen_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, *, run: Kernel = kernel
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    segments: Segments,
+    scale: float,
+    *,
+    window: int | None = None,
+    run: Kernel = kernel,
 ) -> torch.Tensor:
-    """Attention of one row: (T, H, D), (T, KV, D), (T, KV, D) -> (T, H, D)."""
+    """Attention of one row: (T, H, D), (T, KV, D), (T, KV, D) -> (T, H, D). `window`: of a sliding window, in keys.
+
+    A path's keys follow each other in their order, so a window over keys is one over positions.
+    """
     if segments.keys is not None:
         k, v = (_Gather.apply(x, segments.keys) for x in (k, v))
-    return run(q, k, v, segments, scale)
+    return run(q, k, v, segments, scale, window)
 
 
 class _Gather(torch.autograd.Function):

@@ -10,6 +10,8 @@ for each distinct picture, or its tiles), N vision tokens and M image tokens per
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
@@ -23,8 +25,9 @@ from mmit.models.llm import input_device
 from mmit.models.modes import evaluation_mode, training_mode
 from mmit.models.padded import is_flat, run_padded
 from mmit.models.partition import shape
+from mmit.models.per_record import rotary_limit
 from mmit.models.projectors import Projector
-from mmit.models.virtual import with_prompt
+from mmit.models.virtual import virtual_tokens, with_prompt
 from mmit.models.vision import VisionTower
 
 
@@ -171,7 +174,8 @@ class VLM(nn.Module):
             if self.projector.line_end is not None:
                 nothing = nothing + self.projector.line_end.sum().to(nothing) * 0
             embeddings = embeddings + nothing.to(embeddings)
-        return self.row_losses(embeddings, positions=positions, nodes=nodes, at=predict_at, targets=targets)
+        ids = input_ids.index_fill(0, image_positions, -1)
+        return self.row_losses(embeddings, positions=positions, nodes=nodes, at=predict_at, targets=targets, ids=ids)
 
     def split(self) -> Split | None:
         """Body and head of the LLM, or None where they cannot be told apart; asked once."""
@@ -188,35 +192,55 @@ class VLM(nn.Module):
         nodes: torch.Tensor,
         at: torch.Tensor,
         targets: torch.Tensor,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy of a packed row: (T, D) embeddings -> (S,) float32, as `row_logits` would give it."""
         parts = self.split()
         if parts is None:
-            logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at)
+            logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at, ids=ids)
             return F.cross_entropy(logits.float(), targets, reduction="none")
         body, head = parts
-        padded = self.padded and is_flat(nodes)
-        embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at, repeated=padded)
-        if padded:
-            hidden = run_padded(body, embeddings, positions=positions, nodes=nodes)
+        given, at = self._row(embeddings, positions, nodes, at, ids)
+        if self.padded and is_flat(nodes):
+            hidden = run_padded(body, **given)
         else:
-            hidden = run_row(body, embeddings, positions=positions, nodes=nodes).last_hidden_state[0]
+            hidden = run_row(body, **given).last_hidden_state[0]
         return cross_entropy(hidden.index_select(0, at), head, targets)
 
     def row_logits(
-        self, embeddings: torch.Tensor, *, positions: torch.Tensor, nodes: torch.Tensor, at: torch.Tensor
+        self,
+        embeddings: torch.Tensor,
+        *,
+        positions: torch.Tensor,
+        nodes: torch.Tensor,
+        at: torch.Tensor,
+        ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Logits of a packed row: (T, D) embeddings -> (S, V) at positions `at` (S,).
 
         A row of one node is ordinary causal attention and needs nothing of the model; more nodes need mmit's
-        attention function, or `padded`.
+        attention function, or `padded`. `ids`: (T,) of the tokens, negative for pictures; see `calls.call`.
         """
         check_rows(len(at))
-        padded = self.padded and is_flat(nodes)
-        embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at, repeated=padded)
-        if padded:
-            return run_padded(self.llm, embeddings, positions=positions, nodes=nodes, at=at)
-        return run_row(self.llm, embeddings, positions=positions, nodes=nodes, at=at).logits[0]
+        given, at = self._row(embeddings, positions, nodes, at, ids)
+        if self.padded and is_flat(nodes):
+            return run_padded(self.llm, **given, at=at)
+        return run_row(self.llm, **given, at=at).logits[0]
+
+    def _row(
+        self,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        nodes: torch.Tensor,
+        at: torch.Tensor,
+        ids: torch.Tensor | None,
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Arguments of `run_row` and `run_padded` with the soft prompt in its place, and where logits are wanted."""
+        # Where factors hang on a record's length, a prompt that all records share would need several.
+        prompt = virtual_tokens(self.llm) > 0
+        alone = prompt and is_flat(nodes) and (self.padded or rotary_limit(self.llm) is not None)
+        embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at, repeated=alone)
+        return {"embeddings": embeddings, "positions": positions, "nodes": nodes, "ids": None if prompt else ids}, at
 
     def check_isolation(self) -> None:
         """See for this very model that records of one row do not meet; takes five forwards of a few tokens.

@@ -16,9 +16,7 @@ def tiny_siglip(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=No
     dims = {"img_size": SIZE, "patch_size": 4, "embed_dim": 16, "depth": BLOCKS, "num_heads": 2}
     options = {"class_token": False, "global_pool": "map", "act_layer": "gelu_tanh", **dims, **kwargs}
     facts = {"input_size": (3, SIZE, SIZE), "interpolation": "bicubic", "num_classes": 0, **HALF}
-    return timm.models.build_model_with_cfg(
-        VisionTransformer, "tiny_siglip", False, pretrained_cfg=facts, **options
-    )
+    return timm.models.build_model_with_cfg(VisionTransformer, "tiny_siglip", False, pretrained_cfg=facts, **options)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -55,9 +55,8 @@ def test_what_may_be_left_out_is_left_out() -> None:
     assert out.seen == {}
 
 
-def test_none_is_not_handed_over_and_what_layers_read_is() -> None:
-    out = call(Swallows(), input_ids=torch.zeros(1, 1), attention_mask=None, passing={"mmit_plan": 3})
-    assert out.seen == {"mmit_plan": 3}
+def test_none_is_not_handed_over() -> None:
+    assert call(Swallows(), input_ids=torch.zeros(1, 1), attention_mask=None).seen == {}
 
 
 def test_what_the_body_names_is_handed_on() -> None:

@@ -31,12 +31,12 @@ COMMON: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-# All, and what they allow: batched, shared, window.
+# All, and what they allow: batched, shared.
 FAMILIES: dict[str, tuple[dict[str, Any], Support]] = {
     "llama": ({"model_type": "llama"}, Support(True, True)),
     "qwen2": ({"model_type": "qwen2", "tie_word_embeddings": True}, Support(True, True)),
-    "sliding": ({"model_type": "mistral", "sliding_window": 6}, Support(True, True, 6)),
-    "wide window": ({"model_type": "mistral", "sliding_window": 24}, Support(True, True, 24)),
+    "sliding": ({"model_type": "mistral", "sliding_window": 6}, Support(True, True)),
+    "wide window": ({"model_type": "mistral", "sliding_window": 24}, Support(True, True)),
     "some sliding": (
         {
             "model_type": "gemma3_text",
@@ -44,7 +44,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Support]] = {
             "layer_types": ["sliding_attention", "full_attention"],
             "query_pre_attn_scalar": 4,
         },
-        Support(True, True, 6),
+        Support(True, True),
     ),
     "learnt positions": (
         {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 256},
@@ -106,8 +106,7 @@ def picture(llm: PreTrainedModel, name: str) -> torch.Tensor:
 
 def batch(llm: PreTrainedModel, some: list[Sample], able: Support) -> list[decoding.State]:
     """Prefill as the model allows."""
-    longest = max(len(lay(llm, [s]).positions) for s in some)
-    if able.shared and (able.window is None or longest <= able.window):
+    if able.shared:
         return [decoding.prefill(llm, [lay(llm, some)], able=able)]
     if able.batched:
         return [decoding.prefill(llm, [lay(llm, [s]) for s in some], able=able)]

@@ -42,9 +42,7 @@ def test_gradients_reach_every_parameter(kind, norm):
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
-@given(
-    blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)), factor=st.integers(1, 4), dim=st.integers(1, 3)
-)
+@given(blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)), factor=st.integers(1, 4), dim=st.integers(1, 3))
 @settings(max_examples=40, deadline=None)
 def test_pixel_shuffle_moves_every_number_and_loses_none(blocks, factor, dim):
     grid = (blocks[0] * factor, blocks[1] * factor)

@@ -9,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from mmit.data.packing import build_row
 from mmit.models import varlen
-from mmit.models.attention import forest_attention, make_plan
+from mmit.models.attention import PLAIN, Kind, forest_attention, make_plan
+from mmit.models.visibility import Visibility
 from tests.models.test_attention import many
 
 
-def written_out(q, k, v, segments, scale):
+def written_out(q, k, v, segments, scale, window=None):
     """What the kernel does: segment by segment, causal, aligned to the bottom right."""
     out = torch.empty_like(q)
     queries, keys = segments.cu_queries.tolist(), segments.cu_keys.tolist()
@@ -25,6 +27,8 @@ def written_out(q, k, v, segments, scale):
         a, b, c, d = queries[n], queries[n + 1], keys[n], keys[n + 1]
         assert b - a <= segments.longest_query and d - c <= segments.longest_key
         mask = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+        if window is not None:
+            mask = mask.triu(d - c - (b - a) - window + 1)
         mine_k, mine_v = (x[c:d].repeat_interleave(repeat, dim=1).transpose(0, 1) for x in (k, v))
         out[a:b] = F.scaled_dot_product_attention(
             q[a:b].transpose(0, 1), mine_k, mine_v, attn_mask=mask, scale=scale
@@ -38,17 +42,20 @@ def heads(row, *, dtype=torch.float64, device="cpu", size=8):
     return [torch.randn(1, n, total, size, dtype=dtype, device=device).requires_grad_() for n in (4, 2, 2)]
 
 
-def by_segments(row, q, k, v):
+def by_segments(row, q, k, v, window=None):
     """Output and gradients through the segments, with the kernel written out."""
     rows = (x[0].transpose(0, 1) for x in (q, k, v))
-    return with_gradients(
-        varlen.varlen_attention(*rows, make_plan(row.nodes).segments, 0.3, run=written_out)[None], q, k, v
-    )
+    segments = make_plan(row.nodes).segments
+    out = varlen.varlen_attention(*rows, segments, 0.3, window=window, run=written_out)
+    return with_gradients(out[None], q, k, v)
 
 
-def by_function(row, q, k, v):
+def by_function(row, q, k, v, window=None):
     """Output and gradients as layers get them: buckets on the CPU and in float64, the kernel in half precision."""
-    return with_gradients(forest_attention(q, k, v, make_plan(row.nodes).to(q.device), 0.3), q, k, v)
+    kind = PLAIN
+    if window is not None:
+        kind = Kind(Visibility(sliding_window_causal_mask_function(window), window, window))
+    return with_gradients(forest_attention(q, k, v, make_plan(row.nodes).to(q.device), 0.3, kind=kind), q, k, v)
 
 
 def with_gradients(out, *inputs):
@@ -57,11 +64,11 @@ def with_gradients(out, *inputs):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 10**6), st.booleans())
-def test_segments_are_the_attention_of_buckets(seed, shared):
+@given(st.integers(0, 10**6), st.booleans(), st.sampled_from([None, 3, 12]))
+def test_segments_are_the_attention_of_buckets(seed, shared, window):
     row = build_row(many(random.Random(seed), shared=shared))
     tensors = heads(row)
-    (out, grads), (other, others) = by_segments(row, *tensors), by_function(row, *tensors)
+    (out, grads), (other, others) = by_segments(row, *tensors, window), by_function(row, *tensors, window)
     for a, b in zip((out, *grads), (other, *others), strict=True):
         torch.testing.assert_close(a, b, atol=2e-6, rtol=0)  # both have parts in float32
 
@@ -77,13 +84,14 @@ def test_records_that_share_nothing_are_taken_as_they_lie():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_kernel_agrees_with_the_buckets(shared, dtype):
+def test_the_kernel_agrees_with_the_buckets(shared, dtype, window):
     row = build_row(many(random.Random(2), shared=shared), share=shared)
     tensors = heads(row, dtype=dtype, device="cuda", size=64)
     assert varlen.usable(tensors[0])
     exact = [x.detach().double().requires_grad_() for x in tensors]
-    (out, grads), (other, others) = by_function(row, *tensors), by_function(row, *exact)
+    (out, grads), (other, others) = by_function(row, *tensors, window), by_function(row, *exact, window)
     for a, b in zip((out, *grads), (other, *others), strict=True):
         torch.testing.assert_close(a.double(), b, atol=0.05, rtol=0.05)
 

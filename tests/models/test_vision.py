@@ -46,11 +46,7 @@ def clip_to_hf(weights):
     out = {}
     for key, value in weights.items():
         key = key.replace("transformer.resblocks", "encoder.layers").replace("ln_pre", "pre_layrnorm")
-        key = (
-            key.replace("ln_post", "post_layernorm")
-            .replace("ln_", "layer_norm")
-            .replace("attn.", "self_attn.")
-        )
+        key = key.replace("ln_post", "post_layernorm").replace("ln_", "layer_norm").replace("attn.", "self_attn.")
         key = key.replace("mlp.c_fc", "mlp.fc1").replace("mlp.c_proj", "mlp.fc2")
         key = key.replace("conv1", "embeddings.patch_embedding")
         if key == "class_embedding":
@@ -69,12 +65,8 @@ def siglip_to_hf(weights):
     """Name timm's SigLIP weights as transformers does, the pooling head left out."""
     out = {}
     for key, value in weights.items():
-        key = key.replace("blocks.", "encoder.layers.").replace(
-            "patch_embed.proj", "embeddings.patch_embedding"
-        )
-        key = (
-            key.replace("norm1", "layer_norm1").replace("norm2", "layer_norm2").replace("attn.", "self_attn.")
-        )
+        key = key.replace("blocks.", "encoder.layers.").replace("patch_embed.proj", "embeddings.patch_embedding")
+        key = key.replace("norm1", "layer_norm1").replace("norm2", "layer_norm2").replace("attn.", "self_attn.")
         key = key.replace("self_attn.proj", "self_attn.out_proj")
         if key == "pos_embed":
             out["embeddings.position_embedding.weight"] = value[0]
@@ -109,9 +101,7 @@ def test_hf_tower_is_the_hidden_state_of_that_number(family, layer, tmp_path):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize(
-    ("layer", "normalize"), [(1, False), (2, False), (-2, False), (-1, False), (-1, True)]
-)
+@pytest.mark.parametrize(("layer", "normalize"), [(1, False), (2, False), (-2, False), (-1, False), (-1, True)])
 def test_open_clip_equals_hf_at_the_same_layer(quick, layer, normalize, tmp_path):
     """QuickGELU both ways: the same weights under the other activation give other features."""
     name = "tiny-clip-quickgelu" if quick else "tiny-clip"
@@ -253,9 +243,7 @@ def test_features_of_a_constant_picture_follow_the_constants():
     out = tower(pixels)
     assert out.dtype == torch.bfloat16 == tower.dtype
     expected = [(1 - mean) / std for mean, std in zip(tower.mean, tower.std, strict=True)]
-    torch.testing.assert_close(
-        tower._normalise(pixels)[0, :, 0, 0].float(), torch.tensor(expected), atol=0, rtol=2**-8
-    )
+    torch.testing.assert_close(tower._normalise(pixels)[0, :, 0, 0].float(), torch.tensor(expected), atol=0, rtol=2**-8)
 
 
 @pytest.mark.parametrize(("kind", "name"), TOWERS)
@@ -293,9 +281,7 @@ def test_a_stage_is_flattened_row_by_row():
         torch.testing.assert_close(tower(pixels), maps.permute(0, 2, 3, 1).reshape(2, -1, tower.dim))
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [("open_clip", "tiny-clip"), ("timm", "tiny_siglip"), ("hf", SIGLIP)]
-)
+@pytest.mark.parametrize(("kind", "name"), [("open_clip", "tiny-clip"), ("timm", "tiny_siglip"), ("hf", SIGLIP)])
 def test_another_image_size_changes_the_grid(kind, name):
     tower = build_vision(kind, name, image_size=(24, 32))
     assert tower.image_size == (24, 32) and tower.grid == (6, 8) and tower.tokens == 48

@@ -50,9 +50,7 @@ def test_a_weight_file_must_fit(tmp_path):
     with pytest.raises(ModelError, match=r"1 missing \(pos_embed\)"):
         build_vision("timm", "test_vit", weights=str(path))
     save_file({**weights, "extra": torch.ones(1), "pos_embed": torch.ones(1, 2, 3)}, path)
-    with pytest.raises(
-        ModelError, match=r"1 unknown \(extra\); 1 of another shape \(pos_embed: file \(1, 2, 3\)"
-    ):
+    with pytest.raises(ModelError, match=r"1 unknown \(extra\); 1 of another shape \(pos_embed: file \(1, 2, 3\)"):
         build_vision("timm", "test_vit", weights=str(path))
 
 
@@ -75,9 +73,7 @@ def test_tensors_are_named_by_their_order_only_if_everything_agrees(tmp_path):
     swapped = {key: renamed[key] for key in [keys[0], keys[2], keys[1], *keys[3:]]}
     with pytest.raises(ModelError, match="tensor 2 is net2.bias in the file and bn1.weight in the encoder"):
         pair_by_order(swapped, full=full, where="f")
-    with pytest.raises(
-        ModelError, match=r"tensor 1 is net\d+.bias \(\d+,\) in the file and conv_stem.weight"
-    ):
+    with pytest.raises(ModelError, match=r"tensor 1 is net\d+.bias \(\d+,\) in the file and conv_stem.weight"):
         pair_by_order(dict(reversed(renamed.items())), full=full, where="f")
 
 
@@ -93,17 +89,11 @@ def test_efficientnet_lite0_package_is_the_tensorflow_variant():
 
     with cbook.get_sample_data("grace_hopper.jpg") as file:
         photo = Image.open(file).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
-    pixels = (
-        torch.frombuffer(bytearray(photo.tobytes()), dtype=torch.uint8)
-        .view(1, 224, 224, 3)
-        .permute(0, 3, 1, 2)
-    )
+    pixels = torch.frombuffer(bytearray(photo.tobytes()), dtype=torch.uint8).view(1, 224, 224, 3).permute(0, 3, 1, 2)
     sure = {}
     for name in ("efficientnet_lite0", "tf_efficientnet_lite0"):
         model = timm.create_model(name).eval()
-        named = pair_by_order(
-            tensors, full={k: v.shape for k, v in model.state_dict().items()}, where=str(path)
-        )
+        named = pair_by_order(tensors, full={k: v.shape for k, v in model.state_dict().items()}, where=str(path))
         assert len(named) == 247
         model.load_state_dict(named, strict=False)
         tower = build_vision("timm", name, weights=LITE0, key_order=True)

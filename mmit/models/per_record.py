@@ -1,0 +1,158 @@
+"""Layers that must be shown one record at a time: running states, convolutions, rotary factors that hang on length.
+
+Such a module of a packed row is run on the records' paths, as a batch padded on the right, and its output is put back
+into the row; what records share is computed once for each of them there, and nowhere else. Rotary embeddings whose
+factors depend on the length of a sequence (longrope, dynamic NTK) get that of each record. Modules are known by what
+they hold, never by a model's name, and keep their weights and names: only their class changes.
+
+Dimensions: T tokens in the row, G paths run together, L the longest of them, B sequences of an ordinary batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmit.errors import ModelError
+from mmit.models.row_state import MIXER, RowState, current_row, running
+
+# Arguments that describe a row as one sequence; a path alone needs none of them.
+WHOLE_ROW = ("attention_mask", "mask", "padding_mask", "cache_position", "seq_idx", "cu_seqlens")
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def run_per_record(model: nn.Module) -> None:
+    """Change, in place, every module of a model that must be shown one record at a time."""
+    for module in model.modules():
+        if type(module) in _classes.values():
+            continue
+        if mixes_by_itself(module):
+            _change(module, _mixer)
+        elif length_types(module):
+            _change(module, _rotary)
+
+
+def mixes_by_itself(module: nn.Module) -> bool:
+    """It holds a convolution over the sequence, as state spaces, gated delta rules and short convolutions do."""
+    return any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children())
+
+
+def length_types(module: nn.Module) -> set[str]:
+    """Kinds of rotary embedding in this module whose factors depend on the length of the sequence."""
+    kinds = getattr(module, "rope_type", None)
+    names = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return {n for n in names if isinstance(n, str) and (n == "longrope" or "dynamic" in n)}
+
+
+def rotary_limit(model: nn.Module) -> int | None:
+    """Length up to which the rotary factors of all records are the same, None where they always are."""
+    limits = [limit for m in model.modules() if length_types(m) for limit in _limits(m)]
+    return min(limits, default=None)
+
+
+def _limits(rotary: Any) -> list[int]:
+    given = rotary.config.rope_parameters
+    tables = [given] if "rope_type" in given else [t for t in given.values() if isinstance(t, dict)]
+    long = [int(t["original_max_position_embeddings"]) for t in tables if t.get("rope_type") == "longrope"]
+    return long or [int(rotary.original_max_seq_len)]
+
+
+def _change(module: nn.Module, make: Callable[[type[nn.Module]], type[nn.Module]]) -> None:
+    kind = type(module)
+    if kind not in _classes:
+        _classes[kind] = make(kind)
+    module.__class__ = _classes[kind]
+
+
+def _mixer(base: type[nn.Module]) -> type[nn.Module]:
+    signature = inspect.signature(base.forward)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        row = current_row()
+        if row is None:
+            return base.forward(self, *args, **kwargs)
+        row.calls.append(MIXER)
+        bound = signature.bind(self, *args, **kwargs)
+        arguments = {k: v for k, v in bound.arguments.items() if k not in WHOLE_ROW}
+        extra = arguments.pop("kwargs", {})
+        arguments |= {k: v for k, v in extra.items() if k not in WHOLE_ROW}
+        del arguments["self"]
+        outs = []
+        for batch in row.batches:
+            with running(None):  # its paths are a batch like any other
+                outs.append(base.forward(self, **{k: _on_paths(v, batch, row) for k, v in arguments.items()}))
+        return _back(outs, row)
+
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+
+
+def _on_paths(value: Any, batch: torch.Tensor, row: RowState) -> Any:
+    """A tensor of the row (1, T, ...) as one of the paths (G, L, ...); anything else as it is."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_on_paths(v, batch, row) for v in value)
+    if isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[:2] == (1, len(row.places)):
+        return value[0][batch]
+    return value
+
+
+def _back(outs: list[Any], row: RowState) -> Any:
+    if isinstance(outs[0], tuple):
+        parts = zip(*outs, strict=True)
+        return tuple(_back(list(p), row) if isinstance(p[0], torch.Tensor) else p[0] for p in parts)
+    flat = torch.cat([out.flatten(0, 1) for out in outs])
+    return flat.index_select(0, row.places)[None]
+
+
+def _rotary(base: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: Any, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        lengths = _lengths(position_ids, limit=min(_limits(self)), grows=length_types(self) != {"longrope"})
+        out = None
+        for length in lengths.unique().tolist():
+            mine = lengths == length
+            _fresh(self)
+            states = base.forward(self, x, torch.where(mine, position_ids, 0), *args, **kwargs)
+            out = states if out is None else _choose(mine, states, out)
+        return out
+
+    return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+
+
+def _lengths(position_ids: torch.Tensor, *, limit: int, grows: bool) -> torch.Tensor:
+    """(B, T) length of the sequence each token is in, as far as factors depend on it."""
+    row = current_row()
+    if row is None:
+        ends = position_ids.amax(-1, keepdim=True) + 1
+        low, high = ends, ends
+    else:
+        low, high = (row.path_lengths[i][None] for i in (0, 1))
+
+    def classes(lengths: torch.Tensor) -> torch.Tensor:
+        return lengths.clamp(min=limit) if grows else (lengths > limit).long()
+
+    found = classes(high)
+    if row is not None and not torch.equal(classes(low), found):
+        raise ModelError(
+            f"records on both sides of {limit} tokens share their beginning in a row, but the model turns its "
+            "positions by factors that depend on a record's length",
+            remedy="set data.share_prefix=false",
+        )
+    return found.expand(position_ids.shape)
+
+
+def _choose(mine: torch.Tensor, these: Any, others: Any) -> Any:
+    if isinstance(these, (tuple, list)):
+        return type(these)(_choose(mine, a, b) for a, b in zip(these, others, strict=True))
+    return torch.where(mine.view(*mine.shape, *[1] * (these.ndim - 2)), these, others)
+
+
+def _fresh(rotary: Any) -> None:
+    """Forget the longest sequence so far, which dynamic NTK would go on with."""
+    for name in [n for n in vars(rotary) if n.endswith("max_seq_len_cached")]:
+        setattr(rotary, name, rotary.original_max_seq_len)
+    for name, buffer in list(rotary.named_buffers(recurse=False)):
+        if name.endswith("original_inv_freq"):
+            rotary.register_buffer(name.replace("original_", ""), buffer.clone(), persistent=False)

@@ -1,0 +1,157 @@
+"""Which keys of its own record a layer lets a query see: all before it, a sliding window, its chunk, another pattern.
+
+transformers describes a layer's mask by a function of positions. Here that function is read for a packed row, where
+the position that counts is the one on the record's path through the row. Owns the marker that travels to the layers in
+place of a mask, and attention written out for what no fused kernel computes (sinks, soft caps, dropout of weights).
+Refuses patterns that hang on more than positions.
+
+Dimensions: G sequences, Lq / Lk queries and keys, H query heads, KV key heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from mmit.errors import ModelError
+from mmit.models.row_state import current_row
+
+MARK = "mmit_visibility"  # on the tensor that layers get for a mask
+BLOCK = 1 << 26  # attention weights that may be alive at once where attention is written out
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """A pattern within the causal one. `reach`: paths up to this length lose nothing by it."""
+
+    function: Callable[..., Any]
+    reach: int
+    window: int | None = None  # the pattern is this sliding window
+
+    def mask(self, before: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
+        """(G, 1, Lq, Lk) True = visible, for queries that start after `before` (G,) keys of their own path."""
+        q = before[:, None, None, None] + torch.arange(queries, device=before.device)[None, None, :, None]
+        k = torch.arange(keys, device=before.device)[None, None, None, :]
+        zero = torch.zeros((), dtype=torch.int64, device=before.device)
+        return self.function(zero, zero, q, k) & (k <= q)
+
+
+def row_mask(
+    *,
+    mask_function: Callable[..., Any],
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **given: Any,
+) -> torch.Tensor | None:
+    """What transformers calls to make a mask: its own outside packed rows, inside them a marker with the pattern.
+
+    Raises:
+        ModelError: the pattern is not a function of positions alone.
+    """
+    row = current_row()
+    if row is None:
+        return sdpa_mask(mask_function=mask_function, local_size=local_size, use_vmap=use_vmap, device=device, **given)
+    if use_vmap:
+        raise ModelError(
+            "the model lays a pattern of its own over its attention, which hangs on more than positions",
+            remedy="set data.packing=false",
+        )
+    marker = torch.zeros(1, 1, 1, 1, device=device)
+    if mask_function is not causal_mask_function:
+        setattr(marker, MARK, Visibility(mask_function, local_size or 0, _window(mask_function, local_size)))
+    return marker
+
+
+def _window(function: Callable[..., Any], size: int | None) -> int | None:
+    """`size` if that many keys before a query, itself among them, are what it sees; None for another pattern."""
+    if size is None:
+        return None
+    pattern = Visibility(function, 0)
+    try:
+        seen = [int(pattern.mask(torch.tensor([q]), 1, q + 1).sum()) for q in (size - 1, size, 2 * size + 1)]
+    except RuntimeError:  # it holds tensors of another device, as chunks do, and windows do not
+        return None
+    return size if seen == [size] * 3 else None
+
+
+def visibility(mask: Any) -> Visibility | None:
+    """The pattern that a marker carries; None for plain causal attention.
+
+    Raises:
+        ModelError: it is a mask that the model made for the whole row, which knows nothing of records.
+    """
+    if mask is None or tuple(mask.shape) == (1, 1, 1, 1):
+        return getattr(mask, MARK, None)
+    raise ModelError(
+        "the model makes its attention mask itself, for a row as one sequence", remedy="set data.packing=false"
+    )
+
+
+def written_out(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention step by step, softmax in float32.
+
+    Args:
+        q: (G, H, Lq, D). k, v: (G, KV, Lk, D).
+        mask: (G, 1, Lq, Lk) True = visible, or additive; None is causal, aligned at the end.
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
+        sinks: (H,) a score per head that takes part in the softmax and has no value (gpt-oss).
+        dropout: share of attention weights that is dropped.
+
+    Returns:
+        (G, H, Lq, D of v)
+    """
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        mask = mask[None, None]
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    rows = max(1, BLOCK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    if rows >= q.shape[2]:
+        return _block(q, k, v, mask, scale, softcap, sinks, dropout)
+    parts = []
+    for start in range(0, q.shape[2], rows):
+        part = mask[:, :, start : start + rows] if mask.shape[2] > 1 else mask
+        given = (q[:, :, start : start + rows], k, v, part, scale, softcap, sinks, dropout)
+        parts.append(checkpoint(_block, *given, use_reentrant=False))
+    return torch.cat(parts, dim=2)
+
+
+def _block(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    dropout: float,
+) -> torch.Tensor:
+    scores = q @ k.transpose(2, 3) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.float()
+    # Not minus infinity: a query of padding may see nothing, and its softmax must stay finite.
+    hidden = torch.finfo(torch.float32).min
+    scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask.float()
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)
+    weights = scores.softmax(-1)[..., : k.shape[2]].to(q.dtype)
+    return F.dropout(weights, dropout) @ v if dropout else weights @ v

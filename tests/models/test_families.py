@@ -1,0 +1,165 @@
+"""Families of language models in packed rows: each record is what it is alone in transformers, to rounding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mmit.data.packing import Sample, build_row
+from mmit.errors import ModelError
+from mmit.models.llm import load_llm, recompute_activations
+from mmit.models.vlm import VLM
+from tests.models.small_llms import VOCABULARY, WINDOW, family
+
+# One of each kind of rule; scripts/matrix.py asks all families.
+KINDS = [
+    "llama",
+    "llama4_text",  # chunks
+    "mistral",  # a window in every layer
+    "gemma2",  # soft caps and windows
+    "gemma3_text",  # windows in some layers, scaled embeddings
+    "gemma4_text",  # embeddings of the ids in every layer
+    "gpt_oss",  # sinks, experts
+    "mixtral",
+    "qwen3_next",  # gated delta rule
+    "lfm2",  # short convolutions
+    "mamba2",  # no attention at all
+    "jamba",
+    "granite",  # scaled embeddings and logits
+    "stablelm",
+    "deepseek_v3",  # latent attention
+]
+LENGTHS = (5, 9, 3 * WINDOW + 2, 2 * WINDOW + 4)
+
+
+def records(lengths=LENGTHS, *, shared=3):
+    draw = torch.Generator().manual_seed(1)
+    first: tuple[int, ...] = ()
+    out = []
+    for number, length in enumerate(lengths):
+        ids = tuple(torch.randint(1, VOCABULARY, (length,), generator=draw).tolist())
+        first = first or ids
+        ids = (*first[:shared], *ids[shared:]) if number % 2 else ids
+        out.append(Sample(ids, (False,) + (True,) * (length - 1), (), number, ()))
+    return out
+
+
+def pair(name, *, packed=True, **more):
+    """transformers' own model and mmit's, with the same weights."""
+    options = family(name) | more
+    config = AutoConfig.for_model(**options)
+    torch.manual_seed(0)
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    ours = load_llm("tiny", random_init=options, dtype=torch.float32, packed=packed).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, VLM(ours, vision=None, projector=None, padded=not packed)
+
+
+@torch.no_grad()
+def alone(llm, samples):
+    """Losses of each record by itself, every token but the first of them."""
+    losses = []
+    for sample in samples:
+        ids = torch.tensor([sample.ids])
+        logits = llm(input_ids=ids, use_cache=False).logits[0].float()
+        losses.append(F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none"))
+    return torch.cat(losses)
+
+
+def in_a_row(vlm, samples, *, share=False):
+    """Losses in one row in the order of `alone`, the embeddings, the records of the losses and the row's nodes."""
+    row = build_row(samples, share=share)
+    embeddings = vlm.llm.get_input_embeddings()(row.input_ids).detach().requires_grad_()
+    losses = vlm.row_losses(
+        embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at, targets=row.targets
+    )
+    order = torch.argsort(row.target_records, stable=True)
+    return losses[order], embeddings, row.target_records[order], row.nodes
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_packed_padded_and_shared_are_the_record_alone(name):
+    theirs, packed = pair(name)
+    samples = records()
+    wanted = alone(theirs, samples)
+    losses, embeddings, owners, nodes = in_a_row(packed, samples)
+    torch.testing.assert_close(losses, wanted, atol=1e-4, rtol=0)
+    losses[owners == 2].sum().backward()
+    start, length, _ = nodes[2].tolist()
+    assert embeddings.grad[start : start + length].count_nonzero()
+    embeddings.grad[start : start + length] = 0
+    assert not embeddings.grad.count_nonzero()  # nothing of record 2 hangs on another
+    torch.testing.assert_close(in_a_row(packed, samples, share=True)[0], wanted, atol=1e-4, rtol=0)
+    packed.padded = True
+    torch.testing.assert_close(in_a_row(packed, samples)[0], wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "gemma3_text", "gpt_oss"])
+def test_recomputed_layers_see_the_row_of_their_forward(name):
+    gradients = []
+    for recompute in (False, True):
+        _, vlm = pair(name)
+        if recompute:
+            recompute_activations(vlm.llm)
+            vlm.train()
+        in_a_row(vlm, records(), share=True)[0].sum().backward()
+        gradients.append({n: p.grad for n, p in vlm.llm.named_parameters() if p.grad is not None})
+    for name_of, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name_of], gradient, atol=1e-4, rtol=1e-4)
+
+
+LONG = [7, 2 * WINDOW + 9, 2 * WINDOW + 20]
+NTK = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "name, more",
+    [("phi3-longrope", {}), ("llama", {"max_position_embeddings": 2 * WINDOW, "rope_parameters": NTK})],
+)
+def test_a_long_record_does_not_turn_the_positions_of_its_neighbours(name, more, padded):
+    samples = records(LONG)
+    _, vlm = pair(name, packed=not padded, **more)
+    # A new model for each record: transformers remembers the longest sequence it has seen.
+    wanted = torch.cat([alone(pair(name, **more)[0], [s]) for s in samples])
+    if more:  # dynamic NTK has other factors at every length, and the last token is not run in a row
+        shorter = [Sample(s.ids[:-1], s.supervised[:-1], (), s.record, ()) for s in samples]
+        wanted = torch.cat([alone(pair(name, **more)[0], [s]) for s in shorter])
+        keep = torch.cat([torch.arange(len(s.ids) - 1) < len(s.ids) - 2 for s in samples])
+        torch.testing.assert_close(in_a_row(vlm, samples)[0][keep], wanted, atol=1e-4, rtol=0)
+        return
+    torch.testing.assert_close(in_a_row(vlm, samples)[0], wanted, atol=1e-4, rtol=0)
+
+
+def test_records_of_two_factors_do_not_share_a_beginning():
+    _, vlm = pair("phi3-longrope")
+    with pytest.raises(ModelError, match="data.share_prefix=false"):
+        in_a_row(vlm, records([20, 7], shared=3), share=True)
+
+
+def test_pictures_reach_a_model_whose_layers_ask_for_token_ids():
+    theirs, vlm = pair("gemma4_text")
+    ids = torch.tensor([5, 9, 11, 7])
+    embeddings = vlm.llm.get_input_embeddings()(ids).detach()
+    embeddings[1] = torch.randn(embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+    body = theirs.model
+    padding = body.config.pad_token_id or 0
+    given = body.get_per_layer_inputs(torch.tensor([[5, padding, 11, 7]]), None)
+    wanted = theirs(inputs_embeds=embeddings[None], per_layer_inputs=given, use_cache=False).logits[0]
+    row = {"positions": torch.arange(4), "nodes": torch.tensor([[0, 4, -1]]), "at": torch.arange(4)}
+    torch.testing.assert_close(vlm.row_logits(embeddings, **row), wanted, atol=1e-5, rtol=0)
+    known = torch.tensor([5, -1, 11, 7])
+    torch.testing.assert_close(vlm.row_logits(embeddings, **row, ids=known), wanted, atol=1e-5, rtol=0)
+
+
+def test_attention_dropout_is_computed_in_packed_rows():
+    _, vlm = pair("llama", attention_dropout=0.5)
+    wanted = in_a_row(vlm, records())[0]
+    vlm.train()
+    torch.manual_seed(0)
+    dropped = in_a_row(vlm, records())[0]
+    assert (dropped - wanted).abs().max() > 0.01
+    torch.manual_seed(0)
+    assert torch.equal(in_a_row(vlm, records())[0], dropped)
