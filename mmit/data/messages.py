@@ -11,7 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from mmit.data.formats.chat import MESSAGE_ROLES, image_at_url
+from mmit.data.formats.chat import MESSAGE_ROLES
+from mmit.data.formats.pictures import image_at_url
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Part, Record, Text, Turn, short
 
@@ -108,7 +109,7 @@ def _part(part: Any, number: int) -> Part:
         url = value.get("url") if isinstance(value, Mapping) else value
         if not isinstance(url, str):
             raise RecordError(f"image_url of message {number} is {short(url)}, not a text", remedy=PARTS)
-        return image_at_url(url, number)
+        return image_at_url(url, f"message {number}")
     if kind == "image":
         held = [(key, part[key]) for key in _HOLDS if part.get(key) is not None]
         if len(held) != 1:
@@ -127,4 +128,4 @@ def _image(key: str, value: Any, number: int) -> Image:
             raise RecordError(problem, remedy="Encode the picture's bytes with base64.b64encode.") from error
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    return image_at_url(value, number) if isinstance(value, str) else Image(value)
+    return image_at_url(value, f"message {number}") if isinstance(value, str) else Image(value)

@@ -8,6 +8,7 @@ no place for goes into its meta. Nothing is downloaded, except by the format "hf
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from mmit.data.formats.common import Format
 from mmit.data.formats.detect import detect
 from mmit.data.formats.easyvqa import easy_vqa, easy_vqa_captions
 from mmit.data.formats.instruct import alpaca
+from mmit.data.formats.keys import kept_keys
 from mmit.errors import ConfigError, ImageError, RecordError, nearest
 from mmit.records import OnBad, Record, short
 
@@ -56,6 +58,7 @@ def import_file(
     licence: str | None = None,
     check_images: bool = False,
     on_bad: OnBad | None = None,
+    kept: Counter[str] | None = None,
     **options: Any,
 ) -> Iterator[Record]:
     """Yield the records of a file in one of FORMATS; `options` are those that the format documents.
@@ -64,8 +67,8 @@ def import_file(
     paths start at `image_root`, by default the file's folder. `source` (by default the path), `licence` (by default the
     format's) and the row's line, or position in a list, are noted where a row does not state its own. `check_images`
     asks for every image file to exist. A bad row raises RecordError naming file and row or, with `on_bad`, is handed to
-    it and left out, for the caller to count; a file that cannot be read always raises. Unknown format or option:
-    ConfigError.
+    it and left out, for the caller to count; a file that cannot be read always raises. `kept` counts the keys that stay
+    in the meta unread. Unknown format or option: ConfigError.
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown data format '{format}'", remedy=nearest(format, FORMATS))
@@ -85,13 +88,15 @@ def import_file(
         if not isinstance(row, dict):
             remedy = f"Each row must be a JSON object: {entry.about}."
             raise RecordError(f"found a {type(row).__name__}, not an object", remedy=remedy)
-        record = entry.row(row, image_root=root, **row_options)
+        record = entry(row, image_root=root, **row_options)
         if not record.source and record.row is None:
             record = replace(record, source=source or name, row=number)
         record = record if record.licence else replace(record, licence=licence or entry.licence)
         record.validate(for_training=None)
         if check_images:
             _check_images(record)
+        if kept is not None:
+            kept.update(kept_keys(record))
         return record
 
     return _import(name, entry.rows(name, **file_options), build, on_bad=on_bad)

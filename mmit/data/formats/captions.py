@@ -14,10 +14,8 @@ from mmit.data.formats.common import (
     Row,
     Rows,
     ask,
-    base64_image,
     file_name,
     id_of,
-    image_part,
     json_object,
     keyed,
     object_of,
@@ -26,6 +24,7 @@ from mmit.data.formats.common import (
     rest,
     text_of,
 )
+from mmit.data.formats.pictures import base64_image, image_part
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, short
 

@@ -1,33 +1,47 @@
-"""Conversations: LLaVA and its kin, ShareGPT, OpenAI messages, mmit's own rows.
+"""Conversations: LLaVA and its kin, ShareGPT, OpenAI messages, Qwen-VL, any list of turns, mmit's own rows.
 
 Each function makes one Record of one row. "<image>" is a marker here and only here: afterwards images are parts.
-Refuses what a Record cannot express (tools, messages that are not learnt) instead of leaving it out.
+Keys beside speaker and text are read by mmit/data/formats/keys.py, or refused there, with the turn's role.
 """
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
 
-from mmit.data.formats.common import Format, Row, by_name, id_of, image_part, images_of, objects_of, rest, text_of
-from mmit.errors import RecordError
+from mmit.data.formats.common import Format, Row, by_name, id_of, images_of, objects_of, rest, text_of
+from mmit.data.formats.keys import calls_of, turn_extras, with_spans
+from mmit.data.formats.pictures import (
+    IMG_PATH,
+    MARKER,
+    content_part,
+    place_images,
+    place_paths,
+)
+from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Part, Record, Text, Turn, short
 
-MARKER = "<image>"
+Dialogue = list[Turn]
+# A speaker that makes a call is an assistant whose text is the call.
+_CALL = "call"
 _LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
-_SHAREGPT_ROLES = _LLAVA_ROLES | {
-    "user": "user",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-}
 MESSAGE_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_TOOL_ROLES = {
+    **dict.fromkeys(("tool", "observation", "tool_response", "function_response", "function", "ipython"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), _CALL),
+}
+ROLES = {
+    **_LLAVA_ROLES,
+    **MESSAGE_ROLES,
+    **dict.fromkeys(("chatgpt", "bing", "bard", "model", "bot"), "assistant"),
+    **_TOOL_ROLES,
+}
 
-Dialogue = list[tuple[str, str]]
+
+def said(role: str, text: str) -> Turn:
+    """A turn of one text."""
+    return Turn(cast(Any, role), (Text(text),))
 
 
 def llava(row: Row, *, image_root: str = "") -> Record:
@@ -43,59 +57,103 @@ def llava(row: Row, *, image_root: str = "") -> Record:
     """
     images = images_of(row, image_root)
     dialogue, meta = read_turns(row, _LLAVA_ROLES)
-    if images is None and any(MARKER in text for _, text in dialogue):
+    if images is None and any(MARKER in turn.text for turn in dialogue):
         raise RecordError(
             f"the text has {MARKER} but the row has no 'image'",
             remedy=f'Add "image": "path", or "image": [] if {MARKER} is meant as ordinary text.',
         )
-    return Record(place_images(dialogue, images), id=id_of(row), meta=meta)
+    return Record(place_images(dialogue, images, front=True), id=id_of(row), meta=meta)
 
 
 def sharegpt(row: Row, *, image_root: str = "") -> Record:
-    """ShareGPT: like LLaVA with more speaker names, and an optional `system` text beside `conversations`.
+    """ShareGPT: like LLaVA with more speaker names, among them those of tools; every "<image>" keeps its place.
 
-    "<image>" is a marker only in rows with `image` or `images`; elsewhere it is text, as it must be in the
-    text-only part of ALLaVA (Evol-Instruct-GPT4-Turbo-143K.json), which quotes HTML.
+    "<image>" is a marker only in rows with `image` or `images`; elsewhere it is text.
     """
-    dialogue, meta = read_turns(row, _SHAREGPT_ROLES)
-    system = meta.pop("system", None)
-    if system:
-        dialogue.insert(0, ("system", text_of(system, "system")))
+    dialogue, meta = read_turns(row, ROLES)
     return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=meta)
 
 
-def messages(row: Row, *, image_root: str = "") -> Record:
-    """OpenAI messages: {"messages": [{"role", "content": text or a list of text and image_url parts}]}.
+def allava(row: Row, *, image_root: str = "") -> Record:
+    """ALLaVA: pictured rows as LLaVA's, a single image opening its turn.
 
-    An image's URL is a path, file:// or a base64 data: URL; its `detail` is not kept. Pictures may also lie beside the
-    messages, in `images`: then "<image>" marks their places in content that is text, and {"type": "image"} parts do in
-    content that is a list (ms-swift, LLaMA-Factory, TRL). Raises RecordError for http(s) URLs, tools and messages of
-    weight 0, none of which a Record can express, and if places and pictures differ in number.
+    Its text-only part (Evol-Instruct-GPT4-Turbo-143K.json) quotes HTML, so that "<image>" is text there.
     """
-    key = "messages" if "messages" in row else "conversations"
-    turns, meta = [], rest(row, key)
+    dialogue, meta = read_turns(row, ROLES)
+    return Record(place_images(dialogue, images_of(row, image_root), front=True), id=id_of(row), meta=meta)
+
+
+def qwen_vl(row: Row, *, image_root: str = "") -> Record:
+    """Qwen-VL: {"id", "conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\nWhat?"}, ...]}.
+
+    "<img>path</img>" is the picture at that path, in that place; "Picture 1: " stays text, as Qwen-VL reads it.
+    """
+    dialogue, meta = read_turns(row, ROLES)
+    if images_of(row, image_root):
+        problem = "the row has pictures beside the text as well"
+        raise RecordError(problem, remedy="Import it as sharegpt, or write every picture as <img>path</img>.")
+    return Record(place_paths(dialogue, image_root), id=id_of(row), meta=meta)
+
+
+def messages(row: Row, *, image_root: str = "") -> Record:
+    """OpenAI messages: {"messages": [{"role", "content": text or a list of text and image parts}]}.
+
+    A picture is a path, a file:// or a base64 data: URL, in the forms of OpenAI ({"type": "image_url"}) and
+    transformers ({"type": "image", "image" | "url" | "path" | "base64"}); its `detail` is not kept. Pictures may also
+    lie beside the messages, in `images`: then "<image>" marks their places in content that is text, and
+    {"type": "image"} parts without a picture do in content that is a list (ms-swift, LLaMA-Factory, TRL). A leading
+    system text may stand in `system`, schemas of tools in `tools`. Raises RecordError for http(s) URLs and if places
+    and pictures differ in number.
+    """
+    key = next((name for name in ("messages", "conversations", "conversation") if name in row), "messages")
     beside = images_of(row, image_root) or []
-    in_lists = any(isinstance(message.get("content"), list) for message in objects_of(row, key))
-    left = iter(beside)
-    for number, message in enumerate(objects_of(row, key), 1):
-        role = by_name(message.get("role"), MESSAGE_ROLES, f"turn {number} is said by")
-        for name in ("tool_calls", "function_call"):
-            if message.get(name):
-                remedy = "Records know no tools: leave the record out."
-                raise RecordError(f"message {number} has {name}", remedy=remedy)
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = tuple(_content_part(part, image_root, number, left) for part in content)
-        else:
-            parts = (Text(text_of(content, f"content of message {number}")),)
-        turns.append(Turn(cast(Any, role), parts))
-    _keep_turn_keys(meta, row[key], ("role", "content"))
-    if beside and not in_lists:
-        turns = list(place_images([(turn.role, turn.text) for turn in turns], beside))
-    elif unused := len(list(left)):
-        remedy = 'Give each its place in the content: {"type": "image"}.'
-        raise RecordError(f"{unused} of {len(beside)} images have no place in the messages", remedy=remedy)
-    return Record(tuple(turns), id=id_of(row), meta=meta)
+    turns, extras = _turns(objects_of(row, key), ROLES, root=image_root, beside=beside)
+    return Record(turns, id=id_of(row), meta=_meta(rest(row, key), extras))
+
+
+def chat(
+    row: Row,
+    *,
+    image_root: str = "",
+    turns: str = "messages",
+    role: str = "role",
+    content: str = "content",
+    roles: Any = None,
+    images: str | None = None,
+) -> Record:
+    """A list of turns under any keys: `turns`, `role` and `content` name them, dots step into objects.
+
+    `roles` maps the file's speakers to system, user, assistant and tool, as "person=user,bot=assistant"; common names
+    need no mapping. `images` names the key of the pictures, by default image or images. Every "<image>" keeps its
+    place. Raises ConfigError for options that cannot work.
+    """
+    known = {**ROLES, **_roles_option(roles)}
+    outer, _, key = turns.rpartition(".")
+    inner: Any = row
+    for step in outer.split(".") if outer else ():
+        inner = inner.get(step) if isinstance(inner, Mapping) else None
+    if not isinstance(inner, dict) or key not in inner:
+        problem = f"the row has no '{turns}' (option turns)"
+        raise RecordError(problem, remedy=f"Say which key holds the turns; the row has {short(list(row)[:12], 120)}.")
+    pictured = row if images is None else {"images": row.get(images)}
+    beside = images_of(pictured, image_root) or []
+    read, extras = _turns(objects_of(inner, key), known, root=image_root, beside=beside, keys=(role, content))
+    return Record(read, id=id_of(row), meta=_meta(rest(row, turns.split(".")[0], images or "images"), extras))
+
+
+def _roles_option(roles: Any) -> dict[str, str]:
+    if isinstance(roles, str):
+        pairs = [pair.partition("=") for pair in roles.split(",") if pair.strip()]
+        roles = {name.strip(): ours.strip() for name, _, ours in pairs}
+    if roles is not None and not isinstance(roles, Mapping):
+        raise ConfigError(
+            f"option roles is '{short(roles)}'", remedy='Write "person=user,bot=assistant", or a mapping.'
+        )
+    valid = ("system", "user", "assistant", "tool", _CALL)
+    for name, ours in (roles or {}).items():
+        if ours not in valid:
+            raise ConfigError(f"option roles maps '{short(name)}' to '{short(ours)}'", remedy=nearest(str(ours), valid))
+    return {str(name): str(ours) for name, ours in (roles or {}).items()}
 
 
 def mmit_row(row: Row, *, image_root: str = "") -> Record:
@@ -103,133 +161,136 @@ def mmit_row(row: Row, *, image_root: str = "") -> Record:
     return Record.from_json(row, root=image_root)
 
 
-def read_turns(row: Row, roles: dict[str, str] | None = None) -> tuple[Dialogue, Row]:
+def read_turns(row: Row, roles: dict[str, str] | None = None, *, key: str = "conversations") -> tuple[Dialogue, Row]:
     """Read `conversations`; return the dialogue, and the meta with a dropped leading assistant turn.
 
     `roles` maps the file's speaker names to ours, by default LLaVA's.
     """
-    turns = objects_of(row, "conversations")
-    dialogue = []
-    for number, turn in enumerate(turns, 1):
-        role = by_name(turn.get("from"), roles or _LLAVA_ROLES, f"turn {number} is said by")
-        dialogue.append((role, text_of(turn.get("value"), f"value of turn {number}")))
-    meta = rest(row, "conversations")
-    _keep_turn_keys(meta, turns, ("from", "value"))
-    start = 1 if dialogue[0][0] == "system" else 0
-    if len(dialogue) > start and dialogue[start][0] == "assistant":
-        meta["dropped_leading_turn"] = dialogue.pop(start)[1]
+    items = objects_of(row, key)
+    turns, extras = _turns(items, roles or _LLAVA_ROLES, root="", beside=None)
+    dialogue, meta = list(turns), _meta(rest(row, key), extras)
+    start = 1 if dialogue[0].role == "system" else 0
+    if len(dialogue) > start and dialogue[start].role == "assistant" and not dialogue[start].tool_calls:
+        meta["dropped_leading_turn"] = dialogue.pop(start).text
     return dialogue, meta
 
 
-def place_images(dialogue: Dialogue, images: list[Image] | None) -> tuple[Turn, ...]:
-    """Turn "<image>" markers into the images; without images they are text."""
-    if not images:
-        return tuple(Turn(cast(Any, role), (Text(text),)) for role, text in dialogue)
-    for number, (role, text) in enumerate(dialogue, 1):
-        if MARKER in text and role != "user":
-            remedy = "Only a human turn shows images: move or remove the marker."
-            raise RecordError(f"turn {number} ({role}) has {MARKER}", remedy=remedy)
-    count = sum(text.count(MARKER) for _, text in dialogue)
-    if count == 0 and len(images) == 1:
-        return images_first(dialogue, images, strip=True)
-    if count != len(images):
-        remedy = f"Write one {MARKER} per image where it belongs, or correct the list of images."
-        raise RecordError(f"the text has {count} {MARKER} but the row {len(images)} images", remedy=remedy)
-    left, turns = iter(images), []
-    for role, text in dialogue:
-        if MARKER not in text:
-            parts: list[Part] = [Text(text)]
-        elif len(images) == 1:
-            parts = [next(left), Text(text.replace(MARKER, "").strip())]
+def _meta(meta: Row, extras: Sequence[Row]) -> Row:
+    return {**meta, "turn_keys": list(extras)} if any(extras) else meta
+
+
+def _turns(
+    items: Sequence[Row],
+    roles: Mapping[str, str],
+    *,
+    root: str,
+    beside: Sequence[Image] | None,
+    keys: tuple[str, str] | None = None,
+) -> tuple[tuple[Turn, ...], list[Row]]:
+    """Read turns with their keys; return them, pictures in place, and the keys that are left, turn by turn.
+
+    `beside` are the pictures of the row, None to leave markers as text. `keys` names speaker and text.
+    """
+    turns: Dialogue = []
+    extras: list[Row] = []
+    in_lists = any(isinstance(item.get("content"), list) for item in items)
+    left = iter(beside or ())
+    for number, item in enumerate(items, 1):
+        named = keys or (("from", "value") if "from" in item or "role" not in item else ("role", "content"))
+        label = "turn" if named[0] == "from" else "message"
+        role = by_name(item.get(named[0]), cast(Any, roles), f"turn {number} is said by")
+        call, role = role == _CALL, "assistant" if role == _CALL else role
+        found, rest_of = turn_extras(item, role, number, used=named)
+        content = item.get(named[1])
+        parts: tuple[Part, ...]
+        if isinstance(content, list) and not call:
+            thoughts, content = _thoughts(content)
+            found = {**({"thinking": thoughts} if thoughts is not None else {}), **found}
+            parts = tuple(content_part(part, root, number, left) for part in content)
+        elif call or (content is None and found.get("tool_calls")):
+            parts = ()
+            if call:
+                found["tool_calls"] = calls_of(content, f"{named[1]} of {label} {number}")
         else:
-            pieces = text.split(MARKER)
-            parts = [Text(pieces[0])]
-            for piece in pieces[1:]:
-                parts += [next(left), Text(piece)]
-        turns.append(Turn(cast(Any, role), _without_empty(parts)))
+            text = text_of(content, f"{named[1]} of {label} {number}")
+            spans = found.pop("spans", None)
+            parts = (Text(text),) if spans is None else with_spans(text, spans, number=number)
+        if "spans" in found:
+            problem = f"turn {number} ({role}) has train_detail, but its content is no text"
+            raise RecordError(problem, remedy="Write the content as one text.")
+        turn = Turn(cast(Any, role), parts, **found)
+        if call and turns and turns[-1].role == "assistant":  # its text, or a parallel call, came before
+            turns[-1] = replace(turns[-1], tool_calls=(*turns[-1].tool_calls, *turn.tool_calls))
+            extras[-1] |= rest_of
+        else:
+            turns.append(turn)
+            extras.append(rest_of)
+    if not beside:
+        return tuple(turns), extras
+    return _pictured(turns, beside, list(left), in_lists=in_lists), extras
+
+
+def _pictured(turns: Dialogue, beside: Sequence[Image], unused: list[Image], *, in_lists: bool) -> tuple[Turn, ...]:
+    """Give the row's pictures their places: markers in texts, or the image parts that have taken them."""
+    if not in_lists:
+        return place_images(turns, beside)
+    own = {id(image) for image in beside}
+    named = [p.source for turn in turns for p in turn.parts if isinstance(p, Image) and id(p) not in own]
+    # A picture that a part names may be listed beside the messages as well.
+    if missing := [image for image in unused if image.source not in named]:
+        remedy = 'Give each its place in the content: {"type": "image"}.'
+        raise RecordError(f"{len(missing)} of {len(beside)} images have no place in the messages", remedy=remedy)
     return tuple(turns)
 
 
-def images_first(dialogue: Dialogue, images: Sequence[Image], *, strip: bool = False) -> tuple[Turn, ...]:
-    """Let the images open the first user turn, whatever the text says; `strip` its text as LLaVA does."""
-    turns, left = [], list(images)
-    for role, text in dialogue:
-        parts: list[Part] = [Text(text)]
-        if role == "user" and left:
-            parts, left = [*left, Text(text.strip() if strip else text)], []
-        turns.append(Turn(cast(Any, role), _without_empty(parts)))
-    return tuple(turns)
+def _thoughts(content: list[Any]) -> tuple[str | None, list[Any]]:
+    """Split the thinking parts off a content list: {"type": "thinking" | "reasoning", "thinking" | "text"}."""
+    kinds = ("thinking", "reasoning")
+    thoughts = [part for part in content if isinstance(part, Mapping) and part.get("type") in kinds]
+    if not thoughts:
+        return None, content
+    texts = [
+        next((p[k] for k in ("thinking", "reasoning", "text") if isinstance(p.get(k), str)), None) for p in thoughts
+    ]
+    if None in texts:
+        raise RecordError("a thinking part has no text", remedy='Write {"type": "thinking", "thinking": "..."}.')
+    return "".join(cast(list[str], texts)), [part for part in content if part not in thoughts]
 
 
-def _without_empty(parts: list[Part]) -> tuple[Part, ...]:
-    return tuple(part for part in parts if part != Text("") or len(parts) == 1)
-
-
-def _content_part(part: Any, root: str, number: int, beside: Iterator[Image]) -> Part:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "image":
-        if part.get("image") is not None:
-            return image_part(part["image"], root)
-        found = next(beside, None)
-        if found is None:
-            remedy = "Put the picture into the part, or one for each part into images."
-            raise RecordError(f"message {number} has an image part without a picture", remedy=remedy)
-        return found
-    if kind == "text":
-        return Text(text_of(part.get("text"), f"text of message {number}"))
-    if kind != "image_url":
-        remedy = 'A part is {"type": "text", "text"}, {"type": "image"} or {"type": "image_url", "image_url": {"url"}}.'
-        raise RecordError(f"message {number} has a part of type '{short(kind)}'", remedy=remedy)
-    value = part.get("image_url")
-    url = text_of(value.get("url") if isinstance(value, dict) else value, f"image_url of message {number}")
-    return image_at_url(url, number, root=root)
-
-
-def image_at_url(url: str, number: int, *, root: str = "") -> Image:
-    """The picture of message `number` at a path, a file:// URL or a base64 data: URL. Raises RecordError."""
-    if url.startswith("data:"):
-        head, _, data = url.partition(",")
-        try:
-            if not head.endswith(";base64"):
-                raise ValueError("not marked as base64")
-            return Image(base64.b64decode(data, validate=True))
-        except ValueError as error:
-            remedy = "Write data:image/png;base64, and the picture's bytes in base64."
-            raise RecordError(f"message {number} has a broken data: URL: {error}", remedy=remedy) from error
-    if url.startswith("file://"):
-        url = _file_url(url, number)
-    return image_part(url, root)
-
-
-def _file_url(url: str, number: int) -> str:
-    try:
-        split = urlsplit(url)
-    except ValueError as error:
-        problem = f"message {number} has a broken file:// URL: {error}"
-        raise RecordError(problem, remedy="Write file:/// and the absolute path.") from error
-    if split.netloc not in ("", "localhost"):
-        problem = f"message {number} has a file:// URL of the host '{short(split.netloc)}'"
-        raise RecordError(problem, remedy="Write file:/// and the absolute path.")
-    return unquote(split.path)
-
-
-def _keep_turn_keys(meta: Row, turns: Sequence[Row], used: Sequence[str]) -> None:
-    """Keep further keys of turns in meta["turn_keys"]; refuse those that would change what is learnt."""
-    extra = [{key: value for key, value in turn.items() if key not in used} for turn in turns]
-    for number, keys in enumerate(extra, 1):
-        for key in ("weight", "train", "loss"):
-            if keys.get(key) not in (None, 1):
-                remedy = "mmit learns every answer: remove the key, or end the record before this turn."
-                raise RecordError(f"turn {number} has {key} {short(keys[key])}", remedy=remedy)
-    if any(extra):
-        meta["turn_keys"] = extra
+def conversation_format(rows: Sequence[Any]) -> tuple[str, str]:
+    """Tell which format rows with 'conversations' have, from speakers and images: (name, reason)."""
+    dicts = [row for row in rows if isinstance(row, dict)]
+    lists = [row.get("conversations") for row in dicts]
+    turns = [t for value in lists if isinstance(value, list) for t in value if isinstance(t, dict)]
+    if turns and "role" in turns[0]:
+        return "messages", "the first row has 'conversations' whose turns have 'role'"
+    pictured = any("image" in row or "images" in row for row in dicts)
+    if not pictured and any(isinstance(t.get("value"), str) and IMG_PATH.search(t["value"]) for t in turns):
+        return "qwen_vl", "'conversations' have pictures as <img>path</img>"
+    if not {str(turn.get("from")) for turn in turns} <= set(_LLAVA_ROLES):
+        return "sharegpt", "'conversations' has speakers other than human, gpt and system"
+    if not pictured:
+        return "sharegpt", f"rows have 'conversations', and none of the first {len(rows)} an 'image'"
+    return "llava", "rows have 'conversations' and 'image'"
 
 
 FORMATS = {
     "llava": Format("LLaVA conversations, with or without images", llava),
     "sharegpt4v": Format("ShareGPT4V, rows as LLaVA's", llava, licence="CC-BY-NC-4.0"),
-    "allava": Format("ALLaVA, rows as LLaVA's; its text-only part quotes <image>", sharegpt),
-    "sharegpt": Format("conversations with more speaker names than LLaVA's", sharegpt),
-    "messages": Format("OpenAI messages with image_url parts, or images beside them", messages, detect=("messages",)),
+    "allava": Format("ALLaVA, rows as LLaVA's; its text-only part quotes <image>", allava),
+    "sharegpt": Format("conversations with more speaker names than LLaVA's, tools among them", sharegpt),
+    "qwen_vl": Format("Qwen-VL conversations with pictures as <img>path</img>", qwen_vl),
+    "messages": Format("OpenAI messages with image parts, or images beside them", messages, detect=("messages",)),
+    "chat": Format(
+        "a list of turns under any keys, speakers mapped by name",
+        chat,
+        options={
+            "turns": "key of the list of turns, default messages; dots step into objects",
+            "role": "key of the speaker in a turn, default role",
+            "content": "key of what is said, default content",
+            "roles": 'speakers of the file, as "person=user,bot=assistant"',
+            "images": "key of the pictures, default image or images",
+        },
+    ),
     "mmit": Format("mmit's own records", mmit_row, detect=("turns",)),
 }

@@ -6,7 +6,6 @@ key. Never opens a picture, never mends a value.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 from collections import Counter
@@ -16,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from mmit.data.formats.json_stream import list_items
+from mmit.data.formats.keys import with_meaning
+from mmit.data.formats.pictures import image_part
 from mmit.errors import ConfigError, RecordError, nearest
-from mmit.records import Image, Part, Record, Text, Turn, image_at, json_lines, short
+from mmit.records import Image, Part, Record, Text, Turn, json_lines, short
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Any]]
@@ -95,8 +96,8 @@ class Format:
     licence: str | None = None
 
     def __call__(self, row: Row, *, image_root: str = "", **options: Any) -> Record:
-        """Make the Record of one row."""
-        return self.row(row, image_root=image_root, **options)
+        """Make the Record of one row; keys with a meaning that its layout does not define are read or refused."""
+        return with_meaning(self.row(row, image_root=image_root, **options))
 
 
 # --- options ------------------------------------------------------------------------------------------------------
@@ -220,15 +221,6 @@ def by_name(name: Any, names: Mapping[str, str], what: str) -> str:
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
-def image_part(value: Any, root: str) -> Image:
-    """Return the image of a path, of encoded bytes, of a picture, or of the {"bytes", "path"} of parquet files."""
-    if isinstance(value, dict) and {"bytes", "path"} & value.keys() and value.keys() <= {"bytes", "path"}:
-        value = value.get("bytes") or value.get("path")
-    if value is None or isinstance(value, str):
-        return image_at(value, root)
-    return Image(value)
-
-
 def images_of(row: Row, root: str) -> list[Image] | None:
     """Return the images of `image` or `images`; None if the row has neither key."""
     keys = [key for key in ("image", "images") if key in row]
@@ -239,18 +231,6 @@ def images_of(row: Row, root: str) -> list[Image] | None:
     value = row[keys[0]]
     paths = [] if value is None else value if isinstance(value, list) else [value]
     return [image_part(path, root) for path in paths]
-
-
-def base64_image(value: Any, what: str) -> Image:
-    """Decode base64 in either alphabet, with or without padding and line breaks, as data sets write it."""
-    text = "".join(text_of(value, what).split()).replace("-", "+").replace("_", "/").rstrip("=")
-    try:
-        data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
-    except ValueError as error:
-        raise RecordError(f"{what} is not base64", remedy="Encode the picture's bytes with base64.") from error
-    if not data:
-        raise RecordError(f"{what} is an empty picture", remedy="Put the picture in, or leave the row out.")
-    return Image(data)
 
 
 # --- records ------------------------------------------------------------------------------------------------------

@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
-from mmit.data.formats.chat import MARKER
+from mmit.data.formats.chat import conversation_format
 from mmit.data.formats.common import Format, json_object, json_rows
 from mmit.data.formats.instruct import ANSWERS
 from mmit.data.formats.multimodal import M3IT_IMAGES, vision_flan_task
+from mmit.data.formats.pictures import MARKER
 from mmit.data.formats.tabular import is_parquet, is_table, table_header
 from mmit.errors import RecordError
 from mmit.records import short
 
-_LLAVA_SPEAKERS = {"system", "human", "gpt"}
 _LOOKED_AT = 1000
 
 
@@ -112,14 +112,10 @@ def _conversations(rows: list[Any], keys: set[str]) -> tuple[str, str]:
     if {"task_type", "src_image"} & keys:
         return "lamm", "rows have 'conversations' and LAMM's 'task_type' or 'src_image'"
     dicts = [row for row in rows if isinstance(row, dict)]
-    turns = [t for row in dicts for t in _list(row.get("conversations")) if isinstance(t, dict)]
-    if turns and "role" in turns[0]:
-        return "messages", "the first row has 'conversations' whose turns have 'role'"
-    if not {str(turn.get("from")) for turn in turns} <= _LLAVA_SPEAKERS:
-        return "sharegpt", "'conversations' has speakers other than human, gpt and system"
+    name, reason = conversation_format(rows)
+    if name != "llava":
+        return name, reason
     pictured = [row for row in dicts if "image" in row or "images" in row]
-    if not pictured:
-        return "sharegpt", f"rows have 'conversations', and none of the first {len(rows)} an 'image'"
     if any(str(row.get("id")).startswith("allava_") for row in pictured):
         return "allava", "rows are LLaVA's, with ids that begin with allava_"
     if any(vision_flan_task(row)[0] for row in pictured):
@@ -127,8 +123,4 @@ def _conversations(rows: list[Any], keys: set[str]) -> tuple[str, str]:
     quoting = [row for row in dicts if row not in pictured and MARKER in str(row.get("conversations"))]
     if quoting:
         return "allava", f"rows are LLaVA's, and {len(quoting)} without 'image' have {MARKER} in their text"
-    return "llava", "rows have 'conversations' and 'image'"
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
+    return name, reason

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from mmit.data.formats.chat import Dialogue, place_images
+from mmit.data.formats.chat import Dialogue, said
 from mmit.data.formats.common import (
     Format,
     Row,
@@ -28,6 +28,7 @@ from mmit.data.formats.common import (
     text_of,
     with_input,
 )
+from mmit.data.formats.pictures import place_images
 from mmit.errors import RecordError
 from mmit.records import Record, short
 
@@ -41,14 +42,14 @@ def alpaca(row: Row, *, image_root: str = "") -> Record:
     """
     dialogue: Dialogue = []
     if row.get("system"):
-        dialogue.append(("system", text_of(row["system"], "system")))
+        dialogue.append(said("system", text_of(row["system"], "system")))
     for pair in row.get("history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
             raise RecordError("'history' is not a list of pairs", remedy="Write [[question, answer], ...].")
-        dialogue += [("user", text_of(pair[0], "history")), ("assistant", text_of(pair[1], "history"))]
+        dialogue += [said("user", text_of(pair[0], "history")), said("assistant", text_of(pair[1], "history"))]
     given = text_of(row["input"], "input") if row.get("input") else ""
-    dialogue.append(("user", with_input(text_of(row.get("instruction"), "instruction"), given)))
-    dialogue.append(("assistant", text_of(row.get("output"), "output")))
+    dialogue.append(said("user", with_input(text_of(row.get("instruction"), "instruction"), given)))
+    dialogue.append(said("assistant", text_of(row.get("output"), "output")))
     meta = rest(row, "system", "history", "instruction", "input", "output")
     return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=meta)
 
@@ -69,7 +70,7 @@ def instructions(row: Row, *, image_root: str = "") -> Record:
         raise RecordError(f"the row has an answer: '{answered[0]}'", remedy=remedy)
     given = text_of(row["input"], "input") if row.get("input") else ""
     text = with_input(text_of(row.get("instruction"), "instruction"), given)
-    turns = place_images([("user", text)], images_of(row, image_root))
+    turns = place_images([said("user", text)], images_of(row, image_root))
     return Record(turns, id=id_of(row), meta=rest(row, "instruction", "input", "output"))
 
 
@@ -155,13 +156,13 @@ def baize(row: Row, *, image_root: str = "") -> Record:
     speakers do not alternate or say nothing, or where the transcript does not end with the AI's words.
     """
     pieces = _SPEAKER.split(text_of(row.get("input"), "input"))
-    preamble, speakers, said = pieces[0].strip(), pieces[1::2], [text.strip() for text in pieces[2::2]]
-    if speakers and speakers[-1] == "Human" and not said[-1]:
-        speakers, said = speakers[:-1], said[:-1]
+    preamble, speakers, spoken = pieces[0].strip(), pieces[1::2], [text.strip() for text in pieces[2::2]]
+    if speakers and speakers[-1] == "Human" and not spoken[-1]:
+        speakers, spoken = speakers[:-1], spoken[:-1]
     if not speakers:
         raise RecordError("the transcript has no turn", remedy="Turns begin with [|Human|] and [|AI|].")
-    dialogue: Dialogue = [("system", preamble)] if preamble else []
-    for number, (speaker, text) in enumerate(zip(speakers, said, strict=True), 1):
+    dialogue: Dialogue = [said("system", preamble)] if preamble else []
+    for number, (speaker, text) in enumerate(zip(speakers, spoken, strict=True), 1):
         expected = "Human" if number % 2 else "AI"
         if speaker != expected:
             problem = f"turn {number} of the transcript is [|{speaker}|] where [|{expected}|] belongs"
@@ -169,9 +170,9 @@ def baize(row: Row, *, image_root: str = "") -> Record:
         if not text:
             problem = f"turn {number} of the transcript ([|{speaker}|]) is empty"
             raise RecordError(problem, remedy="Mend the transcript, or leave the row out.")
-        dialogue.append(("user" if speaker == "Human" else "assistant", text))
+        dialogue.append(said("user" if speaker == "Human" else "assistant", text))
     if speakers[-1] == "Human":
-        problem = f"the transcript ends with the human's words: '{short(said[-1])}'"
+        problem = f"the transcript ends with the human's words: '{short(spoken[-1])}'"
         raise RecordError(problem, remedy="Mend the transcript, or leave the row out.")
     return Record(place_images(dialogue, None), id=id_of(row), meta=rest(row, "input"))
 

@@ -16,10 +16,8 @@ from mmit.data.formats.common import (
     Row,
     Rows,
     ask,
-    base64_image,
     count_of,
     file_name,
-    image_part,
     json_object,
     object_of,
     one_of,
@@ -27,6 +25,7 @@ from mmit.data.formats.common import (
     rest,
     text_of,
 )
+from mmit.data.formats.pictures import base64_image, image_part
 from mmit.data.formats.tabular import parquet_rows
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Turn, short

@@ -11,15 +11,13 @@ import os
 import re
 from dataclasses import replace
 
-from mmit.data.formats.chat import images_first, llava, read_turns
+from mmit.data.formats.chat import llava, read_turns
 from mmit.data.formats.common import (
     Format,
     Row,
     Rows,
     ask,
-    base64_image,
     id_of,
-    image_part,
     images_of,
     json_rows,
     one_of,
@@ -31,6 +29,7 @@ from mmit.data.formats.common import (
     text_option,
     with_input,
 )
+from mmit.data.formats.pictures import base64_image, image_part, images_first
 from mmit.data.formats.tabular import csv_rows
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Record, short

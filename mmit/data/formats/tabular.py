@@ -12,8 +12,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mmit.data.formats.chat import Dialogue, images_first
-from mmit.data.formats.common import Format, Row, Rows, base64_image, image_part, json_rows, one_of, with_input
+from mmit.data.formats.chat import Dialogue, said
+from mmit.data.formats.common import Format, Row, Rows, json_rows, one_of, with_input
+from mmit.data.formats.pictures import base64_image, image_part, images_first
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, short
 
@@ -160,10 +161,10 @@ def column_row(row: Row, *, image_root: str = "", columns: Any = None) -> Record
     names = _columns(columns, row)
     cells = {role: row[name] for role, name in names.items() if not _missing(row[name])}
     text = {role: _text(cells[role], names[role]) for role in cells if role not in ("image", "image_base64")}
-    dialogue: Dialogue = [("system", text["system"])] if "system" in text else []
-    dialogue.append(("user", with_input(text.get("instruction", ""), text.get("input", ""))))
+    dialogue: Dialogue = [said("system", text["system"])] if "system" in text else []
+    dialogue.append(said("user", with_input(text.get("instruction", ""), text.get("input", ""))))
     if "output" in names:
-        dialogue.append(("assistant", text.get("output", "")))
+        dialogue.append(said("assistant", text.get("output", "")))
     images = _images(cells.get("image"), image_root)
     if "image_base64" in cells:
         images.append(base64_image(cells["image_base64"], f"column {names['image_base64']}"))

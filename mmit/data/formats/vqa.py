@@ -16,7 +16,6 @@ from mmit.data.formats.common import (
     ask,
     file_name,
     id_of,
-    image_part,
     json_object,
     keyed,
     most_frequent,
@@ -27,6 +26,7 @@ from mmit.data.formats.common import (
     text_of,
     text_option,
 )
+from mmit.data.formats.pictures import image_part
 from mmit.errors import RecordError
 from mmit.records import Image, Record, short
 

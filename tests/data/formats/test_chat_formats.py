@@ -16,7 +16,7 @@ from mmit.records import Image, Record, Text
 
 
 def llava(*values: str, **keys: Any) -> Record:
-    record = FORMATS["llava"].row(talk(*values, **keys), image_root="root")
+    record = FORMATS["llava"](talk(*values, **keys), image_root="root")
     record.validate()
     return record
 
@@ -97,7 +97,7 @@ def test_llava_system_ids_and_other_keys() -> None:
     row["id"] = 7
     row["conversations"].insert(0, {"from": "system", "value": "Be kind."})
     row["conversations"][1]["tag"] = "t"
-    record = FORMATS["llava"].row(row, image_root="")
+    record = FORMATS["llava"](row, image_root="")
     assert shape(record)[0] == ("system", ["Be kind."]) and record.id == "7"
     assert record.meta == {"model": "m", "extra": {"a": 1}, "turn_keys": [{}, {"tag": "t"}, {}]}
 
@@ -109,7 +109,7 @@ def test_a_leading_assistant_turn_is_dropped_and_kept_in_meta(name: str, system:
     row["conversations"].insert(0, {"from": "gpt", "value": "Continued"})
     if system:
         row["conversations"].insert(0, {"from": "system", "value": "Be kind."})
-    record = FORMATS[name].row(row, image_root="")
+    record = FORMATS[name](row, image_root="")
     record.validate()
     assert [role for role, _ in shape(record)] == ["system"] * system + ["user", "assistant"]
     assert record.meta["dropped_leading_turn"] == "Continued"
@@ -137,7 +137,7 @@ LLAVA_TRAPS: list[tuple[dict[str, Any], str]] = [
     ({"conversations": [{"from": "human", "value": None}]}, "value of turn 1 is 'None', not text"),
     ({"conversations": [{"from": "human", "value": "a"}] * 2}, "turn 2 is the user's where the assistant's"),
     ({"conversations": [{"from": "gpt", "value": "a"}]}, "no user turn"),
-    ({"conversations": [{"from": "gpt", "value": "a", "weight": 0}]}, "turn 1 has weight 0"),
+    (talk("a", "x", video="race.mp4"), "'video' is a video"),
     ([1], "found a list, not an object"),  # type: ignore[list-item]
 ]
 
@@ -170,32 +170,32 @@ def test_llava_traps_name_file_row_cause_and_remedy(tmp_path: Path, row: Any, ca
     ],
 )
 def test_alpaca(row: dict, user: str, answer: str) -> None:
-    assert shape(FORMATS["alpaca"].row(row, image_root="")) == [("user", [user]), ("assistant", [answer])]
+    assert shape(FORMATS["alpaca"](row, image_root="")) == [("user", [user]), ("assistant", [answer])]
 
 
 def test_alpaca_with_everything() -> None:
     row = {"instruction": "Go.", "output": "ok", "system": "S", "history": [["q", "a"]], "image": "a.png"}
-    record = FORMATS["alpaca"].row({**row, "topic": "t"}, image_root="r")
+    record = FORMATS["alpaca"]({**row, "topic": "t"}, image_root="r")
     record.validate()
     assert [parts for _, parts in shape(record)] == [["S"], ["[r/a.png]", "q"], ["a"], ["Go."], ["ok"]]
     assert record.meta == {"topic": "t"}
     for bad in ({"instruction": "a"}, {"output": "a"}, {**row, "history": [["q"]]}, {**row, "input": 3}):
         with pytest.raises(RecordError, match=r".+\n.+"):
-            FORMATS["alpaca"].row(bad, image_root="")
+            FORMATS["alpaca"](bad, image_root="")
 
 
 def test_sharegpt() -> None:
     for human in ("human", "user"):
         for gpt in ("gpt", "assistant", "chatgpt"):
             turns = [{"from": human, "value": "q <image>"}, {"from": gpt, "value": "a"}]
-            row = {"system": "S", "conversations": turns, "tools": "none"}
-            record = FORMATS["sharegpt"].row(row, image_root="")
+            row = {"system": "S", "conversations": turns, "topic": "none"}
+            record = FORMATS["sharegpt"](row, image_root="")
             assert shape(record) == [("system", ["S"]), ("user", ["q <image>"]), ("assistant", ["a"])]
-            assert record.meta == {"tools": "none"}
-            pictured = FORMATS["sharegpt"].row({**row, "images": ["i.png"]}, image_root="r")
-            assert shape(pictured)[1] == ("user", ["[r/i.png]", "q"])
-    with pytest.raises(RecordError, match="'function_call'"):
-        FORMATS["sharegpt"].row({"conversations": [{"from": "function_call", "value": "x"}]}, image_root="")
+            assert record.meta == {"topic": "none"}
+            pictured = FORMATS["sharegpt"]({**row, "images": ["i.png"]}, image_root="r")
+            assert shape(pictured)[1] == ("user", ["q ", "[r/i.png]"])
+    with pytest.raises(RecordError, match="value of turn 1 is 'x', not a call"):
+        FORMATS["sharegpt"]({"conversations": [{"from": "function_call", "value": "x"}]}, image_root="")
 
 
 @pytest.mark.parametrize("images", [["a.png", "b.png"], [{"bytes": None, "path": f"{name}.png"} for name in "ab"]])
@@ -203,24 +203,24 @@ def test_messages_with_images_beside_them(images: list[Any]) -> None:
     """ms-swift and LLaMA-Factory mark the places in the text, TRL and parquet by parts without a picture."""
     answer = {"role": "assistant", "content": "yes"}
     marked = {"messages": [{"role": "user", "content": "<image>Same as <image>?"}, answer], "images": images}
-    record = FORMATS["messages"].row(marked, image_root="r")
+    record = FORMATS["messages"](marked, image_root="r")
     assert record.turns[0].parts == (Image("r/a.png"), Text("Same as "), Image("r/b.png"), Text("?"))
     none = {"text": None, "image_url": None}
     parts = [{"type": "image", **none}, {"type": "text", "text": "<image>"}, {"type": "image", **none}]
     listed = {"messages": [{"role": "user", "content": parts}, answer], "images": images}
-    record = FORMATS["messages"].row(listed, image_root="r")
+    record = FORMATS["messages"](listed, image_root="r")
     assert record.turns[0].parts == (Image("r/a.png"), Text("<image>"), Image("r/b.png"))
     own = {"messages": [{"role": "user", "content": [{"type": "image", "image": "c.png"}]}, answer]}
-    assert FORMATS["messages"].row(own, image_root="r").images == (Image("r/c.png"),)
+    assert FORMATS["messages"](own, image_root="r").images == (Image("r/c.png"),)
     alone = {"messages": [{"role": "user", "content": "What is <image>?"}, answer]}
-    assert FORMATS["messages"].row(alone, image_root="r").turns[0].text == "What is <image>?"
+    assert FORMATS["messages"](alone, image_root="r").turns[0].text == "What is <image>?"
     for wrong, cause in (
         ({**marked, "images": images[:1] * 3}, "2 <image> but the row 3 images"),
         ({**listed, "images": images * 2}, "2 of 4 images have no place"),
         ({**listed, "images": images[:1]}, "an image part without a picture"),
     ):
         with pytest.raises(RecordError, match=cause):
-            FORMATS["messages"].row(wrong, image_root="r")
+            FORMATS["messages"](wrong, image_root="r")
 
 
 def test_messages() -> None:
@@ -229,12 +229,12 @@ def test_messages() -> None:
     row = ask(text, url("a.png"), url("file:///p/b%20c.png"), url(data), {"type": "image_url", "image_url": "d.png"})
     row["messages"].insert(0, {"role": "developer", "content": "S"})
     row["messages"][1]["name"] = "Ann"
-    record = FORMATS["messages"].row(row, image_root="r")
+    record = FORMATS["messages"](row, image_root="r")
     record.validate()
     assert [image.source for image in record.images] == ["r/a.png", "/p/b c.png", b"png", "r/d.png"]
     assert shape(record)[0] == ("system", ["S"]) and shape(record)[1][1][0] == "What <image>?"
     assert record.meta == {"turn_keys": [{}, {"name": "Ann"}, {}]}
-    assert shape(FORMATS["messages"].row({"conversations": ask(text)["messages"]}, image_root=""))[1][0] == "assistant"
+    assert shape(FORMATS["messages"]({"conversations": ask(text)["messages"]}, image_root=""))[1][0] == "assistant"
 
 
 @pytest.mark.parametrize(
@@ -247,13 +247,13 @@ def test_messages() -> None:
         (ask({"type": "input_audio"}), "part of type 'input_audio'", "image_url"),
         (ask("text"), "message 1 has a part of type 'None'", "image_url"),
         (ask({"type": "text"}), "text of message 1 is 'None'", "string"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "said by 'tool'", "valid: assistant, developer"),
+        ({"messages": [{"role": "critic", "content": "x"}]}, "said by 'critic'", "valid: assistant, bard"),
         ({"messages": [{"role": "assistant", "content": None}]}, "content of message 1 is 'None'", "string"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "tool_calls", "no tools"),
-        ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "weight 0", "every answer"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "tool_calls is '1'", "Write"),
+        ({"messages": [{"role": "assistant", "content": "x", "weight": -1}]}, "a negative weight", "unlearn"),
     ],
 )
 def test_messages_refusals(row: dict, cause: str, remedy: str) -> None:
     with pytest.raises(RecordError) as caught:
-        FORMATS["messages"].row(row, image_root="")
+        FORMATS["messages"](row, image_root="")
     assert cause in caught.value.problem and remedy in caught.value.remedy
