@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from mmit.data.formats.pictures import foreign_marker
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record, short
 
@@ -34,6 +35,11 @@ RULES: dict[str, Rule] = {
     "empty-turn": Rule("error", "an empty question or answer", "Fill it in, or leave the record out."),
     "no-answer": Rule("error", "no answer to learn", "Add the assistant's turn, or leave the record out."),
     "image-slots": Rule("error", "image markers and images that differ in number", "Write one marker per image."),
+    "foreign-marker": Rule(
+        "error",
+        "another model family's mark for a picture, as text",
+        "Give the row its pictures in images; rows with <img>path</img> are of the format qwen_vl.",
+    ),
     "too-long": Rule("error", "longer than the context", "Raise data.max_length, or shorten the record."),
     "not-encodable": Rule("error", "cannot be written by the chat format and tokenizer", "See the reason of each."),
     "missing-image": Rule("error", "an image file that is not there", "Fetch it, or correct image_root."),
@@ -47,7 +53,9 @@ RULES: dict[str, Rule] = {
     "control-text": Rule(
         "warning", "a model's control string as text", "mmit reads it as text; remove it if it was meant to control."
     ),
-    "image-marker": Rule("warning", "a literal <image> in the text", "Make it an image part if a picture was meant."),
+    "image-marker": Rule(
+        "warning", "a literal <image>, <video> or <audio> in the text", "Make it an image part if a picture was meant."
+    ),
     "repeats-prompt": Rule("warning", "an answer that repeats its prompt", "Cut the prompt off the answer."),
     "repeated-pair": Rule("warning", "a question asked and answered twice in a record", "Remove one of them."),
     "duplicate-record": Rule("warning", "the same record again", "Remove the copies."),
@@ -111,10 +119,19 @@ def control_check(tokens: Iterable[str] = ()) -> Check:
 
 
 def image_marker(record: Record) -> str:
-    """A literal <image>, which stays text."""
+    """A literal <image>, <video> or <audio>, which stays text."""
     for number, turn in enumerate(record.turns, 1):
-        if "<image>" in turn.text:
-            return f"in turn {number} ({turn.role})"
+        for marker in ("<image>", "<video>", "<audio>"):
+            if marker in turn.text:
+                return f"{'' if marker == '<image>' else marker + ' '}in turn {number} ({turn.role})"
+    return ""
+
+
+def foreign_mark(record: Record) -> str:
+    """A picture's mark of another model family, which would be learnt as letters."""
+    for number, turn in enumerate(record.turns, 1):
+        if "<" in turn.text and (marker := foreign_marker(turn.text)):
+            return f"{short(marker, 60)} in turn {number} ({turn.role})"
     return ""
 
 
@@ -152,6 +169,7 @@ def repeated_pair(record: Record) -> str:
 
 RECORD_RULES: dict[str, Check] = {
     "image-marker": image_marker,
+    "foreign-marker": foreign_mark,
     "role-marker": role_marker,
     "repeats-prompt": repeats_prompt,
     "repeated-pair": repeated_pair,

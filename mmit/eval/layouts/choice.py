@@ -68,7 +68,7 @@ def _mmbench(folder: Folder, split: str, rotate: bool = False) -> Questions:
 
 
 def _decoded(text: str, where: str) -> bytes:
-    from mmit.data.formats.common import base64_image
+    from mmit.data.formats.pictures import base64_image
 
     try:
         source = base64_image(text, "image").source

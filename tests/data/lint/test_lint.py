@@ -113,10 +113,20 @@ def test_images_and_slots(tmp_path, image, question, answer):
     assert set(lint(read_rows(tmp_path / "rows.json", "llava")).findings) == {"image-slots"}
 
 
-def test_an_image_in_an_answer_is_a_matter_of_slots(tmp_path):
-    turns = [{"role": "user", "parts": [{"text": "?"}]}, {"role": "assistant", "parts": [{"image": "a.png"}]}]
+def test_an_image_in_a_system_turn_is_a_matter_of_slots(tmp_path):
+    turns = [{"role": "system", "parts": [{"image": "a.png"}]}, {"role": "user", "parts": [{"text": "?"}]}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"turns": turns}))
     assert set(lint(read_rows(tmp_path / "rows.jsonl")).findings) == {"image-slots"}
+
+
+@pytest.mark.parametrize("marker", ["<img>a.png</img>", "<|image_1|>", "<ImageHere>", "<image_placeholder>"])
+def test_a_marker_of_another_family_is_an_error(tmp_path, marker):
+    """Without a picture it would be learnt as letters."""
+    row = {"conversations": [{"from": "human", "value": f"{marker}What?"}, {"from": "gpt", "value": "A thing."}]}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    report = lint(read_rows(tmp_path / "rows.json", "sharegpt"))
+    assert set(report.findings) - {"control-text"} == {"foreign-marker"} and report.count("error") == 1
+    assert marker in report.findings["foreign-marker"][0].problem
 
 
 # --- one record ---------------------------------------------------------------------------------------------------
