@@ -83,7 +83,7 @@ class Scan:
     crops: int = 0  # what the tower sees of them
     illustrated: list[int] = field(default_factory=list)  # numbers of the records with pictures
     bad: list[RecordError] = field(default_factory=list)
-    records: int = 0
+    records: int = 0  # those measured, and the rows of the files that became no record
     # (U,) int64, crops that the tower sees for the unit alone
     seen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
@@ -209,7 +209,9 @@ class InstructionData:
         else:
             results = [self._measure(n) for n in numbers]
         rows: list[tuple[int, int, int, int, int, int]] = []
-        out = Scan(*(np.zeros(0, dtype=np.int64),) * 5, records=len(numbers))
+        # Rows that became no record count among the records of which a share may be bad.
+        unreadable = sum(source.unreadable for source in self.sources) if len(numbers) == len(self) else 0
+        out = Scan(*(np.zeros(0, dtype=np.int64),) * 5, records=len(numbers) + unreadable)
         head: tuple[int, ...] | None = None
         seen: dict[int, int] = {}
         for number, result in zip(numbers, results, strict=True):

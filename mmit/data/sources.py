@@ -2,7 +2,7 @@
 
 Owns the line index of mmit JSONL files and the one-time conversion of every other format into such a file. Holds
 offsets in memory, never records, so that a file of any size costs 8 bytes a record. Refuses nothing by itself: a bad
-row is a RecordError for the policy of the caller.
+row is a RecordError for the policy of the caller, at every opening.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from mmit.data.formats import import_file
+from mmit.data.conversion import Verdicts, convert
+from mmit.data.formats import VERSION
 from mmit.data.shards.reader import has_index, open_shards
 from mmit.errors import ConfigError, RecordError
-from mmit.records import Record, write_jsonl
+from mmit.records import Record
 
 # data.jsonl#500, data.jsonl#500@7
 _SUBSET = re.compile(r"(?s)(.+)#([0-9]{1,12})(?:@([0-9]{1,9}))?")
@@ -77,6 +78,14 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Changes when the records may have changed."""
 
+    @property
+    def unreadable(self) -> int:
+        """Rows of the file that became no record."""
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        """Keys of its rows that stay in the meta unread, and in how many rows."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Record: ...
@@ -94,6 +103,8 @@ class JsonlSource:
     offsets: np.ndarray  # (n + 1,) int64, non-blank lines
     origin: str  # the file the user named, for messages
     fingerprint: str
+    unreadable: int = 0
+    kept: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -149,6 +160,16 @@ class SubsetSource:
         """Of the whole source and the subset."""
         return f"{self.whole.fingerprint}{self.subset}"
 
+    @property
+    def unreadable(self) -> int:
+        """Of the whole source: which of the bad rows would have been drawn is not known."""
+        return self.whole.unreadable
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        """Of the whole source."""
+        return self.whole.kept
+
     def __len__(self) -> int:
         return len(self.chosen)
 
@@ -181,7 +202,8 @@ def open_source(
         limit: use only its first `limit` records.
         cache: folder for converted files; the file name carries a hash of the input's path, size and time.
         options: the format's own options, as `import_file` takes them.
-        on_bad: receives rows that cannot be converted; None raises the first.
+        on_bad: receives rows that cannot be converted, also where an earlier opening converted the file; None raises
+            the first.
 
     Raises:
         ConfigError: no such file, or no record in it. RecordError: a bad row.
@@ -196,22 +218,28 @@ def open_source(
     origin = Path(path)
     if not origin.is_file():
         raise ConfigError("no such file", where=str(origin), remedy="check the path")
-    key: list[Any] = [*_identity(origin), format, image_root]
+    converted = format != "mmit" or image_root is not None or bool(options)
+    key: list[Any] = [*_identity(origin), format, image_root, *([f"importers {VERSION}"] if converted else [])]
     if options:
         # An option may name a second file (annotations, images): a change there must not meet an old conversion.
         files = [Path(value) for value in options.values() if isinstance(value, str) and os.path.isfile(value)]
         key += [sorted(options.items()), *(_identity(file) for file in files)]
     fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
-    file = origin
-    if format != "mmit" or image_root is not None or options:
+    file, verdicts = origin, Verdicts()
+    if converted:
         file = Path(cache) / f"{origin.stem}-{fingerprint}.jsonl"
-        if not file.exists():
-            records = import_file(origin, format, image_root=image_root, on_bad=on_bad, **(options or {}))
-            write_jsonl(records, file)
+        given = {"format": format, "image_root": image_root, "options": options or {}}
+        verdicts = convert(origin, file, on_bad=on_bad, **given)
+    bad = verdicts.among(limit)
+    for error in bad:
+        if on_bad is None:
+            raise error
+        on_bad(error)
     offsets = _line_offsets(file)[:limit]
     if not len(offsets):
         raise ConfigError("holds no record", where=str(origin), remedy="check the file and its format")
-    return JsonlSource(name or origin.stem, file.resolve(), offsets, str(origin), fingerprint)
+    found = {"unreadable": len(bad), "kept": verdicts.kept}
+    return JsonlSource(name or origin.stem, file.resolve(), offsets, str(origin), fingerprint, **found)
 
 
 def _identity(path: Path) -> list[str | int]:

@@ -17,6 +17,7 @@ from mmit import precision
 from mmit.config import Config
 from mmit.data.chat import ChatFormat, chat_format
 from mmit.data.dataset import InstructionData, Scan
+from mmit.data.formats.keys import told
 from mmit.data.loader import LoadImage
 from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.walk import Walk
@@ -250,6 +251,9 @@ def _read_data(
         split_turns=options.split_turns,
         share_prefix=options.share_prefix and options.packing,
     )
+    for source in data.sources if world.main else ():
+        if source.kept:
+            say(f"{source.origin}: kept in meta only: {told(source.kept)}")
     scan = data.scan(workers=options.workers)
     scan.bad = unreadable + scan.bad
     bound = config.run.max_bad_fraction

@@ -25,6 +25,7 @@ from mmit.records import OnBad, Record, short
 
 __all__ = [
     "FORMATS",
+    "VERSION",
     "Format",
     "alpaca",
     "detect_format",
@@ -38,6 +39,8 @@ __all__ = [
     "sharegpt",
 ]
 
+# Raised whenever a row may be read differently than before: conversions are made again.
+VERSION = 2
 _ROW_FORMATS: dict[str, Format] = {
     **chat.FORMATS,
     **instruct.FORMATS,

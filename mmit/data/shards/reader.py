@@ -67,6 +67,8 @@ class ShardSource:
         self.name = name or folder.rstrip("/").rpartition("/")[2]
         self.fingerprint = str(header["fingerprint"]) + ("" if limit is None else f"-{len(self)}")
         self._suffixes: list[str] = header["suffixes"]
+        self.unreadable = 0  # samples that are none have been left out of the index, and told then
+        self.kept: dict[str, int] = {}
 
     @property
     def index(self) -> Index:
