@@ -67,18 +67,23 @@ class VisionConfig(Section):
     weights: str | bool | None = None
     """file (path or package:name/inside), open_clip tag, true (as published), false (random), or null: what
     a hub id or folder brings, random for a bare architecture"""
-    layer: int | None = None
-    """layer that is read: 1 follows the first block, -1 is the last, null -2; stages count from 0, null -1"""
+    layer: int | list[int] | None = None
+    """layer that is read: 1 follows the first block, -1 is the last, null -2 (-1 for Qwen's ViT and MoonViT); stages
+    count from 0, null -1; a list of a transformer's layers joins their features"""
     select: Literal["patch", "cls_patch"] = "patch"
     """patch tokens only, or the class token before them"""
     image_size: PositiveInt | Size | None = None
     """side or [height, width] in pixels; null takes the encoder's own size"""
-    fit: Literal["resize", "pad", "crop", "any_resolution", "dynamic"] = "pad"
+    fit: Literal["resize", "pad", "crop", "any_resolution", "dynamic", "native"] = "pad"
     """how a picture of another shape is brought to image_size: stretched, padded, centre-cropped, or cut into tiles
-    of that size beside a small view of the whole (any_resolution: as LLaVA-1.6, dynamic: as InternVL 1.5)"""
+    of that size beside a small view of the whole (any_resolution: as LLaVA-1.6, dynamic: as InternVL 1.5); native:
+    not at all, for encoders that take pictures at their own size (SigLIP 2 NaFlex, Qwen's ViT, MoonViT)"""
     tiles: dict[str, Any] = {}
     """options of fit any_resolution (pinpoints, thumbnail, unpad, line_ends) or dynamic (min_tiles, max_tiles,
     thumbnail)"""
+    native: dict[str, Any] = {}
+    """of fit native: min_pixels and max_pixels of a picture in place of the published ones, and for SigLIP 2 NaFlex
+    merge, the side in patches of what a projector may join"""
     key_order: bool = False
     """timm: match the tensors of a weights file to the model by their order instead of by their names"""
     dtype: Literal["bf16", "fp32"] | None = None

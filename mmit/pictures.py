@@ -11,11 +11,12 @@ from itertools import accumulate
 
 import torch
 
-from mmit.data.preparation import ImagePreparation, Spread
+from mmit.data.preparation import ImagePreparation, Spread, grids_of
 from mmit.data.prompts import Prompt, Shown
 from mmit.models.vlm import VLM
 
 CROPS_AT_ONCE = 32  # through the vision tower, but for a picture that has more
+UNITS_AT_ONCE = 8192  # of a tower of native resolution
 Features = dict[Hashable, tuple[torch.Tensor, Spread]]  # key of a picture -> (C, N, D) of its crops, and its tokens
 
 
@@ -43,10 +44,12 @@ class Pictures:
         while missing:
             assert self._vlm.vision is not None and self._preparation is not None
             crops = accumulate(pictures[key].spread.crops for key in missing)
-            count = max(1, sum(total <= CROPS_AT_ONCE for total in crops))
+            most = CROPS_AT_ONCE if self._vlm.vision.native is None else UNITS_AT_ONCE
+            count = max(1, sum(total <= most for total in crops))
             keys, missing = missing[:count], missing[count:]
             pixels = [self._preparation.pixels(pictures[key].image, where=pictures[key].where) for key in keys]
-            seen = self._vlm.see(torch.cat(pixels).to(next(self._vlm.vision.parameters()).device))
+            grids = grids_of(pictures[key].spread for key in keys)
+            seen = self._vlm.see(torch.cat(pixels).to(next(self._vlm.vision.parameters()).device), grids)
             for key, features in zip(keys, seen.split([len(cut) for cut in pixels]), strict=True):
                 self._kept[key] = features, pictures[key].spread
             self.seen += len(keys)

@@ -16,7 +16,7 @@ import torch
 from mmit.data.ahead import ahead
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.packing import Row, build_row
-from mmit.data.preparation import Spread, splice_index
+from mmit.data.preparation import Spread, grids_of, splice_index
 from mmit.errors import RecordError
 from mmit.records import Image
 
@@ -127,6 +127,9 @@ class _Maker:
             batch = to_micro_batch(row, spreads=spreads, tokens=tokens)
             if pixels:
                 batch.tensors["pixels"] = torch.cat([pixels[k] for k in batch.image_keys])
+                grids = grids_of(spreads[k] for k in batch.image_keys)
+                if grids is not None:
+                    batch.tensors["grids"] = grids
         batch.bad = bad
         return batch
 

@@ -21,11 +21,13 @@ import torch
 
 from mmit.data.decode import load_fast
 from mmit.data.images import FIT_MODES, INTERPOLATIONS, fit, image_size
+from mmit.data.native import Layout, check_native, layout
 from mmit.data.tiles import TILINGS, Size, Tiling, crops
 from mmit.errors import ConfigError, ImageError, nearest
 from mmit.records import Image
 
 LINE_END = -1  # in a spread's index: the learned vector that ends a line
+NATIVE = "native"  # the mode of towers that take pictures at their own size
 _GIVEN = {"size", "tile", "features", "tile_tokens"}  # a tiling's arguments that follow from the model
 
 
@@ -34,12 +36,14 @@ class Spread:
     """The image tokens of one picture.
 
     Attributes:
-        crops: C, pictures that go through the tower.
+        crops: C, pictures that go through the tower; of a tower of native resolution its units.
         index: (W,) int64, which of the picture's C * M projected tokens stands at each place, or LINE_END.
+        grid: (rows, columns) of its units; None for towers of one size.
     """
 
     crops: int
     index: torch.Tensor
+    grid: tuple[int, int] | None = None
 
     @property
     def tokens(self) -> int:
@@ -52,10 +56,12 @@ class ImagePreparation:
     """How pictures become pixels and tokens.
 
     Args:
-        size: (H, W) of the tower's input. mode: of `data.images.fit`, or a key of `data.tiles.TILINGS`.
+        size: (H, W) of the tower's input. mode: of `data.images.fit`, a key of `data.tiles.TILINGS`, or "native".
         interpolation: a key of INTERPOLATIONS. fill: RGB of padding.
         tokens: M. grid: (h, w) of these tokens, or None where they are no grid (a resampler's queries).
         tiles: options of the tiling (pinpoints, max_tiles, thumbnail, ...).
+        native: the rule and limits of a tower of native resolution (see `data.native`); `size` is then its unit's, and
+            `tokens` and `grid` are what one unit becomes.
 
     Raises:
         ConfigError: an unknown mode or option, or a tiling that needs what this model does not give.
@@ -68,16 +74,19 @@ class ImagePreparation:
     tokens: int
     grid: tuple[int, int] | None = None
     tiles: Mapping[str, Any] = field(default_factory=dict)
+    native: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("size", "fill"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        modes = (*FIT_MODES, *TILINGS)
+        modes = (*FIT_MODES, *TILINGS, NATIVE)
         if self.mode not in modes:
             raise ConfigError(f"unknown image fit mode '{self.mode}'", remedy=nearest(str(self.mode), modes))
         if self.interpolation not in INTERPOLATIONS:
             remedy = nearest(str(self.interpolation), INTERPOLATIONS)
             raise ConfigError(f"unknown interpolation '{self.interpolation}'", remedy=remedy)
+        if self.mode == NATIVE:
+            check_native(self.native)
         if self.mode not in TILINGS:
             if self.tiles:
                 problem = f"tiles has {', '.join(self.tiles)}, but pictures are not cut into tiles"
@@ -101,7 +110,7 @@ class ImagePreparation:
     @property
     def tiled(self) -> bool:
         """Whether a picture's size decides its crops and tokens."""
-        return self.mode in TILINGS
+        return self.mode in TILINGS or self.mode == NATIVE
 
     def tiling(self, size: Size) -> Tiling:
         """How a picture of (W, H) pixels is cut."""
@@ -120,6 +129,8 @@ class ImagePreparation:
         if not self.tiled:
             return _plain(self.tokens)
         size = image.size or image_size(image, where=where)
+        if self.mode == NATIVE:
+            return _unit_spread(layout(size, self.native, where=where).grid, self.tokens, self.grid)
         return _spread(self.tiling(size), self.tokens, self.grid)
 
     def pixels(self, image: Image, *, where: str = "") -> torch.Tensor:
@@ -134,6 +145,8 @@ class ImagePreparation:
                 where=where,
                 remedy="build the index again",
             )
+        if self.mode == NATIVE:
+            return self._units(picture, layout(picture.size, self.native, where=where))
         cut = crops(
             picture,
             self.tiling(picture.size),
@@ -142,10 +155,25 @@ class ImagePreparation:
         )
         return torch.stack([torch.from_numpy(np.array(crop)).permute(2, 0, 1) for crop in cut])
 
+    def _units(self, picture: PIL.Image.Image, laid: Layout) -> torch.Tensor:
+        """(C, 3, S, S) uint8: the units of a picture, row by row; what its grid has beyond it is black."""
+        pixels = fit(picture, laid.scaled, mode="resize", interpolation=self.interpolation, fill=self.fill)
+        (rows, columns), (high, wide) = laid.grid, self.size
+        below, beside = rows * high - laid.scaled[0], columns * wide - laid.scaled[1]
+        pixels = torch.nn.functional.pad(pixels, (0, beside, 0, below))
+        units = pixels.unflatten(2, (columns, wide)).unflatten(1, (rows, high)).permute(1, 3, 0, 2, 4)
+        return units.flatten(0, 1).contiguous()
+
     def whole(self) -> ImagePreparation:
-        """The same tower looking at whole pictures, one crop each."""
+        """The same tower looking at whole pictures, one crop each. Raises ConfigError where it has no such size."""
         if not self.tiled:
             return self
+        if self.mode == NATIVE:
+            raise ConfigError(
+                "word alignment needs a vision encoder of one size, and this one takes pictures at their own",
+                where="align",
+                remedy="set align: null",
+            )
         return ImagePreparation(self.size, "resize", self.interpolation, self.fill, tokens=self.tokens, grid=self.grid)
 
     def blank(self, colour: Sequence[int]) -> Image:
@@ -161,6 +189,12 @@ def prepare_images(image: Mapping[str, Any], *, tokens: int, grid: tuple[int, in
         tokens, grid: see `ImagePreparation`.
     """
     return ImagePreparation(**image, tokens=tokens, grid=grid) if image else None
+
+
+def grids_of(spreads: Iterable[Spread]) -> torch.Tensor | None:
+    """(K, 2) rows and columns of units of K pictures; None for none, and for towers of one size."""
+    grids = [spread.grid for spread in spreads if spread.grid is not None]
+    return torch.tensor(grids, dtype=torch.int64) if grids else None
 
 
 def splice_index(slots: Iterable[Hashable], spreads: Mapping[Hashable, Spread], tokens: int) -> torch.Tensor:
@@ -189,6 +223,16 @@ def splice_index(slots: Iterable[Hashable], spreads: Mapping[Hashable, Spread], 
 @lru_cache(maxsize=64)
 def _plain(tokens: int) -> Spread:
     return Spread(1, torch.arange(tokens))
+
+
+@lru_cache(maxsize=4096)
+def _unit_spread(units: tuple[int, int], tokens: int, grid: tuple[int, int] | None) -> Spread:
+    """Tokens of a picture of units; where those of a unit are a grid, they are read row by row of the picture."""
+    rows, columns = units
+    index = torch.arange(rows * columns * tokens)
+    if grid is not None:
+        index = index.view(rows, columns, *grid).transpose(1, 2).flatten()
+    return Spread(rows * columns, index, units)
 
 
 @lru_cache(maxsize=4096)

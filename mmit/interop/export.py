@@ -21,7 +21,7 @@ from peft import PeftModel
 
 from mmit.data.chat import IMAGE_SLOT, ChatFormat, encode
 from mmit.data.content import piece_tokenizer
-from mmit.data.preparation import ImagePreparation, Spread, prepare_images, splice_index
+from mmit.data.preparation import ImagePreparation, Spread, grids_of, prepare_images, splice_index
 from mmit.errors import ModelError
 from mmit.interop.templates import processor_template
 from mmit.models.interop.llava_hf_write import check_writable, reload, write_llava_hf
@@ -96,7 +96,7 @@ def logits_of(vlm: VLM, ids: Sequence[int], talk: Talk, *, preparation: ImagePre
         image_positions=torch.tensor(places, dtype=torch.int64, device=device),
         image_index=splice_index(spreads, spreads, vlm.image_tokens).to(device),
         image_tokens=vlm.image_tokens,
-        features=vlm.see(torch.cat(pixels).to(device)) if pixels else None,
+        features=vlm.see(torch.cat(pixels).to(device), grids_of(spreads.values())) if pixels else None,
     )
     at = torch.arange(len(long), device=device)
     nodes = torch.tensor([[0, len(long), -1]])

@@ -29,6 +29,7 @@ def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionT
             vision["name"],
             weights=vision["weights"],
             layer=vision["layer"],
+            native=vision.get("native"),
             select=vision["select"],
             image_size=tuple(size) if isinstance(size, (list, tuple)) else size,
             key_order=vision["key_order"],

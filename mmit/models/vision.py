@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,11 +32,12 @@ def build_vision(
     name: str | Mapping[str, Any],
     *,
     weights: str | bool | None = None,
-    layer: int | None = None,
+    layer: int | Sequence[int] | None = None,
     select: str = "patch",
     image_size: int | tuple[int, int] | None = None,
     normalize: bool | None = None,
     key_order: bool | None = None,
+    native: Mapping[str, Any] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> VisionTower:
     """Build a frozen vision tower.
@@ -50,11 +51,13 @@ def build_vision(
             brings, and random ones for a bare architecture.
         layer: of a transformer, counted as Hugging Face's `hidden_states` for every kind: 1 is the output of
             the first block, -1 of the last; default -2, as LLaVA (arXiv:2310.03744). Of an encoder whose
-            stages shrink the picture (convolutions, Swin), the stage counted from 0; default -1.
+            stages shrink the picture (convolutions, Swin), the stage counted from 0; default -1, as of Qwen's ViT
+            and MoonViT. A list of a transformer's layers joins their features, in that order, along D.
         select: "patch" leaves the CLS token out, "cls_patch" puts it first.
         image_size: side or (H, W) when it is not the encoder's own; position embeddings are interpolated.
         normalize: apply the encoder's final norm, which is possible at the last layer only.
         key_order: timm only; name the tensors of a weight file by their order.
+        native: of encoders of native resolution, min_pixels, max_pixels and merge (see `vision_native`).
         dtype: of the weights and of the features.
 
     Raises:
@@ -65,7 +68,9 @@ def build_vision(
         raise ModelError(f"unknown vision kind '{kind}'", remedy=nearest(kind, ENCODERS))
     if select not in SELECT:
         raise ModelError(f"unknown select '{select}'", where=f"{kind} {name}", remedy=nearest(select, SELECT))
-    options: dict[str, Any] = {"key_order": bool(key_order)} if kind == "timm" else {}
+    options: dict[str, Any] = {"timm": {"key_order": bool(key_order)}, "hf": {"native": native}}.get(kind, {})
+    if native and kind != "hf":
+        raise ModelError("native is for kind hf", where=f"{kind} {name}", remedy="remove model.vision.native")
     if key_order and (kind != "timm" or not isinstance(weights, str)):
         raise ModelError(
             "key_order is for a timm model with a weight file",
@@ -91,7 +96,11 @@ class VisionTower(nn.Module):
     """A vision encoder cut at the layer that is read, frozen until `unfreeze()`.
 
     Attributes: kind, name, weights_id, layer, image_size (H, W), grid (h, w), prefix (1 with a CLS token in
-    front, else 0), tokens N = prefix + h*w, dim D, mean, std, interpolation, trainable.
+    front, else 0), tokens N = prefix + h*w, dim D, mean, std, interpolation, trainable, native (the rule by which
+    pictures of any size become patches, see `data.native`; None for a tower of one size).
+
+    To a tower of native resolution a unit of patches is what a whole picture is to others: image_size is its side,
+    grid its patches, and pictures come as their units with their grids.
     """
 
     def __init__(self, kind: str, encoder: Encoder) -> None:
@@ -102,6 +111,8 @@ class VisionTower(nn.Module):
         self.prefix, self.dim = encoder.prefix, encoder.dim
         self.tokens = encoder.prefix + encoder.grid[0] * encoder.grid[1]
         self.mean, self.std, self.interpolation = encoder.mean, encoder.std, encoder.interpolation
+        self.native = None if encoder.native is None else dict(encoder.native)
+        self.own_constants = encoder.reader.own_constants
         self.encoder: Any = encoder.reader  # a Reader, in PEFT's wrapper where LoRA trains it
         # Some encoders carry fixed tables as parameters; unfreezing must not start to train those.
         self._learned = [name for name, weight in self.encoder.named_parameters() if weight.requires_grad]
@@ -144,10 +155,13 @@ class VisionTower(nn.Module):
         super().train(mode and self.trainable and not self.partly)
         return self
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor, grids: torch.Tensor | None = None) -> torch.Tensor:
         """Return features (B, N, D) in the tower's dtype for RGB pixels (B, 3, H, W) of dtype uint8.
 
-        Raises ModelError for another dtype or size.
+        `grids` (K, 2) are rows and columns of units of K pictures, for a tower of native resolution, whose B units lie
+        picture after picture, row by row; without it each unit is a picture of its own.
+
+        Raises ModelError for another dtype or size, and grids that do not hold B units.
         """
         if pixels.dtype != torch.uint8:
             raise ModelError(
@@ -166,7 +180,21 @@ class VisionTower(nn.Module):
         # no_grad, not inference_mode: the projector saves these features for its backward pass, which
         # autograd forbids for inference tensors, and a clone out of that mode would copy every feature.
         with nullcontext() if self.trainable else torch.no_grad():
-            return self.encoder(self._normalise(pixels)).to(self.dtype)
+            given = pixels if self.own_constants else self._normalise(pixels)
+            if self.native is None:
+                return self.encoder(given).to(self.dtype)
+            return self.encoder(given, self._grids(grids, pixels)).to(self.dtype)
+
+    def _grids(self, grids: torch.Tensor | None, pixels: torch.Tensor) -> torch.Tensor:
+        if grids is None:
+            return torch.ones(len(pixels), 2, dtype=torch.int64, device=pixels.device)
+        if int(grids.prod(1).sum()) != len(pixels):
+            raise ModelError(
+                f"{len(grids)} pictures of {grids.prod(1).tolist()} units, but pixels of {len(pixels)}",
+                where=f"vision tower {self.name}",
+                remedy="give the pixels and the grids of the same pictures",
+            )
+        return grids.to(pixels.device)
 
     def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         # In float32 whatever the tower's dtype: bf16 has 8 bits of mantissa, and 0..255 needs them all.
@@ -190,6 +218,8 @@ class VisionTower(nn.Module):
             self.mean,
             self.std,
         ]
+        # What a picture becomes is keyed by its preparation; how patches are joined, by the identity and this.
+        facts += [] if self.native is None else [self.native["patch"], self.native["merge"]]
         digest = hashlib.sha256(json.dumps(facts).encode())
         for key, value in sorted(self.encoder.state_dict().items()):
             digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())

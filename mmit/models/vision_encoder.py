@@ -8,9 +8,10 @@ B images, H x W pixels, h x w patches, N = tokens, D = encoder width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +20,43 @@ from mmit.errors import MmitError, ModelError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 SELECT = ("patch", "cls_patch")
 BN_LEAVES = {"weight", "bias", "running_mean", "running_var"}
 
 
+Layer = int | tuple[int, ...]  # one layer that is read, or several whose features are joined
+
+
 class Reader(nn.Module):
-    """A cut encoder: normalised pixels (B, 3, H, W) -> features (B, prefix + h*w, D)."""
+    """A cut encoder: normalised pixels (B, 3, H, W) -> features (B, prefix + h*w, D).
+
+    With `own_constants` it takes uint8 pixels and normalises them itself; with `native` it takes units of pictures of
+    any size, and their grids (see `vision_native`).
+    """
+
+    own_constants = False
+    native = False
+    # Frequencies of rotary embeddings and the like, which transformers computes with in float32 in any model.
+    exact_buffers = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        kept = self._buffers_of_float32() if self.exact_buffers else []
+        super()._apply(fn, recurse)
+        for module, name, before in kept:
+            now = module._buffers[name]
+            if now is not None and now.dtype != before.dtype:
+                module._buffers[name] = before.to(now.device)
+        return self
+
+    def _buffers_of_float32(self) -> list[tuple[nn.Module, str, torch.Tensor]]:
+        return [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if name in module._non_persistent_buffers_set and buffer is not None and buffer.dtype == torch.float32
+        ]
 
     def set_frozen(self, frozen: bool) -> None:
         """Take the memory layout that suits inference alone, or the one that is safe to train in."""
@@ -35,14 +67,15 @@ class Encoder:
     """An encoder cut at the layer that is read.
 
     `reader` maps normalised float pixels (B, 3, H, W) to features (B, prefix + h*w, D). `identity` is what
-    decides the features besides weights and layer (architecture, activation), and holds no path.
+    decides the features besides weights and layer (architecture, activation), and holds no path. `native` says by
+    which rule pictures of any size become patches: the options of `data.native`; None for towers of one size.
     """
 
     reader: Reader
     name: str
     weights_id: str
     identity: str
-    layer: int
+    layer: Layer
     normalize: bool
     image_size: tuple[int, int]
     grid: tuple[int, int]
@@ -51,6 +84,34 @@ class Encoder:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     interpolation: str
+    native: Mapping[str, Any] | None = None
+
+
+def layers_to_read(layer: int | Sequence[int] | None, default: int, *, where: str) -> tuple[int, ...]:
+    """Return the layers that are read, in their order. Raises ModelError for none, and for one given twice."""
+    found = (default,) if layer is None else (layer,) if isinstance(layer, int) else tuple(layer)
+    if not found or len(set(found)) < len(found):
+        raise ModelError(f"layer is {list(found)}", where=where, remedy="give one layer, or a list of different ones")
+    return found
+
+
+def one_or_more(layers: tuple[int, ...]) -> Layer:
+    """Return a single layer as a number."""
+    return layers[0] if len(layers) == 1 else layers
+
+
+def single_layer(layer: int | Sequence[int] | None, *, where: str) -> int | None:
+    """Return the layer of an encoder of which only one can be read. Raises ModelError for several."""
+    if layer is None or isinstance(layer, int):
+        return layer
+    layers = layers_to_read(layer, 0, where=where)
+    if len(layers) > 1:
+        raise ModelError(
+            "several layers are read from transformers, whose blocks all keep one resolution",
+            where=where,
+            remedy="give one layer",
+        )
+    return layers[0]
 
 
 def pair(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -122,6 +183,19 @@ def explained(where: str, *, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelError(f"{type(error).__name__}: {error}", where=where, remedy=remedy) from error
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Silence the page-long report of unread text-tower tensors; the caller checks what is missing."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_needed(

@@ -1,7 +1,8 @@
-"""Vision encoders from transformers: CLIP and SigLIP (with SigLIP 2 at a fixed size).
+"""Vision encoders from transformers: CLIP, SigLIP (with SigLIP 2 at a fixed size), DINOv2 and DINOv3.
 
 Goes in: a hub id or local folder, or the dict of a vision config. Comes out: an Encoder whose layers above
-the one that is read are gone. Refuses other model types, and checkpoints that lack a tensor it reads.
+those that are read are gone; types of native resolution are built by `vision_native`. Refuses other model types, and
+checkpoints that lack a tensor it reads.
 
 B images, h x w patches, N = tokens, D = hidden size.
 """
@@ -9,8 +10,7 @@ B images, h x w patches, N = tokens, D = hidden size.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,83 +22,143 @@ from mmit.models.files import load_tensors, resolve_file
 from mmit.models.vision_encoder import (
     CLIP_MEAN,
     CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     Encoder,
     Reader,
     blocks_to_run,
     check_norm,
     explained,
+    layers_to_read,
     load_needed,
+    one_or_more,
     pair,
+    quiet_loading,
     triple,
 )
+from mmit.models.vision_native import NATIVE, NATIVE_TYPES, native_encoder
 
-# A whole CLIP or SigLIP model is read through its vision part. NaFlex SigLIP 2 ("siglip2") takes packed
-# patches and has no fixed grid; fixed-size SigLIP 2 checkpoints say "siglip".
+# A whole CLIP or SigLIP model is read through its vision part. NaFlex SigLIP 2 ("siglip2") has no fixed grid and
+# is read by `vision_native`; fixed-size SigLIP 2 checkpoints say "siglip".
 MODEL_CLASSES = {
     "clip": "CLIPVisionModel",
     "clip_vision_model": "CLIPVisionModel",
     "siglip": "SiglipVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "dinov3_vit": "DINOv3ViTModel",
 }
+# Where the blocks of these classes are, by version, and what their final norm is called.
+_STACKS = ("encoder.layers", "encoder.layer", "model.layer", "layer")
+_NORMS = ("post_layernorm", "layernorm", "norm")
 # What the image processors of these models do when a checkpoint carries no preprocessor_config.json.
 DEFAULT_CONSTANTS = {
     "CLIPVisionModel": {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic"},
     "SiglipVisionModel": {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"},
+    "Dinov2Model": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic"},
+    "Dinov2WithRegistersModel": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bicubic"},
+    "DINOv3ViTModel": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "interpolation": "bilinear"},
 }
 
 
 class HFReader(Reader):
-    """Normalised pixels (B, 3, H, W) -> features (B, N, D) of one hidden state of a transformers model."""
+    """Normalised pixels (B, 3, H, W) -> features (B, N, D) of hidden states of a transformers model.
 
-    def __init__(self, model: nn.Module, *, norm: nn.Module, drop: int, resized: bool) -> None:
+    Args:
+        blocks: numbers of the blocks whose outputs are read; the model is cut above the highest.
+        special: tokens in front of the patches: a class token and perhaps registers. with_cls: keep the class token.
+        resized: interpolate position embeddings to the size of the pixels, where the class does so on request.
+    """
+
+    exact_buffers = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        norm: nn.Module,
+        blocks: tuple[int, ...],
+        special: int,
+        with_cls: bool,
+        resized: bool | None,
+    ) -> None:
         super().__init__()
         self.model, self.norm = model, norm
-        self.drop, self.resized = drop, resized
+        self.blocks, self.special, self.with_cls, self.resized = blocks, special, with_cls, resized
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, N, D)."""
-        # With the layers above cut and the final norm gone, the last hidden state is the one that is read.
-        hidden = self.model(pixels, interpolate_pos_encoding=self.resized).last_hidden_state
-        return self.norm(hidden[:, self.drop :])
+        options: dict[str, Any] = {} if self.resized is None else {"interpolate_pos_encoding": self.resized}
+        if len(self.blocks) == 1:
+            # With the layers above cut and the final norm gone, the last hidden state is the one that is read.
+            hidden = self.model(pixels, **options).last_hidden_state
+        else:
+            states = self.model(pixels, output_hidden_states=True, **options).hidden_states
+            hidden = torch.cat([states[block] for block in self.blocks], dim=-1)
+        patches = hidden[:, self.special :]
+        return self.norm(torch.cat([hidden[:, :1], patches], dim=1) if self.with_cls else patches)
 
 
 def hf_encoder(
     name: str | Mapping[str, Any],
     *,
     weights: str | bool | None,
-    layer: int | None,
+    layer: int | Sequence[int] | None,
     select: str,
     image_size: int | tuple[int, int] | None,
     normalize: bool,
+    native: Mapping[str, Any] | None = None,
 ) -> Encoder:
     """Build an encoder from a hub id, a folder, or a config dict (random weights).
 
     `weights` is None or True (those of the hub id or folder; a config dict has none), False (random), or a
-    file with the keys of the transformers class.
+    file with the keys of the transformers class. `native` holds limits for towers of native resolution.
     """
     config, kind = _config(name)
     shown = name if isinstance(name, str) else kind
     where = f"hf {shown}"
-    layer = -2 if layer is None else layer
-    blocks = blocks_to_run(layer, config.num_hidden_layers, where=where)
+    if kind in NATIVE:
+        if isinstance(weights, str):
+            raise ModelError("a weight file is for towers of one size", where=where, remedy="leave weights out")
+        options = {"weights": weights, "layer": layer, "select": select, "image_size": image_size}
+        return native_encoder(name, config, kind, limits=native or {}, normalize=normalize, where=where, **options)
+    if native:
+        raise ModelError(
+            f"native has {', '.join(native)}, and this encoder takes pictures of one size",
+            where=where,
+            remedy=f"remove model.vision.native; encoders of native resolution: {', '.join(sorted(NATIVE_TYPES))}",
+        )
+    layers = layers_to_read(layer, -2, where=where)
+    total = config.num_hidden_layers
+    blocks = tuple(blocks_to_run(one, total, where=where) for one in layers)
     model, weights_id = _model(name, kind, config=config, weights=weights, where=where)
 
     # Versions of transformers differ in whether the vision model sits one level down.
     core: Any = getattr(model, "vision_model", model)
-    has_cls = hasattr(core.embeddings, "class_embedding")
+    has_cls = any(hasattr(core.embeddings, name) for name in ("class_embedding", "cls_token"))
     if select == "cls_patch" and not has_cls:
         raise ModelError("this encoder has no CLS token", where=where, remedy="use select: patch")
-    check_norm(normalize, last=blocks == config.num_hidden_layers, norm=core.post_layernorm, where=where)
-    norm = core.post_layernorm if normalize else nn.Identity()
+    norm_name = next(name for name in _NORMS if hasattr(core, name))
+    own_norm = getattr(core, norm_name)
+    check_norm(normalize, last=blocks == (total,), norm=own_norm, where=where)
     full = {key: value.shape for key, value in core.state_dict().items()}
     identity = _identity(kind, config)
-    _cut(core, blocks)
+    _cut(core, max(blocks), norm_name)
     native = pair(config.image_size)
     size = pair(image_size or native)
-    reader = HFReader(model, norm=norm, drop=int(has_cls and select == "patch"), resized=size != native)
+    clip_like = kind in ("CLIPVisionModel", "SiglipVisionModel")  # DINO's classes follow the pixels by themselves
+    reader = HFReader(
+        model,
+        norm=own_norm if normalize else nn.Identity(),
+        blocks=blocks,
+        special=int(has_cls) + int(getattr(config, "num_register_tokens", 0) or 0),
+        with_cls=select == "cls_patch",
+        resized=size != native if clip_like else None,
+    )
     if isinstance(weights, str):
         path = resolve_file(weights)
-        _load_file(reader, core, load_tensors(path), full=full, where=f"{where}, weights {path}")
+        _load_file(reader, core, load_tensors(path), full=full, where=f"{where}, weights {path}", norm=norm_name)
 
     constants = _constants(name, kind) if isinstance(name, str) else DEFAULT_CONSTANTS[kind]
     return Encoder(
@@ -106,25 +166,35 @@ def hf_encoder(
         name=shown,
         weights_id=weights_id,
         identity=identity,
-        layer=layer,
+        layer=one_or_more(layers),
         normalize=normalize,
         image_size=size,
         grid=(size[0] // config.patch_size, size[1] // config.patch_size),
-        prefix=int(has_cls and select == "cls_patch"),
-        dim=config.hidden_size,
+        prefix=int(select == "cls_patch"),
+        dim=config.hidden_size * len(blocks),
         mean=triple(constants["mean"]),
         std=triple(constants["std"]),
         interpolation=str(constants["interpolation"]),
     )
 
 
-def _cut(core: Any, blocks: int) -> None:
-    core.encoder.layers = core.encoder.layers[:blocks]
+def _cut(core: Any, blocks: int, norm: str) -> None:
+    path = next(path for path in _STACKS if _has(core, path))
+    holder, _, name = path.rpartition(".")
+    parent = core.get_submodule(holder)
+    setattr(parent, name, getattr(parent, name)[:blocks])
     core.config.num_hidden_layers = blocks
-    core.post_layernorm = nn.Identity()
+    setattr(core, norm, nn.Identity())
     if hasattr(core, "head"):
         core.use_head = False
         del core.head
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(module.get_submodule(path), nn.ModuleList)
+    except AttributeError:
+        return False
 
 
 def _config(name: str | Mapping[str, Any]) -> tuple[Any, str]:
@@ -138,14 +208,15 @@ def _config(name: str | Mapping[str, Any]) -> tuple[Any, str]:
     else:
         model_type = str(name.get("model_type", ""))
     where = f"hf {name}" if isinstance(name, str) else "hf config dict"
-    if model_type not in MODEL_CLASSES:
+    classes = {**MODEL_CLASSES, **NATIVE_TYPES}
+    if model_type not in classes:
         raise ModelError(
             f"model type '{model_type}' is not a vision encoder that mmit reads",
             where=where,
-            remedy=nearest(model_type, MODEL_CLASSES),
+            remedy=nearest(model_type, classes),
         )
     if not isinstance(name, str):
-        if not model_type.endswith("_vision_model"):
+        if not model_type.endswith(("_vision_model", "_vision")) and not model_type.startswith("dino"):
             raise ModelError(
                 f"a config dict describes the vision part alone, not a whole '{model_type}'",
                 where=where,
@@ -157,7 +228,7 @@ def _config(name: str | Mapping[str, Any]) -> tuple[Any, str]:
                 raise ModelError(f"unknown key '{key}'", where=where, remedy=nearest(key, valid))
         with explained(where, remedy="check the values against the model's documentation"):
             config = transformers.AutoConfig.for_model(**name)
-    return getattr(config, "vision_config", config), MODEL_CLASSES[model_type]
+    return getattr(config, "vision_config", config), classes[model_type]
 
 
 def _model(
@@ -172,7 +243,7 @@ def _model(
             raise ModelError("a config dict brings no weights", where=where, remedy="leave weights out, or give a file")
         return model_class(config), weights if isinstance(weights, str) else "random"
     with explained(where, remedy="the hub id or folder must hold model.safetensors or pytorch_model.bin"):
-        with _quiet():
+        with quiet_loading():
             model, info = model_class.from_pretrained(
                 name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
@@ -186,19 +257,6 @@ def _model(
     return model, name
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the page-long report of unread text-tower tensors; the caller checks what is missing."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 def _load_file(
     reader: HFReader,
     core: nn.Module,
@@ -206,14 +264,15 @@ def _load_file(
     *,
     full: dict[str, torch.Size],
     where: str,
+    norm: str,
 ) -> None:
     prefix = "vision_model."
     if all(key.startswith(prefix) for key in tensors):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    norm = {key.removeprefix("post_layernorm."): value for key, value in tensors.items() if "post_layernorm." in key}
+    final = {key.removeprefix(f"{norm}."): value for key, value in tensors.items() if key.startswith(f"{norm}.")}
     load_needed(core, tensors, full=full, where=where)
     if not isinstance(reader.norm, nn.Identity):
-        load_needed(reader.norm, norm, full={key: value.shape for key, value in norm.items()}, where=where)
+        load_needed(reader.norm, final, full={key: value.shape for key, value in final.items()}, where=where)
 
 
 def _identity(kind: str, config: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from mmit.models.vision_encoder import (
     blocks_to_run,
     check_norm,
     explained,
+    layers_to_read,
+    one_or_more,
     pair,
+    single_layer,
     stage_to_read,
     triple,
 )
@@ -35,9 +39,9 @@ SCHEMES = ("hf-hub:", "local-dir:")
 
 
 class ViTReader(Reader):
-    """Normalised pixels (B, 3, H, W) -> features (B, N, D) of one block of an open_clip VisionTransformer."""
+    """Normalised pixels (B, 3, H, W) -> features (B, N, D) of blocks of an open_clip VisionTransformer."""
 
-    def __init__(self, visual: nn.Module, *, index: int, normalize: bool, with_cls: bool) -> None:
+    def __init__(self, visual: nn.Module, *, index: tuple[int, ...], normalize: bool, with_cls: bool) -> None:
         super().__init__()
         self.model = visual
         self.index, self.normalize, self.with_cls = index, normalize, with_cls
@@ -46,15 +50,19 @@ class ViTReader(Reader):
         """(B, 3, H, W) -> (B, N, D)."""
         out = self.model.forward_intermediates(  # type: ignore[operator]
             pixels,
-            indices=[self.index],
+            indices=sorted(self.index),
             normalize_intermediates=self.normalize,
             output_fmt="NLC",
             intermediates_only=True,
             stop_early=True,
             output_extra_tokens=self.with_cls,
         )
-        (patches,) = out["image_intermediates"]
-        return torch.cat([out["image_intermediates_prefix"][0], patches], dim=1) if self.with_cls else patches
+        order = [sorted(self.index).index(index) for index in self.index]
+        patches = torch.cat([out["image_intermediates"][place] for place in order], dim=-1)
+        if not self.with_cls:
+            return patches
+        tokens = torch.cat([out["image_intermediates_prefix"][place] for place in order], dim=-1)
+        return torch.cat([tokens, patches], dim=1)
 
 
 class ResNetReader(Reader):
@@ -75,7 +83,7 @@ def open_clip_encoder(
     name: str,
     *,
     weights: str | bool | None,
-    layer: int | None,
+    layer: int | Sequence[int] | None,
     select: str,
     image_size: int | tuple[int, int] | None,
     normalize: bool,
@@ -137,30 +145,33 @@ def _visual(name: str, pretrained: str | None, *, load: bool, image_size: int | 
     return model.visual
 
 
-def _cut_vit(visual: Any, *, layer: int | None, select: str, normalize: bool, **shared: Any) -> Encoder:
+def _cut_vit(visual: Any, *, layer: int | Sequence[int] | None, select: str, normalize: bool, **shared: Any) -> Encoder:
     where = f"open_clip {shared['name']}"
-    layer = -2 if layer is None else layer
+    layers = layers_to_read(layer, -2, where=where)
     total = len(visual.transformer.resblocks)
-    blocks = blocks_to_run(layer, total, where=where)
+    blocks = tuple(blocks_to_run(one, total, where=where) for one in layers)
     # After an attention pool the norm is sized for the pooled token, so it is no norm over patches.
     norm = visual.ln_post if visual.attn_pool is None and not visual.final_ln_after_pool else None
-    check_norm(normalize, last=blocks == total, norm=norm, where=where)
-    visual.prune_intermediate_layers([blocks - 1], prune_norm=not normalize, prune_head=True)
+    check_norm(normalize, last=blocks == (total,), norm=norm, where=where)
+    visual.prune_intermediate_layers([max(blocks) - 1], prune_norm=not normalize, prune_head=True)
     visual.attn_pool = visual.attn_pool_contrastive = None
     with_cls = select == "cls_patch"
     return Encoder(
-        reader=ViTReader(visual, index=blocks - 1, normalize=normalize, with_cls=with_cls),
-        layer=layer,
+        reader=ViTReader(visual, index=tuple(block - 1 for block in blocks), normalize=normalize, with_cls=with_cls),
+        layer=one_or_more(layers),
         normalize=normalize,
         grid=pair(visual.grid_size),
         prefix=int(with_cls),
-        dim=visual.conv1.out_channels,
+        dim=visual.conv1.out_channels * len(blocks),
         **shared,
     )
 
 
-def _cut_resnet(visual: Any, *, layer: int | None, select: str, normalize: bool, **shared: Any) -> Encoder:
+def _cut_resnet(
+    visual: Any, *, layer: int | Sequence[int] | None, select: str, normalize: bool, **shared: Any
+) -> Encoder:
     where = f"open_clip {shared['name']}"
+    layer = single_layer(layer, where=where)
     layer = -1 if layer is None else layer
     index = stage_to_read(layer, 5, where=where)
     check_norm(normalize, last=index == 4, norm=None, where=where)

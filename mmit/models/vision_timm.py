@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,13 +22,17 @@ from mmit.errors import ModelError
 from mmit.models.files import load_tensors, resolve_file
 from mmit.models.vision_encoder import (
     Encoder,
+    Layer,
     Reader,
     blocks_to_run,
     check_norm,
     explained,
+    layers_to_read,
     load_needed,
+    one_or_more,
     pair,
     pair_by_order,
+    single_layer,
     stage_to_read,
     triple,
 )
@@ -36,7 +41,9 @@ from mmit.models.vision_encoder import (
 class TimmReader(Reader):
     """Normalised pixels (B, 3, H, W) -> features (B, N, D) of one layer of a timm model."""
 
-    def __init__(self, model: nn.Module, *, index: int, normalize: bool, with_cls: bool, stages: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, index: tuple[int, ...], normalize: bool, with_cls: bool, stages: bool
+    ) -> None:
         super().__init__()
         self.model = model
         self.index, self.normalize, self.with_cls, self.stages = index, normalize, with_cls, stages
@@ -51,21 +58,25 @@ class TimmReader(Reader):
         self.model.to(memory_format=layout)  # type: ignore[call-overload]
 
     def features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the layer as a map (B, D, h, w), and its CLS token (B, 1, D) where that is read."""
+        """Return the layers as a map (B, D, h, w), and their CLS token (B, 1, D) where that is read."""
         if self.channels_last:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         extra = {"return_prefix_tokens": True} if self.with_cls else {}
-        (layer,) = self.model.forward_intermediates(  # type: ignore[operator]
+        found = self.model.forward_intermediates(  # type: ignore[operator]
             pixels,
-            indices=[self.index],
+            indices=sorted(self.index),
             norm=self.normalize,
             stop_early=True,
             intermediates_only=True,
             output_fmt="NCHW",
             **extra,
         )
+        layers = [found[sorted(self.index).index(index)] for index in self.index]
+        if not self.with_cls:
+            return layers[0] if len(layers) == 1 else torch.cat(layers, dim=1), None
         # The class token comes first; register tokens, where there are any, follow it and are not features.
-        return (layer[0], layer[1][:, :1]) if self.with_cls else (layer, None)
+        maps, tokens = zip(*((layer[0], layer[1][:, :1]) for layer in layers), strict=True)
+        return torch.cat(maps, dim=1), torch.cat(tokens, dim=2)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, N, D)."""
@@ -78,7 +89,7 @@ def timm_encoder(
     name: str,
     *,
     weights: str | bool | None,
-    layer: int | None,
+    layer: int | Sequence[int] | None,
     select: str,
     image_size: int | tuple[int, int] | None,
     normalize: bool,
@@ -125,7 +136,7 @@ def cut_timm(
     name: str,
     weights_id: str,
     identity: str,
-    layer: int | None,
+    layer: int | Sequence[int] | None,
     select: str,
     built_size: tuple[int, int],
     image_size: int | tuple[int, int] | None,
@@ -143,11 +154,11 @@ def cut_timm(
     with_cls = select == "cls_patch"
     if with_cls and getattr(model, "cls_token", None) is None:
         raise ModelError("this encoder has no CLS token", where=where, remedy="use select: patch")
-    check_norm(normalize, last=index == total - 1, norm=getattr(model, "norm", None), where=where)
+    check_norm(normalize, last=index == (total - 1,), norm=getattr(model, "norm", None), where=where)
 
     full = {key: value.shape for key, value in model.state_dict().items()}
     if hasattr(model, "prune_intermediate_layers"):
-        model.prune_intermediate_layers([index], prune_norm=not normalize, prune_head=True)
+        model.prune_intermediate_layers([max(index)], prune_norm=not normalize, prune_head=True)
     if tensors is not None:
         load_needed(model, tensors, full=full, where=f"{where}, weights {weights_id}")
     size = pair(image_size or built_size)
@@ -174,8 +185,8 @@ def cut_timm(
     )
 
 
-def _locate(model: Any, layer: int | None, where: str) -> tuple[int, int, int, bool]:
-    """Return the layer, its index among all intermediates, their number, and whether they are blocks."""
+def _locate(model: Any, layer: int | Sequence[int] | None, where: str) -> tuple[Layer, tuple[int, ...], int, bool]:
+    """Return the layer, the indices among all intermediates, their number, and whether they are blocks."""
     if not hasattr(model, "forward_intermediates"):
         raise ModelError(
             "this timm model cannot return features from the middle",
@@ -186,10 +197,12 @@ def _locate(model: Any, layer: int | None, where: str) -> tuple[int, int, int, b
     stages = [stage["reduction"] for stage in getattr(model.feature_info, "info", model.feature_info)]
     total = len(stages)
     if len(set(stages)) == 1:
-        layer = -2 if layer is None else layer
-        return layer, blocks_to_run(layer, total, where=where) - 1, total, True
-    layer = -1 if layer is None else layer
-    return layer, stage_to_read(layer, total, where=where), total, False
+        layers = layers_to_read(layer, -2, where=where)
+        indices = tuple(blocks_to_run(one, total, where=where) - 1 for one in layers)
+        return one_or_more(layers), indices, total, True
+    stage = single_layer(layer, where=where)
+    stage = -1 if stage is None else stage
+    return stage, (stage_to_read(stage, total, where=where),), total, False
 
 
 def _measure(reader: TimmReader, size: tuple[int, int], *, where: str) -> tuple[int, tuple[int, int]]:

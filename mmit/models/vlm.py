@@ -76,11 +76,11 @@ class VLM(nn.Module):
         """(V, D) input embeddings of the LLM."""
         return self.llm.get_input_embeddings().weight  # type: ignore[operator, return-value]
 
-    def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Features of crops: (C, 3, H, W) uint8 -> (C, N, D_v)."""
+    def see(self, pixels: torch.Tensor, grids: torch.Tensor | None = None) -> torch.Tensor:
+        """Features of crops: (C, 3, H, W) uint8 -> (C, N, D_v); `grids` as for `VisionTower.forward`."""
         if self.vision is None:
             raise ModelError("this model has no vision tower", remedy="set model.vision, or send text only")
-        return self.vision(pixels)
+        return self.vision(pixels) if grids is None else self.vision(pixels, grids)
 
     def image_embeddings(self, features: torch.Tensor) -> torch.Tensor:
         """Image tokens for the LLM: (C, N, D_v) -> (C, M, D)."""
@@ -146,6 +146,7 @@ class VLM(nn.Module):
         image_index: torch.Tensor,
         image_tokens: int,
         pixels: torch.Tensor | None = None,
+        grids: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy of one packed row, per supervised target.
@@ -153,13 +154,14 @@ class VLM(nn.Module):
         Args:
             input_ids, positions: (T,). nodes: (K, 3), on the CPU. predict_at, targets: (S,).
             image_positions, image_index: (P,). image_tokens: M; see `embed`.
-            pixels: (C, 3, H, W) uint8, or features: (C, N, D_v) computed before.
+            pixels: (C, 3, H, W) uint8, with grids (K, 2) of a tower of native resolution; or features: (C, N, D_v)
+                computed before.
 
         Returns:
             (S,) float32 losses. Logits exist only at the S positions.
         """
         if features is None and pixels is not None and len(pixels):
-            features = self.see(pixels)
+            features = self.see(pixels, grids)
         idle = self._unseen() if features is None and self.projector is not None and self.projector.training else None
         embeddings = self.embed(
             input_ids,

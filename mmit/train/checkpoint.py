@@ -33,7 +33,7 @@ from torch import nn
 import mmit
 from mmit.config import Config, VisionConfig
 from mmit.data.chat import ChatFormat
-from mmit.errors import CheckpointError
+from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble
 from mmit.models.llm import bring_adapters, usable_device, why_not_4bit
 from mmit.models.partition import shape, whole
@@ -78,10 +78,19 @@ class Loaded:
 def image_preparation(tower: VisionTower | None, vision: VisionConfig | None) -> dict[str, Any]:
     """How a picture is brought to the tower: the arguments of `ImagePreparation` that do not follow from the VLM.
 
-    Keys size [H, W], mode, interpolation and fill, and tiles where pictures are cut into tiles.
+    Keys size [H, W], mode, interpolation and fill; tiles where pictures are cut into tiles; native where they keep
+    their size. Raises ConfigError for a fit that the tower does not take.
     """
     if tower is None or vision is None:
         return {}
+    if (tower.native is None) == (vision.fit == "native"):
+        takes = "one size" if tower.native is None else "any size"
+        remedy = "set model.vision.fit=" + ("pad, resize, crop or a tiling" if tower.native is None else "native")
+        raise ConfigError(f"fit is {vision.fit}, and this vision encoder takes pictures of {takes}", remedy=remedy)
+    if tower.native is not None:
+        size = list(tower.image_size)
+        common = {"size": size, "mode": vision.fit, "interpolation": tower.interpolation, "fill": [0, 0, 0]}
+        return {**common, "native": tower.native} | ({"tiles": vision.tiles} if vision.tiles else {})
     tiled = vision.fit in ("any_resolution", "dynamic")
     # The mean colour, rounded down; black around tiles. Both as LLaVA and transformers do.
     fill = [0, 0, 0] if tiled else [int(255 * m) for m in tower.mean]

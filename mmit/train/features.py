@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mmit.data.preparation import ImagePreparation
+from mmit.data.preparation import ImagePreparation, grids_of
 from mmit.errors import ConfigError, ImageError
 from mmit.models.vision import VisionTower
 from mmit.records import Image
@@ -68,7 +68,7 @@ def compute_features(
     folder: Path,
     world: World = ALONE,
     begin: Callable[[str], None] = lambda phase: None,
-    batch: int = 64,
+    batch: int | None = None,
     max_bytes: int = 8 << 30,
 ) -> FeatureCache:
     """Run the tower over every distinct picture.
@@ -80,13 +80,14 @@ def compute_features(
         kind: "memory", or "disk" to keep the features under `folder` for later runs.
         world: the ranks that share the work; all of them call this with the same pictures, and each gets everything.
         begin: receives the name of each phase, for the heartbeat.
-        batch: crops that go through the tower together.
+        batch: crops that go through the tower together; by default 64, or 4,096 units of native resolution.
         max_bytes: a larger cache is refused before anything is computed.
 
     Raises:
         ConfigError: the cache would be larger than `max_bytes`, or ranks do not see the same pictures.
         ImageError: a picture cannot be read.
     """
+    batch = batch or (64 if tower.native is None else 4096)
     need = forecast_bytes(tower, count)
     if need > max_bytes:
         raise ConfigError(
@@ -193,6 +194,7 @@ def _digest(image: Image) -> str:
 def _compute(tower: VisionTower, batch: _Batch, preparation: ImagePreparation) -> torch.Tensor:
     """(sum of crops, N, D). Raises ImageError."""
     pixels = []
+    spreads = [preparation.spread(image) for image in batch.images]
     for image, crops in zip(batch.images, batch.crops, strict=True):
         found = preparation.pixels(image)
         if len(found) != crops:
@@ -203,7 +205,8 @@ def _compute(tower: VisionTower, batch: _Batch, preparation: ImagePreparation) -
                 remedy="write the picture again without EXIF rotation",
             )
         pixels.append(found)
-    return tower(torch.cat(pixels).to(next(tower.parameters()).device)).cpu().contiguous()
+    seen = torch.cat(pixels).to(next(tower.parameters()).device)
+    return tower(seen, grids_of(spreads)).cpu().contiguous()
 
 
 def _check_same(world: World, digests: Sequence[str]) -> None:

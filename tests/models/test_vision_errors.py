@@ -31,7 +31,7 @@ CLIP = {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, "nu
         ("timm", "test_vit", {"select": "patches"}, "did you mean 'patch'"),
         ("timm", "test_vit", {"weights": "package:absent_weights/w.pth"}, "pip install absent-weights"),
         ("hf", {**CLIP, "hidden_sizes": 4}, {}, "did you mean 'hidden_size'"),
-        ("hf", {**CLIP, "model_type": "siglip2_vision_model"}, {}, "did you mean 'siglip_vision_model'"),
+        ("hf", {**CLIP, "model_type": "siglip_vision_modle"}, {}, "did you mean 'siglip_vision_model'"),
         ("hf", {**CLIP, "model_type": "clip"}, {}, "use model_type: clip_vision_model"),
         ("hf", CLIP, {"layer": 4}, "nearest: 3; valid: 1..3 from the input, -3..-1"),
         ("hf", CLIP, {"weights": True}, "brings no weights"),

@@ -59,6 +59,13 @@ def write_tower_config(folder: Path, name: str, tower: VisionTower) -> None:
     size = list(tower.image_size)
     told = {"size": size, "interpolation": tower.interpolation, "mean": tower.mean, "std": tower.std}
     _write_constants(folder, told)
+    if tower.native is not None:  # its limits under the names that `vision_native` reads
+        path, rule = folder / "preprocessor_config.json", tower.native
+        stated = json.loads(path.read_text(encoding="utf-8"))
+        stated |= {key: rule[key] for key in ("min_pixels", "max_pixels") if key in rule}
+        stated["max_patches"] = rule["max_pixels"] // rule["patch"] ** 2
+        stated["size"] = {"max_height": rule["max_side"]} if "max_side" in rule else {}
+        path.write_text(json.dumps(stated, indent=1), encoding="utf-8")
 
 
 def _write_constants(folder: Path, image: Mapping[str, Any]) -> None:
