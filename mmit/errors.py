@@ -39,6 +39,10 @@ class CheckpointError(MmitError):
     """A checkpoint folder is incomplete, changed since it was written, or of another model."""
 
 
+class WriteError(MmitError):
+    """A file cannot be written: the disk is full or broken, or the folder is closed to this user."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """Return "did you mean 'x'? valid: a, b, c" for an unknown `word`."""
     valid = sorted(choices)

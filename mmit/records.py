@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from mmit.errors import RecordError, nearest
+from mmit.io import whole_file
 from mmit.record_rules import (
     ROLES,
     json_problem,
@@ -416,25 +417,13 @@ def write_jsonl(records: Iterable[Record], path: str | os.PathLike[str]) -> int:
     folder can be moved; others absolute. Raises RecordError, leaving any earlier file of that name untouched.
     """
     target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "w", encoding="utf-8", newline="\n") as file:
-            for record in records:
-                record.validate(for_training=None)
-                row = _relocate(record.to_json(), os.path.abspath(target.parent))
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-    except OSError as error:
-        remedy = "Check that the folder can be written and the disk is not full."
-        raise RecordError(f"cannot write: {error}", where=str(target), remedy=remedy) from error
-    finally:
-        if draft.exists():
-            draft.unlink()
+    with whole_file(target) as file:
+        for record in records:
+            record.validate(for_training=None)
+            row = _relocate(record.to_json(), os.path.abspath(target.parent))
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            count += 1
     return count
 
 

@@ -32,6 +32,13 @@ _SCALARS = [
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        try:
+            return super().construct_yaml_int(node)
+        except ValueError:  # Python reads no number of more than some thousand digits
+            problem = f"a whole number of {len(node.value):,} digits"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             event = self.get_event()
@@ -39,6 +46,9 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"alias *{event.anchor} is not supported, write the value again", event.start_mark
             )
         return super().compose_node(parent, index)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -318,6 +318,12 @@ def test_yaml_reads_back_what_it_wrote(value: object) -> None:
     assert "\n" not in inline_yaml(value)
 
 
+@pytest.mark.parametrize("text", ["a:\n  b: {}", "a: [1,\n  -{}]"])
+def test_a_number_that_python_does_not_read_names_its_line(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^c\.yaml:2: not valid YAML: a whole number of (9,999|10,000) digits"):
+        parse_yaml(text.format("9" * 9999), where="c.yaml")
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("off", "off"), ("yes", "yes"), ("1e-3", 1e-3), ("1.", 1.0), (".5", 0.5), ("-.inf", float("-inf"))]

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmit.errors import RecordError
+from mmit.errors import RecordError, WriteError
 from mmit.records import Image, Record, Text, Turn, read_jsonl, short, write_jsonl
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
@@ -289,7 +289,7 @@ def test_writing_is_atomic(tmp_path: Path) -> None:
     write_jsonl((record for record in read_jsonl(path)), path)
     assert list(read_jsonl(path)) == [good]
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write"):
         write_jsonl([good], tmp_path / "file" / "x.jsonl")
 
 

@@ -16,6 +16,7 @@ import typer
 
 from mmit.cli import data_check, data_shards, data_show, data_stats
 from mmit.errors import ConfigError, RecordError, nearest
+from mmit.io import write_atomic
 
 if TYPE_CHECKING:
     from mmit.records import Record
@@ -170,7 +171,7 @@ def _report(counts: _Counts, out: Path, bad: list[RecordError]) -> None:
     if bad:
         beside = out.with_name(f"{out.stem}.bad.jsonl")
         lines = [json.dumps({"where": e.where, "problem": e.problem, "remedy": e.remedy}) for e in bad]
-        beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_atomic(beside, "".join(line + "\n" for line in lines))
         typer.echo(f"{_of(len(bad), 'bad row')} left out, listed in {beside}:")
         for error in bad[:SHOWN]:
             typer.echo(f"  {error.where}: {error.problem}")

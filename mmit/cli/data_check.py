@@ -24,6 +24,7 @@ from mmit.cli.sources import (
     TokenizerOption,
 )
 from mmit.errors import MmitError
+from mmit.io import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -148,9 +149,5 @@ def _counted(count: int, severity: str) -> str:
 
 
 def _write_json(report: Report, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise MmitError(f"cannot write: {error.strerror}", where=str(path), remedy="Check the folder.") from error
+    write_atomic(path, json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n")
     typer.echo(f"written to {path}")

@@ -17,6 +17,7 @@ import typer
 
 from mmit.cli.sources import ImageRootOption
 from mmit.errors import RecordError
+from mmit.io import write_atomic
 
 if TYPE_CHECKING:
     from mmit.records import Record
@@ -130,7 +131,7 @@ def _tell(bad: list[RecordError], out: Path) -> None:
     if not bad:
         return
     lines = [json.dumps({"where": e.where, "problem": e.problem, "remedy": e.remedy}) for e in bad]
-    (out / "bad.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_atomic(out / "bad.jsonl", "".join(line + "\n" for line in lines))
     typer.echo(f"{len(bad):,} bad records left out, listed in {out / 'bad.jsonl'}:")
     for error in bad[:SHOWN]:
         typer.echo(f"  {error.where}: {error.problem}")

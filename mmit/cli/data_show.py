@@ -19,6 +19,7 @@ from mmit.cli.sources import (
     TokenizerOption,
 )
 from mmit.errors import MmitError, RecordError
+from mmit.io import write_atomic
 
 if TYPE_CHECKING:
     from mmit.data.show import Shown
@@ -88,9 +89,5 @@ def _shown(number: int, row: Record | RecordError, encoder: Encoder | None) -> S
 
 
 def _write(page: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise MmitError(f"cannot write: {error.strerror}", where=str(path), remedy="Check the folder.") from error
+    write_atomic(path, page)
     typer.echo(f"written to {path} ({len(page) / 1e6:.1f} MB): open it in a browser")

@@ -19,6 +19,7 @@ from mmit.cli.sources import (
     TokenizerOption,
 )
 from mmit.errors import MmitError
+from mmit.io import write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -150,5 +151,5 @@ def _write(found: Stats, folder: Path) -> None:
     from mmit.data.stats_plots import plot
 
     pictures = plot(found, folder)
-    (folder / "stats.json").write_text(json.dumps(found.to_json(), ensure_ascii=False, indent=1) + "\n", "utf-8")
+    write_atomic(folder / "stats.json", json.dumps(found.to_json(), ensure_ascii=False, indent=1) + "\n")
     typer.echo(f"written to {folder}: stats.json, {', '.join(path.name for path in pictures)}")

@@ -1,7 +1,7 @@
 """How a mistake reaches the user: one message on stderr (place, problem, remedy) and an exit code.
 
-2 for an MmitError, 130 for Ctrl-C. MMIT_TRACEBACK=1 shows where in the code an MmitError came from. Anything else
-is a defect and keeps its traceback.
+2 for an MmitError, and for a full disk wherever it was met; 130 for Ctrl-C. MMIT_TRACEBACK=1 shows where in the code an
+MmitError came from. Anything else is a defect and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmit.errors import MmitError
+from mmit.io import FULL, unwritable
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -32,6 +33,11 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except MmitError as error:
             show_error(error)
+            raise typer.Exit(EXIT_ERROR) from error
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            show_error(unwritable(error.filename or "", error))
             raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt:
             raise typer.Exit(EXIT_INTERRUPTED) from None

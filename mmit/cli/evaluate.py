@@ -294,7 +294,7 @@ def compare(
     from rich.console import Console
 
     from mmit.eval import compare as comparing
-    from mmit.eval.runner import replace_file
+    from mmit.io import write_atomic
 
     found = comparing.compare(a, b, seed=seed)
     Console().print(comparing.console_table(found))
@@ -302,4 +302,4 @@ def compare(
         typer.echo(line)
     if out is not None:
         content = {"a": str(a), "b": str(b), "seed": seed, "tasks": [one.to_json() for one in found]}
-        replace_file(out, json.dumps(content, indent=2) + "\n")
+        write_atomic(out, json.dumps(content, indent=2) + "\n")

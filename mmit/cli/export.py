@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmit.errors import ConfigError, nearest
+from mmit.io import write_atomic
 
 if TYPE_CHECKING:
     from mmit.train.checkpoint import Loaded
@@ -93,7 +94,7 @@ def _card(found: Loaded, folder: Path, *, format: str, licence: str | None) -> N
 
     told: dict[str, Any] = {"step": found.meta.get("step", 0), "checkpoint": found.folder, "licence": licence}
     text = model_card(found.config.model_dump(), format=format, **told)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    write_atomic(folder / "README.md", text)
 
 
 def _push(folder: Path, name: str | None, *, private: bool, dry_run: bool) -> None:

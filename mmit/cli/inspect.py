@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmit.cli.sources import File, files_of, model_preparation, settings_of, tokenizer_and_chat
-from mmit.errors import ConfigError, MmitError, RecordError
+from mmit.errors import ConfigError, RecordError
+from mmit.io import write_atomic
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -176,9 +177,5 @@ def _write_svg(shown: _Shown, path: Path) -> None:
 
 
 def _write(text: str, path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise MmitError(f"cannot write: {error.strerror}", where=str(path), remedy="Check the folder.") from error
+    write_atomic(path, text)
     typer.echo(f"written to {path}")

@@ -7,36 +7,22 @@ in any case, or nothing could be made). Knows nothing of data.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any, TypeVar
 
 from mmit.errors import MmitError
+from mmit.processes import worker_pool
 
 A = TypeVar("A")
 T = TypeVar("T")
 _MOST_PER_WORKER = 64  # small results: their number costs time to look through, not memory
 
 _job: Callable[[Any], Any] | None = None
-
-
-def end_with_parent(parent: int) -> None:
-    """Make this process end when its parent `parent` is gone: one that is killed cannot tell its workers."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def ahead(
@@ -60,9 +46,7 @@ def ahead(
     Raises:
         What the job raises. MmitError: a worker was killed.
     """
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("fork"), initializer=_begin, initargs=(job, os.getpid())
-    )
+    pool = worker_pool(workers, begin=_begin, arguments=(job,))
     waiting: deque[tuple[Future[T], int]] = deque()
     source = iter(arguments)
     following = next(source, None)
@@ -91,7 +75,7 @@ def _held(waiting: Iterable[tuple[Future[T], int]], size: Callable[[T], int]) ->
     return total
 
 
-def _begin(job: Callable[[Any], Any], parent: int) -> None:
+def _begin(job: Callable[[Any], Any]) -> None:
     global _job
     _job = job
     with suppress(ImportError):
@@ -100,7 +84,6 @@ def _begin(job: Callable[[Any], Any], parent: int) -> None:
         torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent(parent)
 
 
 def _run(argument: Any) -> Any:

@@ -8,8 +8,8 @@ of its question-answer pairs as fit a row. Takes an `encode` callable; knows no 
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +18,8 @@ from mmit.data.chat import Encoded
 from mmit.data.packing import Sample, trie_length
 from mmit.data.preparation import ImagePreparation, Spread
 from mmit.data.sources import Source
-from mmit.errors import RecordError
+from mmit.errors import MmitError, RecordError
+from mmit.processes import worker_pool
 from mmit.records import Image, Record, Turn
 
 Encode = Callable[[Sequence[Turn]], Encoded]
@@ -203,9 +204,14 @@ class InstructionData:
         if workers > 1 and len(numbers) > 2000:
             global _scanned
             _scanned = self
-            with multiprocessing.get_context("fork").Pool(workers) as pool:
-                results = pool.map(_measure_one, numbers, chunksize=256)
-            _scanned = None
+            try:
+                with worker_pool(workers) as pool:
+                    results = list(pool.map(_measure_one, numbers, chunksize=256))
+            except BrokenProcessPool as error:
+                remedy = "it was probably out of memory: use fewer data.workers"
+                raise MmitError("a worker process that measures the data was killed", remedy=remedy) from error
+            finally:
+                _scanned = None
         else:
             results = [self._measure(n) for n in numbers]
         rows: list[tuple[int, int, int, int, int, int]] = []

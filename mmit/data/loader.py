@@ -33,7 +33,7 @@ class MicroBatch:
     target_records: torch.Tensor  # (S,)
     weight: float  # 0 for a row that only keeps ranks in step
     unshared_tokens: int = 0
-    bad: list[RecordError] = field(default_factory=list)
+    bad: dict[int, RecordError] = field(default_factory=dict)  # numbers of records that were left out
 
     @property
     def tokens(self) -> int:
@@ -104,7 +104,7 @@ class _Maker:
         samples: list[Any] = []
         pixels: dict[Hashable, torch.Tensor] = {}
         spreads: dict[Hashable, Spread] = {}
-        bad: list[RecordError] = []
+        bad: dict[int, RecordError] = {}
         for unit in units:
             try:
                 new, images, where = self.data.unit_samples(self.scan, unit)
@@ -116,7 +116,7 @@ class _Maker:
             except RecordError as error:
                 if not self.skip_bad:
                     raise
-                bad.append(error)
+                bad[int(self.scan.record[unit])] = error
                 continue
             samples.extend(new)
         if not samples:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mmit.errors import MmitError
+from mmit.io import append, unwritable, write_atomic
 from mmit.records import json_lines
 
 FORMAT = "mmit answers 1"
@@ -22,28 +22,6 @@ FORMAT = "mmit answers 1"
 ASKED = ("prompt", "images", "reference", "group")
 
 Row = dict[str, Any]
-
-
-def replace_file(path: Path, content: str) -> None:
-    """Write a file that appears whole or not at all. Raises MmitError."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    finally:
-        with suppress(OSError):  # where nothing could be written, nothing is to be removed
-            draft.unlink()
-
-
-def _unwritable(path: Path, error: OSError) -> MmitError:
-    remedy = "Check that the folder can be written and the disk is not full."
-    return MmitError(f"cannot write: {error}", where=str(path), remedy=remedy)
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -60,15 +38,6 @@ def _line(row: Mapping[str, Any]) -> str:
     return text
 
 
-def append(path: Path, rows: Sequence[Row]) -> None:
-    """Append rows to a file. Raises MmitError."""
-    try:
-        with open(path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(lines(rows))
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
 def open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwrite: bool) -> dict[str, Row]:
     """Return the usable rows on file by id, and leave a file that ends with a whole line."""
     rows: dict[str, Row] = {}
@@ -80,7 +49,7 @@ def open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwri
         _drop_half_line(path)
         rows = merge(path, settings, asked) if parts else read_answers(path, settings, asked)
     if not rows:
-        replace_file(path, lines([settings]))
+        write_atomic(path, lines([settings]))
     return rows
 
 
@@ -96,7 +65,7 @@ def merge(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]
         _drop_half_line(part)
         found = read_answers(part, settings, asked) if part.stat().st_size else {}
         new = [row for name, row in found.items() if name not in rows]
-        append(path, new)
+        append(path, lines(new))
         rows |= {row["id"]: row for row in new}
         part.unlink()
     return rows
@@ -110,7 +79,7 @@ def _drop_half_line(path: Path) -> None:
         if whole < len(content):
             os.truncate(path, whole)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def read_answers(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]:

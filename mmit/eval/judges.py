@@ -20,6 +20,7 @@ import numpy as np
 
 from mmit.errors import ConfigError, MmitError
 from mmit.eval.metrics.score import Score, check_lengths, mean_score, need, split
+from mmit.io import append
 from mmit.records import json_lines
 
 TRIES = 3
@@ -149,8 +150,7 @@ class Judge:
 
     def _keep(self, row: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.path, json.dumps(row) + "\n")
 
     def _on_file(self) -> dict[str, list[float]]:
         if not self.path.exists():

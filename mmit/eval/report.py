@@ -26,8 +26,9 @@ from mmit.eval.metrics import Score
 from mmit.eval.metrics.score import PER_ANSWER
 from mmit.eval.page import page, section
 from mmit.eval.ranks import ALONE, Ranks
-from mmit.eval.runner import Generates, Result, evaluate, replace_file
+from mmit.eval.runner import Generates, Result, evaluate
 from mmit.eval.tasks import Item, Task, sample_items, task_items
+from mmit.io import write_atomic
 
 COLUMNS = ("answers by", "score", "95 % interval", "questions", "invalid")
 
@@ -99,7 +100,7 @@ def run_task(
     report |= {"fingerprint": fingerprint, "first_question": asked[0].text, "n_asked": len(asked)}
     if ranks.rank == 0:
         write_report(report, folder, notes=beside.notes)
-        replace_file(folder / "report.html", page(f"{task.name}: {model_name}", section_of(report, folder, asked)))
+        write_atomic(folder / "report.html", page(f"{task.name}: {model_name}", section_of(report, folder, asked)))
     console.print(console_table(report, notes=beside.notes))
     console.print(Text(f"Written to {folder}"))
     return report
@@ -160,8 +161,8 @@ def section_of(report: Mapping[str, Any], folder: Path, items: Sequence[Item]) -
 
 def write_report(report: Mapping[str, Any], folder: Path, *, notes: Mapping[str, str] | None = None) -> None:
     """Write report.json and report.md into `folder`, each whole or not at all. Raises MmitError."""
-    replace_file(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    replace_file(folder / "report.md", markdown(report, notes=notes))
+    write_atomic(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / "report.md", markdown(report, notes=notes))
 
 
 def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

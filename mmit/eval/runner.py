@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmit.errors import MmitError, ModelError
-from mmit.eval.answers import ASKED, FORMAT, Row, append, lines, open_answers, rank_file, read_answers, replace_file
+from mmit.eval.answers import ASKED, FORMAT, Row, lines, open_answers, rank_file, read_answers
 from mmit.eval.answers import merge as merge_answers
 from mmit.eval.metrics import METRICS, Score, get_metric
 from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.tasks import Item, Task, task_items
+from mmit.io import append, write_atomic
 from mmit.records import Image, Record
 
 CHUNK = 8  # batches handed to the model at once, for it to sort and to share pictures among
@@ -147,7 +148,7 @@ def evaluate(
     missing = len(asked.keys() - rows.keys())
     target = path if ranks.world == 1 else rank_file(path, ranks.rank)
     if target != path:
-        replace_file(target, lines([settings]))
+        write_atomic(target, lines([settings]))
     with _bar(f"{task.name} {label}", len(items), done=len(items) - missing, show=progress and not ranks.rank) as bar:
         for batch in _chunks(items, batch_size)[ranks.rank :: ranks.world]:
             if all(item.id in rows for item in batch):
@@ -155,7 +156,7 @@ def evaluate(
             answers = _answers(model, task, batch, batch_size=batch_size, blank_images=blank_images)
             pairs = zip(batch, answers, strict=True)
             new = [asked[item.id] | answer for item, answer in pairs if item.id not in rows]
-            append(target, new)
+            append(target, lines(new))
             rows |= {row["id"]: row for row in new}
             bar(len(new))
     rows = _gather(path, settings, asked, ranks=ranks) if ranks.world > 1 else rows
@@ -198,7 +199,7 @@ def _score_and_keep(
     found = score(ordered)
     others = [row for name, row in rows.items() if name not in names]
     # Scored rows come first; answers to questions outside this sample are kept, without a score.
-    replace_file(path, lines([settings, *_with_scores(ordered, found), *_with_scores(others, None)]))
+    write_atomic(path, lines([settings, *_with_scores(ordered, found), *_with_scores(others, None)]))
     ranks.barrier()
     return found
 

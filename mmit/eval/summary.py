@@ -18,8 +18,9 @@ from rich.text import Text
 from mmit.eval.page import page, table
 from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.report import run_task, section_of
-from mmit.eval.runner import Generates, replace_file
+from mmit.eval.runner import Generates
 from mmit.eval.tasks import Item, Task, sample_items
+from mmit.io import write_atomic
 
 HEAD = ("task", "metric", "score", "95 % interval", "n", "majority", "chance", "blank", "swapped", "valid", "wordings")
 
@@ -141,10 +142,10 @@ def _caption(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 def write_summary(reports: Sequence[Mapping[str, Any]], sections: Sequence[str], folder: Path) -> None:
     """Write summary.json, .md, .tex and .html, each whole or not at all. Raises MmitError."""
     content = {"model": reports[0]["model"], "tasks": list(reports)}
-    replace_file(folder / "summary.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    replace_file(folder / "summary.md", markdown(reports))
-    replace_file(folder / "summary.tex", latex(reports))
+    write_atomic(folder / "summary.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(folder / "summary.md", markdown(reports))
+    write_atomic(folder / "summary.tex", latex(reports))
     lines = [f'<p class="small">{escape(line)}</p>' for line in _caption(reports)]
     links = " · ".join(f'<a href="#{escape(report["task"])}">{escape(report["task"])}</a>' for report in reports)
     top = "".join(["<h1>Evaluation</h1>", table([HEAD, *map(row, reports)]), *lines, f"<p>{links}</p>"])
-    replace_file(folder / "summary.html", page(f"Evaluation of {reports[0]['model']}", top, *sections))
+    write_atomic(folder / "summary.html", page(f"Evaluation of {reports[0]['model']}", top, *sections))

@@ -7,6 +7,7 @@ arguments, gives `InstructionData`, its `Scan` and the `Walk`. Refuses a run who
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -25,6 +26,7 @@ from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
 from mmit.data.walk import Walk
 from mmit.errors import CheckpointError, ConfigError, RecordError, located
+from mmit.io import append, write_atomic
 from mmit.records import Image
 from mmit.train.world import World
 
@@ -106,13 +108,12 @@ def judge(
     """Apply the stated policy to bad records; all of them are listed in the file `name`."""
     listing = run_dir / name
     if main and scan.bad:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        listing.write_text("".join(_line(e) for e in scan.bad), encoding="utf-8")
+        write_atomic(listing, "".join(_line(e) for e in scan.bad))
     if scan.bad and not skip:
         first = scan.bad[0]
         more = f" (the first of {len(scan.bad)} bad records, listed in {listing})" if len(scan.bad) > 1 else ""
         raise type(first)(first.problem + more, where=first.where, remedy=first.remedy)
-    if len(scan.bad) > max_bad_fraction * max(scan.records, 1):
+    if len(scan.bad) > most_bad(max_bad_fraction, scan.records):
         raise RecordError(
             f"{len(scan.bad)} of {scan.records} records are bad, more than run.max_bad_fraction="
             f"{max_bad_fraction:g} allows; the first: {scan.bad[0]}",
@@ -125,11 +126,15 @@ def judge(
         raise RecordError("no usable record is left", where=key, remedy="check the files and formats")
 
 
+def most_bad(fraction: float, records: int) -> int:
+    """How many of `records` may be bad; 0.29 of 100 are 29, though their product in floating point is less."""
+    return math.floor(fraction * records + 1e-9 * records)
+
+
 def note_bad(run_dir: Path, rank: int, error: RecordError, *, name: str = "bad_records.jsonl") -> None:
     """Add a record that turned out bad while training to the listing; each rank has its own."""
     listing = run_dir / name if rank == 0 else run_dir / f"{Path(name).stem}-{rank}.jsonl"
-    with open(listing, "a", encoding="utf-8") as file:
-        file.write(_line(error))
+    append(listing, _line(error))
 
 
 def source_names(data: InstructionData) -> list[str]:

@@ -69,7 +69,7 @@ class HeldOut:
         self.engine, self.batches, self.prepare = engine, batches, prepare
         self.names, self.starts, self.should_stop = names, starts, should_stop
         self.on_bad = on_bad
-        self._noted: set[str] = set()
+        self._noted: set[int] = set()
 
     def __call__(self, step: int) -> dict[str, float]:
         """{"eval_loss": mean over all targets, and "eval_loss/NAME" of each source where there are several}."""
@@ -80,9 +80,9 @@ class HeldOut:
             for batch in batches:
                 if self.engine.all_sum([float(self.should_stop())])[0]:
                     raise Leave
-                for error in batch.bad:
-                    if error.where not in self._noted:
-                        self._noted.add(error.where)
+                for number, error in batch.bad.items():
+                    if number not in self._noted:
+                        self._noted.add(number)
                         self.on_bad(error)
                 losses = self.engine.losses(self.prepare(batch))
                 if batch.weight:

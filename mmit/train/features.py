@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
@@ -21,6 +20,7 @@ import torch
 
 from mmit.data.preparation import ImagePreparation, grids_of
 from mmit.errors import ConfigError, ImageError
+from mmit.io import whole_file, write_atomic
 from mmit.models.vision import VisionTower
 from mmit.records import Image
 from mmit.train.world import World
@@ -250,16 +250,9 @@ class _Store:
         return dict(zip(crops, rows.split(list(crops.values())), strict=True))
 
     def save(self, crops: Mapping[str, int], rows: torch.Tensor, *, rank: int) -> None:
-        """Write features first, the index last, each through a temporary name.
-
-        Nodes that share the folder write the same at once; process ids of machines may be equal, ranks are not.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        draft = self.folder / f".features.{rank}.{os.getpid()}"
+        """Write features first, the index last; nodes that share the folder write the same at once."""
         numbers = rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows
-        numbers.numpy().tofile(draft)
-        (self.folder / "index.json").unlink(missing_ok=True)
-        draft.replace(self.folder / "features.bin")
-        draft = self.folder / f".index.{rank}.{os.getpid()}"
-        draft.write_text(json.dumps(dict(crops)))
-        draft.replace(self.folder / "index.json")
+        with whole_file(self.folder / "features.bin") as file:
+            file.write(numbers.contiguous().numpy().data)
+            (self.folder / "index.json").unlink(missing_ok=True)
+        write_atomic(self.folder / "index.json", json.dumps(dict(crops)))

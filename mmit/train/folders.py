@@ -19,6 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from mmit.errors import CheckpointError
+from mmit.io import FULL
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -87,9 +88,9 @@ def _write(folder: Path, draft: Path, steps: Sequence[Step], *, main: bool, all_
         failure: Exception | None = None
         try:
             step()
-        except (OSError, SafetensorError, RuntimeError) as error:
-            # torch.save reports a full disk as RuntimeError; any other RuntimeError is no matter of disks.
-            if isinstance(error, RuntimeError) and not _of_a_disk(error):
+        except Exception as error:
+            # Libraries report a full disk in ways of their own: torch as RuntimeError, tokenizers as bare Exception.
+            if not isinstance(error, (OSError, SafetensorError)) and not _of_a_disk(error):
                 raise
             failure = error
         if all_fine(failure is None):
@@ -102,12 +103,13 @@ def _write(folder: Path, draft: Path, steps: Sequence[Step], *, main: bool, all_
 
 
 def _of_a_disk(error: Exception) -> bool:
-    words = ("No space left", "Input/output error", "Read-only file system", "Disk quota", "file write failed")
-    return any(w in str(error) for w in words) or "PytorchStreamWriter" in str(error)
+    numbers = (*FULL, errno.EIO, errno.EROFS)
+    words = (*map(os.strerror, numbers), "file write failed", "PytorchStreamWriter")
+    return any(word in str(error) for word in words)
 
 
 def _unwritten(folder: Path, error: Exception) -> CheckpointError:
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    full = getattr(error, "errno", None) in FULL or any(os.strerror(number) in str(error) for number in FULL)
     remedy = "earlier checkpoints are untouched; "
     remedy += "free space on this disk or lower train.keep_last" if full else "check the disk"
     return CheckpointError(

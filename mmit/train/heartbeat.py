@@ -12,10 +12,12 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmit.errors import WriteError
 from mmit.train.run_files import HEARTBEATS, read_json, write_json
 
 SILENT = 5  # heartbeats that may be missed before a rank counts as stopped
@@ -97,7 +99,8 @@ class Heartbeat:
         if self._thread is not None:
             self._ended.set()
             self._thread.join()
-            self._write()
+            with suppress(WriteError):  # as in `_run`
+                self._write()
 
     def _write(self) -> None:
         step, phase, since, moves = self._state
@@ -110,7 +113,7 @@ class Heartbeat:
             try:
                 self._write()
                 beats = read_beats(self.run_dir) if watched else {}
-            except OSError:  # a full disk is told by what cannot do without it
+            except (OSError, WriteError):  # a full disk is told by what cannot do without it
                 continue
             mine = {r: b for r, b in beats.items() if r < self.world}
             for rank, message, facts in self._watch.look(mine, now=time.monotonic(), every=self.every):

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Progress:
     tokens: int = 0
     supervised: int = 0
     skipped_steps: int = 0
-    bad_records: int = 0
+    bad: list[int] = field(default_factory=list)  # numbers of the records that turned out bad, on any rank
     bad_run: int = 0  # bad records on this rank since the last good one
     bad_in_a_row: int = field(default=0)
     spikes: int = 0
@@ -58,7 +59,7 @@ class Plan:
     micro_rows: int
     log_every: int
     save_every: int | None
-    max_bad: int  # bad records that are tolerated while running
+    max_bad: int  # bad records that are tolerated while running, however often each is met
     sources: Sequence[str] = ()  # their names
     starts: Sequence[int] = ()  # the number of the first record of each
     spikes: Spikes = Spikes(None, 128)
@@ -71,7 +72,7 @@ class _Step:
 
     targets: float
     tokens: float
-    bad_records: float
+    bad_records: int  # different ones, since the run began
     records: float
     unshared: float
     targets_of: list[float]  # by source
@@ -126,8 +127,8 @@ def train(
         began, number = time.perf_counter(), progress.step + 1
         phase("data loading", number)
         step_batches = [next(source) for _ in range(micros)]
-        _note_bad(step_batches, progress, on_bad)
-        step = _count(engine, step_batches, plan, progress)
+        new = _note_bad(step_batches, progress, on_bad)
+        step = _count(engine, step_batches, plan, progress, new=new)
         phase("forward and backward", number)
         sums = []
         for i, batch in enumerate(step_batches):
@@ -179,39 +180,62 @@ def _evaluate_if_due(evaluate: Callable[[Progress], bool] | None, walk: Walk, pl
     return due and evaluate(progress)
 
 
-def _note_bad(batches: Sequence[MicroBatch], progress: Progress, on_bad: Callable[[RecordError], None]) -> None:
+def _note_bad(batches: Sequence[MicroBatch], progress: Progress, on_bad: Callable[[RecordError], None]) -> list[int]:
+    """Hand over and return the records that turn out bad for the first time, here at least; each epoch meets them."""
+    met: dict[int, RecordError] = {}
     for batch in batches:
-        for error in batch.bad:
-            progress.bad_records += 1
-            on_bad(error)
+        met |= batch.bad
         progress.bad_run = len(batch.bad) + (0 if batch.records else progress.bad_run)
+    known = set(progress.bad) if met else set()
+    new = [number for number in met if number not in known]
+    for number in new:
+        on_bad(met[number])
+    return new
 
 
-def _count(engine: Engine, batches: Sequence[MicroBatch], plan: Plan, progress: Progress) -> _Step:
-    """Count tokens, targets and records of the step over all ranks. Raises MmitError for too many bad records."""
+def _agree_on_bad(engine: Engine, progress: Progress, new: Sequence[int], counts: Sequence[float]) -> None:
+    """Let every rank know the records that any of them found bad; `counts` says how many are new on each rank."""
+    places = [0, *accumulate(map(int, counts))]
+    table = [0.0] * places[-1]
+    table[places[engine.rank] : places[engine.rank + 1]] = map(float, new)
+    if table:  # the same on all ranks
+        found = map(int, engine.all_sum(table))
+        progress.bad = list(dict.fromkeys([*progress.bad, *found]))
+
+
+def _count(
+    engine: Engine, batches: Sequence[MicroBatch], plan: Plan, progress: Progress, *, new: Sequence[int]
+) -> _Step:
+    """Count tokens, targets and records of the step over all ranks. Raises MmitError for too many bad records.
+
+    `new` are the numbers of bad records that this rank met for the first time.
+    """
     hopeless = float(progress.bad_run >= MAX_BAD_RUN)
     local = [float(sum(b.targets for b in batches)), float(sum(b.tokens for b in batches))]
-    local += [float(progress.bad_records), float(sum(len(b.records) for b in batches))]
-    local += [float(sum(b.unshared_tokens for b in batches)), hopeless]
+    local += [float(sum(len(b.records) for b in batches)), float(sum(b.unshared_tokens for b in batches)), hopeless]
+    bad = [0.0] * engine.world
+    bad[engine.rank] = float(len(new))
     by_source = torch.zeros(len(plan.sources), dtype=torch.int64)
     micro = [0.0] * (engine.world * len(batches))
     for i, batch in enumerate(batches):
         micro[engine.rank * len(batches) + i] = float(batch.targets)
         if batch.targets:
             by_source += torch.bincount(sources_of(batch.target_records, plan.starts), minlength=len(plan.sources))
-    targets, tokens, bad, records, unshared, lost, *rest = engine.all_sum([*local, *by_source.tolist(), *micro])
+    targets, tokens, records, unshared, lost, *rest = engine.all_sum([*local, *bad, *by_source.tolist(), *micro])
+    bad, rest = rest[: engine.world], rest[engine.world :]
+    _agree_on_bad(engine, progress, new, bad)
     if lost:
         raise MmitError(
             f"{MAX_BAD_RUN} bad records came without a good one between them",
             remedy="see bad_records.jsonl in the run folder; the disk or the data set itself is likely at fault",
         )
-    if bad > plan.max_bad:
+    if len(progress.bad) > plan.max_bad:
         raise MmitError(
-            f"{bad:.0f} bad records were met while training, more than the {plan.max_bad} that are tolerated",
+            f"{len(progress.bad)} bad records were met while training, more than the {plan.max_bad} that are tolerated",
             remedy="see bad_records.jsonl in the run folder; mend the data or raise run.max_bad_fraction",
         )
     count = len(plan.sources)
-    return _Step(targets, tokens, bad, records, unshared, rest[:count], rest[count:])
+    return _Step(targets, tokens, len(progress.bad), records, unshared, rest[:count], rest[count:])
 
 
 def sources_of(records: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
@@ -262,7 +286,7 @@ def _row(
         "shared": 1 - step.tokens / max(step.unshared, 1.0),
         "skipped_steps": progress.skipped_steps,
         "spikes": progress.spikes,
-        "bad_records": int(step.bad_records),
+        "bad_records": step.bad_records,
         "seconds": seconds,
     }
 

@@ -11,7 +11,7 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,6 +24,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from mmit.io import append, unless_failing, whole_file, write_atomic
 from mmit.train.run_files import EVENTS, METRICS, note_event, plain, read_rows
 from mmit.train.trackers import Tracker
 
@@ -43,7 +44,7 @@ class RunLog:
         self.folder, self.active = folder, active
         self.console = Console(stderr=True)
         self._trackers = list(trackers) if active else []
-        self._file: TextIO | None = None
+        self._begun = False
         self._progress: Progress | None = None
 
     def begin(self, *, total: int, start: int) -> None:
@@ -55,7 +56,7 @@ class RunLog:
             _keep_before(self.folder / name, start)
         for tracker in self._trackers:
             tracker.begin(start)
-        self._file = open(self.folder / METRICS, "a", encoding="utf-8")
+        self._begun = True
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -81,16 +82,14 @@ class RunLog:
 
     def evaluation(self, step: int, results: Mapping[str, float], *, seconds: float) -> None:
         """Record what an evaluation gave: a row {"step", "eval", "eval_seconds"} of metrics.jsonl."""
-        if self._file is None:
+        if not self._begun:
             return
         self._write({"step": step, "eval": dict(results), "eval_seconds": seconds})
         told = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
         self.say(f"evaluation at step {step}: {told or 'no result'}")
 
     def _write(self, row: dict[str, Any]) -> None:
-        assert self._file is not None
-        self._file.write(json.dumps(plain(row)) + "\n")
-        self._file.flush()
+        append(self.folder / METRICS, json.dumps(plain(row)) + "\n")
         for tracker in self._trackers:
             tracker.log(row["step"], dict(scalars(row)))
 
@@ -105,14 +104,15 @@ class RunLog:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Stop the bar, close the file, draw the curve."""
+        """Stop the bar, draw the curve. Raises WriteError, unless another error is under way."""
         if self._progress is not None:
             self._progress.stop()
         for tracker in self._trackers:
-            tracker.close()
-        if self._file is not None:
-            self._file.close()
-            draw_loss(self.folder / METRICS, self.folder / "loss.png")
+            with unless_failing():
+                tracker.close()
+        if self._begun:
+            with unless_failing():
+                draw_loss(self.folder / METRICS, self.folder / "loss.png")
 
 
 def scalars(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -129,9 +129,7 @@ def _keep_before(path: Path, start: int) -> None:
     if not path.exists():
         return
     kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= start]
-    draft = path.with_name(f".{path.name}.draft")  # a kill in the middle of writing must not cost the rows
-    draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    draft.replace(path)
+    write_atomic(path, "".join(line + "\n" for line in kept))
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:
@@ -161,4 +159,5 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     other.set_ylabel("learning rate", color="#c97b2c")
     other.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))  # short labels: the axes have a fixed place
     axes.legend(loc="upper right")
-    figure.savefig(picture)
+    with whole_file(picture, sync=False) as file:
+        figure.savefig(file, format="png")

@@ -22,6 +22,7 @@ from mmit.data.loader import LoadImage
 from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.walk import Walk
 from mmit.errors import ConfigError, RecordError, located
+from mmit.io import write_atomic
 from mmit.models.assemble import assemble
 from mmit.models.compiled import compile_layers
 from mmit.models.hub import model_folder
@@ -140,7 +141,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         resume.set_aside_later(run_dir, progress.step, say=say)
         resume.settle_best(run_dir, progress, say=say)
         note_start(run_dir, describe(vlm, data, scan, walk=walk, held_out=held_out, world=world), step=progress.step)
-        (run_dir / "config.yaml").write_text(config.to_yaml())
+        write_atomic(run_dir / "config.yaml", config.to_yaml())
     vlm.train()
     return Parts(
         vlm, tokenizer, chat, image, load_image, data, scan, walk, order, held_out, features, groups, engine, progress

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mmit.io import write_atomic
 from mmit.train.curves import Series, figure, smooth
 from mmit.train.run_files import BEST, EVENTS, METRICS, RUN, read_json, read_rows
 
@@ -57,10 +58,8 @@ def write_report(run_dir: Path) -> Path:
     head += f"<title>{escape(run_dir.resolve().name)}</title><style>{_STYLE}</style>"
     body = "\n".join(filter(None, sections))
     text = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-    draft = run_dir / f".{NAME}.draft"
-    # Half of a surrogate pair, which a model may write, cannot be encoded.
-    draft.write_text(text, encoding="utf-8", errors="replace")
-    return draft.replace(run_dir / NAME)
+    write_atomic(run_dir / NAME, text, sync=False)
+    return run_dir / NAME
 
 
 def _section(title: str, body: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from mmit.data.dataset import InstructionData, Scan
 from mmit.data.loader import LoadImage, MicroBatch
 from mmit.data.walk import Walk
 from mmit.errors import ConfigError
+from mmit.io import unless_failing, write_atomic
 from mmit.models.tuning import Group, check_options
 from mmit.models.vlm import VLM
+from mmit.processes import only_one
 from mmit.train import checkpoint, resume
-from mmit.train.data_setup import Say, batches_of_rank, make_walk, note_bad, record_names, source_names
+from mmit.train.data_setup import Say, batches_of_rank, make_walk, most_bad, note_bad, record_names, source_names
 from mmit.train.engine import Engine
 from mmit.train.evaluation import LOSS, Best, Evaluations, HeldOut, Measure
 from mmit.train.features import FeatureCache
@@ -41,6 +43,7 @@ from mmit.train.world import World, join_ranks, speaker
 
 __all__ = ["EXIT_STOPPED", "Evaluate", "run"]
 
+LOCK = "run.lock"  # in run.dir while a run is at work there
 Evaluate = Callable[[checkpoint.Loaded, int], Mapping[str, float]]  # the model as it is, the step -> numbers
 
 
@@ -61,7 +64,16 @@ def run(config: Config, *, evaluate: Evaluate | None = None) -> int:
     check_options(config.tune.model_dump())
     for note in config.notes:
         say(note)
-    _make(run_dir)
+    with ExitStack() as held:
+        with world.together():
+            _make(run_dir)
+            if world.main:
+                held.enter_context(only_one(run_dir / LOCK, "run", folder=run_dir))
+        return _run(config, evaluate, run_dir, world=world, say=say)
+
+
+def _run(config: Config, evaluate: Evaluate | None, run_dir: Path, *, world: World, say: Say) -> int:
+    """The run, in a folder that it has for itself."""
     begin = resume.choose(run_dir, config.run.resume, say=say)  # first: nothing of another run may be touched
     config = settle_precision(config, begin, world=world, say=say)
     trackers = open_trackers(config.train.report_to, run_dir, config.flat()) if world.main else []
@@ -80,7 +92,8 @@ def run(config: Config, *, evaluate: Evaluate | None = None) -> int:
     finally:
         heart.close(last)
         if world.main:
-            write_report(run_dir)
+            with unless_failing():
+                write_report(run_dir)
     return 0 if finished else EXIT_STOPPED
 
 
@@ -136,7 +149,7 @@ def _train(
     newest = checkpoint.checkpoints(run_dir)[-1]
     if finished and world.main:
         done = {"steps": progress.step, "checkpoint": str(newest.relative_to(run_dir))}
-        (run_dir / "finished.json").write_text(json.dumps(done))
+        write_atomic(run_dir / "finished.json", json.dumps(done))
     log.say(f"{'finished' if finished else 'stopped by a signal'} at step {progress.step}; checkpoint: {newest}")
     if progress.best is not None:
         best = progress.best
@@ -187,7 +200,7 @@ def _plan(config: Config, data: InstructionData, scan: Scan, groups: list[Group]
         micro_rows=t.micro_rows,
         log_every=t.log_every,
         save_every=t.save_every,
-        max_bad=int(config.run.max_bad_fraction * scan.records),
+        max_bad=most_bad(config.run.max_bad_fraction, scan.records),
         sources=source_names(data),
         starts=data.starts,
         spikes=Spikes(t.spike_sigma, t.spike_window),

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+from mmit.io import append, write_atomic
 
 METRICS, EVENTS, RUN, BEST, HEARTBEATS = "metrics.jsonl", "events.jsonl", "run.json", "best.json", "heartbeats"
 
@@ -41,8 +42,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def note_event(run_dir: Path, row: dict[str, Any]) -> None:
     """Add a line with its time to events.jsonl."""
-    with open(run_dir / EVENTS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(plain({"time": round(time.time(), 1), **row})) + "\n")
+    append(run_dir / EVENTS, json.dumps(plain({"time": round(time.time(), 1), **row})) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -55,10 +55,4 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, value: Any, *, sync: bool = True) -> None:
     """Write a file that appears whole; with `sync` also when the power goes."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        file.write(json.dumps(plain(value), indent=1))
-        file.flush()
-        if sync:
-            os.fsync(file.fileno())
-    draft.replace(path)
+    write_atomic(path, json.dumps(plain(value), indent=1), sync=sync)

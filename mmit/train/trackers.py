@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mmit.errors import ConfigError
+from mmit.io import write_atomic
 
 WHERE = "train.report_to"
 
@@ -85,7 +86,7 @@ class WandB:
                 where=WHERE,
                 remedy="run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later",
             ) from error
-        kept.write_text(json.dumps({"id": identity}))
+        write_atomic(kept, json.dumps({"id": identity}))
         # Steps as an axis of our own: W&B's counter cannot go back, and a resumed run repeats some.
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

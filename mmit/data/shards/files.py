@@ -5,20 +5,20 @@ Owns the list of schemes. Anything else before "://", and every "pipe:", is refu
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from io import FileIO
 from typing import Any, BinaryIO, TypeVar
 
 from mmit.errors import MmitError
+from mmit.processes import worker_pool
 from mmit.records import short
 
 REMOTE = ("hf", "s3", "http", "https")
@@ -171,9 +171,7 @@ def run_jobs(job: Callable[..., T], arguments: Iterable[Sequence[Any]], *, worke
         for one in arguments:
             yield job(*one)
         return
-    # fork where there is one, since spawn would run a script without a main guard again in every worker.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context(method))
+    pool = worker_pool(workers)
     waiting: list[Future[T]] = []
     try:
         for one in arguments:

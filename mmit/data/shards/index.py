@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from mmit.errors import ConfigError, ImageError, RecordError
+from mmit.io import unwritable, write_atomic
 
 VERSION = 1
 INDEX = "index.json"
@@ -149,8 +150,7 @@ def _write_files(out: Path, header: dict[str, Any], arrays: dict[str, np.ndarray
             if old != folder:
                 shutil.rmtree(old)
     except OSError as error:
-        remedy = "Check that the folder can be written and the disk is not full."
-        raise ConfigError(f"cannot write the index: {error}", where=str(out), remedy=remedy) from error
+        raise unwritable(out, error) from error
 
 
 def save_part(part: Part, path: Path, digest: str) -> None:
@@ -181,16 +181,3 @@ def load_part(path: Path, digest: str) -> Part | None:
     for is_image, problem, where, remedy in facts["bad"]:
         part.bad.append((ImageError if is_image else RecordError)(problem, where=where, remedy=remedy))
     return part
-
-
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file that appears whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

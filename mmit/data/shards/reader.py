@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from mmit.data.shards.files import RangeReader, ShardFileError, is_remote, open_shard
-from mmit.data.shards.index import ARRAYS, DTYPES, INDEX, VERSION, write_atomic
+from mmit.data.shards.index import ARRAYS, DTYPES, INDEX, VERSION
 from mmit.data.shards.records import IMAGES, Limits, check_members, extension, to_record
 from mmit.data.shards.tar_headers import padded
 from mmit.errors import ConfigError, RecordError
+from mmit.io import write_atomic
 from mmit.records import Image, Part, Record, short
 
 # Members of a sample that lie this close are fetched with one read.
@@ -359,6 +360,5 @@ def _fetched(folder: str, header: dict[str, Any], cache: Path) -> Path:
         target = local / f"{name}.npy"
         if not target.exists():
             with open_shard(_join(folder, f"{header['folder']}/{name}.npy")) as (file, _):
-                local.mkdir(parents=True, exist_ok=True)
                 write_atomic(target, file.read())
     return local

@@ -39,6 +39,8 @@ from mmit.data.shards.records import (
 )
 from mmit.data.shards.scan import ScanOptions, scan_tar
 from mmit.errors import ConfigError, ImageError, RecordError
+from mmit.io import unwritable
+from mmit.processes import only_one
 from mmit.records import Image, OnBad, Record, short
 
 PARTS = ".parts"
@@ -149,21 +151,7 @@ def build_shards(
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Keep a second build out of the folder; the lock ends with the process, however it ends."""
-    try:
-        (out / PARTS).mkdir(parents=True, exist_ok=True)
-        lock = open(out / PARTS / "lock", "wb")
-    except OSError as error:
-        remedy = "Check the path and the permissions."
-        raise ConfigError(f"cannot write: {error.strerror}", where=str(out), remedy=remedy) from error
-    with lock:
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                remedy = "Wait for it, or give another folder."
-                raise ConfigError("another build is writing here", where=str(out), remedy=remedy) from error
+    with only_one(out / PARTS / "lock", "build", folder=out):
         for draft in out.glob(".shard-*.tmp"):
             draft.unlink()
         yield
@@ -259,8 +247,7 @@ def _shard(chunk: _Chunk, options: _Options) -> tuple[Part, bool]:
         os.replace(draft, path)
         save_part(part, part_path, chunk.digest)
     except OSError as error:
-        remedy = "Check that the folder can be written and the disk is not full."
-        raise ConfigError(f"cannot write: {error.strerror}", where=str(path), remedy=remedy) from error
+        raise unwritable(path, error) from error
     finally:
         draft.unlink(missing_ok=True)
     return part, False

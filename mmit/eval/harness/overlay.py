@@ -21,6 +21,7 @@ import yaml
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.eval import layouts
 from mmit.eval.harness.columns import LMMS_COLUMNS
+from mmit.io import write_atomic
 from mmit.records import Image, Record
 
 SUFFIX = "_local"
@@ -170,8 +171,7 @@ def _write_yaml(name: str, included: Path, out: Path, *, data: Mapping[str, Path
 
 
 def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_atomic(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 
 def _hellaswag(shipped: Path, root: Path, out: Path) -> list[str]:
@@ -206,9 +206,8 @@ def _mmlu(shipped: Path, root: Path, out: Path) -> list[str]:
         for split in ("test", "dev"):
             given = place.find(f"{split}/{subject}_{split}.csv", f"data/{split}/{subject}_{split}.csv")
             data[split] = out / "data" / "mmlu" / f"{subject}_{split}.jsonl"
-            data[split].parent.mkdir(parents=True, exist_ok=True)
             rows = ({"question": q, "choices": options, "answer": n} for q, options, n in _solved(given))
-            data[split].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            write_atomic(data[split], "".join(json.dumps(row) + "\n" for row in rows))
         yaml_of = shipped / "mmlu" / "default" / f"mmlu_{subject}.yaml"
         made.append(_write_yaml(f"mmlu_{subject}", yaml_of, out, data=data, kind="json", dataset_name=None, tag=None))
     group = {"group": f"mmlu{SUFFIX}", "task": made}

@@ -32,7 +32,7 @@ from mmit.data.shards.records import Limits
 from mmit.data.shards.scan import index_tars
 from mmit.data.shards.writer import build_shards
 from mmit.data.sources import open_source
-from mmit.errors import ConfigError, ImageError, MmitError, RecordError
+from mmit.errors import ConfigError, ImageError, MmitError, RecordError, WriteError
 from mmit.records import Image, Record, Text, Turn
 
 SMALL = 20_000  # bytes of a shard here
@@ -204,7 +204,7 @@ def test_what_a_build_refuses(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match="over the limit"):
         build_shards(records(3), tmp_path / "large", limits=Limits(member_bytes=100))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot write"):
+    with pytest.raises(WriteError, match="cannot write"):
         build_shards(records(1), tmp_path / "file")
     with shards._locked(tmp_path / "busy"), pytest.raises(ConfigError, match="another build"):
         build_shards(records(1), tmp_path / "busy")
