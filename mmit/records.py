@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     Source = str | bytes | PIL.Image.Image
 
 __all__ = ["ROLES", "Image", "OnBad", "Part", "Record", "Text", "Turn", "image_at", "json_lines", "read_jsonl", "short"]
-__all__ += ["write_jsonl"]
+__all__ += ["record_line", "write_jsonl"]
 
 _PROVENANCE: dict[str, tuple[Any, str]] = {
     "id": (str, "a string"),
@@ -420,11 +420,15 @@ def write_jsonl(records: Iterable[Record], path: str | os.PathLike[str]) -> int:
     count = 0
     with whole_file(target) as file:
         for record in records:
-            record.validate(for_training=None)
-            row = _relocate(record.to_json(), os.path.abspath(target.parent))
-            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file.write(record_line(record, os.path.abspath(target.parent)).encode())
             count += 1
     return count
+
+
+def record_line(record: Record, folder: str) -> str:
+    """Check a record and return its line in a JSONL file of `folder`, an absolute path. Raises RecordError."""
+    record.validate(for_training=None)
+    return json.dumps(_relocate(record.to_json(), folder), ensure_ascii=False) + "\n"
 
 
 def _relocate(row: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from mmit import __version__
-from mmit.cli import chat, config, data, env, evaluate, export, harness, inspect, train, watch
+from mmit.cli import build, chat, config, data, env, evaluate, export, harness, inspect, train, watch
 from mmit.cli.errors import Commands
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("chat")(chat.chat)
 app.add_typer(data.app, name="data")
+app.add_typer(build.app, name="build")
 app.add_typer(harness.app, name="harness")
 app.command("export")(export.export)
 app.command("import-model")(export.import_model)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mmit.records import Record
 
 app = typer.Typer(help="Bring data into mmit's format, and see what is in it.", no_args_is_help=True)
-app.command("build")(data_shards.build)
+app.command("pack")(data_shards.pack)
+app.command("build", hidden=True)(data_shards.build)  # the former name
 app.command("index")(data_shards.index)
 app.command("check")(data_check.check)
 app.command("show")(data_show.show)

@@ -1,4 +1,4 @@
-"""`mmit data build` and `mmit data index`: records into indexed WebDataset tars, and an index for tars that are there.
+"""`mmit data pack` and `mmit data index`: records into indexed WebDataset tars, and an index for tars that are there.
 
 A folder so made is a source of training like any file. What is left out is told and listed beside the shards; without
 --skip-bad the first bad record ends the command.
@@ -6,12 +6,13 @@ A folder so made is a source of training like any file. What is left out is told
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,7 +29,7 @@ SkipOption = Annotated[bool, typer.Option("--skip-bad", help="Leave bad records 
 WorkersOption = Annotated[int | None, typer.Option(min=1, help="Processes. [default: one per CPU]")]
 
 
-def build(
+def pack(
     data: Annotated[
         list[Path],
         typer.Argument(metavar="DATA...", help="Data files of any format, in this order; FILE#N draws N records."),
@@ -64,6 +65,13 @@ def build(
     typer.echo(f"{report.records:,} records in {report.shards} shards{kept}, {report.bytes / 2**20:,.1f} MiB")
     _tell(bad, out)
     typer.echo(f"written to {out}")
+
+
+@functools.wraps(pack)
+def build(**arguments: Any) -> None:
+    """`mmit data pack` under its former name."""
+    typer.echo("notice: `mmit data build` is `mmit data pack` now; `mmit build` makes instruction data", err=True)
+    pack(**arguments)
 
 
 def index(

@@ -8,7 +8,7 @@ never two that share an image with each other.
 from __future__ import annotations
 
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
@@ -47,29 +47,34 @@ class Pool(Generic[Row]):
     """
 
     def __init__(self, rows: Sequence[Row], images: Sequence[tuple[Hashable, ...]]) -> None:
-        self._rows, self._images = rows, images
+        self.rows, self._images = rows, images
 
-    def draw(self, count: int, *, rng: random.Random, asked: int) -> list[int]:
-        """Return the positions of `count` rows to show before row `asked`.
+    def draw(
+        self, count: int, *, rng: random.Random, images: Iterable[Hashable] = (), skip: int | None = None
+    ) -> list[int]:
+        """Return the positions of `count` rows to show before a question.
 
-        Raises ConfigError where the pool has too few rows that share no image.
+        Args:
+            images: those of the question. skip: the position of the asked row, None if it is not in the pool.
+
+        Raises:
+            ConfigError: too few rows share no image.
         """
-        taken = set(self._images[asked])
+        taken: set[Hashable] = set(images)
         drawn: list[int] = []
-        for _ in range(count * _TRIES):
-            if len(drawn) == count:
-                break
-            at = rng.randrange(len(self._rows))
-            if at != asked and at not in drawn and not taken & set(self._images[at]):
+
+        def take(at: int) -> None:
+            if at != skip and at not in drawn and taken.isdisjoint(self._images[at]):
                 drawn.append(at)
-                taken |= set(self._images[at])
+                taken.update(self._images[at])
+
+        for _ in range(count * _TRIES):
+            if len(drawn) < count and self.rows:
+                take(rng.randrange(len(self.rows)))
         if len(drawn) < count:  # a small pool, or many rows on few images: look at every row in random order
-            for at in rng.sample(range(len(self._rows)), len(self._rows)):
-                if len(drawn) == count:
-                    break
-                if at != asked and at not in drawn and not taken & set(self._images[at]):
-                    drawn.append(at)
-                    taken |= set(self._images[at])
+            for at in rng.sample(range(len(self.rows)), len(self.rows)):
+                if len(drawn) < count:
+                    take(at)
         if len(drawn) < count:
             problem = f"{count} examples are asked for, but only {len(drawn)} rows share no image with the question"
             raise ConfigError(problem, where="shots", remedy="Ask for fewer examples, or give more rows.")

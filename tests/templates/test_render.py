@@ -136,11 +136,11 @@ def test_examples_never_share_an_image():
     rng = random.Random(0)
     for asked in range(60):
         for _ in range(50):
-            drawn = pool.draw(4, rng=rng, asked=asked)
+            drawn = pool.draw(4, rng=rng, images=images[asked], skip=asked)
             shown = [images[at] for at in (*drawn, asked)]
             assert len(set(shown)) == 5
     with pytest.raises(ConfigError, match="only 19 rows share no image"):
-        pool.draw(20, rng=rng, asked=0)
+        pool.draw(20, rng=rng, images=images[0], skip=0)
 
 
 def test_examples_stand_before_the_question_images_included():

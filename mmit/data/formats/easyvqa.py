@@ -44,7 +44,7 @@ def easy_vqa(split: str, package_dir: str | os.PathLike[str] | None = None) -> I
     meta["answer_types"] gives for each question "yes/no", "shape" or "color". Raises ConfigError for another
     split, RecordError if the package is missing or its data is not as expected.
     """
-    pictures = _pictures(split, package_dir)
+    pictures = read_pictures(split, package_dir)
     return (_questions_record(split, picture) for picture in pictures)
 
 
@@ -61,7 +61,7 @@ def easy_vqa_captions(
     Meant for aligning a projector on "train"; captions of "test" would leak the test's answers into training.
     Raises what `easy_vqa` does, and RecordError if answers contradict each other.
     """
-    pictures = _pictures(split, package_dir)
+    pictures = read_pictures(split, package_dir)
     return _caption_records(split, pictures, on_skip)
 
 
@@ -133,7 +133,7 @@ def _caption(picture: _Picture) -> str:
     return " ".join(["a", *colours, *(shapes or {"shape"})])
 
 
-def _pictures(split: str, package_dir: str | os.PathLike[str] | None) -> list[_Picture]:
+def read_pictures(split: str, package_dir: str | os.PathLike[str] | None) -> list[_Picture]:
     """Read questions.json, a list of [question, answer, image number], grouped by image in order."""
     if split not in SPLITS:
         raise ConfigError(f"easy-vqa has no split '{split}'", remedy=nearest(split, SPLITS))

@@ -295,7 +295,7 @@ def _open_index(folder: str, cache: str) -> Index:
     except ShardFileError as error:
         if not error.missing:
             raise
-        remedy = "Write one with `mmit data build`, or `mmit data index` for existing tars."
+        remedy = "Write one with `mmit data pack`, or `mmit data index` for existing tars."
         raise ConfigError(f"no index of shards ({error.problem})", where=folder, remedy=remedy) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError("index.json is damaged", where=folder, remedy=_REBUILD) from error

@@ -1,0 +1,261 @@
+"""Annotated rows x templates -> instruction records (Flan, arXiv:2109.01652; P3, arXiv:2110.08207).
+
+In: rows of fields, banks of templates, shares and a seed. Out: one Record per row and drawn wording, or the reason why
+there is none. What a row becomes depends on the seed, the task and the row's number alone, so that a build can be cut
+off, resumed or spread over processes without a difference. Refuses a bank that reads fields the rows do not have.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmit.build.licences import combined
+from mmit.build.packages import image_name
+from mmit.build.rows import Rows
+from mmit.errors import ConfigError, RecordError, nearest
+from mmit.records import Image, Record, Text, Turn
+from mmit.templates.bank import Bank, Template
+from mmit.templates.options import OptionStyle
+from mmit.templates.render import Rendered, draw, render
+from mmit.templates.shots import Pool, check_shots, with_shots
+
+POOL = 5_000  # rows that examples are drawn from; a sample of all rows where there are more
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How rows become records.
+
+    Attributes:
+        seed: decides wordings, options, examples and their order.
+        split: which wordings of the banks: train, held_out or all.
+        per_row: wordings a row gets from each bank.
+        inversion: share of rows whose wording is turned around, where the bank has such (Flan 2022 takes 0.3).
+        options: how choices are listed.
+        shots: share of records by their number of solved examples.
+        held_out: clusters that are kept for evaluation.
+        set_aside: share of the images (of the rows, where they have none) that held-out clusters ask about, and no
+            other does: a held-out question about a trained image would measure memory.
+    """
+
+    seed: int = 0
+    split: str = "train"
+    per_row: int = 1
+    inversion: float = 0.0
+    options: OptionStyle = OptionStyle()
+    shots: Mapping[int, float] = field(default_factory=lambda: {0: 1.0})
+    held_out: tuple[str, ...] = ()
+    set_aside: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_shots(self.shots)
+        if not 0 <= self.inversion <= 1:
+            raise ConfigError(f"is {self.inversion}", where="inversion", remedy="Give a number from 0 to 1.")
+        if not 0 < self.set_aside < 1:
+            raise ConfigError(f"is {self.set_aside}", where="holdout.images", remedy="Give a share between 0 and 1.")
+        if self.per_row < 1:
+            raise ConfigError(f"is {self.per_row}", where="templates.per_row", remedy="Give 1 or more.")
+
+
+@dataclass(frozen=True)
+class Made:
+    """One record, and whether its cluster is held out."""
+
+    task: str
+    record: Record
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One row and wording that gave no record."""
+
+    task: str
+    row: str
+    template: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a row comes from."""
+
+    where: str
+    number: int
+    source: str
+    licence: str | None
+
+
+def check_banks(banks: Sequence[Bank], recipe: Recipe) -> None:
+    """Refuse banks of one task name, held-out clusters that no bank has, and a build without a task left.
+
+    Raises ConfigError.
+    """
+    tasks = [bank.task for bank in banks]
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        remedy = "Give each bank a task of its own."
+        raise ConfigError(f"two banks have the task '{twice[0]}'", where="bank", remedy=remedy)
+    clusters = sorted({bank.cluster for bank in banks if bank.cluster})
+    for cluster in recipe.held_out:
+        if cluster not in clusters:
+            problem = f"no bank is of the cluster '{cluster}'"
+            raise ConfigError(problem, where="holdout.clusters", remedy=nearest(cluster, clusters))
+    if banks and all(bank.cluster in recipe.held_out for bank in banks):
+        problem = "every task is held out, nothing is left to train on"
+        raise ConfigError(problem, where="holdout.clusters", remedy=f"Hold fewer of {', '.join(clusters)} out.")
+    for bank in banks:
+        chosen = bank.of_split(recipe.split)
+        if recipe.per_row > len(chosen):
+            problem = f"{recipe.per_row} wordings per row, but task '{bank.task}' has {len(chosen)}"
+            raise ConfigError(problem, where="templates.per_row", remedy="Lower it, or add templates.")
+
+
+def annotated(
+    open_rows: Callable[[], Rows],
+    banks: Sequence[Bank],
+    recipe: Recipe,
+    *,
+    source: str,
+    licence: str | None = None,
+) -> Iterator[Made | Dropped]:
+    """Yield the records, and what gave none, in the order of the rows.
+
+    Args:
+        open_rows: begins a pass over the rows; called twice where examples are asked for.
+        source: name of the rows, for provenance. licence: of the rows.
+
+    Raises:
+        ConfigError: a bank does not suit the rows, or the recipe cannot be followed.
+    """
+    check_banks(banks, recipe)
+    pools = {}
+    if any(count and share for count, share in recipe.shots.items()):
+        for aside in {False, bool(recipe.held_out)}:
+            pools[aside] = _Examples(open_rows, recipe, aside=aside)
+    known = False
+    for number, row in open_rows():
+        place = f"{source}:{number}"
+        if isinstance(row, RecordError):
+            for bank in banks:
+                yield Dropped(bank.task, place, "", str(row))
+            continue
+        if not known:
+            _check_fields(banks, row)
+            known = True
+        aside = _is_aside(row, number, recipe)
+        for bank in banks:
+            if (bank.cluster in recipe.held_out) == aside:
+                where = _Place(place, number, source, licence)
+                yield from _of_row(bank, row, recipe, pools.get(aside), where)
+
+
+def _is_aside(row: Mapping[str, Any], number: int, recipe: Recipe) -> bool:
+    """Whether a row belongs to the held-out clusters; rows that share an image always go together."""
+    if not recipe.held_out:
+        return False
+    # The first image alone decides: a row of several images would otherwise need every set they are in to agree.
+    name = next(iter(_image_names(row)), str(number))
+    return random.Random(f"{recipe.seed}|aside|{name}").random() < recipe.set_aside
+
+
+def _check_fields(banks: Sequence[Bank], row: Mapping[str, Any]) -> None:
+    """The first row tells what the fields are; a later one that lacks some is dropped by itself."""
+    for bank in banks:
+        for name in bank.fields:
+            if name not in row:
+                problem = f"the rows have no field '{name}'"
+                raise ConfigError(problem, where=bank.where, remedy=nearest(name, sorted(map(str, row))))
+
+
+def _of_row(
+    bank: Bank,
+    row: dict[str, Any],
+    recipe: Recipe,
+    pool: _Examples | None,
+    at: _Place,
+) -> Iterator[Made | Dropped]:
+    rng = random.Random(f"{recipe.seed}|{bank.task}|{at.number}")
+    templates = draw(bank.of_split(recipe.split), rng=rng, inversion=recipe.inversion, count=recipe.per_row)
+    for template in templates:
+        try:
+            asked = render(template, row, rng=rng, options=recipe.options, row=at.where)
+            shots = pool.of(row, at.number, template, asked, rng) if pool else []
+            rendered = with_shots(asked, [shot for _, shot in shots])
+            record = _record(rendered, bank, template, row, at)
+            record.meta["build"]["shots"] = [name for name, _ in shots]  # type: ignore[index]
+            record.meta["build"]["seed"] = recipe.seed  # type: ignore[index]
+            record.validate()
+        except RecordError as error:
+            yield Dropped(bank.task, at.where, template.id, error.problem)
+        else:
+            yield Made(bank.task, record, bank.cluster in recipe.held_out)
+
+
+def _record(
+    rendered: Rendered,
+    bank: Bank,
+    template: Template,
+    row: Mapping[str, Any],
+    at: _Place,
+) -> Record:
+    meta: dict[str, Any] = {"task": bank.task, "cluster": bank.cluster}
+    if rendered.choices is not None and not template.inverted:
+        meta["choices"] = list(rendered.choices)
+    if template.metrics:
+        meta["metrics"] = list(template.metrics)
+    meta["build"] = {
+        "how": "annotated",
+        "template": template.id,
+        "digest": template.digest,
+        "inverted": template.inverted,
+        "options": rendered.options.style if rendered.options else None,
+    }
+    return Record(
+        (Turn("user", rendered.parts), Turn("assistant", (Text(rendered.target),))),
+        id=f"{row.get('id', at.number)}/{bank.task}/{template.id}",
+        source=at.source,
+        row=at.number,
+        licence=combined([at.licence, bank.licence]),
+        meta=meta,
+    )
+
+
+class _Examples:
+    """The rows that solved examples are made of: a seeded sample, drawn in one pass (Vitter 1985)."""
+
+    def __init__(self, open_rows: Callable[[], Rows], recipe: Recipe, *, aside: bool) -> None:
+        rng = random.Random(f"{recipe.seed}|examples")
+        kept: list[tuple[int, dict[str, Any]]] = []
+        seen = 0
+        for number, row in open_rows():
+            if isinstance(row, RecordError) or _is_aside(row, number, recipe) != aside:
+                continue
+            seen += 1
+            if len(kept) < POOL:
+                kept.append((number, row))
+            elif (at := rng.randrange(seen)) < POOL:
+                kept[at] = (number, row)
+        self._recipe = recipe
+        self._at = {number: at for at, (number, _) in enumerate(kept)}
+        self._pool = Pool(kept, [_image_names(row) for _, row in kept])
+
+    def of(
+        self, row: Mapping[str, Any], number: int, template: Template, asked: Rendered, rng: random.Random
+    ) -> list[tuple[str, Rendered]]:
+        """Draw the examples of one question, with the wording and the style of options that it has."""
+        shares = self._recipe.shots
+        count = rng.choices(list(shares), weights=list(shares.values()))[0]
+        style = OptionStyle(1.0, (asked.options.style,), self._recipe.options.answer) if asked.options else None
+        shots = []
+        for at in self._pool.draw(count, rng=rng, images=_image_names(row), skip=self._at.get(number)):
+            shown, fields = self._pool.rows[at]
+            shots.append((str(fields.get("id", shown)), render(template, fields, rng=rng, options=style)))
+        return shots
+
+
+def _image_names(row: Mapping[str, Any]) -> tuple[str, ...]:
+    values = [v for value in row.values() for v in (value if isinstance(value, list) else [value])]
+    return tuple(sorted({image_name(value) for value in values if isinstance(value, Image)}))

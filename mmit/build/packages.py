@@ -1,0 +1,99 @@
+"""Annotated sets that come with a Python package, as rows of fields.
+
+`easy-vqa-attributes`: each image of the package easy-vqa with what its pixels say: colour, shape, box, place and size.
+The images hold one shape in one of eight colours on a plain ground, so all of it can be measured; where the package's
+own questions name a colour or a shape, the measurement must agree, or the row is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from mmit.data.formats.easyvqa import COLOURS, SHAPES, read_pictures
+from mmit.errors import ConfigError, RecordError, nearest
+from mmit.records import Image
+
+# The package draws with these values of the names' CSS colours.
+_RGB = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (165, 42, 42),
+    "gray": (128, 128, 128),
+    "green": (0, 255, 0),
+    "red": (255, 0, 0),
+    "teal": (0, 128, 128),
+    "yellow": (255, 255, 0),
+}
+_STANDS_OUT = 40  # levels of 255 by which the shape differs from the ground in some channel
+# Share of its box that a shape fills: a triangle about 1/2, a circle pi/4, a rectangle all of it.
+_FILL = (("triangle", 0.70), ("circle", 0.93), ("rectangle", 1.01))
+_LARGE = 23  # pixels; half of the package's shapes are larger
+
+Rows = Iterator[tuple[int, dict[str, Any]]]
+
+
+def easy_vqa_attributes(split: str) -> Rows:
+    """Yield (row, fields) for every image of "train" or "test".
+
+    Fields: image, colour, shape, box ([left, top, right, bottom] in pixels), column (left, right), row (top, bottom),
+    size (small, large).
+
+    Raises:
+        ConfigError: no such split. RecordError: the package is missing, or an image contradicts its questions.
+    """
+    for picture in read_pictures(split, None):
+        fields = measured(np.asarray(PIL.Image.open(picture.path).convert("RGB")), where=picture.path)
+        told = {answer for _, answer in picture.pairs} & (COLOURS | SHAPES)
+        if not told <= {fields["colour"], fields["shape"]}:
+            shown = f"a {fields['colour']} {fields['shape']}"
+            problem = f"the image shows {shown}, its answers say {', '.join(sorted(told))}"
+            raise RecordError(problem, where=picture.path, remedy="Install the package again: pip install easy-vqa")
+        yield picture.row, {"image": Image(picture.path), "id": f"easy-vqa/{split}/{picture.number}", **fields}
+
+
+def measured(pixels: np.ndarray, *, where: str) -> dict[str, Any]:
+    """Return what an image (H, W, 3) of one plain shape on a plain ground shows. Raises RecordError if it is none."""
+    values = pixels.astype(int)
+    border = np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+    inside = (np.abs(values - np.median(border, 0)) > _STANDS_OUT).any(2)
+    rows, columns = np.nonzero(inside)
+    if not len(rows):
+        raise RecordError("the image shows no shape", where=where, remedy="Leave it out.")
+    left, top, right, bottom = (int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    colour = np.median(values[inside], 0)
+    fill = inside.sum() / ((right - left) * (bottom - top))
+    height, width = inside.shape
+    return {
+        "colour": min(_RGB, key=lambda name: float(np.abs(colour - _RGB[name]).sum())),
+        "shape": next(name for name, most in _FILL if fill < most),
+        "box": [left, top, right, bottom],
+        "column": "left" if left + right < width else "right",
+        "row": "top" if top + bottom < height else "bottom",
+        "size": "large" if max(right - left, bottom - top) >= _LARGE else "small",
+    }
+
+
+# name -> (split -> rows, licence of the data)
+PACKAGES: dict[str, tuple[Callable[[str], Rows], str]] = {"easy-vqa-attributes": (easy_vqa_attributes, "MIT")}
+
+
+def package_rows(name: str, split: str) -> tuple[Rows, str]:
+    """Return the rows of a set that comes with a package, and its licence. Raises ConfigError."""
+    if name not in PACKAGES:
+        raise ConfigError(f"no such set '{name}'", where="rows.package", remedy=nearest(name, list(PACKAGES)))
+    make, licence = PACKAGES[name]
+    return make(split), licence
+
+
+def image_name(image: Image) -> str:
+    """Return what identifies an image: the path of its file, or the digest of its bytes."""
+    if isinstance(image.source, str):
+        return str(Path(image.source).resolve())
+    data = image.source if isinstance(image.source, bytes) else image.source.tobytes()
+    return hashlib.sha256(data).hexdigest()

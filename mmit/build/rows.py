@@ -1,0 +1,97 @@
+"""Rows of fields from whatever holds them: a table, JSON, Parquet, a Hugging Face data set, or a package.
+
+In: a description such as `{path: rows.csv, images: [image]}`. Out: (row number, fields); the fields named under
+`images` are Image parts, or lists of them. A row that cannot be read is yielded as its RecordError, so that the build
+can count it and go on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmit.build.packages import package_rows
+from mmit.data.formats.common import image_part, json_rows
+from mmit.data.formats.tabular import csv_rows, hf_rows, is_parquet, is_table, parquet_rows
+from mmit.errors import ConfigError, RecordError, nearest
+from mmit.records import Image
+
+KEYS = ("path", "package", "dataset", "split", "config", "revision", "images", "image_root", "licence", "limit")
+Rows = Iterator[tuple[int, "dict[str, Any] | RecordError"]]
+
+
+def open_rows(described: Mapping[str, Any], *, folder: str = "") -> tuple[Rows, str | None, str]:
+    """Open rows.
+
+    Args:
+        described: one of `path` (csv, tsv, json, jsonl, parquet), `package` (see `mmit.build.packages`) or `dataset` (a
+            Hugging Face name); `split`, `config` and `revision` of the last two; `images`, the fields that hold images;
+            `image_root`, where their paths start (default: the file's folder); `licence`; `limit`, the first so many.
+        folder: what a relative `path` starts from.
+
+    Returns:
+        the rows, their licence (None where nobody says), and a name for messages and provenance.
+
+    Raises:
+        ConfigError: the description is unusable. RecordError: a file cannot be read.
+    """
+    for key in described:
+        if key not in KEYS:
+            raise ConfigError(f"unknown key '{key}'", where="rows", remedy=nearest(str(key), KEYS))
+    kinds = [key for key in ("path", "package", "dataset") if described.get(key)]
+    if len(kinds) != 1:
+        problem = f"rows come from {' and '.join(kinds) if kinds else 'nowhere'}"
+        raise ConfigError(problem, where="rows", remedy="Give exactly one of path, package and dataset.")
+    licence, limit = described.get("licence"), described.get("limit")
+    root = described.get("image_root")
+    if kinds == ["package"]:
+        rows: Any
+        rows, own = package_rows(described["package"], described.get("split") or "train")
+        licence, name = licence or own, f"{described['package']}/{described.get('split') or 'train'}"
+    elif kinds == ["path"]:
+        name = os.path.join(folder, described["path"])
+        root = os.path.dirname(name) if root is None else os.path.join(folder, root)
+        rows = _file_rows(name)
+    else:
+        name = described["dataset"]
+        options = {key: described[key] for key in ("split", "config", "revision") if described.get(key)}
+        rows = hf_rows(name, **options)
+    return _finished(rows, list(described.get("images") or ()), root or "", limit, name), licence, name
+
+
+def _file_rows(path: str) -> Iterator[tuple[int, Any]]:
+    if not os.path.isfile(path):
+        raise ConfigError("no such file", where=path, remedy="Check rows.path; it starts at the config's folder.")
+    if is_table(path):
+        return csv_rows(path)
+    return parquet_rows(path) if is_parquet(path) else json_rows(path)
+
+
+def _finished(rows: Iterator[tuple[int, Any]], images: list[str], root: str, limit: int | None, name: str) -> Rows:
+    for count, (number, row) in enumerate(rows):
+        if count == limit:
+            return
+        if isinstance(row, RecordError):
+            yield number, row
+        elif not isinstance(row, dict):
+            problem = f"found a {type(row).__name__}, not an object"
+            yield number, RecordError(problem, where=f"{name}:{number}", remedy="Give a table or JSON objects.")
+        else:
+            try:
+                yield number, _with_images(row, images, root)
+            except RecordError as error:
+                yield number, RecordError(error.problem, where=f"{name}:{number}", remedy=error.remedy)
+
+
+def _with_images(row: dict[str, Any], images: list[str], root: str) -> dict[str, Any]:
+    found = dict(row)
+    for field in images:
+        if field not in row:
+            raise RecordError(f"there is no field '{field}'", remedy=nearest(field, [str(key) for key in row]))
+        value = row[field]
+        if isinstance(value, list):
+            found[field] = [v if isinstance(v, Image) else image_part(v, root) for v in value]
+        elif not isinstance(value, Image):
+            found[field] = image_part(value, root)
+    return found

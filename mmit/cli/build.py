@@ -1,0 +1,175 @@
+"""`mmit build`: instruction data from annotated sets by templates; and what is in a bank of templates."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmit.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from mmit.templates import Bank
+
+app = typer.Typer(help="Build instruction data: annotated sets by templates.", no_args_is_help=True)
+templates_app = typer.Typer(help="Look at a bank of templates.", no_args_is_help=True)
+app.add_typer(templates_app, name="templates")
+
+BankArgument = Annotated[str, typer.Argument(metavar="BANK", help="A file, promptsource:FILE or flan:FILE#KEY.")]
+KEYS = tuple("base rows bank templates inversion options shots cap holdout allow_licences seed".split())
+INNER = {
+    "templates": ("split", "per_row"),
+    "options": ("share", "styles", "answer"),
+    "holdout": ("clusters", "images"),
+}
+
+
+@app.command("annotated")
+def annotated(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the build.")],
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many rows.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show some records and write nothing.")] = False,
+) -> None:
+    """Turn annotated rows into instruction records by templates."""
+    from mmit.build.annotated import Made
+    from mmit.build.annotated import annotated as records
+    from mmit.build.rows import open_rows
+    from mmit.build.write import write_build
+
+    settings = _read(config)
+    folder = config.parent
+    banks = open_banks(settings.get("bank"), folder)
+    described = dict(settings.get("rows") or {})
+    if limit is not None:
+        described["limit"] = min(limit, described.get("limit") or limit)
+    _, licence, source = open_rows(described, folder=str(folder))
+    recipe = _recipe(settings)
+    made = records(lambda: open_rows(described, folder=str(folder))[0], banks, recipe, source=source, licence=licence)
+    if dry_run:
+        for item, _ in zip((m for m in made if isinstance(m, Made)), range(5), strict=False):
+            user, answer = item.record.turns
+            typer.echo(f"[{item.task}] {user.text!r} -> {answer.text!r}")
+        return
+    counts = write_build(
+        made,
+        out,
+        config=settings,
+        inputs={bank.where: _digest(bank) for bank in banks},
+        base=folder / settings["base"] if settings.get("base") else None,
+        cap=settings.get("cap"),
+        allow_licences=settings.get("allow_licences"),
+    )
+    for task, number in sorted(counts.accepted.items()):
+        note = ", held out" if task in counts.held_out else ""
+        typer.echo(f"{task}: {number:,} records, {len(counts.templates[task])} templates{note}")
+    for reason, number in counts.dropped.most_common(5):
+        typer.echo(f"dropped {number:,}: {reason}")
+    typer.echo(f"wrote {out}/mixture.yaml ({counts.summary})")
+
+
+@templates_app.command("check")
+def check(bank: BankArgument) -> None:
+    """Check a bank: ids, fields, wordings, separators; every template compiles."""
+    for opened in open_banks(bank, Path()):
+        splits = {split: sum(t.split == split for t in opened.templates) for split in ("train", "held_out")}
+        turned = sum(t.inverted for t in opened.templates)
+        typer.echo(f"{opened.task}: {splits['train']} for training, {splits['held_out']} held out, {turned} inverted")
+        for name, reason in opened.skipped.items():
+            typer.echo(f"  not read: {name} ({reason})")
+
+
+@templates_app.command("show")
+def show(
+    bank: BankArgument,
+    *,
+    row: Annotated[str, typer.Option(metavar="FILE#N", help="The row of a table, JSON or Parquet file to render.")],
+    image: Annotated[list[str] | None, typer.Option(metavar="FIELD", help="A field that holds images.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides what a template draws.")] = 0,
+) -> None:
+    """Render one row with every template of a bank."""
+    from mmit.build.rows import open_rows
+    from mmit.errors import RecordError
+    from mmit.records import Text
+    from mmit.templates import render
+
+    path, _, number = row.partition("#")
+    rows, _, source = open_rows({"path": path, "images": image or []})
+    found = next((fields for at, fields in rows if at == int(number or 1)), None)
+    if found is None or isinstance(found, RecordError):
+        raise found or ConfigError(f"there is no row {number}", where=source, remedy="Count rows from 1.")
+    for opened in open_banks(bank, Path()):
+        for template in opened.templates:
+            out = render(template, found, rng=random.Random(seed), row=row)
+            asked = "".join(part.text if isinstance(part, Text) else "[image]" for part in out.parts)
+            typer.echo(f"--- {opened.task}/{template.id}\n{asked}\n=> {out.target}")
+
+
+def open_banks(named: Any, folder: Path) -> list[Bank]:
+    """Open the banks of a config: a shipped name, a file, a spec, or a list of these. Raises ConfigError."""
+    from mmit.configs import shipped_banks
+    from mmit.templates import load
+
+    banks = []
+    for name in named if isinstance(named, list) else [named]:
+        if not isinstance(name, str) or not name:
+            raise ConfigError("'bank' is missing", where="bank", remedy="Name a bank: a file, or a shipped one: shapes")
+        if (files := shipped_banks().get(name)) is not None:
+            banks += [load(str(file)) for file in files]
+        elif ":" in name:
+            kind, _, rest = name.partition(":")
+            banks.append(load(f"{kind}:{folder / rest}"))
+        else:
+            banks.append(load(str(folder / name)))
+    return banks
+
+
+def _read(config: Path) -> dict[str, Any]:
+    from mmit.templates.bank import read_text
+    from mmit.yamlio import parse_yaml
+
+    settings, _ = parse_yaml(read_text(config), where=str(config))
+    if not isinstance(settings, dict):
+        raise ConfigError("is no mapping", where=str(config), remedy=f"Keys: {', '.join(KEYS)}.")
+    _check(settings, KEYS, str(config))
+    for section, keys in INNER.items():
+        if settings.get(section) is not None:
+            _check(settings[section], keys, f"{config}: {section}")
+    return settings
+
+
+def _check(section: Any, keys: tuple[str, ...], where: str) -> None:
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"is a {type(section).__name__}", where=where, remedy=f"Keys: {', '.join(keys)}.")
+    for key in section:
+        if key not in keys:
+            raise ConfigError(f"unknown key '{key}'", where=where, remedy=nearest(str(key), keys))
+
+
+def _recipe(settings: Mapping[str, Any]) -> Any:
+    from mmit.build.annotated import Recipe
+    from mmit.templates.options import OptionStyle
+
+    wordings, options = settings.get("templates") or {}, settings.get("options") or {}
+    aside = settings.get("holdout") or {}
+    return Recipe(
+        seed=settings.get("seed", 0),
+        split=wordings.get("split", "train"),
+        per_row=wordings.get("per_row", 1),
+        inversion=settings.get("inversion", 0.0),
+        options=OptionStyle(
+            options.get("share", 0.0), tuple(options.get("styles") or ("dashes",)), options.get("answer", "text")
+        ),
+        shots=settings.get("shots") or {0: 1.0},
+        held_out=tuple(aside.get("clusters") or ()),
+        set_aside=aside.get("images", 0.1),
+    )
+
+
+def _digest(bank: Bank) -> str:
+    return hashlib.sha256("".join(template.digest for template in bank.templates).encode()).hexdigest()[:16]

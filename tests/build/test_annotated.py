@@ -1,0 +1,235 @@
+"""Rows x templates: shares, provenance, hold-out without a shared image, and every row accounted for."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mmit.build.annotated import Dropped, Made, Recipe, annotated
+from mmit.build.licences import check_allowed, combined
+from mmit.cli import app
+from mmit.errors import ConfigError
+from mmit.records import Image, read_jsonl
+from mmit.templates.bank import Bank, Template
+from mmit.templates.options import OptionStyle
+from mmit.yamlio import dump_yaml, parse_yaml
+
+COLOURS = ("red", "green", "blue")
+COLOUR = Bank(
+    "colour",
+    (
+        Template("what", "{{ image }}Which colour?|||{{ colour }}", choices=COLOURS),
+        Template("name", "{{ image }}Name the colour.|||{{ colour }}", choices=COLOURS),
+        Template("turned", "{{ image }}Ask for {{ colour }}.|||Which colour?", inverted=True),
+        Template("kept", "{{ image }}Say the colour.|||{{ colour }}", choices=COLOURS, split="held_out"),
+    ),
+    cluster="attributes",
+    fields=("image", "colour"),
+    licence="CC0-1.0",
+)
+PLACE = Bank("place", (Template("where", "{{ image }}Where?|||{{ place }}"),), cluster="place", licence="CC0-1.0")
+
+
+def rows(count: int = 300, *, per_image: int = 3):
+    def open_rows():
+        for i in range(count):
+            image = Image(f"/images/{i // per_image}.png")
+            place = "left" if i % 2 else "right"
+            yield i + 1, {"image": image, "id": f"r{i}", "colour": COLOURS[i % 3], "place": place}
+
+    return open_rows
+
+
+def build(recipe: Recipe, banks=(COLOUR,), open_rows=None):
+    return list(annotated(open_rows or rows(), banks, recipe, source="rows.jsonl", licence="MIT"))
+
+
+def test_every_row_becomes_a_record_with_its_provenance():
+    made = build(Recipe(seed=1))
+    assert len(made) == 300 and all(isinstance(item, Made) for item in made)
+    record = made[0].record
+    assert record.licence == "CC0-1.0 AND MIT" and (record.source, record.row) == ("rows.jsonl", 1)
+    assert record.meta["task"] == "colour" and record.meta["choices"] == list(COLOURS)
+    assert record.meta["build"].keys() >= {"how", "template", "digest", "inverted", "options", "shots", "seed"}
+    assert {item.record.meta["build"]["template"] for item in made} == {"what", "name"}
+
+
+def test_a_record_depends_on_seed_task_and_row_alone():
+    recipe = Recipe(seed=3, options=OptionStyle(0.5, ("letters", "dashes")), inversion=0.3)
+    whole = [item.record for item in build(recipe)]
+    assert whole == [item.record for item in build(recipe, (PLACE, COLOUR)) if item.task == "colour"]
+
+    def from_the_end():
+        yield from reversed(list(rows()()))
+
+    assert whole == [item.record for item in build(recipe, open_rows=from_the_end)][::-1]
+    assert whole != [item.record for item in build(Recipe(seed=4, options=recipe.options, inversion=0.3))]
+
+
+def test_shares_hold_and_wordings_kept_for_evaluation_stay_out():
+    recipe = Recipe(inversion=0.3, shots={0: 0.7, 2: 0.3}, per_row=1)
+    made = build(recipe, open_rows=rows(20_000))
+    builds = [item.record.meta["build"] for item in made]
+    assert abs(sum(b["inverted"] for b in builds) / 20_000 - 0.3) < 0.01
+    assert abs(sum(len(b["shots"]) == 2 for b in builds) / 20_000 - 0.3) < 0.01
+    assert all(b["template"] != "kept" for b in builds)
+    assert {b.record.meta["build"]["template"] for b in build(Recipe(split="held_out"))} == {"kept"}
+
+
+def test_examples_share_no_image_with_the_question_nor_with_held_out_rows():
+    recipe = Recipe(shots={2: 1.0}, held_out=("place",), set_aside=0.2)
+    made = build(recipe, (COLOUR, PLACE), rows(3000))
+    trained, kept = set(), set()
+    for item in made:
+        images = [image.source for image in item.record.images]
+        assert len(images) == 3 and len(set(images)) == 3
+        (kept if item.held_out else trained).update(images)
+    assert trained and kept and not trained & kept
+    assert {item.task for item in made if item.held_out} == {"place"}
+    share = len(kept) / len(kept | trained)
+    assert 0.15 < share < 0.25
+
+
+def test_rows_that_do_not_suit_are_dropped_one_by_one_with_the_reason():
+    def some_bad():
+        for number, row in rows(30)():
+            if number % 10 == 0:
+                row = row | {"colour": [None, "", float("nan")][number // 10 % 3]}
+            if number == 5:
+                row.pop("colour")
+            yield number, row
+
+    made = build(Recipe(), open_rows=some_bad)
+    bad = [item for item in made if isinstance(item, Dropped)]
+    assert len(made) == 30 and [item.row for item in bad] == [f"rows.jsonl:{n}" for n in (5, 10, 20, 30)]
+    text = "\n".join(item.reason for item in bad)
+    assert "no field 'colour'" in text and "answer is empty" in text and "not finite" in text and "null" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "banks", "said"),
+    [
+        ({"held_out": ("plase",)}, (COLOUR, PLACE), r"no bank is of the cluster 'plase'(.|\n)*'place'"),
+        ({"held_out": ("place", "attributes")}, (COLOUR, PLACE), "every task is held out"),
+        ({"per_row": 5}, (COLOUR,), "5 wordings per row, but task 'colour' has 3"),
+        ({}, (COLOUR, COLOUR), "two banks have the task 'colour'"),
+        ({"inversion": 1.5}, (COLOUR,), "inversion"),
+        ({"shots": {0: 0.5}}, (COLOUR,), "shares sum to 0.5"),
+        ({"held_out": ("place",), "set_aside": 1.0}, (COLOUR, PLACE), "holdout.images"),
+        ({"shots": {32: 1.0}}, (COLOUR,), "only 9 rows share no image"),
+    ],
+)
+def test_recipes_that_cannot_be_followed(recipe, banks, said):
+    with pytest.raises(ConfigError, match=said):
+        build(Recipe(**recipe), banks, rows(30))
+
+
+def test_fields_that_the_rows_lack_are_told_before_anything_is_made():
+    bank = Bank("t", (Template("t", "{{ colr }}|||x"),), fields=("colr",), where="bank.yaml")
+    with pytest.raises(ConfigError, match=r"bank.yaml: the rows have no field 'colr'(.|\n)*'colour'"):
+        build(Recipe(), (bank,))
+
+
+def test_licences_combine_and_are_held_against_a_list():
+    assert combined(["MIT", "CC-BY-4.0 AND MIT", None]) == "CC-BY-4.0 AND LicenseRef-unknown AND MIT"
+    counts = collections.Counter({"MIT AND CC-BY-4.0": 3, "CC-BY-NC-SA-4.0 AND MIT": 2, "GPL-3.0-only OR MIT": 1})
+    with pytest.raises(ConfigError, match=r"CC-BY-NC-SA-4.0 \(2 rows\)"):
+        check_allowed(counts, None, where="x")
+    check_allowed(counts, ["MIT", "CC-BY-4.0", "CC-BY-NC-SA-4.0"], where="x")
+    with pytest.raises(ConfigError, match=r"CC-BY-4.0 \(3 rows\)"):
+        check_allowed(counts, ["MIT", "CC-BY-NC-SA-4.0"], where="x")
+    for term in ("LicenseRef-unknown", "GPL-3.0-only", "AGPL-3.0-or-later"):
+        with pytest.raises(ConfigError, match=term):
+            check_allowed(collections.Counter({term: 1}), None, where="x")
+
+
+def mmit(*arguments: object):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A table, a bank of one's own and a config."""
+    lines = [f"text {i},{['bad', 'good'][i % 2]}\n" for i in range(40)]
+    (tmp_path / "rows.csv").write_text("text,label\n" + "".join(lines))
+    bank = {
+        "task": "mood",
+        "licence": "CC0-1.0",
+        "fields": ["text", "label"],
+        "choices": ["bad", "good"],
+        "templates": [{"id": "a", "input": "{{ text }}\nIs it good or bad?", "target": "{{ label }}"}],
+    }
+    (tmp_path / "bank.yaml").write_text(dump_yaml(bank))
+    config = {"rows": {"path": "rows.csv", "licence": "CC-BY-4.0"}, "bank": "bank.yaml"}
+    (tmp_path / "build.yaml").write_text(dump_yaml(config))
+    return tmp_path
+
+
+def test_a_bank_of_ones_own_becomes_a_folder_that_other_commands_read(made):
+    out = made / "out"
+    result = mmit("build", "annotated", made / "build.yaml", "--out", out)
+    assert result.exit_code == 0 and "mood: 40 records, 1 templates" in result.output, result.output
+    written = sorted(p.name for p in out.iterdir())
+    assert written == ["build.json", "card.md", "dropped.jsonl", "mixture.yaml", "records"]
+    assert len(list(read_jsonl(out / "records" / "mood.jsonl"))) == 40
+    facts = json.loads((out / "build.json").read_text())
+    assert facts["in"] == 40 == facts["accepted"]["mood"] and facts["licences"] == {"CC-BY-4.0 AND CC0-1.0": 40}
+    mixture, _ = parse_yaml((out / "mixture.yaml").read_text(), where="")
+    assert mixture == {"data": {"train": [{"path": str(out / "records" / "mood.jsonl"), "name": "mood"}]}}
+    checked = mmit("data", "check", out / "records" / "mood.jsonl")
+    assert checked.exit_code == 0, checked.output
+    again = mmit("build", "annotated", made / "build.yaml", "--out", out)
+    assert again.exit_code == 2 and "the folder is not empty" in again.output
+    assert sorted(p.name for p in made.iterdir()) == ["bank.yaml", "build.yaml", "out", "rows.csv"]
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("build.yaml", "bank: bank", "bnak: bank", r"unknown key 'bnak'(.|\n)*'bank'"),
+        ("build.yaml", "path: rows.csv", "path: none.csv", "no such file"),
+        ("build.yaml", "path: rows.csv", "package: easy-vqa-attribute", r"no such set(.|\n)*'easy-vqa-attributes'"),
+        ("build.yaml", "licence: CC-BY-4.0", "licence: CC-BY-NC-4.0", r"CC-BY-NC-4.0 \(40 rows\)"),
+        ("bank.yaml", "{{ text }}", "{{ txt }}", r"bank.yaml#a: reads the field 'txt'(.|\n)*'text'"),
+        ("rows.csv", "text,label", "txt,label", r"the rows have no field 'text'(.|\n)*'txt'"),
+        ("bank.yaml", "{{ label }}", "{{ label[9] }}", "no row gave a record"),
+    ],
+)
+def test_mistakes_end_in_one_message_and_write_nothing(made, file, old, new, said):
+    text = (made / file).read_text()
+    assert old in text
+    (made / file).write_text(text.replace(old, new))
+    result = mmit("build", "annotated", made / "build.yaml", "--out", made / "out")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert re.search(said, result.output), result.output
+    assert not (made / "out").exists() and not list(made.glob(".*"))
+
+
+def test_banks_are_checked_and_shown(made):
+    checked = mmit("build", "templates", "check", made / "bank.yaml")
+    assert checked.exit_code == 0 and "mood: 1 for training, 0 held out, 0 inverted" in checked.output, checked.output
+    shown = mmit("build", "templates", "show", made / "bank.yaml", "--row", f"{made / 'rows.csv'}#2")
+    assert shown.exit_code == 0 and "text 0\nIs it good or bad?\n=> bad" in shown.output, shown.output
+
+
+def test_the_shipped_shapes_are_what_the_pixels_and_the_package_say(tmp_path):
+    pytest.importorskip("easy_vqa")
+    config = Path(__file__).parents[2] / "configs" / "build" / "shapes.yaml"
+    out = tmp_path / "shapes"
+    result = mmit("build", "annotated", config, "--out", out, "--limit", 200)
+    assert result.exit_code == 0, result.output
+    trained = {image.source for path in (out / "records").iterdir() for r in read_jsonl(path) for image in r.images}
+    kept = {image.source for path in (out / "held_out").iterdir() for r in read_jsonl(path) for image in r.images}
+    assert trained and kept and not trained & kept
+    config_of_run, _ = parse_yaml((out / "mixture.yaml").read_text(), where="")
+    assert os.path.samefile(out / config_of_run["base"], config.parents[1] / "train" / "quickstart.yaml")
+    for record in read_jsonl(out / "records" / "match.jsonl"):
+        assert record.turns[-1].text in ("yes", "no")
+    answers = collections.Counter(r.turns[-1].text for r in read_jsonl(out / "records" / "match.jsonl"))
+    assert 0.3 < answers["yes"] / answers.total() < 0.7  # no answer can be had without looking
