@@ -274,6 +274,9 @@ class DataConfig(Section):
     """processes that read and decode"""
     prefetch_mb: PositiveInt = 256
     """MiB of prepared rows that may wait on each rank; one row for each worker may wait in any case"""
+    cache_dir: str | None = None
+    """folder for what was found out about the data (byte places, lengths, verdicts), so that the next start need not;
+    null: the folder in the variable MMIT_CACHE, else ~/.cache/mmit/data; it may be deleted at any time"""
 
 
 class AlignConfig(Section):

@@ -7,8 +7,9 @@ ValueError at a user; a traceback that reaches a person is a defect.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class MmitError(Exception):
@@ -17,6 +18,11 @@ class MmitError(Exception):
     def __init__(self, problem: str, *, where: str = "", remedy: str = "") -> None:
         self.problem, self.where, self.remedy = problem, where, remedy
         super().__init__("\n".join(filter(None, [f"{where}: {problem}" if where else problem, remedy])))
+
+    @property
+    def facts(self) -> list[str]:
+        """Class name, problem, place and remedy: what `from_facts` makes the error of again."""
+        return [type(self).__name__, self.problem, self.where, self.remedy]
 
 
 class RecordError(MmitError):
@@ -41,6 +47,15 @@ class CheckpointError(MmitError):
 
 class WriteError(MmitError):
     """A file cannot be written: the disk is full or broken, or the folder is closed to this user."""
+
+
+def from_facts(facts: Sequence[str]) -> Any:
+    """Make an error of its `facts`; an MmitError where its class is not known."""
+    name, problem, where, remedy = facts
+    kind: Any = globals().get(name)
+    if not (isinstance(kind, type) and issubclass(kind, MmitError)):
+        kind = MmitError
+    return kind(problem, where=where, remedy=remedy)
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

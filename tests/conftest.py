@@ -1,4 +1,4 @@
-"""What all tests share: one place for the extension that DeepSpeed compiles for CPU ranks."""
+"""What all tests share: places for the extension that DeepSpeed compiles for CPU ranks, and for what data was found."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ def _own_extension_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         del os.environ["TORCH_EXTENSIONS_DIR"]
     else:
         os.environ["TORCH_EXTENSIONS_DIR"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what is found out about data in a folder of this session, not in the user's."""
+    before = os.environ.get("MMIT_CACHE")
+    os.environ["MMIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["MMIT_CACHE"]
+    else:
+        os.environ["MMIT_CACHE"] = before

@@ -7,6 +7,7 @@ in any case, or nothing could be made). Knows nothing of data.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -23,6 +24,27 @@ T = TypeVar("T")
 _MOST_PER_WORKER = 64  # small results: their number costs time to look through, not memory
 
 _job: Callable[[Any], Any] | None = None
+
+
+def allowed_cores() -> int:
+    """Cores that this process may use: those of its affinity mask, less where its control group allows less time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return max(min(cores, -(-int(quota) // int(period))), 1)
+    except (OSError, ValueError):  # no control groups of version 2, or no limit ("max")
+        return cores
+
+
+def in_order(job: Callable[[A], T], arguments: Iterable[A], *, workers: int) -> Generator[T]:
+    """Yield `job(argument)` for each argument, in order, made by `workers` forked processes, or here for less than two.
+
+    For small results, of which each worker may have 64 waiting. Closing, signals and errors as `ahead`.
+    """
+    if workers < 2:
+        return (job(argument) for argument in arguments)
+    return ahead(job, arguments, workers=workers, budget=0, expected=lambda _: 0, size=lambda _: 0)
 
 
 def ahead(

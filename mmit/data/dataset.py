@@ -1,7 +1,7 @@
 """Instruction data: records of several sources, measured once, then served as tokenised samples by number.
 
-Owns the scan that measures every record before training (so that a bad one stops the run, or is counted and
-listed, before an hour is spent) and the units of the data order. A unit is a record or, with `split_turns`, as many
+Owns the units of the data order; `measure.py` measures every record before training, so that a bad one stops the run,
+or is counted and listed, before an hour is spent. A unit is a record or, with `split_turns`, as many
 of its question-answer pairs as fit a row. Takes an `encode` callable; knows no tokenizer. Refuses to cut a record.
 """
 
@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mmit.data.chat import Encoded
-from mmit.data.packing import Sample, trie_length
+from mmit.data.measure import Progress, Scan, scan
+from mmit.data.packing import Sample
 from mmit.data.preparation import ImagePreparation, Spread
 from mmit.data.sources import Source
-from mmit.errors import MmitError, RecordError
-from mmit.processes import worker_pool
+from mmit.data.store import Store
+from mmit.errors import RecordError
 from mmit.records import Image, Record, Turn
 
 Encode = Callable[[Sequence[Turn]], Encoded]
@@ -69,26 +69,6 @@ def split_pairs(record: Record) -> list[tuple[Turn, ...]]:
     return pairs
 
 
-@dataclass
-class Scan:
-    """What the scan found; arrays have one entry per unit."""
-
-    record: np.ndarray  # (U,) int64, number of the record over all sources
-    first: np.ndarray  # (U,) int64, first pair of the unit
-    last: np.ndarray  # (U,) int64, one past its last pair
-    length: np.ndarray  # (U,) int64, tokens it takes in a row of its own
-    source: np.ndarray  # (U,) int64, which source
-    supervised: int = 0  # supervised tokens in all
-    shared: int = 0  # tokens every unit begins with
-    pictures: int = 0  # distinct pictures, by path or bytes
-    crops: int = 0  # what the tower sees of them
-    illustrated: list[int] = field(default_factory=list)  # numbers of the records with pictures
-    bad: list[RecordError] = field(default_factory=list)
-    records: int = 0  # those measured, and the rows of the files that became no record
-    # (U,) int64, crops that the tower sees for the unit alone
-    seen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-
-
 class InstructionData:
     """Records of several sources as samples.
 
@@ -100,6 +80,7 @@ class InstructionData:
         capacity: tokens in a row; a unit never exceeds it.
         split_turns: make each question-answer pair a sample of its own.
         share_prefix: count shared beginnings once.
+        key: stands for all that `encode` depends on, so that measurements can be kept; "" if that is not known.
     """
 
     def __init__(
@@ -112,10 +93,11 @@ class InstructionData:
         capacity: int,
         split_turns: bool = False,
         share_prefix: bool = True,
+        key: str = "",
     ) -> None:
         self.sources, self.encode = list(sources), encode
         self.preparation, self.max_length, self.capacity = preparation, max_length, capacity
-        self.split_turns, self.share_prefix = split_turns, share_prefix
+        self.split_turns, self.share_prefix, self.key = split_turns, share_prefix, key
         self._starts = np.cumsum([0] + [len(s) for s in self.sources])
 
     def __len__(self) -> int:
@@ -135,7 +117,7 @@ class InstructionData:
     def pictures(self, numbers: Iterable[int]) -> Iterator[tuple[Hashable, Image]]:
         """Yield key and picture of every image of these records, read one record at a time."""
         for number in numbers:
-            for image in self.record(number).images:
+            for image in self.record(int(number)).images:
                 yield image_key(image), image
 
     def source_of(self, number: int) -> int:
@@ -147,7 +129,10 @@ class InstructionData:
 
         Raises RecordError when it is invalid or longer than `max_length`.
         """
-        record = self.record(number, outline=outline)
+        return self.samples_of(self.record(number, outline=outline), number)
+
+    def samples_of(self, record: Record, number: int) -> tuple[list[Sample], dict[Hashable, Shown], str]:
+        """Tokenise a record that has been read already; see `samples`."""
         record.validate(for_training=True)
         if record.weight != 1 or record.tools or record.template_args:
             problem = "the record has a weight, tools or template_args, which training does not use"
@@ -184,94 +169,13 @@ class InstructionData:
         samples, images, where = self.samples(int(scan.record[unit]))
         return samples[int(scan.first[unit]) : int(scan.last[unit])], images, where
 
-    def _measure(self, number: int) -> _Measured | RecordError:
-        try:
-            samples, images, _ = self.samples(number, outline=True)
-        except RecordError as error:
-            where = error.where or self.record(number).where
-            return type(error)(error.problem, where=where, remedy=error.remedy)
-        spans = _chunks(samples, self.capacity, self.share_prefix)
-        supervised = sum(sum(s.supervised) for s in samples)
-        head = samples[0].ids
-        for s in samples[1:]:
-            head = head[: _common(head, s.ids)]
-        head = head[: next((i for i, t in enumerate(head) if t < 0), None)]
-        return _Measured(spans, supervised, head, {hash(key): shown.spread.crops for key, shown in images.items()})
-
-    def scan(self, *, workers: int = 0, numbers: Iterable[int] | None = None) -> Scan:
-        """Measure every record, in `workers` processes; bad ones are listed in the result, not raised."""
-        numbers = range(len(self)) if numbers is None else list(numbers)
-        if workers > 1 and len(numbers) > 2000:
-            global _scanned
-            _scanned = self
-            try:
-                with worker_pool(workers) as pool:
-                    results = list(pool.map(_measure_one, numbers, chunksize=256))
-            except BrokenProcessPool as error:
-                remedy = "it was probably out of memory: use fewer data.workers"
-                raise MmitError("a worker process that measures the data was killed", remedy=remedy) from error
-            finally:
-                _scanned = None
-        else:
-            results = [self._measure(n) for n in numbers]
-        rows: list[tuple[int, int, int, int, int, int]] = []
-        # Rows that became no record count among the records of which a share may be bad.
-        unreadable = sum(source.unreadable for source in self.sources) if len(numbers) == len(self) else 0
-        out = Scan(*(np.zeros(0, dtype=np.int64),) * 5, records=len(numbers) + unreadable)
-        head: tuple[int, ...] | None = None
-        seen: dict[int, int] = {}
-        for number, result in zip(numbers, results, strict=True):
-            if isinstance(result, RecordError):
-                out.bad.append(result)
-                continue
-            source = self.source_of(number)
-            rows.extend((number, *span, source, sum(result.images.values())) for span in result.spans)
-            out.supervised += result.supervised
-            if result.images:
-                out.illustrated.append(number)
-                seen.update(result.images)
-            head = result.head if head is None else head[: _common(head, result.head)]
-        table = np.array(rows, dtype=np.int64).reshape(-1, 6)
-        out.record, out.first, out.last, out.length, out.source, out.seen = table.T
-        out.shared = len(head or ()) if self.share_prefix else 0
-        out.pictures, out.crops = len(seen), sum(seen.values())
-        return out
-
-
-@dataclass(slots=True)
-class _Measured:
-    spans: list[tuple[int, int, int]]  # first pair, one past the last, tokens
-    supervised: int
-    head: tuple[int, ...]
-    images: dict[int, int]  # hashes of their keys -> crops
-
-
-_scanned: InstructionData | None = None
-
-
-def _measure_one(number: int) -> _Measured | RecordError:
-    assert _scanned is not None
-    return _scanned._measure(number)
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    n = 0
-    while n < min(len(a), len(b)) and a[n] == b[n]:
-        n += 1
-    return n
-
-
-def _chunks(samples: Sequence[Sample], capacity: int, share: bool) -> list[tuple[int, int, int]]:
-    """Cut a record's samples into units that fit a row, as (first, one past last, tokens)."""
-    whole = trie_length(samples, share=share)
-    if whole <= capacity:
-        return [(0, len(samples), whole)]
-    spans: list[tuple[int, int, int]] = []
-    first, length = 0, 0
-    for i in range(len(samples)):
-        longer = trie_length(samples[first : i + 1], share=share)
-        if longer > capacity and i > first:
-            spans.append((first, i, length))
-            first, longer = i, trie_length(samples[i : i + 1], share=share)
-        length = longer
-    return [*spans, (first, len(samples), length)]
+    def scan(
+        self,
+        *,
+        workers: int = 0,
+        numbers: Sequence[int] | np.ndarray | None = None,
+        store: Store | None = None,
+        progress: Progress | None = None,
+    ) -> Scan:
+        """Measure every record, or those of `numbers`; see `mmit.data.measure.scan`."""
+        return scan(self, workers=workers, numbers=numbers, store=store, progress=progress)

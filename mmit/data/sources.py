@@ -1,16 +1,16 @@
 """A source: one file of records, opened for random access.
 
-Owns the line index of mmit JSONL files and the one-time conversion of every other format into such a file. Holds
-offsets in memory, never records, so that a file of any size costs 8 bytes a record. Refuses nothing by itself: a bad
-row is a RecordError for the policy of the caller, at every opening.
+Rows of JSON lists and JSONL, in mmit's format or another, are read where they stand; other files are converted into
+JSONL once. Holds byte places in memory, never records: 24 bytes a record, mapped from the cache where there is one.
+Refuses nothing by itself: a bad row is a RecordError for the policy of the caller, at every opening.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +18,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mmit.data.ahead import allowed_cores, in_order
 from mmit.data.conversion import Verdicts, convert
-from mmit.data.formats import VERSION
+from mmit.data.formats import FORMATS, VERSION, row_reader
+from mmit.data.formats.common import json_rows
+from mmit.data.formats.keys import kept_keys
+from mmit.data.row_table import RowFile, RowTable, row_table
 from mmit.data.shards.reader import has_index, open_shards
-from mmit.errors import ConfigError, RecordError
-from mmit.records import Record
+from mmit.data.store import Store, code_version, digest, key_of
+from mmit.errors import ConfigError, RecordError, from_facts
+from mmit.records import Image, OnBad, Record
 
 # data.jsonl#500, data.jsonl#500@7
 _SUBSET = re.compile(r"(?s)(.+)#([0-9]{1,12})(?:@([0-9]{1,9}))?")
@@ -86,55 +91,44 @@ class Source(Protocol):
     def kept(self) -> Mapping[str, int]:
         """Keys of its rows that stay in the meta unread, and in how many rows."""
 
+    @property
+    def judged(self) -> bool:
+        """Whether `unreadable` and `kept` are known; else they show as the rows are read."""
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Record: ...
 
     def outline(self, index: int, /) -> Record:
-        """The record for measuring: its pictures need not be read. Raises RecordError for one known to be missing."""
+        """The record for measuring: its pictures need not be read."""
 
 
 @dataclass(frozen=True)
-class JsonlSource:
-    """An mmit JSONL file and the byte offset of each of its records."""
+class RowSource:
+    """Rows of a JSON list or JSONL, each read from the file when it is asked for."""
 
     name: str
-    path: Path
-    offsets: np.ndarray  # (n + 1,) int64, non-blank lines
     origin: str  # the file the user named, for messages
     fingerprint: str
+    file: RowFile
+    table: RowTable
+    read: Callable[[bytes, int, int], Record]  # the row's bytes, its line or position, its index -> the record
     unreadable: int = 0
     kept: Mapping[str, int] = field(default_factory=dict)
+    judged: bool = True
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.table)
 
     def __getitem__(self, index: int) -> Record:
         """Read one record. Raises RecordError naming the file."""
-        with open(self.path, "rb") as file:
-            file.seek(int(self.offsets[index]))
-            line = file.readline()
-        where = f"{self.origin}, record {index + 1}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RecordError(f"not JSON: {error}", where=where, remedy="mend or remove this line") from error
-        record = Record.from_json(row, where=where, root=str(self.path.parent))
-        if not record.source and record.row is None:
-            record = replace(record, source=self.origin, row=index + 1)
-        return record
+        table = self.table
+        data = self.file.read(int(table.starts[index]), int(table.stops[index]))
+        return self.read(data, int(table.numbers[index]), index)
 
     def outline(self, index: int) -> Record:
-        """Read one record and see that its picture files are there. Raises RecordError."""
-        record = self[index]
-        for image in record.images:
-            if isinstance(image.source, str) and not os.path.isfile(image.source):
-                raise RecordError(
-                    f"image file is missing: {image.source}",
-                    where=record.where,
-                    remedy="check image_root, or set run.on_bad_record=skip",
-                )
-        return record
+        """Read one record; its picture files are not looked at. Raises RecordError."""
+        return self[index]
 
 
 @dataclass(frozen=True)
@@ -170,6 +164,11 @@ class SubsetSource:
         """Of the whole source."""
         return self.whole.kept
 
+    @property
+    def judged(self) -> bool:
+        """As the whole source, which always is."""
+        return self.whole.judged
+
     def __len__(self) -> int:
         return len(self.chosen)
 
@@ -189,69 +188,168 @@ def open_source(
     image_root: str | None = None,
     name: str | None = None,
     limit: int | None = None,
-    cache: str | os.PathLike[str] = ".",
+    cache: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
-    on_bad: Callable[[RecordError], None] | None = None,
+    on_bad: OnBad | None = None,
+    judge: bool = True,
+    say: Callable[[str], Any] = lambda text: None,
 ) -> Source:
-    """Open a source; a format other than "mmit" is first converted into a JSONL under `cache`, once.
+    """Open a source. A file that is no JSON list and no JSONL is first converted into a JSONL under `cache`, once.
 
     Args:
         path: the file, or a folder of shards with its index, or its URL (hf://, s3://, http(s)://), opened as it is;
             with "#N" behind it a subset of N records (of the first `limit`), see `split_subset`.
         format: a key of FORMATS. image_root: where its relative image paths start.
         limit: use only its first `limit` records.
-        cache: folder for converted files; the file name carries a hash of the input's path, size and time.
+        cache: folder for what need not be found out again: byte places, converted files, verdicts on rows; None
+            keeps nothing, and converts into the current folder.
         options: the format's own options, as `import_file` takes them.
-        on_bad: receives rows that cannot be converted, also where an earlier opening converted the file; None raises
-            the first.
+        on_bad: receives rows of another format that are no records, also where an earlier opening found them; None
+            raises the first.
+        judge: off, rows that are read where they stand are not read before they are asked for: bad ones have numbers
+            too and raise their error then. `limit` and "#N" count records, so with them rows are judged all the same.
+        say: gets a line where the cache is damaged or cannot be written.
 
     Raises:
         ConfigError: no such file, or no record in it. RecordError: a bad row.
     """
     path, subset = split_subset(path)
-    if subset is not None:
-        given: dict[str, Any] = {"format": format, "image_root": image_root, "name": name, "limit": limit}
-        whole = open_source(path, cache=cache, options=options, on_bad=on_bad, **given)
-        return SubsetSource(whole, subset.numbers(len(whole), where=f"{path}{subset}"), subset)
     if format == "shards" or (format == "mmit" and has_index(path)):
-        return open_shards(path, name=name or "", limit=limit, cache=cache)
-    origin = Path(path)
-    if not origin.is_file():
-        raise ConfigError("no such file", where=str(origin), remedy="check the path")
-    converted = format != "mmit" or image_root is not None or bool(options)
-    key: list[Any] = [*_identity(origin), format, image_root, *([f"importers {VERSION}"] if converted else [])]
-    if options:
-        # An option may name a second file (annotations, images): a change there must not meet an old conversion.
-        files = [Path(value) for value in options.values() if isinstance(value, str) and os.path.isfile(value)]
-        key += [sorted(options.items()), *(_identity(file) for file in files)]
-    fingerprint = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
-    file, verdicts = origin, Verdicts()
-    if converted:
-        file = Path(cache) / f"{origin.stem}-{fingerprint}.jsonl"
-        given = {"format": format, "image_root": image_root, "options": options or {}}
-        verdicts = convert(origin, file, on_bad=on_bad, **given)
-    bad = verdicts.among(limit)
-    for error in bad:
-        if on_bad is None:
-            raise error
-        on_bad(error)
-    offsets = _line_offsets(file)[:limit]
-    if not len(offsets):
-        raise ConfigError("holds no record", where=str(origin), remedy="check the file and its format")
-    found = {"unreadable": len(bad), "kept": verdicts.kept}
-    return JsonlSource(name or origin.stem, file.resolve(), offsets, str(origin), fingerprint, **found)
+        source: Source = open_shards(path, name=name or "", limit=limit, cache=cache or ".")
+    else:
+        store = None if cache is None else Store(Path(cache), say)
+        opened, verdicts = _open_file(Path(path), format, image_root, options or {}, store=store, on_bad=on_bad)
+        if not opened.judged and (judge or limit is not None or subset is not None):
+            opened, verdicts = _usable(opened, store=store)
+        bad = verdicts.among(limit)
+        for error in bad:
+            if on_bad is None:
+                raise error
+            on_bad(error)
+        if limit is not None:
+            cut = opened.table.take(slice(limit))
+            opened = replace(opened, table=cut, fingerprint=f"{opened.fingerprint}-{len(cut)}")
+        source = replace(opened, name=name or opened.name, unreadable=len(bad), kept=verdicts.kept)
+    if not len(source):
+        raise ConfigError("holds no record", where=os.fspath(path), remedy="check the file and its format")
+    if subset is None:
+        return source
+    return SubsetSource(source, subset.numbers(len(source), where=f"{path}{subset}"), subset)
 
 
-def _identity(path: Path) -> list[str | int]:
-    stat = path.stat()
-    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
+def _open_file(
+    path: Path,
+    format: str,
+    image_root: str | None,
+    options: Mapping[str, Any],
+    *,
+    store: Store | None,
+    on_bad: OnBad | None,
+) -> tuple[RowSource, Verdicts]:
+    if not path.is_file():
+        raise ConfigError("no such file", where=str(path), remedy="check the path")
+    native = format == "mmit" and image_root is None and not options
+    content = digest(path, store)
+    # An option may name a second file (annotations, images): a change there must not meet an old conversion.
+    files = [Path(value) for value in options.values() if isinstance(value, str) and os.path.isfile(value)]
+    others = [[str(file.resolve()), digest(file, store)] for file in files]
+    root = None if image_root is None else os.path.abspath(image_root)
+    code = [VERSION, code_version()]
+    key = key_of(str(path), str(path.resolve()), content, format, root, sorted(options.items()), others, code)
+    file, read, verdicts, judged = path, _native_row(path), Verdicts(), True
+    if not native:
+        importer = row_reader(path, format, image_root=root, **options)
+        if FORMATS[format].rows is json_rows and _first_byte(path) in (b"[", b"{"):
+            read, judged = _foreign_row(importer), False
+        else:
+            file = (store.folder if store is not None else Path()) / f"{path.stem}-{key}.jsonl"
+            given: dict[str, Any] = {"format": format, "image_root": image_root, "options": options}
+            verdicts = convert(path, file, on_bad=on_bad, **given)
+            content, read = digest(file, store), _native_row(file, origin=path)
+    table = row_table(file, content, store)
+    return RowSource(path.stem, str(path), key, RowFile(file.resolve()), table, read, judged=judged), verdicts
 
 
-def _line_offsets(path: Path) -> np.ndarray:
-    offsets, at = [], 0
+def _first_byte(path: Path) -> bytes:
     with open(path, "rb") as file:
-        for line in file:
-            if line.strip():
-                offsets.append(at)
-            at += len(line)
-    return np.array(offsets, dtype=np.int64)
+        return file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+
+
+def _native_row(path: Path, origin: Path | None = None) -> Callable[[bytes, int, int], Record]:
+    """Reads a line of mmit's own format."""
+    name, root = str(origin or path), str(path.resolve().parent)
+
+    def read(data: bytes, number: int, index: int) -> Record:
+        where = f"{name}, record {index + 1}"
+        try:
+            row = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"not JSON: {error}", where=where, remedy="mend or remove this line") from error
+        record = Record.from_json(row, where=where, root=root)
+        if not record.source and record.row is None:
+            record = replace(record, source=name, row=index + 1)
+        return record
+
+    return read
+
+
+def _foreign_row(importer: Callable[[Any, int], Record]) -> Callable[[bytes, int, int], Record]:
+    """Reads a row of another format."""
+
+    def read(data: bytes, number: int, index: int) -> Record:
+        try:
+            row = json.loads(data.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            remedy = "Each row must be one whole JSON value in UTF-8: mend or remove it."
+            row = RecordError(f"not JSON: {error}", remedy=remedy)
+        return _absolute(importer(row, number))
+
+    return read
+
+
+def _absolute(record: Record) -> Record:
+    """Name every picture file by its one absolute path, by which equal pictures are known."""
+    files = [image.source for image in record.images if isinstance(image.source, str)]
+    if all(os.path.isabs(file) and os.path.normpath(file) == file for file in files):
+        return record
+
+    def named(part: Any) -> Any:
+        file = part.source if isinstance(part, Image) else None
+        return replace(part, source=os.path.abspath(file)) if isinstance(file, str) else part
+
+    return replace(record, turns=tuple(replace(turn, parts=tuple(map(named, turn.parts))) for turn in record.turns))
+
+
+def _usable(source: RowSource, *, store: Store | None) -> tuple[RowSource, Verdicts]:
+    """The source without its rows that are no records, and the verdicts, which are kept."""
+    key = key_of(source.fingerprint)
+    found = None if store is None else store.find("usable", key)
+    if found is None:
+        size = 1024
+        pieces = [range(begin, min(begin + size, len(source))) for begin in range(0, len(source), size)]
+        workers = allowed_cores() if len(source) > 4 * size else 0
+        judged = list(in_order(lambda piece: _judged(source, piece), pieces, workers=workers))
+        good = np.concatenate([np.zeros(0, np.int64), *(numbers for numbers, _, _ in judged)])
+        bad = [told for _, errors, _ in judged for told in errors]
+        kept = sum((counts for _, _, counts in judged), Counter[str]())
+        if store is not None:
+            store.keep("usable", key, {"bad": bad, "kept": kept}, {"good": good})
+    else:
+        good, bad, kept = found[1]["good"], found[0]["bad"], found[0]["kept"]
+    # Of a bad row its place among the rows is told; before it stand so many records.
+    placed = tuple((int(np.searchsorted(good, place)), from_facts(facts)) for place, facts in bad)
+    fingerprint = f"{source.fingerprint}-usable"
+    return replace(source, table=source.table.take(good), fingerprint=fingerprint, judged=True), Verdicts(placed, kept)
+
+
+def _judged(source: RowSource, piece: range) -> tuple[np.ndarray, list[tuple[int, list[str]]], Counter[str]]:
+    """Which of these rows are records, what is wrong with the others, and which keys nothing reads."""
+    good, bad, kept = [], [], Counter[str]()
+    for index in piece:
+        try:
+            kept += kept_keys(source[index])
+        except RecordError as error:
+            bad.append((index, error.facts))
+        else:
+            good.append(index)
+    return np.array(good, dtype=np.int64), bad, kept

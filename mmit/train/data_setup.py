@@ -8,27 +8,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mmit.data.ahead import allowed_cores
 from mmit.data.chat import ChatFormat, encode
-from mmit.data.dataset import InstructionData, Scan
+from mmit.data.dataset import InstructionData
 from mmit.data.loader import LoadImage, MicroBatch, micro_batches
+from mmit.data.measure import Scan
 from mmit.data.mixture import WINDOW, mixing_weights, mixture_order, units_in_epoch
 from mmit.data.packing import plan_rows
 from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
+from mmit.data.store import Store, key_of
 from mmit.data.walk import Walk
 from mmit.errors import CheckpointError, ConfigError, RecordError, located
 from mmit.io import append, write_atomic
 from mmit.records import Image
-from mmit.train.world import World
 
 Say = Callable[[Any], None]
 
@@ -58,40 +63,89 @@ def check_lengths(*, max_length: int, capacity: int, limit: int | None, virtual:
         )
 
 
+def cache_folder(given: str | None, *, run_dir: Path | None = None) -> Path:
+    """Where what was found out about data is kept: `given`, MMIT_CACHE, or a folder of the user's.
+
+    All runs on the same data share it. Without a home that can be written it is in the run's folder or, for what may
+    change nothing there (`run_dir` None), in the folder for temporary files.
+    """
+    if given is not None:
+        return Path(given).expanduser()
+    if "MMIT_CACHE" in os.environ:
+        return Path(os.environ["MMIT_CACHE"]) / "data"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmit" / "data"
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # no such home, or not ours
+        pass
+    return (Path(tempfile.gettempdir()) / f"mmit-{os.getuid()}" if run_dir is None else run_dir) / "data"
+
+
 def open_data(
     sources: Sequence[Mapping[str, Any]],
     chat: ChatFormat,
     tokenizer: Any,
     *,
     cache: Path,
-    world: World,
     on_bad: Callable[[RecordError], None] | None,
     key: str = "data.train",
+    say: Say = lambda text: None,
     **options: Any,
 ) -> InstructionData:
     """Open the sources of a run.
 
     Args:
         sources: per source the keys path, format, image_root, name, limit and options, as `open_source` takes them.
-        cache: folder for sources converted to mmit's own format.
-        on_bad: receives rows that cannot be converted; None raises the first.
+        cache: see `cache_folder`.
+        on_bad: receives rows that are no records and have no number; None raises the first. Others are bad records.
         key: the list of the config that they are from, for messages.
         options: what else `InstructionData` takes (preparation, max_length, capacity, ...).
     """
     keys = ("path", "format", "image_root", "name", "limit", "options")
-    if not world.main:  # rank 0 converts foreign formats first, the others then find the result
-        world.barrier()
     opened = []
     for i, source in enumerate(sources):
         with located(f"{key}.{i}"):
-            opened.append(open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad))
-    if world.main:
-        world.barrier()
-    return InstructionData(opened, partial(_encode, chat, tokenizer), **options)
+            opened.append(open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad, say=say, judge=False))
+    encoding = encoding_key(chat, tokenizer)
+    return InstructionData(opened, partial(_encode, chat, tokenizer), key=encoding, **options)
+
+
+def encoding_key(chat: ChatFormat, tokenizer: Any) -> str:
+    """Stands for all that decides the tokens of a conversation, but for mmit's own code."""
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    libraries = [metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    return key_of(chat.to_json(), tokenizer.backend_tokenizer.to_str(), special, libraries)
 
 
 def _encode(chat: ChatFormat, tokenizer: Any, turns: Any) -> Any:
     return encode(turns, chat, tokenizer)
+
+
+def measure(
+    data: InstructionData, *, store: Store, shown: bool, alive: Callable[[], None] = lambda: None
+) -> Scan:
+    """Measure all records on all cores, or read what an earlier start found.
+
+    Args:
+        shown: draw a progress bar on stderr, if that is a terminal.
+        alive: called now and then.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("measuring the data"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+    with bar:
+        task = bar.add_task("", total=len(data))
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            alive()
+
+        return data.scan(workers=allowed_cores(), store=store, progress=progress)
 
 
 def judge(

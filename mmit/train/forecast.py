@@ -1,8 +1,8 @@
 """The dry run: what a run would take, from its config and its data, without weights.
 
 In: a config. Out: a `Forecast` with steps, tokens, pictures, FLOPs by part, and memory per rank for each ZeRO stage.
-The model is assembled empty; of large sources an even sample of records is measured and stands for all. Refuses what a
-run would refuse, in the same words.
+The model is assembled empty; of large sources that no run has measured, an even sample of records stands for all.
+Refuses what a run would refuse, in the same words.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,13 @@ import torch
 
 from mmit import precision
 from mmit.config import Config
+from mmit.data.ahead import allowed_cores
 from mmit.data.chat import chat_format
-from mmit.data.dataset import InstructionData, Scan
+from mmit.data.dataset import InstructionData
 from mmit.data.loader import MicroBatch, micro_batches
+from mmit.data.measure import Scan, is_kept
 from mmit.data.preparation import ImagePreparation, prepare_images
+from mmit.data.store import Store
 from mmit.data.walk import Walk
 from mmit.errors import MmitError, located
 from mmit.models.assemble import assemble
@@ -33,9 +35,8 @@ from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
 from mmit.train.checkpoint import image_preparation
 from mmit.train.cost import Bytes, RowFacts, count_pairs, measure_bytes, measure_rates
-from mmit.train.data_setup import check_lengths, make_walk, open_data
+from mmit.train.data_setup import cache_folder, check_lengths, make_walk, open_data
 from mmit.train.devices import find_device
-from mmit.train.world import World
 from mmit.train.zero import bucket_size
 
 SAMPLE = 2000  # records measured; more are told from them
@@ -178,7 +179,10 @@ def empty_model(config: Config) -> tuple[VLM, list[Group], Any]:
 
 
 def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionData, Scan, float]:
-    """Measure an even sample of the records; returns a scan as long as the whole data, and whole over sample."""
+    """Measure an even sample of the records, or read what a run found about all of them.
+
+    Returns a scan as long as the whole data, and whole over sample.
+    """
     options = config.data
     with located("model.chat.format"):
         chat = chat_format(config.model.chat.format, tokenizer)
@@ -188,12 +192,12 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
         limit=context_length(vlm.llm),
         virtual=virtual_tokens(vlm.llm),
     )
+    store = Store(cache_folder(options.cache_dir))
     data = open_data(
         [s.model_dump() for s in options.train],
         chat,
         tokenizer,
-        cache=Path(config.run.dir) / "data",
-        world=World(0, 1, torch.device("cpu"), deepspeed=False),
+        cache=store.folder,
         on_bad=(lambda error: None) if config.run.on_bad_record == "skip" else None,
         preparation=_preparation(config, vlm),
         max_length=options.max_length,
@@ -201,12 +205,16 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
         split_turns=options.split_turns,
         share_prefix=options.share_prefix and options.packing,
     )
-    numbers = np.unique(np.linspace(0, len(data) - 1, min(len(data), SAMPLE)).astype(int))
-    scan = data.scan(numbers=numbers.tolist())
+    numbers: np.ndarray | None = None
+    if len(data) > SAMPLE and not is_kept(data, store):
+        numbers = np.unique(np.linspace(0, len(data) - 1, SAMPLE).astype(int))
+    scan = data.scan(numbers=numbers, store=store, workers=allowed_cores())
     if scan.bad and config.run.on_bad_record != "skip":
         raise scan.bad[0]
     if not len(scan.length):
         raise MmitError("no usable record was found", where="data.train", remedy="check the files and formats")
+    if numbers is None:
+        return data, scan, 1.0
     share = len(data) / len(numbers)
     wanted = round(len(scan.length) * share)
     # Every unit as often as the next; sources keep their order, which the walk relies on.

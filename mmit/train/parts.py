@@ -6,6 +6,7 @@ before anything is written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmit.data.dataset import InstructionData, Scan
 from mmit.data.formats.keys import told
 from mmit.data.loader import LoadImage
 from mmit.data.preparation import ImagePreparation, prepare_images
+from mmit.data.store import Store
 from mmit.data.walk import Walk
 from mmit.errors import ConfigError, RecordError, located
 from mmit.io import write_atomic
@@ -34,7 +36,7 @@ from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, resume
 from mmit.train.balance import unit_costs
-from mmit.train.data_setup import Say, check_lengths, image_loader, judge, open_data
+from mmit.train.data_setup import Say, cache_folder, check_lengths, image_loader, judge, measure, open_data
 from mmit.train.describe import describe, note_start
 from mmit.train.echo import echo
 from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
@@ -228,7 +230,10 @@ def _read_data(
     say: Say,
     part: Literal["train", "eval"] = "train",
 ) -> tuple[InstructionData, Scan]:
-    """Open, measure and judge the records; each rank measures for itself, the result is the same."""
+    """Open, measure and judge the records. Rank 0 measures; then what it kept is read by all.
+
+    Nodes that do not see its files measure for themselves, one rank of each.
+    """
     options, run_dir = config.data, Path(config.run.dir)
     skip = config.run.on_bad_record == "skip"
     check_lengths(
@@ -237,25 +242,34 @@ def _read_data(
         limit=context_length(vlm.llm),
         virtual=virtual_tokens(vlm.llm),
     )
+    cache = cache_folder(options.cache_dir, run_dir=run_dir)
+    tell = say if world.main else lambda text: None
     unreadable: list[RecordError] = []
-    data = open_data(
-        [s.model_dump() for s in getattr(options, part)],
-        chat,
-        tokenizer,
-        cache=run_dir / "data",
-        world=world,
-        on_bad=unreadable.append if skip else None,
-        key=f"data.{part}",
-        preparation=preparation,
-        max_length=options.max_length,
-        capacity=options.pack_tokens,
-        split_turns=options.split_turns,
-        share_prefix=options.share_prefix and options.packing,
-    )
-    for source in data.sources if world.main else ():
-        if source.kept:
-            say(f"{source.origin}: kept in meta only: {told(source.kept)}")
-    scan = data.scan(workers=options.workers)
+    found: list[Any] = []
+
+    def work(alive: Callable[[], None]) -> None:
+        data = open_data(
+            [s.model_dump() for s in getattr(options, part)],
+            chat,
+            tokenizer,
+            cache=cache,
+            on_bad=unreadable.append if skip else None,
+            key=f"data.{part}",
+            say=tell,
+            preparation=preparation,
+            max_length=options.max_length,
+            capacity=options.pack_tokens,
+            split_turns=options.split_turns,
+            share_prefix=options.share_prefix and options.packing,
+        )
+        found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]
+
+    for mine in (world.main, world.keeper and not world.main, not (world.keeper or world.main)):
+        world.turn(work, mine=mine)
+    data, scan = found
+    for source, kept in zip(data.sources, scan.kept, strict=True):
+        if kept and world.main:
+            say(f"{source.origin}: kept in meta only: {told(kept)}")
     scan.bad = unreadable + scan.bad
     bound = config.run.max_bad_fraction
     judge(

@@ -39,7 +39,7 @@ def cache_features(
     say: Say,
 ) -> FeatureCache | None:
     """Features of all pictures of a run; None where `kind` is "off" or there is nothing to see. Raises ConfigError."""
-    if kind == "off" or vlm.vision is None or preparation is None or not scan.illustrated:
+    if kind == "off" or vlm.vision is None or preparation is None or not len(scan.illustrated):
         return None
     if not frozen:
         raise ConfigError(

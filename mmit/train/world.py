@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from mmit import errors
-from mmit.errors import ConfigError, MmitError
+from mmit.errors import ConfigError, MmitError, from_facts
 from mmit.train.engine import join_deepspeed
 
 PIECE = 64 << 20  # bytes that go over the wire at once
@@ -86,8 +85,7 @@ class World:
             if self.size == 1:
                 raise
             mine = error
-        facts = [type(mine).__name__, mine.problem, mine.where, mine.remedy] if mine else []
-        text = json.dumps(facts).encode() if mine else b""
+        text = json.dumps(mine.facts).encode() if mine else b""
         lengths = [length for (length,) in self.gather(len(text))]
         if not any(lengths):
             return
@@ -97,15 +95,18 @@ class World:
             sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.share(sent, source=source)
         self.barrier()  # none may leave before all have read it
-        kind, problem, where, remedy = json.loads(bytes(sent.tolist()))
-        raise mine or getattr(errors, kind, MmitError)(problem, where=where, remedy=remedy)
+        raise mine or from_facts(json.loads(bytes(sent.tolist())))
 
     def first(self, work: Callable[[Callable[[], None]], None]) -> None:
-        """Let rank 0 do `work` while the others wait for it, however long; its MmitError is raised on all.
+        """Let rank 0 do `work` while the others wait for it, however long; see `turn`."""
+        self.turn(work, mine=self.main)
+
+    def turn(self, work: Callable[[Callable[[], None]], None], *, mine: bool) -> None:
+        """Let the ranks whose turn it is (`mine`) do `work` while the others wait; their MmitError is raised on all.
 
         Args:
-            work: takes a function to call now and then. By it the others learn that rank 0 is at work: a collective
-                in which nothing happens for 10 (nccl) or 30 (gloo) minutes would end their processes.
+            work: takes a function to call now and then. By it the others learn that these ranks are at work: a
+                collective in which nothing happens for 10 (nccl) or 30 (gloo) minutes would end their processes.
         """
         told = time.monotonic()
 
@@ -116,13 +117,11 @@ class World:
                 told = time.monotonic()
 
         with self.together():
-            if self.main:
-                try:
+            try:
+                if mine:
                     work(alive)
-                finally:
-                    self.gather(0)
-            else:
-                while self.gather(0)[0][0]:
+            finally:
+                while any(busy for (busy,) in self.gather(0)):
                     pass
 
 

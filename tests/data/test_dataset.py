@@ -103,17 +103,15 @@ def test_bad_records_are_listed_by_name_and_the_rest_is_kept(parts, tmp_path):
     assert sorted(set(scan.record.tolist())) == [0, 3, 5, 6, 8]
 
 
-def test_a_foreign_format_is_converted_once(tmp_path):
+def test_a_foreign_list_is_read_where_it_stands(tmp_path):
     rows = [
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Say hi.", "input": "", "output": "hi"},
     ]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
-    first = open_source(tmp_path / "alpaca.json", format="alpaca", cache=tmp_path / "cache")
-    written = first.path.stat().st_mtime_ns
-    second = open_source(tmp_path / "alpaca.json", format="alpaca", cache=tmp_path / "cache")
-    assert second.path.stat().st_mtime_ns == written and len(second) == 2
-    assert second[0].turns[0].text == "Add.\n\n1 2" and second[1].turns[1].text == "hi"
+    source = open_source(tmp_path / "alpaca.json", format="alpaca", cache=tmp_path / "cache")
+    assert len(source) == 2
+    assert source[0].turns[0].text == "Add.\n\n1 2" and source[1].turns[1].text == "hi"
     assert len(open_source(tmp_path / "alpaca.json", format="alpaca", cache=tmp_path / "cache", limit=1)) == 1
 
 

@@ -26,7 +26,6 @@ from mmit.train.loop import sum_by_source
 from mmit.train.run import EXIT_STOPPED, run
 from mmit.train.run_files import read_rows
 from mmit.train.spikes import Spikes
-from mmit.train.world import World
 from tests.tiny_run import tiny_config
 
 STEPS = 8
@@ -107,7 +106,6 @@ def test_the_held_out_loss_is_that_of_the_checkpoint(straight):
         found.chat,
         found.tokenizer,
         cache=straight,
-        world=World(0, 1, torch.device("cpu"), deepspeed=False),
         on_bad=None,
         preparation=preparation,
         max_length=options.max_length,

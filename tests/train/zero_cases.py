@@ -90,7 +90,6 @@ class Bench:
             chat,
             tokenizer,
             cache=folder,
-            world=world,
             on_bad=None,
             preparation=preparation,
             max_length=128,

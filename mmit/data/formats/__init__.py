@@ -36,6 +36,7 @@ __all__ = [
     "llava",
     "messages",
     "mmit_row",
+    "row_reader",
     "sharegpt",
 ]
 
@@ -73,6 +74,29 @@ def import_file(
     it and left out, for the caller to count; a file that cannot be read always raises. `kept` counts the keys that stay
     in the meta unread. Unknown format or option: ConfigError.
     """
+    read = row_reader(
+        path, format, image_root=image_root, source=source, licence=licence, check_images=check_images, **options
+    )
+    entry = FORMATS[format]
+    file_options = {key: value for key, value in options.items() if key in entry.file_options}
+    return _import(entry.rows(os.fspath(path), **file_options), read, on_bad=on_bad)
+
+
+def row_reader(
+    path: str | os.PathLike[str],
+    format: str,
+    *,
+    image_root: str | os.PathLike[str] | None = None,
+    source: str | None = None,
+    licence: str | None = None,
+    check_images: bool = False,
+    **options: Any,
+) -> Callable[[Any, int], Record]:
+    """Return the function (row, line or position) -> Record of a file in one of FORMATS; arguments as `import_file`.
+
+    It raises RecordError naming file and row for a bad row, and for one that is its RecordError already; ConfigError
+    for an option that cannot work.
+    """
     if format not in FORMATS:
         raise ConfigError(f"unknown data format '{format}'", remedy=nearest(format, FORMATS))
     entry, name = FORMATS[format], os.fspath(path)
@@ -83,11 +107,12 @@ def import_file(
             remedy = nearest(option, known) if known else "It has no options: leave them out."
             raise ConfigError(problem, where=name, remedy=remedy)
     row_options = {key: value for key, value in options.items() if key in entry.options}
-    file_options = {key: value for key, value in options.items() if key in entry.file_options}
     folder = "" if format == "hf" else os.path.dirname(name)  # what "hf" is given may be a name, not a path
     root = folder if image_root is None else os.fspath(image_root)
 
     def build(row: Any, number: int) -> Record:
+        if isinstance(row, RecordError):
+            raise row
         if not isinstance(row, dict):
             remedy = f"Each row must be a JSON object: {entry.about}."
             raise RecordError(f"found a {type(row).__name__}, not an object", remedy=remedy)
@@ -102,25 +127,28 @@ def import_file(
             kept.update(kept_keys(record))
         return record
 
-    return _import(name, entry.rows(name, **file_options), build, on_bad=on_bad)
+    def read(row: Any, number: int) -> Record:
+        try:
+            return build(row, number)
+        except RecordError as error:
+            raise _at(error, f"{name}:{number}", row) from error
+        except ConfigError as error:
+            # An option that cannot work is wrong for every row: not a bad record to be left out.
+            raise ConfigError(error.problem, where=error.where or name, remedy=error.remedy) from error
+
+    return read
 
 
 def _import(
-    path: str, rows: Iterator[tuple[int, Any]], build: Callable[[Any, int], Record], *, on_bad: OnBad | None
+    rows: Iterator[tuple[int, Any]], read: Callable[[Any, int], Record], *, on_bad: OnBad | None
 ) -> Iterator[Record]:
     for number, row in rows:
         try:
-            if isinstance(row, RecordError):
-                raise row
-            record = build(row, number)
+            record = read(row, number)
         except RecordError as error:
-            bad = _at(error, f"{path}:{number}", row)
             if on_bad is None:
-                raise bad from error
-            on_bad(bad)
-        except ConfigError as error:
-            # An option that cannot work is wrong for every row: not a bad record to be left out.
-            raise ConfigError(error.problem, where=error.where or path, remedy=error.remedy) from error
+                raise
+            on_bad(error)
         else:
             yield record
 

@@ -70,6 +70,7 @@ class ShardSource:
         self._suffixes: list[str] = header["suffixes"]
         self.unreadable = 0  # samples that are none have been left out of the index, and told then
         self.kept: dict[str, int] = {}
+        self.judged = True
 
     @property
     def index(self) -> Index:
