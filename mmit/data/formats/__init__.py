@@ -74,9 +74,8 @@ def import_file(
     it and left out, for the caller to count; a file that cannot be read always raises. `kept` counts the keys that stay
     in the meta unread. Unknown format or option: ConfigError.
     """
-    read = row_reader(
-        path, format, image_root=image_root, source=source, licence=licence, check_images=check_images, **options
-    )
+    given: dict[str, Any] = {"source": source, "licence": licence, "check_images": check_images, "kept": kept}
+    read = row_reader(path, format, image_root=image_root, **given, **options)
     entry = FORMATS[format]
     file_options = {key: value for key, value in options.items() if key in entry.file_options}
     return _import(entry.rows(os.fspath(path), **file_options), read, on_bad=on_bad)
@@ -90,6 +89,7 @@ def row_reader(
     source: str | None = None,
     licence: str | None = None,
     check_images: bool = False,
+    kept: Counter[str] | None = None,
     **options: Any,
 ) -> Callable[[Any, int], Record]:
     """Return the function (row, line or position) -> Record of a file in one of FORMATS; arguments as `import_file`.
