@@ -45,10 +45,22 @@ def test_a_run_that_does_not_skip_meets_them_too(tmp_path: Path) -> None:
         open_source(path, format="sharegpt", cache=tmp_path / "cache")
 
 
-def test_nothing_is_kept_of_a_refused_conversion(tmp_path: Path) -> None:
-    with pytest.raises(RecordError):
-        open_source(rows_file(tmp_path), format="sharegpt", cache=tmp_path / "cache")
-    assert not list((tmp_path / "cache").glob("*")) if (tmp_path / "cache").exists() else True
+def test_a_refused_file_is_refused_again(tmp_path: Path) -> None:
+    path, table = rows_file(tmp_path), tmp_path / "rows.csv"
+    table.write_text("instruction,output\nAdd.,3\nAdd.,\n")
+    for file, format in ((path, "sharegpt"), (table, "csv"), (path, "sharegpt"), (table, "csv")):
+        with pytest.raises(RecordError):
+            open_source(file, format=format, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.jsonl"))
+
+
+def test_rows_that_are_not_judged_have_numbers_and_raise_when_asked_for(tmp_path: Path) -> None:
+    bad, source = opened(rows_file(tmp_path), tmp_path, judge=False)
+    assert bad == [] and len(source) == 6 and not source.judged
+    assert source[1].turns[0].text == "q1" and source[1].row == 2
+    with pytest.raises(RecordError, match="value of turn 2 is 'None'") as refused:
+        source[2]
+    assert refused.value.where.endswith("rows.json:3")
 
 
 def test_only_rows_before_the_limit_count(tmp_path: Path) -> None:
@@ -62,4 +74,4 @@ def test_another_version_of_the_importers_converts_again(tmp_path: Path, monkeyp
     _, source = opened(path, tmp_path)
     monkeypatch.setattr("mmit.data.sources.VERSION", 99)
     _, other = opened(path, tmp_path)
-    assert source.path != other.path and source.fingerprint != other.fingerprint
+    assert source.fingerprint != other.fingerprint
