@@ -35,6 +35,32 @@ def short(value: object, limit: int = 80) -> str:
     return line if max(len(text), len(line)) <= limit else f"...{line[3 - limit :]}"
 
 
+class JsonReader:
+    """Reads JSON text and notes keys that an object has twice, of which Python keeps the last without a word."""
+
+    def __init__(self) -> None:
+        self._twice: list[str] = []
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            self._twice += [key for key in found if keys.count(key) > 1]
+        return found
+
+    def at(self, text: str, start: int) -> tuple[Any, int, str]:
+        """Read the value at text[start]; return it, where it ends, and a key that comes twice, "" if none does."""
+        self._twice.clear()
+        value, end = self._decoder.raw_decode(text, start)
+        return value, end, self._twice[0] if self._twice else ""
+
+    def whole(self, text: str) -> tuple[Any, str]:
+        """Read a text that is one value; return it and a key that comes twice. Raises ValueError, RecursionError."""
+        self._twice.clear()
+        return self._decoder.decode(text), self._twice[0] if self._twice else ""
+
+
 def order_problem(number: int, role: str, previous: str | None) -> tuple[str, str]:
     """Check that a turn may follow `previous` (None for the first turn)."""
     if role == "system":

@@ -24,6 +24,7 @@ from mmit.errors import RecordError, nearest
 from mmit.io import whole_file
 from mmit.record_rules import (
     ROLES,
+    JsonReader,
     json_problem,
     order_problem,
     short,
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 
     Source = str | bytes | PIL.Image.Image
 
-__all__ = ["ROLES", "Image", "OnBad", "Part", "Record", "Text", "Turn", "image_at", "json_lines", "read_jsonl", "short"]
-__all__ += ["record_line", "write_jsonl"]
+__all__ = ["ROLES", "Image", "OnBad", "Part", "Record", "Text", "Turn", "image_at", "json_lines", "key_twice"]
+__all__ += ["read_jsonl", "record_line", "short", "write_jsonl"]
 
 _PROVENANCE: dict[str, tuple[Any, str]] = {
     "id": (str, "a string"),
@@ -372,20 +373,28 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, Any]]:
     """
     try:
         # Bytes are split at newlines only; text lines would also end at a lone carriage return.
+        reader = JsonReader()
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, _json_line(line, f"{os.fspath(path)}:{number}")
+                    yield number, _json_line(line, f"{os.fspath(path)}:{number}", reader)
     except OSError as e:
         raise RecordError(f"cannot read: {e.strerror}", where=str(path), remedy="Check the path.") from e
 
 
-def _json_line(line: bytes, where: str) -> Any:
+def _json_line(line: bytes, where: str, reader: JsonReader) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        value, twice = reader.whole(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         remedy = "Each line must be one whole JSON value in UTF-8: mend or remove this line."
         return RecordError(f"not JSON: {short(str(error))}", where=where, remedy=remedy)
+    return key_twice(twice, where) if twice else value
+
+
+def key_twice(key: str, where: str) -> RecordError:
+    """The error of a row in which an object has a key twice."""
+    problem = f"an object has the key '{short(key)}' twice"
+    return RecordError(problem, where=where, remedy="Keep one of them: which one was meant cannot be told.")
 
 
 def read_jsonl(path: str | os.PathLike[str], *, on_bad: OnBad | None = None) -> Iterator[Record]:

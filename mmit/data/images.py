@@ -71,6 +71,16 @@ def load_rgb(
     Raises ImageError with the place (`where` and the file), the cause and the remedy. What would trigger
     Pillow's decompression-bomb warning is refused even if `max_pixels` would let it pass.
     """
+    try:
+        return _load(image, where, max_pixels, background)
+    except ImageError:
+        data = without_png_text(image.source)
+        if data is None:
+            raise
+    return _load(Image(data), where, max_pixels, background)
+
+
+def _load(image: Image, where: str, max_pixels: int, background: tuple[int, int, int]) -> PIL.Image.Image:
     source = image.source
     if isinstance(source, str):
         where = f"{where}: {short(source, 120)}" if where else short(source, 120)
@@ -97,8 +107,45 @@ def image_size(image: Image, *, where: str = "") -> tuple[int, int]:
         where = f"{where}: {short(source, 120)}" if where else short(source, 120)
     if isinstance(source, PIL.Image.Image):
         return _upright_size(source)
-    with _opened(source, where) as file:
-        return _upright_size(_read_header(file, where))
+    try:
+        with _opened(source, where) as file:
+            return _upright_size(_read_header(file, where))
+    except ImageError:
+        data = without_png_text(source)
+        if data is None:
+            raise
+    return _upright_size(_read_header(BytesIO(data), where))
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+
+
+def without_png_text(source: object) -> bytes | None:
+    """Return a PNG without its text chunks, None if it is no PNG or has none.
+
+    Pillow refuses a picture whose text (a prompt, a workflow) is larger than a limit that has nothing to do with its
+    pixels.
+    """
+    if isinstance(source, str):
+        if not os.path.isfile(source):  # opening a pipe would wait for ever
+            return None
+        try:
+            with open(source, "rb") as file:
+                source = _PNG + file.read() if file.read(len(_PNG)) == _PNG else None
+        except OSError:
+            return None
+    if not isinstance(source, bytes) or not source.startswith(_PNG):
+        return None
+    kept, at, found = [_PNG], len(_PNG), False
+    while at + 12 <= len(source):
+        end = at + 12 + int.from_bytes(source[at : at + 4], "big")
+        if source[at + 4 : at + 8] in _PNG_TEXTS:
+            found = True
+        else:
+            kept.append(source[at:end])
+        at = end
+    return b"".join(kept) if found else None
 
 
 def _upright_size(picture: PIL.Image.Image) -> tuple[int, int]:

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageOps
 
-from mmit.data.images import FORMATS, fit, load_rgb
+from mmit.data.images import FORMATS, fit, image_size, load_rgb
+from mmit.data.shards.records import picture_size
 from mmit.errors import ConfigError, ImageError
 from mmit.records import Image
 
@@ -229,9 +230,7 @@ def test_damage_is_an_image_error_or_a_picture(kind: str, at: int, junk: bytes) 
         ("a\0b", None, "not a valid path"),
     ],
 )
-def test_bad_files_name_row_file_cause_and_remedy(
-    tmp_path: Path, name: str, content: bytes | None, cause: str
-) -> None:
+def test_bad_files_name_row_file_cause_and_remedy(tmp_path: Path, name: str, content: bytes | None, cause: str) -> None:
     path = str(tmp_path / name)
     if content is not None:
         Path(path).write_bytes(content)
@@ -271,9 +270,7 @@ def test_bomb_warnings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     load(data)
 
 
-@pytest.mark.parametrize(
-    ("size", "good"), [((2, 2), True), ((1, 5), False), ((2, 400), True), ((2, 401), False)]
-)
+@pytest.mark.parametrize(("size", "good"), [((2, 2), True), ((1, 5), False), ((2, 400), True), ((2, 401), False)])
 def test_shape_limits(size: tuple[int, int], good: bool) -> None:
     for shape in (size, size[::-1]):
         picture = PIL.Image.new("RGB", shape)
@@ -365,3 +362,23 @@ def test_fit_refusals() -> None:
             fit(picture, size)  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="load_rgb"):
         fit(picture.convert("L"), (8, 8))
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the pixels", "behind the pixels"])
+def test_a_png_with_much_text_is_sound(tmp_path: Path, after: bool) -> None:
+    """A prompt or workflow of several megabytes is no damage; Pillow's limit is about text, not pixels."""
+    file = BytesIO()
+    PIL.Image.new("RGB", (8, 6), (200, 10, 20)).save(file, "PNG")
+    data, text = file.getvalue(), zlib.compress(b"x" * (4 << 20))
+    body = b"zTXt" + b"workflow\0\0" + text
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    at = data.index(b"IEND") - 4 if after else data.index(b"IDAT") - 4
+    path = tmp_path / "a.png"
+    path.write_bytes(data[:at] + chunk + data[at:])
+    for source in (str(path), path.read_bytes()):
+        assert load_rgb(Image(source)).getpixel((3, 3)) == (200, 10, 20)
+        assert image_size(Image(source)) == (8, 6)
+    assert picture_size(path.read_bytes(), where="x") == (8, 6)
+    path.write_bytes(path.read_bytes()[:48])
+    with pytest.raises(ImageError):
+        load_rgb(Image(str(path)))

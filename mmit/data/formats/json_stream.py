@@ -14,18 +14,19 @@ from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NoReturn
 
 from mmit.errors import RecordError
-from mmit.records import short
+from mmit.record_rules import JsonReader
+from mmit.records import key_twice, short
 
 BLOCK = 4 << 20
 _NEAR = 16  # a value that is cut short is refused, or ends, within this of the cut, if not for an open string
 _SPACE = " \t\r\n"
 _REMEDY = "The file begins like a JSON list: mend this line, or write JSONL."
-_decode = json.JSONDecoder().raw_decode
 
 
 def list_items(path: str, *, block: int = BLOCK) -> Iterator[tuple[int, int, Any]]:
     """Yield (first byte, one past the last, value) of each value of a JSON list.
 
+    A value in which an object has a key twice is yielded as its RecordError.
     Raises RecordError, naming the line and column, where the file stops being a JSON list; values before that place
     have been yielded by then.
     """
@@ -64,6 +65,7 @@ class _Window:
     line: int = 1  # of text[0]
     column: int = 1
     ended: bool = False
+    reader: JsonReader = field(default_factory=JsonReader)
     decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")())
 
     def __post_init__(self) -> None:
@@ -111,7 +113,7 @@ class _Window:
         size = self.block
         while True:
             try:
-                value, end = _decode(self.text, self.at)
+                value, end, twice = self.reader.at(self.text, self.at)
                 if end + _NEAR < len(self.text) or self.ended:  # else a number may go on
                     break
             except json.JSONDecodeError as error:
@@ -126,7 +128,7 @@ class _Window:
         begin, piece = self.byte, self.text[self.at : end]
         self.byte += len(piece) if piece.isascii() else len(piece.encode("utf-8", "surrogatepass"))
         self.at = end
-        return begin, self.byte, value
+        return begin, self.byte, key_twice(twice, self.path) if twice else value
 
     def fail(self, message: str, at: int) -> NoReturn:
         """Refuse what stands at a place of the text."""

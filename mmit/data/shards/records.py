@@ -20,6 +20,7 @@ import PIL.Image
 from mmit.data.formats.captions import img2dataset
 from mmit.data.formats.chat import llava, messages
 from mmit.data.images import FORMATS as PICTURES
+from mmit.data.images import without_png_text
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record, Text, Turn, short
 
@@ -185,6 +186,8 @@ def picture_size(data: bytes, *, where: str) -> tuple[int, int]:
     except MemoryError:
         raise
     except Exception as error:
+        if (bare := without_png_text(data)) is not None:
+            return picture_size(bare, where=where)
         # Pillow's plugins raise whatever a malformed header leads to (struct.error, KeyError, ...).
         cause = f"cannot read its header ({len(data):,} bytes): {short(str(error) or type(error).__name__)}"
         remedy = "Fetch the picture again, or leave the record out."

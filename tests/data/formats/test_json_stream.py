@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import random
 import string
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mmit.data.formats import json_stream
+from mmit.data.formats.common import json_rows
 from mmit.data.formats.json_stream import list_items
 from mmit.errors import RecordError
 
-LETTERS = string.printable + "äß€漢😀\\\"\u2028"
+LETTERS = string.printable + 'äß€漢😀\\"\u2028'
 
 
 def some_value(rng: random.Random, depth: int = 0) -> Any:
@@ -74,3 +76,15 @@ def test_what_is_no_utf8_is_refused_with_its_file(tmp_path):
     path.write_bytes(b'["a", "\xff"]')
     with pytest.raises(RecordError, match="UTF-8|utf-8"):
         list(list_items(str(path)))
+
+
+def test_a_key_twice_is_an_error_of_its_row(tmp_path: Path) -> None:
+    """Python keeps the last without a word; rows before and behind are read."""
+    rows = ['{"a": 1}', '{"turns": [{"value": "x", "value": "y"}]}', '{"a": 2}', '{"b": 1, "b": 1}']
+    lines, whole = tmp_path / "rows.jsonl", tmp_path / "rows.json"
+    lines.write_text("\n".join(rows))
+    whole.write_text("[" + ",\n".join(rows) + "]")
+    for path in (lines, whole):
+        values = [value for _, value in json_rows(str(path))]
+        assert values[0] == {"a": 1} and values[2] == {"a": 2}
+        assert "has the key 'value' twice" in values[1].problem and "'b' twice" in values[3].problem
