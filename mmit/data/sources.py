@@ -27,7 +27,8 @@ from mmit.data.row_table import RowFile, RowTable, row_table
 from mmit.data.shards.reader import has_index, open_shards
 from mmit.data.store import Store, code_version, digest, key_of
 from mmit.errors import ConfigError, RecordError, from_facts
-from mmit.records import Image, OnBad, Record
+from mmit.record_rules import JsonReader
+from mmit.records import Image, OnBad, Record, key_twice
 
 # data.jsonl#500, data.jsonl#500@7
 _SUBSET = re.compile(r"(?s)(.+)#([0-9]{1,12})(?:@([0-9]{1,9}))?")
@@ -298,7 +299,8 @@ def _foreign_row(importer: Callable[[Any, int], Record]) -> Callable[[bytes, int
 
     def read(data: bytes, number: int, index: int) -> Record:
         try:
-            row = json.loads(data.decode("utf-8-sig"))
+            row, twice = JsonReader().whole(data.decode("utf-8-sig"))
+            row = key_twice(twice, "") if twice else row
         except (ValueError, RecursionError) as error:
             remedy = "Each row must be one whole JSON value in UTF-8: mend or remove it."
             row = RecordError(f"not JSON: {error}", remedy=remedy)
