@@ -132,6 +132,8 @@ def json_problem(value: Any, name: str) -> tuple[str, str]:
 
 def tool_calls_problem(calls: Any) -> tuple[str, str]:
     """Check calls of the form {"type": "function", "function": {"name", "arguments"}}, with an optional id."""
+    if not calls:
+        return SOUND
     for number, call in enumerate(calls, 1):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:

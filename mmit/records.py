@@ -184,8 +184,9 @@ class Record:
             if turn.role not in ROLES:
                 self._fail(f"turn {number} has role '{short(turn.role)}'", nearest(str(turn.role), ROLES))
             self._check(*order_problem(number, turn.role, previous))
-            self._check_content(f"turn {number} ({turn.role})", turn)
-            self._check_turn_extras(f"turn {number} ({turn.role})", turn)
+            self._check_content(number, turn)
+            if not _plain(turn):
+                self._check_turn_extras(f"turn {number} ({turn.role})", turn)
             previous = turn.role
         last = self.turns[-1].role if self.turns else "system"
         if last == "system":
@@ -210,6 +211,8 @@ class Record:
 
     def _check_extras(self) -> None:
         self._check(*weight_problem(self.weight), label="the record")
+        if not self.tools and self.template_args == {}:
+            return
         for number, tool in enumerate(self.tools, 1):
             if not isinstance(tool, Mapping):
                 remedy = 'Write {"type": "function", "function": {"name", "description", "parameters"}}.'
@@ -219,9 +222,12 @@ class Record:
         held = {"tools": list(self.tools), "template_args": dict(self.template_args)}
         self._check(*json_problem(held, "tools or template_args hold"))
 
-    def _check_content(self, label: str, turn: Turn) -> None:
+    def _check_content(self, number: int, turn: Turn) -> None:
+        # Run for every turn of every record, a few times: what is as it should be makes no text.
+        shown = said = False
         for part in turn.parts:
             if isinstance(part, Image):
+                shown = True
                 problem, remedy = source_problem(part.source)
                 if turn.role == "system":
                     problem, remedy = "an image", "A system turn shows no image: move it to a user turn."
@@ -229,13 +235,15 @@ class Record:
                 problem, remedy = text_problem(part.text)
                 if not problem and part.weight is not None:
                     problem, remedy = weight_problem(part.weight)
+                said = said or (not problem and not part.text.isspace() and part.text != "")
             else:
                 problem, remedy = f"a part that is a {type(part).__name__}", "A part is a Text or an Image."
-            self._check(problem, remedy, label=label)
+            if problem:
+                self._fail(f"turn {number} ({turn.role}) has {problem}", remedy)
         # An empty system turn suppresses a template's default one; a tool may return nothing.
-        may_be_empty = turn.role in ("system", "tool") or turn.tool_calls
-        if not may_be_empty and not turn.text.strip() and not any(isinstance(part, Image) for part in turn.parts):
-            self._fail(f"{label} is empty", "Fill in its text, or leave the turn or the record out.")
+        if not (said or shown or turn.role in ("system", "tool") or turn.tool_calls):
+            remedy = "Fill in its text, or leave the turn or the record out."
+            self._fail(f"turn {number} ({turn.role}) is empty", remedy)
 
     def _check_turn_extras(self, label: str, turn: Turn) -> None:
         if turn.weight is not None:
@@ -291,6 +299,12 @@ class Record:
         except RecordError as error:
             raise RecordError(error.problem, where=where, remedy=error.remedy) from error
         return record
+
+
+def _plain(turn: Turn) -> bool:
+    """Whether a turn is its parts and nothing else."""
+    empty = turn.weight is None and turn.thinking is None and turn.tool_calls == ()
+    return empty and turn.name is None and turn.tool_call_id is None
 
 
 def _as_tuple(value: Any, name: str, example: str) -> tuple[Any, ...]:
