@@ -15,6 +15,7 @@ from mmit.data.content import piece_tokenizer
 from mmit.errors import ModelError
 from mmit.interop.export import export_llava_hf
 from mmit.models.interop.hf_towers import hf_tower
+from mmit.models.interop.llava_hf import read_llava_hf
 from mmit.models.interop.llava_hf_write import check_writable
 from mmit.models.llm import load_llm
 from mmit.models.projectors import build_projector
@@ -96,6 +97,25 @@ def test_towers_of_transformers(tmp_path: Path, tower: str, select: str, size: i
     assert write(tmp_path / "out", vlm, tokenizer=tokenizer, image_token="<picture>").logits <= 1e-5
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["image_seq_length"] == vlm.image_tokens
+
+
+@pytest.mark.parametrize("select", ["patch", "cls_patch"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "open_clip", "timm"])
+def test_several_layers_are_written_and_come_back(tmp_path: Path, name: str, select: str) -> None:
+    if name == "siglip" and select == "cls_patch":
+        return  # SigLIP has no class token
+    tokenizer = FAMILIES["byte_level"]()
+    if name in ("clip", "siglip"):
+        vision = build_vision("hf", CLIP if name == "clip" else SIGLIP, select=select, layer=[-1, 1])
+    else:
+        told = {"open_clip": "ViT-S-32", "timm": "vit_base_patch32_clip_224"}[name]
+        vision = build_vision(name, told, weights=False, select=select, layer=[2, 1])
+    vlm = composite(tokenizer, vision)
+    assert write(tmp_path / "out", vlm, tokenizer=tokenizer, image_token="<picture>").logits > 0  # its own limit holds
+    again = read_llava_hf(tmp_path / "out").vlm
+    assert again.vision is not None and again.vision.dim == vision.dim
+    pixels = torch.randint(0, 256, (1, 3, *vision.image_size), dtype=torch.uint8)
+    torch.testing.assert_close(again.see(pixels), vision(pixels), atol=2e-3, rtol=1e-2)  # noise as weights
 
 
 @pytest.mark.parametrize("spare", [0, 5])

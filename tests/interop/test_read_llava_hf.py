@@ -244,7 +244,7 @@ def test_what_is_missing_or_left_over_is_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"vision_feature_layer": [-2, -1]}, "several vision layers"),
+        ({"vision_feature_layer": [-2, 9]}, "layer 9 does not exist"),
         ({"projector_hidden_act": "relu"}, "activation 'relu'"),
         ({"vision_feature_layer": 9}, "layer 9 does not exist"),
     ],

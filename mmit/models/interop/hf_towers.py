@@ -55,6 +55,17 @@ def _refuse(tower: VisionTower, reason: str) -> Any:
     )
 
 
+def read_blocks(tower: VisionTower) -> tuple[int, ...]:
+    """Numbers of the blocks that are read, in order; the highest is the last that runs."""
+    reader: Any = tower.encoder
+    return tuple(reader.blocks) if isinstance(reader, HFReader) else tuple(index + 1 for index in reader.index)
+
+
+def _width(tower: VisionTower) -> int:
+    """D of one block."""
+    return tower.dim // len(read_blocks(tower))
+
+
 def _identity_norm(width: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
     """The final norm, which the class has and nobody reads."""
     return {
@@ -65,6 +76,8 @@ def _identity_norm(width: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _from_hf(tower: VisionTower, reader: HFReader) -> Converted:
     core: Any = getattr(reader.model, "vision_model", reader.model)
+    if not isinstance(core.config, (CLIPVisionConfig, SiglipVisionConfig)):
+        _refuse(tower, f"its network is of the class {type(core).__name__}")
     config = copy.deepcopy(core.config)
     state = {key: value.detach().cpu() for key, value in core.state_dict().items()}
     if reader.resized:
@@ -76,7 +89,7 @@ def _from_hf(tower: VisionTower, reader: HFReader) -> Converted:
     config.image_size = tower.image_size[0]
     if isinstance(config, SiglipVisionConfig):
         config.vision_use_head = False
-    return config, {**state, **_identity_norm(tower.dim, next(iter(state.values())))}
+    return config, {**state, **_identity_norm(_width(tower), next(iter(state.values())))}
 
 
 def _from_open_clip(tower: VisionTower, visual: Any) -> Converted:
@@ -88,7 +101,7 @@ def _from_open_clip(tower: VisionTower, visual: Any) -> Converted:
     if any(not isinstance(getattr(block, scale, nn.Identity()), nn.Identity) for scale in ("ls_1", "ls_2")):
         _refuse(tower, "its blocks scale their outputs (layer scale), unlike CLIP's")
     config = CLIPVisionConfig(
-        hidden_size=tower.dim,
+        hidden_size=_width(tower),
         intermediate_size=block.mlp.c_fc.out_features,
         num_hidden_layers=len(blocks),
         num_attention_heads=block.attn.num_heads,
@@ -134,7 +147,7 @@ def _from_timm(tower: VisionTower, model: Any) -> Converted:
     if any(unlike.values()):
         _refuse(tower, f"it has {', '.join(what for what, so in unlike.items() if so)}, unlike {kind}")
     config = config_class(
-        hidden_size=tower.dim,
+        hidden_size=_width(tower),
         intermediate_size=block.mlp.fc1.out_features,
         num_hidden_layers=len(blocks),
         num_attention_heads=block.attn.num_heads,
@@ -174,13 +187,13 @@ def _block(
         for theirs, hf in {**names, out: "self_attn.out_proj"}.items():
             state[f"{prefix}{hf}.{leaf}"] = own[f"{theirs}.{leaf}"]
         for name, part in zip("qkv", attention[leaf].chunk(3), strict=True):
-            state[f"{prefix}self_attn.{name}_proj.{leaf}"] = part
+            state[f"{prefix}self_attn.{name}_proj.{leaf}"] = part.clone()  # not a view: files hold whole tensors
     return state
 
 
 def _finish(state: dict[str, torch.Tensor], tower: VisionTower) -> dict[str, torch.Tensor]:
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    return {**state, **_identity_norm(tower.dim, next(iter(state.values())))}
+    return {**state, **_identity_norm(_width(tower), next(iter(state.values())))}
 
 
 def _activation(tower: VisionTower, module: nn.Module) -> str:

@@ -3,8 +3,8 @@
 Goes in: a folder whose config.json declares model_type "llava" or "llava_next" and the architecture of transformers.
 Comes out: the composite, for LLaVA-NEXT with its tiles and the vector that ends a line (`image_newline`), the
 processor's tokenizer, chat template and picture preparation, and the whole tower (the composite holds it only up to
-the layer that is read). Refuses what the composite cannot compute exactly: several feature layers, projectors without
-bias or with another activation, towers other than CLIP and SigLIP.
+the layers that are read). Refuses what the composite cannot compute exactly: projectors without bias or with another
+activation, towers other than CLIP and SigLIP.
 """
 
 from __future__ import annotations
@@ -150,12 +150,6 @@ def read_llava_hf(
 
 
 def _check_config(config: Any, where: str) -> None:
-    if not isinstance(config.vision_feature_layer, int):
-        raise ModelError(
-            f"reads several vision layers, {config.vision_feature_layer}",
-            where=where,
-            remedy="mmit reads one layer of a tower",
-        )
     if config.projector_hidden_act != "gelu" or not config.multimodal_projector_bias:
         raise ModelError(
             f"its projector has activation '{config.projector_hidden_act}' and "
@@ -164,8 +158,9 @@ def _check_config(config: Any, where: str) -> None:
             remedy="there is no projector for it in mmit",
         )
     kind = config.vision_config.model_type
-    if kind not in vision_hf.MODEL_CLASSES:
-        raise ModelError(f"its vision tower is a '{kind}'", where=where, remedy=nearest(kind, vision_hf.MODEL_CLASSES))
+    valid = [name for name in vision_hf.MODEL_CLASSES if name.startswith(("clip", "siglip"))]
+    if kind not in valid:
+        raise ModelError(f"its vision tower is a '{kind}'", where=where, remedy=nearest(kind, valid))
 
 
 def _check_tokens(config: Any, processor: Any, where: str) -> None:

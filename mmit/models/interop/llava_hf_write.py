@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from mmit.errors import ModelError
-from mmit.models.interop.hf_towers import hf_tower
+from mmit.models.interop.hf_towers import hf_tower, read_blocks
 from mmit.models.interop.llava_hf import ARCHITECTURES, PROJECTOR
 from mmit.models.interop.tensors import complain
 from mmit.models.projectors import MLP
@@ -108,6 +108,7 @@ def write_llava_hf(
     _grow(llm, max(len(tokens), image_id + 1))
 
     vision_config, vision_state = hf_tower(vlm.vision)
+    blocks = read_blocks(vlm.vision)
     with_cls = vision_config.model_type == "clip_vision_model"
     strategy: Any = "default" if with_cls and not vlm.vision.prefix else "full"
     text_config = copy.deepcopy(llm.config)
@@ -120,7 +121,7 @@ def write_llava_hf(
         text_config=text_config,
         image_token_index=image_id,
         image_seq_length=vlm.vision.tokens,
-        vision_feature_layer=-1,
+        vision_feature_layer=-1 if len(blocks) == 1 else list(blocks),
         vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=bool(text_config.tie_word_embeddings),
