@@ -119,6 +119,13 @@ class ChatConfig(Section):
 
     format: str = "hf"
     """hf (the tokenizer's own template), plain, vicuna_v1, chatml, or the path of a .jinja file"""
+    template_args: dict[str, Any] = {}
+    """variables of the template, such as enable_thinking, in training and afterwards"""
+    image_token: str | None = None
+    """the text that stands for one image in a template that takes image parts; null finds it out"""
+    content_tokens: list[str] = []
+    """control tokens that answers may hold as themselves, besides those that are not special and stand in the
+    template (marks of thoughts, tool calls, boxes)"""
 
 
 class ModelConfig(Section):
@@ -243,6 +250,26 @@ class MixingConfig(Section):
     """of scheme temperature"""
 
 
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class LossConfig(Section):
+    """Which tokens carry loss, and how much; a weight that a record states goes before that of a role."""
+
+    roles: dict[Literal["system", "user", "assistant", "tool"], Weight] = {}
+    """weight of what each role says; left out: 1 for the assistant, prompt_weight for the others"""
+    prompt_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """weight of all text outside answers, the chat format's own included"""
+    think: Weight = 1.0
+    """factor on thoughts; 0 leaves them unlearnt"""
+    tool_calls: Weight = 1.0
+    """factor on the tool calls of an answer"""
+    last_turn: bool = False
+    """only answers after the last user turn carry loss"""
+    sources: dict[str, Weight] = {}
+    """factor on the weights of a source, by its name"""
+
+
 class DataConfig(Section):
     """What is learned from, and how records fill rows."""
 
@@ -252,6 +279,8 @@ class DataConfig(Section):
     """held-out sources whose loss is measured while training (train.eval_every)"""
     mixing: MixingConfig = MixingConfig()
     """how the sources are mixed"""
+    loss: LossConfig = LossConfig()
+    """which tokens carry loss"""
     split_turns: bool = False
     """make each question-answer pair of a record its own record"""
     max_length: PositiveInt = 2048

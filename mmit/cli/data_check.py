@@ -55,6 +55,7 @@ def check(
     config: ConfigOption = None,
     tokenizer: TokenizerOption = None,
     chat: ChatOption = None,
+    image_token: sources.ImageTokenOption = None,
     image_tokens: ImageTokensOption = None,
     max_length: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Longest record in tokens. [default: the tokenizer's]")
@@ -75,7 +76,12 @@ def check(
     settings = sources.settings_of(data, config)
     files = sources.files_of(data, settings, format=format, image_root=image_root)
     encoder = sources.encoder_of(
-        settings, tokenizer=tokenizer, chat=chat, image_tokens=image_tokens, max_length=max_length
+        settings,
+        tokenizer=tokenizer,
+        chat=chat,
+        image_token=image_token,
+        image_tokens=image_tokens,
+        max_length=max_length,
     )
     held_out = _held_out(data, settings, test or [])
     with Console(stderr=True).status("reading") as status:

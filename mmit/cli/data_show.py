@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -40,6 +40,7 @@ def show(
     config: ConfigOption = None,
     tokenizer: TokenizerOption = None,
     chat: ChatOption = None,
+    image_token: sources.ImageTokenOption = None,
     image_tokens: ImageTokensOption = None,
 ) -> None:
     """Show records with their images and, given a tokenizer, the tokens that the loss is taken on."""
@@ -52,7 +53,8 @@ def show(
         raise typer.BadParameter("--text prints, it writes no page", param_hint="--out")
     settings = sources.settings_of(data, config)
     files = sources.files_of(data, settings, format=format, image_root=image_root)
-    encoder = sources.encoder_of(settings, tokenizer=tokenizer, chat=chat, image_tokens=image_tokens)
+    given: dict[str, Any] = {"tokenizer": tokenizer, "chat": chat, "image_token": image_token}
+    encoder = sources.encoder_of(settings, image_tokens=image_tokens, **given)
     drawn, total = sample_rows(chain.from_iterable(file.rows() for file in files), n, seed=seed)
     if not total:
         raise MmitError("there is no row", where=str(data), remedy="Check the file and its format.")

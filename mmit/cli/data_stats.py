@@ -42,6 +42,7 @@ def stats(
     config: ConfigOption = None,
     tokenizer: TokenizerOption = None,
     chat: ChatOption = None,
+    image_token: sources.ImageTokenOption = None,
     image_tokens: ImageTokensOption = None,
     sample: Annotated[
         int, typer.Option(min=2, help="Prompts compared with each other; takes time by its square.")
@@ -57,7 +58,8 @@ def stats(
         raise typer.BadParameter("give data files, or one config")
     settings = sources.settings_of(data[0], config)
     files = [file for path in data for file in sources.files_of(path, settings, format=format, image_root=image_root)]
-    encoder = sources.encoder_of(settings, tokenizer=tokenizer, chat=chat, image_tokens=image_tokens)
+    given: dict[str, Any] = {"tokenizer": tokenizer, "chat": chat, "image_token": image_token}
+    encoder = sources.encoder_of(settings, image_tokens=image_tokens, **given)
     with Console(stderr=True).status("reading") as status:
         found = collect(
             sources.watched(chain.from_iterable(file.rows() for file in files), status.update),

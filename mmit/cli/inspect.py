@@ -14,13 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.sources import File, files_of, model_preparation, settings_of, tokenizer_and_chat
+from mmit.cli.sources import (
+    File,
+    ImageTokenOption,
+    files_of,
+    loss_of,
+    model_preparation,
+    settings_of,
+    tokenizer_and_chat,
+)
 from mmit.errors import ConfigError, RecordError
 from mmit.io import write_atomic
 
 if TYPE_CHECKING:
     from mmit.config import Config
-    from mmit.records import Record, Turn
+    from mmit.records import Record
 
 SVG_WIDTH = 100
 
@@ -54,6 +62,7 @@ def inspect(
         str | None,
         typer.Option(metavar="FORMAT", help="hf, plain, vicuna_v1, chatml or a .jinja file. (default: hf)"),
     ] = None,
+    image_token: ImageTokenOption = None,
     image_tokens: Annotated[int | None, typer.Option(min=1, metavar="M", help="Tokens per image.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the record as an HTML page.")] = None,
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the terminal's picture as SVG.")] = None,
@@ -63,7 +72,8 @@ def inspect(
     if settings is None and tokenizer is None:
         raise typer.BadParameter("give --config FILE, or --tokenizer NAME (and --chat, --image-tokens)")
     record = _record(files_of(data, settings), row)
-    shown = _encode(record, settings, pair=pair, tokenizer=tokenizer, chat=chat, image_tokens=image_tokens)
+    given = {"tokenizer": tokenizer, "chat": chat, "image_token": image_token}
+    shown = _encode(record, settings, pair=pair, image_tokens=image_tokens, **given)
     _print(shown)
     if html is not None:
         _write_html(shown, html)
@@ -91,13 +101,15 @@ def _encode(
     pair: int,
     tokenizer: str | None,
     chat: str | None,
+    image_token: str | None,
     image_tokens: int | None,
 ) -> _Shown:
     """Encode as training would; what is given on the command line goes before the config."""
     from mmit.data.chat import encode
+    from mmit.data.chat_check import difference
 
     record.validate(for_training=True)
-    tokens, form = tokenizer_and_chat(settings, tokenizer, chat)
+    tokens, form = tokenizer_and_chat(settings, tokenizer, chat, image_token=image_token)
     widths = [image_tokens or 1] * len(record.images)
     if image_tokens is None and settings is not None and record.images:
         if settings.model.vision is None:
@@ -106,12 +118,14 @@ def _encode(
         preparation = model_preparation(settings.model)
         widths = [preparation.spread(image, where=record.where).tokens for image in record.images]
         image_tokens = None if preparation.tiled else preparation.tokens
-    turns, which = _conversation(record, pair, split=settings is not None and settings.data.split_turns)
+    part, which = _conversation(record, pair, split=settings is not None and settings.data.split_turns)
     try:
-        encoded = encode(turns, form, tokens)
+        encoded = encode(part, form, tokens, loss=loss_of(settings))
+        differs = difference(part, form)
     except RecordError as error:  # encode sees turns only and cannot say whose they are
         raise type(error)(error.problem, where=error.where or record.where, remedy=error.remedy) from error
     notes = [f"{record.where}{which}, chat format {form.name}", *_pictures(record)]
+    notes += [f"not what the chat template writes: {differs}"] if differs else []
     length = len(encoded.ids) - len(widths) + sum(widths)
     if image_tokens is None and settings is not None and widths:
         notes.append(f"image tokens: {', '.join(map(str, widths))}; {length} positions in the model")
@@ -120,11 +134,11 @@ def _encode(
     return _Shown(encoded, tokens, record.where, notes, image_tokens)
 
 
-def _conversation(record: Record, pair: int, *, split: bool) -> tuple[Sequence[Turn], str]:
-    """Return the turns that are one training sample, and which of the record's samples that is."""
+def _conversation(record: Record, pair: int, *, split: bool) -> tuple[Record, str]:
+    """Return the record that is one training sample, and which of the record's samples that is."""
     from mmit.data.dataset import split_pairs
 
-    pairs = split_pairs(record) if split else [record.turns]
+    pairs = split_pairs(record) if split else [record]
     if pair > len(pairs):
         hint = "" if split else " (data.split_turns is off, so a record is one sample)"
         raise ConfigError(

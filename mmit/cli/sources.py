@@ -18,8 +18,9 @@ from mmit.errors import ConfigError, RecordError, located
 if TYPE_CHECKING:
     from mmit.config import Config, ModelConfig, SourceConfig
     from mmit.data.chat import ChatFormat, Encoded
+    from mmit.data.loss import Loss
     from mmit.data.preparation import ImagePreparation
-    from mmit.records import Record, Turn
+    from mmit.records import Record
 
 ConfigOption = Annotated[
     Path | None,
@@ -32,6 +33,9 @@ ImageRootOption = Annotated[
 TokenizerOption = Annotated[str | None, typer.Option(metavar="NAME", help="Hub id, folder or .gguf file.")]
 ChatOption = Annotated[
     str | None, typer.Option(metavar="FORMAT", help="hf, plain, vicuna_v1, chatml or a .jinja file. [default: hf]")
+]
+ImageTokenOption = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What stands for one image in a chat template. [default: found out]")
 ]
 ImageTokensOption = Annotated[int | None, typer.Option(min=1, metavar="M", help="Tokens per image.")]
 
@@ -113,18 +117,20 @@ class Encoder:
     max_length: int | None
     split_turns: bool = False
     sees: bool = True  # False for a model without a vision tower
+    loss: Loss | None = None  # None: answers
 
-    def samples(self, record: Record) -> list[tuple[Sequence[Turn], Encoded]]:
+    def samples(self, record: Record) -> list[tuple[Record, Encoded]]:
         """Encode each training sample of a record; a record is one, but with data.split_turns each pair is."""
         from mmit.data.chat import encode
         from mmit.data.dataset import split_pairs
+        from mmit.data.loss import Loss
 
         record.validate(for_training=True)
         if record.images and not self.sees:
             problem = "has images, but the model has no vision tower"
             raise RecordError(problem, where=record.where, remedy="Set model.vision.")
-        parts = split_pairs(record) if self.split_turns else [record.turns]
-        return [(turns, encode(turns, self.chat, self.tokenizer)) for turns in parts]
+        parts = split_pairs(record) if self.split_turns else [record]
+        return [(part, encode(part, self.chat, self.tokenizer, loss=self.loss or Loss())) for part in parts]
 
     def length(self, record: Record) -> int:
         """Tokens of the longest sample of a record, image tokens included (one an image where not known)."""
@@ -151,15 +157,17 @@ def encoder_of(
     tokenizer: str | None,
     chat: str | None,
     image_tokens: int | None,
+    image_token: str | None = None,
     max_length: int | None = None,
 ) -> Encoder | None:
     """Build the tokenizer and chat format; None if neither a config nor --tokenizer names one."""
     if settings is None and tokenizer is None:
-        for option, value in (("--chat", chat), ("--image-tokens", image_tokens), ("--max-length", max_length)):
+        given = {"--chat": chat, "--image-token": image_token, "--image-tokens": image_tokens}
+        for option, value in (given | {"--max-length": max_length}).items():
             if value is not None:
                 raise typer.BadParameter("needs --tokenizer NAME or --config FILE", param_hint=option)
         return None
-    tokens, form = tokenizer_and_chat(settings, tokenizer, chat)
+    tokens, form = tokenizer_and_chat(settings, tokenizer, chat, image_token=image_token)
     preparation = None
     if settings is not None:
         if image_tokens is None and settings.model.vision is not None:
@@ -170,10 +178,19 @@ def encoder_of(
         max_length = tokens.model_max_length
     split = settings is not None and settings.data.split_turns
     sees = settings is None or settings.model.vision is not None
-    return Encoder(tokens, form, image_tokens, preparation, max_length, split, sees)
+    return Encoder(tokens, form, image_tokens, preparation, max_length, split, sees, loss_of(settings))
 
 
-def tokenizer_and_chat(settings: Config | None, tokenizer: str | None, chat: str | None) -> tuple[Any, ChatFormat]:
+def loss_of(settings: Config | None) -> Loss:
+    """The loss weights of a config, answers alone without one; factors of sources are not among them."""
+    from mmit.data.loss import Loss
+
+    return Loss() if settings is None else Loss(**settings.data.loss.model_dump(exclude={"sources"}))
+
+
+def tokenizer_and_chat(
+    settings: Config | None, tokenizer: str | None, chat: str | None, *, image_token: str | None = None
+) -> tuple[Any, ChatFormat]:
     """Load what is given on the command line, else what the config names; one of them names a tokenizer."""
     from mmit.data.chat import chat_format
     from mmit.models.llm import load_tokenizer
@@ -185,7 +202,9 @@ def tokenizer_and_chat(settings: Config | None, tokenizer: str | None, chat: str
     with located("--tokenizer" if tokenizer else "model.llm"):
         tokens = load_tokenizer(name, revision=revision)
     with located("--chat" if chat else "model.chat.format"):
-        form = chat_format(chat or (settings.model.chat.format if settings else "hf"), tokens)
+        section = {} if settings is None else settings.model.chat.model_dump()
+        section |= {key: value for key, value in (("format", chat), ("image_token", image_token)) if value is not None}
+        form = chat_format(section.pop("format", "hf"), tokens, **section)
     return tokens, form
 
 

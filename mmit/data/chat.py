@@ -1,41 +1,53 @@
-"""Tokens and loss mask of a conversation, born together, piece by piece.
+"""Tokens and loss weights of a conversation, born together, piece by piece.
 
-Owns ChatFormat (turns to pieces: template text, content, images) and `encode` (pieces to ids). Only here is a
-mask made: supervised are the assistant's text and the token that ends it. Takes the turns of a record and a
-tokenizer object; gives ids, mask and origins of equal length, with one IMAGE_SLOT per image. Never tokenises
-content inside rendered text and never cuts a record.
+Owns ChatFormat (turns to pieces: template text, content, images) and `encode` (pieces to ids). Only here does a token
+get its loss weight, by the rules of `data/loss.py`; by default the assistant's text and the token that ends it have
+1, all others 0. Takes a record (or its turns) and a tokenizer object; gives ids, weights and origins of equal length,
+with one IMAGE_SLOT per image. Never tokenises content inside rendered text and never cuts a record.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
-from mmit.data.chat_builtin import BUILT_IN, FlatTurn, Origin, Piece
-from mmit.data.chat_template import ChatTemplate, Shape
-from mmit.data.content import After, PieceTokenizer, piece_tokenizer
+from mmit.data.chat_builtin import BUILT_IN, Origin, Piece, Said, Spans, Words
+from mmit.data.chat_render import Extras, Outline, Shape, writes_date
+from mmit.data.chat_template import ChatTemplate
+from mmit.data.content import After, PieceTokenizer, cut_tokens, piece_tokenizer
+from mmit.data.loss import ANSWERS, Loss
 from mmit.errors import ConfigError, RecordError, nearest
-from mmit.records import Image, Record, Text, Turn
+from mmit.records import Image, Record, Turn
 
 IMAGE_SLOT = -200  # LLaVA's IMAGE_TOKEN_INDEX; no tokenizer has a negative id
+Talk = Record | Sequence[Turn]
+_THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
+_KEYS = ("name", "template", "image_token", "template_args", "as_processor", "content_tokens", "date", "thinks")
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a record, whether each is supervised, and where each comes from; all of one length.
+    """Token ids of a record, the loss weight of each, and where each comes from; all of one length.
 
-    An image is a single IMAGE_SLOT, never supervised.
+    An image is a single IMAGE_SLOT of weight 0; so is the first token, which nothing predicts.
     """
 
     ids: tuple[int, ...]
-    supervised: tuple[bool, ...]
+    weights: tuple[float, ...]
     origin: tuple[Origin, ...]
+
+    @property
+    def supervised(self) -> tuple[bool, ...]:
+        """Which tokens carry loss."""
+        return tuple(weight > 0 for weight in self.weights)
 
 
 class ChatFormat(ABC):
@@ -47,25 +59,28 @@ class ChatFormat(ABC):
         as_processor: tokenise as a transformers processor does: the tokenizer's BOS goes before a rendered text
             that does not begin with it, and text after an image is text after a control token, not, as in LLaVA,
             a text of its own.
+        content_tokens: control tokens that an assistant's text and thoughts may hold as themselves.
     """
 
     name: str
     end: str
     as_processor: bool = False
+    content_tokens: frozenset[str] = frozenset()
     _tokenizer: Any
 
-    def pieces(self, turns: Sequence[Turn], *, generate: bool = False) -> list[Piece]:
+    def pieces(self, talk: Talk, *, generate: bool = False) -> list[Piece]:
         """Return the pieces of a conversation; with `generate`, up to where the next answer begins.
 
         A template piece may end in the space that the first token of the following content will carry.
         Raises RecordError for turns that break the rules of a record or that the format cannot express.
         """
-        Record(tuple(turns)).validate(for_training=not generate)
-        _refuse_unwritten(turns)
-        return _merged(self._lay_out([_flat(turn) for turn in turns], generate))
+        record = as_record(talk)
+        record.validate(for_training=not generate)
+        answers = {number for number, turn in enumerate(record.turns) if turn.role == "assistant"}
+        return _merged(self._lay_out(record, generate), answers)
 
     @abstractmethod
-    def _lay_out(self, turns: list[FlatTurn], generate: bool) -> list[Piece]: ...
+    def _lay_out(self, record: Record, generate: bool) -> list[Piece]: ...
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
@@ -74,14 +89,13 @@ class ChatFormat(ABC):
     @staticmethod
     def from_json(obj: Mapping[str, Any], tokenizer: Any) -> ChatFormat:
         """Rebuild a format; raises ConfigError for unknown keys or names."""
-        keys = ("name", "template", "image_token", "template_args", "as_processor")
         for key in obj:
-            if key not in keys:
-                raise ConfigError(f"unknown key '{key}'", where="chat format", remedy=nearest(key, keys))
+            if key not in _KEYS:
+                raise ConfigError(f"unknown key '{key}'", where="chat format", remedy=nearest(key, _KEYS))
         if "name" not in obj:
-            raise ConfigError("the key 'name' is missing", where="chat format", remedy=f"keys: {', '.join(keys)}")
+            raise ConfigError("the key 'name' is missing", where="chat format", remedy=f"keys: {', '.join(_KEYS)}")
         if "template" not in obj:
-            return chat_format(obj["name"], tokenizer)
+            return chat_format(obj["name"], tokenizer, content_tokens=obj.get("content_tokens") or ())
         return TemplateFormat(
             obj["name"],
             obj["template"],
@@ -89,7 +103,17 @@ class ChatFormat(ABC):
             image_token=obj.get("image_token"),
             template_args=obj.get("template_args"),
             as_processor=bool(obj.get("as_processor")),
+            content_tokens=obj.get("content_tokens") or (),
+            date=obj.get("date"),
+            thinks=bool(obj.get("thinks")),
         )
+
+    def with_template_args(self, args: Mapping[str, Any]) -> ChatFormat:
+        """Return this format with further template arguments, such as enable_thinking. Raises ConfigError."""
+        if not args:
+            return self
+        problem = f"the chat format '{self.name}' takes no template arguments"
+        raise ConfigError(problem, remedy="Leave them out, or use a chat template.")
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -109,26 +133,73 @@ class TemplateFormat(ChatFormat):
         image_token: str | None = None,
         template_args: Mapping[str, Any] | None = None,
         as_processor: bool = False,
+        content_tokens: Sequence[str] = (),
+        date: str | None = None,
+        thinks: bool = False,
     ) -> None:
         self.name, self._tokenizer = name, tokenizer
+        if date is None and writes_date(template):
+            date = datetime.date.today().isoformat()  # from here on its day, in a checkpoint too
         self._template = ChatTemplate(
-            template, tokenizer, where=f"chat template '{name}'", image_token=image_token, args=template_args
+            template,
+            tokenizer,
+            where=f"chat template '{name}'",
+            image_token=image_token,
+            args=template_args,
+            date=date,
+            add_ends=not as_processor,
         )
         self.end, self.as_processor = self._template.end, as_processor
+        self.thinks = thinks
+        self._given_tokens = _checked_tokens(content_tokens, tokenizer)
+        named = piece_tokenizer(tokenizer).named_in(template)
+        self.content_tokens = self._given_tokens | named - {self._template.image_token or ""}
 
-    def _lay_out(self, turns: list[FlatTurn], generate: bool) -> list[Piece]:
-        shape: Shape = tuple((role, "".join("i" if p is None else "t" for p in parts)) for role, parts in turns)
-        texts = iter([part for _, parts in turns for part in parts if part is not None])
+    @property
+    def thinks(self) -> bool:
+        """Whether prompts end as the template's own generation prompt does, before a thought."""
+        return self._template.thinks
+
+    @thinks.setter
+    def thinks(self, value: bool) -> None:
+        self._template.thinks = value or bool(self._template.args)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """What reads the Jinja text."""
+        return self._template
+
+    def outline(self, record: Record) -> tuple[Shape, Extras, list[Said]]:
+        """A record as the template reads it: its turns without words, its tools and arguments, its turns."""
+        said = [flat(turn, number) for number, turn in enumerate(record.turns)]
+        return tuple(map(_outline, said)), _extras(record), said
+
+    def _lay_out(self, record: Record, generate: bool) -> list[Piece]:
+        shape, extras, said = self.outline(record)
+        words = {
+            (turn.number, part): iter(texts)
+            for turn in said
+            for part, texts in (
+                ("thought", [Words(turn.thought or "")]),
+                ("text", [text for text in turn.parts if text is not None]),
+            )
+        }
         pieces = []
-        for slot in self._template.slots(shape, generate=generate):
-            text = slot.text
-            if slot.kind == "content":
-                text = next(texts).lstrip(slot.left).rstrip(slot.right)
-            pieces.append(Piece(slot.kind, text, slot.supervised))
+        for slot in self._template.slots(shape, extras, generate=generate):
+            if slot.kind != "content":
+                pieces.append(Piece(slot.kind, slot.text, slot.turn, slot.part))
+                continue
+            text = next(words[slot.turn, slot.part]).stripped(slot.left, slot.right)
+            pieces.append(Piece("content", text.text, slot.turn, slot.part, text.spans))
         return pieces
 
+    def with_template_args(self, args: Mapping[str, Any]) -> ChatFormat:
+        """Return this format with further template arguments, such as enable_thinking."""
+        told = self.to_json()
+        return ChatFormat.from_json({**told, "template_args": {**told["template_args"], **args}}, self._tokenizer)
+
     def to_json(self) -> dict[str, Any]:
-        """Return name, template text, image token, template arguments, and `as_processor` where it is set."""
+        """Return name, template text, image token, template arguments, and what else is set."""
         template = self._template
         told: dict[str, Any] = {
             "name": self.name,
@@ -136,14 +207,21 @@ class TemplateFormat(ChatFormat):
             "image_token": template.image_token,
             "template_args": template.args,
         }
-        return {**told, "as_processor": True} if self.as_processor else told
+        more = {
+            "as_processor": self.as_processor,
+            "content_tokens": sorted(self._given_tokens),
+            "date": template.date,
+            "thinks": self.thinks and not template.args,
+        }
+        return told | {key: value for key, value in more.items() if value}
 
 
 class BuiltInFormat(ChatFormat):
     """One of BUILT_IN; the tokenizer's BOS comes first if it puts one in front of every text by itself."""
 
-    def __init__(self, name: str, tokenizer: Any) -> None:
+    def __init__(self, name: str, tokenizer: Any, *, content_tokens: Sequence[str] = ()) -> None:
         self.name, self._tokenizer = name, tokenizer
+        self.content_tokens = _checked_tokens(content_tokens, tokenizer)
         tokens = piece_tokenizer(tokenizer)
         self._write, end = BUILT_IN[name]
         self.end = end or tokenizer.eos_token
@@ -157,12 +235,22 @@ class BuiltInFormat(ChatFormat):
                     problem = f"the tokenizer has no token {token}, which the chat format 'chatml' needs"
                     raise ConfigError(problem, remedy="Use 'qa' or 'vicuna_v1', which need only an EOS token.")
 
-    def _lay_out(self, turns: list[FlatTurn], generate: bool) -> list[Piece]:
-        return self._bos + self._write(turns, self.end, generate)
+    def _lay_out(self, record: Record, generate: bool) -> list[Piece]:
+        for number, turn in enumerate(record.turns, 1):
+            found = "tool calls" if turn.tool_calls else "a tool's result" if turn.role == "tool" else ""
+            if found:
+                problem = f"turn {number} has {found}, for which the chat format '{self.name}' has no place"
+                raise RecordError(problem, remedy="Use a chat template that knows tools, or leave the record out.")
+        for key in ("tools", "template_args"):
+            if getattr(record, key):
+                problem = f"the record has {key}, for which the chat format '{self.name}' has no place"
+                raise RecordError(problem, remedy="Use a chat template, or leave them or the record out.")
+        said = [flat(turn, number) for number, turn in enumerate(record.turns)]
+        return self._bos + self._write(said, self.end, generate)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the name, which says everything."""
-        return {"name": self.name}
+        """Return the name, and the content tokens where there are some."""
+        return {"name": self.name} | ({"content_tokens": sorted(self.content_tokens)} if self.content_tokens else {})
 
 
 def chat_format(
@@ -171,20 +259,24 @@ def chat_format(
     *,
     image_token: str | None = None,
     template_args: Mapping[str, Any] | None = None,
+    content_tokens: Sequence[str] = (),
+    date: str | None = None,
 ) -> ChatFormat:
     """Build a chat format for a fast Hugging Face tokenizer.
 
     `name` is a key of BUILT_IN, "hf" for the tokenizer's own chat template, the path of a .jinja file or of a
     .json file that holds what `to_json` gives, or the text of a template. `image_token` names the text that stands
     for one image in a template that takes image parts, where mmit cannot tell; `template_args` go to the template
-    as variables, such as enable_thinking.
+    as variables, such as enable_thinking. `content_tokens` are control tokens that an assistant's text may hold as
+    themselves, besides those that are not special and stand in the template. `date` (ISO) is the day of a template that
+    asks for it; None takes today, from then on kept in `to_json`.
     Raises ConfigError if the name is unknown or the template cannot be used.
     """
     if name in BUILT_IN:
         if image_token is not None or template_args:
             problem = f"the chat format '{name}' takes neither image_token nor template_args"
             raise ConfigError(problem, remedy="Leave them out, or use a chat template.")
-        return BuiltInFormat(name, tokenizer)
+        return BuiltInFormat(name, tokenizer, content_tokens=content_tokens)
     if name == "hf":
         if not tokenizer.chat_template:
             problem = "the chat format 'hf' needs the tokenizer's chat template, and it has none"
@@ -195,10 +287,13 @@ def chat_format(
         name, template = "custom", name
     elif name.endswith(".json"):
         try:
-            return ChatFormat.from_json(json.loads(Path(name).read_text(encoding="utf-8")), tokenizer)
+            told = json.loads(Path(name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             problem = f"cannot read the chat format: {error}"
             raise ConfigError(problem, where=name, remedy="Check the path.") from error
+        given = {"image_token": image_token, "template_args": template_args, "content_tokens": list(content_tokens)}
+        given |= {"date": date if told.get("date") is None else None}
+        return ChatFormat.from_json({**told, **{key: value for key, value in given.items() if value}}, tokenizer)
     elif name.endswith(".jinja"):
         try:
             name, template = Path(name).stem, Path(name).read_text(encoding="utf-8")
@@ -208,19 +303,30 @@ def chat_format(
     else:
         remedy = f"{nearest(name, [*BUILT_IN, 'hf'])}, or the path of a .jinja file"
         raise ConfigError(f"unknown chat format '{name}'", remedy=remedy)
-    return TemplateFormat(name, template, tokenizer, image_token=image_token, template_args=template_args)
+    return TemplateFormat(
+        name,
+        template,
+        tokenizer,
+        image_token=image_token,
+        template_args=template_args,
+        content_tokens=content_tokens,
+        date=date,
+    )
 
 
-def encode(turns: Sequence[Turn], chat: ChatFormat, tokenizer: Any, *, generate: bool = False) -> Encoded:
+def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = False, loss: Loss = ANSWERS) -> Encoded:
     """Tokenise a conversation piece by piece; with `generate`, up to where the answer begins.
 
     A space that ends a template piece goes over to the content after it, since tokenizers attach a space
-    to the word on its right; a prompt for generation therefore ends without it. Raises RecordError for turns
-    that the format refuses and for characters that the tokenizer cannot write.
+    to the word on its right; a prompt for generation therefore ends without it. `loss` says which tokens carry loss.
+    Raises RecordError for turns that the format refuses, for characters that the tokenizer cannot write, and for a
+    record from which nothing would be learnt.
     """
+    record = as_record(talk)
     tokens = piece_tokenizer(tokenizer)
-    out = _Writer(tokens, as_processor=chat.as_processor)
-    runs = [list(run) for _, run in groupby(chat.pieces(turns, generate=generate), key=lambda p: p.kind)]
+    out = _Writer(tokens, as_processor=chat.as_processor, allowed=chat.content_tokens)
+    weigh = loss.weigher(record)
+    runs = [list(run) for _, run in groupby(chat.pieces(record, generate=generate), key=lambda p: p.kind)]
     if chat.as_processor and tokens.bos and not runs[0][0].text.startswith(tokens.bos):
         out.bos()
     for number, run in enumerate(runs):
@@ -228,23 +334,33 @@ def encode(turns: Sequence[Turn], chat: ChatFormat, tokenizer: Any, *, generate:
             out.images(len(run))
         elif run[0].kind == "content":
             for piece in run:
-                out.content(piece)
+                out.content(piece, weigh(piece), named=record.turns[piece.turn].role == "assistant")
         else:
             following = runs[number + 1][0].kind if number + 1 < len(runs) else "end"
-            out.template(run, lend_space=following == "content" or (generate and following == "end"))
-    if not generate and True not in out.supervised:
-        raise RecordError("no token of the record is supervised", remedy="Give the assistant turn some text.")
-    return Encoded(tuple(out.ids), tuple(out.supervised), tuple(out.origin))
+            weights = [(piece, cast(float, weigh(piece))) for piece in run]
+            out.template(weights, lend_space=following == "content" or (generate and following == "end"))
+    if out.weights:
+        out.weights[0] = 0.0
+    if not generate and not any(weight > 0 for weight in out.weights):
+        silent = record.weight == 0 or any(turn.weight is not None for turn in record.turns)
+        remedy = "Leave the record out, or give an answer a weight." if silent else "Give the assistant turn some text."
+        raise RecordError("no token of the record is supervised: nothing would be learnt", remedy=remedy)
+    return Encoded(tuple(out.ids), tuple(out.weights), tuple(out.origin))
+
+
+def as_record(talk: Talk) -> Record:
+    """A record, or bare turns as one."""
+    return talk if isinstance(talk, Record) else Record(tuple(talk))
 
 
 class _Writer:
-    """Collects ids, mask and origin, and remembers what stands to the left of the next piece."""
+    """Collects ids, weights and origin, and remembers what stands to the left of the next piece."""
 
-    def __init__(self, tokens: PieceTokenizer, *, as_processor: bool) -> None:
+    def __init__(self, tokens: PieceTokenizer, *, as_processor: bool, allowed: frozenset[str]) -> None:
         self.ids: list[int] = []
-        self.supervised: list[bool] = []
+        self.weights: list[float] = []
         self.origin: list[Origin] = []
-        self._tokens = tokens
+        self._tokens, self._allowed = tokens, allowed
         # As LLaVA does: the text after an image is tokenised like a text of its own.
         self._after_image: After = "control" if as_processor else "start"
         self._after: After = "start"
@@ -252,74 +368,125 @@ class _Writer:
 
     def bos(self) -> None:
         """Add the token that the tokenizer puts before every text by itself; the text still begins after it."""
-        self._add(self._tokens.template(self._tokens.bos, "start"), False, "template")
+        self._add(self._tokens.template(self._tokens.bos, "start"), 0.0, "template")
 
     def images(self, count: int) -> None:
-        self._add([IMAGE_SLOT] * count, False, "image")
+        self._add([IMAGE_SLOT] * count, 0.0, "image")
         self._after = self._after_image
 
-    def content(self, piece: Piece) -> None:
-        self._add(self._tokens.content(self._space + piece.text, self._after), piece.supervised, "content")
-        self._after, self._space = "text", ""
+    def content(self, piece: Piece, weight: float | Spans, *, named: bool) -> None:
+        """Add a text; `named`: it may hold the control tokens that content may hold."""
+        text = self._space + piece.text
+        allowed = self._allowed if named else frozenset()
+        at = 0
+        for part, is_token in cut_tokens(text, allowed):
+            if is_token:
+                ids, offsets = list(self._tokens.template(part, self._after)), None
+            else:
+                ids, offsets = self._tokens.content_with_offsets(part, self._after)
+            if isinstance(weight, tuple):
+                shift = at - len(self._space)
+                for token, (start, end) in zip(ids, offsets or [(0, len(part))] * len(ids), strict=True):
+                    self._add([token], _least(weight, start + shift, end + shift), "content")
+            else:
+                self._add(ids, weight, "content")
+            at += len(part)
+            self._after = "control" if is_token else "text"
+        self._after, self._space = self._after if text else "text", ""
 
-    def template(self, run: list[Piece], *, lend_space: bool) -> None:
-        """Add neighbouring template pieces, encoded as one text; only the first can be supervised."""
-        text = "".join(piece.text for piece in run)
-        if lend_space and text.endswith(" "):
-            text, self._space = text[:-1], " "
+    def template(self, run: Sequence[tuple[Piece, float]], *, lend_space: bool) -> None:
+        """Add neighbouring template pieces, encoded as one text; a token takes the weight of the piece it begins in."""
+        texts = [piece.text for piece, _ in run]
+        if lend_space and texts[-1].endswith(" "):
+            texts[-1], self._space = texts[-1][:-1], " "
+        text = "".join(texts)
         if not text:
             return
         ids = self._tokens.template(text, self._after)
-        end = run[0].text if run[0].supervised else ""
-        count = len(self._tokens.template(end, self._after)) if end else 0
-        self._add(ids[:count], True, "template")
-        self._add(ids[count:], False, "template")
+        so_far, done = "", 0
+        for number, (part, (_, weight)) in enumerate(zip(texts, run, strict=True)):
+            so_far += part
+            last = number == len(texts) - 1
+            count = len(ids) if last else max(done, min(len(ids), len(self._tokens.template(so_far, self._after))))
+            self._add(ids[done:count], weight, "template")
+            done = count
         self._after = "control" if ids and ids[-1] in self._tokens.control_ids else "text"
 
-    def _add(self, ids: Sequence[int], supervised: bool, origin: Origin) -> None:
+    def _add(self, ids: Sequence[int], weight: float, origin: Origin) -> None:
         self.ids += ids
-        self.supervised += [supervised] * len(ids)
+        self.weights += [weight] * len(ids)
         self.origin += [origin] * len(ids)
 
 
-def _refuse_unwritten(turns: Sequence[Turn]) -> None:
-    """Raise RecordError for what the chat formats do not write: it must not be learnt as if it were not there."""
-    for number, turn in enumerate(turns, 1):
-        held = {key: getattr(turn, key) for key in ("weight", "thinking", "tool_calls")}
-        found = [key for key, value in held.items() if value not in (None, ())]
-        if any(isinstance(part, Text) and part.weight is not None for part in turn.parts):
-            found.append("weighted text")
-        if turn.role == "tool":
-            found.append("a tool's result")
-        if turn.role == "assistant" and any(isinstance(part, Image) for part in turn.parts):
-            found.append("an image")
-        if found:
-            problem = f"turn {number} ({turn.role}) has {', '.join(found)}, which the chat format does not write"
-            raise RecordError(problem, remedy="Leave the record out: run.on_bad_record=skip.")
+def _least(spans: Spans, start: int, end: int) -> float:
+    """The least weight of the characters of a token: what is masked is never learnt."""
+    begin, found = 0, []
+    for stop, weight in spans:
+        if begin < max(end, start + 1) and stop > start:
+            found.append(cast(float, weight))
+        begin = stop
+    return min(found, default=cast(float, spans[-1][1]))
 
 
-def _flat(turn: Turn) -> FlatTurn:
-    """Join neighbouring texts, so that how a text was cut into parts makes no difference; drop empty ones."""
-    parts: list[str | None] = []
+def flat(turn: Turn, number: int) -> Said:
+    """Join neighbouring texts, so that how a text was cut into parts makes no difference; drop empty ones.
+
+    A thought at the beginning of an assistant's text, between <think> and </think>, is taken for what it is.
+    """
+    parts: list[Words | None] = []
     for part in turn.parts:
         if isinstance(part, Image):
             parts.append(None)
-        elif parts and parts[-1] is not None:
-            parts[-1] += cast(Text, part).text
-        elif cast(Text, part).text:
-            parts.append(cast(Text, part).text)
-    return cast(Any, turn.role), parts
+        elif part.text:
+            before = parts.pop() if parts and parts[-1] is not None else Words("")
+            assert before is not None
+            text = before.text + part.text
+            parts.append(Words(text, (*before.spans, (len(text), part.weight))))
+    for place, words in enumerate(parts):
+        if words is not None and all(weight is None for _, weight in words.spans):
+            parts[place] = Words(words.text)
+    thought, inline = turn.thinking, None
+    first = parts[0] if parts and turn.role == "assistant" and thought is None else None
+    found = _THOUGHT.match(first.text) if first is not None else None
+    if found is not None and first is not None and not first.spans:
+        thought, inline = found[2], (found[1], found[3])
+        rest = first.text[found.end() :]
+        parts[:1] = [Words(rest)] if rest else []
+    more = tuple((key, value) for key in ("name", "tool_call_id") if (value := getattr(turn, key)) is not None)
+    return Said(turn.role, tuple(parts), number, thought, inline, tuple(turn.tool_calls), more)
 
 
-def _merged(pieces: list[Piece]) -> list[Piece]:
-    """Drop empty pieces and join neighbouring template pieces of equal supervision."""
+def _outline(said: Said) -> Outline:
+    """What of a turn a template is shown; a thought of nothing but whitespace is shown as it is."""
+    thought = said.thought if said.thought is None or not said.thought.strip() else "k"
+    kinds = "".join("i" if part is None else "t" for part in said.parts)
+    calls = json.dumps([dict(call) for call in said.calls], ensure_ascii=False) if said.calls else ""
+    return Outline(said.role, kinds, thought, said.inline, calls, said.more)
+
+
+def _extras(record: Record) -> Extras:
+    tools = json.dumps([dict(tool) for tool in record.tools], ensure_ascii=False) if record.tools else ""
+    return Extras(tools, json.dumps(dict(record.template_args)) if record.template_args else "")
+
+
+def _checked_tokens(tokens: Sequence[str], tokenizer: Any) -> frozenset[str]:
+    """Check that each is a token that was added to the tokenizer; raises ConfigError."""
+    for token in tokens:
+        if not piece_tokenizer(tokenizer).is_token(token):
+            problem = f"content_tokens names '{token}', which is no added token of the tokenizer"
+            raise ConfigError(problem, where="model.chat.content_tokens", remedy="Check its spelling.")
+    return frozenset(tokens)
+
+
+def _merged(pieces: list[Piece], answers: Set[int]) -> list[Piece]:
+    """Drop empty pieces and join neighbouring template pieces of one part of a turn."""
     out: list[Piece] = []
     for piece in pieces:
         if not piece.text and piece.kind != "image":
-            if piece.supervised:
+            if piece.kind == "content" and piece.turn in answers:
                 raise RecordError("the chat template strips the answer to nothing", remedy="Give it some text.")
-        elif out and piece.kind == out[-1].kind == "template" and piece.supervised == out[-1].supervised:
-            out[-1] = Piece("template", out[-1].text + piece.text, piece.supervised)
+        elif piece.kind == "template" and out and replace(out[-1], text=piece.text) == piece:
+            out[-1] = replace(piece, text=out[-1].text + piece.text)
         else:
             out.append(piece)
     return out

@@ -1,14 +1,15 @@
 """The chat formats that need no Jinja template, each a function from turns to pieces.
 
 Owns Piece and the table BUILT_IN. Takes turns already checked and flattened by mmit/data/chat.py; gives
-pieces. Knows no tokenizer: the text that ends an answer is an argument.
+pieces. Knows no tokenizer: the text that ends an answer is an argument. A thought stands between <think> and </think>
+in front of its answer; tools are refused, since these formats have no place for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NoReturn, cast
+from typing import Any, Literal, NoReturn
 
 from mmit.errors import RecordError
 
@@ -18,102 +19,148 @@ VICUNA_SYSTEM = (
 )
 
 Origin = Literal["template", "content", "image"]
-# A turn as the formats see it: role, and its parts with neighbouring texts joined; None is an image.
-FlatTurn = tuple[Literal["system", "user", "assistant"], list[str | None]]
+Role = Literal["system", "user", "assistant", "tool"]
+# What of a turn a piece is. "added" is an end that mmit writes where a template has none.
+Part = Literal["", "text", "thought", "calls", "end", "added"]
+# (end, weight) pairs: characters up to `end` have this weight, None for that of the turn.
+Spans = tuple[tuple[int, float | None], ...]
+OPEN, CLOSE = "<think>\n", "\n</think>\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """Text of a turn; `spans` say where its loss weight changes, () if it does not."""
+
+    text: str
+    spans: Spans = ()
+
+    def stripped(self, left: str | None, right: str | None) -> Words:
+        """Strip both ends, as str.lstrip and str.rstrip with these arguments."""
+        kept = self.text.lstrip(left)
+        cut = len(self.text) - len(kept)
+        kept = kept.rstrip(right)
+        spans = tuple((min(end - cut, len(kept)), weight) for end, weight in self.spans if end > cut)
+        return Words(kept, spans)
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A turn as the formats see it: neighbouring texts are joined, None among the parts is an image.
+
+    `inline` is the text around a thought that was written in the text of the turn, None for a thought of its own.
+    """
+
+    role: Role
+    parts: tuple[Words | None, ...]
+    number: int  # of the turn, from 0
+    thought: str | None = None
+    inline: tuple[str, str] | None = None
+    calls: tuple[Any, ...] = ()
+    more: tuple[tuple[str, str], ...] = ()  # name and tool_call_id of a tool turn
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of a conversation: the format's own text, a person's text, or the place of an image."""
+    """A stretch of a conversation: the format's own text, a person's text, or the place of an image.
+
+    `turn` is the turn that it is a part of, from 0, and -1 for text of the format between turns.
+    """
 
     kind: Origin
     text: str = ""
-    supervised: bool = False
-
-
-_IMAGE = Piece("image")
+    turn: int = -1
+    part: Part = ""
+    spans: Spans = ()
 
 
 def _template(text: str) -> Piece:
     return Piece("template", text)
 
 
-def _parts(parts: list[str | None]) -> list[Piece]:
-    return [_IMAGE if part is None else Piece("content", part) for part in parts]
+def _parts(said: Said, parts: Sequence[Words | None] | None = None) -> list[Piece]:
+    return [
+        Piece("image") if part is None else Piece("content", part.text, said.number, "text", part.spans)
+        for part in (said.parts if parts is None else parts)
+    ]
 
 
-def _answer(parts: list[str | None], end: str) -> list[Piece]:
-    return [Piece("content", cast(str, parts[0]), True), Piece("template", end, True)]
+def _answer(said: Said, end: str) -> list[Piece]:
+    out = []
+    if said.thought is not None:
+        opening, closing = said.inline or (OPEN, CLOSE)
+        kinds: list[tuple[Origin, str]] = [("template", opening), ("content", said.thought), ("template", closing)]
+        out = [Piece(kind, text, said.number, "thought") for kind, text in kinds]
+    return [*out, *_parts(said), Piece("template", end, said.number, "end")]
 
 
-def _leading_images(parts: list[str | None]) -> tuple[list[str | None], list[str | None]]:
-    count = next((i for i, part in enumerate(parts) if part is not None), len(parts))
-    return parts[:count], parts[count:]
+def _leading_images(said: Said) -> tuple[list[Piece], list[Piece]]:
+    count = next((i for i, part in enumerate(said.parts) if part is not None), len(said.parts))
+    return _parts(said, said.parts[:count]), _parts(said, said.parts[count:])
 
 
-def _plain(turns: list[FlatTurn], end: str, generate: bool) -> list[Piece]:
+def _plain(turns: list[Said], end: str, generate: bool) -> list[Piece]:
     """LLaVA's pre-training format: image, caption, newline."""
-    if [role for role, _ in turns] != ["user", "assistant"][: 2 - generate]:
+    if [said.role for said in turns] != ["user", "assistant"][: 2 - generate]:
         _refuse_plain("has exactly one user turn and one answer, and no system turn", "Split the record.")
-    if any(part is not None for part in turns[0][1]):
+    if any(part is not None for part in turns[0].parts):
         _refuse_plain("writes no prompt, but the user turn has text", "Remove the text from the record.")
-    return _parts(turns[0][1]) + ([] if generate else _answer(turns[1][1], end))
+    return _parts(turns[0]) + ([] if generate else _answer(turns[1], end))
 
 
 def _refuse_plain(rule: str, remedy: str) -> NoReturn:
     raise RecordError(f"the chat format 'plain' {rule}", remedy=f"{remedy} Or use another chat format.")
 
 
-def _vicuna_v1(turns: list[FlatTurn], end: str, generate: bool) -> list[Piece]:
+def _vicuna_v1(turns: list[Said], end: str, generate: bool) -> list[Piece]:
     """Vicuna 1.1 as in LLaVA-1.5: `{system} USER: {q} ASSISTANT: {a}</s>USER: ...`.
 
     Images that open a user turn are followed by one newline, as LLaVA writes them.
     """
     out = []
-    if turns[0][0] != "system":
+    if turns[0].role != "system":
         out.append(_template(VICUNA_SYSTEM + " "))
-    for role, parts in turns:
-        if role == "system":
-            out += [*_parts(parts), _template(" ")] if parts else []
-        elif role == "user":
-            images, rest = _leading_images(parts)
-            newline = [_template("\n")] if images and rest and not cast(str, rest[0]).startswith("\n") else []
-            out += [_template("USER: "), *_parts(images), *newline, *_parts(rest), _template(" ASSISTANT:")]
+    for said in turns:
+        if said.role == "system":
+            out += [*_parts(said), _template(" ")] if said.parts else []
+        elif said.role == "user":
+            images, rest = _leading_images(said)
+            newline = [_template("\n")] if images and rest and not rest[0].text.startswith("\n") else []
+            out += [_template("USER: "), *images, *newline, *rest, _template(" ASSISTANT:")]
         else:
-            out += [_template(" "), *_answer(parts, end)]
+            out += [_template(" "), *_answer(said, end)]
     return out
 
 
-def _chatml(turns: list[FlatTurn], end: str, generate: bool) -> list[Piece]:
+def _chatml(turns: list[Said], end: str, generate: bool) -> list[Piece]:
     """ChatML without a default system prompt."""
     out = []
-    for role, parts in turns:
-        out.append(_template(f"<|im_start|>{role}\n"))
-        out += _answer(parts, end) if role == "assistant" else [*_parts(parts), _template(end)]
+    for said in turns:
+        out.append(_template(f"<|im_start|>{said.role}\n"))
+        out += _answer(said, end) if said.role == "assistant" else [*_parts(said), _template(end)]
         out.append(_template("\n"))
     return [*out, _template("<|im_start|>assistant\n")] if generate else out
 
 
-def _qa(turns: list[FlatTurn], end: str, generate: bool) -> list[Piece]:
+def _qa(turns: list[Said], end: str, generate: bool) -> list[Piece]:
     """For models without a chat template: `{images}Question: {q}\\nAnswer: {a}{eos}`.
 
     System text comes first, on a line of its own; a turn of images alone writes no question.
     """
     out = []
-    for role, parts in turns:
-        if role == "system":
-            out += [*_parts(parts), _template("\n")] if parts else []
-        elif role == "user":
-            images, rest = _leading_images(parts)
-            question = [_template("Question: "), *_parts(rest), _template("\n")] if rest else []
-            out += [*_parts(images), *question, _template("Answer:")]
+    for said in turns:
+        if said.role == "system":
+            out += [*_parts(said), _template("\n")] if said.parts else []
+        elif said.role == "user":
+            images, rest = _leading_images(said)
+            question = [_template("Question: "), *rest, _template("\n")] if rest else []
+            out += [*images, *question, _template("Answer:")]
         else:
-            out += [_template(" "), *_answer(parts, end)]
+            out += [_template(" "), *_answer(said, end)]
     return out
 
 
 # name -> (function that writes the pieces, text that ends an answer; "" for the tokenizer's EOS)
-BUILT_IN: dict[str, tuple[Callable[[list[FlatTurn], str, bool], list[Piece]], str]] = {
+BUILT_IN: dict[str, tuple[Callable[[list[Said], str, bool], list[Piece]], str]] = {
     "plain": (_plain, "\n"),
     "vicuna_v1": (_vicuna_v1, ""),
     "chatml": (_chatml, "<|im_end|>"),

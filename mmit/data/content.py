@@ -78,6 +78,8 @@ class PieceTokenizer:
         """Encode template text, control tokens included. Cached: a chat format has few distinct pieces."""
         key = (text, after)
         if key not in self._templates:
+            if len(self._templates) > 20_000:  # tools and calls are text of the template's, and all different
+                self._templates.clear()
             self._templates[key] = tuple(self._encode_template(text, after))
         return self._templates[key]
 
@@ -101,15 +103,23 @@ class PieceTokenizer:
 
         Raises RecordError for a character that the vocabulary cannot spell, rather than losing it.
         """
+        return self.content_with_offsets(text, after)[0]
+
+    def content_with_offsets(self, text: str, after: After) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode content as `content` does; returns also the (start, end) in `text` of each token."""
         encoder = self._start if self._own_start(after) else self._middle
         if self._byte_names and "<0x" in text:
             # Byte tokens cannot be renamed, since the model looks them up by name: a literal "<0x0A>" is cut.
-            ids = []
+            ids, offsets, at = [], [], 0
             for part in _cut_byte_names(text):
-                ids += encoder.encode(part, add_special_tokens=False).ids
+                found = encoder.encode(part, add_special_tokens=False)
+                ids += found.ids
+                offsets += [(start + at, end + at) for start, end in found.offsets]
+                at += len(part)
                 encoder = self._middle
         else:
-            ids = encoder.encode(text, add_special_tokens=False).ids
+            found = encoder.encode(text, add_special_tokens=False)
+            ids, offsets = found.ids, found.offsets
         if not ids and text.strip():
             _refuse(text)
         if not self.control_ids.isdisjoint(ids):
@@ -119,7 +129,17 @@ class PieceTokenizer:
                 if not self._alphabet.issuperset(self._symbols(char)):
                     _refuse(char)
                 self._spellable.add(char)
-        return ids
+        return ids, offsets
+
+    def named_in(self, source: str) -> frozenset[str]:
+        """Control tokens that are not special (marks of thoughts, calls, boxes) and stand in a template's source."""
+        decoder = self._full.get_added_tokens_decoder()
+        names = (decoder[i] for i in self.control_ids if i in decoder)
+        return frozenset(t.content for t in names if not t.special and t.content.strip() and t.content in source)
+
+    def is_token(self, text: str) -> bool:
+        """Tell whether a text is the name of one added token."""
+        return text in {token.content for token in self._full.get_added_tokens_decoder().values()}
 
     def control_spans(self, text: str) -> list[tuple[int, int]]:
         """Return the (start, end) of every control token in template text."""
@@ -143,6 +163,15 @@ class PieceTokenizer:
         if self._middle.pre_tokenizer is None:
             return set(text)
         return set().union(*(word for word, _ in self._middle.pre_tokenizer.pre_tokenize_str(text)))
+
+
+def cut_tokens(text: str, allowed: frozenset[str]) -> list[tuple[str, bool]]:
+    """Cut a text at the names of tokens: (part, whether it is one of `allowed`) pairs."""
+    if not allowed or not any(token in text for token in allowed):
+        return [(text, False)]
+    pattern = "|".join(re.escape(token) for token in sorted(allowed, key=lambda token: (-len(token), token)))
+    parts = re.split(f"({pattern})", text)
+    return [(part, number % 2 == 1) for number, part in enumerate(parts) if part]
 
 
 def _refuse(text: str) -> NoReturn:

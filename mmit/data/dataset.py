@@ -20,9 +20,9 @@ from mmit.data.preparation import ImagePreparation, Spread
 from mmit.data.sources import Source
 from mmit.data.store import Store
 from mmit.errors import RecordError
-from mmit.records import Image, Record, Turn
+from mmit.records import Image, Record
 
-Encode = Callable[[Sequence[Turn]], Encoded]
+Encode = Callable[[Record], Encoded]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ def image_key(image: Image) -> Hashable:
     return ("pil", id(image.source))
 
 
-def split_pairs(record: Record) -> list[tuple[Turn, ...]]:
-    """Each question-answer pair as a conversation of its own; all keep the system turn and the images.
+def split_pairs(record: Record) -> list[Record]:
+    """Each question-answer pair as a record of its own; all keep the system turn and the images.
 
     The images must stand in the first user turn, where every pair can see them.
     """
@@ -65,7 +65,7 @@ def split_pairs(record: Record) -> list[tuple[Turn, ...]]:
         question, answer = dialogue[i], dialogue[i + 1]
         if i:
             question = replace(question, parts=(*first, *question.parts))
-        pairs.append((*system, question, answer))
+        pairs.append(replace(record, turns=(*system, question, answer)))
     return pairs
 
 
@@ -74,13 +74,14 @@ class InstructionData:
 
     Args:
         sources: opened files.
-        encode: turns -> ids and mask.
+        encode: record -> ids and loss weights.
         preparation: what pictures become in the model; None for one that sees nothing.
         max_length: longest sample in tokens, image tokens included.
         capacity: tokens in a row; a unit never exceeds it.
         split_turns: make each question-answer pair a sample of its own.
         share_prefix: count shared beginnings once.
         key: stands for all that `encode` depends on, so that measurements can be kept; "" if that is not known.
+        source_weights: factor on the loss weights of each source; None for 1.
     """
 
     def __init__(
@@ -94,8 +95,10 @@ class InstructionData:
         split_turns: bool = False,
         share_prefix: bool = True,
         key: str = "",
+        source_weights: Sequence[float] | None = None,
     ) -> None:
         self.sources, self.encode = list(sources), encode
+        self.source_weights = list(source_weights or [1.0] * len(self.sources))
         self.preparation, self.max_length, self.capacity = preparation, max_length, capacity
         self.split_turns, self.share_prefix, self.key = split_turns, share_prefix, key
         self._starts = np.cumsum([0] + [len(s) for s in self.sources])
@@ -134,9 +137,6 @@ class InstructionData:
     def samples_of(self, record: Record, number: int) -> tuple[list[Sample], dict[Hashable, Shown], str]:
         """Tokenise a record that has been read already; see `samples`."""
         record.validate(for_training=True)
-        if record.weight != 1 or record.tools or record.template_args:
-            problem = "the record has a weight, tools or template_args, which training does not use"
-            raise RecordError(problem, where=record.where, remedy="leave it out: set run.on_bad_record=skip")
         if record.images and self.preparation is None:
             raise RecordError(
                 "has images, but the model has no vision tower", where=record.where, remedy="set model.vision"
@@ -144,11 +144,12 @@ class InstructionData:
         shown = {image_key(i): self._show(i, record.where) for i in record.images}
         keys = tuple(image_key(i) for i in record.images)
         widths = tuple(shown[key].spread.tokens for key in keys)
-        conversations = split_pairs(record) if self.split_turns else [record.turns]
+        factor = self.source_weights[self.source_of(number)]
         samples = []
-        for turns in conversations:
-            encoded = self.encode(turns)
-            sample = Sample(encoded.ids, encoded.supervised, keys, number, widths)
+        for conversation in split_pairs(record) if self.split_turns else [record]:
+            encoded = self.encode(conversation)
+            weights = encoded.weights if factor == 1 else tuple(weight * factor for weight in encoded.weights)
+            sample = Sample(encoded.ids, weights, keys, number, widths)
             if sample.length > self.max_length:
                 raise RecordError(
                     f"takes {sample.length} tokens ({sum(widths)} of them for {len(keys)} images), more than "

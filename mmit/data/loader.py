@@ -31,6 +31,7 @@ class MicroBatch:
     image_keys: list[Hashable]  # of the distinct pictures, in the order of `pixels`
     records: list[int]
     target_records: torch.Tensor  # (S,)
+    target_weights: torch.Tensor  # (S,) float32, of the targets' losses
     weight: float  # 0 for a row that only keeps ranks in step
     unshared_tokens: int = 0
     bad: dict[int, RecordError] = field(default_factory=dict)  # numbers of records that were left out
@@ -46,6 +47,16 @@ class MicroBatch:
         return len(self.tensors["targets"]) if self.weight else 0
 
     @property
+    def loss_weight(self) -> float:
+        """Sum of the weights of its targets."""
+        return float(self.target_weights.double().sum()) if self.weight else 0.0
+
+    @property
+    def uneven_weights(self) -> torch.Tensor | None:
+        """The weights of its targets, None where all are 1."""
+        return None if bool((self.target_weights == 1).all()) else self.target_weights
+
+    @property
     def bytes(self) -> int:
         """Of its tensors."""
         return sum(v.nbytes for v in self.tensors.values() if isinstance(v, torch.Tensor))
@@ -54,12 +65,14 @@ class MicroBatch:
         # Between processes as plain bytes: torch would take shared memory, of which containers have 64 MB, and an open
         # file for every tensor.
         tensors = {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in self.tensors.items()}
-        return {**self.__dict__, "tensors": tensors, "target_records": self.target_records.numpy()}
+        plain = {key: getattr(self, key).numpy() for key in ("target_records", "target_weights")}
+        return {**self.__dict__, "tensors": tensors, **plain}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.tensors = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in self.tensors.items()}
         self.target_records = torch.from_numpy(state["target_records"])
+        self.target_weights = torch.from_numpy(state["target_weights"])
 
 
 def to_micro_batch(row: Row, *, spreads: Mapping[Hashable, Spread], tokens: int) -> MicroBatch:
@@ -79,13 +92,13 @@ def to_micro_batch(row: Row, *, spreads: Mapping[Hashable, Spread], tokens: int)
         "image_tokens": tokens,
     }
     keys = list(dict.fromkeys(row.images))
-    return MicroBatch(tensors, keys, row.records, row.target_records, 1.0, row.unshared_tokens)
+    return MicroBatch(tensors, keys, row.records, row.target_records, row.weights, 1.0, row.unshared_tokens)
 
 
 def idle_batch() -> MicroBatch:
     """A row of one token and no weight, for a rank that has none left in the last step."""
     zero = torch.zeros(1, dtype=torch.int64)
-    row = Row(zero, zero, zero[:0], torch.tensor([[0, 1, -1]]), zero, zero, zero)
+    row = Row(zero, zero, zero[:0], torch.tensor([[0, 1, -1]]), zero, zero, torch.ones(1), zero)
     batch = to_micro_batch(row, spreads={}, tokens=0)
     batch.weight = 0.0
     return batch

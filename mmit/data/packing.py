@@ -1,13 +1,15 @@
 """Rows: many records in one sequence, each seeing only itself, with shared prefixes computed once.
 
 Owns the trie that lays tokenised records into one row, the label shift (the only one in mmit) and the plan that
-says which records share a row. Takes `Sample`s (ids and mask from `data/chat.py`), gives plain tensors. Refuses to
-cut: a sample that does not fit a row is an error that names its record.
+says which records share a row. Takes `Sample`s (ids and loss weights from `data/chat.py`), gives plain tensors.
+Refuses to cut: a sample that does not fit a row is an error that names its record.
 
 A row is a forest. Records that begin with the same tokens (the system prompt, the same image) share those tokens;
 every token attends to its own node and to the ancestors of that node, nothing else, and its position is its depth.
-So a packed row computes exactly what its records would compute alone. Several questions about one image are the
-"message trees" of Molmo (arXiv:2409.17146); plain packing is the special case of a forest of single nodes.
+So a packed row computes exactly what its records would compute alone. Loss weights belong to targets, not to nodes:
+records that share tokens and weigh them differently each have targets and weights of their own. Several questions
+about one image are the "message trees" of Molmo (arXiv:2409.17146); plain packing is the special case of a forest of
+single nodes.
 
 Dimensions: T tokens in the row, S supervised targets, P image tokens in it, K nodes.
 """
@@ -31,15 +33,20 @@ class Sample:
     """One tokenised record.
 
     `ids[i] < 0` is an image slot; the slots take `images` in order, keys of the pictures (equal key = same picture),
-    and stand for as many image tokens as `widths` says. `record` is the position in the data set, for messages and
-    metrics.
+    and stand for as many image tokens as `widths` says. `weights[i]` is the weight of the loss of predicting token i,
+    0 for none. `record` is the position in the data set, for messages and metrics.
     """
 
     ids: tuple[int, ...]
-    supervised: tuple[bool, ...]
+    weights: tuple[float, ...]
     images: tuple[Hashable, ...] = ()
     record: int = -1
     widths: tuple[int, ...] = ()
+
+    @property
+    def supervised(self) -> tuple[bool, ...]:
+        """Which tokens carry loss."""
+        return tuple(weight > 0 for weight in self.weights)
 
     @property
     def length(self) -> int:
@@ -56,7 +63,8 @@ class Row:
     image_positions: torch.Tensor  # (P,) int64, where the tokens of each image go, slot by slot
     nodes: torch.Tensor  # (K, 3) int64: first token, length, parent node or -1
     predict_at: torch.Tensor  # (S,) int64, position whose hidden state predicts the target
-    targets: torch.Tensor  # (S,) int64, the supervised token ids
+    targets: torch.Tensor  # (S,) int64, the supervised token ids: those of a weight above 0
+    weights: torch.Tensor  # (S,) float32, of their losses
     target_records: torch.Tensor  # (S,) int64, which record asks for it
     images: list[Hashable] = field(default_factory=list)  # the picture of each slot
     records: list[int] = field(default_factory=list)
@@ -73,7 +81,7 @@ class _Node:
 
 def _symbols(sample: Sample) -> list[Symbol]:
     """Tokens that must run: everything before the last supervised token (later ones teach nothing)."""
-    last = max((i for i, s in enumerate(sample.supervised) if s), default=-1)
+    last = max((i for i, weight in enumerate(sample.weights) if weight > 0), default=-1)
     images = zip(sample.widths, sample.images, strict=True)
     return [(t, None) if t >= 0 else _slot(*next(images)) for t in sample.ids[: max(last, 0)]]
 
@@ -138,7 +146,7 @@ def build_row(samples: Sequence[Sample], *, share: bool = True) -> Row:
         if not slots == len(s.images) == len(s.widths):
             problem = f"{slots} image slots but {len(s.images)} images and {len(s.widths)} widths of them"
             raise RecordError(problem, where=f"record {s.record}")
-        if not any(s.supervised[1:]):
+        if not any(weight > 0 for weight in s.weights[1:]):
             raise RecordError("no supervised token: there is nothing to learn from it", where=f"record {s.record}")
         symbol_lists.append(_symbols(s))
         _insert(root, symbol_lists[-1], share)
@@ -169,14 +177,16 @@ def build_row(samples: Sequence[Sample], *, share: bool = True) -> Row:
     predict_at: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
+    weights: list[float] = []
     paths = _paths(root, symbol_lists, share)
     for s, path in zip(samples, paths, strict=True):
         for i in range(1, len(s.ids)):
-            if s.supervised[i]:
+            if s.weights[i] > 0:
                 node, j = path[i - 1]
                 predict_at.append(last_at[id(node), j])
                 targets.append(s.ids[i])
                 owners.append(s.record)
+                weights.append(float(s.weights[i]))
     tensor = lambda x: torch.tensor(x, dtype=torch.int64)  # noqa: E731
     return Row(
         input_ids=tensor(ids),
@@ -185,6 +195,7 @@ def build_row(samples: Sequence[Sample], *, share: bool = True) -> Row:
         nodes=tensor(nodes).reshape(-1, 3),
         predict_at=tensor(predict_at),
         targets=tensor(targets),
+        weights=torch.tensor(weights, dtype=torch.float32),
         target_records=tensor(owners),
         images=images,
         records=[s.record for s in samples],

@@ -155,7 +155,7 @@ class PromptMaker:
 
     def _encode(self, record: Record, number: int, *, generate: bool) -> Encoded:
         try:
-            return encode(record.turns, self.chat, self.tokenizer, generate=generate)
+            return encode(record, self.chat, self.tokenizer, generate=generate)
         except RecordError as error:
             raise RecordError(error.problem, where=_where(record, number), remedy=error.remedy) from error
 

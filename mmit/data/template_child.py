@@ -1,7 +1,7 @@
 """The process that renders chat templates: `template_child.py SECONDS FOLDER ...`, the folders jinja2 is in.
 
-In: a line of JSON for each rendering, {"source": Jinja, "variables": {...}}. Out: a line {"text": ...}, or
-{"refusal": ...} for a template's own raise_exception, or {"error": ...}. It bounds its memory
+In: a line of JSON for each rendering, {"source": Jinja, "variables": {...}, "date": ISO or null}. Out: a line
+{"text": ...}, or {"refusal": ...} for a template's own raise_exception, or {"error": ...}. It bounds its memory
 and the processor time of each rendering, and dies when it exceeds them; `template_process` starts it, sees it die, and
 gives the error. Nothing of mmit is imported, so that it starts in a moment. The environment is that of transformers
 (utils/chat_template_utils.py), which a test compares.
@@ -62,7 +62,10 @@ def answer(request: dict[str, Any], compiled: Any) -> dict[str, str]:
     import jinja2
 
     try:
-        text = compiled(request["source"]).render(**request["variables"])
+        variables = request["variables"]
+        if request.get("date") is not None:  # a frozen day instead of the clock
+            variables = {"strftime_now": datetime.fromisoformat(request["date"]).strftime, **variables}
+        text = compiled(request["source"]).render(**variables)
     except jinja2.TemplateError as error:
         # The class itself is what raise_exception() in a template raises.
         return {"refusal" if type(error) is jinja2.TemplateError else "error": str(error)}

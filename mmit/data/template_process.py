@@ -37,12 +37,15 @@ class Exceeded(Failed):
     """It took too much; whoever tries it again waits again."""
 
 
-def render(source: str, variables: Mapping[str, Any]) -> str:
-    """Render `source`. Raises Refused and Failed, whose text says what the template did."""
+def render(source: str, variables: Mapping[str, Any], *, date: str | None = None) -> str:
+    """Render `source`; its strftime_now gives the day `date` (ISO) at midnight, None for now.
+
+    Raises Refused and Failed, whose text says what the template did.
+    """
     if len(source) > LONGEST_SOURCE:
         raise Failed(f"it has {len(source):,} characters; {LONGEST_SOURCE:,} are allowed")
     try:
-        request = json.dumps({"source": source, "variables": dict(variables)}).encode() + b"\n"
+        request = json.dumps({"source": source, "variables": dict(variables), "date": date}).encode() + b"\n"
     except (TypeError, ValueError) as error:
         raise Failed(f"its arguments are no plain data: {error}") from None
     answer = _server.ask(request)

@@ -257,6 +257,13 @@ def read_config(folder: Path) -> Config:
     return Config.from_dict(raw, where=str(path))
 
 
+def chat_date(folder: Path | None) -> str | None:
+    """The day that a checkpoint's chat template gives; None if it asks for none, or without a checkpoint."""
+    if folder is None:
+        return None
+    return json.loads((folder / "mmit.json").read_text(encoding="utf-8"))["chat"].get("date")
+
+
 @contextmanager
 def _placed(device_map: Any) -> Iterator[None]:
     """Explain what tuning methods cannot do with weights that a device map took off."""

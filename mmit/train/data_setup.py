@@ -21,19 +21,20 @@ import numpy as np
 import torch
 
 from mmit.data.ahead import allowed_cores
-from mmit.data.chat import ChatFormat, encode
+from mmit.data.chat import ChatFormat, Encoded, encode
 from mmit.data.dataset import InstructionData
 from mmit.data.loader import LoadImage, MicroBatch, micro_batches
+from mmit.data.loss import Loss
 from mmit.data.measure import Scan
 from mmit.data.mixture import WINDOW, mixing_weights, mixture_order, units_in_epoch
 from mmit.data.packing import plan_rows
 from mmit.data.preparation import ImagePreparation
-from mmit.data.sources import open_source
+from mmit.data.sources import Source, open_source
 from mmit.data.store import Store, key_of
 from mmit.data.walk import Walk
-from mmit.errors import CheckpointError, ConfigError, RecordError, located
+from mmit.errors import CheckpointError, ConfigError, RecordError, located, nearest
 from mmit.io import append, write_atomic
-from mmit.records import Image
+from mmit.records import Image, Record
 
 Say = Callable[[Any], None]
 
@@ -92,6 +93,7 @@ def open_data(
     on_bad: Callable[[RecordError], None] | None,
     key: str = "data.train",
     say: Say = lambda text: None,
+    loss: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> InstructionData:
     """Open the sources of a run.
@@ -101,6 +103,7 @@ def open_data(
         cache: see `cache_folder`.
         on_bad: receives rows that are no records and have no number; None raises the first. Others are bad records.
         key: the list of the config that they are from, for messages.
+        loss: the section data.loss: `sources` by name, the rest as `Loss` takes it; None supervises answers.
         options: what else `InstructionData` takes (preparation, max_length, capacity, ...).
     """
     keys = ("path", "format", "image_root", "name", "limit", "options")
@@ -108,8 +111,11 @@ def open_data(
     for i, source in enumerate(sources):
         with located(f"{key}.{i}"):
             opened.append(open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad, say=say, judge=False))
-    encoding = encoding_key(chat, tokenizer)
-    return InstructionData(opened, partial(_encode, chat, tokenizer), key=encoding, **options)
+    told = dict(loss or {})
+    encoding = key_of(encoding_key(chat, tokenizer), told)
+    weights = source_weights(opened, told.pop("sources", {}), strict=key == "data.train")
+    encoder = partial(_encode, chat, tokenizer, Loss(**told))
+    return InstructionData(opened, encoder, key=encoding, source_weights=weights, **options)
 
 
 def encoding_key(chat: ChatFormat, tokenizer: Any) -> str:
@@ -119,13 +125,20 @@ def encoding_key(chat: ChatFormat, tokenizer: Any) -> str:
     return key_of(chat.to_json(), tokenizer.backend_tokenizer.to_str(), special, libraries)
 
 
-def _encode(chat: ChatFormat, tokenizer: Any, turns: Any) -> Any:
-    return encode(turns, chat, tokenizer)
+def _encode(chat: ChatFormat, tokenizer: Any, loss: Loss, record: Record) -> Encoded:
+    return encode(record, chat, tokenizer, loss=loss)
 
 
-def measure(
-    data: InstructionData, *, store: Store, shown: bool, alive: Callable[[], None] = lambda: None
-) -> Scan:
+def source_weights(sources: Sequence[Source], given: Mapping[str, float], *, strict: bool = True) -> list[float]:
+    """Loss weight of each source; raises ConfigError for the name of none, if `strict`."""
+    names = [source.name for source in sources]
+    for name in given:
+        if strict and name not in names:
+            raise ConfigError(f"no source is named '{name}'", where="data.loss.sources", remedy=nearest(name, names))
+    return [float(given.get(source.name, 1.0)) for source in sources]
+
+
+def measure(data: InstructionData, *, store: Store, shown: bool, alive: Callable[[], None] = lambda: None) -> Scan:
     """Measure all records on all cores, or read what an earlier start found.
 
     Args:

@@ -44,6 +44,6 @@ def echo(
         )
     say(table)
     record = data.record(int(scan.record[0]))
-    turns = split_pairs(record)[0] if data.split_turns else record.turns
+    shown = split_pairs(record)[0] if data.split_turns else record
     fixed = data.preparation is not None and not data.preparation.tiled
-    say(to_rich(data.encode(turns), tokenizer, image_tokens=vlm.image_tokens if fixed else None))
+    say(to_rich(data.encode(shown), tokenizer, image_tokens=vlm.image_tokens if fixed else None))

@@ -1,7 +1,7 @@
 """What carries out a step: plain torch on one device, or DeepSpeed over ranks. One small interface.
 
 Owns number formats, gradient accumulation, clipping, the optimizer and its state. The loop above hands over
-micro-batches and a scale; the gradient that is applied is that of `sum(losses) * scale` over all ranks and
+micro-batches and a scale; the gradient that is applied is that of `sum(losses * weights) * scale` over all ranks and
 micro-batches, whatever the split. Refuses a step whose loss or gradient is not finite, on all ranks together: weights
 and optimizer stay as they are.
 """
@@ -48,16 +48,24 @@ class Engine(ABC):
     parameters: list[nn.Parameter]
 
     @abstractmethod
-    def forward_backward(self, tensors: Mapping[str, torch.Tensor], *, scale: float, last: bool) -> torch.Tensor:
-        """Run one micro-batch and add the gradient of `sum(losses) * scale`.
+    def forward_backward(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        scale: float,
+        last: bool,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run one micro-batch and add the gradient of `sum(losses * weights) * scale`.
 
         Args:
             tensors: keyword arguments of the model, on `device`.
-            scale: 1 / supervised tokens of the whole step; 0 for an idle batch.
+            scale: 1 / sum of the weights of the whole step; 0 for an idle batch.
             last: this is the step's last micro-batch on this rank.
+            weights: (S,) of the losses, None where all are 1.
 
         Returns:
-            (S,) losses, detached.
+            (S,) losses, detached and not weighted.
         """
 
     @abstractmethod
@@ -115,6 +123,11 @@ class Engine(ABC):
         yield
 
 
+def weighted(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Losses (S,) times their weights, on the losses' device; None stands for weights of 1."""
+    return losses if weights is None else losses * weights.to(losses.device, non_blocking=True)
+
+
 def poisoned(losses: torch.Tensor, scale: float) -> torch.Tensor:
     """`sum(losses) * scale`; where that is not finite the factor is NaN, so that no gradient comes out finite.
 
@@ -160,10 +173,17 @@ class TorchEngine(Engine):
             param_groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
         )
 
-    def forward_backward(self, tensors: Mapping[str, torch.Tensor], *, scale: float, last: bool) -> torch.Tensor:
+    def forward_backward(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        scale: float,
+        last: bool,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Accumulate in float32."""
         losses = self.model(**tensors)
-        loss = poisoned(losses, scale)
+        loss = poisoned(weighted(losses, weights), scale)
         if not loss.requires_grad:  # a text-only row of a text model that is frozen: nothing depends on it
             return losses.detach()
         loss.backward()
@@ -276,11 +296,18 @@ class DeepSpeedEngine(Engine):
         finally:
             self._model._modules.update(hidden)
 
-    def forward_backward(self, tensors: Mapping[str, torch.Tensor], *, scale: float, last: bool) -> torch.Tensor:
+    def forward_backward(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        scale: float,
+        last: bool,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """DeepSpeed averages gradients over ranks, and the loop wants their sum: hence `world`."""
         self.engine.set_gradient_accumulation_boundary(last)
         losses = self.engine(**tensors)
-        self.engine.backward(poisoned(losses, scale * self.world), scale_wrt_gas=False)
+        self.engine.backward(poisoned(weighted(losses, weights), scale * self.world), scale_wrt_gas=False)
         return losses.detach()
 
     @torch.no_grad()

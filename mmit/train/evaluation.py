@@ -1,8 +1,8 @@
 """Evaluation while training: the loss on records that are held out, and whatever a callable of the user measures.
 
 Owns when an evaluation may be broken off, what it must leave untouched (random state, modes, gradients), and the
-choice of the best checkpoint (`train.keep_best`). The held-out loss is that of training: same rows, summed over
-supervised tokens and divided by their number over all ranks. Knows no benchmark.
+choice of the best checkpoint (`train.keep_best`). The held-out loss is that of training: the weighted mean over the
+supervised tokens of all ranks, with the same weights (`data.loss`). Knows no benchmark.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from mmit.data.loader import MicroBatch
 from mmit.errors import ConfigError, RecordError
 from mmit.models.modes import evaluation_mode
-from mmit.train.engine import Engine
+from mmit.train.engine import Engine, weighted
 from mmit.train.loop import Progress, sources_of, sum_by_source
 from mmit.train.metrics_log import RunLog
 from mmit.train.signals import Leave
@@ -72,10 +72,10 @@ class HeldOut:
         self._noted: set[int] = set()
 
     def __call__(self, step: int) -> dict[str, float]:
-        """{"eval_loss": mean over all targets, and "eval_loss/NAME" of each source where there are several}."""
+        """{"eval_loss": weighted mean over targets, and "eval_loss/NAME" of each source where there are several}."""
         count = len(self.names)
         sums = torch.zeros(count, dtype=torch.float64, device=self.engine.device)
-        targets = torch.zeros(count, dtype=torch.int64)
+        weights = torch.zeros(count, dtype=torch.float64)
         with self.batches() as batches:
             for batch in batches:
                 if self.engine.all_sum([float(self.should_stop())])[0]:
@@ -87,13 +87,13 @@ class HeldOut:
                 losses = self.engine.losses(self.prepare(batch))
                 if batch.weight:
                     sources = sources_of(batch.target_records, self.starts)
-                    targets += torch.bincount(sources, minlength=count)
-                    sums += sum_by_source(losses, sources, count=count)
-        both = self.engine.all_sum([*sums.tolist(), *map(float, targets.tolist())])
-        total, number = both[:count], both[count:]
-        results = {LOSS: sum(total) / max(sum(number), 1.0)}
+                    weights += torch.bincount(sources, batch.target_weights.double(), minlength=count)
+                    sums += sum_by_source(weighted(losses, batch.uneven_weights), sources, count=count)
+        both = self.engine.all_sum([*sums.tolist(), *weights.tolist()])
+        total, whole = both[:count], both[count:]
+        results = {LOSS: sum(total) / (sum(whole) or 1.0)}
         if count > 1:
-            results |= {f"{LOSS}/{k}": s / n for k, s, n in zip(self.names, total, number, strict=True) if n}
+            results |= {f"{LOSS}/{k}": s / n for k, s, n in zip(self.names, total, whole, strict=True) if n}
         return results
 
 

@@ -19,7 +19,6 @@ import torch
 from mmit import precision
 from mmit.config import Config
 from mmit.data.ahead import allowed_cores
-from mmit.data.chat import chat_format
 from mmit.data.dataset import InstructionData
 from mmit.data.loader import MicroBatch, micro_batches
 from mmit.data.measure import Scan, is_kept
@@ -33,6 +32,7 @@ from mmit.models.recompute import MODES
 from mmit.models.tuning import Group, apply_tuning, check_options, parameter_table, unquantised
 from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
+from mmit.train.chat import chat_of
 from mmit.train.checkpoint import image_preparation
 from mmit.train.cost import Bytes, RowFacts, count_pairs, measure_bytes, measure_rates
 from mmit.train.data_setup import cache_folder, check_lengths, make_walk, open_data
@@ -184,8 +184,7 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
     Returns a scan as long as the whole data, and whole over sample.
     """
     options = config.data
-    with located("model.chat.format"):
-        chat = chat_format(config.model.chat.format, tokenizer)
+    chat = chat_of(config.model.chat.model_dump(), tokenizer)
     check_lengths(
         max_length=options.max_length,
         capacity=options.pack_tokens,
@@ -204,6 +203,7 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
         capacity=options.pack_tokens,
         split_turns=options.split_turns,
         share_prefix=options.share_prefix and options.packing,
+        loss=options.loss.model_dump(),
     )
     numbers: np.ndarray | None = None
     if len(data) > SAMPLE and not is_kept(data, store):

@@ -1,8 +1,9 @@
 """The train loop: the only one.
 
 In: an engine, a walk through the data, schedule numbers, callables for batches, evaluations and saves. Out: a trained
-model, a metrics file. A step's loss is summed over its supervised tokens and divided by their number over all ranks and
-micro-batches, so that splitting the same rows differently changes nothing. Refuses to go on after
+model, a metrics file. A step's loss is the weighted mean over its supervised tokens, those of a weight above 0: the
+sum of weight times loss divided by the sum of the weights, both over all ranks and micro-batches, so that splitting the
+same rows differently changes nothing. `supervised` counts tokens, whatever their weight. Refuses to go on after
 `MAX_BAD_STEPS` steps in a row whose loss or gradient was not finite.
 """
 
@@ -20,7 +21,7 @@ import torch
 from mmit.data.loader import MicroBatch
 from mmit.data.walk import Walk
 from mmit.errors import MmitError, RecordError
-from mmit.train.engine import Engine
+from mmit.train.engine import Engine, weighted
 from mmit.train.metrics_log import RunLog, memory_gib
 from mmit.train.schedule import lr_factor
 from mmit.train.spikes import Spikes
@@ -75,15 +76,17 @@ class _Step:
     bad_records: int  # different ones, since the run began
     records: float
     unshared: float
+    weight: float  # of the targets, summed
     targets_of: list[float]  # by source
-    micro_targets: list[float]  # by micro-batch, rank by rank
-    losses_of: list[float] = field(default_factory=list)  # summed, by source
-    micro_losses: list[float] = field(default_factory=list)  # summed, by micro-batch, rank by rank
+    weight_of: list[float]  # summed, by source
+    micro_weights: list[float]  # summed, by micro-batch, rank by rank
+    losses_of: list[float] = field(default_factory=list)  # weighted and summed, by source
+    micro_losses: list[float] = field(default_factory=list)  # weighted and summed, by micro-batch, rank by rank
 
     @property
     def loss(self) -> float:
-        """Per supervised token."""
-        return sum(self.losses_of) / max(self.targets, 1.0)
+        """Weighted mean over the supervised tokens."""
+        return sum(self.losses_of) / (self.weight or 1.0)
 
 
 def train(
@@ -132,10 +135,10 @@ def train(
         phase("forward and backward", number)
         sums = []
         for i, batch in enumerate(step_batches):
-            scale = batch.weight / max(step.targets, 1.0)
-            losses = engine.forward_backward(prepare(batch), scale=scale, last=i == micros - 1)
+            scale, weights = batch.weight / (step.weight or 1.0), batch.uneven_weights
+            losses = engine.forward_backward(prepare(batch), scale=scale, last=i == micros - 1, weights=weights)
             sources = sources_of(batch.target_records, plan.starts)
-            sums.append(sum_by_source(losses, sources, count=len(plan.sources)) * batch.weight)
+            sums.append(sum_by_source(weighted(losses, weights), sources, count=len(plan.sources)) * batch.weight)
         phase("optimizer step", number)
         factor = lr_factor(
             progress.step,
@@ -212,16 +215,21 @@ def _count(
     """
     hopeless = float(progress.bad_run >= MAX_BAD_RUN)
     local = [float(sum(b.targets for b in batches)), float(sum(b.tokens for b in batches))]
-    local += [float(sum(len(b.records) for b in batches)), float(sum(b.unshared_tokens for b in batches)), hopeless]
+    local += [float(sum(len(b.records) for b in batches)), float(sum(b.unshared_tokens for b in batches))]
+    local += [sum(b.loss_weight for b in batches), hopeless]
     bad = [0.0] * engine.world
     bad[engine.rank] = float(len(new))
     by_source = torch.zeros(len(plan.sources), dtype=torch.int64)
+    weights = torch.zeros(len(plan.sources), dtype=torch.float64)
     micro = [0.0] * (engine.world * len(batches))
     for i, batch in enumerate(batches):
-        micro[engine.rank * len(batches) + i] = float(batch.targets)
+        micro[engine.rank * len(batches) + i] = batch.loss_weight
         if batch.targets:
-            by_source += torch.bincount(sources_of(batch.target_records, plan.starts), minlength=len(plan.sources))
-    targets, tokens, records, unshared, lost, *rest = engine.all_sum([*local, *bad, *by_source.tolist(), *micro])
+            sources = sources_of(batch.target_records, plan.starts)
+            by_source += torch.bincount(sources, minlength=len(plan.sources))
+            weights += torch.bincount(sources, batch.target_weights.double(), minlength=len(plan.sources))
+    found = engine.all_sum([*local, *bad, *by_source.tolist(), *weights.tolist(), *micro])
+    targets, tokens, records, unshared, weight, lost, *rest = found
     bad, rest = rest[: engine.world], rest[engine.world :]
     _agree_on_bad(engine, progress, new, bad)
     if lost:
@@ -235,7 +243,8 @@ def _count(
             remedy="see bad_records.jsonl in the run folder; mend the data or raise run.max_bad_fraction",
         )
     count = len(plan.sources)
-    return _Step(targets, tokens, len(progress.bad), records, unshared, rest[:count], rest[count:])
+    by = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    return _Step(targets, tokens, len(progress.bad), records, unshared, weight, *by)
 
 
 def sources_of(records: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
@@ -267,18 +276,20 @@ def _row(
     step: _Step, walk: Walk, plan: Plan, progress: Progress, *, factor: float, norm: float, seconds: float
 ) -> dict[str, Any]:
     """One line of metrics.jsonl."""
-    named = list(zip(plan.sources, step.losses_of, step.targets_of, strict=True))
+    named = list(zip(plan.sources, step.losses_of, step.targets_of, step.weight_of, strict=True))
     return {
         "step": progress.step,
         "epoch": round(walk.epoch_at(progress.step * walk.rows_per_step), 4),
         "loss": step.loss,
-        "loss_of": {name: total / count for name, total, count in named if count},
-        "supervised_of": {name: int(count) for name, _, count in named if count},
+        "loss_of": {name: total / weight for name, total, count, weight in named if count},
+        "supervised_of": {name: int(count) for name, _, count, _ in named if count},
+        "weight_of": {name: weight for name, _, count, weight in named if count},
         "lr": next(iter(plan.rates.values())) * factor,
         "lr_of": {name: peak * factor for name, peak in plan.rates.items()},
         "grad_norm": norm,
         "tokens": int(step.tokens),
         "supervised": int(step.targets),
+        "weight": step.weight,
         "records": int(step.records),
         "tokens_per_s": step.tokens / seconds,
         "supervised_per_s": step.targets / seconds,
@@ -311,9 +322,9 @@ def _judge(
         bound = plan.spikes.bound(progress.recent)
         if loss > bound:
             progress.spikes += 1
-            means = [s / n if n else 0.0 for s, n in zip(step.micro_losses, step.micro_targets, strict=True)]
+            means = [s / n if n else 0.0 for s, n in zip(step.micro_losses, step.micro_weights, strict=True)]
             leaping = [divmod(i, micros) for i, mean in enumerate(means) if mean > bound]
-            # By rows alone none may leap: a step's loss weighs them by their targets.
+            # By rows alone none may leap: a step's loss weighs them by their weights.
             records = name_records(progress.step, leaping or [divmod(means.index(max(means)), micros)])
             log.say(f"loss spike in step {number}: {loss:.4f}, expected at most {bound:.4f}, with {records}")
             log.event(number, "spike", loss=loss, bound=bound, grad_norm=norm, records=records)

@@ -16,7 +16,7 @@ import torch
 
 from mmit import precision
 from mmit.config import Config
-from mmit.data.chat import ChatFormat, chat_format
+from mmit.data.chat import ChatFormat
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.formats.keys import told
 from mmit.data.loader import LoadImage
@@ -36,6 +36,7 @@ from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, resume
 from mmit.train.balance import unit_costs
+from mmit.train.chat import chat_of
 from mmit.train.data_setup import Say, cache_folder, check_lengths, image_loader, judge, measure, open_data
 from mmit.train.describe import describe, note_start
 from mmit.train.echo import echo
@@ -86,8 +87,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         check_start(start, then=checkpoint.read_config(start).model_dump(), now=config.model_dump(), say=say)
     divided = _partition(config) if world.deepspeed else None
     vlm, tokenizer = _assemble(config, start, divided)
-    with located("model.chat.format"):
-        chat = chat_format(config.model.chat.format, tokenizer)
+    chat = chat_of(config.model.chat.model_dump(), tokenizer, date=checkpoint.chat_date(begin))
     with located("model.vision"):
         image = checkpoint.image_preparation(vlm.vision, config.model.vision)
         preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
@@ -261,6 +261,7 @@ def _read_data(
             capacity=options.pack_tokens,
             split_turns=options.split_turns,
             share_prefix=options.share_prefix and options.packing,
+            loss=options.loss.model_dump(),
         )
         found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]
 

@@ -132,7 +132,7 @@ GOLDEN = {
     "list of parts, no end": golden(
         sc.VLM_NO_END,
         turns(("user", [IMG, IMG, "Same?"]), ("assistant", "No."), ("user", "Sure?"), ("assistant", "Yes.")),
-        "USER: [image]\n[image]\nSame? ASSISTANT:« No.» USER: Sure? ASSISTANT:« Yes.{EOS}» ",
+        "USER: [image]\n[image]\nSame? ASSISTANT:« No.{EOS}» USER: Sure? ASSISTANT:« Yes.{EOS}» ",
     ),
     "vicuna_v1": golden(
         "vicuna_v1",
@@ -277,17 +277,28 @@ def test_jinja_file_and_template_arguments(tmp_path: Path) -> None:
 
 def test_image_token_of_a_wrapped_image() -> None:
     tokenizer = copy.deepcopy(family(BYTES))
-    with pytest.raises(ConfigError, match=r"cannot tell which part.*\n.*\[INST\], <image>, \[/INST\]"):
-        chat_format(sc.VLM_WRAPPED, tokenizer)
-    chat = chat_format(sc.VLM_WRAPPED, tokenizer, image_token="<image>")
+    chat = chat_format(sc.VLM_WRAPPED, tokenizer)  # the token between a first and a last
     talk = turns(("user", [IMG, "Same as", IMG]), ("assistant", "No."))
     said = ["[image]" if p.kind == "image" else p.text for p in chat.pieces(talk)]
     assert "".join(said) == (
         "<|im_start|>user\n[INST][image][/INST]Same as[INST][image][/INST]<|im_end|>\n"
         "<|im_start|>assistant\nNo.<|im_end|>\n"
     )
+    assert chat_format(sc.VLM_WRAPPED, tokenizer, image_token="<image>").pieces(talk) == chat.pieces(talk)
     tokenizer.image_token = "<image>"  # tokenizers of some vision-language models know it
     assert chat_format(sc.VLM_WRAPPED, tokenizer).pieces(talk) == chat.pieces(talk)
+
+
+def test_an_image_token_that_cannot_be_told_is_refused_where_there_is_an_image() -> None:
+    tokenizer = family(BYTES)
+    unclear = sc.VLM_WRAPPED.replace("[INST]<image>[/INST]", "[INST]<image><tool>[/INST]")
+    chat = chat_format(unclear, tokenizer)
+    assert "What is it?" in "".join(p.text for p in chat.pieces(ONE))
+    with pytest.raises(RecordError, match=r"cannot tell which part(.|\n)*\[INST\], <image>, <tool>, \[/INST\]") as told:
+        chat.pieces(turns(("user", [IMG, "What?"]), ("assistant", "No.")))
+    assert "model.chat.image_token" in told.value.remedy and "--image-token" in told.value.remedy
+    chat = chat_format(unclear, tokenizer, image_token="<tool>")
+    assert chat.to_json()["image_token"] == "<tool>"
 
 
 def test_bad_names(tmp_path: Path) -> None:

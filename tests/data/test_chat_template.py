@@ -52,7 +52,7 @@ LOOP = "{% for m in messages %}"
         (
             LOOP + "{% if m.role != 'system' %}{{ m.content }}<|eos|>{% endif %}{% endfor %}",
             turns(("system", "s"), ("user", "q"), ("assistant", "a")),
-            ConfigError,
+            RecordError,
             "drops or alters the text of turn 1 .system.(.|\n)*Fold the system text",
         ),
         (
@@ -73,7 +73,7 @@ LOOP = "{% for m in messages %}"
         (
             sc.VLM_NO_END,
             turns(("user", ["a", IMG, "b"]), ("assistant", "c")),
-            ConfigError,
+            RecordError,
             "moves an image of turn 1 .user. to another place(.|\n)*before its text",
         ),
         (

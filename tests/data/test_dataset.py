@@ -45,9 +45,9 @@ def test_pairs_keep_system_and_images_and_nothing_else():
         )
     )
     first, second = split_pairs(record)
-    assert first == record.turns[:3]
-    assert [t.role for t in second] == ["system", "user", "assistant"]
-    assert second[1].parts == (picture, Text("two?")) and second[2].text == "2"
+    assert first.turns == record.turns[:3]
+    assert [t.role for t in second.turns] == ["system", "user", "assistant"]
+    assert second.turns[1].parts == (picture, Text("two?")) and second.turns[2].text == "2"
     late = Record((*record.turns[:3], Turn("user", (picture, Text("two?"))), record.turns[4]))
     with pytest.raises(RecordError, match="split_turns=false"):
         split_pairs(late)

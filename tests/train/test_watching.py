@@ -229,9 +229,9 @@ def test_a_spike_names_its_records(straight, tmp_path, monkeypatch, capsys):
         os.symlink(straight / part, tmp_path / part)
     real, calls = engine_module.TorchEngine.forward_backward, []
 
-    def leap(self, tensors, *, scale, last):
+    def leap(self, tensors, *, scale, last, weights=None):
         calls.append(1)
-        losses = real(self, tensors, scale=scale, last=last)
+        losses = real(self, tensors, scale=scale, last=last, weights=weights)
         return losses * 50 if len(calls) == 2 * 6 else losses
 
     monkeypatch.setattr(engine_module.TorchEngine, "forward_backward", leap)
