@@ -11,9 +11,7 @@ import pytest
 
 pytest.importorskip("importlinter")
 ROOT = Path(__file__).parents[1]
-LINT = (
-    "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True, no_logo=True))"
-)
+LINT = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports(no_cache=True))"
 
 
 def run(code: str, *, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:

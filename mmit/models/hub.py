@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from mmit.errors import ModelError
 
@@ -60,7 +61,12 @@ def unasked() -> Iterator[None]:
 
 def _fetch(name: str, revision: str, *, ignore: list[str]) -> Path:
     try:
-        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=ignore))
+        try:
+            return Path(snapshot_download(name, revision=revision or None, ignore_patterns=ignore))
+        except OfflineModeIsEnabled:  # huggingface_hub 1.33 asks for the list of files of a commit that it holds
+            return Path(
+                snapshot_download(name, revision=revision or None, ignore_patterns=ignore, local_files_only=True)
+            )
     except Exception as error:  # the client lets errors of its transport through, whose library differs by version
         text = str(error).strip().split("\n")[0]
         raise ModelError(

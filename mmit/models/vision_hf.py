@@ -223,6 +223,8 @@ def _config(name: str | Mapping[str, Any]) -> tuple[Any, str]:
                 remedy=f"use model_type: {model_type}_vision_model",
             )
         valid = transformers.AutoConfig.for_model(model_type).to_dict()
+        if model_type == "siglip_vision_model":  # its model reads the key in every version, its config names it in some
+            valid.setdefault("vision_use_head", True)
         for key in name:
             if key not in valid:
                 raise ModelError(f"unknown key '{key}'", where=where, remedy=nearest(key, valid))

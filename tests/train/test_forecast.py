@@ -74,7 +74,8 @@ def test_flops_are_those_that_are_executed(folder, case):
     apply_tuning(vlm, config.tune.model_dump())
     vlm.split()
     # the prefix of the paper and the tower's blocks attend through torch's fused kernel, counted apart above
-    tolerance = 0.02 if "prefix" in case or "vision" in case else 0.001
+    # and transformers 5.17 computes the angles of the positions as a product, which is among the bmm left out
+    tolerance = 0.02 if "prefix" in case or "vision" in case else 0.0012
     assert mine == pytest.approx(executed(vlm.train(), row()), rel=tolerance)
 
 

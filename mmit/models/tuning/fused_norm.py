@@ -25,10 +25,11 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        # Nothing in place: torch.compile of torch 2.11 then gives gradients of zero, without a word.
         wide = x.float()
-        factor = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        factor = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
         ctx.save_for_backward(x, weight, factor)
-        return (wide * factor).to(x.dtype).mul_(weight)
+        return (wide * factor).to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
