@@ -44,6 +44,7 @@ _PAIR = "Supervised training learns one answer: keep the chosen one as the answe
 _NAMED = "Name it image or images, or import the file as json with columns=image=KEY."
 _TOKENS = "Token ids belong to one tokenizer: import the text they were made of."
 _MASK = "Say what is learnt with weight (0 or more) or train (true, false)."
+PICTURE_KEYS = ("image_path", "image_paths", "image_file", "image_files", "img", "img_path", "image_url", "image_urls")
 # Keys of a row or turn that are refused unless empty -> (what it is, remedy).
 REFUSED: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("video", "videos", "video_path", "video_url"), ("a video", _VIDEO)),
@@ -52,10 +53,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_answer", "rejected_images"),
         ("half of a preference pair", _PAIR),
     ),
-    **dict.fromkeys(
-        ("image_path", "image_paths", "image_file", "image_files", "img", "img_path", "image_url", "image_urls"),
-        ("a picture that this format does not read", _NAMED),
-    ),
+    **dict.fromkeys(PICTURE_KEYS, ("a picture that this format does not read", _NAMED)),
     **dict.fromkeys(("input_ids", "labels", "token_ids"), ("tokens, not text", _TOKENS)),
     **dict.fromkeys(("mask", "loss_mask", "masked"), ("a loss mask that can be read in two ways", _MASK)),
 }
@@ -72,7 +70,8 @@ def with_meaning(record: Record) -> Record:
     meta = dict(record.meta)
     for key in [*meta]:
         value = meta[key]
-        _refuse(key, value, f"'{key}'")
+        if not (key in PICTURE_KEYS and record.images):  # the picture is there, and this tells where it came from
+            _refuse(key, value, f"'{key}'")
         if key not in ROW_KEYS:
             continue
         del meta[key]

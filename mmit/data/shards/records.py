@@ -18,7 +18,9 @@ from typing import Any, NoReturn
 import PIL.Image
 
 from mmit.data.formats.captions import img2dataset
-from mmit.data.formats.chat import llava, messages
+from mmit.data.formats.chat import FORMATS as CONVERSATIONS
+from mmit.data.formats.chat import conversation_format
+from mmit.data.formats.keys import with_meaning
 from mmit.data.images import FORMATS as PICTURES
 from mmit.data.images import without_png_text
 from mmit.errors import ImageError, RecordError
@@ -64,6 +66,12 @@ def extension(suffix: str) -> str:
     return suffix.rpartition(".")[2].lower()
 
 
+def is_ignored(name: str, words: Sequence[str]) -> str:
+    """Return the word that leaves a member out: its extension ("npy"), or its suffix ("seg.png"); "" if none does."""
+    suffix = name.rpartition("/")[2].partition(".")[2].lower()
+    return next((w for w in words if w == (suffix if "." in w else extension(suffix))), "")
+
+
 def check_members(members: Sequence[tuple[str, int]], *, where: str, limits: Limits) -> None:
     """Raise RecordError if the (suffix, bytes) of one sample break the allow-list or a limit, or repeat a suffix."""
     if len(members) > min(limits.members, _MOST_MEMBERS // 2):
@@ -98,21 +106,23 @@ def to_record(
 ) -> Record:
     """Build the record of one sample from {suffix: bytes}; every picture must be used by it.
 
-    Captions are read by mmit.data.formats.captions.img2dataset with the options `caption` (instruction, seed). LLaVA,
-    ShareGPT and messages rows keep their text; the pictures take the places of their image files. Interleaved
+    The row is the member with the suffix json, a caption the one with the suffix txt; others of these types belong to
+    nothing and are refused. Captions are read by mmit.data.formats.captions.img2dataset with the options `caption`
+    (instruction, seed), conversations and messages by their importers; pictures are matched with what the row names
+    (see `_named_members`). Interleaved
     documents (OpenFlamingo): each picture opens a user turn, the sentences from its own to the next picture's are the
     answer; what comes before the first picture is the user's. Raises RecordError.
     """
     images = {s: d for s, d in members.items() if extension(s) in IMAGES}
-    jsons = [s for s in members if extension(s) == "json"]
-    texts = [s for s in members if extension(s) == "txt"]
+    texts = [s for s in members if s == "txt"]
     if empty := [s for s, data in images.items() if not data]:
         _fail(f"member {short(empty[0])} is empty", where, "Fetch the picture again, or leave the sample out.")
     row: Any = None
-    if len(jsons) > 1 or len(texts) > 1:
-        _fail(f"more than one text member: {', '.join(map(short, jsons + texts))}", where, _LAYOUTS)
-    if jsons:
-        row = _json(members[jsons[0]], jsons[0], where)
+    if unread := [s for s in members if extension(s) in TEXTS and s not in TEXTS]:
+        remedy = f"Only KEY.json and KEY.txt are read. Leave such members out: --ignore {unread[0]}."
+        _fail(f"member '{short(unread[0])}' is neither the row nor the caption", where, remedy)
+    if "json" in members:
+        row = _json(members["json"], "json", where)
     keys = row.keys() if isinstance(row, dict) else ()
     if "turns" in keys and not texts:
         # Checked by from_json; filling in the bytes breaks no rule.
@@ -120,7 +130,7 @@ def to_record(
     if "text_list" in keys and not texts:
         record = _interleaved(row, images, where)
     elif ("conversations" in keys or "messages" in keys) and not texts:
-        record = _foreign(row, images, where)
+        record = _foreign(row, images, key, where)
     elif len(images) == 1 and (texts or "caption" in keys):
         record = _caption(key, members, row, options=caption or {}, where=where)
     else:
@@ -235,35 +245,61 @@ def _with_bytes(record: Record, key: str, images: Mapping[str, bytes], *, where:
     return replace(record, turns=turns)
 
 
-def _foreign(row: dict[str, Any], images: Mapping[str, bytes], where: str) -> Record:
-    """Read LLaVA, ShareGPT or messages rows; the members take the places of the row's image files, in order."""
+def _foreign(row: dict[str, Any], images: Mapping[str, bytes], key: str, where: str) -> Record:
+    """Read a conversation or messages by their importer; the members take the places of what the row names."""
     names = sorted(images, key=_natural)
-    if "conversations" in row and names:
-        row = {k: v for k, v in row.items() if k != "images"} | {"image": names}
+    given = next((row[name] for name in ("image", "images") if row.get(name)), None)
+    if names and given is None and not _parts_name_files(row):
+        row = {k: v for k, v in row.items() if k not in ("image", "images")} | {"images": names}
     try:
-        record = (messages if "messages" in row else llava)(row, image_root="")
+        format = "messages" if "messages" in row else conversation_format([row])[0]
+        record = CONVERSATIONS[format](row, image_root="")
     except RecordError as error:
         place = f"{where}: {error.where}" if error.where else where
         raise RecordError(error.problem, where=place, remedy=error.remedy) from error
-    paths = [image for image in record.images if isinstance(image.source, str)]
-    if len(paths) != len(names):
-        _fail(
-            f"{len(paths)} image parts, but {len(names)} pictures",
-            where,
-            "Give each image part its picture.",
-        )
-    left = iter(names)
-    turns = tuple(
-        Turn(
-            turn.role,
-            tuple(
-                Image(images[next(left)]) if isinstance(p, Image) and isinstance(p.source, str) else p
-                for p in turn.parts
-            ),
-        )
-        for turn in record.turns
-    )
-    return replace(record, turns=turns)
+    paths = list(dict.fromkeys(i.source for i in record.images if isinstance(i.source, str)))
+    held = _named_members(paths, names, key, where)
+
+    def fill(part: Text | Image) -> Text | Image:
+        return Image(images[held[part.source]]) if isinstance(part, Image) and part.source in held else part
+
+    return replace(record, turns=tuple(replace(t, parts=tuple(map(fill, t.parts))) for t in record.turns))
+
+
+def _parts_name_files(row: Mapping[str, Any]) -> bool:
+    """Tell whether an image part of the messages names a file."""
+    turns = next((row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), [])
+    contents = [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    keys = ("image", "url", "path", "image_url")
+    return any(isinstance(part, Mapping) and any(part.get(name) for name in keys) for part in parts)
+
+
+def _named_members(paths: Sequence[str], names: Sequence[str], key: str, where: str) -> dict[str, str]:
+    """Return {what the row names: suffix of the member}; every name must be one member's, and every member named.
+
+    A name is a member's whole path, its suffix, or has the same last component as one of these. One picture
+    whose member has no name of its own (KEY.jpg, KEY.0.jpg) is the one that the row names, whatever it is called.
+    """
+    held: dict[str, str] = {}
+    for path in paths:
+        asked = path.replace("\\", "/").rpartition("/")[2]
+        whole = {name: f"{key}.{name}" for name in names}
+        fits = [n for n in names if path in (whole[n], n)]
+        fits = fits or [n for n in names if asked in (whole[n].rpartition("/")[2], n)]
+        if len(fits) == 1:
+            held[path] = fits[0]
+    nameless = len(names) == 1 and re.fullmatch(r"(?:[0-9]+\.)?[^.]+", names[0])
+    if len(paths) == 1 and not held and nameless:
+        held[paths[0]] = names[0]
+    have = ", ".join(short(name, 30) for name in names) or "none"
+    if missing := [path for path in paths if path not in held]:
+        remedy = "Name each picture by its member: KEY.SUFFIX, or SUFFIX."
+        _fail(f"the row names the picture '{short(missing[0])}', which is no member (pictures: {have})", where, remedy)
+    if unused := [name for name in names if name not in held.values()]:
+        problem = f"{', '.join(map(short, unused))} is named by no image of the row"
+        _fail(problem, where, "Name it in the row, or leave it out of the tar.")
+    return held
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -272,9 +308,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _caption(key: str, members: Mapping[str, bytes], row: Any, *, options: Mapping[str, Any], where: str) -> Record:
-    sample = {extension(suffix): data for suffix, data in members.items()}
+    # The suffix of the one picture may be numbered.
+    sample = {extension(suffix) if extension(suffix) in IMAGES else suffix: data for suffix, data in members.items()}
     try:
-        record = img2dataset({**sample, "__key__": key, "json": row}, **options)
+        record = with_meaning(img2dataset({**sample, "__key__": key, "json": row}, **options))
     except RecordError as error:
         raise RecordError(error.problem, where=where, remedy=error.remedy) from error
     return record

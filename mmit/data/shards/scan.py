@@ -21,6 +21,7 @@ from mmit.data.shards.records import (
     Limits,
     check_members,
     extension,
+    is_ignored,
     picture_size,
     split_name,
     to_record,
@@ -122,8 +123,8 @@ class _Scan:
     def add(self, member: Member, reader: _Summed) -> None:
         where = f"{self.part.name}, byte {member.start:,}"
         try:
-            if extension(member.name) in self.options.ignore:
-                self.part.left_out[extension(member.name)] += 1
+            if word := is_ignored(member.name, self.options.ignore):
+                self.part.left_out[word] += 1
                 return
             key, suffix = split_name(member.name, where=where)
         except RecordError as error:
@@ -231,7 +232,7 @@ def index_tars(
         out_dir: folder of the index; tars inside it are named relative to it, so that it can be moved.
         instruction: what the user says beside the picture of a caption: nothing, a text, or several of which `seed`
             and the key choose one.
-        ignore: extensions of members to leave out ("npy"); they are counted in index.json. Others that are not
+        ignore: extensions ("npy") or suffixes ("seg.png") of members to leave out; counted. Others that are not
             accepted are an error of their sample.
         max_pixels: larger pictures are an error. limits: of members and samples.
         workers: processes.
@@ -244,7 +245,7 @@ def index_tars(
     names = [os.fspath(path) for path in paths]
     if not names:
         raise ConfigError("no tar to index", where=str(out_dir), remedy="Give the paths of .tar files.")
-    ignored = tuple(sorted(extension(word) for word in ignore))
+    ignored = tuple(sorted(word.lower().lstrip(".") for word in ignore))
     said = instruction if instruction is None or isinstance(instruction, str) else tuple(instruction)
     options = ScanOptions(said, seed, ignored, max_pixels, limits or Limits())
     folder = os.path.abspath(out_dir)

@@ -1,0 +1,97 @@
+"""Members of a sample by name: which picture the row names, which text is the caption, what is left out."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from typing import Any
+
+import PIL.Image
+import pytest
+
+from mmit.data.shards.records import is_ignored, to_record
+from mmit.errors import RecordError
+
+
+def png(red: int) -> bytes:
+    out = BytesIO()
+    PIL.Image.new("RGB", (4, 4), (red, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+A, B = png(1), png(2)
+
+
+def talk(text: str, **keys: Any) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "x"}], **keys}
+
+
+def read(row: dict[str, Any], key: str = "s1", **members: bytes):
+    files = {name.replace("__", "."): data for name, data in members.items()}
+    return to_record(key, {**files, "json": json.dumps(row).encode()}, where="t.tar: s1")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["b.png", "a.png"], ["s1.b.png", "s1.a.png"], ["coco/s1.b.png", "coco/s1.a.png"], ["x/b.png", "y/a.png"]],
+    ids=["suffix", "path", "base name of the member", "base name of the suffix"],
+)
+def test_pictures_are_those_that_the_row_names(names: list[str]) -> None:
+    row = talk("first <image> second <image>", image=names)
+    assert [i.source for i in read(row, a__png=A, b__png=B).images] == [B, A]
+    parts = [{"type": "image", "url": name} for name in names]
+    chat = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    assert [i.source for i in read(chat, a__png=A, b__png=B).images] == [B, A]
+
+
+@pytest.mark.parametrize("row", [talk("<image> and <image>"), talk("<image> and <image>", image=None)])
+def test_order_decides_only_where_the_row_names_nothing(row: dict) -> None:
+    assert [i.source for i in read(row, **{"10__png": B, "2__png": A}).images] == [A, B]
+
+
+def test_the_one_picture_of_a_key_may_have_another_name() -> None:
+    """LLaVA's rows keep the path that the picture had before it went into the tar."""
+    row = talk("<image>What?", image="coco/train2017/7.jpg")
+    assert read(row, key="00017", png=A).images[0].source == A
+    assert read(row, key="00017", **{"0__png": A}).images[0].source == A
+
+
+@pytest.mark.parametrize(
+    ("row", "members", "cause"),
+    [
+        (talk("<image><image>", image=["a.png", "c.png"]), {"a__png": A, "b__png": B}, "'c.png', which is no member"),
+        (talk("<image>", image="b.png"), {"a__png": A}, "'b.png', which is no member"),
+        (talk("<image>", image="a.png"), {"a__png": A, "b__png": B}, "b.png is named by no image"),
+        (talk("<image><image>", image=["p/1.jpg", "p/2.jpg"]), {"a__png": A, "b__png": B}, "'p/1.jpg', which is no"),
+    ],
+)
+def test_a_partial_match_is_refused(row: dict, members: dict, cause: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        read(row, **members)
+    assert cause in caught.value.problem and caught.value.where == "t.tar: s1" and caught.value.remedy
+
+
+def test_only_txt_is_the_caption() -> None:
+    members = {"png": A, "ocr.txt": b"OCR TEXT", "json": json.dumps({"caption": "a cat"}).encode()}
+    with pytest.raises(RecordError, match="'ocr.txt' is neither the row nor the caption") as caught:
+        to_record("0", members, where="t.tar: 0")
+    assert "--ignore ocr.txt" in caught.value.remedy
+    with pytest.raises(RecordError, match="'extra.json' is neither"):
+        to_record("0", {"png": A, "txt": b"a cat", "extra.json": b"{}"}, where="t.tar: 0")
+    assert to_record("0", {"png": A, "txt": b"a cat"}, where="t.tar: 0").turns[1].text == "a cat"
+
+
+def test_ignore_takes_extensions_and_suffixes() -> None:
+    assert is_ignored("a/0.seg.png", ["seg.png"]) == "seg.png" and not is_ignored("a/0.png", ["seg.png"])
+    assert is_ignored("0.seg.png", ["png"]) == is_ignored("0.PNG", ["png"]) == "png"
+    assert not is_ignored("0.x.seg.png", ["seg.png"])
+
+
+@pytest.mark.parametrize("speakers", [("user", "assistant"), ("human", "gpt"), ("human", "chatgpt")])
+def test_rows_are_read_as_the_importers_read_them(speakers: tuple[str, str]) -> None:
+    turns = [{"from": speakers[0], "value": "<image>q"}, {"from": speakers[1], "value": "a"}]
+    row = {"conversations": turns, "image": "x.png", "system": "Be brief.", "weight": 0.5}
+    record = read(row, key="x", png=A)
+    assert [t.role for t in record.turns] == ["system", "user", "assistant"] and record.weight == 0.5
+    with pytest.raises(RecordError, match="'video' is a video"):
+        read({**row, "video": "a.mp4"}, key="x", png=A)
