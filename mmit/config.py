@@ -110,6 +110,8 @@ class LlmConfig(Section):
     """branch, tag or commit on the hub"""
     dtype: Literal["bf16", "fp32", "fp16"] | None = None
     """number format of frozen weights; null follows train.precision (trained parts keep fp32 masters)"""
+    attention_dropout: Fraction | None = None
+    """dropout of attention weights in training; null keeps what the model's own configuration says"""
     random_init: dict[str, Any] | None = None
     """model configuration to build with random weights instead of loading any (dry runs and tests)"""
 
@@ -287,8 +289,9 @@ class DataConfig(Section):
     """longest record in tokens, image tokens included"""
     pack_tokens: PositiveInt = 2048
     """capacity of a row in tokens"""
-    packing: bool = True
-    """put several records, isolated from each other, into one row"""
+    packing: Literal["auto"] | bool = "auto"
+    """put several records, isolated from each other, into one row; auto: where the model keeps them apart exactly,
+    else padded batches"""
     group: bool = True
     """without packing: records of a step that are alike in length, with pictures or not, share a micro-batch, which is
     padded (train.micro_rows > 1); which records a step holds does not change"""

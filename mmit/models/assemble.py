@@ -90,6 +90,7 @@ def assemble(
             quantization=quantization,
             empty=empty,
             partition=partition,
+            attention_dropout=llm_options.get("attention_dropout"),
         )
     if model["vision"] is None:
         return VLM(llm, vision=None, projector=None, padded=not packed), tokens

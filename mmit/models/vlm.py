@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mmit.errors import ModelError
-from mmit.models.attention import run_row
+from mmit.models.attention import NAME, run_row
 from mmit.models.head import Split, check_rows, cross_entropy, split_head
 from mmit.models.llm import input_device
 from mmit.models.modes import evaluation_mode, training_mode
@@ -244,6 +244,13 @@ class VLM(nn.Module):
         embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at, repeated=alone)
         return {"embeddings": embeddings, "positions": positions, "nodes": nodes, "ids": None if prompt else ids}, at
 
+    def run_padded(self) -> None:
+        """From now on records of a row run side by side as a padded batch, with the model's own attention."""
+        self.padded = True
+        model: Any = self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
+        if model.config._attn_implementation == NAME:
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+
     def check_isolation(self) -> None:
         """See for this very model that records of one row do not meet; takes five forwards of a few tokens.
 
@@ -287,20 +294,13 @@ class VLM(nn.Module):
                 f"{type(self.llm).__name__} cannot run packed rows: {str(error)[:200]}",
                 remedy="set data.packing=false",
             ) from error
-        # Root mean square as a share of the logits' spread. In bf16 SmolLM2 with one method or another was seen to
-        # round by up to 0.12; wrong positions differ by 0.9 and more.
-        tolerance = 0.2 if weight.dtype != torch.float32 else 1e-3
-
-        def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-            return bool((a - b).float().pow(2).mean().sqrt() <= tolerance * b.float().std() + 1e-6)
-
-        untouched = same(changed_second[:6], both[:6]) and same(changed_first[6:], both[6:])
+        untouched = same_logits(changed_second[:6], both[:6]) and same_logits(changed_first[6:], both[6:])
         if not (apart and untouched):
             raise ModelError(
                 f"records packed into one row of {type(self.llm).__name__} see each other",
                 remedy="set data.packing=false for this architecture",
             )
-        if not same(both[6:], alone):
+        if not same_logits(both[6:], alone):
             raise ModelError(
                 f"{type(self.llm).__name__} answers a record differently in a packed row than alone: the positions it "
                 "counts are not those of the record",
@@ -318,6 +318,16 @@ class VLM(nn.Module):
         if any(p.requires_grad for p in self.vision.parameters()):
             return self.see(torch.zeros(1, 3, *self.vision.image_size, dtype=torch.uint8, device=weight.device))
         return torch.zeros(1, self.vision.tokens, self.vision.dim, dtype=weight.dtype, device=weight.device)
+
+
+def same_logits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two (S, V) tensors of logits differ by rounding alone.
+
+    Root mean square as a share of the logits' spread. In bf16 SmolLM2 with one method or another was seen to round by
+    up to 0.12; wrong positions differ by 0.9 and more.
+    """
+    tolerance = 0.2 if a.dtype != torch.float32 else 1e-3
+    return bool((a - b).float().pow(2).mean().sqrt() <= tolerance * b.float().std() + 1e-6)
 
 
 def _apart(logits: torch.Tensor, embeddings: torch.Tensor, *, border: int) -> bool:

@@ -345,7 +345,7 @@ def load_model(
         seed=config.run.seed,
         device_map=device_map,
         offload=offload,
-        packed=config.data.packing,
+        packed=config.data.packing is not False,
         tokenizer=str(path / "tokenizer"),
     )
     if (path / "llm").exists():

@@ -35,8 +35,9 @@ from mmit.models.vlm import VLM
 from mmit.train.chat import chat_of
 from mmit.train.checkpoint import image_preparation
 from mmit.train.cost import Bytes, RowFacts, count_pairs, measure_bytes, measure_rates
-from mmit.train.data_setup import cache_folder, check_lengths, make_walk, open_data
+from mmit.train.data_setup import Say, cache_folder, check_lengths, make_walk, open_data
 from mmit.train.devices import find_device
+from mmit.train.settle import settle_packing
 from mmit.train.zero import bucket_size
 
 SAMPLE = 2000  # records measured; more are told from them
@@ -66,6 +67,7 @@ class Forecast:
     memory: Bytes
     ranks: int
     stages: dict[str, int]  # bytes per rank
+    notes: tuple[str, ...] = ()  # what the model decides about the run
 
     @property
     def step_flops(self) -> float:
@@ -85,7 +87,9 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
     """
     check_options(config.tune.model_dump())
     config = planned(config, cuda=flash)
-    vlm, groups, tokenizer = empty_model(config)
+    notes: list[str] = []
+    vlm, groups, tokenizer = empty_model(config, say=notes.append)
+    config = settled(config, vlm, tokenizer, measure=False, say=notes.append)
     data, scan, share = _sample_data(config, vlm, tokenizer)
     walk = walk_of(config, scan)[0]
     mode = recompute or config.train.checkpointing
@@ -121,6 +125,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
         memory=memory,
         ranks=ranks,
         stages=stages(memory, ranks=ranks, precision=config.train.precision),
+        notes=tuple(notes),
     )
 
 
@@ -134,6 +139,7 @@ def least_recompute(config: Config, *, ranks: int, stage: int | None) -> tuple[s
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     room = device.memory if device.cuda else device.memory // ranks_here
     vlm, _, tokenizer = empty_model(config)
+    config = settled(config, vlm, tokenizer, measure=False, say=lambda _: None)
     data, scan, _ = _sample_data(config, vlm, tokenizer)
     built = list(_micro_batches(config, data, scan, walk_of(config, scan)[0], ranks=ranks))
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
@@ -161,18 +167,24 @@ def planned(config: Config, *, cuda: bool) -> Config:
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": name})})
 
 
-def empty_model(config: Config) -> tuple[VLM, list[Group], Any]:
+def settled(config: Config, vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> Config:
+    """The config with what the model decides about its data, see `settle_packing`."""
+    update = settle_packing(config.data.model_dump(), vlm, tokenizer, measure=measure, say=say)
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def empty_model(config: Config, *, say: Say = lambda _: None) -> tuple[VLM, list[Group], Any]:
     """The composite of a config without weights, its tuning applied, and its tokenizer."""
     model = config.model.model_dump()
     dtype = DTYPES[config.train.precision]
-    vlm, tokenizer = assemble(model, dtype=dtype, packed=config.data.packing, empty=True)
+    vlm, tokenizer = assemble(model, dtype=dtype, packed=config.data.packing is not False, empty=True)
     tune = config.tune.model_dump()
     if tune["llm"]["mode"] == "qlora":
         tune["llm"] = unquantised(tune["llm"])
     for plan in tune.values():  # starts that need the numbers in the weights have the shapes of the usual one
         if plan["options"].get("init") in ("pissa", "olora", "orthogonal"):
             plan["options"]["init"] = True
-    groups = apply_tuning(vlm, tune)
+    groups = apply_tuning(vlm, tune, say=say)
     vlm.split()  # looks at shapes, as long as these are all there is
     vlm.train()
     return vlm, groups, tokenizer
@@ -202,7 +214,7 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
         max_length=options.max_length,
         capacity=options.pack_tokens,
         split_turns=options.split_turns,
-        share_prefix=options.share_prefix and options.packing,
+        share_prefix=options.share_prefix and options.packing is not False,
         loss=options.loss.model_dump(),
     )
     numbers: np.ndarray | None = None

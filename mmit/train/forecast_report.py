@@ -27,6 +27,8 @@ def show(
         share: of the peak that the devices reach. peak: FLOP/s of one, None for the device's own.
         price: of one device for an hour.
     """
+    for note in found.notes:
+        say(note)
     how = "all" if found.measured == found.records else f"told from {found.measured:,} of them"
     say(
         f"{found.records:,} records ({how}), {found.pictures:,.0f} pictures; an epoch: {_count(found.tokens)} tokens, "

@@ -42,10 +42,11 @@ from mmit.train.describe import describe, note_start
 from mmit.train.echo import echo
 from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
 from mmit.train.features import FeatureCache
-from mmit.train.forecast import least_recompute, walk_of
+from mmit.train.forecast import least_recompute, settled, walk_of
 from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Progress
 from mmit.train.pictures import align_to_captions, cache_features
+from mmit.train.probes import ADAPTERS, answers, check_records, check_start_of_adapter, without_gradient
 from mmit.train.start import check_start
 from mmit.train.world import World
 from mmit.train.zero import complete, deepspeed_options, zero_stage
@@ -58,6 +59,7 @@ BAD_RECORDS = {"train": "bad_records.jsonl", "eval": "bad_records_eval.jsonl"}
 class Parts:
     """What is ready before the first step."""
 
+    config: Config  # with what the model decided
     vlm: VLM
     tokenizer: Any
     chat: ChatFormat
@@ -87,6 +89,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         check_start(start, then=checkpoint.read_config(start).model_dump(), now=config.model_dump(), say=say)
     divided = _partition(config) if world.deepspeed else None
     vlm, tokenizer = _assemble(config, start, divided)
+    vlm.to(world.device)
+    config = settled(config, vlm, tokenizer, measure=divided is None, say=say)
     chat = chat_of(config.model.chat.model_dump(), tokenizer, date=checkpoint.chat_date(begin))
     with located("model.vision"):
         image = checkpoint.image_preparation(vlm.vision, config.model.vision)
@@ -94,7 +98,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     load_image = image_loader(preparation) if preparation else None
 
     with partitioned(divided):
-        groups = apply_tuning(vlm, config.tune.model_dump())
+        groups = _tune(vlm, config, probe=divided is None and start is None, say=say)
         if start is not None:
             checkpoint.read_weights(vlm, start)
     heart.phase("measuring the data", 0)
@@ -108,7 +112,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     heart.phase("preparing the model", 0)
     vlm.to(world.device)
     if divided is None:
-        _try_forward(vlm, packing=config.data.packing)
+        _try_forward(vlm, data, scan)
     begin_phase = partial(heart.phase, step=0)
     features = cache_features(
         vlm,
@@ -135,7 +139,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     heart.phase("preparing the engine", 0)
     engine = _engine(config, vlm, groups, world=world, recompute=_recompute(config, world, say))
     if divided is not None:  # only the engine brings its weights
-        _try_forward(vlm, packing=config.data.packing)
+        _try_forward(vlm, data, scan)
     if config.train.compile:
         _compile(vlm, engine)
     progress = resume.restore(engine, begin, seed=seed, say=say)
@@ -146,7 +150,21 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         write_atomic(run_dir / "config.yaml", config.to_yaml())
     vlm.train()
     return Parts(
-        vlm, tokenizer, chat, image, load_image, data, scan, walk, order, held_out, features, groups, engine, progress
+        config,
+        vlm,
+        tokenizer,
+        chat,
+        image,
+        load_image,
+        data,
+        scan,
+        walk,
+        order,
+        held_out,
+        features,
+        groups,
+        engine,
+        progress,
     )
 
 
@@ -173,10 +191,26 @@ def settle_precision(config: Config, begin: Path | None, *, world: World, say: S
     return config.model_copy(update={"train": config.train.model_copy(update={"precision": shared})})
 
 
-def _try_forward(vlm: VLM, *, packing: bool) -> None:
+def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
+    """Apply the tuning methods; with `probe` see that an adapter starts where the base is, and reaches the loss."""
+    tune = config.tune.model_dump()
+    adapter = probe and tune["llm"]["mode"] in ADAPTERS and tune["llm"]["options"].get("init") is not False
+    before = answers(vlm) if adapter else None
+    groups = apply_tuning(vlm, tune, say=say)
+    if before is not None:
+        vlm.to(before.device)
+        check_start_of_adapter(vlm, before)
+        if idle := without_gradient(vlm):
+            names = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
+            say(f"warning: {len(idle)} tensors of the adapter have no gradient, so they are not trained: {names}")
+    return groups
+
+
+def _try_forward(vlm: VLM, data: InstructionData, scan: Scan) -> None:
     """Forwards that find out about the model; in the first step they would be out of the order ZeRO-3 records."""
-    if packing:
+    if not vlm.padded:
         vlm.check_isolation()
+    check_records(vlm, data, scan)
     vlm.split()
 
 
@@ -209,7 +243,7 @@ def _assemble(config: Config, start: Path | None, divided: dict[str, Any] | None
         model,
         dtype=dtype,
         seed=config.run.seed,
-        packed=config.data.packing,
+        packed=config.data.packing is not False,
         tokenizer=tokenizer,
         quantization=quantization(config.tune.llm.mode, config.tune.llm.options),
         partition=divided,
@@ -260,7 +294,7 @@ def _read_data(
             max_length=options.max_length,
             capacity=options.pack_tokens,
             split_turns=options.split_turns,
-            share_prefix=options.share_prefix and options.packing,
+            share_prefix=options.share_prefix and options.packing is not False,
             loss=options.loss.model_dump(),
         )
         found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mmit.data.dataset import InstructionData, Scan, image_key
 from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError, located
-from mmit.models.partition import whole
+from mmit.models.partition import shape, whole
 from mmit.models.vlm import VLM
 from mmit.records import Record
 from mmit.train.align import align_words
@@ -89,7 +91,9 @@ def align_to_captions(
     seen = features.get(keys)
     begin("word alignment")
     with whole(vlm.word_embeddings):
-        embeddings = vlm.word_embeddings.detach()
+        ids = torch.arange(shape(vlm.word_embeddings)[0], device=vlm.device)
+        # What the LLM gets for a word: some scale the table's rows inside the embedding module.
+        embeddings = vlm.llm.get_input_embeddings()(ids).detach()  # type: ignore[operator]
 
         def align(alive: Callable[[], None]) -> None:
             options: dict[str, Any] = {"epochs": epochs, "lr": lr, "seed": seed, "alive": alive}

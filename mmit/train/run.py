@@ -84,7 +84,7 @@ def _run(config: Config, evaluate: Evaluate | None, run_dir: Path, *, world: Wor
         with stop_asked(say) as stopped, closing(RunLog(run_dir, active=world.main, trackers=trackers)) as log:
             with stopped.leaving():  # nothing of this start is worth saving yet
                 parts = build(config, begin, world=world, say=say, heart=heart)
-            finished = _train(config, evaluate, parts, world=world, log=log, heart=heart, stopped=stopped)
+            finished = _train(parts.config, evaluate, parts, world=world, log=log, heart=heart, stopped=stopped)
         last = "finished" if finished else "stopped"
     except Leave:
         last = "stopped"

@@ -23,6 +23,7 @@ from mmit.models.tuning.llm import METHODS, biases, norm_parameters
 from mmit.models.tuning.lora import LORA, quantization, trained_b, tune_vision_lora
 from mmit.models.tuning.merge import base_name, is_added, merge
 from mmit.models.tuning.options import Option, Options, read_options
+from mmit.models.tuning.reach import left_out
 from mmit.models.vision import VisionTower
 from mmit.models.vlm import VLM
 
@@ -61,12 +62,15 @@ class Group:
     parameters: list[tuple[str, nn.Parameter]]
 
 
-def apply_tuning(vlm: VLM, tune: Mapping[str, Mapping[str, Any]]) -> list[Group]:
+def apply_tuning(
+    vlm: VLM, tune: Mapping[str, Mapping[str, Any]], *, say: Callable[[str], None] = lambda _: None
+) -> list[Group]:
     """Set what is trained.
 
     Args:
         vlm: the composite; its LLM may already be a PeftModel (a continued run).
         tune: {"vision" | "projector" | "llm": {"mode": str, "lr": float | None, "options": dict}}.
+        say: is told what a method leaves out.
 
     Returns:
         one group per trained component; with LoRA+ a second one for its B matrices.
@@ -78,6 +82,8 @@ def apply_tuning(vlm: VLM, tune: Mapping[str, Mapping[str, Any]]) -> list[Group]
     vlm.requires_grad_(False)
     vlm.partly.clear()
     METHODS[tune["llm"]["mode"]].apply(vlm, options["llm"])
+    for line in left_out(vlm, mode=tune["llm"]["mode"]):
+        say(line)
     if vlm.vision is not None and vlm.projector is not None:
         _tune_vision(vlm, vlm.vision, tune["vision"]["mode"], options["vision"])
         vlm.projector.requires_grad_(tune["projector"]["mode"] == "full")

@@ -16,6 +16,7 @@ from torch import nn
 from mmit.errors import ModelError
 from mmit.models import attention
 from mmit.models.partition import shape, whole
+from mmit.models.rules import takes_attention
 from mmit.models.tuning.bottleneck import insert_adapters
 from mmit.models.tuning.lora import IA3, LORA, QLORA, tune_ia3, tune_lora, tune_qlora
 from mmit.models.tuning.options import Option, Options
@@ -23,6 +24,7 @@ from mmit.models.tuning.structure import attention_and_mlp, base_model, decoder_
 from mmit.models.virtual import PREFIX, PROMPT, Prefix, SoftPrompt
 from mmit.models.vlm import VLM
 
+SOME = 4096  # words whose embeddings tell how large they are
 INSERTED = "mmit_inserted_bias"  # marks a linear layer whose bias the architecture does not know
 
 
@@ -95,19 +97,22 @@ def _list(value: Any) -> list[str] | None:
 
 def _soft_prompt(vlm: VLM, options: Mapping[str, Any]) -> None:
     count = options["tokens"]
-    with whole(vlm.word_embeddings):
-        words = vlm.word_embeddings.detach()
+    with whole(vlm.word_embeddings), torch.no_grad():
+        table = vlm.word_embeddings
+        # What the model gets for a word: some scale the table's rows inside the embedding module.
+        words: Any = vlm.llm.get_input_embeddings()
         if options["init"] == "vocab":
-            start = words[torch.randint(len(words), (count,)).to(words.device)]
+            start = words(torch.randint(len(table), (count,)).to(table.device))
         else:
-            start = torch.randn(count, words.shape[1]).to(words) * words.std()
+            some = words(torch.arange(min(len(table), SOME), device=table.device))
+            start = torch.randn(count, table.shape[1]).to(some) * some.float().std().to(some.dtype)
     base_model(vlm.llm).add_module(PROMPT, SoftPrompt(start))
     train_only(vlm, "llm", [f"{PROMPT}.embeddings"])
 
 
 def _prefix(vlm: VLM, options: Mapping[str, Any]) -> None:
     llm = base_model(vlm.llm)
-    if not llm._supports_attention_backend:
+    if not takes_attention(type(llm)):
         raise ModelError(
             f"{type(llm).__name__} does not route its attention through transformers' attention interface, where "
             "the prefix is added",

@@ -7,6 +7,7 @@ that need data or are not the same twice.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import nn
 from mmit.errors import ModelError
 from mmit.models.tuning.fused_lora import fuse_lora
 from mmit.models.tuning.options import Option, Options
+from mmit.models.tuning.reach import bypassed, expert_parameters, find_targets, refuse_bypassed
 
 LORA_KEYS = {  # ours -> peft's
     "r": "r",
@@ -43,6 +45,7 @@ LORA: Options = {
     "dora": Option(False, "flag"),  # magnitude and direction apart, arXiv:2402.09353
     "init": Option(True, "text", choices=INITS),
     "layers": Option(None, "numbers"),
+    "experts": Option(False, "flag"),  # weights that experts keep as one tensor, which no linear layer holds
     "bias": Option("none", "text", choices=("none", "all", "lora_only")),
     "lr_ratio": Option(1.0, "number", least=1),  # LoRA+: learning rate of B over that of A, arXiv:2402.12354
 }
@@ -104,10 +107,28 @@ def tune_lora(llm: Any, options: Mapping[str, Any]) -> PeftModel:
                 where="tune.llm.options.init",
                 remedy="use init: true, or mode lora",
             )
-        llm = wrap(llm, lora_config(options), where="tune.llm.options.targets")
+        targets = find_targets(llm, options["targets"], layers=options["layers"])
+        unheard = bypassed(llm)
+        refuse_bypassed(targets, unheard)
+        config = lora_config({**options, "targets": targets})
+        if unheard:
+            config.exclude_modules = "|".join(map(re.escape, unheard))
+        if options["experts"]:
+            config.target_parameters = _experts(llm)
+        llm = wrap(llm, config, where="tune.llm.options.targets")
     mark_adapter(llm)
     fuse_lora(llm)
     return llm
+
+
+def _experts(llm: Any) -> list[str]:
+    if not (found := expert_parameters(llm)):
+        raise ModelError(
+            f"{type(llm).__name__} has no experts that share a tensor",
+            where="tune.llm.options.experts",
+            remedy="set experts: false; experts that are linear layers are among all-linear",
+        )
+    return found
 
 
 def tune_qlora(llm: Any, options: Mapping[str, Any]) -> PeftModel:
@@ -158,7 +179,9 @@ def tune_vision_lora(encoder: nn.Module, options: Mapping[str, Any]) -> PeftMode
             where="tune.vision.mode",
             remedy="use layernorm, bitfit or full",
         )
-    config = lora_config({**options, "targets": options["targets"] or linear}, task=None)
+    where = "tune.vision.options.targets"
+    chosen = find_targets(encoder, options["targets"], layers=None, where=where) if options["targets"] else linear
+    config = lora_config({**options, "targets": chosen}, task=None)
     adapted = wrap(encoder, config, where="tune.vision.options.targets")
     fuse_lora(adapted)
     return adapted

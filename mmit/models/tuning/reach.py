@@ -1,0 +1,149 @@
+"""What an adapter reaches: targets looked up in the model, layers whose weights are read past them, what is left out.
+
+In: a model before or after it is wrapped. Out: names of modules and tensors, lines of text. Refuses a target that is
+no module of the model, and one that an adapter on it could not change.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmit.errors import ModelError, nearest
+from mmit.models.calls import call
+from mmit.models.modes import evaluation_mode
+from mmit.models.partition import is_part, numel, shape
+from mmit.models.tuning.structure import base_model
+from mmit.models.vlm import VLM
+
+WHERE = "tune.llm.options.targets"
+ALL_LINEAR = "all-linear"
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of the linear layers, without the output head."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+def find_targets(model: nn.Module, given: Any, *, layers: Sequence[int] | None, where: str = WHERE) -> Any:
+    """Targets as PEFT takes them, every one looked up in the model.
+
+    Args:
+        given: "all-linear", names of modules (or how their names end), one name, or one regular expression.
+        layers: restricts names to these decoder layers, which PEFT does for lists alone.
+
+    Raises:
+        ModelError: a name or the expression matches nothing.
+    """
+    names = [n for n, _ in model.named_modules()]
+    if given == ALL_LINEAR:
+        return sorted({n.rpartition(".")[2] for n in linear_names(model)}) if layers else given
+    if isinstance(given, str):
+        if not any(_ends(n, given) for n in names):
+            if not any(_matches(given, n) for n in names):
+                raise _unknown(model, given, where)
+            if layers:
+                problem = "layers cannot be chosen where targets is a regular expression"
+                raise ModelError(problem, where=where, remedy="list names in targets, or write the layers into it")
+            return given
+        given = [given]
+    for target in given:
+        if not any(_ends(n, target) for n in names):
+            raise _unknown(model, target, where)
+    return list(given)
+
+
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False
+
+
+def _unknown(model: nn.Module, target: str, where: str) -> ModelError:
+    known = sorted({n.rpartition(".")[2] for n in linear_names(model)})
+    return ModelError(f"the model has no module '{target}'", where=where, remedy=nearest(target, known))
+
+
+def bypassed(llm: Any) -> list[str]:
+    """Names of linear layers that a forward of the model never calls, though it may read their weights.
+
+    State-space layers hand the weights of some projections to a kernel; an adapter around such a layer is not heard.
+    Found by a forward of two tokens, of a model without weights where these are divided among ranks.
+    """
+    inner = base_model(llm)
+    held = [m for m in inner.modules() if any(isinstance(c, nn.Conv1d) for c in m.children())]
+    if not held:  # only layers of this kind are known to do so, and experts that get no token are not called either
+        return []
+    suspects = {n for n, m in inner.named_modules() if isinstance(m, nn.Linear)}
+    inside = {id(m) for owner in held for m in owner.modules()}
+    suspects = {n for n in suspects if id(inner.get_submodule(n)) in inside}
+    if any(is_part(p) for p in inner.parameters()):
+        with torch.device("meta"):
+            inner = type(inner)(copy.deepcopy(inner.config))
+    called: set[str] = set()
+    hooks = [
+        inner.get_submodule(n).register_forward_hook(lambda *_, name=n: called.add(name)) for n in sorted(suspects)
+    ]
+    device = inner.get_input_embeddings().weight.device
+    try:
+        with evaluation_mode(inner), torch.no_grad():
+            words = inner.get_input_embeddings()(torch.arange(2, device=device))[None]
+            call(inner, inputs_embeds=words, use_cache=False, optional=("use_cache",))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sorted(suspects - called)
+
+
+def refuse_bypassed(targets: Any, names: Sequence[str]) -> None:
+    """Refuse targets that name only layers whose weights are read past them. Raises ModelError."""
+    if targets == ALL_LINEAR or isinstance(targets, str):
+        return
+    for target in targets:
+        if found := [n for n in names if _ends(n, target)]:
+            raise ModelError(
+                f"the model reads the weights of '{found[0]}' without calling it, so that an adapter there changes "
+                "nothing",
+                where=WHERE,
+                remedy=f"leave '{target}' out",
+            )
+
+
+def expert_parameters(llm: Any) -> list[str]:
+    """Names of the weights that experts keep as one tensor for all of them."""
+    inner = base_model(llm)
+    return [
+        f"{n}.{p}"
+        for n, m in inner.named_modules()
+        if not isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        for p, weight in m.named_parameters(recurse=False)
+        if len(shape(weight)) == 3 and "lora" not in p
+    ]
+
+
+def left_out(vlm: VLM, *, mode: str) -> Iterator[str]:
+    """Lines about large parts of the LLM that a mode neither trains nor adapts."""
+    if mode not in ("lora", "qlora"):
+        return
+    inner = base_model(vlm.llm)
+    trained = [n for n, p in inner.named_parameters() if p.requires_grad]
+    total = numel(p for n, p in inner.named_parameters() if "lora_" not in n)
+    owners = [name.rpartition(".")[0].replace(".base_layer", "") for name in expert_parameters(vlm.llm)]
+    missed = {o for o in owners if not any(t.startswith(f"{o}.") for t in trained)}
+    if missed:
+        count = numel(p for o in missed for n, p in inner.named_parameters() if n.startswith(f"{o}."))
+        yield (
+            f"{mode} does not reach the experts, {100 * count / total:.0f} % of the LLM's parameters: they stay as "
+            "they are (tune.llm.options.experts=true adapts them)"
+        )

@@ -1,0 +1,113 @@
+"""Invariants of a model that a run measures before its first step.
+
+A record in a row is the record alone, also the longest of the data; an adapter changes nothing before it is trained;
+every tensor of an adapter has a gradient. In: the composite in place, and real records. Each probe is a few forwards
+without dropout. What fails is one sentence with a way out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mmit.data.dataset import InstructionData, Scan
+from mmit.data.packing import Sample, build_row
+from mmit.errors import ModelError
+from mmit.models.modes import evaluation_mode
+from mmit.models.partition import shape
+from mmit.models.vlm import VLM, same_logits
+
+ADAPTERS = ("lora", "qlora", "ia3", "houlsby")
+LAST = 32  # targets of a record that are compared
+SAMPLES = 3
+
+
+@torch.no_grad()
+def check_records(vlm: VLM, data: InstructionData, scan: Scan) -> None:
+    """Compare a row of real records, the longest of all among them, with each of them alone.
+
+    Raises:
+        ModelError: they differ by more than rounding.
+    """
+    samples = _some(data, scan)
+    if len(samples) < 2:
+        return
+    with evaluation_mode(vlm):
+        together = _logits(vlm, samples, share=data.share_prefix and not vlm.padded)
+        for sample in samples:
+            if not same_logits(together[sample.record], _logits(vlm, [sample], share=False)[sample.record]):
+                raise ModelError(
+                    f"a record of {sample.length} tokens is answered differently beside other records than alone",
+                    where="data.packing",
+                    remedy="set data.packing=false" if not vlm.padded else "set train.micro_rows=1",
+                )
+
+
+def _some(data: InstructionData, scan: Scan) -> list[Sample]:
+    """The longest sample and the shortest of some others, numbered from 0."""
+    order = scan.length.argsort(kind="stable")
+    units = [int(order[-1]), *(int(u) for u in order[: SAMPLES - 1] if u != order[-1])]
+    found = [max(data.unit_samples(scan, unit)[0], key=lambda s: s.length) for unit in units]
+    return [Sample(s.ids, s.supervised, s.images, n, s.widths) for n, s in enumerate(found)]
+
+
+def _logits(vlm: VLM, samples: list[Sample], *, share: bool) -> dict[int, torch.Tensor]:
+    """(LAST, V) logits at the last targets of each record; pictures are vectors that hang on their place alone."""
+    row = build_row(samples, share=share)
+    device = vlm.device
+    words = vlm.llm.get_input_embeddings()
+    embeddings = words(row.input_ids.to(device))  # type: ignore[operator]
+    ids = row.input_ids.index_fill(0, row.image_positions, -1).to(device)
+    if len(row.image_positions):
+        depth = row.positions[row.image_positions].float()[:, None] + 1
+        size = words(torch.arange(64, device=device)).float().std()  # type: ignore[operator]
+        vectors = torch.sin(depth * torch.arange(1.0, embeddings.shape[1] + 1)).to(device) * size
+        embeddings = embeddings.index_copy(0, row.image_positions.to(device), vectors.to(embeddings))
+    places = {s.record: (row.target_records == s.record).nonzero()[-LAST:, 0] for s in samples}
+    at = row.predict_at[torch.cat(list(places.values()))].to(device)
+    logits = vlm.row_logits(embeddings, positions=row.positions.to(device), nodes=row.nodes, at=at, ids=ids)
+    parts = logits.split([len(p) for p in places.values()])
+    return dict(zip(places, parts, strict=True))
+
+
+def _words(vlm: VLM) -> dict[str, Any]:
+    """A row of one record from all over the vocabulary."""
+    count, device = 8, vlm.device
+    ids = torch.arange(1, count + 1, device=device) * max(shape(vlm.word_embeddings)[0] // (count + 1), 1)
+    words = vlm.llm.get_input_embeddings()
+    at = torch.arange(count, device=device)
+    nodes = torch.tensor([[0, count, -1]])
+    embeddings = words(ids)  # type: ignore[operator]
+    return {"embeddings": embeddings, "positions": at, "nodes": nodes, "at": at, "ids": ids}
+
+
+@torch.no_grad()
+def answers(vlm: VLM) -> torch.Tensor:
+    """(S, V) logits of a few tokens, by which a model is recognised."""
+    with evaluation_mode(vlm):
+        return vlm.row_logits(**_words(vlm))
+
+
+def check_start_of_adapter(vlm: VLM, before: torch.Tensor) -> None:
+    """Compare with the `answers` from before an adapter was put on.
+
+    Raises:
+        ModelError: the adapter changes the model.
+    """
+    if not same_logits(answers(vlm), before):
+        raise ModelError(
+            "the adapter changes what the model answers before anything is trained: some of its layers read the "
+            "weights of others past their adapters",
+            where="tune.llm.options",
+            remedy="set init: true, or name other layers in targets",
+        )
+
+
+def without_gradient(vlm: VLM) -> list[str]:
+    """Names of the trained tensors of the LLM that a forward of a few tokens gives no gradient."""
+    trained = {n: p for n, p in vlm.llm.named_parameters() if p.requires_grad}
+    with evaluation_mode(vlm), torch.enable_grad():
+        loss = vlm.row_logits(**_words(vlm)).float().square().mean()
+        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+    return [name for name, gradient in zip(trained, found, strict=True) if gradient is None]
