@@ -52,7 +52,6 @@ class Scan:
     # (U,) int64, crops that the tower sees for the unit alone
     seen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     kept: list[dict[str, int]] = field(default_factory=list)  # per source, keys that stay in the meta unread, and rows
-    key: str = ""  # of what was measured; "" if it is not known what it depends on
 
     @property
     def illustrated(self) -> np.ndarray:
@@ -124,8 +123,6 @@ def scan(
     if chosen is None:
         # Rows that became no record count among the records of which a share may be bad.
         out.records += sum(opened.unreadable for opened in data.sources)
-    if chosen is None and data.key:
-        out.key = key_of([source_key(data, source) for source in range(len(data.sources))])
     return out
 
 

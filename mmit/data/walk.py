@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 from mmit.data.balance import spread
@@ -31,6 +31,7 @@ class Walk:
         steps: optimizer steps. Exactly one is given. With `epochs` all rows are planned once, to count them.
         rows_per_step: rows in an optimizer step, over all ranks.
         known: the `state` of an earlier walk of the same order; rows before it cannot be asked for.
+        counts: rows in the first segments, as far as they are known; these are not planned to be counted.
         cost_of: predicts what a row costs; ranks then get equal work instead of every world-th row.
         alike: a row's key; rows of a step with near keys then share micro-batches, and near ones run at the same time
             on all ranks.
@@ -48,6 +49,7 @@ class Walk:
         epochs: float | None = None,
         steps: int | None = None,
         known: Mapping[str, Any] | None = None,
+        counts: Iterable[int] = (),
         segment: int = SEGMENT,
         cost_of: Callable[[list[int]], float] | None = None,
         alike: Callable[[list[int]], tuple[int, ...]] | None = None,
@@ -58,7 +60,8 @@ class Walk:
         self._rows_of, self._units, self._segment = rows_of, units, segment
         self._cost_of, self._alike = cost_of, alike
         self._segments = -(-units // segment)  # in an epoch; numbered on through the epochs
-        self._base, self._starts = 0, [0]  # the first segment known, first row of it and of those after it
+        # The first segment known, first row of it and of those after it.
+        self._base, self._starts = 0, list(accumulate(counts, initial=0))
         if known is not None:
             self._base, self._starts = int(known["segment"]), [int(known["first_row"])]
         self._kept: OrderedDict[int, list[list[int]]] = OrderedDict()
@@ -70,6 +73,14 @@ class Walk:
         counted = known is not None and known["epochs"] == epochs
         self.total_rows = int(known["rows"]) if known and counted else self._count(epochs)
         self.steps = -(-self.total_rows // rows_per_step)
+
+    @staticmethod
+    def whole_segments(units: int, epochs: float, segment: int = SEGMENT) -> list[tuple[int, int, int]]:
+        """(epoch, begin, end) of the segments that so many epochs hold whole, in order."""
+        cuts = [(begin, min(begin + segment, units)) for begin in range(0, units, segment)]
+        rest = int((epochs - int(epochs)) * units // segment)
+        whole = [(epoch, begin, end) for epoch in range(int(epochs)) for begin, end in cuts]
+        return whole + [(int(epochs), begin, end) for begin, end in cuts[:rest]]
 
     def _count(self, epochs: float) -> int:
         """Rows in so many epochs; where they end inside a segment, the share of its units is rounded to rows."""

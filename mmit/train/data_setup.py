@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmit.data.ahead import allowed_cores
+from mmit.data.ahead import allowed_cores, in_order
 from mmit.data.chat import ChatFormat, Encoded, encode
 from mmit.data.dataset import InstructionData
 from mmit.data.loader import LoadImage, MicroBatch, micro_batches
@@ -30,7 +30,7 @@ from mmit.data.mixture import WINDOW, mixing_weights, mixture_order, units_in_ep
 from mmit.data.packing import plan_rows
 from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import Source, open_source
-from mmit.data.store import Store, key_of
+from mmit.data.store import Store, code_version, key_of
 from mmit.data.walk import Walk
 from mmit.errors import CheckpointError, ConfigError, RecordError, located, nearest
 from mmit.io import append, write_atomic
@@ -235,6 +235,7 @@ def make_walk(
     known: Mapping[str, Any] | None = None,
     costs: np.ndarray | None = None,
     group: bool = True,
+    store: Store | None = None,
 ) -> tuple[Walk, dict[str, Any]]:
     """The rows of the run in order, and the facts that decide this order.
 
@@ -245,6 +246,7 @@ def make_walk(
         costs: (U,) of the units; ranks get equal work by them.
         group: without `capacity`, let units of a step share a micro-batch that have pictures or not and are equally
             long, as LLaVA's group_by_modality_length; a step holds the same units as without.
+        store: keeps how many rows the segments of the order take, which all have to be planned to know.
 
     Raises:
         CheckpointError: the facts differ from the known ones.
@@ -284,6 +286,9 @@ def make_walk(
         return int(scan.seen[row].any()), int(scan.length[row].sum())
 
     units = units_in_epoch(sizes, weights)
+    counts: Sequence[int] = ()
+    if known is None and epochs is not None and capacity is not None:
+        counts = _row_counts(rows_of, Walk.whole_segments(units, epochs), [facts, sizes, scan.shared], store)
     cost_of = None if costs is None else lambda row: float(costs[row].sum())
     walk = Walk(
         rows_of,
@@ -292,10 +297,29 @@ def make_walk(
         epochs=epochs,
         steps=steps,
         known=known,
+        counts=counts,
         cost_of=cost_of,
         alike=alike if group and capacity is None else None,
     )
     return walk, facts
+
+
+def _row_counts(
+    rows_of: Callable[[int, int, int], list[list[int]]],
+    segments: Sequence[tuple[int, int, int]],
+    order: Any,
+    store: Store | None,
+) -> list[int]:
+    """Rows in each segment of an order, which `order` decides; planned on all cores, or read from the store."""
+    key = key_of(order, len(segments), code_version())
+    found = store.find("planned", key) if store is not None else None
+    if found is not None:
+        return found[1]["rows"].tolist()
+    workers = allowed_cores() if len(segments) > 2 else 0
+    counts = list(in_order(lambda segment: len(rows_of(*segment)), segments, workers=workers))
+    if store is not None and segments:
+        store.keep("planned", key, {}, {"rows": np.array(counts, dtype=np.int64)})
+    return counts
 
 
 def image_loader(preparation: ImagePreparation) -> LoadImage:

@@ -91,7 +91,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
     vlm, groups, tokenizer = empty_model(config, say=notes.append)
     config = settled(config, vlm, tokenizer, measure=False, say=notes.append)
     data, scan, share = _sample_data(config, vlm, tokenizer)
-    walk = walk_of(config, scan)[0]
+    walk = walk_of(config, scan, store=_store(config))[0]
     mode = recompute or config.train.checkpointing
     mode = "none" if mode == "auto" else mode
     cached = config.model.vision is not None and config.model.vision.cache != "off"
@@ -141,7 +141,7 @@ def least_recompute(config: Config, *, ranks: int, stage: int | None) -> tuple[s
     vlm, _, tokenizer = empty_model(config)
     config = settled(config, vlm, tokenizer, measure=False, say=lambda _: None)
     data, scan, _ = _sample_data(config, vlm, tokenizer)
-    built = list(_micro_batches(config, data, scan, walk_of(config, scan)[0], ranks=ranks))
+    built = list(_micro_batches(config, data, scan, walk_of(config, scan, store=_store(config))[0], ranks=ranks))
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
     tried = []
     for mode in MODES:
@@ -203,7 +203,7 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
         limit=context_length(vlm.llm),
         virtual=virtual_tokens(vlm.llm),
     )
-    store = Store(cache_folder(options.cache_dir))
+    store = _store(config)
     data = open_data(
         [s.model_dump() for s in options.train],
         chat,
@@ -236,6 +236,10 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
     return data, scan, share
 
 
+def _store(config: Config) -> Store:
+    return Store(cache_folder(config.data.cache_dir))
+
+
 def _preparation(config: Config, vlm: VLM) -> ImagePreparation | None:
     with located("model.vision"):
         image = image_preparation(vlm.vision, config.model.vision)
@@ -243,9 +247,14 @@ def _preparation(config: Config, vlm: VLM) -> ImagePreparation | None:
 
 
 def walk_of(
-    config: Config, scan: Scan, *, known: dict[str, Any] | None = None, costs: Any = None
+    config: Config,
+    scan: Scan,
+    *,
+    known: dict[str, Any] | None = None,
+    costs: Any = None,
+    store: Store | None = None,
 ) -> tuple[Walk, dict[str, Any]]:
-    """The rows of a run, forecast or real, and what decides their order; `known`, `costs`: see `make_walk`."""
+    """The rows of a run, forecast or real, and what decides their order; the rest: see `make_walk`."""
     t = config.train
     return make_walk(
         scan,
@@ -261,6 +270,7 @@ def walk_of(
         group=config.data.group,
         known=known,
         costs=costs,
+        store=store,
     )
 
 

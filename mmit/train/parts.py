@@ -106,7 +106,11 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     data, scan = read()
     cached = config.model.vision is not None and config.model.vision.cache != "off"
     costs = unit_costs(vlm, scan, cached=cached) if world.size > 1 else None
-    walk, order = walk_of(config, scan, known=resume.order_of(begin), costs=costs)
+    plan: dict[str, Any] = {"known": resume.order_of(begin)}
+    plan["store"] = Store(cache_folder(config.data.cache_dir, run_dir=run_dir))
+    if world.size > 1:  # the others read what rank 0 planned
+        world.first(lambda alive: _plan(config, scan, plan))
+    walk, order = walk_of(config, scan, costs=costs, **plan)
     held_out = read(part="eval") if config.data.eval else None
 
     heart.phase("preparing the model", 0)
@@ -166,6 +170,10 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         engine,
         progress,
     )
+
+
+def _plan(config: Config, scan: Scan, plan: dict[str, Any]) -> None:
+    walk_of(config, scan, **plan)
 
 
 def settle_precision(config: Config, begin: Path | None, *, world: World, say: Say) -> Config:

@@ -68,8 +68,7 @@ def same(a, b):
         x, y = getattr(a, field.name), getattr(b, field.name)
         if field.name == "bad":
             x, y = [e.facts for e in x], [e.facts for e in y]
-        if field.name != "key":
-            assert np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y, field.name
+        assert np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y, field.name
     assert np.array_equal(a.illustrated, b.illustrated)
 
 

@@ -136,3 +136,24 @@ def test_a_walk_over_nothing_is_an_error() -> None:
         Walk(lambda epoch, begin, end: [], units=0, rows_per_step=2, steps=3)
     with pytest.raises(ConfigError, match="no row"):
         Walk(lambda epoch, begin, end: [], units=3, rows_per_step=2, steps=3).row(0)
+
+
+@given(run=RUNS, segment=SEGMENTS)
+def test_counts_known_before_change_nothing_and_are_not_planned_again(
+    run: tuple[int, float, int, int], segment: int
+) -> None:
+    rows_per_step, epochs, _, _ = run
+    plain = walk_of(rows_per_step=rows_per_step, epochs=epochs, segment=segment)
+    whole = Walk.whole_segments(UNITS, epochs, segment)
+    planned: list[tuple[int, int, int]] = []
+
+    def noted(*place: int) -> list[list[int]]:
+        planned.append((place[0], place[1], place[2]))
+        return rows_of(*place)
+
+    counts = [len(rows_of(*place)) for place in whole]
+    known = Walk(noted, units=UNITS, rows_per_step=rows_per_step, epochs=epochs, segment=segment, counts=counts)
+    assert not set(planned) & set(whole)
+    assert known.total_rows == plain.total_rows and known.steps == plain.steps
+    assert [known.row(p) for p in range(plain.total_rows + 1)] == [plain.row(p) for p in range(plain.total_rows + 1)]
+    assert [known.state(p) for p in range(plain.total_rows)] == [plain.state(p) for p in range(plain.total_rows)]
