@@ -131,7 +131,8 @@ def source_key(data: InstructionData, source: int) -> str:
     opened = data.sources[source]
     seen = None if data.preparation is None else asdict(data.preparation)
     lengths = [data.max_length, data.capacity, data.split_turns, data.share_prefix]
-    return key_of(opened.fingerprint, len(opened), data.key, seen, lengths, code_version())
+    weight = data.source_weights[source]
+    return key_of(opened.fingerprint, len(opened), data.key, weight, seen, lengths, code_version())
 
 
 def is_kept(data: InstructionData, store: Store) -> bool:
