@@ -1,7 +1,8 @@
 """Files that appear whole or not at all, lines that are added to one, and the one message of a disk that takes no more.
 
 In: a path and what to write. Out: the file, or a WriteError that names it. Nothing else in mmit writes a draft and
-renames it, except whole folders (`train/folders.py`) and tars (`data/shards/writer.py`).
+renames it, except whole folders (`train/folders.py`, `data/store.py`, `build/write.py`) and tars
+(`data/shards/writer.py`).
 """
 
 from __future__ import annotations

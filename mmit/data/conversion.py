@@ -8,7 +8,6 @@ it. Refuses nothing by itself.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 from mmit.data.formats import import_file
 from mmit.errors import ImageError, RecordError
+from mmit.io import write_atomic
 from mmit.records import Record, write_jsonl
 
 
@@ -81,9 +81,7 @@ def _write(path: Path, bad: list[tuple[int, RecordError]], kept: Mapping[str, in
         }
         for before, e in bad
     ]
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps({"bad": rows, "kept": dict(kept)}, ensure_ascii=False), encoding="utf-8")
-    os.replace(draft, path)
+    write_atomic(path, json.dumps({"bad": rows, "kept": dict(kept)}, ensure_ascii=False))
 
 
 def _read(path: Path) -> Verdicts:

@@ -43,9 +43,10 @@ def alpaca(row: Row, *, image_root: str = "") -> Record:
     dialogue: Dialogue = []
     if row.get("system"):
         dialogue.append(said("system", text_of(row["system"], "system")))
-    for pair in row.get("history") or []:
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RecordError("'history' is not a list of pairs", remedy="Write [[question, answer], ...].")
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RecordError("'history' is not a list of pairs", remedy="Write [[question, answer], ...].")
+    for pair in history:
         dialogue += [said("user", text_of(pair[0], "history")), said("assistant", text_of(pair[1], "history"))]
     given = text_of(row["input"], "input") if row.get("input") else ""
     dialogue.append(said("user", with_input(text_of(row.get("instruction"), "instruction"), given)))

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from test_captions import ALIGN, COCO, sample
 from test_instruct import PREAMBLE, TASK
@@ -102,6 +102,7 @@ def sound(record: Record) -> None:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(broken_row())
+@example(("alpaca", {"instruction": "a", "output": "c", "history": True}))
 def test_damaged_rows(case: tuple[str, Any]) -> None:
     name, row = case
     if not isinstance(row, dict):
