@@ -126,6 +126,11 @@ class ChatTemplate:
             self._slots[key] = found
         return self._slots[key]
 
+    @property
+    def thought_way(self) -> Way:
+        """Where the template reads thoughts that stand in a field of their own."""
+        return self._renderer.thought
+
     def in_list(self, turn: Outline) -> bool:
         """Tell whether the content of a turn is given as a list of parts."""
         return self._renderer.style(turn) == "list"
@@ -426,7 +431,7 @@ class ChatTemplate:
                 spans, rendered = self._locate(shape, items, NO_EXTRAS)
             except MmitError:
                 continue
-            if spans[0] is not None and "'type'" not in rendered and '"type"' not in rendered:
+            if spans[1] is not None and "'type'" not in rendered and '"type"' not in rendered:
                 break
         self._thought_known = True
 
