@@ -16,6 +16,7 @@ import typer
 from mmit import __version__
 from mmit.cli import build, chat, config, data, env, evaluate, export, harness, inspect, train, watch
 from mmit.cli.errors import Commands
+from mmit.text import echo
 
 app = typer.Typer(
     cls=Commands,
@@ -44,7 +45,7 @@ app.command("config")(config.config)
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"mmit {__version__}")
+        echo(f"mmit {__version__}")
         raise typer.Exit()
 
 

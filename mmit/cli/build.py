@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmit.errors import ConfigError, nearest
+from mmit.text import echo
 
 if TYPE_CHECKING:
     from mmit.templates import Bank
@@ -54,7 +55,7 @@ def annotated(
     if dry_run:
         for item, _ in zip((m for m in made if isinstance(m, Made)), range(5), strict=False):
             user, answer = item.record.turns
-            typer.echo(f"[{item.task}] {user.text!r} -> {answer.text!r}")
+            echo(f"[{item.task}] {user.text!r} -> {answer.text!r}")
         return
     counts = write_build(
         made,
@@ -67,10 +68,10 @@ def annotated(
     )
     for task, number in sorted(counts.accepted.items()):
         note = ", held out" if task in counts.held_out else ""
-        typer.echo(f"{task}: {number:,} records, {len(counts.templates[task])} templates{note}")
+        echo(f"{task}: {number:,} records, {len(counts.templates[task])} templates{note}")
     for reason, number in counts.dropped.most_common(5):
-        typer.echo(f"dropped {number:,}: {reason}")
-    typer.echo(f"wrote {out}/mixture.yaml ({counts.summary})")
+        echo(f"dropped {number:,}: {reason}")
+    echo(f"wrote {out}/mixture.yaml ({counts.summary})")
 
 
 @templates_app.command("check")
@@ -79,9 +80,9 @@ def check(bank: BankArgument) -> None:
     for opened in open_banks(bank, Path()):
         splits = {split: sum(t.split == split for t in opened.templates) for split in ("train", "held_out")}
         turned = sum(t.inverted for t in opened.templates)
-        typer.echo(f"{opened.task}: {splits['train']} for training, {splits['held_out']} held out, {turned} inverted")
+        echo(f"{opened.task}: {splits['train']} for training, {splits['held_out']} held out, {turned} inverted")
         for name, reason in opened.skipped.items():
-            typer.echo(f"  not read: {name} ({reason})")
+            echo(f"  not read: {name} ({reason})")
 
 
 @templates_app.command("show")
@@ -107,7 +108,7 @@ def show(
         for template in opened.templates:
             out = render(template, found, rng=random.Random(seed), row=row)
             asked = "".join(part.text if isinstance(part, Text) else "[image]" for part in out.parts)
-            typer.echo(f"--- {opened.task}/{template.id}\n{asked}\n=> {out.target}")
+            echo(f"--- {opened.task}/{template.id}\n{asked}\n=> {out.target}")
 
 
 def open_banks(named: Any, folder: Path) -> list[Bank]:

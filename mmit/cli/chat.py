@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.errors import printable, show_error
+from mmit.cli.errors import show_error
 from mmit.errors import MmitError
+from mmit.text import echo
 
 if TYPE_CHECKING:
     from mmit.records import Record
@@ -63,11 +64,11 @@ def chat(
     bits: dict[str, Any] = {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
     model = load(run, device=device, dtype=dtype, **bits, chat=chat_format, base=base)
     for note in model.notes:
-        typer.echo(note, err=True)
+        echo(note, err=True)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options |= {"top_p": top_p, "top_k": top_k, "seed": seed}
     if temperature is None and (told := model.generation.told()):
-        typer.echo(f"{told} (--temperature 0: the likeliest tokens)", err=True)
+        echo(f"{told} (--temperature 0: the likeliest tokens)", err=True)
     talk = Conversation(model, system=system, options=options)
     for path in image or []:
         talk.show(str(path))
@@ -110,7 +111,7 @@ class Conversation:
             answer += piece
         _write("\n")
         if not answer.strip():
-            typer.echo("(the answer is empty)", err=True)
+            echo("(the answer is empty)", err=True)
             return
         asked = ask(self._pictures, text, **question)
         self._history = Record((*asked.turns, Turn("assistant", (Text(answer),))))
@@ -118,10 +119,8 @@ class Conversation:
 
 
 def _write(text: str) -> None:
-    import sys
 
-    typer.echo(printable(text) if sys.stdout.isatty() else text, nl=False)
-    sys.stdout.flush()
+    echo(text, end="", exact=True)
 
 
 def _converse(talk: Conversation) -> None:
@@ -130,7 +129,7 @@ def _converse(talk: Conversation) -> None:
 
     if sys.stdin.isatty():
         import readline  # noqa: F401  its import gives the prompt line editing and a history
-    typer.echo(HELP, err=True)
+    echo(HELP, err=True)
     while True:
         try:
             line = input("> ").strip()
@@ -145,10 +144,10 @@ def _converse(talk: Conversation) -> None:
             elif word == "/image" and rest:
                 talk.show(rest.strip())
             elif word.startswith("/") and word[1:].isalpha():
-                typer.echo(f"not understood: {line}; {HELP}", err=True)
+                echo(f"not understood: {line}; {HELP}", err=True)
             elif line:
                 talk.say(line)
         except MmitError as error:
             show_error(error)
         except KeyboardInterrupt:  # ends this answer, not the conversation
-            typer.echo("")
+            echo("")

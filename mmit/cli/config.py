@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mmit.text import echo, terminal
+
 
 def config(
     overrides: Annotated[
@@ -23,7 +25,7 @@ def config(
     from mmit.config import load_config
 
     if resolve is not None:
-        typer.echo(load_config(resolve, overrides or []).to_yaml(), nl=False)
+        echo(load_config(resolve, overrides or []).to_yaml(), end="", exact=True)
     elif overrides:
         raise typer.BadParameter(
             "overrides need a config: mmit config --resolve FILE key=value", param_hint="--resolve"
@@ -33,7 +35,6 @@ def config(
 
 
 def _list_keys() -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -44,4 +45,4 @@ def _list_keys() -> None:
     for entry in describe():
         table.add_row(Text(entry.key, "bold"), Text(entry.type), Text(entry.default), Text(entry.help))
     # A pipe has no width: lines are then as long as they need to be, so that grep finds whole ones.
-    Console(width=None if Console().is_terminal else 400).print(table)
+    terminal(width=None if terminal().is_terminal else 400).print(table)

@@ -17,6 +17,7 @@ import typer
 from mmit.cli import data_check, data_shards, data_show, data_stats
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.io import write_atomic
+from mmit.text import echo
 
 if TYPE_CHECKING:
     from mmit.records import Record
@@ -112,7 +113,7 @@ def _checked(format: str, path: Path | None) -> tuple[str, Path]:
         from mmit.data.sources import split_subset
 
         format, reason = detect_format(split_subset(path)[0])
-        typer.echo(f"format: {format} ({reason})")
+        echo(f"format: {format} ({reason})")
     return format, path
 
 
@@ -163,22 +164,22 @@ def _write(records: Iterator[Record], out: Path, bad: list[RecordError]) -> _Cou
 
 
 def _report(counts: _Counts, out: Path, bad: list[RecordError]) -> None:
-    typer.echo(
+    echo(
         f"{_of(counts.records, 'record')} ({counts.text_only:,} without images), {_of(counts.answers, 'answer')}, "
         f"{_of(len(counts.images), 'different image')}"
     )
     if counts.dropped:
-        typer.echo(f"{_of(counts.dropped, 'record')} began with the assistant's turn; it is kept in the meta only")
+        echo(f"{_of(counts.dropped, 'record')} began with the assistant's turn; it is kept in the meta only")
     if bad:
         beside = out.with_name(f"{out.stem}.bad.jsonl")
         lines = [json.dumps({"where": e.where, "problem": e.problem, "remedy": e.remedy}) for e in bad]
         write_atomic(beside, "".join(line + "\n" for line in lines))
-        typer.echo(f"{_of(len(bad), 'bad row')} left out, listed in {beside}:")
+        echo(f"{_of(len(bad), 'bad row')} left out, listed in {beside}:")
         for error in bad[:SHOWN]:
-            typer.echo(f"  {error.where}: {error.problem}")
+            echo(f"  {error.where}: {error.problem}")
         if len(bad) > SHOWN:
-            typer.echo(f"  ... and {len(bad) - SHOWN:,} more")
-    typer.echo(f"written to {out}")
+            echo(f"  ... and {len(bad) - SHOWN:,} more")
+    echo(f"written to {out}")
 
 
 def _of(count: int, what: str) -> str:

@@ -25,6 +25,7 @@ from mmit.cli.sources import (
 )
 from mmit.errors import MmitError
 from mmit.io import write_atomic
+from mmit.text import echo, plain, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +70,6 @@ def check(
 
     Exit code 1 means that there are errors, 2 that the check could not be made.
     """
-    from rich.console import Console
 
     from mmit.data.lint.linter import lint
 
@@ -84,7 +84,7 @@ def check(
         max_length=max_length,
     )
     held_out = _held_out(data, settings, test or [])
-    with Console(stderr=True).status("reading") as status:
+    with terminal(stderr=True).status("reading") as status:
         report = lint(
             sources.watched(_rows(files), status.update),
             test=_rows(held_out),
@@ -97,7 +97,7 @@ def check(
         raise MmitError("there is no row", where=str(data), remedy="Check the file and its format.")
     if encoder is not None and encoder.image_tokens is None:
         report.not_checked["tokens of images"] = "--image-tokens was not given, so an image counts as one"
-    show(report, Console(highlight=False))
+    show(report, terminal(highlight=False))
     if json_file is not None:
         _write_json(report, json_file)
     if report.count("error") or (strict and report.count("warning")):
@@ -117,11 +117,9 @@ def _rows(files: list[File]) -> Iterator[Record | RecordError]:
 
 def show(report: Report, console: Console) -> None:
     """Print the findings by severity, what was not checked, and the counts."""
-    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
-    from mmit.cli.errors import printable
     from mmit.data.lint.rules import RULES, SEVERITIES
 
     table = Table("severity", "rule", "rows", "what, where, and what to do", header_style="bold", show_lines=True)
@@ -132,7 +130,7 @@ def show(report: Report, console: Console) -> None:
         rule, rows = RULES[name], report.findings[name]
         what = Text(rule.about, "bold")
         for row in rows[:SHOWN]:
-            what.append(f"\n  {printable(row.where)}: {printable(row.problem)}", "not bold")
+            what.append(f"\n  {plain(row.where)}: {plain(row.problem)}", "not bold")
         if len(rows) > SHOWN:
             what.append(f"\n  and {len(rows) - SHOWN:,} more", "not bold dim")
         what.append(f"\n{rule.remedy}", "not bold italic")
@@ -140,13 +138,14 @@ def show(report: Report, console: Console) -> None:
     if report.findings:
         console.print(table)
     for what_not, why in report.not_checked.items():
-        console.print(f"[dim]not checked: {escape(what_not)} ({escape(why)})[/dim]")
+        console.print(Text(f"not checked: {what_not} ({why})", "dim"))
     licences = ", ".join(f"{name} {count:,}" for name, count in report.licences.most_common(5))
-    console.print(Text(printable(f"licences: {licences or 'none'}")))
+    console.print(Text(plain(f"licences: {licences or 'none'}")))
     rate = report.records / max(report.seconds, 1e-6) * 60
     counts = ", ".join(_counted(report.count(severity), severity) for severity in SEVERITIES)
     pace = f", {rate:,.0f} a minute" if report.records > 1000 else ""
-    console.print(f"[bold]{counts}[/bold] in {report.records:,} records ({report.seconds:.1f} s{pace})")
+    told = f" in {report.records:,} records ({report.seconds:.1f} s{pace})"
+    console.print(Text(counts, "bold").append(told, "not bold"))
 
 
 def _counted(count: int, severity: str) -> str:
@@ -156,4 +155,4 @@ def _counted(count: int, severity: str) -> str:
 
 def _write_json(report: Report, path: Path) -> None:
     write_atomic(path, json.dumps(report.to_json(), ensure_ascii=False, indent=1) + "\n")
-    typer.echo(f"written to {path}")
+    echo(f"written to {path}")

@@ -19,6 +19,7 @@ import typer
 from mmit.cli.sources import ImageRootOption
 from mmit.errors import RecordError
 from mmit.io import write_atomic
+from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
     from mmit.records import Record
@@ -62,15 +63,15 @@ def pack(
             progress=lambda records, shards: advance(records, None),
         )
     kept = f" ({report.kept} were there already)" if report.kept else ""
-    typer.echo(f"{report.records:,} records in {report.shards} shards{kept}, {report.bytes / 2**20:,.1f} MiB")
+    echo(f"{report.records:,} records in {report.shards} shards{kept}, {report.bytes / 2**20:,.1f} MiB")
     _tell(bad, out)
-    typer.echo(f"written to {out}")
+    echo(f"written to {out}")
 
 
 @functools.wraps(pack)
 def build(**arguments: Any) -> None:
     """`mmit data pack` under its former name."""
-    typer.echo("notice: `mmit data build` is `mmit data pack` now; `mmit build` makes instruction data", err=True)
+    echo("notice: `mmit data build` is `mmit data pack` now; `mmit build` makes instruction data", err=True)
     pack(**arguments)
 
 
@@ -102,9 +103,9 @@ def index(
             on_bad=bad.append if skip_bad else None,
             progress=advance,
         )
-    typer.echo(f"{samples:,} samples in {len(tars):,} tars")
+    echo(f"{samples:,} samples in {len(tars):,} tars")
     _tell(bad, out)
-    typer.echo(f"index written to {out}")
+    echo(f"index written to {out}")
 
 
 def _records(
@@ -118,18 +119,17 @@ def _records(
         name = format
         if format == "auto":
             name, reason = detect_format(split_subset(path)[0])
-            typer.echo(f"{path}: {name} ({reason})")
+            echo(f"{path}: {name} ({reason})")
         yield from import_records(path, name, image_root=image_root, on_bad=on_bad)
 
 
 @contextmanager
 def _bar(unit: str) -> Iterator[Callable[[int, int | None], None]]:
     """A progress bar on stderr; the callable takes what is done and, where known, the whole."""
-    from rich.console import Console
     from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn(f"{{task.completed:,}} {unit}"), TimeElapsedColumn())
+    console = terminal(stderr=True)
+    columns = (TextColumn(f"{{task.completed:,}} {unit}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
@@ -140,8 +140,8 @@ def _tell(bad: list[RecordError], out: Path) -> None:
         return
     lines = [json.dumps({"where": e.where, "problem": e.problem, "remedy": e.remedy}) for e in bad]
     write_atomic(out / "bad.jsonl", "".join(line + "\n" for line in lines))
-    typer.echo(f"{len(bad):,} bad records left out, listed in {out / 'bad.jsonl'}:")
+    echo(f"{len(bad):,} bad records left out, listed in {out / 'bad.jsonl'}:")
     for error in bad[:SHOWN]:
-        typer.echo(f"  {error.where}: {error.problem}")
+        echo(f"  {error.where}: {error.problem}")
     if len(bad) > SHOWN:
-        typer.echo(f"  ... and {len(bad) - SHOWN:,} more")
+        echo(f"  ... and {len(bad) - SHOWN:,} more")

@@ -20,6 +20,7 @@ from mmit.cli.sources import (
 )
 from mmit.errors import MmitError, RecordError
 from mmit.io import write_atomic
+from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
     from mmit.data.show import Shown
@@ -44,7 +45,6 @@ def show(
     image_tokens: ImageTokensOption = None,
 ) -> None:
     """Show records with their images and, given a tokenizer, the tokens that the loss is taken on."""
-    from rich.console import Console
 
     from mmit.data.rows import sample_rows
     from mmit.data.show import to_page, to_terminal
@@ -66,9 +66,9 @@ def show(
         notes.append(f"tokenizer {named}, chat format {encoder.chat.name}{per_image}")
     tokens, per = (None, None) if encoder is None else (encoder.tokenizer, encoder.image_tokens)
     if text:
-        console = Console(highlight=False)
+        console = terminal(highlight=False)
         for line in (*notes, *to_terminal(items, tokenizer=tokens, image_tokens=per)):
-            console.print(line, markup=False)
+            console.print(line)
         return
     page = to_page(items, title=str(data), notes=notes, tokenizer=tokens, image_tokens=per)
     _write(page, out or Path("show.html"))
@@ -92,4 +92,4 @@ def _shown(number: int, row: Record | RecordError, encoder: Encoder | None) -> S
 
 def _write(page: str, path: Path) -> None:
     write_atomic(path, page)
-    typer.echo(f"written to {path} ({len(page) / 1e6:.1f} MB): open it in a browser")
+    echo(f"written to {path} ({len(page) / 1e6:.1f} MB): open it in a browser")

@@ -20,6 +20,7 @@ from mmit.cli.sources import (
 )
 from mmit.errors import MmitError
 from mmit.io import write_atomic
+from mmit.text import echo, plain, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,7 +51,6 @@ def stats(
     seed: Annotated[int, typer.Option(help="Decides which prompts are compared.")] = 0,
 ) -> None:
     """Count records, lengths, image sizes, supervised tokens; measure how varied the prompts are."""
-    from rich.console import Console
 
     from mmit.data.stats import collect
 
@@ -60,7 +60,7 @@ def stats(
     files = [file for path in data for file in sources.files_of(path, settings, format=format, image_root=image_root)]
     given: dict[str, Any] = {"tokenizer": tokenizer, "chat": chat, "image_token": image_token}
     encoder = sources.encoder_of(settings, image_tokens=image_tokens, **given)
-    with Console(stderr=True).status("reading") as status:
+    with terminal(stderr=True).status("reading") as status:
         found = collect(
             sources.watched(chain.from_iterable(file.rows() for file in files), status.update),
             encode=None if encoder is None else lambda record: [e for _, e in encoder.samples(record)],
@@ -71,9 +71,9 @@ def stats(
     if not found.sources:
         named = ", ".join(map(str, data))
         raise MmitError(f"there is no record, and {found.bad} bad rows", where=named, remedy="See mmit data check.")
-    show(found, Console(highlight=False))
+    show(found, terminal(highlight=False))
     if encoder is not None and encoder.image_tokens is None and found.whole.images:
-        typer.echo("an image counts as one token: --image-tokens was not given")
+        echo("an image counts as one token: --image-tokens was not given")
     if out is not None:
         _write(found, out)
 
@@ -82,8 +82,6 @@ def show(found: Stats, console: Console) -> None:
     """Print the table of sources and the rest in lines."""
     from rich.table import Table
     from rich.text import Text
-
-    from mmit.cli.errors import printable
 
     whole = found.whole
     table = Table("source", "records", "text only", "images", "prompt", "answer", header_style="bold")
@@ -94,16 +92,17 @@ def show(found: Stats, console: Console) -> None:
         column.justify = "right"
     ordered = sorted(found.sources.items(), key=lambda item: -item[1].records)
     for name, source in ordered[:SHOWN]:
-        table.add_row(Text(printable(name), overflow="fold"), *_row(source))
+        table.add_row(Text(plain(name), overflow="fold"), *_row(source))
     if len(ordered) > SHOWN:
         table.add_row(f"{len(ordered) - SHOWN} more")
     if len(ordered) > 1:
         table.add_section()
         table.add_row("all", *_row(whole))
     console.print(table)
-    console.print("[dim]prompt, answer: median and 95 % quantile in characters; tokens: of a sample, likewise[/dim]")
+    told = "prompt, answer: median and 95 % quantile in characters; tokens: of a sample, likewise"
+    console.print(Text(told, "dim"))
     for line in _lines(found):
-        console.print(Text(printable(line)))
+        console.print(Text(plain(line)))
 
 
 def _row(source: SourceStats) -> list[str]:
@@ -154,4 +153,4 @@ def _write(found: Stats, folder: Path) -> None:
 
     pictures = plot(found, folder)
     write_atomic(folder / "stats.json", json.dumps(found.to_json(), ensure_ascii=False, indent=1) + "\n")
-    typer.echo(f"written to {folder}: stats.json, {', '.join(path.name for path in pictures)}")
+    echo(f"written to {folder}: stats.json, {', '.join(path.name for path in pictures)}")

@@ -7,6 +7,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+from mmit.text import terminal
+
 # Distribution -> the extra that brings it; "" for what every installation needs.
 PACKAGES = {
     "torch": "",
@@ -25,8 +27,8 @@ PACKAGES = {
 
 def env() -> None:
     """Show versions, devices and CPU threads."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     import mmit
 
@@ -35,13 +37,14 @@ def env() -> None:
     table.add_row("python", platform.python_version(), "ok")
     for name, extra in PACKAGES.items():
         try:
-            table.add_row(name, metadata.version(name), "[green]ok[/]")
+            table.add_row(name, metadata.version(name), Text("ok", "green"))
         except metadata.PackageNotFoundError:
-            remedy = f"pip install 'mmit-tune\\[{extra}]'" if extra else f"pip install {name}"
-            table.add_row(name, "-", f"[{'yellow' if extra else 'red'}]missing[/]: {remedy}")
+            remedy = f"pip install 'mmit-tune[{extra}]'" if extra else f"pip install {name}"
+            missing = Text("missing", "yellow" if extra else "red").append(f": {remedy}", "default")
+            table.add_row(name, "-", missing)
     for row in _devices():
         table.add_row(*row)
-    Console().print(table)
+    terminal().print(table)
 
 
 def _devices() -> list[tuple[str, str, str]]:
@@ -49,7 +52,7 @@ def _devices() -> list[tuple[str, str, str]]:
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library torch is linked to is not there
-        return [*rows, ("devices", "-", f"[red]torch cannot be imported[/]: {error}")]
+        return [*rows, ("devices", "-", f"torch cannot be imported: {error}")]
     rows.append(("CPU threads", str(torch.get_num_threads()), "of torch; OMP_NUM_THREADS or train.threads sets them"))
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for the CPU"

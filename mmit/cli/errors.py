@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from mmit.errors import MmitError
 from mmit.io import FULL, unwritable
+from mmit.text import echo, plain, terminal
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -45,26 +46,15 @@ class Commands(TyperGroup):
 
 def show_error(error: MmitError) -> None:
     """Print an error on stderr, its remedy on lines of its own."""
-    from rich.console import Console
     from rich.text import Text
 
     if os.environ.get("MMIT_TRACEBACK") == "1":
-        traceback.print_exception(error)
+        echo("".join(traceback.format_exception(error)), err=True)
     # Each rank of a launched run has its own stderr, and all end up in one terminal.
     label = f"error (rank {os.environ['RANK']}): " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "error: "
     problem = f"{error.where}: {error.problem}" if error.where else error.problem
     message = Text(label, style="bold red")
-    message.append(problem.replace("\n", "\n  "), style="not bold default")
+    message.append(plain(problem).replace("\n", "\n  "), style="not bold default")
     if error.remedy:
-        message.append("\n  " + error.remedy.replace("\n", "\n  "), style="not bold default")
-    Console(stderr=True, highlight=False).print(printable(message), soft_wrap=True)
-
-
-def printable(text: Any) -> Any:
-    """Return a text in which nothing can act on the terminal; line breaks stay."""
-    plain = text if isinstance(text, str) else text.plain
-    safe = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in plain)
-    if isinstance(text, str):
-        return safe
-    text.plain = safe
-    return text
+        message.append("\n  " + plain(error.remedy).replace("\n", "\n  "), style="not bold default")
+    terminal(stderr=True, highlight=False).print(message, soft_wrap=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmit.text import echo, terminal
+
 if TYPE_CHECKING:
     from mmit.eval.tasks import Task
 
@@ -187,7 +189,7 @@ def _model(
             "model_name": run,
             "fingerprint": _content(folder),
         }
-    checkpoint = find(folder, warn=lambda text: typer.echo(text, err=True))
+    checkpoint = find(folder, warn=lambda text: echo(text, err=True))
     untuned = Lazy(lambda: load(checkpoint, device=device, dtype=dtype, untuned=True))  # one for all tasks
     return Path(run), {
         "model": _told(load(checkpoint, device=device, dtype=dtype)),
@@ -199,7 +201,7 @@ def _model(
 
 def _told(model: Any) -> Any:
     for note in model.notes:
-        typer.echo(note, err=True)
+        echo(note, err=True)
     return model
 
 
@@ -291,15 +293,13 @@ def compare(
     """
     import json
 
-    from rich.console import Console
-
     from mmit.eval import compare as comparing
     from mmit.io import write_atomic
 
     found = comparing.compare(a, b, seed=seed)
-    Console().print(comparing.console_table(found))
+    terminal().print(comparing.console_table(found))
     for line in comparing.notes(found):
-        typer.echo(line)
+        echo(line)
     if out is not None:
         content = {"a": str(a), "b": str(b), "seed": seed, "tasks": [one.to_json() for one in found]}
         write_atomic(out, json.dumps(content, indent=2) + "\n")

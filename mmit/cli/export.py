@@ -14,6 +14,7 @@ import typer
 
 from mmit.errors import ConfigError, nearest
 from mmit.io import write_atomic
+from mmit.text import echo
 
 if TYPE_CHECKING:
     from mmit.train.checkpoint import Loaded
@@ -85,7 +86,7 @@ def export(
     if out.exists():
         out.rmdir()  # it is empty
     draft.rename(out)
-    typer.echo(f"wrote {out}")
+    echo(f"wrote {out}")
     _push(out, push_to_hub, private=private, dry_run=dry_run)
 
 
@@ -103,12 +104,12 @@ def _push(folder: Path, name: str | None, *, private: bool, dry_run: bool) -> No
     if name is None:
         return
     if not dry_run:
-        typer.echo(f"uploaded to {push(folder, name, private=private)}")
+        echo(f"uploaded to {push(folder, name, private=private)}")
         return
     files = listing(folder)
     for file, size in files:
-        typer.echo(f"{size:>14,}  {file}")
-    typer.echo(f"{len(files)} files, {sum(size for _, size in files):,} bytes would go to {name}; nothing was uploaded")
+        echo(f"{size:>14,}  {file}")
+    echo(f"{len(files)} files, {sum(size for _, size in files):,} bytes would go to {name}; nothing was uploaded")
 
 
 def _llava_hf(found: Loaded, folder: Path, **options: Any) -> None:
@@ -125,9 +126,9 @@ def _llava_hf(found: Loaded, folder: Path, **options: Any) -> None:
         **options,
     )
     _tell(seen.logits, seen.limit)
-    typer.echo(f"largest difference of a pixel, normalised: {seen.pixels:.3g}; ids of the processor: the same")
+    echo(f"largest difference of a pixel, normalised: {seen.pixels:.3g}; ids of the processor: the same")
     if seen.pixels > 1e-3:
-        typer.echo(f"transformers pads with the tower's mean, rounded down; this run pads with {found.image['fill']}")
+        echo(f"transformers pads with the tower's mean, rounded down; this run pads with {found.image['fill']}")
 
 
 def _llava(found: Loaded, folder: Path) -> None:
@@ -146,7 +147,7 @@ def _llava(found: Loaded, folder: Path) -> None:
         max_length=found.config.data.max_length,
     )
     for name in files:
-        typer.echo(name)
+        echo(name)
     before = {key: value.clone() for key, value in vlm.projector.state_dict().items()}
     read_llava_projector(folder / "mm_projector.bin", vlm.projector)
     now = vlm.projector.state_dict()
@@ -162,7 +163,7 @@ def _peft(found: Loaded, folder: Path) -> None:
     found.tokenizer.save_pretrained(folder)
     _compare_adapter(found, folder)
     if found.vlm.projector is not None:
-        typer.echo("the projector is not part of a peft adapter: pictures need --format llava-hf, llava or mmit")
+        echo("the projector is not part of a peft adapter: pictures need --format llava-hf, llava or mmit")
 
 
 def _compare_adapter(found: Loaded, folder: Path) -> None:
@@ -176,7 +177,7 @@ def _compare_adapter(found: Loaded, folder: Path) -> None:
     base = found.config.model.llm
     again = reload_adapter(folder, base.name, revision=base.revision, random_init=base.random_init)
     if again is None:
-        typer.echo("not compared: the base was random to begin with (model.llm.random_init)")
+        echo("not compared: the base was random to begin with (model.llm.random_init)")
         return
     ids = [i for i in encode(fixed_talks(found.chat)[0], found.chat, found.tokenizer, generate=True).ids if i >= 0]
     expected = logits_of(found.vlm, ids, (), preparation=None)
@@ -196,11 +197,11 @@ def _check_whole(found: Loaded, out: Path) -> None:
     seen = [compare_logits(a, b, dtype=torch.float32) for a, b in zip(texts, others, strict=True)]
     worst = max(seen, key=lambda d: d.logits / d.limit)
     _tell(worst.logits, worst.limit)
-    typer.echo(f"wrote {out}")
+    echo(f"wrote {out}")
 
 
 def _tell(difference: float, limit: float, what: str = "logit") -> None:
-    typer.echo(f"largest difference of a {what} from the source: {difference:.3g} (limit {limit:.3g})")
+    echo(f"largest difference of a {what} from the source: {difference:.3g} (limit {limit:.3g})")
 
 
 def import_model(
@@ -218,8 +219,8 @@ def import_model(
     Strict: a tensor that is missing or left over is an error with the list.
     """
     make_start(source, out, chat=chat, base=base, tower=tower)
-    typer.echo(f"wrote {out}")
-    typer.echo(
+    echo(f"wrote {out}")
+    echo(
         f"train from it: mmit train --config {out / 'config.yaml'} data.train.0.path=YOUR.jsonl "
         "tune.llm.mode=lora tune.llm.lr=2e-4"
     )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mmit.text import echo
+
 app = typer.Typer(help="Run mmit models in lmms-eval and lm-eval.", no_args_is_help=True, rich_markup_mode="markdown")
 
 
@@ -28,9 +30,9 @@ def overlay(
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     made = write_overlay(names, harness=harness, data_root=data_root, out=out)
-    typer.echo(f"{len(made)} tasks written to {out}. Run them with:")
+    echo(f"{len(made)} tasks written to {out}. Run them with:")
     command = "lmms-eval eval" if harness == "lmms-eval" else "mmit harness lm-eval run"
-    typer.echo(
+    echo(
         f"{command} --model mmit --model_args pretrained=RUN --include_path {out} --tasks {','.join(made)} "
         "--batch_size 32 --output_path RESULTS"
     )

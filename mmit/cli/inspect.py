@@ -25,6 +25,7 @@ from mmit.cli.sources import (
 )
 from mmit.errors import ConfigError, RecordError
 from mmit.io import write_atomic
+from mmit.text import echo, plain, terminal
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -161,15 +162,13 @@ def _pictures(record: Record) -> list[str]:
 
 
 def _print(shown: _Shown, console: Any = None) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    from mmit.cli.errors import printable
     from mmit.data.viewer import to_rich
 
-    console = console or Console(highlight=False)
+    console = console or terminal(highlight=False)
     for note in shown.notes:
-        console.print(Text(printable(note), "bold red" if note.startswith("training refuses") else "bold"))
+        console.print(Text(plain(note), "bold red" if note.startswith("training refuses") else "bold"))
     console.print(to_rich(shown.encoded, shown.tokenizer, image_tokens=shown.image_tokens))
 
 
@@ -183,13 +182,12 @@ def _write_html(shown: _Shown, path: Path) -> None:
 def _write_svg(shown: _Shown, path: Path) -> None:
     import io
 
-    from rich.console import Console
 
-    console = Console(record=True, width=SVG_WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
+    console = terminal(record=True, width=SVG_WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
     _print(shown, console)
     _write(console.export_svg(title=f"mmit inspect {shown.title}"), path)
 
 
 def _write(text: str, path: Path) -> None:
     write_atomic(path, text)
-    typer.echo(f"written to {path}")
+    echo(f"written to {path}")

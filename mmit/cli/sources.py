@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmit.errors import ConfigError, RecordError, located
+from mmit.text import echo
 
 if TYPE_CHECKING:
     from mmit.config import Config, ModelConfig, SourceConfig
@@ -95,7 +96,7 @@ def _told_format(path: Path) -> str:
     if not Path(file).is_file():
         raise ConfigError("no such file", where=file, remedy="Check the path.")
     format, reason = detect_format(file)
-    typer.echo(f"format: {format} ({reason})", err=True)
+    echo(f"format: {format} ({reason})", err=True)
     return format
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mmit.text import terminal
+
 if TYPE_CHECKING:
     from mmit.config import Config
 
@@ -147,7 +149,6 @@ def _forecast(
     tflops: float | None,
     price: float | None,
 ) -> None:
-    from rich.console import Console
 
     from mmit.train.devices import find_device
 
@@ -161,7 +162,7 @@ def _forecast(
         return  # one rank speaks for all
     found = forecast(config, ranks=world, flash=device.cuda)
     peak = tflops * 1e12 if tflops else None
-    say = Console(highlight=False, soft_wrap=True).print
+    say = terminal(highlight=False, soft_wrap=True).print
     for note in config.notes:
         say(note)
     show(found, device, share=share, peak=peak, price=price, say=say)

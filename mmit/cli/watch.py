@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mmit.errors import ConfigError
+from mmit.text import echo, terminal
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
@@ -19,7 +20,7 @@ def report(run: Run) -> None:
     from mmit.train.report import write_report
 
     _must_be_run(run)
-    typer.echo(write_report(run))
+    echo(write_report(run))
 
 
 def run_status(
@@ -28,14 +29,13 @@ def run_status(
     stall: Annotated[float, typer.Option(min=0, help="Seconds in one phase after which a rank stands out.")] = 300.0,
 ) -> None:
     """Say how far a run is and what each of its ranks is doing. Exit code 1 when a rank stands still."""
-    from rich.console import Console
     from rich.table import Table
 
     from mmit.train.heartbeat import OVER, SILENT, read_beats
 
     _must_be_run(run)
     for line in _progress(run):
-        typer.echo(line)
+        echo(line)
     table, now, still = Table("rank", "state", "for", "host", "process"), time.time(), False
     beats = read_beats(run)
     for rank, beat in sorted(beats.items()):
@@ -49,7 +49,7 @@ def run_status(
             state += f", no sign of life for {now - beat.time:.0f} s" if silent else ", stands still"
         table.add_row(str(rank), state, f"{seconds:.0f} s", beat.host, str(beat.pid))
     if beats:
-        Console().print(table)
+        terminal().print(table)
     raise typer.Exit(1 if still else 0)
 
 

@@ -12,7 +12,6 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from mmit.data.images import image_size, load_rgb
 from mmit.data.viewer import html_tokens, legend, to_rich
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record, Text, Turn, short
+from mmit.text import escape, plain
 
 THUMBNAIL = 240  # pixels of the longer side
 _STYLE = """
@@ -221,13 +221,13 @@ def to_terminal(
     """Yield what to print with rich, record by record."""
     for item in items:
         record = item.row
-        yield Rule(RichText(_plain(f"{item.number}  {record.where or 'bad row'}"), "bold"), align="left")
+        yield Rule(RichText(plain(f"{item.number}  {record.where or 'bad row'}"), "bold"), align="left")
         if isinstance(record, RecordError):
-            yield RichText(_plain(record.problem), "red")
+            yield RichText(plain(record.problem), "red")
             continue
-        yield RichText(_plain(" · ".join(facts(record, item.samples, image_tokens))), "dim")
+        yield RichText(plain(" · ".join(facts(record, item.samples, image_tokens))), "dim")
         if item.problem:
-            yield RichText(_plain(item.problem), "red")
+            yield RichText(plain(item.problem), "red")
         for number, image in enumerate(record.images, 1):
             yield _image_line(number, image)
         if item.samples:
@@ -235,7 +235,7 @@ def to_terminal(
             continue
         for turn in record.turns:
             shown = "".join(part.text if isinstance(part, Text) else "[image]" for part in turn.parts)
-            yield RichText.assemble((f"{turn.role}: ", "bold"), (_plain(shown), _ROLE_STYLES.get(turn.role, "")))
+            yield RichText.assemble((f"{turn.role}: ", "bold"), (plain(shown), _ROLE_STYLES.get(turn.role, "")))
 
 
 _ROLE_STYLES = {"assistant": "green", "system": "dim"}
@@ -246,10 +246,5 @@ def _image_line(number: int, image: Image) -> RichText:
     try:
         W, H = image_size(image)
     except ImageError as error:
-        return RichText(_plain(f"image {number}: {name}: {error.problem}"), "red")
-    return RichText(_plain(f"image {number}: {name} ({W} x {H})"))
-
-
-def _plain(text: str) -> str:
-    """Keep what a record holds from acting on the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\u{ord(c):04x}" for c in text)
+        return RichText(plain(f"image {number}: {name}: {error.problem}"), "red")
+    return RichText(plain(f"image {number}: {name} ({W} x {H})"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import groupby
 from typing import Any
 
@@ -17,6 +16,7 @@ from rich.text import Text
 
 from mmit.data.chat import IMAGE_SLOT, Encoded
 from mmit.data.chat_builtin import Origin
+from mmit.text import escape
 
 _VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
 _STYLE = """

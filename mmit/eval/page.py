@@ -10,7 +10,6 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from mmit.data.images import load_rgb
 from mmit.errors import ImageError
 from mmit.eval.questions import Item
 from mmit.records import Image, Text, json_lines
+from mmit.text import escape
 
 EXAMPLES = 12
 MISTAKES = 8  # lines of the table of frequent mistakes

@@ -29,6 +29,7 @@ from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.runner import Generates, Result, evaluate
 from mmit.eval.tasks import Item, Task, sample_items, task_items
 from mmit.io import write_atomic
+from mmit.text import terminal
 
 COLUMNS = ("answers by", "score", "95 % interval", "questions", "invalid")
 
@@ -82,7 +83,7 @@ def run_task(
     items = task_items(task.model_copy(update={"sample": None})) if items is None else list(items)
     n = task.sample.n if sample is None and task.sample else sample
     asked = sample_items(items, n, seed)
-    console = console or Console(quiet=ranks.rank > 0)
+    console = console or terminal(quiet=ranks.rank > 0)
     count = f"{len(asked):,} of {len(items):,} questions"
     console.print(Text(f"{task.name}: {count}, the first asked as: {asked[0].text!r}"))
     common: dict[str, Any] = {"out_dir": folder, "fingerprint": fingerprint, "seed": seed}

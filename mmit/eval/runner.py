@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import PIL.Image
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmit.errors import MmitError, ModelError
@@ -29,6 +28,7 @@ from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.tasks import Item, Task, task_items
 from mmit.io import append, write_atomic
 from mmit.records import Image, Record
+from mmit.text import terminal
 
 CHUNK = 8  # batches handed to the model at once, for it to sort and to share pictures among
 
@@ -325,7 +325,7 @@ def _with_scores(rows: Sequence[Row], score: Score | None) -> Iterator[Row]:
 @contextmanager
 def _bar(title: str, total: int, *, done: int, show: bool) -> Iterator[Callable[[int], None]]:
     """Show questions answered and time left; yields a function that counts further ones."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal(stderr=True), disable=not show) as bar:
         task_id = bar.add_task(title, total=total, completed=done)
         yield lambda count: bar.advance(task_id, count)

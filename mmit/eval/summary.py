@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from mmit.eval.report import run_task, section_of
 from mmit.eval.runner import Generates
 from mmit.eval.tasks import Item, Task, sample_items
 from mmit.io import write_atomic
+from mmit.text import escape, terminal
 
 HEAD = ("task", "metric", "score", "95 % interval", "n", "majority", "chance", "blank", "swapped", "valid", "wordings")
 
@@ -48,7 +48,7 @@ def run_tasks(
         console: where tables are printed; None is standard output.
         options: of `run_task`.
     """
-    console = console or Console(quiet=ranks.rank > 0)
+    console = console or terminal(quiet=ranks.rank > 0)
     options["ranks"] = ranks
     reports, sections = [], []
     for task, items in tasks:

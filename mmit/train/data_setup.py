@@ -35,6 +35,7 @@ from mmit.data.walk import Walk
 from mmit.errors import CheckpointError, ConfigError, RecordError, located, nearest
 from mmit.io import append, write_atomic
 from mmit.records import Image, Record
+from mmit.text import terminal
 
 Say = Callable[[Any], None]
 
@@ -145,11 +146,10 @@ def measure(data: InstructionData, *, store: Store, shown: bool, alive: Callable
         shown: draw a progress bar on stderr, if that is a terminal.
         alive: called now and then.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("measuring the data"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = terminal(stderr=True)
+    columns = (TextColumn("measuring the data", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
     with bar:
         task = bar.add_task("", total=len(data))

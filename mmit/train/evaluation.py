@@ -80,9 +80,9 @@ class HeldOut:
             for batch in batches:
                 if self.engine.all_sum([float(self.should_stop())])[0]:
                     raise Leave
-                for number, error in batch.bad.items():
-                    if number not in self._noted:
-                        self._noted.add(number)
+                for record, error in batch.bad.items():
+                    if record not in self._noted:
+                        self._noted.add(record)
                         self.on_bad(error)
                 losses = self.engine.losses(self.prepare(batch))
                 if batch.weight:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -25,6 +24,8 @@ from rich.progress import (
 )
 
 from mmit.io import append, unless_failing, whole_file, write_atomic
+from mmit.text import plain as shown
+from mmit.text import terminal
 from mmit.train.run_files import EVENTS, METRICS, note_event, plain, read_rows
 from mmit.train.trackers import Tracker
 
@@ -42,7 +43,7 @@ class RunLog:
 
     def __init__(self, folder: Path, *, active: bool, trackers: Iterable[Tracker] = ()) -> None:
         self.folder, self.active = folder, active
-        self.console = Console(stderr=True)
+        self.console = terminal(stderr=True)
         self._trackers = list(trackers) if active else []
         self._begun = False
         self._progress: Progress | None = None
@@ -58,10 +59,10 @@ class RunLog:
             tracker.begin(start)
         self._begun = True
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -91,7 +92,7 @@ class RunLog:
     def _write(self, row: dict[str, Any]) -> None:
         append(self.folder / METRICS, json.dumps(plain(row)) + "\n")
         for tracker in self._trackers:
-            tracker.log(row["step"], dict(scalars(row)))
+            tracker.log(row["step"], {shown(name): value for name, value in scalars(row)})
 
     def event(self, step: int, kind: str, **facts: Any) -> None:
         """Add a line to events.jsonl: a step that was skipped, a spike, a rank that stands still."""

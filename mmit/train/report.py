@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from mmit.io import write_atomic
+from mmit.text import escape
 from mmit.train.curves import Series, figure, smooth
 from mmit.train.run_files import BEST, EVENTS, METRICS, RUN, read_json, read_rows
 

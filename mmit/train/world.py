@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from mmit.errors import ConfigError, MmitError, from_facts
+from mmit.text import terminal
 from mmit.train.engine import join_deepspeed
 
 PIECE = 64 << 20  # bytes that go over the wire at once
@@ -170,9 +171,8 @@ def _device(name: str) -> torch.device:
 
 def speaker(active: bool) -> Any:
     """A function that prints text or a rich table to stderr, or does nothing."""
-    from rich.console import Console
 
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
 
     def say(text: Any) -> None:
         if active:
