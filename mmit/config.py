@@ -57,13 +57,32 @@ class RunConfig(Section):
     """a rank that stays in one phase for so long is reported with what it is doing; null keeps no heartbeats"""
 
 
-class VisionConfig(Section):
-    """The eye: which encoder, which layer of it, and how pictures are fitted to it."""
+class TowerConfig(Section):
+    """One of several encoders whose features lie side by side."""
 
     kind: str
     """library the encoder comes from: open_clip, timm or hf"""
     name: str
     """model name in that library, hub id, or folder"""
+    weights: str | bool | None = None
+    """as model.vision.weights"""
+    layer: int | list[int] | None = None
+    """as model.vision.layer"""
+    image_size: PositiveInt | Size | None = None
+    """side or [height, width] in pixels; the grids of all towers must be equal"""
+    key_order: bool = False
+    """as model.vision.key_order"""
+
+
+class VisionConfig(Section):
+    """The eye: which encoder, which layer of it, and how pictures are fitted to it."""
+
+    kind: str
+    """library the encoder comes from: open_clip, timm or hf; fused for several, listed under towers"""
+    name: str = ""
+    """model name in that library, hub id, or folder; required unless kind is fused"""
+    towers: list[TowerConfig] = []
+    """of kind fused: the encoders, their features joined in this order"""
     weights: str | bool | None = None
     """file (path or package:name/inside), open_clip tag, true (as published), false (random), or null: what
     a hub id or folder brings, random for a bare architecture"""
@@ -91,12 +110,20 @@ class VisionConfig(Section):
     cache: Literal["off", "memory", "disk"] = "off"
     """keep the features of a frozen tower instead of computing them in every epoch"""
 
+    @model_validator(mode="after")
+    def _named(self) -> VisionConfig:
+        if self.kind != "fused" and not self.name:
+            raise ValueError("give the name of the vision encoder (model.vision.name)")
+        if self.kind == "fused" and self.name:
+            raise ValueError("kind fused has no name of its own; name each encoder under towers")
+        return self
+
 
 class ProjectorConfig(Section):
     """The bridge from vision features to LLM embeddings."""
 
     kind: str = "mlp"
-    """linear, mlp, pixel_shuffle_mlp, avg_pool_mlp or resampler"""
+    """linear, mlp, fused_mlp, pixel_shuffle_mlp, avg_pool_mlp or resampler"""
     options: dict[str, Any] = {}
     """arguments of that projector (depth, factor, queries, ...), checked by the projector itself"""
 

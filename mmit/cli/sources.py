@@ -214,13 +214,12 @@ def model_preparation(model: ModelConfig) -> ImagePreparation:
     import torch
 
     from mmit.data.preparation import ImagePreparation
-    from mmit.models.assemble import assemble_vision
+    from mmit.models.assemble import assemble_vision, without_weights
     from mmit.models.projectors import build_projector
     from mmit.train.checkpoint import image_preparation
 
     assert model.vision is not None
-    section = {**model.vision.model_dump(), "weights": False, "key_order": False}
-    vision = assemble_vision(section, dtype=torch.float32)
+    vision = assemble_vision(without_weights(model.vision.model_dump()), dtype=torch.float32)
     with located("model.projector"):
         projector = build_projector(
             model.projector.kind,

@@ -39,7 +39,8 @@ READERS_BY_CONFIG: dict[Callable[[Path], Any], Callable[..., Any]] = {
 class Foreign:
     """A model read from another project's folder.
 
-    `image` are the arguments of `data.images.fit`. The rest is for an import: the tower as transformers' class has it,
+    `image` are the arguments of `data.images.fit`. The rest is for an import: the tower as transformers' class has it
+    (the error that says why it has none, for towers of other kinds),
     the options of `model.vision` that read it, and the number format of the weights.
     """
 
@@ -47,7 +48,7 @@ class Foreign:
     tokenizer: Any
     chat: ChatFormat
     image: dict[str, Any]
-    tower: tuple[Any, dict[str, torch.Tensor]]
+    tower: tuple[Any, dict[str, torch.Tensor]] | ModelError
     vision_options: dict[str, Any]
     dtype: torch.dtype
 
@@ -98,7 +99,11 @@ def read_foreign(
         assert eye is not None and chat is not None
         select = "cls_patch" if eye.prefix else "patch"
         options = {"layer": -1, "select": select, "fit": image["mode"], "tiles": image.get("tiles", {})}
-        return Foreign(vlm, tokenizer, chat_format(chat, tokenizer), image, hf_tower(eye), options, dtype)
+        try:
+            whole: Any = hf_tower(eye)
+        except ModelError as error:
+            whole = error  # of no consequence to a model that only answers
+        return Foreign(vlm, tokenizer, chat_format(chat, tokenizer), image, whole, options, dtype)
     raise ModelError(
         "its config.json declares no layout that mmit reads",
         where=str(folder),

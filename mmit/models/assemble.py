@@ -16,13 +16,19 @@ from mmit.errors import located
 from mmit.models.llm import DTYPES, load_llm, load_tokenizer
 from mmit.models.partition import shape
 from mmit.models.projectors import build_projector
-from mmit.models.vision import VisionTower, build_vision
+from mmit.models.vision import FUSED, VisionTower, build_vision
 from mmit.models.vlm import VLM
 
 
 def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionTower:
     """Build the tower that a `model.vision` section describes; `dtype` where the section does not say."""
     size = vision["image_size"]
+    number_format = DTYPES[vision["dtype"]] if vision["dtype"] else dtype
+    if vision["kind"] == FUSED:
+        with located("model.vision"):
+            towers = [{**t, "key_order": t["key_order"] or None} for t in vision["towers"]]
+            alone = {k: vision[k] for k in ("weights", "layer", "select", "image_size", "native")}
+            return build_vision(FUSED, "", towers=towers, dtype=number_format, **alone)
     with located("model.vision"):
         return build_vision(
             vision["kind"],
@@ -33,8 +39,16 @@ def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionT
             select=vision["select"],
             image_size=tuple(size) if isinstance(size, (list, tuple)) else size,
             key_order=vision["key_order"],
-            dtype=DTYPES[vision["dtype"]] if vision["dtype"] else dtype,
+            towers=vision.get("towers", ()),
+            dtype=number_format,
         )
+
+
+def without_weights(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """A `model.vision` section whose encoders are built with random weights, to be measured or filled later."""
+    towers = [{**tower, "weights": False, "key_order": False} for tower in vision.get("towers", ())]
+    alone = None if vision["kind"] == FUSED else False
+    return {**vision, "weights": alone, "key_order": False, "towers": towers}
 
 
 def has_line_end(vision: Mapping[str, Any]) -> bool:
@@ -94,7 +108,7 @@ def assemble(
         )
     if model["vision"] is None:
         return VLM(llm, vision=None, projector=None, padded=not packed), tokens
-    section = {**model["vision"], "weights": False, "key_order": False} if empty else model["vision"]
+    section = without_weights(model["vision"]) if empty else model["vision"]
     with torch.device("meta") if empty else nullcontext():
         vision = assemble_vision(section, dtype=dtype)
     words = VLM(llm, vision=None, projector=None).word_embeddings

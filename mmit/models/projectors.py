@@ -109,6 +109,30 @@ class Linear(MLP):
         super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, depth=1, norm=norm)
 
 
+class FusedMLP(MLP):
+    """Three linear layers with GELU between them, the first `widen` times as wide as the features; M = N.
+
+    The projector of prismatic-vlms (arXiv:2402.07865) over fused towers: `layers.0`, `.2` and `.4` are `projector.0`,
+    `.2` and `.4` there.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_dim: int,
+        llm_dim: int,
+        grid: tuple[int, int],
+        prefix: int = 0,
+        widen: int = 4,
+        norm: bool = False,
+    ) -> None:
+        _whole(widen=widen)
+        super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, depth=1, norm=norm)
+        wide = widen * vision_dim
+        tail = mlp(wide, llm_dim, depth=2)
+        self.layers = nn.Sequential(nn.Linear(vision_dim, wide), nn.GELU(), *tail)
+
+
 class PixelShuffleMLP(Projector):
     """Each factor x factor block of patches becomes one token of factor^2 D_v channels, then an MLP; nothing
     is averaged away (as InternVL, arXiv:2404.16821). M = N / factor^2.
@@ -267,6 +291,7 @@ class ResamplerBlock(nn.Module):
 PROJECTORS: dict[str, type[Projector]] = {
     "linear": Linear,
     "mlp": MLP,
+    "fused_mlp": FusedMLP,
     "pixel_shuffle_mlp": PixelShuffleMLP,
     "avg_pool_mlp": AvgPoolMLP,
     "resampler": Resampler,

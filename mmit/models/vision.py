@@ -20,11 +20,13 @@ from torch import nn
 
 from mmit.errors import ModelError, nearest
 from mmit.models.vision_encoder import SELECT, Encoder
+from mmit.models.vision_fused import fuse
 from mmit.models.vision_hf import hf_encoder
 from mmit.models.vision_open_clip import open_clip_encoder
 from mmit.models.vision_timm import timm_encoder
 
-ENCODERS = {"open_clip": open_clip_encoder, "timm": timm_encoder, "hf": hf_encoder}
+FUSED = "fused"
+ENCODERS: dict[str, Any] = {"open_clip": open_clip_encoder, "timm": timm_encoder, "hf": hf_encoder}
 
 
 def build_vision(
@@ -38,12 +40,13 @@ def build_vision(
     normalize: bool | None = None,
     key_order: bool | None = None,
     native: Mapping[str, Any] | None = None,
+    towers: Sequence[Mapping[str, Any]] = (),
     dtype: torch.dtype = torch.float32,
 ) -> VisionTower:
     """Build a frozen vision tower.
 
     Args:
-        kind: "open_clip", "timm" or "hf".
+        kind: "open_clip", "timm" or "hf"; or "fused", whose `towers` are named in place of everything else.
         name: an open_clip architecture, `hf-hub:org/repo` or `local-dir:/folder`; a timm model name; a
             transformers hub id or folder, or the dict of a CLIP / SigLIP vision config.
         weights: a file (`path` or `package:some_package/file`); a pretrained tag (open_clip); True for what
@@ -58,14 +61,41 @@ def build_vision(
         normalize: apply the encoder's final norm, which is possible at the last layer only.
         key_order: timm only; name the tensors of a weight file by their order.
         native: of encoders of native resolution, min_pixels, max_pixels and merge (see `vision_native`).
+        towers: of kind fused, the arguments of each: kind, name, and where they are not the default weights, layer,
+            image_size and key_order.
         dtype: of the weights and of the features.
 
     Raises:
         ModelError: unknown kind, name, tag, layer or option (with the nearest valid one), weights that do not
             fit or were trained with another activation.
     """
+    if kind == FUSED:
+        if select != "patch" or native or image_size is not None or layer is not None or weights is not None:
+            problem = "layer, weights, select, image_size and native belong to each of the towers"
+            raise ModelError(problem, where="fused", remedy="set them under towers")
+        return VisionTower(kind, fuse([_encoder(**tower) for tower in towers])).to(dtype)
+    if towers:
+        raise ModelError("towers is for kind fused", where=f"{kind} {name}", remedy="remove it, or set kind: fused")
+    given: dict[str, Any] = {"weights": weights, "layer": layer, "select": select, "image_size": image_size}
+    given |= {"normalize": normalize, "key_order": key_order, "native": native}
+    return VisionTower(kind, _encoder(kind, name, **given)).to(dtype)
+
+
+def _encoder(
+    kind: str,
+    name: str | Mapping[str, Any],
+    *,
+    weights: str | bool | None = None,
+    layer: int | Sequence[int] | None = None,
+    select: str = "patch",
+    image_size: int | tuple[int, int] | None = None,
+    normalize: bool | None = None,
+    key_order: bool | None = None,
+    native: Mapping[str, Any] | None = None,
+) -> Encoder:
+    """One encoder of a library; see `build_vision`."""
     if kind not in ENCODERS:
-        raise ModelError(f"unknown vision kind '{kind}'", remedy=nearest(kind, ENCODERS))
+        raise ModelError(f"unknown vision kind '{kind}'", remedy=nearest(kind, [*ENCODERS, FUSED]))
     if select not in SELECT:
         raise ModelError(f"unknown select '{select}'", where=f"{kind} {name}", remedy=nearest(select, SELECT))
     options: dict[str, Any] = {"timm": {"key_order": bool(key_order)}, "hf": {"native": native}}.get(kind, {})
@@ -79,8 +109,8 @@ def build_vision(
         )
     if not isinstance(name, str) and kind != "hf":
         raise ModelError("only kind hf takes a config dict", where=kind, remedy="give the name of an architecture")
-    build: Any = ENCODERS[kind]
-    encoder = build(
+    build = ENCODERS[kind]
+    return build(
         name,
         weights=weights,
         layer=layer,
@@ -89,7 +119,6 @@ def build_vision(
         normalize=bool(normalize),
         **options,
     )
-    return VisionTower(kind, encoder).to(dtype)
 
 
 class VisionTower(nn.Module):
@@ -112,6 +141,7 @@ class VisionTower(nn.Module):
         self.tokens = encoder.prefix + encoder.grid[0] * encoder.grid[1]
         self.mean, self.std, self.interpolation = encoder.mean, encoder.std, encoder.interpolation
         self.native = None if encoder.native is None else dict(encoder.native)
+        self._made = encoder
         self.own_constants = encoder.reader.own_constants
         self.encoder: Any = encoder.reader  # a Reader, in PEFT's wrapper where LoRA trains it
         # Some encoders carry fixed tables as parameters; unfreezing must not start to train those.
@@ -201,6 +231,10 @@ class VisionTower(nn.Module):
         mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
         return ((pixels.float() / 255 - mean) / std).to(self.dtype)
+
+    def as_encoder(self) -> Encoder:
+        """The tower as one encoder of a fused tower."""
+        return self._made
 
     def fingerprint(self) -> str:
         """Return a sha256 over all that decides the features of a given uint8 picture.

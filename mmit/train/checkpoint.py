@@ -34,7 +34,7 @@ import mmit
 from mmit.config import Config, VisionConfig
 from mmit.data.chat import ChatFormat
 from mmit.errors import CheckpointError, ConfigError
-from mmit.models.assemble import assemble
+from mmit.models.assemble import assemble, without_weights
 from mmit.models.llm import bring_adapters, usable_device, why_not_4bit
 from mmit.models.partition import shape, whole
 from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
@@ -317,7 +317,7 @@ def load_model(
         model["vision"].update(name=str(path / "vision"), weights=None)
     if model["vision"] and (path / "vision.safetensors").exists() and not untuned:
         if model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
-            model["vision"].update(weights=False, key_order=False)  # all of the tower is read below
+            model["vision"] = without_weights(model["vision"])  # all of the tower is read below
     trained = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     notes = []
     if dtype is None and adapt and device_map is None and bits is None and trained != torch.float32:

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmit.errors import CheckpointError
+from mmit.errors import CheckpointError, ModelError
 from mmit.interop.foreign import Foreign
 from mmit.models.interop.hf_parts import write_tower, write_tower_config
 from mmit.train.checkpoint import Loaded, write_folder, write_model
@@ -44,15 +44,19 @@ def imported_sections(found: Foreign, folder: Path) -> dict[str, Any]:
 def save_imported(found: Foreign, folder: Path, config: Config) -> None:
     """Write an imported model as a checkpoint: llm/, vision/, projector, tokenizer, chat.json and `config`."""
     refuse_existing(folder)
-    vision = found.vlm.vision
+    vision, tower = found.vlm.vision, found.tower
     assert vision is not None
+    if isinstance(tower, ModelError):
+        problem = "its vision encoder cannot be stored in a checkpoint of one file"
+        remedy = "use it from its own folder: mmit chat, mmit eval"
+        raise ModelError(problem, where=tower.where, remedy=remedy) from tower
 
     def fill(draft: Path) -> None:
         write_model(draft, found.vlm, config=config, tokenizer=found.tokenizer, chat=found.chat, step=0)
         found.vlm.llm.save_pretrained(str(draft / "llm"))  # type: ignore[operator]
         found.tokenizer.save_pretrained(draft / "llm")
         told = {**found.image, "mean": vision.mean, "std": vision.std}
-        write_tower(draft / "vision", *found.tower, image=told)
+        write_tower(draft / "vision", *tower, image=told)
         (draft / "chat.json").write_text(json.dumps(found.chat.to_json(), indent=1), encoding="utf-8")
 
     write_folder(folder, [fill])

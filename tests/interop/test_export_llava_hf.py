@@ -100,7 +100,9 @@ def test_towers_of_transformers(tmp_path: Path, tower: str, select: str, size: i
 
 
 @pytest.mark.parametrize("select", ["patch", "cls_patch"])
-@pytest.mark.parametrize("name", ["clip", "siglip", "open_clip", "timm"])
+@pytest.mark.parametrize(
+    "name", ["clip", "siglip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("open_clip", "timm"))]
+)
 def test_several_layers_are_written_and_come_back(tmp_path: Path, name: str, select: str) -> None:
     if name == "siglip" and select == "cls_patch":
         return  # SigLIP has no class token
@@ -111,7 +113,8 @@ def test_several_layers_are_written_and_come_back(tmp_path: Path, name: str, sel
         told = {"open_clip": "ViT-S-32", "timm": "vit_base_patch32_clip_224"}[name]
         vision = build_vision(name, told, weights=False, select=select, layer=[2, 1])
     vlm = composite(tokenizer, vision)
-    assert write(tmp_path / "out", vlm, tokenizer=tokenizer, image_token="<picture>").logits > 0  # its own limit holds
+    found = write(tmp_path / "out", vlm, tokenizer=tokenizer, image_token="<picture>")
+    assert found.logits <= found.limit
     again = read_llava_hf(tmp_path / "out").vlm
     assert again.vision is not None and again.vision.dim == vision.dim
     pixels = torch.randint(0, 256, (1, 3, *vision.image_size), dtype=torch.uint8)

@@ -10,6 +10,7 @@ DIMS = {"vision_dim": 6, "llm_dim": 8}
 KINDS = {
     "linear": {},
     "mlp": {"depth": 3},
+    "fused_mlp": {"widen": 2},
     "pixel_shuffle_mlp": {"factor": 2},
     "avg_pool_mlp": {"side": 2},
     "resampler": {"queries": 5, "depth": 2, "heads": 2},

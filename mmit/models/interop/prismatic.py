@@ -2,8 +2,8 @@
 
 Goes in: `config.json` and `checkpoints/latest-checkpoint.pt` (projector, and the LLM where it was trained), with the
 LLM's base for config and tokenizer. Comes out: the composite, its tokenizer, and how its pictures are prepared. The
-tower is timm's of the same name, or the file's own where it was trained. Refuses fused towers and projectors, towers
-that are neither CLIP nor SigLIP, and a base that does not belong to the file.
+tower is timm's of the same name, or the file's own where it was trained; fused towers are both. Refuses towers it does
+not know, letterboxes of fused towers, and a base that does not belong to the file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mmit.models.interop.tensors import complain, fill_module, split_by_prefix
 from mmit.models.llm import load_llm, load_tokenizer
 from mmit.models.projectors import build_projector
 from mmit.models.vision import VisionTower, build_vision
+from mmit.models.vision_fused import fuse
 from mmit.models.vlm import VLM
 
 # vision_backbone_id -> timm's model. Prismatic asks for QuickGELU by an option, which timm has in the name; without
@@ -37,11 +38,26 @@ TOWERS = {
     "siglip-vit-b16-384px": "vit_base_patch16_siglip_384.webli",
     "siglip-vit-so400m": "vit_so400m_patch14_siglip_224.webli",
     "siglip-vit-so400m-384px": "vit_so400m_patch14_siglip_384.webli",
+    "dinov2-vit-l": "vit_large_patch14_reg4_dinov2.lvd142m",
 }
+# Two towers side by side: prefix of their weights -> timm's model; and the size that both take.
+DINO = "vit_large_patch14_reg4_dinov2.lvd142m"
+FUSED_TOWERS: dict[str, tuple[dict[str, str], int]] = {
+    "dinoclip-vit-l-336px": ({"dino": DINO, "clip": "vit_large_patch14_clip_quickgelu_336.openai"}, 336),
+    "dinosiglip-vit-so-224px": ({"dino": DINO, "siglip": "vit_so400m_patch14_siglip_224.webli"}, 224),
+    "dinosiglip-vit-so-384px": ({"dino": DINO, "siglip": "vit_so400m_patch14_siglip_384.webli"}, 384),
+}
+# Towers that are not fed at their own size.
+SIZES = {"dinov2-vit-l": 224}
 # Prismatic scales this tower's pictures to 248 pixels and cuts 224 out, unless it stretches them.
 ONLY_STRETCHED = ("clip-vit-b",)
 FITS = {"letterbox": "pad", "resize-crop": "crop", "resize-naive": "resize"}
-DEPTHS = {"linear": 1, "gelu-mlp": 2}
+# arch_specifier -> our projector and its options
+PROJECTORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("mlp", {"depth": 1}),
+    "gelu-mlp": ("mlp", {"depth": 2}),
+    "fused-gelu-mlp": ("fused_mlp", {}),
+}
 CHECKPOINT = "checkpoints/latest-checkpoint.pt"
 
 
@@ -64,7 +80,8 @@ def read_prismatic(
         folder: holds config.json and checkpoints/latest-checkpoint.pt.
         base: folder or hub id of the LLM (`llm_backbone_id`): its config and tokenizer, and its weights where the
             checkpoint has none (stage align).
-        tower: timm name (`local-dir:/folder`, `hf-hub:org/repo`) with the weights of the same architecture.
+        tower: timm name (`local-dir:/folder`, `hf-hub:org/repo`) with the weights of the same architecture; of fused
+            towers both, with a comma between them.
         dtype: number format of the weights.
         place: packed, device_map, offload and quantization of the LLM, see `load_llm`.
 
@@ -78,8 +95,10 @@ def read_prismatic(
     config, where = prismatic_config(folder), str(folder)
     if config is None:
         raise ModelError("its config.json describes no Prismatic VLM", where=where)
-    mode, depth = _fit(config, where), _depth(str(config["arch_specifier"]), where)
-    name = _tower_name(config, where)
+    mode, (kind, options) = _fit(config, where), _projector(str(config["arch_specifier"]), where)
+    backbone = str(config["vision_backbone_id"])
+    if backbone not in FUSED_TOWERS:
+        name = _tower_name(config, where)
     if base is None:
         raise ModelError(
             f"names its language model '{config.get('llm_backbone_id')}', which is not in the folder",
@@ -87,7 +106,11 @@ def read_prismatic(
             remedy="name the folder or hub id of that model with --base",
         )
     parts = _checkpoint(folder)
-    eye = _tower(name, tower, parts.get("vision_backbone"), dtype=dtype, where=where)
+    own_eye = parts.get("vision_backbone")
+    if backbone in FUSED_TOWERS:
+        eye = _fused(backbone, tower, own_eye, dtype=dtype, where=where)
+    else:
+        eye = _tower(name, tower, own_eye, dtype=dtype, where=where, image_size=SIZES.get(backbone))
     tokenizer = load_tokenizer(base)
     llm: Any
     if "llm_backbone" in parts:
@@ -95,8 +118,9 @@ def read_prismatic(
     else:
         llm = load_llm(base, dtype=dtype, **place)
     width = llm.get_input_embeddings().weight.shape[1]
-    projector = build_projector("mlp", vision_dim=eye.dim, llm_dim=width, grid=eye.grid, prefix=eye.prefix, depth=depth)
-    front = f"layers.{'0.' if depth == 1 else ''}"
+    shape = {"vision_dim": eye.dim, "llm_dim": width, "grid": eye.grid, "prefix": eye.prefix}
+    projector = build_projector(kind, **shape, **options)
+    front = f"layers.{'0.' if options.get('depth') == 1 else ''}"
     own = split_by_prefix(parts["projector"], (("projector.", "own", front),), where=f"{where}, projector")["own"]
     fill_module(projector, own, where=f"{where}, projector ({config['arch_specifier']})")
     image = {"size": list(eye.image_size), "interpolation": eye.interpolation, "fill": [int(255 * m) for m in eye.mean]}
@@ -113,28 +137,30 @@ def _fit(config: Mapping[str, Any], where: str) -> str:
             where=where,
             remedy="mmit reads models with this tower and resize-naive",
         )
+    if tower in FUSED_TOWERS and FITS[name] == "pad":
+        raise ModelError(
+            f"pads pictures for each tower of {tower} with another colour, and mmit prepares a picture once",
+            where=where,
+            remedy="mmit reads models of fused towers with resize-naive and resize-crop",
+        )
     return FITS[name]
 
 
-def _depth(name: str, where: str) -> int:
-    """How many linear layers an `arch_specifier` means; "no-align+" tells of training alone."""
+def _projector(name: str, where: str) -> tuple[str, dict[str, Any]]:
+    """Our projector of an `arch_specifier`; "no-align+" tells of training alone."""
     kind = name.removeprefix("no-align+")
-    if kind not in DEPTHS:
-        raise ModelError(
-            f"arch_specifier is '{name}'",
-            where=where,
-            remedy=f"mmit reads {' and '.join(DEPTHS)} over one tower, not fused towers and their projector",
-        )
-    return DEPTHS[kind]
+    if kind not in PROJECTORS:
+        raise ModelError(f"arch_specifier is '{name}'", where=where, remedy=nearest(kind, PROJECTORS))
+    return PROJECTORS[kind]
 
 
 def _tower_name(config: Mapping[str, Any], where: str) -> str:
     name = str(config["vision_backbone_id"])
     if name not in TOWERS:
         raise ModelError(
-            f"vision_backbone_id is '{name}', and mmit reads models of one CLIP or SigLIP tower",
+            f"vision_backbone_id is '{name}', which mmit does not know",
             where=where,
-            remedy=nearest(name, TOWERS),
+            remedy=nearest(name, [*TOWERS, *FUSED_TOWERS]),
         )
     return TOWERS[name]
 
@@ -157,11 +183,45 @@ def _checkpoint(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {part: dict(tensors) for part, tensors in found.items()}
 
 
+def _fused(
+    backbone: str, given: str | None, own: Mapping[str, torch.Tensor] | None, *, dtype: torch.dtype, where: str
+) -> VisionTower:
+    """Both towers, each as `_tower` reads it, their features side by side."""
+    names, size = FUSED_TOWERS[backbone]
+    sources = given.split(",") if given else [""] * len(names)
+    if len(sources) != len(names):
+        raise ModelError(
+            f"'{given}' names {len(sources)} towers, and {backbone} has {len(names)}",
+            where=where,
+            remedy=f"give --tower one name for each of {', '.join(names)}, with a comma between them",
+        )
+    if own is None:
+        parts: dict[str, Any] = dict.fromkeys(names)
+    else:
+        prefixes = tuple((f"{part}_featurizer.", part, "") for part in names)
+        split = split_by_prefix(own, prefixes, where=f"{where}, vision_backbone")
+        parts = {part: {f"featurizer.{key}": value for key, value in split[part].items()} for part in names}
+    encoders = []
+    for source, (part, name) in zip(sources, names.items(), strict=True):
+        # timm reads the size of a folder from it; a published tower takes Prismatic's.
+        size_here = None if source else size
+        tower = _tower(name, source or None, parts[part], dtype=torch.float32, where=where, image_size=size_here)
+        encoders.append(tower.as_encoder())
+    return VisionTower("fused", fuse(encoders)).to(dtype)
+
+
 def _tower(
-    name: str, given: str | None, own: Mapping[str, torch.Tensor] | None, *, dtype: torch.dtype, where: str
+    name: str,
+    given: str | None,
+    own: Mapping[str, torch.Tensor] | None,
+    *,
+    dtype: torch.dtype,
+    where: str,
+    image_size: int | None = None,
 ) -> VisionTower:
     """timm's tower at the second-to-last block, without class token and final norm; the file's own if it has one."""
-    eye = build_vision("timm", given or name, weights=own is None, layer=-2, dtype=dtype)
+    weights, size = own is None, None if given else image_size
+    eye = build_vision("timm", given or name, weights=weights, layer=-2, image_size=size, dtype=dtype)
     architecture = json.loads(eye.identity)[1]
     if architecture != name.split(".")[0]:
         raise ModelError(
