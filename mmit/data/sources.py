@@ -23,6 +23,7 @@ from mmit.data.conversion import Verdicts, convert
 from mmit.data.formats import FORMATS, VERSION, row_reader
 from mmit.data.formats.common import json_rows
 from mmit.data.formats.keys import kept_keys
+from mmit.data.formats.packed import packing
 from mmit.data.row_table import RowFile, RowTable, row_table
 from mmit.data.shards.reader import has_index, open_shards
 from mmit.data.store import Store, code_version, digest, key_of
@@ -249,7 +250,7 @@ def _open_file(
 ) -> tuple[RowSource, Verdicts]:
     if not path.is_file():
         raise ConfigError("no such file", where=str(path), remedy="check the path")
-    native = format == "mmit" and image_root is None and not options
+    native = format == "mmit" and image_root is None and not options and not packing(str(path))
     content = digest(path, store)
     # An option may name a second file (annotations, images): a change there must not meet an old conversion.
     files = [Path(value) for value in options.values() if isinstance(value, str) and os.path.isfile(value)]

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from mmit.data.formats import captions, chat, instruct, mimicit, multimodal, tabular, vqa
+from mmit.data.formats import captions, chat, instruct, mimicit, multimodal, pairs, tabular, vqa
 from mmit.data.formats.chat import llava, messages, mmit_row, sharegpt
-from mmit.data.formats.common import Format
+from mmit.data.formats.common import Format, Rows
 from mmit.data.formats.detect import detect
 from mmit.data.formats.easyvqa import easy_vqa, easy_vqa_captions
 from mmit.data.formats.instruct import alpaca
 from mmit.data.formats.keys import kept_keys
+from mmit.data.formats.packed import unpacked
 from mmit.errors import ConfigError, ImageError, RecordError, nearest
 from mmit.records import OnBad, Record, short
 
@@ -49,6 +50,7 @@ _ROW_FORMATS: dict[str, Format] = {
     **multimodal.FORMATS,
     **mimicit.FORMATS,
     **vqa.FORMATS,
+    **pairs.FORMATS,
 }
 FORMATS: dict[str, Format] = {**_ROW_FORMATS, **tabular.table_formats(_ROW_FORMATS)}
 
@@ -78,7 +80,21 @@ def import_file(
     read = row_reader(path, format, image_root=image_root, **given, **options)
     entry = FORMATS[format]
     file_options = {key: value for key, value in options.items() if key in entry.file_options}
-    return _import(entry.rows(os.fspath(path), **file_options), read, on_bad=on_bad)
+    return _import(_rows(os.fspath(path), entry, file_options), read, on_bad=on_bad)
+
+
+def _rows(path: str, entry: Format, options: Mapping[str, Any]) -> Rows:
+    """Cut a file into rows, unpacked where it is packed; errors name the file that was given."""
+    with unpacked(path) as file:
+        try:
+            for number, row in entry.rows(file, **options):
+                yield number, _of_file(row, file, path) if isinstance(row, RecordError) else row
+        except (RecordError, ConfigError) as error:
+            raise _of_file(error, file, path) from error
+
+
+def _of_file(error: Any, file: str, path: str) -> Any:
+    return type(error)(error.problem, where=error.where.replace(file, path), remedy=error.remedy)
 
 
 def row_reader(
@@ -176,7 +192,11 @@ def detect_format(path: str | os.PathLike[str]) -> tuple[str, str]:
     Told from the ending of the name for tables, else from the keys of the first row or of the one object that the
     file is. LLaVA and ShareGPT rows look alike, so the first 1000 rows are searched for images, speakers and ids.
     """
-    return detect(os.fspath(path), FORMATS)
+    with unpacked(os.fspath(path)) as file:
+        try:
+            return detect(file, FORMATS)
+        except RecordError as error:
+            raise _of_file(error, file, os.fspath(path)) from error
 
 
 def format_options(format: str) -> Mapping[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 from mmit.data.formats.chat import conversation_format
 from mmit.data.formats.common import Format, json_object, json_rows
 from mmit.data.formats.instruct import ANSWERS
+from mmit.data.formats.keys import REFUSED
 from mmit.data.formats.multimodal import M3IT_IMAGES, vision_flan_task
 from mmit.data.formats.pictures import MARKER
 from mmit.data.formats.tabular import is_parquet, is_table, table_header
@@ -53,14 +54,27 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
     if found:
         return found, f"the first row has {_quoted(formats[found].detect)}"
     problem = f"cannot tell the format: the first row has the keys {short(list(keys))}" if rows else "no rows"
-    raise RecordError(problem, where=path, remedy=expected(formats))
+    raise RecordError(problem, where=path, remedy=_unlearnable(keys) or expected(formats))
+
+
+def _unlearnable(keys: set[str]) -> str:
+    """Say why rows with these keys are nothing to learn answers from, "" if that cannot be told."""
+    if found := sorted(keys & REFUSED.keys()):
+        kind, remedy = REFUSED[found[0]]
+        return f"'{found[0]}' is {kind}. {remedy}"
+    if "segments" in keys:
+        return "'segments' is text cut for another template: write messages, whose turns may have a weight."
+    if keys <= {"text", "id", "meta", "url", "timestamp", "source"} and "text" in keys:
+        return "'text' alone is text for pre-training: there is no question and no answer."
+    return ""
 
 
 def expected(formats: Mapping[str, Format]) -> str:
     """Say what each format looks like, for the error of a file that fits none."""
     told = [f"{_quoted(entry.detect)} ({name})" for name, entry in formats.items() if entry.detect]
     return (
-        "Name the format if you know it, or import as json with a mapping (columns=instruction=KEY,output=KEY). "
+        "Name the format if you know it, or import as json with a mapping (columns=instruction=KEY,output=KEY), or a "
+        "list of turns as chat (turns=KEY, role=KEY, content=KEY, roles=person=user,bot=assistant). "
         f"Known are 'conversations' (llava, sharegpt), {', '.join(told)}."
     )
 

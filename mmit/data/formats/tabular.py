@@ -10,9 +10,10 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from mmit.data.formats.chat import Dialogue, said
+from mmit.data.formats.chat import Dialogue, conversation_format, said
 from mmit.data.formats.common import Format, Row, Rows, json_rows, one_of, with_input
 from mmit.data.formats.pictures import base64_image, image_part, images_first
 from mmit.errors import ConfigError, RecordError, nearest
@@ -191,6 +192,11 @@ def _columns(columns: Any, row: Row) -> dict[str, str]:
             raise ConfigError(f"the table has no column '{short(name)}' (columns.{role})", remedy=remedy)
     taken = set(named.values())
     found = named | {role: role for role in ROLES if role in row and role not in named and role not in taken}
+    for name in row:
+        role = str(name).strip().lower()
+        if role in ROLES and name != role and name not in taken and role not in found:
+            remedy = f"Rename it to '{role}' in the header, or map it by the option columns."
+            raise ConfigError(f"the column '{name}' is the role {role} but for case or white space", remedy=remedy)
     if not {"instruction", "input", "image", "image_base64"} & found.keys():
         problem = f"cannot tell what is asked: the columns are {', '.join(map(str, row))}"
         remedy = 'Say which column is what: columns="instruction=COLUMN,output=COLUMN,image=COLUMN".'
@@ -223,22 +229,47 @@ def _plain(meta: Row) -> Row:
             raise RecordError(problem, remedy=f"Give it the role image (columns image={key}), or drop the column.")
         if value is not None and value == value:
             known = isinstance(value, (str, int, float, bool, list, dict))
-            plain[str(key)] = value if known else str(value)
+            plain[str(key)] = _nested(value) if known else str(value)
     return plain
+
+
+def _nested(value: Any) -> Any:
+    """As `_plain`, for what lies in lists and structs."""
+    if isinstance(value, dict):
+        return {str(key): _nested(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_nested(item) for item in value]
+    return value if value is None or isinstance(value, (str, int, float, bool, bytes)) else str(value)
 
 
 def rows_as(formats: Mapping[str, Format]) -> Callable[..., Record]:
     """Return the row function of tables whose rows may be those of another format in `formats`."""
 
     def table_row(row: Row, *, image_root: str = "", columns: Any = None, as_format: str | None = None) -> Record:
+        if as_format is None and columns is None:
+            as_format = _layout(_present(row), formats)
         if as_format is None:
             return column_row(row, image_root=image_root, columns=columns)
         if as_format not in formats:
             remedy = nearest(str(as_format), formats)
             raise ConfigError(f"option as_format is '{short(as_format)}'", remedy=remedy)
-        return formats[as_format].row(_present(row), image_root=image_root)
+        record = formats[as_format].row(_present(row), image_root=image_root)
+        return replace(record, meta=_plain(dict(record.meta)))
 
     return table_row
+
+
+def _layout(row: Row, formats: Mapping[str, Format]) -> str | None:
+    """Return the format of rows that hold turns, or a question and an answer under the names of another format."""
+    if isinstance(row.get("conversations"), list):
+        return conversation_format([row])[0]
+    for key, name in (("messages", "messages"), ("conversation", "conversation"), ("texts", "cauldron")):
+        if isinstance(row.get(key), list):
+            return name
+    if {"instruction", "input", "image_base64"} & row.keys() and not {"response", "completion"} & row.keys():
+        return None
+    fits = [name for name in _PAIRS if row.keys() >= set(formats[name].detect)]
+    return max(fits, key=lambda name: len(formats[name].detect), default=None)
 
 
 def _present(row: Row) -> Row:
@@ -246,6 +277,16 @@ def _present(row: Row) -> Row:
     return {key: value for key, value in row.items() if not (value is None or value != value)}
 
 
+# Formats of a question and an answer, which tables may hold under these names.
+_PAIRS = (
+    "prompt_completion",
+    "prompt_response",
+    "query_response",
+    "question_response",
+    "question_answer",
+    "instruction_response",
+    "dolly",
+)
 _COLUMNS = f'which column is what, as "instruction=question,output=answer"; of {", ".join(ROLES)}'
 _AS = "read the rows as those of another format (llava, messages, ...)"
 
@@ -263,9 +304,9 @@ def table_formats(formats: Mapping[str, Format]) -> dict[str, Format]:
         ),
         "csv": Format(
             "a CSV or TSV table with a header, columns mapped by name",
-            column_row,
+            row,
             csv_rows,
-            options={"columns": _COLUMNS},
+            options=options,
             file_options={
                 "delimiter": 'what separates cells, default "," (a tab for .tsv)',
                 "encoding": "default utf-8-sig",

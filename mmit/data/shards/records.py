@@ -261,7 +261,8 @@ def _foreign(row: dict[str, Any], images: Mapping[str, bytes], key: str, where: 
     held = _named_members(paths, names, key, where)
 
     def fill(part: Text | Image) -> Text | Image:
-        return Image(images[held[part.source]]) if isinstance(part, Image) and part.source in held else part
+        name = held.get(part.source) if isinstance(part, Image) and isinstance(part.source, str) else None
+        return part if name is None else Image(images[name])
 
     return replace(record, turns=tuple(replace(t, parts=tuple(map(fill, t.parts))) for t in record.turns))
 

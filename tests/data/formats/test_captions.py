@@ -126,4 +126,4 @@ def test_img2dataset_refusals(row: dict[str, Any], problem: str) -> None:
 def test_a_tar_is_told_and_sent_to_the_index() -> None:
     assert detect_format("00000.tar")[0] == "img2dataset"
     with pytest.raises(ConfigError, match="mmit data index"):
-        import_file("00000.tar", "img2dataset")
+        list(import_file("00000.tar", "img2dataset"))

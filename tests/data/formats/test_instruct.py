@@ -112,13 +112,15 @@ def test_instructions_wait_for_an_output(tmp_path: Path) -> None:
             record.validate(for_training=True)
 
 
-@pytest.mark.parametrize("key", ["output", "response", "instances"])
+@pytest.mark.parametrize("key", ["output", "response", "targets"])
 def test_answers_under_other_names_are_not_lost(key: str, tmp_path: Path) -> None:
     rows = [{"instruction": f"Ask {n}", "context": "c", key: "b"} for n in range(3)]
     path = write(tmp_path / "dolly.jsonl", rows, lines=True)
     bad = bad_rows(path, "instructions")
     assert len(bad) == 3 and bad[0].problem == f"the row has an answer: '{key}'"
-    if key != "output":
+    if key == "response":
+        assert detect_format(path)[0] == "dolly"
+    if key == "targets":
         with pytest.raises(RecordError, match="(?s)cannot tell the format.*import as json"):
             detect_format(path)
     mapped = imported(path, "json", columns=f"input=context,output={key}")

@@ -1,0 +1,159 @@
+"""Questions and answers under other names: prompt/completion, query/response, dolly, OpenOrca, UltraChat, the Cauldron,
+Self-Instruct seeds, conversations as pairs.
+
+Each function makes one Record of one row; every "<image>" of a row with pictures keeps its place. Layouts are told by
+their keys alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmit.data.formats.chat import Dialogue, messages, said
+from mmit.data.formats.common import (
+    Format,
+    Row,
+    Rows,
+    id_of,
+    images_of,
+    json_rows,
+    objects_of,
+    rest,
+    text_of,
+    with_input,
+)
+from mmit.data.formats.pictures import images_first, place_images
+from mmit.errors import RecordError
+from mmit.records import Record
+
+ASKED = ("prompt", "query", "question", "instruction")
+ANSWERED = ("completion", "response", "answer", "output")
+
+
+def pair(row: Row, *, image_root: str = "") -> Record:
+    """One question and answer: {"prompt" | "query" | "question" | "instruction", "completion" | "response" | "answer"}.
+
+    ms-swift's query/response with `history` ([[q, a], ...]) and `system`, OpenOrca's question/response with
+    `system_prompt`, dolly's instruction/response, whose `context` follows the instruction after a blank line. TRL's
+    prompt/completion may be lists of messages. Further keys stay in the meta or are read by their meaning.
+    """
+    asked = next(key for key in ASKED if key in row)
+    answered = next((key for key in ANSWERED if key in row), "response")
+    if isinstance(row[asked], list):
+        return _of_messages(row, asked, answered, image_root)
+    dialogue: Dialogue = []
+    for entry in row.get("history") or []:
+        if not isinstance(entry, list) or len(entry) != 2:
+            raise RecordError("'history' is not a list of pairs", remedy="Write [[question, answer], ...].")
+        dialogue += [said("user", text_of(entry[0], "history")), said("assistant", text_of(entry[1], "history"))]
+    context = "context" if asked == "instruction" else ""
+    given = text_of(row[context], context) if row.get(context) else ""
+    dialogue.append(said("user", with_input(text_of(row[asked], asked), given)))
+    dialogue.append(said("assistant", text_of(row.get(answered), answered)))
+    meta = rest(row, asked, answered, "history", *([context] if context else []))
+    return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=meta)
+
+
+def _of_messages(row: Row, asked: str, answered: str, image_root: str) -> Record:
+    both = [*objects_of(row, asked), *objects_of(row, answered)]
+    beside = {key: value for key, value in row.items() if key not in (asked, answered)}
+    return messages({**beside, "messages": both}, image_root=image_root)
+
+
+def ultrachat(row: Row, *, image_root: str = "") -> Record:
+    """UltraChat: {"id", "data": [question, answer, question, answer, ...]}, train_0.jsonl and so on."""
+    texts = row.get("data")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        remedy = "UltraChat's rows hold question and answer in turn, as texts."
+        raise RecordError("'data' is not a list of texts, or is empty", remedy=remedy)
+    turns = [said("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
+    return Record(tuple(turns), id=id_of(row), meta=rest(row, "data"))
+
+
+def cauldron(row: Row, *, image_root: str = "") -> Record:
+    """The Cauldron: {"images": [...], "texts": [{"user", "assistant", "source"}, ...]}; the pictures come first."""
+    turns: Dialogue = []
+    sources = []
+    for number, entry in enumerate(objects_of(row, "texts"), 1):
+        turns.append(said("user", text_of(entry.get("user"), f"user of text {number}")))
+        turns.append(said("assistant", text_of(entry.get("assistant"), f"assistant of text {number}")))
+        sources.append({key: value for key, value in entry.items() if key not in ("user", "assistant")})
+    meta = rest(row, "texts") | ({"turn_keys": sources} if any(sources) else {})
+    return Record(images_first(turns, images_of(row, image_root) or []), id=id_of(row), meta=meta)
+
+
+_QUESTION_KEYS, _ANSWER_KEYS = ("human", "input", "user", "question"), ("assistant", "output", "bot", "answer")
+
+
+def conversation(row: Row, *, image_root: str = "") -> Record:
+    """A list under `conversation`: messages (Mantis), or pairs {"human" | "input", "assistant" | "output"}.
+
+    Pairs are written by ms-swift and XTuner, whose first pair may hold a `system` text.
+    """
+    entries = objects_of(row, "conversation")
+    if "role" in entries[0]:
+        return messages(row, image_root=image_root)
+    turns: Dialogue = []
+    for number, entry in enumerate(entries, 1):
+        asked = next((key for key in _QUESTION_KEYS if key in entry), "")
+        answered = next((key for key in _ANSWER_KEYS if key in entry), "")
+        if not asked or not answered:
+            problem = f"entry {number} of 'conversation' has the keys {', '.join(map(str, entry))}"
+            raise RecordError(problem, remedy='Write {"human", "assistant"} pairs, or messages with role and content.')
+        if entry.get("system"):
+            if number > 1:
+                raise RecordError(f"entry {number} has a system text", remedy="Only the first may have one.")
+            turns.append(said("system", text_of(entry["system"], "system")))
+        turns.append(said("user", text_of(entry[asked], f"{asked} of entry {number}")))
+        turns.append(said("assistant", text_of(entry[answered], f"{answered} of entry {number}")))
+    return Record(place_images(turns, images_of(row, image_root)), id=id_of(row), meta=rest(row, "conversation"))
+
+
+def self_instruct_rows(path: str) -> Rows:
+    """Yield one row for each instance of a task, numbered by the task's line."""
+    for number, task in json_rows(path):
+        instances = task.get("instances") if isinstance(task, dict) else None
+        if not isinstance(instances, list) or not instances:
+            yield number, task
+            continue
+        for instance in instances:
+            yield number, {**task, "instances": [instance]}
+
+
+def self_instruct(row: Row, *, image_root: str = "") -> Record:
+    """Self-Instruct's seed_tasks.jsonl: {"id", "name", "instruction", "instances": [{"input", "output"}, ...]}.
+
+    A task with several instances becomes as many records.
+    """
+    instances = objects_of(row, "instances")
+    if len(instances) != 1:
+        problem = f"the row has {len(instances)} instances"
+        raise RecordError(problem, remedy="Import the file as self_instruct, which makes a record of each.")
+    given: Any = instances[0].get("input") or ""
+    asked = with_input(text_of(row.get("instruction"), "instruction"), text_of(given, "input"))
+    turns = (said("user", asked), said("assistant", text_of(instances[0].get("output"), "output")))
+    return Record(turns, id=id_of(row), meta=rest(row, "instruction", "instances"))
+
+
+FORMATS = {
+    "prompt_completion": Format(
+        "prompt and completion, texts or messages (TRL)", pair, detect=("prompt", "completion")
+    ),
+    "prompt_response": Format("prompt and response", pair, detect=("prompt", "response")),
+    "query_response": Format("query and response, with history (ms-swift)", pair, detect=("query", "response")),
+    "question_response": Format(
+        "question and response, with system_prompt (OpenOrca)", pair, detect=("question", "response")
+    ),
+    "question_answer": Format("question and answer", pair, detect=("question", "answer")),
+    "instruction_response": Format("instruction and response", pair, detect=("instruction", "response")),
+    "dolly": Format("instruction, context and response", pair, detect=("instruction", "context", "response")),
+    "ultrachat": Format("UltraChat: questions and answers in turn", ultrachat, detect=("id", "data")),
+    "cauldron": Format("the Cauldron: images and texts of user and assistant", cauldron, detect=("texts",)),
+    "conversation": Format("messages or pairs under 'conversation' (Mantis)", conversation, detect=("conversation",)),
+    "self_instruct": Format(
+        "Self-Instruct's seed tasks: an instruction with instances",
+        self_instruct,
+        self_instruct_rows,
+        detect=("instruction", "instances"),
+    ),
+}

@@ -1,0 +1,213 @@
+"""Keys with a meaning: read, or refused by name; over every importer; the rest is counted."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from format_tools import talk, write
+
+from mmit.data.formats import FORMATS, import_file
+from mmit.data.formats.keys import REFUSED, told
+from mmit.errors import RecordError
+from mmit.records import Record, Text
+
+
+def chat(answer: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
+    last = {"role": "assistant", "content": "a b"} | (answer or {})
+    return {"messages": [{"role": "user", "content": "q"}, last], **keys}
+
+
+def read(row: dict[str, Any], format: str = "messages") -> Record:
+    record = FORMATS[format](row)
+    record.validate()
+    return record
+
+
+# The same row in the layout of several importers.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "messages": chat(),
+    "sharegpt": talk("q", "a b"),
+    "llava": talk("q", "a b"),
+    "alpaca": {"instruction": "q", "output": "a b"},
+    "inputs_targets": {"inputs": "q", "targets": "a b"},
+    "query_response": {"query": "q", "response": "a b"},
+    "json": {"instruction": "q", "output": "a b"},
+}
+
+
+@pytest.mark.parametrize("format", LAYOUTS)
+def test_every_importer_reads_the_same_keys(format: str) -> None:
+    row = LAYOUTS[format] | {"tools": '[{"name": "f"}]', "weight": 0.5, "enable_thinking": False}
+    if format != "alpaca" and format != "json":
+        row["system_prompt"] = "Be brief."
+    else:
+        row["system"] = "Be brief."
+    record = read({**row, "reasoning": "Because."}, format)
+    assert record.turns[0].role == "system" and record.turns[0].text == "Be brief."
+    assert record.turns[-1].thinking == "Because." and record.turns[-1].text == "a b"
+    assert record.tools == ({"name": "f"},) and record.weight == 0.5
+    assert record.template_args == {"enable_thinking": False}
+    assert not set(record.meta) & {"system_prompt", "system", "tools", "weight", "reasoning"}
+
+
+@pytest.mark.parametrize("format", LAYOUTS)
+@pytest.mark.parametrize("key", sorted(REFUSED))
+def test_every_importer_refuses_the_same_keys(format: str, key: str) -> None:
+    row = LAYOUTS[format]
+    for empty in (None, [], "", False):
+        read({**row, key: empty}, format)
+    with pytest.raises(RecordError) as caught:
+        read({**row, key: ["x.y"]}, format)
+    assert f"'{key}' is" in caught.value.problem and caught.value.remedy
+
+
+@pytest.mark.parametrize("format", LAYOUTS)
+@pytest.mark.parametrize("mark", [{"label": False}, {"kto_tag": False}, {"label": "undesirable"}])
+def test_an_answer_that_is_marked_bad_is_refused(format: str, mark: dict[str, Any]) -> None:
+    with pytest.raises(RecordError, match="mark that the answer is bad"):
+        read(LAYOUTS[format] | mark, format)
+    good = {key: True for key in mark}
+    assert read(LAYOUTS[format] | good, format).meta[next(iter(mark))] is True
+    assert read(LAYOUTS[format] | {"label": 3}, format).meta["label"] == 3
+
+
+def test_weights_of_turns_are_judged_with_their_role() -> None:
+    """A flag on a turn that is not learnt anyway says nothing new; on another it changes what is learnt."""
+    for key, no, yes in (("train", False, True), ("weight", 0, 1), ("loss", False, True), ("loss_weight", 0.0, 1.0)):
+        row = chat({key: yes})
+        row["messages"][0][key] = no
+        assert [turn.weight for turn in read(row).turns] == [0, 1]
+        row = {"conversations": [{"from": "human", "value": "q", key: no}, {"from": "gpt", "value": "a", key: no}]}
+        assert [turn.weight for turn in read(row, "sharegpt").turns] == [0, 0]
+        row = chat()
+        row["messages"][0][key] = yes
+        assert [turn.weight for turn in read(row).turns] == [1, None]
+    assert read(chat({"loss_weight": 0.25})).turns[1].weight == 0.25
+    assert read(chat({"weight": None})).turns[1].weight is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        ({"weight": -0.5}, "a negative weight: -0.5"),
+        ({"weight": "0.5"}, "a weight of '0.5'"),
+        ({"weight": 0, "train": True}, "has weight and train, which contradict each other"),
+        ({"mask": 1}, "has 'mask': a loss mask that can be read in two ways"),
+        ({"video": "a.mp4"}, "has 'video': a video"),
+        ({"reasoning_content": 3}, "reasoning_content is '3', not text"),
+        ({"tool_call_id": "c1"}, "has tool_call_id"),
+        ({"label": False}, "has 'label' is False: a mark that the answer is bad"),
+    ],
+)
+def test_keys_of_turns_that_cannot_be_expressed(answer: dict[str, Any], cause: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        read(chat(answer))
+    assert cause in caught.value.problem and "turn 2 (assistant)" in caught.value.problem and caught.value.remedy
+
+
+def test_spans_of_a_turn() -> None:
+    """axolotl's train_detail: offsets of characters, the end inclusive."""
+    detail = [
+        {"begin_offset": 0, "end_offset": 5, "train": False},
+        {"begin_offset": 6, "end_offset": 10, "train": True},
+    ]
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "WRONG right", "train_detail": detail}]
+    record = read({"conversations": turns}, "sharegpt")
+    assert record.turns[1].parts == (Text("WRONG ", 0.0), Text("right", 1.0))
+    for wrong, cause in (
+        (detail[:1], "says nothing about characters 6 to 10"),
+        (detail[1:], "characters 0 on"),
+        ([detail[0], detail[1] | {"end_offset": 11}], "but the text 11 characters"),
+        ([detail[0], detail[1] | {"begin_offset": 5}], "characters 5 on"),
+        ([{"begin_offset": 0}], "Each entry needs"),
+    ):
+        turns[1]["train_detail"] = wrong
+        with pytest.raises(RecordError) as caught:
+            read({"conversations": turns}, "sharegpt")
+        assert cause in str(caught.value)
+
+
+def test_thoughts_tools_and_results() -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "w", "arguments": '{"city": "Oslo"}'}}
+    row = {
+        "messages": [
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": None, "reasoning_content": "I call it.", "tool_calls": [call]},
+            {"role": "tool", "content": "4 degrees", "name": "w", "tool_call_id": "c1"},
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "Cold."}, {"type": "text", "text": "4."}],
+            },
+        ],
+        "tools": [{"type": "function", "function": {"name": "w"}}],
+    }
+    record = read(row)
+    assert [turn.role for turn in record.turns] == ["user", "assistant", "tool", "assistant"]
+    assert record.turns[1].thinking == "I call it." and record.turns[1].tool_calls == (call,)
+    assert (record.turns[2].name, record.turns[2].tool_call_id) == ("w", "c1")
+    assert record.turns[3].thinking == "Cold." and record.turns[3].text == "4."
+    assert record.tools == tuple(row["tools"]) and not record.meta
+
+
+def test_calls_as_turns_of_their_own() -> None:
+    """LLaMA-Factory and ms-swift: the call is what the speaker function_call, or tool_call, says."""
+    one, two = '{"name": "f", "arguments": {"x": 1}}', '{"name": "g", "arguments": {}}'
+    said = [("human", "q"), ("function_call", one), ("function_call", two), ("observation", "r"), ("gpt", "a")]
+    turns = [{"from": speaker, "value": text} for speaker, text in said]
+    record = read({"conversations": turns, "tools": "[]"}, "sharegpt")
+    assert [turn.role for turn in record.turns] == ["user", "assistant", "tool", "assistant"]
+    assert [call["function"]["name"] for call in record.turns[1].tool_calls] == ["f", "g"]
+    swift = [
+        ("user", "q"),
+        ("assistant", "Let me see."),
+        ("tool_call", one),
+        ("tool_response", "r"),
+        ("assistant", "a"),
+    ]
+    record = read({"messages": [{"role": role, "content": text} for role, text in swift]})
+    assert record.turns[1].text == "Let me see." and record.turns[1].tool_calls[0]["function"]["name"] == "f"
+
+
+@pytest.mark.parametrize(
+    ("row", "cause"),
+    [
+        (chat(system="a") | {"messages": [{"role": "system", "content": "b"}, *chat()["messages"]]}, "another text"),
+        (chat(tools="none"), "'tools' is 'none', not a list of tools"),
+        (chat(weight=-1), "'weight' has a negative weight"),
+        (chat({"reasoning": "x"}, reasoning="y"), "'reasoning' stands beside a row with 1 answers"),
+        (chat(score=float("nan")), "'score' is nan, which JSON cannot keep"),
+        (chat(deep={"x": [float("inf")]}), "'deep' is {'x': [inf]}, which JSON cannot keep"),
+    ],
+)
+def test_rows_that_cannot_be_expressed(row: dict[str, Any], cause: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        read(row)
+    assert cause in caught.value.problem and caught.value.remedy
+
+
+def test_an_empty_system_turn_is_kept() -> None:
+    """It suppresses the text that a template has as its default, so it is not the same as none."""
+    row = {"messages": [{"role": "system", "content": ""}, *chat()["messages"]]}
+    assert read(row).turns[0].parts == (Text(""),)
+    turns = [{"from": "system", "value": ""}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert read({"conversations": turns}, "sharegpt").turns[0].role == "system"
+
+
+def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
+    rows = [chat({"tag": "t"}, id="x", context="c", score=1), chat(context="c"), chat(context=""), chat(label=True)]
+    kept: Counter[str] = Counter()
+    list(import_file(write(tmp_path / "a.jsonl", rows, lines=True), "messages", kept=kept))
+    assert kept == {"context": 2, "score": 1, "label": 1, "turns: tag": 1}
+    assert told(kept) == "context (2 rows), label (1 row), score (1 row), turns: tag (1 row)"
+
+
+def test_a_value_that_json_cannot_keep_is_a_bad_row_of_the_import(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(chat(score=float("nan"))) + "\n" + json.dumps(chat(score=1.0)))
+    bad: list[RecordError] = []
+    assert [record.row for record in import_file(path, "messages", on_bad=bad.append)] == [2]
+    assert bad[0].where == f"{path}:1" and "--skip-bad" not in bad[0].problem

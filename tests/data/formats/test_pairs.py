@@ -1,0 +1,187 @@
+"""Layouts of public sets: told by auto, read as they mean, packed or not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from format_tools import bad_rows, imported, texts, write
+
+from mmit.data.formats import FORMATS, detect_format, import_file
+from mmit.data.rows import read_rows
+from mmit.data.sources import open_source
+from mmit.errors import ConfigError, RecordError
+from mmit.records import Record, write_jsonl
+
+MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+LAYOUTS: list[tuple[dict[str, Any], str, list[list[str]]]] = [
+    ({"prompt": "q", "completion": "a"}, "prompt_completion", [["q"], ["a"]]),
+    ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, "prompt_completion", [["q"], ["a"]]),
+    ({"prompt": "q", "response": "a"}, "prompt_response", [["q"], ["a"]]),
+    (
+        {"query": "q2", "response": "a2", "history": [["q", "a"]], "system": "S"},
+        "query_response",
+        [["S"], ["q"], ["a"], ["q2"], ["a2"]],
+    ),
+    ({"id": "1", "system_prompt": "S", "question": "q", "response": "a"}, "question_response", [["S"], ["q"], ["a"]]),
+    (
+        {"instruction": "q", "context": "c", "response": "a", "category": "qa"},
+        "dolly",
+        [["q\n\nc"], ["a"]],
+    ),
+    ({"id": "0", "data": ["q", "a", "q2", "a2"]}, "ultrachat", [["q"], ["a"], ["q2"], ["a2"]]),
+    ({"prompt": "q", "prompt_id": "1", "messages": MESSAGES}, "messages", [["q"], ["a"]]),
+    (
+        {"images": ["a.png"], "texts": [{"user": "q", "assistant": "a", "source": "VQA"}]},
+        "cauldron",
+        [["[a.png]", "q"], ["a"]],
+    ),
+    (
+        {
+            "id": "m",
+            "images": [{"bytes": None, "path": "a.png"}],
+            "conversation": [{"role": "user", "content": "<image>q"}, MESSAGES[1]],
+        },
+        "conversation",
+        [["[a.png]", "q"], ["a"]],
+    ),
+    ({"conversation": [{"system": "S", "input": "q", "output": "a"}]}, "conversation", [["S"], ["q"], ["a"]]),
+    ({"conversation": [{"human": "q", "assistant": "a"}]}, "conversation", [["q"], ["a"]]),
+]
+
+
+@pytest.mark.parametrize(("row", "name", "wanted"), LAYOUTS, ids=[name for _, name, _ in LAYOUTS])
+def test_layouts_are_told_and_read(row: dict[str, Any], name: str, wanted: list[list[str]], tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [row], lines=True)
+    assert detect_format(path)[0] == name
+    record = imported(path, name)[0]
+    record.validate()
+    found = [[text.replace(f"{tmp_path}/", "") for text in parts] for parts in texts(record)]
+    assert found == wanted
+
+
+def test_self_instruct_seeds(tmp_path: Path) -> None:
+    instances = [{"input": "i", "output": "a"}, {"input": "", "output": "b"}]
+    row = {"id": "seed_task_0", "name": "n", "instruction": "q", "instances": instances, "is_classification": False}
+    path = write(tmp_path / "seed_tasks.jsonl", [row, {**row, "instances": []}], lines=True)
+    assert detect_format(path)[0] == "self_instruct"
+    bad: list[RecordError] = []
+    records = list(import_file(path, "self_instruct", on_bad=bad.append))
+    assert [texts(record) for record in records] == [[["q\n\ni"], ["a"]], [["q"], ["b"]]]
+    assert [record.row for record in records] == [1, 1] and len(bad) == 1 and bad[0].where.startswith(f"{path}:2")
+
+
+def test_any_list_of_turns_by_its_keys(tmp_path: Path) -> None:
+    turns = [{"who": "person", "said": "q <image>"}, {"who": "bot", "said": "a", "weight": 0.5}]
+    path = write(tmp_path / "rows.json", [{"dialog": {"turns": turns}, "pics": ["a.png"]}])
+    with pytest.raises(RecordError, match="(?s)cannot tell the format.*chat"):
+        detect_format(path)
+    options = {"turns": "dialog.turns", "role": "who", "content": "said", "roles": "person=user", "images": "pics"}
+    record = imported(path, "chat", image_root="r", **options)[0]
+    assert texts(record) == [["q ", "[r/a.png]"], ["a"]] and record.turns[1].weight == 0.5
+    assert bad_rows(path, "chat", **options | {"turns": "dialog.lines"})[0].problem.startswith("the row has no")
+    for wrong in ({"roles": "person=usr"}, {"roles": 3}):
+        with pytest.raises(ConfigError, match="option roles"):
+            imported(path, "chat", **options | wrong)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "'chosen' is half of a preference pair"),
+        ({"text": "Once upon a time"}, "no question and no answer"),
+        ({"segments": [{"label": True, "text": "a"}]}, "'segments' is text cut for another template"),
+        ({"input_ids": [1], "labels": [1]}, "'input_ids' is tokens, not text"),
+    ],
+)
+def test_auto_says_why_it_cannot_tell(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(RecordError) as caught:
+        detect_format(write(tmp_path / "rows.jsonl", [row], lines=True))
+    assert "cannot tell the format" in caught.value.problem and reason in caught.value.remedy
+
+
+def test_packed_files_are_read_as_what_they_hold(tmp_path: Path) -> None:
+    rows = [{"messages": MESSAGES}, {"messages": []}, {"messages": MESSAGES}]
+    data = "\n".join(map(json.dumps, rows))
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(data.encode()))
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.writestr("deep/rows.jsonl", data)
+        archive.writestr("__MACOSX/._rows.jsonl", "x")
+    for path in (packed, tmp_path / "rows.zip"):
+        assert detect_format(path)[0] == "messages"
+        bad = bad_rows(path, "messages")
+        assert [error.where for error in bad] == [f"{path}:2"]
+        found = list(read_rows(path))
+        assert [isinstance(row, Record) for row in found] == [True, False, True]
+        assert found[0].source == str(path)
+        errors: list[RecordError] = []
+        source = open_source(path, format="messages", cache=tmp_path / "cache", on_bad=errors.append)
+        assert len(source) == 2 and len(errors) == 1
+
+
+def test_a_packed_file_of_mmits_own_rows(tmp_path: Path) -> None:
+    write_jsonl([Record.triple("q", "a")], tmp_path / "a.jsonl")
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
+    source = open_source(path, cache=tmp_path / "cache")
+    assert source[0].turns == Record.triple("q", "a").turns
+
+
+def test_packed_files_that_cannot_be_read(tmp_path: Path) -> None:
+    broken = tmp_path / "a.jsonl.gz"
+    broken.write_bytes(gzip.compress(b'{"messages": []}' * 50)[:40])
+    several = tmp_path / "a.zip"
+    with zipfile.ZipFile(several, "w") as archive:
+        archive.writestr("a.json", "[]")
+        archive.writestr("a.png", "x")
+    for path, cause in ((broken, "a damaged gzip file"), (several, "the zip holds 2 files: a.json, a.png")):
+        with pytest.raises(RecordError) as caught:
+            detect_format(path)
+        assert cause in caught.value.problem and caught.value.where == str(path) and caught.value.remedy
+
+
+def test_parquet_rows_of_turns(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    calls = [{"id": None, "function": {"name": "f", "arguments": "{}"}}]
+    told = [
+        {
+            "messages": [
+                *MESSAGES,
+                {"role": "user", "content": "q2"},
+                {"role": "assistant", "content": None, "tool_calls": calls},
+            ]
+        },
+        {"messages": MESSAGES},
+    ]
+    for name, rows, wanted in (
+        ("m", told, [["q"], ["a"]]),
+        ("q", [{"question": "q", "answer": "a", "extra": None}], [["q"], ["a"]]),
+        ("c", [{"texts": [{"user": "q", "assistant": "a"}], "images": [{"bytes": b"png", "path": None}]}], None),
+    ):
+        path = tmp_path / f"{name}.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        assert detect_format(path)[0] == "parquet"
+        records = list(import_file(path, "parquet"))
+        if wanted:
+            assert texts(records[-1]) == wanted
+        else:
+            assert records[0].images[0].source == b"png"
+
+
+def test_a_column_that_is_a_role_but_for_white_space(tmp_path: Path) -> None:
+    for header in ("instruction, output", "instruction,Output"):
+        path = tmp_path / "t.csv"
+        path.write_text(f"{header}\nq, a\n")
+        with pytest.raises(ConfigError, match="is the role output but for case or white space"):
+            list(import_file(path, "csv"))
+    path.write_text("prompt,completion\nq,a\n")
+    assert texts(next(import_file(path, "csv"))) == [["q"], ["a"]]
+    assert FORMATS["csv"].options.keys() >= {"columns", "as_format"}
