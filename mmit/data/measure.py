@@ -266,7 +266,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
         pictures.update(crops)
         seen = sum(crops.values())
         units += [(int(place), *span, seen) for span in _chunks(samples, data.capacity, data.share_prefix)]
-        supervised += sum(sum(sample.supervised) for sample in samples)
+        supervised += sum(1 for sample in samples for weight in sample.weights if weight > 0)
         head = _common_head([head, _head(samples)])
     names = [os.fsencode(name) for name in files]
     return Piece(

@@ -81,9 +81,24 @@ class _Node:
 
 def _symbols(sample: Sample) -> list[Symbol]:
     """Tokens that must run: everything before the last supervised token (later ones teach nothing)."""
-    last = max((i for i, weight in enumerate(sample.weights) if weight > 0), default=-1)
+    last = _last_supervised(sample)
     images = zip(sample.widths, sample.images, strict=True)
     return [(t, None) if t >= 0 else _slot(*next(images)) for t in sample.ids[: max(last, 0)]]
+
+
+def _last_supervised(sample: Sample) -> int:
+    """Place of the last token that carries loss, -1 for none."""
+    for back, weight in enumerate(reversed(sample.weights), 1):
+        if weight > 0:
+            return len(sample.weights) - back
+    return -1
+
+
+def _alone_length(sample: Sample) -> int:
+    """Tokens that must run of a sample that shares none: those of its `_symbols`."""
+    ids = sample.ids[: max(_last_supervised(sample), 0)]
+    slots = sum(1 for t in ids if t < 0) if sample.widths else 0
+    return len(ids) - slots + sum(sample.widths[:slots])
 
 
 def _slot(width: int, image: Hashable) -> Symbol:
@@ -118,6 +133,8 @@ def _insert(root: _Node, symbols: Sequence[Symbol], share: bool) -> list[tuple[_
 
 def trie_length(samples: Sequence[Sample], *, share: bool = True) -> int:
     """Tokens that the samples take in a row of their own."""
+    if len(samples) == 1:  # most records: there is nothing to share
+        return _alone_length(samples[0])
     root = _Node(None, [])
     for s in samples:
         _insert(root, _symbols(s), share)

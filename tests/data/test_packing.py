@@ -97,3 +97,15 @@ def test_rows_are_full_on_a_realistic_mix_and_keep_the_shuffle():
     place[order] = np.arange(len(order))
     starts = np.array([place[row[0]] for row in rows])
     assert (np.diff(starts) > 0).all()  # rows begin with the oldest bundle
+
+
+@given(seed=st.integers(0, 10**6))
+def test_the_length_of_one_sample_is_that_of_its_row(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ids = [int(t) if rng.random() < 0.8 else -200 for t in rng.integers(0, 5, rng.integers(2, 20))]
+    slots = sum(t < 0 for t in ids)
+    weights = [float(rng.choice([0, 0.3, 1])) * (t >= 0) for t in ids]
+    weights[-1], ids[-1] = (1.0, 3) if not any(weights[1:]) else (weights[-1], ids[-1])
+    slots = sum(t < 0 for t in ids)
+    sample = Sample(tuple(ids), tuple(weights), tuple(range(slots)), 0, tuple(rng.integers(1, 9, slots).tolist()))
+    assert trie_length([sample]) == len(build_row([sample]).input_ids)
