@@ -102,7 +102,7 @@ def to_page(
         key = (
             '<span class="supervised">learned from</span><span class="content">read only</span>'
             '<span class="template">chat format</span><span class="image">image</span>'
-            "<i>the bar shows their shares; rest on a token for its id</i>"
+            "<i>the bar shows their shares; rest on a token for its id, and its loss weight where that is not 1</i>"
         )
     else:
         key = '<span class="supervised">answer</span><span class="image">image</span>'

@@ -1,4 +1,4 @@
-"""Shows an encoded record token by token, so that the mask can be checked by eye.
+"""Shows an encoded record token by token, so that loss weights can be checked by eye: the deeper the shade, the more.
 
 Takes what `encode` returns and its tokenizer; gives a rich Text for the terminal or an HTML page of its own.
 Every token is shown, white space and invisible characters made visible; nothing a record holds reaches the
@@ -36,40 +36,48 @@ class Cell:
     ids: tuple[int, ...]
     text: str
     origin: Origin
-    supervised: bool
+    weight: float
+
+    @property
+    def supervised(self) -> bool:
+        """Whether it carries loss."""
+        return self.weight > 0
 
 
 def cells(encoded: Encoded, tokenizer: Any) -> list[Cell]:
     """Return the tokens of a record with their text, every invisible character made visible."""
     out: list[Cell] = []
-    rows = zip(encoded.ids, encoded.origin, encoded.supervised, strict=True)
+    rows = zip(encoded.ids, encoded.origin, encoded.weights, strict=True)
     for is_image, chunk in groupby(rows, key=lambda row: row[0] == IMAGE_SLOT):
         kept = list(chunk)
         if is_image:
-            out += [Cell((IMAGE_SLOT,), "[image]", "image", False)] * len(kept)
+            out += [Cell((IMAGE_SLOT,), "[image]", "image", 0.0)] * len(kept)
             continue
         ids = [i for i, _, _ in kept]
         for start, end, text in _decode_each(ids, [row[1:] for row in kept], tokenizer):
-            _, origin, supervised = kept[start]
-            out.append(Cell(tuple(ids[start:end]), _visible(text), origin, supervised))
+            _, origin, weight = kept[start]
+            out.append(Cell(tuple(ids[start:end]), _visible(text), origin, weight))
     return out
 
 
 def to_rich(encoded: Encoded, tokenizer: Any, *, image_tokens: int | None = None) -> Text:
     """Return a record for the terminal: supervised tokens on green between «», template dim, a legend below.
 
-    `image_tokens` is what one image becomes inside the model, shown as [image x16].
+    A weight other than 1 stands behind «, and its green is paler or brighter. `image_tokens` is what one image becomes
+    inside the model, shown as [image x16].
     """
     out = Text()
-    previous = False
+    previous = 0.0
     for cell in cells(encoded, tokenizer):
-        if cell.supervised != previous:
-            out.append("«" if cell.supervised else "»", style="bold green")
+        if cell.weight != previous:
+            out.append("»" * (previous > 0) + "«" * cell.supervised, style="bold green")
+            if cell.weight not in (0, 1):
+                out.append(f"{cell.weight:g}:", style="italic green")
         elif len(out) and not out.plain.endswith("\n"):
             out.append("│", style="dim")
         out.append(_label(cell, image_tokens), style=_rich_style(cell))
-        previous = cell.supervised
-    if previous:
+        previous = cell.weight
+    if previous > 0:
         out.append("»", style="bold green")
     if not out.plain.endswith("\n"):
         out.append("\n")
@@ -94,16 +102,22 @@ def html_tokens(encoded: Encoded, tokenizer: Any, *, image_tokens: int | None = 
     for cell in cells(encoded, tokenizer):
         kind = "supervised" if cell.supervised else cell.origin
         hint = f"{cell.origin}, id {' '.join(map(str, cell.ids))}" if cell.origin != "image" else "image slot"
-        spans.append(f'<span class="{kind}" title="{hint}">{escape(_label(cell, image_tokens))}</span>')
+        shade = ""
+        if cell.weight not in (0, 1):
+            hint += f", weight {cell.weight:g}"
+            shade = f' style="background: rgba(47, 158, 68, {min(0.1 + 0.25 * cell.weight, 0.9):.2f})"'
+        spans.append(f'<span class="{kind}" title="{hint}"{shade}>{escape(_label(cell, image_tokens))}</span>')
     return "".join(spans)
 
 
 def legend(encoded: Encoded, *, image_tokens: int | None = None) -> str:
     """Return the counts of a record in one line."""
     images = encoded.ids.count(IMAGE_SLOT)
+    weights = [weight for weight in encoded.weights if weight > 0]
+    uneven = any(weight != 1 for weight in weights)
     counts = [
         f"{len(encoded.ids) - images} text tokens",
-        f"{sum(encoded.supervised)} supervised",
+        f"{len(weights)} supervised" + (f" (weights {sum(weights):g} in all)" if uneven else ""),
         f"{images} image slot{'' if images == 1 else 's'}",
     ]
     if image_tokens is not None:
@@ -119,7 +133,7 @@ def _label(cell: Cell, image_tokens: int | None) -> str:
 
 def _rich_style(cell: Cell) -> str:
     if cell.supervised:
-        return "black on green"
+        return "black on " + ("dark_sea_green" if cell.weight < 1 else "green" if cell.weight == 1 else "bright_green")
     return {"image": "black on blue", "template": "dim", "content": ""}[cell.origin]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -9,7 +10,7 @@ from small_tokenizers import family
 
 from mmit.data.chat import Encoded, chat_format, encode
 from mmit.data.viewer import cells, legend, to_html, to_rich
-from mmit.records import Image, Text, Turn
+from mmit.records import Image, Record, Text, Turn
 
 NAMES = ["byte_level", "llama", "llama_legacy", "gemma", "unigram"]
 
@@ -80,6 +81,31 @@ def test_page_shows_the_same_tokens() -> None:
     assert body.count("<span") == len(shown)
     assert body.count('class="supervised"') == sum(cell.supervised for cell in shown)
     assert body.count("[image x16]") == 2
+
+
+def test_weights_are_shades() -> None:
+    tokenizer = family("byte_level")
+    talk = Record(
+        (
+            Turn("user", (Text("Q?"),)),
+            Turn("assistant", (Text("one "), Text("half", 0.5), Text(" none", 0.0))),
+            Turn("user", (Text("And?"),)),
+            Turn("assistant", (Text("two"),), weight=2.0),
+        )
+    )
+    encoded = encode(talk, chat_format("qa", tokenizer), tokenizer)
+    assert {weight for weight in encoded.weights} == {0.0, 0.5, 1.0, 2.0}
+    text = to_rich(encoded, tokenizer)
+    plain = text.plain.replace("│", "")
+    assert "«·one·»«0.5:half»·none«<|eos|>»" in plain and "«2:·two<|eos|>»" in plain
+    styles = {str(span.style) for span in text.spans}
+    assert {"black on green", "black on dark_sea_green", "black on bright_green"} <= styles
+    assert "(weights" in text.plain.splitlines()[-1]
+    page = to_html(encoded, tokenizer)
+    shades = re.findall(r"rgba\(47, 158, 68, ([0-9.]+)\)", page)
+    assert sorted(set(shades)) == ["0.23", "0.60"] or sorted(set(shades)) == ["0.22", "0.60"]
+    assert ", weight 0.5" in page and ", weight 2" in page
+    assert "rgba" not in to_html(encoded_by("byte_level"), tokenizer)
 
 
 def test_legend_counts() -> None:
