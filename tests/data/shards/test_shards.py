@@ -788,3 +788,24 @@ def test_fast_decoding_refuses_what_load_rgb_refuses() -> None:
         decode_rgb(data, max_pixels=100)
     with pytest.raises(ImageError, match="over 200 times"):
         decode_rgb(picture(0, (500, 2)))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (60, 40), (120, 90), (400, 300)])
+@pytest.mark.parametrize("place", [0.02, 0.5, 0.999])
+def test_one_changed_bit_is_noticed_in_members_of_every_size(
+    tmp_path: Path, size: tuple[int, int], place: float
+) -> None:
+    """Noise does not compress: the pictures have 200 bytes to 360 KB."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(noise).save(buffer, "PNG")
+    build_shards([Record.triple("q", "a", images=[buffer.getvalue()])], tmp_path)
+    index = open_shards(tmp_path).index
+    member = next(m for m in index.members if int(m["width"]))
+    assert int(member["size"]) == len(buffer.getvalue())
+    shard = tmp_path / index.header["shards"][0]["name"]
+    data = bytearray(shard.read_bytes())
+    data[int(member["start"]) + int(member["lead"]) + int(place * (int(member["size"]) - 1))] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(RecordError, match="crc32 differs"):
+        open_shards(tmp_path)[0]

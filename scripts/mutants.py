@@ -1,0 +1,463 @@
+"""Plant one fault at a time in a copy of the tree and see whether the tests that should find it do.
+
+    python scripts/mutants.py [--only WORD] [--jobs N] [--results FILE] [--again]
+
+Each mutant is an exact replacement of source that must stand in its file once, so that code which moved on fails
+loudly, and names the tests that have to fail. Prints a table, and ends with 1 if a mutant survives. Results are kept
+in FILE by the mutant and the content of its file and tests: a run that was interrupted goes on, `--again` begins anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("mmit", "tests", "configs", "assets", "scripts", "pyproject.toml", "README.md", "LICENSE")
+
+
+class Mutant(NamedTuple):
+    """One planted fault: in `file`, `old` becomes `new`; `tests` are those that have to fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+ATTENTION, PACKING, WALK = "mmit/models/attention.py", "mmit/data/packing.py", "mmit/data/walk.py"
+MIXTURE, RESUME, FOLDERS = "mmit/data/mixture.py", "mmit/train/resume.py", "mmit/train/folders.py"
+LOOP, SETUP, READER = "mmit/train/loop.py", "mmit/train/data_setup.py", "mmit/data/shards/reader.py"
+LORA, TILES, FUSED = "mmit/models/tuning/lora.py", "mmit/data/tiles.py", "mmit/models/tuning/fused_lora.py"
+T_ATTENTION, T_PACKING, T_WALK = (
+    "tests/models/test_attention.py",
+    "tests/data/test_packing.py",
+    "tests/data/test_walk.py",
+)
+T_MIXTURE, T_STATE, T_FOLDERS = (
+    "tests/data/test_mixture.py",
+    "tests/train/test_trainer_state.py",
+    "tests/train/test_folders.py",
+)
+T_LIFE, T_SHARDS, T_TILES = (
+    "tests/train/test_lifetimes.py",
+    "tests/data/shards/test_shards.py",
+    "tests/data/test_tiles.py",
+)
+T_FUSED, T_METRICS = "tests/models/test_fused_lora.py", "tests/eval/metrics"
+
+MUTANTS = [
+    # the mask of a packed row
+    Mutant(
+        "mask: one key too many",
+        ATTENTION,
+        "<= limit[:, :, None])[:, None]",
+        "<= limit[:, :, None] + 1)[:, None]",
+        T_ATTENTION,
+    ),
+    Mutant(
+        "mask: own token unseen",
+        ATTENTION,
+        "<= limit[:, :, None])[:, None]",
+        "< limit[:, :, None])[:, None]",
+        T_ATTENTION,
+    ),
+    Mutant(
+        "mask: ancestors forgotten",
+        ATTENTION,
+        "paths.append(paths[parent] + list(range(start, start + length)))",
+        "paths.append(list(range(start, start + length)))",
+        T_ATTENTION,
+    ),
+    Mutant(
+        "mask: parent's last token unseen",
+        ATTENTION,
+        "list(range(start, start + length)))\n    by_size",
+        "list(range(start, start + length - 1)))\n    by_size",
+        T_ATTENTION,
+    ),
+    Mutant(
+        "mask: none for short lone nodes", ATTENTION, "or longest_q <= LONE:", "and longest_q <= LONE:", T_ATTENTION
+    ),
+    # packing
+    Mutant(
+        "packing: positions from the row's start",
+        PACKING,
+        "positions.extend(range(depth, depth + length))",
+        "positions.extend(range(start, start + length))",
+        f"{T_PACKING} {T_ATTENTION}",
+    ),
+    Mutant(
+        "packing: target of the token itself",
+        PACKING,
+        "targets.append(s.ids[i])",
+        "targets.append(s.ids[i - 1])",
+        f"{T_PACKING} {T_ATTENTION}",
+    ),
+    Mutant(
+        "packing: predicted from the wrong place",
+        PACKING,
+        "node, j = path[i - 1]",
+        "node, j = path[max(i - 2, 0)]",
+        f"{T_PACKING} {T_ATTENTION}",
+    ),
+    Mutant(
+        "packing: unsupervised tokens learnt",
+        PACKING,
+        "            if s.weights[i] > 0:\n                node, j",
+        "            if s.weights[i] >= 0 and s.ids[i] >= 0 and i <= len(path):\n                node, j",
+        f"{T_PACKING} {T_ATTENTION}",
+    ),
+    Mutant(
+        "packing: rows may overflow", PACKING, "room = capacity - shared", "room = capacity - shared + 1", T_PACKING
+    ),
+    Mutant("packing: different pictures are shared", PACKING, "return -width, image", "return -width, None", T_PACKING),
+    Mutant(
+        "packing: a row in another order", PACKING, "for p in sorted(row)])", "for p in row])", f"{T_PACKING} {T_WALK}"
+    ),
+    # order
+    Mutant(
+        "order: epoch forgotten",
+        MIXTURE,
+        "    rng = np.random.Generator(np.random.PCG64([seed, epoch]))\n    pairs",
+        "    rng = np.random.Generator(np.random.PCG64([seed, 0]))\n    pairs",
+        T_MIXTURE,
+    ),
+    Mutant(
+        "order: seed forgotten",
+        MIXTURE,
+        "    rng = np.random.Generator(np.random.PCG64([seed, epoch]))\n    pairs",
+        "    rng = np.random.Generator(np.random.PCG64([0, epoch]))\n    pairs",
+        T_MIXTURE,
+    ),
+    Mutant(
+        "order: a fraction repeats units",
+        MIXTURE,
+        "replace=False) if size else 0",
+        "replace=True) if size else 0",
+        T_MIXTURE,
+    ),
+    Mutant("order: not shuffled", MIXTURE, "    rng.shuffle(order)\n    return order", "    return order", T_MIXTURE),
+    Mutant(
+        "order: ranks take the same rows",
+        WALK,
+        "range(first + rank, first + self.rows_per_step, world)",
+        "range(first, first + self.rows_per_step, world)",
+        T_WALK,
+    ),
+    Mutant("order: a resumed walk is one row on", WALK, '"first_row": first,', '"first_row": first + 1,', T_WALK),
+    Mutant(
+        "order: the end is one row late",
+        WALK,
+        "if position >= self.total_rows:\n            return None",
+        "if position > self.total_rows:\n            return None",
+        T_WALK,
+    ),
+    # resume
+    Mutant("resume: random state not restored", RESUME, 'torch.set_rng_state(state["cpu"])', "pass", T_STATE),
+    Mutant(
+        "resume: random state of rank 0 everywhere",
+        RESUME,
+        'load_file(trainer / f"rng-{engine.rank}.safetensors")',
+        'load_file(trainer / "rng-0.safetensors")',
+        T_STATE,
+    ),
+    Mutant(
+        "resume: optimizer not restored",
+        RESUME,
+        'engine.load_state(folder / "trainer")',
+        "pass",
+        "tests/train/test_run.py -k resume",
+    ),
+    Mutant(
+        "resume: later checkpoints stay",
+        RESUME,
+        "        if folders.step_of(folder) > step:\n            name",
+        "        if False:\n            name",
+        T_STATE,
+    ),
+    Mutant(
+        "resume: the present one set aside too",
+        RESUME,
+        "        if folders.step_of(folder) > step:\n            name",
+        "        if folders.step_of(folder) >= step:\n            name",
+        T_STATE,
+    ),
+    Mutant(
+        "resume: the best is pruned",
+        RESUME,
+        "        if folders.step_of(old) == best:\n            continue",
+        "        if False:\n            continue",
+        T_STATE,
+    ),
+    Mutant(
+        "resume: one too few kept",
+        RESUME,
+        "folders.checkpoints(run_dir)[:-keep]",
+        "folders.checkpoints(run_dir)[: 1 - keep or None]",
+        T_STATE,
+    ),
+    # checkpoints
+    Mutant("checkpoint: hash not compared", FOLDERS, "if _hash(path) != sha256:", "if False:", T_FOLDERS),
+    Mutant(
+        "checkpoint: size not compared",
+        FOLDERS,
+        "if path.stat().st_size != size:",
+        "if False:",
+        "tests/train/test_checkpoint_checks.py",
+    ),
+    Mutant(
+        "checkpoint: unlisted files pass",
+        FOLDERS,
+        "not in files:  # DeepSpeed",
+        "in ():  # DeepSpeed",
+        "tests/train/test_checkpoint_checks.py",
+    ),
+    Mutant(
+        "checkpoint: draft left on a full disk",
+        FOLDERS,
+        "            shutil.rmtree(draft, ignore_errors=True)\n        if failure",
+        "            pass\n        if failure",
+        f"{T_FOLDERS} {T_LIFE}",
+    ),
+    Mutant(
+        "checkpoint: the oldest whole one is taken",
+        FOLDERS,
+        "for folder in reversed(checkpoints(run_dir)):",
+        "for folder in checkpoints(run_dir):",
+        "tests/train/test_checkpoint_checks.py",
+    ),
+    # bad records
+    Mutant(
+        "bad records: ceiling plus one",
+        LOOP,
+        "if len(progress.bad) > plan.max_bad:",
+        "if len(progress.bad) > plan.max_bad + 1:",
+        T_LIFE,
+    ),
+    Mutant(
+        "bad records: ceiling doubled at start",
+        SETUP,
+        "if len(scan.bad) > most_bad(max_bad_fraction, scan.records):",
+        "if len(scan.bad) > 2 * most_bad(max_bad_fraction, scan.records):",
+        T_LIFE,
+    ),
+    Mutant(
+        "bad records: every encounter counts",
+        LOOP,
+        "new = [number for number in met if number not in known]",
+        "new = list(met)",
+        T_LIFE,
+    ),
+    Mutant(
+        "bad records: ranks do not agree",
+        LOOP,
+        "found = map(int, engine.all_sum(table))",
+        "found = map(int, new)",
+        T_LIFE,
+    ),
+    # shards
+    Mutant("shards: crc32 not compared", READER, "if zlib.crc32(piece) != m[_CRC]:", "if False:", T_SHARDS),
+    Mutant(
+        "shards: crc32 skipped from 8 KiB on",
+        READER,
+        "if zlib.crc32(piece) != m[_CRC]:",
+        "if len(piece) < 8192 and zlib.crc32(piece) != m[_CRC]:",
+        T_SHARDS,
+    ),
+    Mutant("shards: cut members pass", READER, "if len(piece) < end - begin:", "if False:", T_SHARDS),
+    Mutant(
+        "shards: an archive's end is not verified",
+        READER,
+        'if (crc, length) != (shard["crc32"], shard["size"]):',
+        'if length > shard["size"]:',
+        T_SHARDS,
+    ),
+    # LoRA
+    Mutant("LoRA: scale forgotten", FUSED, "addmm_(inner, b.t(), alpha=scale)", "addmm_(inner, b.t())", T_FUSED),
+    Mutant("LoRA: slope of A without scale", FUSED, "slope = (grad @ b).mul_(ctx.scale)", "slope = grad @ b", T_FUSED),
+    Mutant(
+        "LoRA: slope of B without scale",
+        FUSED,
+        "(grad.t() @ inner).mul_(ctx.scale) if needs[4]",
+        "(grad.t() @ inner) if needs[4]",
+        T_FUSED,
+    ),
+    Mutant(
+        "LoRA: nothing reaches below",
+        FUSED,
+        "(grad @ weight).addmm_(slope, a).view(x.shape) if needs[0]",
+        "(grad @ weight).view(x.shape) if needs[0]",
+        T_FUSED,
+    ),
+    Mutant(
+        "LoRA: dropout skipped in training",
+        FUSED,
+        "type(dropout) is nn.Dropout and not dropout.training",
+        "type(dropout) is nn.Dropout",
+        T_FUSED,
+    ),
+    Mutant(
+        "LoRA: a continued adapter stays frozen",
+        LORA,
+        "parameter.requires_grad_(prefix in name)",
+        "parameter.requires_grad_(False)",
+        "tests/models/test_tuning.py",
+    ),
+    # tiles
+    Mutant(
+        "tiles: rows and columns swapped",
+        TILES,
+        "for y in range(rows) for x in range(columns)]",
+        "for x in range(columns) for y in range(rows)]",
+        T_TILES,
+    ),
+    Mutant(
+        "tiles: thumbnail at the other end",
+        TILES,
+        'return [whole, *out] if tiling.thumbnail == "first" else [*out, whole]',
+        'return [whole, *out] if tiling.thumbnail == "last" else [*out, whole]',
+        T_TILES,
+    ),
+    Mutant("tiles: line ends not counted", TILES, "kept[2] * (kept[3] + line_ends)", "kept[2] * kept[3]", T_TILES),
+    Mutant("tiles: the larger of equal grids", TILES, "filled = W * H > 0.5 *", "filled = W * H > 0.0 *", T_TILES),
+    Mutant("tiles: rounded down", TILES, "math.ceil(picture.width * scale)", "int(picture.width * scale)", T_TILES),
+    # metrics and schedule
+    Mutant(
+        "metrics: Wilson without continuity of its centre",
+        "mmit/eval/metrics/intervals.py",
+        "centre = (p + z2 / (2 * n))",
+        "centre = (p + z2 / n)",
+        T_METRICS + "/test_intervals.py",
+    ),
+    Mutant(
+        "metrics: articles kept",
+        "mmit/eval/metrics/vqa.py",
+        "for word in words if word not in _ARTICLES)",
+        "for word in words)",
+        T_METRICS + "/test_vqa.py",
+    ),
+    Mutant(
+        "metrics: all references must be equal",
+        "mmit/eval/metrics/text.py",
+        "else any(p == expect(x) for x in r))",
+        "else all(p == expect(x) for x in r))",
+        T_METRICS + "/test_exact.py",
+    ),
+    Mutant(
+        "schedule: warm-up one step late",
+        "mmit/train/schedule.py",
+        "return (step + 1) / warm",
+        "return step / warm",
+        "tests/train/test_schedule.py",
+    ),
+    Mutant(
+        "loss: summed into the wrong source",
+        LOOP,
+        "torch.tensor(starts[1:], dtype=torch.int64), right=True)",
+        "torch.tensor(starts[1:], dtype=torch.int64), right=False)",
+        "tests/train/test_watching.py",
+    ),
+]
+
+
+def main() -> int:
+    """Run the mutants that are asked for; 1 if one survives, 2 if one cannot be planted or a test fails without it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a word in the name or the file")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at once")
+    parser.add_argument("--results", type=Path, default=Path(tempfile.gettempdir()) / "mmit-mutants.jsonl")
+    parser.add_argument("--again", action="store_true", help="forget the results that are on file")
+    given = parser.parse_args()
+    wanted = [m for m in MUTANTS if given.only in m.name or given.only in m.file]
+    lost = [f"{m.name}: its anchor stands {count(m)} times in {m.file}" for m in wanted if count(m) != 1]
+    if lost:
+        print("\n".join(lost), file=sys.stderr)
+        return 2
+    if given.again:
+        given.results.unlink(missing_ok=True)
+    rows = given.results.read_text().splitlines() if given.results.exists() else []
+    known = {row["key"]: row for row in map(json.loads, rows)}
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(given.jobs) as pool:
+        found = list(pool.map(lambda m: known.get(key(m)) or noted(run(m, Path(scratch)), given.results), wanted))
+        print(f"{'mutant':<52} {'outcome':<10} {'seconds':>7}  found by")
+        for row in found:
+            print(f"{row['name']:<52} {row['outcome']:<10} {row['seconds']:>7.1f}  {row['by']}")
+    left = [row["name"] for row in found if row["outcome"] == "survived"]
+    broken = [row["name"] for row in found if row["outcome"] == "broken"]
+    print(f"{len(found) - len(left) - len(broken)} of {len(found)} found, {len(left)} survive, {len(broken)} broken")
+    return 2 if broken else 1 if left else 0
+
+
+def count(mutant: Mutant) -> int:
+    """How often the anchor stands in the file."""
+    path = ROOT / mutant.file
+    return path.read_text(encoding="utf-8").count(mutant.old) if path.exists() else 0
+
+
+def key(mutant: Mutant) -> str:
+    """What decides a result: the mutant, its file and its tests."""
+    digest = hashlib.sha256(repr(mutant).encode() + (ROOT / mutant.file).read_bytes())
+    for word in mutant.tests.split():
+        path = ROOT / word
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path] if path.is_file() else []:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(mutant: Mutant, scratch: Path) -> dict[str, object]:
+    """Plant a mutant in a copy and run its tests there."""
+    copy = Path(tempfile.mkdtemp(dir=scratch))
+    for name in COPIED:
+        source = ROOT / name
+        skip = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source, copy / name, ignore=skip) if source.is_dir() else shutil.copy(source, copy / name)
+    path = copy / mutant.file
+    path.write_text(path.read_text(encoding="utf-8").replace(mutant.old, mutant.new), encoding="utf-8")
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [word for word in mutant.tests.split()]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--basetemp",
+        str(copy / "tmp"),
+        *words,
+    ]
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=1800)
+    seconds = time.monotonic() - began
+    failed = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+    by = failed.partition(" - ")[0].removeprefix("FAILED ")
+    # 1: a test failed. Anything else, such as no test or an error of collection, shows nothing.
+    outcome = {0: "survived", 1: "found"}.get(done.returncode, "broken")
+    if outcome == "broken":
+        by = (done.stdout + done.stderr)[-300:].replace("\n", " ")
+    shutil.rmtree(copy, ignore_errors=True)
+    return {"key": key(mutant), "name": mutant.name, "outcome": outcome, "seconds": seconds, "by": by}
+
+
+def noted(row: dict[str, object], results: Path) -> dict[str, object]:
+    """Keep a result at once."""
+    with open(results, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return row
+
+
+if __name__ == "__main__":
+    sys.exit(main())
