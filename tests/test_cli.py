@@ -111,10 +111,12 @@ def test_train_takes_its_config_either_way():
 
 
 def test_train_and_resume(fresh):
-    good("train", fresh / "config.yaml", "train.steps=2")
+    endless = ("train.schedule=constant", "train.warmup=0")  # whose runs may be made longer
+    good("train", fresh / "config.yaml", "train.steps=2", *endless)
     again = mmit("train", fresh / "config.yaml", "train.steps=2")
     assert again.exit_code == 2 and "resume=auto" in again.stderr
-    good("train", "--config", fresh / "config.yaml", "train.steps=4", "resume=auto")
+    longer = good("train", "--config", fresh / "config.yaml", "train.steps=4", "resume=auto", *endless)
+    assert "resume: train.steps was 2 and is 4" in longer.stderr
     steps = [json.loads(line)["step"] for line in (fresh / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
 

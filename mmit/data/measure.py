@@ -20,6 +20,7 @@ import numpy as np
 
 from mmit.data.ahead import in_order
 from mmit.data.formats.keys import kept_keys
+from mmit.data.marks import content_of
 from mmit.data.packing import Sample, trie_length
 from mmit.data.store import Arrays, Store, code_version, key_of
 from mmit.errors import RecordError, from_facts
@@ -52,6 +53,7 @@ class Scan:
     # (U,) int64, crops that the tower sees for the unit alone
     seen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     kept: list[dict[str, int]] = field(default_factory=list)  # per source, keys that stay in the meta unread, and rows
+    contents: list[str] = field(default_factory=list)  # per source, a hash of what is learned from it; see `marks`
 
     @property
     def illustrated(self) -> np.ndarray:
@@ -72,6 +74,7 @@ class Piece:
     head: tuple[int, ...] | None  # tokens all begin with; None of no record
     bad: list[list[str]]  # facts of errors
     kept: dict[str, int]  # keys that stay in the meta unread, where the source does not know them
+    content: str  # a hash of what is learned from the records, in their order
     records: int
 
     @property
@@ -82,7 +85,7 @@ class Piece:
     @property
     def facts(self) -> dict[str, Any]:
         """What is kept as JSON."""
-        return {name: getattr(self, name) for name in ("supervised", "head", "bad", "kept", "records")}
+        return {name: getattr(self, name) for name in ("supervised", "head", "bad", "kept", "content", "records")}
 
 
 def scan(
@@ -148,13 +151,13 @@ def _kept(
     places = range(len(data.sources[source]))
     if store is None or not data.key:
         return _measured(data, source, places, workers, advance)
-    key, sized = source_key(data, source), _sized(data)
+    key = source_key(data, source)
     found = store.find("measured", key)
     if found is not None:
         facts, arrays = found
         head = None if facts["head"] is None else tuple(facts["head"])
         piece = Piece(**{**facts, **arrays, "head": head})
-        changed = _changed(piece, sized=sized, workers=workers)
+        changed = _changed(piece, workers=workers)
         if not changed:
             advance(len(places))
             return piece
@@ -199,6 +202,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         _common_head(piece.head for piece in pieces),
         [facts for piece in pieces for facts in piece.bad],
         dict(sum((Counter(piece.kept) for piece in pieces), Counter[str]())),
+        key_of([piece.content for piece in pieces]),
         sum(piece.records for piece in pieces),
     )
 
@@ -233,12 +237,13 @@ def _whole(data: InstructionData, pieces: Sequence[Piece]) -> Scan:
         records=sum(piece.records for piece in pieces),
         seen=seen,
         kept=[{**opened.kept, **piece.kept} for opened, piece in zip(data.sources, pieces, strict=True)],
+        contents=[piece.content for piece in pieces],
     )
 
 
 def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece:
     """Measure records of a source here."""
-    start, sized = data.starts[source], _sized(data)
+    start = data.starts[source]
     units: list[tuple[int, ...]] = []
     pictures: dict[int, int] = {}
     files: dict[str, int] = {}
@@ -246,6 +251,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
     kept: Counter[str] = Counter()
     supervised = count = 0
     head: tuple[int, ...] | None = None
+    learned = hashlib.blake2b(digest_size=16)
     for place in places:
         count += 1
         number = start + int(place)
@@ -255,7 +261,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
                 kept += kept_keys(record)
             for image in record.images:
                 if isinstance(image.source, str) and image.size is None:
-                    files[image.source] = _stamp(image.source, sized=sized)
+                    files[image.source] = _stamp(image.source)
                     if not files[image.source]:
                         _refuse_missing(image.source, record.where)
             samples, shown, _ = data.samples_of(record, number)
@@ -268,6 +274,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
         units += [(int(place), *span, seen) for span in _chunks(samples, data.capacity, data.share_prefix)]
         supervised += sum(1 for sample in samples for weight in sample.weights if weight > 0)
         head = _common_head([head, _head(samples)])
+        learned.update(content_of(samples, shown))
     names = [os.fsencode(name) for name in files]
     return Piece(
         np.array(units, dtype=np.int64).reshape(-1, 5).T,
@@ -279,6 +286,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
         head,
         bad,
         dict(kept),
+        learned.hexdigest(),
         count,
     )
 
@@ -296,23 +304,18 @@ def _placed(data: InstructionData, number: int, error: RecordError) -> RecordErr
 # --- picture files ------------------------------------------------------------------------------------------------
 
 
-def _sized(data: InstructionData) -> bool:
-    """Whether what a picture takes depends on its size."""
-    return data.preparation is not None and data.preparation.tiled
-
-
-def _stamp(path: str, *, sized: bool) -> int:
-    """What tells whether a picture file is as it was: 0 if there is none; else 1 or, if `sized`, its size and time."""
+def _stamp(path: str) -> int:
+    """What tells whether a picture file is as it was: 0 if there is none; else its size and time."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
         return 0
     if not stat.S_ISREG(found.st_mode):
         return 0
-    return ((found.st_mtime_ns * 1_000_003) ^ found.st_size) & (2**62 - 1) | 2**62 if sized else 1
+    return ((found.st_mtime_ns * 1_000_003) ^ found.st_size) & (2**62 - 1) | 2**62
 
 
-def _changed(piece: Piece, *, sized: bool, workers: int) -> int:
+def _changed(piece: Piece, *, workers: int) -> int:
     """How many picture files are not as they were."""
     count = len(piece.ends)
     cut = [range(begin, min(begin + FILES, count)) for begin in range(0, count, FILES)]
@@ -323,7 +326,7 @@ def _changed(piece: Piece, *, sized: bool, workers: int) -> int:
         names = piece.names[begin : ends[-1]].tobytes()
         now, last = [], 0
         for end in ends:
-            now.append(_stamp(os.fsdecode(names[last : end - begin]), sized=sized))
+            now.append(_stamp(os.fsdecode(names[last : end - begin])))
             last = end - begin
         return int((piece.stamps[some.start : some.stop] != np.array(now, dtype=np.int64)).sum())
 

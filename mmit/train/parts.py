@@ -34,7 +34,7 @@ from mmit.models.recompute import MODES, set_recompute
 from mmit.models.tuning import Group, apply_tuning, quantization
 from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
-from mmit.train import checkpoint, resume
+from mmit.train import checkpoint, identity, resume
 from mmit.train.balance import unit_costs
 from mmit.train.chat import chat_of
 from mmit.train.data_setup import Say, cache_folder, check_lengths, image_loader, judge, measure, open_data
@@ -83,12 +83,15 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         torch.set_num_threads(config.train.threads)
 
     heart.phase("building the model", 0)
+    if begin is not None:
+        identity.check_config(checkpoint.read_config(begin).flat(), config.flat(), folder=begin, say=say)
     init_from = config.run.init_from
     start = begin or (checkpoint.find(model_folder(init_from), warn=say) if init_from else None)
     if start is not None and begin is None:
         check_start(start, then=checkpoint.read_config(start).model_dump(), now=config.model_dump(), say=say)
     divided = _partition(config) if world.deepspeed else None
     vlm, tokenizer = _assemble(config, start, divided)
+    tower = identity.tower_content(vlm.vision) if world.main else None  # before a checkpoint's weights go in
     vlm.to(world.device)
     config = settled(config, vlm, tokenizer, measure=divided is None, say=say)
     chat = chat_of(config.model.chat.model_dump(), tokenizer, date=checkpoint.chat_date(begin))
@@ -108,9 +111,12 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     costs = unit_costs(vlm, scan, cached=cached) if world.size > 1 else None
     plan: dict[str, Any] = {"known": resume.order_of(begin)}
     plan["store"] = Store(cache_folder(config.data.cache_dir, run_dir=run_dir))
+    with world.together():
+        same = _contents(config, vlm, chat, data, scan, tower=tower, begin=begin, say=say, main=world.main, **plan)
     if world.size > 1:  # the others read what rank 0 planned
         world.first(lambda alive: _plan(config, scan, plan))
     walk, order = walk_of(config, scan, costs=costs, **plan)
+    order |= {"content": same}
     held_out = read(part="eval") if config.data.eval else None
 
     heart.phase("preparing the model", 0)
@@ -212,6 +218,40 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
             names = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
             say(f"warning: {len(idle)} tensors of the adapter have no gradient, so they are not trained: {names}")
     return groups
+
+
+def _contents(
+    config: Config,
+    vlm: VLM,
+    chat: ChatFormat,
+    data: InstructionData,
+    scan: Scan,
+    *,
+    tower: str | None,
+    known: dict[str, Any] | None,
+    store: Store,
+    begin: Path | None,
+    say: Say,
+    main: bool,
+) -> dict[str, Any] | None:
+    """What this run learns from and builds on, compared with what the checkpoint `begin` did; rank 0 alone."""
+    if not main:
+        return None
+    llm, told = config.model.llm, chat.to_json()
+    commit = getattr(vlm.llm.config, "_commit_hash", None)
+    # A language model that is tuned as a whole is in every checkpoint: nothing hangs on where it began.
+    unused = llm.random_init is not None or config.tune.llm.mode == "full"
+    now = {
+        "sources": identity.contents(data, scan),
+        "vision": tower,
+        "llm": identity.base_content(llm.name, commit=commit, unused=unused, store=store),
+        "chat": {k: v for k, v in told.items() if k != "name" or "template" not in told},
+    }
+    if begin is not None and known is not None:
+        held = {"llm": begin / "llm", "vision": begin / "vision.safetensors"}
+        whole = [part for part, path in held.items() if path.exists()]
+        identity.check_contents(known.get("content"), now, folder=begin, whole=whole, say=say)
+    return now
 
 
 def _try_forward(vlm: VLM, data: InstructionData, scan: Scan) -> None:

@@ -264,9 +264,8 @@ def test_other_data_cannot_be_resumed(straight, tmp_path):
     from tests.tiny_run import write_records
 
     write_records(folder / "data", count=9)
-    with pytest.raises(CheckpointError, match="units differs"):
-        again = {"dir": str(folder / "run"), "resume": "auto"}
-        run(tiny_config(folder, run=again, train={"steps": 9, "precision": "fp32"}))
+    with pytest.raises(CheckpointError, match="what is learned from data.train.0 .* has changed"):
+        run(tiny_config(folder, run={"dir": str(folder / "run"), "resume": "auto"}, tune=DROPOUT))
 
 
 def test_text_only_model(straight, tmp_path):
@@ -281,10 +280,7 @@ def test_text_only_model(straight, tmp_path):
 
 @pytest.mark.parametrize(
     "stage",
-    [
-        pytest.param(f"zero{s}", marks=pytest.mark.slow if s in (2, 3) else pytest.mark.long)
-        for s in (0, 1, 2, 3)
-    ],
+    [pytest.param(f"zero{s}", marks=pytest.mark.slow if s in (2, 3) else pytest.mark.long) for s in (0, 1, 2, 3)],
 )
 def test_two_deepspeed_ranks_equal_one_process(straight, tmp_path, stage):
     for part in ("data", "tokenizer", "vision"):

@@ -1,0 +1,57 @@
+"""What is learned from a record, as a hash: to tell whether data is the same after days, on another disk or machine.
+
+Token ids, masks and whatever else a sample holds, and its pictures. Not paths, names or formats of files, so that data
+may be moved and converted, as long as the same is learned from it in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from mmit.data.packing import Sample
+from mmit.records import Image
+
+if TYPE_CHECKING:
+    from mmit.data.dataset import Shown
+
+ENDS = 4096  # bytes at either end of a picture file that tell it from another
+
+
+def content_of(samples: Sequence[Sample], images: Mapping[Hashable, Shown]) -> bytes:
+    """Return 16 bytes that stand for every number of a record's samples and for its pictures.
+
+    Pictures inside shards are left to the index of their shards, which has a checksum of every member.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for sample in samples:
+        facts = [getattr(sample, f.name) for f in fields(sample) if f.name not in ("images", "record")]
+        digest.update(repr(facts).encode())
+        for key in sample.images:
+            digest.update(picture_mark(images[key].image))
+    return digest.digest()
+
+
+def picture_mark(image: Image) -> bytes:
+    """Return what tells a picture from another: the hash of its bytes; of a file the size, and 4 KiB at either end.
+
+    Reading hundreds of thousands of picture files whole would take minutes to hours. A file that is changed in its
+    middle alone and keeps its size counts as the same; any other picture, or the same one encoded otherwise, does not.
+    """
+    if isinstance(image.source, bytes):
+        return hashlib.blake2b(image.source, digest_size=16).digest()
+    if not isinstance(image.source, str):
+        return b""
+    try:
+        with open(image.source, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            ends = file.read(ENDS)
+            if size > ENDS:
+                file.seek(max(size - ENDS, ENDS))
+                ends += file.read(ENDS)
+    except OSError:  # a member of a shard, or a file that has been named as missing
+        return b""
+    return hashlib.blake2b(b"%d " % size + ends, digest_size=16).digest()
