@@ -62,7 +62,7 @@ def export(
         raise ConfigError("is for --push-to-hub", where="--dry-run" if dry_run else "--private", remedy="name a REPO")
     refuse_existing(out)
     kept = None if format == "mmit" else torch.float32  # as trained, where numbers are copied and not computed with
-    found = load_model(run, device="cpu", dtype=kept)
+    found = load_model(run, device="cpu", dtype=kept, plain=format in ("llava-hf", "mmit"))
     if format == "mmit":
         save_whole(found, out)
         _check_whole(found, out)

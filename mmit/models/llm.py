@@ -12,6 +12,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ PUBLISHED = (
     "rope_theta", "rope_scaling", "rope_local_base_freq", "global_rope_theta", "partial_rotary_factor", "rope_type",
     "attention_bias", "mlp_bias", "use_qk_norm", "qk_norm", "clip_qkv", "rms_norm_eps", "layer_norm_eps",
 )  # fmt: skip
+BNB_ON_CPU = (0, 50)  # the first release whose 4-bit layers were trained on a CPU
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -173,6 +175,11 @@ def load_llm(
         raise _explain(name, error) from error
     if "gguf_file" in source:
         _forget_quantization(model)
+    for module in model.modules():
+        # bitsandbytes packs 4-bit weights in place at the first forward in evaluation mode on some CPUs: scales become
+        # bf16, layers of other than a multiple of 32 outputs fail, and training goes on with other weights.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return ready(model)
 
 
@@ -227,10 +234,14 @@ def recompute_activations(llm: Any) -> None:
 
 def why_not_4bit() -> str | None:
     """What keeps this machine from running 4-bit weights, or None."""
-    if not torch.cuda.is_available():
-        return "4-bit weights need a CUDA device, and torch sees none"
     if importlib.util.find_spec("bitsandbytes") is None:
         return "4-bit weights need bitsandbytes, which is not installed"
+    if torch.cuda.is_available():
+        return None
+    found = version("bitsandbytes")
+    if tuple(int(n) for n in found.split(".")[:2]) < BNB_ON_CPU:
+        wanted = ".".join(map(str, BNB_ON_CPU))
+        return f"4-bit weights without a CUDA device need bitsandbytes {wanted} or newer, {found} is installed"
     return None
 
 
@@ -266,7 +277,7 @@ def bits_config(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesC
     if options.get("bits") == 8:
         return BitsAndBytesConfig(load_in_8bit=True)
     if "bits" not in options and (reason := why_not_4bit()) is not None:
-        remedy = "use mode lora, or a CUDA machine with: pip install 'mmit-tune[qlora]'"
+        remedy = "run: pip install --upgrade 'mmit-tune[qlora]', or use mode lora"
         raise ModelError(reason, where="tune.llm.mode", remedy=remedy)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -341,6 +352,13 @@ def _forget_quantization(model: PreTrainedModel) -> None:
         del model.config.quantization_config
     model.is_quantized = False  # type: ignore[assignment]
     model.hf_quantizer = None  # type: ignore[assignment]
+
+
+def multiplied_out(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights without their quantisation."""
+    model = model.dequantize(dtype=dtype)
+    _forget_quantization(model)
+    return model.to(dtype)  # type: ignore[arg-type]
 
 
 def context_length(model: Any) -> int | None:

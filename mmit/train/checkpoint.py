@@ -35,7 +35,7 @@ from mmit.config import Config, VisionConfig
 from mmit.data.chat import ChatFormat
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble, without_weights
-from mmit.models.llm import bring_adapters, usable_device, why_not_4bit
+from mmit.models.llm import bring_adapters, multiplied_out, usable_device, why_not_4bit
 from mmit.models.partition import shape, whole
 from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
 from mmit.models.tuning.lora import quietly
@@ -289,6 +289,7 @@ def load_model(
     bits: Mapping[str, Any] | None = None,
     untuned: bool = False,
     adapt: bool = False,
+    plain: bool = False,
 ) -> Loaded:
     """Read a model for use.
 
@@ -301,6 +302,8 @@ def load_model(
         untuned: the model as it was before training (base weights, freshly drawn projector), for comparison.
         adapt: without a `dtype`, take float32 in place of bf16 where the device computes that faster, unless fewer
             bits or a device map were asked for because of its memory; weights keep their values.
+        plain: multiply the 4-bit weights of a QLoRA run out, once they are loaded: the same function on weights that
+            can be merged and written; its config then says lora.
 
     Raises:
         CheckpointError: nothing there, or not whole. ModelError: a base it refers to cannot be loaded.
@@ -348,6 +351,10 @@ def load_model(
         packed=config.data.packing is not False,
         tokenizer=str(path / "tokenizer"),
     )
+    if plain and four_bits is not None:
+        vlm.llm, four_bits = multiplied_out(vlm.llm, dtype), None
+        tune = {**config.tune.model_dump(), "llm": unquantised(config.tune.llm.model_dump())}
+        config = Config.from_dict({**config.model_dump(), "tune": tune})
     if (path / "llm").exists():
         vlm.whole.add("llm")
     if not untuned:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -11,7 +13,9 @@ from safetensors.torch import load_file
 
 from mmit.data.chat import chat_format
 from mmit.errors import CheckpointError, ModelError
-from mmit.models.tuning import apply_tuning, merge, parameter_table
+from mmit.models import llm as models_llm
+from mmit.models.assemble import assemble
+from mmit.models.tuning import apply_tuning, merge, parameter_table, quantization
 from mmit.train import checkpoint, folders
 from mmit.train.run import run
 from tests.models.tuned_models import (
@@ -171,7 +175,7 @@ def test_vision_methods_and_resume(folder, tmp_path, precision):
         "vision": {"mode": "lora", "lr": 1e-3, "options": {"r": 2}},
         "llm": {"mode": "bitfit", "lr": 1e-3, "options": {"insert_biases": True}},
     }
-    train = {"steps": 3, "rows_per_step": 2, "precision": precision}
+    train = {"steps": 3, "rows_per_step": 2, "precision": precision, "schedule": "constant", "warmup": 0.0}
     assert run(tiny_config(folder, run={"dir": str(tmp_path / "run")}, tune=tune, train=train)) == 0
     again = {"dir": str(tmp_path / "run"), "resume": "auto"}
     assert run(tiny_config(folder, run=again, tune=tune, train={**train, "steps": 5})) == 0
@@ -191,7 +195,7 @@ def test_vision_methods_and_resume(folder, tmp_path, precision):
     [pytest.param("frozen", "frozen", marks=pytest.mark.slow), ("lora", "lora"), ("houlsby", "layernorm")],
 )
 def test_a_second_stage_keeps_what_the_first_trained_whole(folder, tmp_path, llm, vision):
-    train = {"steps": 2, "rows_per_step": 2, "precision": "fp32"}
+    train = {"steps": 2, "rows_per_step": 2, "precision": "fp32", "schedule": "constant", "warmup": 0.0}
     full = {"llm": {"mode": "full", "lr": 0.1}, "vision": {"mode": "full", "lr": 0.1}}
     assert run(tiny_config(folder, run={"dir": str(tmp_path / "a")}, tune=full, train=train)) == 0
     again = {"dir": str(tmp_path / "a"), "resume": "auto"}
@@ -266,16 +270,64 @@ def test_next_to_nothing_is_refused(folder, monkeypatch):
         apply_tuning(vlm, tune_plan("llm", "frozen"))
 
 
-def test_qlora_without_cuda_says_so(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("found", "said"), [(None, "not installed"), ("0.49.2", "0.50 or newer, 0.49.2 is installed")])
+def test_qlora_says_what_this_machine_lacks(folder, tmp_path, monkeypatch, found, said):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    real = importlib.util.find_spec
+    has = None if found is None else object()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: has if name == "bitsandbytes" else real(name, *a))
+    monkeypatch.setattr(models_llm, "version", lambda name: found)
+    with pytest.raises(ModelError, match=said) as error:
+        run(qlora_config(folder, tmp_path))
+    assert "mode lora" in error.value.remedy
+
+
+def qlora_config(folder, tmp_path, **sections):
+    """Of a base in a folder: random weights cannot be loaded in 4 bits."""
     config = tiny_config(folder, run={"dir": str(tmp_path / "run")}, tune={"llm": {"mode": "qlora"}})
-    model = config.model.model_dump()
-    model["llm"]["random_init"] = None
     vlm, tokenizer = composite(config)
     vlm.llm.save_pretrained(tmp_path / "llm")
     tokenizer.save_pretrained(tmp_path / "llm")
-    model["llm"]["name"] = str(tmp_path / "llm")
-    config = tiny_config(folder, run={"dir": str(tmp_path / "run")}, tune={"llm": {"mode": "qlora"}}, model=model)
-    with pytest.raises(ModelError, match="CUDA") as error:
-        run(config)
-    assert "mode lora" in error.value.remedy
+    model = config.model.model_dump()
+    model["llm"].update(name=str(tmp_path / "llm"), random_init=None)
+    tune = {"llm": {"mode": "qlora", "lr": 1e-2, "options": {"r": 4, "dropout": 0.1}}}
+    given = {"run": {"dir": str(tmp_path / "run")}, "tune": tune, "model": model}
+    return tiny_config(folder, **{**given, **sections})
+
+
+@pytest.mark.skipif(models_llm.why_not_4bit() is not None, reason=str(models_llm.why_not_4bit()))
+def test_looking_at_a_qlora_model_leaves_its_weights_alone(folder, tmp_path):
+    """bitsandbytes would pack the weights for the CPU, with scales in bf16, in a forward in evaluation mode."""
+    config = qlora_config(folder, tmp_path)
+    plan = config.tune.llm
+    vlm, _ = assemble(
+        config.model.model_dump(), dtype=torch.float32, quantization=quantization(plan.mode, plan.options)
+    )
+    apply_tuning(vlm, config.tune.model_dump())
+    before = {k: v.clone() for k, v in vlm.state_dict().items()}
+    assert any(v.dtype == torch.uint8 for v in before.values())
+    vlm.check_isolation()
+    with torch.no_grad():
+        logits(vlm.eval())
+    after = vlm.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.mark.skipif(models_llm.why_not_4bit() is not None, reason=str(models_llm.why_not_4bit()))
+def test_a_qlora_run_trains_resumes_and_is_written_without_its_quantisation(folder, tmp_path):
+    train = {"steps": 4, "rows_per_step": 2, "precision": "fp32", "save_every": 2}
+    assert run(qlora_config(folder, tmp_path, train=train)) == 0
+    last = checkpoint.find(tmp_path / "run")
+    expected = load_file(last / "adapter" / "adapter_model.safetensors")
+    shutil.rmtree(last)
+    assert run(qlora_config(folder, tmp_path, train=train, run={"dir": str(tmp_path / "run"), "resume": "auto"})) == 0
+    again = load_file(last / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(again[k], v) for k, v in expected.items())
+    small = checkpoint.load_model(tmp_path / "run", device="cpu")
+    plain = checkpoint.load_model(tmp_path / "run", device="cpu", plain=True)
+    assert (small.config.tune.llm.mode, plain.config.tune.llm.mode) == ("qlora", "lora")
+    torch.testing.assert_close(logits(plain.vlm), logits(small.vlm), atol=1e-4, rtol=1e-4)
+    merge(plain.vlm)
+    torch.testing.assert_close(logits(plain.vlm), logits(small.vlm), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ModelError, match="rounded again"):
+        merge(small.vlm)
