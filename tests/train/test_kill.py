@@ -10,6 +10,7 @@ import signal
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ from mmit.train.run import EXIT_STOPPED
 from tests.tiny_run import DROPOUT, tiny_config
 
 
-def start(config: Config) -> int:
-    """Fork a run; it writes which records each of its micro-batches held to `trace.jsonl`."""
+def start(config: Config, *, before: Callable[[], None] = lambda: None) -> int:
+    """Fork a run; it writes which records each of its micro-batches held to `trace.jsonl`. The child calls `before`."""
     child = os.fork()
     if child:
         return child
@@ -38,6 +39,7 @@ def start(config: Config) -> int:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(120)
         trace(folder / "trace.jsonl")
+        before()
         code = run_module.run(config)
     finally:
         if code == 99:

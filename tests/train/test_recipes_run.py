@@ -1,0 +1,153 @@
+"""Every file of configs/train, small in its sizes alone: start, kill -9, resume, evaluate, export, load elsewhere.
+
+Dropout, offload, quantisation, checkpointing, precision, initialisation, schedule, DeepSpeed stage, loader workers and
+formats of the data are the recipe's own. A new file is picked up by itself; what cannot run here is skipped by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import mmit.train.run as run_module
+from mmit.cli import app
+from mmit.config import Config, load_config
+from mmit.train import folders
+from tests.train.launch import ROOT
+from tests.train.small_recipes import FOLDER, STEPS, Small, ranks_of, stage_one, why_not, write_task
+from tests.train.test_kill import losses
+from tests.train.test_kill_matrix import finish, import_deepspeed, start_all
+
+RECIPES = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+FAST = "llava_json"  # what the default tests run, on one process
+KILLED_AT = 3  # micro-batches a rank has seen when it dies; a checkpoint of step 2 lies behind it
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return Small(tmp_path_factory.mktemp("recipes"))
+
+
+def die_in_step(number: int) -> None:
+    """In a forked child: end as kill -9 does, when the micro-batch of that number is about to be computed."""
+    real, seen = run_module._prepare, []
+
+    def prepare(batch, **rest):
+        seen.append(1)
+        if len(seen) > number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(batch, **rest)
+
+    run_module._prepare = prepare
+
+
+def log(run_dir: str | Path) -> str:
+    return (Path(run_dir) / "log.txt").read_text()[-4000:]
+
+
+def trained(config: Config, ranks: int) -> Path:
+    """Run to the end in processes of its own."""
+    assert finish(start_all(config, ranks)) == [0] * ranks, log(config.run.dir)
+    return Path(config.run.dir)
+
+
+def begun(small: Small, name: str) -> Path | None:
+    """The finished run that a recipe starts from, made once."""
+    first = stage_one(name)
+    if first is None:
+        return None
+    stage, more = first
+    made = small.folder / f"first-{stage}-{len(more)}"
+    if not (made / "finished.json").exists():
+        config = load_config(FOLDER / f"{stage}.yaml", [*more, *small.overrides(stage, made, init_from=None)])
+        trained(config, ranks_of(stage, config))
+    return made
+
+
+def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint, of the model and of the optimizer; random states of each rank too."""
+    folder = folders.newest(run_dir)
+    assert folder is not None and folders.step_of(folder) == STEPS
+    files = sorted(folder.rglob("*.safetensors"))
+    assert any(f.parent.name == "trainer" for f in files)
+    return {f"{f.relative_to(folder)}:{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def mmit(*arguments: str | Path) -> str:
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0, f"{done.output[-3000:]}\n{done.exception!r}"
+    return done.output
+
+
+def loaded_elsewhere(folder: Path) -> dict[str, str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.train.load_elsewhere", str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def course(small: Small, name: str, folder: Path) -> Path:
+    """Uninterrupted, and killed and resumed: the same to the last bit. Returns the resumed run."""
+    start = begun(small, name)
+    runs = []
+    for place in ("straight", "killed"):
+        given = small.overrides(name, folder / place, init_from=start)
+        runs.append(load_config(FOLDER / f"{name}.yaml", given))
+    ranks = ranks_of(name, runs[0])
+    straight = trained(runs[0], ranks)
+    died = finish(start_all(runs[1], ranks, before=lambda: die_in_step(KILLED_AT)))
+    assert died == [-signal.SIGKILL] * ranks, log(folder / "killed")
+    kept = folders.newest(folder / "killed")
+    assert kept is not None and folders.step_of(kept) == 2
+    killed = trained(runs[1], ranks)
+    assert losses(killed) == losses(straight)
+    ours, theirs = tensors(killed), tensors(straight)
+    assert ours.keys() == theirs.keys()
+    assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
+    return killed
+
+
+def settings_stay(name: str, run_dir: Path) -> None:
+    """What ran is the recipe in all but its sizes."""
+    told, ran = load_config(FOLDER / f"{name}.yaml").flat(), None
+    folder = folders.newest(run_dir)
+    assert folder is not None
+    ran = load_config(folder / "config.yaml").flat()
+    sizes = ("run.dir", "run.init_from", "run.resume", "model.llm.name", "model.vision.name", "data.max_length")
+    sizes += ("data.pack_tokens", "train.epochs", "train.steps", "train.save_every", "train.rows_per_step", "device")
+    sizes += ("model.projector.options.queries", "model.projector.options.depth", "align.captions")
+    changed = {k for k in told.keys() | ran.keys() if told.get(k) != ran.get(k)}
+    assert {k for k in changed if k not in sizes and not k.endswith((".path", ".image_root"))} == set()
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == FAST else pytest.mark.slow, id=n) for n in RECIPES])
+def test_a_recipe_is_killed_resumed_evaluated_exported_and_loaded_elsewhere(small, tmp_path, name):
+    if (reason := why_not(name)) is not None:
+        pytest.skip(f"{name}: {reason}")
+    config = load_config(FOLDER / f"{name}.yaml")
+    if ranks_of(name, config) > 1 or stage_one(name):
+        import_deepspeed()
+    run_dir = course(small, name, tmp_path)
+    settings_stay(name, run_dir)
+    task = write_task(small.folder, plain=config.model.chat.format == "plain")
+    score = mmit("eval", run_dir, "--task", task, "--device", "cpu", "--baseline-n", 4)
+    assert "colours" in score
+    form = "llava-hf" if fits_llava_hf(config) else "mmit"
+    mmit("export", run_dir, "--out", tmp_path / "out", "--format", form)
+    assert loaded_elsewhere(tmp_path / "out")["by"] == ("transformers" if form == "llava-hf" else "mmit")
+
+
+def fits_llava_hf(config: Config) -> bool:
+    """LLaVA's own parts: an MLP of two layers behind a CLIP or SigLIP tower of transformers."""
+    projector, vision = config.model.projector, config.model.vision
+    return vision is not None and vision.kind == "hf" and (projector.kind, projector.options) == ("mlp", {"depth": 2})
