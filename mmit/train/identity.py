@@ -69,8 +69,8 @@ ROLES: dict[str, Role] = {
         (
             "run.seed",
             "model.vision", "model.vision.kind", "model.vision.layer", "model.vision.select",
-            "model.vision.image_size*", "model.vision.fit", "model.vision.tiles*", "model.vision.key_order",
-            "model.vision.dtype", "model.projector.kind", "model.projector.options*",
+            "model.vision.image_size*", "model.vision.native*", "model.vision.fit", "model.vision.tiles*",
+            "model.vision.key_order", "model.vision.dtype", "model.projector.kind", "model.projector.options*",
             "model.llm.dtype", "model.llm.random_init*",
             "tune.*.mode", "tune.*.lr", "tune.*.options*",
             "data.train", "data.train.*.weight", "data.train.*.limit",
