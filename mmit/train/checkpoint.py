@@ -352,7 +352,7 @@ def load_model(
         tokenizer=str(path / "tokenizer"),
     )
     if plain and four_bits is not None:
-        vlm.llm, four_bits = multiplied_out(vlm.llm, dtype), None
+        vlm.llm, four_bits = multiplied_out(vlm.llm, dtype), None  # type: ignore[arg-type]
         tune = {**config.tune.model_dump(), "llm": unquantised(config.tune.llm.model_dump())}
         config = Config.from_dict({**config.model_dump(), "tune": tune})
     if (path / "llm").exists():
