@@ -43,7 +43,7 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("train.epochs", "train.steps"), "length"),
     **dict.fromkeys(
         (
-            "model.vision.name", "model.vision.weights", "model.llm.name", "model.llm.revision", "model.chat.format",
+            "model.vision.name", "model.vision.weights", "model.llm.name", "model.llm.revision", "model.chat.*",
             "data.train.*.path", "data.train.*.format", "data.train.*.image_root", "data.train.*.options*",
             "data.max_length",  # it only says which records are too long
         ),
@@ -75,7 +75,7 @@ ROLES: dict[str, Role] = {
             "tune.*.mode", "tune.*.lr", "tune.*.options*",
             "data.train", "data.train.*.weight", "data.train.*.limit",
             "data.mixing.scheme", "data.mixing.cap", "data.mixing.temperature",
-            "data.split_turns", "data.pack_tokens", "data.packing", "data.group", "data.share_prefix",
+            "data.loss.*", "data.split_turns", "data.pack_tokens", "data.packing", "data.group", "data.share_prefix",
             "data.shuffle", "data.shuffle_window",
             "train.rows_per_step", "train.schedule", "train.warmup", "train.min_lr_ratio", "train.weight_decay",
             "train.betas*", "train.eps", "train.clip", "train.precision",
