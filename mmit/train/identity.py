@@ -46,6 +46,7 @@ ROLES: dict[str, Role] = {
             "model.vision.name", "model.vision.weights", "model.llm.name", "model.llm.revision", "model.chat.*",
             "data.train.*.path", "data.train.*.format", "data.train.*.image_root", "data.train.*.options*",
             "data.max_length",  # it only says which records are too long
+            "data.packing",  # what auto or a word comes to is part of the data order, which is compared
         ),
         "content",
     ),
@@ -71,11 +72,11 @@ ROLES: dict[str, Role] = {
             "model.vision", "model.vision.kind", "model.vision.layer", "model.vision.select",
             "model.vision.image_size*", "model.vision.native*", "model.vision.fit", "model.vision.tiles*",
             "model.vision.key_order", "model.vision.dtype", "model.projector.kind", "model.projector.options*",
-            "model.llm.dtype", "model.llm.random_init*",
+            "model.llm.dtype", "model.llm.random_init*", "model.llm.attention_dropout",
             "tune.*.mode", "tune.*.lr", "tune.*.options*",
             "data.train", "data.train.*.weight", "data.train.*.limit",
             "data.mixing.scheme", "data.mixing.cap", "data.mixing.temperature",
-            "data.loss.*", "data.split_turns", "data.pack_tokens", "data.packing", "data.group", "data.share_prefix",
+            "data.loss.*", "data.split_turns", "data.pack_tokens", "data.group", "data.share_prefix",
             "data.shuffle", "data.shuffle_window",
             "train.rows_per_step", "train.schedule", "train.warmup", "train.min_lr_ratio", "train.weight_decay",
             "train.betas*", "train.eps", "train.clip", "train.precision",
@@ -84,6 +85,7 @@ ROLES: dict[str, Role] = {
     ),
 }
 # fmt: on
+SETTLED = ("train.precision", "data.packing")
 SAID = {
     "content": "",
     "past": "; it had its effect before the first step and has none now",
@@ -105,6 +107,8 @@ def check_config(then: Mapping[str, Any], now: Mapping[str, Any], *, folder: Pat
         CheckpointError: naming every key that decides the result, with both values.
     """
     changed = [key for key in dict.fromkeys([*then, *now]) if _value(then, key) != _value(now, key)]
+    # A checkpoint's config holds what `auto` came to; where that is another thing now, the data order differs.
+    changed = [key for key in changed if not (key in SETTLED and now.get(key) == "auto")]
     # An empty list or mapping is a leaf of its own in a flat config: what is below it says more.
     changed = [key for key in changed if not any(other.startswith(f"{key}.") for other in changed)]
     refused = []

@@ -73,7 +73,6 @@ def compare(flat, change):
         ("data.train.0.limit", 3),
         ("data.train.1.path", "more.jsonl"),
         ("data.pack_tokens", 320),
-        ("data.packing", False),
         ("data.mixing.scheme", "sqrt"),
     ],
 )
@@ -123,6 +122,13 @@ def test_a_run_whose_learning_rate_does_not_end_may_be_made_longer(flat):
 
 def test_the_same_config_says_nothing(flat):
     assert compare(flat, {"run.dir": "elsewhere", "run.resume": "auto"}) == []
+
+
+@pytest.mark.parametrize(("key", "found"), [("train.precision", "bf16"), ("data.packing", True)])
+def test_auto_now_is_what_it_came_to_then(flat, key, found):
+    said: list[str] = []
+    identity.check_config({**flat, key: found}, {**flat, key: "auto"}, folder=Path("ckpt"), say=said.append)
+    assert said == []
 
 
 class World:

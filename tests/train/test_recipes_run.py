@@ -126,8 +126,7 @@ def settings_stay(name: str, run_dir: Path) -> None:
     sizes = ("run.dir", "run.init_from", "run.resume", "model.llm.name", "model.vision.name", "data.max_length")
     sizes += ("data.pack_tokens", "train.epochs", "train.steps", "train.save_every", "train.rows_per_step", "device")
     sizes += ("model.projector.options.queries", "model.projector.options.depth", "align.captions")
-    if told["train.precision"] == "auto":  # what it came to on this machine is written down
-        sizes += ("train.precision",)
+    sizes += tuple(key for key, value in told.items() if value == "auto")  # what it came to here is written down
     changed = {k for k in told.keys() | ran.keys() if told.get(k) != ran.get(k)}
     assert {k for k in changed if k not in sizes and not k.endswith((".path", ".image_root"))} == set()
 
