@@ -125,8 +125,9 @@ def on_role(w: float) -> dict[str, Any]:
 @pytest.mark.parametrize("place", [on_record, on_turn, on_span, on_prompt, on_role, on_source])
 @pytest.mark.parametrize("share", [True, False])
 def test_a_weight_scales_its_part_of_the_gradient(bench: Bench, place: Any, share: bool) -> None:
-    if place is on_source:  # a source whose records all weigh nothing has nothing to learn
-        zero = bench.gradient([[talk(1), talk(2)]], share=share)
+    if place in (on_record, on_source):  # where all weighs nothing there is nothing to learn, which is a bad record
+        rest = [[talk(1)], [talk(3)]] if place is on_record else [[talk(1), talk(2)]]
+        zero = bench.gradient(rest, share=share)
     else:
         zero = bench.gradient(**place(0.0), share=share)
     one, some = (bench.gradient(**place(w), share=share) for w in (1.0, 0.3))
@@ -164,9 +165,8 @@ def test_weight_one_is_no_weight_to_the_bit(bench: Bench) -> None:
 
 def test_only_the_last_turn(bench: Bench) -> None:
     last = bench.gradient([[talk(1)]], loss={"last_turn": True})
-    silent = replace(
-        talk(1), turns=(*talk(1).turns[:2], Turn("assistant", (Text("blue 1"),), weight=0.0), *talk(1).turns[3:])
-    )
+    system, ask, _, *rest = talk(1).turns
+    silent = replace(talk(1), turns=(system, ask, Turn("assistant", (Text("blue 1"),), weight=0.0), *rest))
     by_hand = bench.gradient([[silent]])
     assert torch.equal(last[0], by_hand[0]) and last[2] == by_hand[2]
 
@@ -192,13 +192,12 @@ def test_a_run_reports_the_weighted_mean(tmp_path: Path) -> None:
         assert row["loss_of"]["w"] == pytest.approx(row["loss"]) and 3 < row["loss"] < 9
 
 
-def test_an_unknown_source_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
     from mmit.errors import ConfigError
 
     config = config_of(tmp_path, "run")
-    wrong = type(config).from_dict(
-        {**config.model_dump(), "data": {**config.data.model_dump(), "loss": {"sources": {"v": 2}}}}
-    )
+    data = {**config.data.model_dump(), "loss": {"sources": {"v": 2}}}
+    wrong = type(config).from_dict({**config.model_dump(), "data": data})
     with pytest.raises(ConfigError, match="no source is named 'v'"):
         run(wrong)
 
