@@ -190,10 +190,11 @@ def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -
     return ready(model)
 
 
-def config_keys(kind: str) -> set[str]:
-    """Return the keys that describe a model of this `model_type`."""
+def config_keys(kind: str, *, published: bool = True) -> set[str]:
+    """Return the keys that describe a model of this `model_type`, with those that only published files have."""
     known = CONFIG_MAPPING[kind]
-    names = {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS, *PUBLISHED}
+    names = {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS}
+    names |= set(PUBLISHED if published else ())
     for base in known.__mro__:  # keys of older files that a class takes out of its keyword arguments
         if issubclass(base, PreTrainedConfig):
             names |= set(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", inspect.getsource(base)))

@@ -11,7 +11,7 @@ Dimensions: T tokens in the row, G paths run together, L the longest of them, B 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,20 +25,37 @@ WHOLE_ROW = ("attention_mask", "mask", "padding_mask", "cache_position", "seq_id
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def run_per_record(model: nn.Module) -> None:
+def run_per_record(model: Any) -> None:
     """Change, in place, every module of a model that must be shown one record at a time."""
+    inside = {id(module) for _, module in mixers(model)}
     for module in model.modules():
         if type(module) in _classes.values():
             continue
-        if mixes_by_itself(module):
+        if id(module) in inside:
             _change(module, _mixer)
         elif length_types(module):
             _change(module, _rotary)
 
 
-def mixes_by_itself(module: nn.Module) -> bool:
-    """It holds a convolution over the sequence, as state spaces, gated delta rules and short convolutions do."""
+def mixers(model: Any) -> list[tuple[str, nn.Module]]:
+    """Names and modules that mix tokens by other means than attention.
+
+    Such a module holds a convolution over the sequence, as state spaces, gated delta rules and short convolutions do,
+    or it is the part with a layer number in a layer that the config calls linear attention.
+    """
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    return [(name, m) for name, m in model.named_modules() if _convolves(m) or _is_linear(m, kinds)]
+
+
+def _convolves(module: nn.Module) -> bool:
     return any(isinstance(child, nn.Conv1d) and child.kernel_size[0] > 1 for child in module.children())
+
+
+def _is_linear(module: nn.Module, kinds: Sequence[str]) -> bool:
+    number = getattr(module, "layer_idx", None)
+    if not isinstance(number, int) or not number < len(kinds) or kinds[number] != "linear_attention":
+        return False
+    return not any(hasattr(m, "layer_idx") for m in module.modules() if m is not module)
 
 
 def length_types(module: nn.Module) -> set[str]:
@@ -77,7 +94,7 @@ def _mixer(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, *args, **kwargs)
         row.calls.append(MIXER)
         bound = signature.bind(self, *args, **kwargs)
-        arguments = {k: v for k, v in bound.arguments.items() if k not in WHOLE_ROW}
+        arguments = {k: None if k in WHOLE_ROW else v for k, v in bound.arguments.items()}
         extra = arguments.pop("kwargs", {})
         arguments |= {k: v for k, v in extra.items() if k not in WHOLE_ROW}
         del arguments["self"]
@@ -100,9 +117,10 @@ def _on_paths(value: Any, batch: torch.Tensor, row: RowState) -> Any:
 
 
 def _back(outs: list[Any], row: RowState) -> Any:
+    """Outputs of all batches as one of the row; states that a module returns beside them belong to no token."""
     if isinstance(outs[0], tuple):
-        parts = zip(*outs, strict=True)
-        return tuple(_back(list(p), row) if isinstance(p[0], torch.Tensor) else p[0] for p in parts)
+        rest = [None] * (len(outs[0]) - 1)
+        return (_back([out[0] for out in outs], row), *rest)
     flat = torch.cat([out.flatten(0, 1) for out in outs])
     return flat.index_select(0, row.places)[None]
 

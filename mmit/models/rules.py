@@ -16,7 +16,7 @@ from torch import nn
 
 from mmit.errors import ModelError
 from mmit.models.partition import numel, shape
-from mmit.models.per_record import mixes_by_itself, rotary_limit
+from mmit.models.per_record import mixers, rotary_limit
 
 DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
 
@@ -77,7 +77,7 @@ def read_rules(llm: Any) -> Rules:
     kinds = _per_layer(config)
     return Rules(
         attention=takes_attention(type(inner)),
-        mixers=tuple(name for name, m in inner.named_modules() if mixes_by_itself(m)),
+        mixers=tuple(name for name, _ in mixers(inner)),
         windows=tuple(_window(config, kind) for kind in kinds),
         chunk=getattr(config, "attention_chunk_size", None) if "chunked_attention" in kinds else None,
         sinks=any(isinstance(getattr(m, "sinks", None), nn.Parameter) for m in inner.modules()),

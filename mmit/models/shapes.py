@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from mmit.errors import ModelError
 from mmit.models import attention
-from mmit.models.per_record import mixes_by_itself
+from mmit.models.per_record import mixers
 from mmit.models.row_state import RowState, running
 from mmit.models.rules import takes_attention
 from mmit.models.tuning.structure import base_model
@@ -98,7 +98,7 @@ def _planned(
 def _implementation(vlm: VLM, name: str, current: _Current) -> Iterator[None]:
     global _current
     llm = base_model(vlm.llm)
-    if not takes_attention(type(llm)) and not any(mixes_by_itself(m) for m in llm.modules()):
+    if not takes_attention(type(llm)) and not mixers(llm):
         raise ModelError(
             f"{type(llm).__name__} does not route its attention through transformers' attention interface, so its "
             "cost cannot be forecast",

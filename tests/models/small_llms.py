@@ -98,7 +98,7 @@ LONGROPE = {
     "partial_rotary_factor": 1.0,
 }
 
-# name -> what makes the family special beside DIMENSIONS; `model_type` where it is not the name.
+# name -> what makes the family special beside DIMENSIONS; `model_type` where it is not the name; ... for a key to drop.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama4_text": {
@@ -163,16 +163,88 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
         "mamba_dt_rank": 4,
     },
+    # beyond those that users lead with
+    "apertus": {},
+    "arcee": {},
+    "axk1": {"head_dim": 4, "num_key_value_heads": 4},
+    "biogpt": {},
+    "bitnet": {},
+    "bloom": {},
+    "codegen": {"rotary_dim": 4},
+    "cohere": {},
+    "cwm": {"layer_types": BOTH, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "deepseek_v2": {"head_dim": 4, "num_key_value_heads": 4},
+    "diffllama": {},
+    "doge": {},
+    "dots1": {"layer_types": BOTH},
+    "ernie4_5": {},
+    "ernie4_5_moe": {},
+    "exaone_moe": {"layer_types": BOTH, "mlp_layer_types": ["dense", "sparse"]},
+    "falcon": {"head_dim": ..., "new_decoder_architecture": True, "num_kv_heads": 2, "alibi": False},
+    "falcon_mamba": {},
+    "flex_olmo": {},
+    "gemma3n_text": {
+        "layer_types": BOTH,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 8,
+        "num_kv_shared_layers": 0,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0, 0.0],
+    },
+    "glm": {},
+    "glm4_moe": {},
+    "glm4_moe_lite": {"head_dim": 4, "num_key_value_heads": 4},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW, "resid_dropout": 0.0},
+    "gpt_neox": {},
+    "gptj": {"rotary_dim": 4},
+    "granitemoe": {},
+    "granitemoeshared": {},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "hunyuan_v1_moe": {},
+    "jetmoe": {"kv_channels": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 4, "num_key_value_heads": 4},
+    "mamba": {},
+    "minimax": {"layer_types": DELTA},
+    "minimax_m2": {},
+    "ministral3": {},
+    "mpt": {"expansion_ratio": 2},
+    "nanochat": {},
+    "nemotron": {},
+    "olmo": {},
+    "olmo_hybrid": {"layer_types": DELTA},
+    "opt": {},
+    "persimmon": {},
+    "phi": {},
+    "phimoe": {},
+    "qwen2_moe": {},
+    "qwen3_5_moe_text": {"layer_types": DELTA, "linear_conv_kernel_dim": 4},
+    "recurrent_gemma": {
+        "block_types": ["recurrent", "attention"],
+        "lru_width": 32,
+        "attention_window_size": WINDOW,
+        "conv1d_width": 4,
+    },
+    "rwkv": {"attention_hidden_size": 32},
+    "seed_oss": {},
+    "solar_open": {},
+    "vaultgemma": {"layer_types": BOTH, "query_pre_attn_scalar": 8},
+    "xglm": {},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "mamba_headdim": 16, "n_mamba_heads": 4, "num_mem_blocks": 1},
 }
-FIRST_LIST = tuple(FAMILIES)
+FIRST_LIST = tuple(FAMILIES)[:35]  # what users lead with
 
 
 def described(common: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Join the dimensions that a model type has to what makes it special."""
-    names = config_keys(options.get("model_type", "llama"))
+    names = config_keys(options.get("model_type", "llama"), published=False)
     return {key: value for key, value in common.items() if key in names} | dict(options)
 
 
 def family(name: str) -> dict[str, Any]:
     """Configuration of a small model of a family, for `random_init`."""
-    return described(DIMENSIONS, {"model_type": name, **FAMILIES[name]})
+    options = described(DIMENSIONS, {"model_type": name, **FAMILIES[name]})
+    return {key: value for key, value in options.items() if value is not ...}

@@ -79,10 +79,11 @@ def bypassed(llm: Any) -> list[str]:
     """Names of linear layers that a forward of the model never calls, though it may read their weights.
 
     State-space layers hand the weights of some projections to a kernel; an adapter around such a layer is not heard.
-    Found by a forward of two tokens, of a model without weights where these are divided among ranks.
+    Found by a forward of two tokens, of a model without weights where these are divided among ranks. The output
+    projection of a state space is among them everywhere: kernels on CUDA read it in training, and PEFT refuses it.
     """
     inner = base_model(llm)
-    held = [m for m in inner.modules() if any(isinstance(c, nn.Conv1d) for c in m.children())]
+    held = [m for m in base_model(llm).modules() if any(isinstance(c, nn.Conv1d) for c in m.children())]
     if not held:  # only layers of this kind are known to do so, and experts that get no token are not called either
         return []
     suspects = {n for n, m in inner.named_modules() if isinstance(m, nn.Linear)}
@@ -103,7 +104,9 @@ def bypassed(llm: Any) -> list[str]:
     finally:
         for hook in hooks:
             hook.remove()
-    return sorted(suspects - called)
+    whole = base_model(llm).named_modules()
+    spaces = [n for n, m in whole if m in held and hasattr(m, "A_log") and hasattr(m, "D")]
+    return sorted((suspects - called) | ({f"{n}.out_proj" for n in spaces} & suspects))
 
 
 def refuse_bypassed(targets: Any, names: Sequence[str]) -> None:
