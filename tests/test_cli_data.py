@@ -163,3 +163,21 @@ def test_mistakes_of_one_command(made, tmp_path):
     assert_one_message(mmit("data", "check", data, "--json", tmp_path / "file" / "x.json"), "cannot write")
     assert_one_message(mmit("data", "stats", data, "--out", tmp_path / "file" / "x"), "cannot write")
     assert mmit("data", "stats", made / "config.yaml", data).exit_code == 2
+
+
+def test_import_and_check_say_what_was_read_and_what_was_not(tmp_path: Path) -> None:
+    """No key of a row may change its meaning, or lose it, without a line that says so."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]
+    good = {"messages": messages, "system": "Be brief.", "context": "c", "tools": [{"name": "f"}]}
+    rows = [good, {"messages": messages, "videos": ["a.mp4"]}, {"messages": messages, "label": False}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    imported = mmit("data", "import", "auto", str(path), "--skip-bad", "--out", str(tmp_path / "o.jsonl"))
+    checked = mmit("data", "check", str(path))
+    for output in (imported.stdout, checked.stdout):
+        assert "kept in meta only: context (1 row)" in output
+        assert "read: 1 system turn, 1 user turn, 1 assistant turn, 1 record with tools" in output
+        assert "loss weights: 0.5 on 1 assistant turn" in output
+        output = " ".join(output.split())
+        assert "'videos' is a video" in output and "'label' is False" in output
+    assert (imported.exit_code, checked.exit_code) == (0, 1)

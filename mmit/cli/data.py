@@ -7,6 +7,7 @@ nothing is written.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -65,6 +66,7 @@ def import_(
 ) -> None:
     """Convert a data file, or the data of a Python package, into mmit JSONL."""
     bad: list[RecordError] = []
+    kept: Counter[str] = Counter()
     if format in PACKAGES:
         given = {"PATH": path, "--image-root": image_root, "--licence": licence, "--option": option}
         if unused := [name for name, value in given.items() if value is not None]:
@@ -85,10 +87,11 @@ def import_(
             licence=licence,
             check_images=check_images,
             on_bad=bad.append if skip_bad else None,
+            kept=kept,
             **options,
         )
     counts = _write(records, out, bad)
-    _report(counts, out, bad)
+    _report(counts, out, bad, kept)
 
 
 def _package(name: str, split: str | None) -> Iterator[Record]:
@@ -132,12 +135,16 @@ def _options(given: list[str]) -> dict[str, Any]:
 
 class _Counts:
     def __init__(self) -> None:
+        from mmit.data.held import Held
+
+        self.held = Held()
         self.records = self.answers = self.text_only = self.dropped = 0
         self.images: set[object] = set()
 
     def watch(self, records: Iterator[Record]) -> Iterator[Record]:
         for record in records:
             self.records += 1
+            self.held.take(record)
             self.answers += sum(turn.role == "assistant" for turn in record.turns)
             self.text_only += not record.images
             self.dropped += "dropped_leading_turn" in record.meta
@@ -163,13 +170,21 @@ def _write(records: Iterator[Record], out: Path, bad: list[RecordError]) -> _Cou
     return counts
 
 
-def _report(counts: _Counts, out: Path, bad: list[RecordError]) -> None:
+def _report(counts: _Counts, out: Path, bad: list[RecordError], kept: Counter[str]) -> None:
+    from mmit.data.formats.keys import told
+
     echo(
         f"{_of(counts.records, 'record')} ({counts.text_only:,} without images), {_of(counts.answers, 'answer')}, "
         f"{_of(len(counts.images), 'different image')}"
     )
     if counts.dropped:
         echo(f"{_of(counts.dropped, 'record')} began with the assistant's turn; it is kept in the meta only")
+    for line in counts.held.lines():
+        echo(line)
+    if kept:
+        echo(f"kept in meta only: {told(kept)}")
+    if not counts.answers:
+        echo("warning: no record has an answer: they are for generation, and training refuses them")
     if bad:
         beside = out.with_name(f"{out.stem}.bad.jsonl")
         lines = [json.dumps({"where": e.where, "problem": e.problem, "remedy": e.remedy}) for e in bad]

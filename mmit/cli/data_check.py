@@ -6,6 +6,7 @@ Exit code 0 without errors, 1 with some (with --strict also with warnings), 2 if
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -71,6 +72,7 @@ def check(
     Exit code 1 means that there are errors, 2 that the check could not be made.
     """
 
+    from mmit.data.held import Held
     from mmit.data.lint.linter import lint
 
     settings = sources.settings_of(data, config)
@@ -84,9 +86,10 @@ def check(
         max_length=max_length,
     )
     held_out = _held_out(data, settings, test or [])
+    held, kept = Held(), Counter[str]()
     with terminal(stderr=True).status("reading") as status:
         report = lint(
-            sources.watched(_rows(files), status.update),
+            sources.watched(held.watch(_rows(files, kept)), status.update),
             test=_rows(held_out),
             measure=None if encoder is None else encoder.length,
             max_length=None if encoder is None else encoder.max_length,
@@ -97,6 +100,7 @@ def check(
         raise MmitError("there is no row", where=str(data), remedy="Check the file and its format.")
     if encoder is not None and encoder.image_tokens is None:
         report.not_checked["tokens of images"] = "--image-tokens was not given, so an image counts as one"
+    report.read, report.kept = held.lines(), kept
     show(report, terminal(highlight=False))
     if json_file is not None:
         _write_json(report, json_file)
@@ -111,8 +115,8 @@ def _held_out(data: Path, settings: Config | None, test: list[Path]) -> list[Fil
     return given
 
 
-def _rows(files: list[File]) -> Iterator[Record | RecordError]:
-    return chain.from_iterable(file.rows() for file in files)
+def _rows(files: list[File], kept: Counter[str] | None = None) -> Iterator[Record | RecordError]:
+    return chain.from_iterable(file.rows(kept) for file in files)
 
 
 def show(report: Report, console: Console) -> None:
@@ -120,6 +124,7 @@ def show(report: Report, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from mmit.data.formats.keys import told
     from mmit.data.lint.rules import RULES, SEVERITIES
 
     table = Table("severity", "rule", "rows", "what, where, and what to do", header_style="bold", show_lines=True)
@@ -137,6 +142,10 @@ def show(report: Report, console: Console) -> None:
         table.add_row(Text(rule.severity, _STYLES[rule.severity]), name, f"{len(rows):,}", what)
     if report.findings:
         console.print(table)
+    for line in report.read:
+        console.print(Text(plain(line)))
+    if report.kept:
+        console.print(Text(plain(f"kept in meta only: {told(report.kept)}"), "yellow"))
     for what_not, why in report.not_checked.items():
         console.print(Text(f"not checked: {what_not} ({why})", "dim"))
     licences = ", ".join(f"{name} {count:,}" for name, count in report.licences.most_common(5))

@@ -6,6 +6,7 @@ What is given on the command line goes before the config. Never loads a language
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +51,11 @@ class File:
     image_root: Path | None = None
     limit: int | None = None
 
-    def rows(self) -> Iterator[Record | RecordError]:
-        """Every row in order, bad ones as their errors."""
+    def rows(self, kept: Counter[str] | None = None) -> Iterator[Record | RecordError]:
+        """Every row in order, bad ones as their errors; `kept` counts the keys that stay in the meta unread."""
         from mmit.data.rows import read_rows
 
-        return read_rows(self.path, self.format, image_root=self.image_root, limit=self.limit)
+        return read_rows(self.path, self.format, image_root=self.image_root, limit=self.limit, kept=kept)
 
 
 def is_config(path: Path) -> bool:

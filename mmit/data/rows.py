@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ def read_rows(
     *,
     image_root: str | os.PathLike[str] | None = None,
     limit: int | None = None,
+    kept: Counter[str] | None = None,
 ) -> Iterator[Row]:
     """Yield the records and bad rows of a file in one of FORMATS, or of a folder of shards ("shards").
 
@@ -42,7 +44,7 @@ def read_rows(
         if format != "hf" and not Path(path).is_file():
             raise ConfigError("no such file", where=os.fspath(path), remedy="Check the path.")
         format = format or detect_format(path)[0]
-        rows = _file_rows(path, format, image_root)
+        rows = _file_rows(path, format, image_root, kept)
     if subset is not None:
         again = partial(read_rows, path, format, image_root=image_root, limit=limit)
         # Lines of mmit's own files have numbers though they are bad; in other formats only what was converted has.
@@ -68,9 +70,15 @@ def _take(make: Callable[[], Iterator[Row]], subset: Subset, *, where: str, coun
         number += counted
 
 
-def _file_rows(path: str | os.PathLike[str], format: str, image_root: str | os.PathLike[str] | None) -> Iterator[Row]:
+def _file_rows(
+    path: str | os.PathLike[str],
+    format: str,
+    image_root: str | os.PathLike[str] | None,
+    kept: Counter[str] | None,
+) -> Iterator[Row]:
     bad: list[RecordError] = []
-    for record in import_file(path, format, image_root=image_root, on_bad=bad.append):
+    counted = None if format == "mmit" else kept  # the meta of mmit's own rows is what somebody put there
+    for record in import_file(path, format, image_root=image_root, on_bad=bad.append, kept=counted):
         yield from bad  # met on the way to this record
         bad.clear()
         yield record
@@ -95,7 +103,7 @@ def import_records(
         yield from import_file(file, format, on_bad=on_bad, **options)
         return
     ignored: OnBad | None = None if on_bad is None else lambda error: None  # told in the second pass
-    size = sum(1 for _ in import_file(file, format, on_bad=ignored, **options))
+    size = sum(1 for _ in import_file(file, format, on_bad=ignored, **{**options, "kept": None}))
     chosen = set(subset.numbers(size, where=os.fspath(path)).tolist())
     for number, record in enumerate(import_file(file, format, on_bad=on_bad, **options)):
         if number in chosen:

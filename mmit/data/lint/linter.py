@@ -42,7 +42,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """What the linter found; `not_checked` is {what: why}."""
+    """What the linter found; `not_checked` is {what: why}, `kept` {key that stays in the meta unread: rows}."""
 
     records: int = 0
     test_records: int = 0
@@ -51,6 +51,8 @@ class Report:
     licences: Counter[str] = field(default_factory=Counter)
     findings: dict[str, list[Finding]] = field(default_factory=dict)
     not_checked: dict[str, str] = field(default_factory=dict)
+    read: list[str] = field(default_factory=list)  # what the records hold, in words
+    kept: Counter[str] = field(default_factory=Counter)
 
     def add(self, rule: str, where: str, problem: str) -> None:
         """Note a finding under a key of RULES."""
@@ -71,6 +73,8 @@ class Report:
             "sources": dict(self.sources),
             "licences": dict(self.licences),
             "not_checked": self.not_checked,
+            "read": self.read,
+            "kept_in_meta_only": dict(self.kept),
             "rules": {
                 name: {
                     "severity": RULES[name].severity,

@@ -269,7 +269,8 @@ def _foreign(row: dict[str, Any], images: Mapping[str, bytes], key: str, where: 
 
 def _parts_name_files(row: Mapping[str, Any]) -> bool:
     """Tell whether an image part of the messages names a file."""
-    turns = next((row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)), [])
+    lists = [row[name] for name in ("messages", "conversations") if isinstance(row.get(name), list)]
+    turns: list[Any] = lists[0] if lists else []
     contents = [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     keys = ("image", "url", "path", "image_url")
