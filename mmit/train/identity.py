@@ -43,7 +43,8 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(("train.epochs", "train.steps"), "length"),
     **dict.fromkeys(
         (
-            "model.vision.name", "model.vision.weights", "model.llm.name", "model.llm.revision", "model.chat.*",
+            "model.vision.name", "model.vision.weights", "model.vision.towers.*.name", "model.vision.towers.*.weights",
+            "model.llm.name", "model.llm.revision", "model.chat.*",
             "data.train.*.path", "data.train.*.format", "data.train.*.image_root", "data.train.*.options*",
             "data.max_length",  # it only says which records are too long
             "data.packing",  # what auto or a word comes to is part of the data order, which is compared
@@ -69,7 +70,9 @@ ROLES: dict[str, Role] = {
     **dict.fromkeys(
         (
             "run.seed",
-            "model.vision", "model.vision.kind", "model.vision.layer", "model.vision.select",
+            "model.vision", "model.vision.towers", "model.vision.towers.*.kind", "model.vision.towers.*.layer",
+            "model.vision.towers.*.image_size*", "model.vision.towers.*.key_order",
+            "model.vision.kind", "model.vision.layer", "model.vision.select",
             "model.vision.image_size*", "model.vision.native*", "model.vision.fit", "model.vision.tiles*",
             "model.vision.key_order", "model.vision.dtype", "model.projector.kind", "model.projector.options*",
             "model.llm.dtype", "model.llm.random_init*", "model.llm.attention_dropout",

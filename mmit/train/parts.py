@@ -275,6 +275,12 @@ def _partition(config: Config) -> dict[str, Any] | None:
                 where=f"tune.{name}.options.dora",
                 remedy="set engine.deepspeed=zero2, or dora: false",
             )
+    if divided and config.tune.llm.mode == "qlora":
+        raise ConfigError(
+            "weights of 4 bits are not divided among ranks",
+            where="tune.llm.mode",
+            remedy="set engine.deepspeed=zero2, under which each rank holds them whole",
+        )
     return options if divided and config.model.llm.dtype in (None, config.train.precision) else None
 
 

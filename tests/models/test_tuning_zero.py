@@ -55,3 +55,9 @@ def test_dora_under_zero3_is_refused_before_anything_is_loaded(tmp_path, compone
     with pytest.raises(ConfigError, match="zero2") as error:
         _partition(tiny_config(tmp_path, engine={"deepspeed": "zero3"}, tune=tune))
     assert error.value.where == f"tune.{component}.options.dora"
+
+
+def test_qlora_under_zero3_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match="zero2") as error:
+        _partition(tiny_config(tmp_path, engine={"deepspeed": "zero3"}, tune={"llm": {"mode": "qlora"}}))
+    assert error.value.where == "tune.llm.mode"
