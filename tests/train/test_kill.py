@@ -37,7 +37,7 @@ def start(config: Config, *, before: Callable[[], None] = lambda: None) -> int:
         os.dup2(log, 1)
         os.dup2(log, 2)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(120)
+        signal.alarm(600)
         trace(folder / "trace.jsonl")
         before()
         code = run_module.run(config)
