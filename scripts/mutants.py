@@ -88,7 +88,11 @@ MUTANTS = [
         T_ATTENTION,
     ),
     Mutant(
-        "mask: none for short lone nodes", ATTENTION, "or longest_q <= LONE:", "and longest_q <= LONE:", T_ATTENTION
+        "mask: none for a long node with ancestors",
+        ATTENTION,
+        "or longest_q <= LONE:",
+        "and longest_q <= LONE:",
+        T_ATTENTION,
     ),
     # packing
     Mutant(
@@ -116,7 +120,8 @@ MUTANTS = [
         "packing: unsupervised tokens learnt",
         PACKING,
         "            if s.weights[i] > 0:\n                node, j",
-        "            if s.weights[i] >= 0 and s.ids[i] >= 0 and i <= len(path):\n                node, j",
+        "            if s.weights[i] >= 0 and s.ids[i] >= 0 and i <= len(path):\n"
+        "                node, j",
         f"{T_PACKING} {T_ATTENTION}",
     ),
     Mutant(

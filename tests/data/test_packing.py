@@ -80,8 +80,10 @@ def test_plan_places_every_bundle_once_within_capacity(lengths, seed, window):
     order = np.random.default_rng(seed).permutation(len(lengths))
     rows = plan_rows(lengths, capacity=64, order=order, shared=shared, window=window)
     assert sorted(b for row in rows for b in row) == list(range(len(lengths)))
+    place = np.argsort(order)
     for row in rows:
         assert shared + sum(lengths[b] - shared for b in row) <= 64
+        assert (np.diff(place[row]) > 0).all()  # a row keeps the order of its bundles
     assert rows == plan_rows(lengths, capacity=64, order=order, shared=shared, window=window)
 
 

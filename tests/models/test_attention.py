@@ -85,6 +85,18 @@ def test_packed_equals_alone(llm, share):
     assert len(row.targets) == 3 * len(samples)
 
 
+@pytest.mark.parametrize("long", [attention.LONE - 1, attention.LONE + 40])
+def test_a_long_node_below_another_sees_it(llm, long):
+    """Alone in its bucket, where a long node without ancestors needs no mask."""
+    rng = random.Random(6)
+    trunk = [rng.randrange(1, 50) for _ in range(6)]
+    samples = [sample(rng, prefix=trunk, length=length, record=r) for r, length in enumerate((4, long))]
+    losses, row = row_losses(llm, samples, share=True)
+    assert max(row.nodes[:, 1].tolist()) > long - 10
+    alone = torch.cat([reference_losses(llm, s) for s in samples])
+    torch.testing.assert_close(losses, alone, atol=1e-5, rtol=0)
+
+
 def test_sharing_takes_fewer_tokens_and_gives_the_same_gradient(llm):
     samples = many(random.Random(2), shared=True)
     gradients, lengths = [], []
