@@ -454,6 +454,8 @@ class Config(Section):
     """the optimisation"""
     engine: EngineConfig = EngineConfig()
     """what carries out a step"""
+    export: list[Literal["llava-hf", "llava", "peft", "mmit"]] = []
+    """formats written to run.dir/export when `mmit train` has finished; one that cannot hold the model is refused at once"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto takes CUDA where there is a device"""
 

@@ -50,8 +50,11 @@ def export(
     import torch
 
     from mmit.interop.push import check_repository
+    from mmit.models.hub import model_folder
+    from mmit.models.interop.holds import check_export
     from mmit.models.llm import DTYPES
-    from mmit.train.checkpoint import load_model
+    from mmit.train.checkpoint import find, load_model, read_config
+    from mmit.train.exporting import text_facts_of
     from mmit.train.portable import refuse_existing, save_whole
 
     if dtype not in DTYPES:
@@ -61,6 +64,8 @@ def export(
     elif dry_run or private:
         raise ConfigError("is for --push-to-hub", where="--dry-run" if dry_run else "--private", remedy="name a REPO")
     refuse_existing(out)
+    config = read_config(find(model_folder(run)))
+    check_export(format, config.model.model_dump(), config.tune.model_dump(), text_facts_of(config, format))
     kept = None if format == "mmit" else torch.float32  # as trained, where numbers are copied and not computed with
     found = load_model(run, device="cpu", dtype=kept, plain=format in ("llava-hf", "mmit"))
     if format == "mmit":

@@ -87,7 +87,21 @@ def train(
 
     from mmit.train.run import run  # after the config has been read, so that its errors come at once
 
-    raise typer.Exit(run(settings))
+    code = run(settings)
+    if code == 0 and int(os.environ.get("RANK", "0")) == 0:
+        _write_exports(settings)
+    raise typer.Exit(code)
+
+
+def _write_exports(settings: Config) -> None:
+    """Write the finished run in every format that `export` lists, unless an earlier start did."""
+    from mmit.cli.export import export
+    from mmit.train.exporting import exports_of
+
+    for format, folder in exports_of(settings):
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            export(Path(settings.run.dir), out=folder, format=format)
 
 
 def split_arguments(config: Path | None, arguments: list[str]) -> tuple[Path, list[str]]:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from peft import PeftModel
 
 from mmit.data.chat import IMAGE_SLOT, ChatFormat, encode
 from mmit.data.content import piece_tokenizer
@@ -25,6 +24,7 @@ from mmit.data.preparation import ImagePreparation, Spread, grids_of, prepare_im
 from mmit.errors import ModelError
 from mmit.interop.templates import processor_template
 from mmit.models.interop.llava_hf_write import check_writable, reload, write_llava_hf
+from mmit.models.tuning.merge import merge
 from mmit.models.vision_encoder import explained
 from mmit.models.vlm import VLM
 from mmit.records import Image, Text, Turn
@@ -112,15 +112,6 @@ def source_logits(vlm: VLM, tokenizer: Any, chat: ChatFormat, image: dict[str, A
     ]
 
 
-def merge_adapters(vlm: VLM) -> None:
-    """Fold adapters into the weights they adapt, in place. Raises ModelError for those that cannot be folded."""
-    with explained("adapter", remedy="export with --format mmit or --format peft, which keep it as it is"):
-        if isinstance(vlm.llm, PeftModel):
-            vlm.llm = vlm.llm.merge_and_unload()  # type: ignore[operator]
-        if vlm.vision is not None and isinstance(vlm.vision.encoder, PeftModel):
-            vlm.vision.encoder = vlm.vision.encoder.merge_and_unload()  # type: ignore[operator]
-
-
 def export_llava_hf(
     folder: Path,
     vlm: VLM,
@@ -148,7 +139,8 @@ def export_llava_hf(
     template, token = processor_template(chat, bos=bos, image_token=image_token)
     begins = chat.pieces(fixed_talks(chat)[0], generate=True)[0].text
     expected = source_logits(vlm, tokenizer, chat, image)
-    merge_adapters(vlm)
+    with explained("adapter", remedy="export with --format mmit or --format peft, which keep it as it is"):
+        merge(vlm)
     check_writable(vlm, image)
     write_llava_hf(
         folder,

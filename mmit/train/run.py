@@ -27,6 +27,7 @@ from mmit.train import checkpoint, resume
 from mmit.train.data_setup import Say, batches_of_rank, make_walk, most_bad, note_bad, record_names, source_names
 from mmit.train.engine import Engine
 from mmit.train.evaluation import LOSS, Best, Evaluations, HeldOut, Measure
+from mmit.train.exporting import check_exports
 from mmit.train.features import FeatureCache
 from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Plan, train
@@ -62,6 +63,7 @@ def run(config: Config, *, evaluate: Evaluate | None = None) -> int:
     run_dir = Path(config.run.dir)
     say = speaker(world.main)
     check_options(config.tune.model_dump())
+    check_exports(config)
     for note in config.notes:
         say(note)
     with ExitStack() as held:

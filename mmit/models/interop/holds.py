@@ -1,0 +1,168 @@
+"""What a format can hold of a model: asked from the config, before anything is trained or written.
+
+In: a format, the sections `model` and `tune`, and a few facts of the LLM's class. Out: nothing, or the one ModelError
+that says why not and what to do. The checks after an export compare numbers; they are not where a user learns this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmit.errors import ModelError, nearest
+from mmit.models.interop.hf_parts import LLAVA_CLASSES
+from mmit.models.llm import load_llm
+
+FORMATS = ("llava-hf", "llava", "peft", "mmit")
+# Methods that leave something no plain weight can express; as `tuning.merge` refuses them.
+NOT_MERGED = {
+    "houlsby": "bottleneck adapters are not linear",
+    "soft_prompt": "a soft prompt is input, not weights",
+    "prefix": "a prefix is keys and values, not weights",
+}
+# Keys by which classes change logits after the head, and the value that changes nothing. transformers' LLaVA classes
+# take the body and a head of their own, which knows none of these.
+LOGIT_KEYS = {
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "lm_head_multiplier": 1.0,
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TextFacts:
+    """What decides whether another class can stand around a language model.
+
+    Attributes:
+        kind: model_type. body: attribute of the class that holds all but the head. plain: it has word embeddings under
+            `embed_tokens` there and a linear head without bias under `lm_head`. tied: the head is the word embeddings.
+        logits: (key, value) of the config that changes logits after the head.
+    """
+
+    kind: str
+    body: str
+    plain: bool
+    tied: bool
+    logits: tuple[str, Any] | None = None
+
+
+def text_facts(llm: Mapping[str, Any]) -> TextFacts:
+    """Read the facts of a `model.llm` section from the model's shapes; no weights are read."""
+    model: Any = load_llm(llm["name"], revision=llm.get("revision"), random_init=llm.get("random_init"), empty=True)
+    config = model.config
+    head = model.get_output_embeddings()
+    body = getattr(model, model.base_model_prefix, None)
+    plain = hasattr(body, "embed_tokens") and head is getattr(model, "lm_head", 0) and head.bias is None
+    stated = ((key, getattr(config, key, off), off) for key, off in LOGIT_KEYS.items())
+    changed = [(key, value) for key, value, off in stated if value not in (off, None)]
+    tied = bool(config.tie_word_embeddings)
+    return TextFacts(config.model_type, model.base_model_prefix, plain, tied, changed[0] if changed else None)
+
+
+def check_export(format: str, model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFacts | None) -> None:
+    """Raise ModelError if a format cannot hold what these sections describe.
+
+    Args:
+        format: a key of FORMATS. model, tune: sections of a config as plain data.
+        facts: of the LLM; None leaves out what follows from its class.
+    """
+    if format not in FORMATS:
+        raise ModelError(f"unknown export format '{format}'", where="export", remedy=nearest(format, FORMATS))
+    checks = {"llava-hf": _llava_hf, "llava": _llava, "peft": _peft, "mmit": _mmit}
+    checks[format](model, tune, facts)
+
+
+def _refuse(format: str, problem: str, *, where: str, remedy: str) -> None:
+    raise ModelError(f"{format} cannot hold this model: {problem}", where=where, remedy=remedy)
+
+
+def _mmit(model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFacts | None) -> None:
+    plan = tune["llm"]
+    if plan["mode"] in ("lora", "qlora") and plan["options"].get("init") in ("pissa", "olora"):
+        problem = "the base of a PiSSA or OLoRA adapter would lose the adapter twice"
+        _refuse("mmit", problem, where="tune.llm.options.init", remedy="use llava-hf, or train with init: true")
+
+
+def _peft(model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFacts | None) -> None:
+    mode = tune["llm"]["mode"]
+    if mode not in ("lora", "qlora", "ia3"):
+        remedy = "use --format mmit, or train with mode lora, qlora or ia3"
+        _refuse("peft", f"mode {mode} leaves no adapter of peft's", where="tune.llm.mode", remedy=remedy)
+
+
+def _merged(format: str, tune: Mapping[str, Any], facts: TextFacts | None) -> None:
+    """What holds for every format whose LLM is one of plain weights."""
+    plan = tune["llm"]
+    reason = NOT_MERGED.get(plan["mode"])
+    if plan["mode"] == "bitfit" and plan["options"].get("insert_biases"):
+        reason = "the architecture has no place for the inserted biases"
+    if reason:
+        _refuse(format, f"cannot be merged: {reason}", where="tune.llm.mode", remedy="export with --format mmit")
+    targets = plan["options"].get("targets") or ()
+    named = [targets] if isinstance(targets, str) else list(targets)
+    both = [name for name in named if str(name).split(".")[-1] in ("lm_head", "embed_tokens")]
+    if facts is not None and facts.tied and both and plan["mode"] in ("lora", "qlora"):
+        problem = f"the adapter changes {both[0]} alone, which is one table with the other end of the model"
+        remedy = "leave it out of the targets, set tie_word_embeddings: false in the base, or use --format mmit"
+        _refuse(format, problem, where="tune.llm.options.targets", remedy=remedy)
+
+
+def _pictures(
+    format: str, model: Mapping[str, Any], kinds: tuple[str, ...], fits: tuple[str, ...]
+) -> Mapping[str, Any]:
+    vision = model["vision"]
+    if vision is None:
+        _refuse(format, "it is text-only", where="model.vision", remedy="export with --format peft or --format mmit")
+    if vision["kind"] not in kinds:
+        remedy = "export with --format mmit, or train with such a tower"
+        told = f"a tower of kind {vision['kind']}; it holds {', '.join(kinds)}"
+        _refuse(format, told, where="model.vision.kind", remedy=remedy)
+    if vision["fit"] not in fits:
+        remedy = f"export with --format mmit, or train with fit {' or '.join(fits)}"
+        _refuse(format, f"pictures with fit {vision['fit']}", where="model.vision.fit", remedy=remedy)
+    return vision
+
+
+def _llava_hf(model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFacts | None) -> None:
+    fits = ("resize", "pad", "crop", "any_resolution")
+    vision = _pictures("llava-hf", model, ("hf", "open_clip", "timm"), fits)
+    off = [name for name in ("thumbnail", "unpad", "line_ends") if not vision["tiles"].get(name, True)]
+    if off:
+        remedy = "export with --format mmit, or train with the defaults of any_resolution"
+        _refuse("llava-hf", f"tiles with {off[0]}: false", where="model.vision.tiles", remedy=remedy)
+    kind, options = model["projector"]["kind"], model["projector"]["options"]
+    if kind != "mlp" or options.get("depth", 2) != 2 or options.get("norm"):
+        problem = "its projector is two linear layers with GELU between them"
+        remedy = "train with projector kind mlp, depth 2 and no norm; or export with --format mmit"
+        _refuse("llava-hf", problem, where="model.projector", remedy=remedy)
+    _merged("llava-hf", tune, facts)
+    if facts is None:
+        return
+    remedy = "export with --format mmit, or with --format peft where the LLM has an adapter"
+    if facts.logits is not None:
+        key, value = facts.logits
+        problem = f"a {facts.kind} LLM changes its logits ({key} {value}), which the classes of LLaVA leave out"
+        _refuse("llava-hf", problem, where="model.llm", remedy=remedy)
+    if facts.body != "model" or not facts.plain:
+        problem = f"a {facts.kind} LLM is not a body 'model' with embed_tokens under a plain head 'lm_head'"
+        _refuse("llava-hf", problem, where="model.llm", remedy=remedy)
+
+
+def _llava(model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFacts | None) -> None:
+    vision = _pictures("llava", model, ("hf",), ("pad", "crop"))
+    if not isinstance(vision["layer"] or -2, int):
+        _refuse("llava", "several layers", where="model.vision.layer", remedy="use --format llava-hf or --format mmit")
+    if tune["vision"]["mode"] != "frozen":
+        problem = "its files name the vision tower and do not hold a trained one"
+        _refuse("llava", problem, where="tune.vision.mode", remedy="use --format llava-hf or --format mmit")
+    kind, options = model["projector"]["kind"], model["projector"]["options"]
+    if kind not in ("linear", "mlp") or options.get("norm"):
+        problem = "it has the projectors linear and mlpNx_gelu"
+        _refuse("llava", problem, where="model.projector", remedy="use --format mmit, or train with linear or mlp")
+    _merged("llava", tune, facts)
+    if facts is not None and facts.kind not in LLAVA_CLASSES:
+        problem = f"LLaVA's code has no class for a '{facts.kind}' model; it has {', '.join(LLAVA_CLASSES)}"
+        _refuse("llava", problem, where="model.llm", remedy="use --format llava-hf")
