@@ -455,7 +455,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     """what carries out a step"""
     export: list[Literal["llava-hf", "llava", "peft", "mmit"]] = []
-    """formats written to run.dir/export when `mmit train` has finished; one that cannot hold the model is refused at once"""
+    """formats that a finished `mmit train` writes to run.dir/export; one that cannot hold the model is refused first"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto takes CUDA where there is a device"""
 
