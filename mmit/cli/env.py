@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
+import time
 from importlib import metadata
 from typing import Any
 
@@ -34,10 +34,10 @@ def env() -> None:
 
     table = Table("what", "version", "state")
     table.add_row("mmit", mmit.__version__, "ok")
-    table.add_row("python", platform.python_version(), "ok")
+    table.add_row("python", platform.python_version(), _state("python", platform.python_version()))
     for name, extra in PACKAGES.items():
         try:
-            table.add_row(name, metadata.version(name), Text("ok", "green"))
+            table.add_row(name, metadata.version(name), _state(name, metadata.version(name)))
         except metadata.PackageNotFoundError:
             remedy = f"pip install 'mmit-tune[{extra}]'" if extra else f"pip install {name}"
             missing = Text("missing", "yellow" if extra else "red").append(f": {remedy}", "default")
@@ -47,13 +47,29 @@ def env() -> None:
     terminal().print(table)
 
 
+def _state(name: str, version: str) -> Any:
+    from rich.text import Text
+
+    from mmit.versions import outside
+
+    problem = outside(name, version)
+    return Text("ok", "green") if problem is None else Text(problem, "yellow")
+
+
 def _devices() -> list[tuple[str, str, str]]:
-    rows = [("CPU", platform.machine(), f"{_cores()} cores")]
+    from mmit.cores import SHORTEST, Watch, usable
+
+    rows = [("CPU", platform.machine(), f"{len(usable())} cores")]
+    watch = Watch()
+    time.sleep(2 * SHORTEST)  # torch is imported after it: that would be our own work
+    if (others := watch.crowd()) is not None:
+        rows.append(("CPU", "busy", f"{others}: training takes longer"))
     try:
         import torch
     except (ImportError, OSError) as error:  # OSError: a library torch is linked to is not there
         return [*rows, ("devices", "-", f"torch cannot be imported: {error}")]
     rows.append(("CPU threads", str(torch.get_num_threads()), "of torch; OMP_NUM_THREADS or train.threads sets them"))
+    rows.append(_format(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
     if not torch.cuda.is_available():
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built for the CPU"
         return [*rows, ("CUDA", "-", f"no device ({built})")]
@@ -66,6 +82,8 @@ def _cuda(torch: Any, number: int) -> tuple[str, str, str]:
     return f"cuda:{number}", f"CUDA {torch.version.cuda}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {bf16}"
 
 
-def _cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _format(device: Any) -> tuple[str, str, str]:
+    from mmit.precision import choose
+
+    choice = choose(device)
+    return "train.precision", f"auto: {choice.name}", choice.reason

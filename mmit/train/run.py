@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmit.config import Config
+from mmit.cores import Watch
 from mmit.data.chat import ChatFormat
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.loader import LoadImage, MicroBatch
@@ -76,6 +77,7 @@ def run(config: Config, *, evaluate: Evaluate | None = None) -> int:
 
 def _run(config: Config, evaluate: Evaluate | None, run_dir: Path, *, world: World, say: Say) -> int:
     """The run, in a folder that it has for itself."""
+    watch = Watch()
     begin = resume.choose(run_dir, config.run.resume, say=say)  # first: nothing of another run may be touched
     config = settle_precision(config, begin, world=world, say=say)
     trackers = open_trackers(config.train.report_to, run_dir, config.flat()) if world.main else []
@@ -86,6 +88,8 @@ def _run(config: Config, evaluate: Evaluate | None, run_dir: Path, *, world: Wor
         with stop_asked(say) as stopped, closing(RunLog(run_dir, active=world.main, trackers=trackers)) as log:
             with stopped.leaving():  # nothing of this start is worth saving yet
                 parts = build(config, begin, world=world, say=say, heart=heart)
+                if (others := watch.crowd()) is not None:
+                    say(f"warning: {others}: steps take longer, and their times say little")
             finished = _train(parts.config, evaluate, parts, world=world, log=log, heart=heart, stopped=stopped)
         last = "finished" if finished else "stopped"
     except Leave:

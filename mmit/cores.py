@@ -1,0 +1,106 @@
+"""The cores of a CPU that other processes hold too.
+
+Owns what is said and done about a busy machine: how OpenMP's threads wait, and how much of the cores others use. Does
+not import torch, whose OpenMP reads the environment once, when it is loaded. Changes nothing that the user has set.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import NamedTuple
+
+# Each says how OpenMP's threads wait: one that is set is the user's choice.
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+PROC = Path("/proc")
+NOTABLE = 0.5  # cores
+SHORTEST = 0.1  # seconds; the system counts in hundredths
+
+
+class Others(NamedTuple):
+    """What other processes use: `cores` of the `total` this process may use, and the busiest of them."""
+
+    cores: float
+    total: int
+    busiest: str  # "name (pid)", "" where it cannot be seen
+
+    def __str__(self) -> str:
+        who = f", most of it {self.busiest}" if self.busiest else ""
+        return f"other processes use {self.cores:.1f} of {self.total} cores{who}"
+
+
+def wait_asleep(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Let OpenMP's threads sleep while they wait, instead of spinning; returns whether anything was set.
+
+    For the start of a program, before torch is imported; later it would do nothing, and is left undone. A thread that
+    spins takes the core from the one it waits for as soon as another process wants a core too. Child processes (ranks,
+    workers of the data loader) inherit it.
+    """
+    if "torch" in sys.modules or any(name in environment for name in WAITING):
+        return False
+    environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    return True
+
+
+def usable() -> list[int]:
+    """Numbers of the cores this process may use, which in a container are fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+class Watch:
+    """Looks at what other process groups use of our cores, from when it is made until it is asked."""
+
+    def __init__(self) -> None:
+        self._group, self._cores = os.getpgrp(), usable()
+        try:
+            self._begin, self._busy, self._each = time.monotonic(), _busy(self._cores), _per_process()
+        except (OSError, ValueError):
+            self._each = {}
+
+    def others(self) -> Others | None:
+        """What they used meanwhile; None where the system does not tell, or after less than a tenth of a second."""
+        if not self._each or (took := time.monotonic() - self._begin) < SHORTEST:
+            return None
+        spent, after = _busy(self._cores) - self._busy, _per_process()
+        used = {pid: (own, ticks - self._each[pid][2]) for pid, (_, own, ticks) in after.items() if pid in self._each}
+        ours = sum(ticks for own, ticks in used.values() if own == self._group)
+        share = min(max(spent - ours, 0) / os.sysconf("SC_CLK_TCK") / took, len(self._cores))
+        theirs = {pid: ticks for pid, (own, ticks) in used.items() if own != self._group and ticks > 0}
+        top = max(theirs, key=lambda pid: theirs[pid], default=None)
+        return Others(share, len(self._cores), "" if top is None else f"{after[top][0]} (pid {top})")
+
+    def crowd(self) -> Others | None:
+        """What others used, where it is enough to slow this process down."""
+        found = self.others()
+        return found if found is not None and found.cores >= NOTABLE else None
+
+
+def _busy(cores: list[int]) -> int:
+    """Clock ticks in which the given cores were at work, since the machine started."""
+    names, ticks = {f"cpu{n}" for n in cores}, 0
+    for line in (PROC / "stat").read_text().splitlines():
+        name, *values = line.split()
+        if name in names:
+            user, nice, system, _, _, irq, soft = map(int, values[:7])
+            ticks += user + nice + system + irq + soft
+    return ticks
+
+
+def _per_process() -> dict[int, tuple[str, int, int]]:
+    """Of every process that can be seen: name, process group, clock ticks it has used."""
+    found = {}
+    for path in PROC.iterdir():
+        if not path.name.isdigit():
+            continue
+        try:
+            head, _, rest = (path / "stat").read_text(errors="replace").rpartition(")")
+        except OSError:  # it has ended meanwhile
+            continue
+        fields = rest.split()
+        found[int(path.name)] = (head.partition("(")[2], int(fields[2]), int(fields[11]) + int(fields[12]))
+    return found
