@@ -7,6 +7,7 @@ code is an error, not an execution.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import inspect
 import re
@@ -190,7 +191,8 @@ def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -
     return ready(model)
 
 
-def config_keys(kind: str, *, published: bool = True) -> set[str]:
+@functools.cache  # reading the sources of a class takes a tenth of a second
+def config_keys(kind: str, *, published: bool = True) -> frozenset[str]:
     """Return the keys that describe a model of this `model_type`, with those that only published files have."""
     known = CONFIG_MAPPING[kind]
     names = {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS}
@@ -198,7 +200,7 @@ def config_keys(kind: str, *, published: bool = True) -> set[str]:
     for base in known.__mro__:  # keys of older files that a class takes out of its keyword arguments
         if issubclass(base, PreTrainedConfig):
             names |= set(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", inspect.getsource(base)))
-    return names
+    return frozenset(names)
 
 
 def _described(options: Mapping[str, Any]) -> Any:
