@@ -153,8 +153,8 @@ def show(report: Report, console: Console) -> None:
     rate = report.records / max(report.seconds, 1e-6) * 60
     counts = ", ".join(_counted(report.count(severity), severity) for severity in SEVERITIES)
     pace = f", {rate:,.0f} a minute" if report.records > 1000 else ""
-    told = f" in {report.records:,} records ({report.seconds:.1f} s{pace})"
-    console.print(Text(counts, "bold").append(told, "not bold"))
+    ending = f" in {report.records:,} records ({report.seconds:.1f} s{pace})"
+    console.print(Text(counts, "bold").append(ending, "not bold"))
 
 
 def _counted(count: int, severity: str) -> str:

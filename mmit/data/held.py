@@ -11,7 +11,7 @@ from typing import Any
 
 from mmit.records import Image, Record, Text
 
-_ORDER = ("system turn", "user turn", "assistant turn", "tool turn", "image", "thought", "tool call")
+_ORDER: tuple[str, ...] = ("system turn", "user turn", "assistant turn", "tool turn", "image", "thought", "tool call")
 _ORDER += ("record with tools", "record with template arguments")
 
 

@@ -93,7 +93,7 @@ def test_ten_steps(shape, tmp_path) -> None:
     run = {"dir": str(tmp_path / "run"), "on_bad_record": "skip", "max_bad_fraction": 0.6}
     config = tiny_config(tmp_path, train={"steps": 10, "rows_per_step": 2, "precision": "fp32"}, run=run)
     (tmp_path / "config.yaml").write_text(config.to_yaml())
-    good("data", "show", tmp_path / "config.yaml")
+    good("data", "show", tmp_path / "config.yaml", "--out", tmp_path / "show.html")
     good("inspect", out, "--config", tmp_path / "config.yaml")
     good("train", "--config", tmp_path / "config.yaml")
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 10
