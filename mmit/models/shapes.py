@@ -10,7 +10,7 @@ Dimensions: T tokens in a row, H query heads, KV key heads, Dh head size, P virt
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,10 +109,44 @@ def _implementation(vlm: VLM, name: str, current: _Current) -> Iterator[None]:
     llm.set_attn_implementation(name)
     _current = current
     try:
-        yield
+        with _experts(llm), _autocast():
+            yield
     finally:
         _current = before
         llm.set_attn_implementation(own)
+
+
+@contextmanager
+def _experts(llm: Any) -> Iterator[None]:
+    """Experts as batched products, which need no numbers to know their shapes and cost the same FLOPs.
+
+    Their bytes are more than those of grouped products: each token's copy of its experts' weights is among them.
+    """
+    if not llm._can_set_experts_implementation():
+        yield
+        return
+    own = llm.config._experts_implementation
+    llm.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        llm.set_experts_implementation(own)
+
+
+@contextmanager
+def _autocast() -> Iterator[None]:
+    """PEFT switches autocast off around adapters of experts, also on the meta device, which has none."""
+    own = torch.autocast
+
+    class Autocast(own):  # type: ignore[misc, valid-type]
+        def __new__(cls, device_type: str, *args: Any, **options: Any) -> Any:
+            return nullcontext() if device_type == "meta" else own(device_type, *args, **options)
+
+    torch.autocast = Autocast  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.autocast = own  # type: ignore[misc]
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from mmit.errors import MmitError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
 from mmit.models.recompute import MODES
+from mmit.models.rules import read_rules
 from mmit.models.tuning import Group, apply_tuning, check_options, parameter_table, unquantised
 from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
@@ -90,6 +92,10 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
     notes: list[str] = []
     vlm, groups, tokenizer = empty_model(config, say=notes.append)
     config = settled(config, vlm, tokenizer, measure=False, say=notes.append)
+    if read_rules(vlm.llm).experts:
+        notes.append(
+            "the memory of experts is forecast from above: as if each token had a copy of its experts' weights"
+        )
     data, scan, share = _sample_data(config, vlm, tokenizer)
     walk = walk_of(config, scan, store=_store(config))[0]
     mode = recompute or config.train.checkpointing
@@ -171,6 +177,20 @@ def settled(config: Config, vlm: VLM, tokenizer: Any, *, measure: bool, say: Say
     """The config with what the model decides about its data, see `settle_packing`."""
     update = settle_packing(config.data.model_dump(), vlm, tokenizer, measure=measure, say=say)
     return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The config with local folders of models as absolute paths, which its checkpoints refer to from anywhere."""
+    model = config.model
+    changed: dict[str, Any] = {"llm": model.llm.model_copy(update={"name": _whole(model.llm.name)})}
+    if model.vision is not None:
+        changed["vision"] = model.vision.model_copy(update={"name": _whole(model.vision.name)})
+    return config.model_copy(update={"model": model.model_copy(update=changed)})
+
+
+def _whole(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.exists() else name
 
 
 def empty_model(config: Config, *, say: Say = lambda _: None) -> tuple[VLM, list[Group], Any]:
