@@ -42,7 +42,7 @@ from mmit.train.describe import describe, note_start
 from mmit.train.echo import echo
 from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
 from mmit.train.features import FeatureCache
-from mmit.train.forecast import least_recompute, settled, walk_of
+from mmit.train.forecast import least_recompute, settled, walk_of, with_whole_paths
 from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Progress
 from mmit.train.pictures import align_to_captions, cache_features
@@ -82,6 +82,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
 
+    config = with_whole_paths(config)
     heart.phase("building the model", 0)
     if begin is not None:
         identity.check_config(checkpoint.read_config(begin).flat(), config.flat(), folder=begin, say=say)
