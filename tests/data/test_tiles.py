@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmit.data.images import image_size, load_rgb
-from mmit.data.tiles import PINPOINTS, any_resolution, best_canvas, crops, dynamic_tiles
+from mmit.data.tiles import PINPOINTS, Tiling, any_resolution, best_canvas, crops, dynamic_tiles
 from mmit.errors import ConfigError, ImageError
 from mmit.records import Image
 
@@ -177,3 +177,11 @@ def test_mistakes_are_named():
         any_resolution((10, 10), features=0)
     with pytest.raises(ImageError, match="RGB"):
         crops(PIL.Image.new("L", (10, 10)), dynamic_tiles((10, 10)))
+
+
+@pytest.mark.parametrize(("size", "shown"), [((101, 300), (114, 336)), ((300, 101), (336, 114)), ((1, 1000), (1, 336))])
+def test_sides_are_rounded_up(size, shown):
+    """As LLaVA does: 101 * 336 / 300 = 113.12 pixels are 114, and no side is lost."""
+    (crop,) = crops(PIL.Image.new("RGB", size, (255, 255, 255)), Tiling(336, (1, 1), None, "pad", 1))
+    left, top, right, bottom = crop.getbbox()
+    assert (right - left, bottom - top) == shown
