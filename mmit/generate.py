@@ -72,6 +72,7 @@ def load(
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
     untuned: bool = False,
+    template_args: Mapping[str, Any] | None = None,
     **foreign: str | None,
 ) -> Model:
     """Load a model for use.
@@ -85,6 +86,7 @@ def load(
         device_map: placement of a large LLM as in transformers: "auto", or modules to devices, "cpu" or "disk".
         offload_folder: where a device map keeps what goes to disk.
         load_in_8bit, load_in_4bit: linear layers of the LLM in fewer bits, by bitsandbytes.
+        template_args: variables for the chat template besides those of training, such as enable_thinking.
         untuned: the model as it was before training (base weights, a freshly drawn projector), for comparison.
         foreign: for folders of other projects `chat` (a chat format in place of the folder's template), and for
             LLaVA's own `base` and `tower`; see `interop.foreign.read_foreign`.
@@ -112,7 +114,8 @@ def load(
         notes = [] if dtype or device_map or bits else _adapt(other, usable_device(device))
         settle(other, device=device, device_map=device_map or bits)
         meta = {"chat": other.chat.to_json(), "image": other.image, "image_tokens": other.vlm.image_tokens}
-        return Model(other.vlm, other.tokenizer, other.chat, image=other.image, folder=path, meta=meta, notes=notes)
+        form = other.chat.with_template_args(template_args or {})
+        return Model(other.vlm, other.tokenizer, form, image=other.image, folder=path, meta=meta, notes=notes)
     given = [name for name, value in check_options(foreign).items() if value]
     if given:
         problem = f"{given[0]} is for folders of other projects; a checkpoint says it itself"
@@ -120,7 +123,7 @@ def load(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "untuned": untuned, "bits": bits, "adapt": True}
     found = load_model(path, device_map=device_map, offload=offload_folder, **options)
     facts: dict[str, Any] = {"image": found.image, "folder": found.folder, "meta": found.meta, "notes": found.notes}
-    return Model(found.vlm, found.tokenizer, found.chat, **facts)
+    return Model(found.vlm, found.tokenizer, found.chat.with_template_args(template_args or {}), **facts)
 
 
 def _adapt(found: Foreign, place: torch.device) -> list[str]:

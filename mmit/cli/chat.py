@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmit.cli.config import template_args_of
 from mmit.cli.errors import show_error
 from mmit.errors import MmitError
 from mmit.text import echo
@@ -54,6 +55,10 @@ def chat(
         str | None, typer.Option("--chat", help="Chat format of a folder of another project, such as vicuna_v1.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="LLM of a LLaVA adapter or projector, or a Prismatic VLM.")] = None,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, such as enable_thinking=true."),
+    ] = None,
 ) -> None:
     """Talk with a trained model.
 
@@ -62,7 +67,15 @@ def chat(
     from mmit.generate import load
 
     bits: dict[str, Any] = {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
-    model = load(run, device=device, dtype=dtype, **bits, chat=chat_format, base=base)
+    model = load(
+        run,
+        device=device,
+        dtype=dtype,
+        **bits,
+        chat=chat_format,
+        base=base,
+        template_args=template_args_of(template_arg),
+    )
     for note in model.notes:
         echo(note, err=True)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}

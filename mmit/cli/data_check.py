@@ -92,6 +92,7 @@ def check(
             sources.watched(held.watch(_rows(files, kept)), status.update),
             test=_rows(held_out),
             measure=None if encoder is None else encoder.length,
+            differs=None if encoder is None else encoder.difference,
             max_length=None if encoder is None else encoder.max_length,
             control_tokens=() if encoder is None else encoder.control_tokens,
             open_images=images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmit.cli.config import template_args_of
 from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
@@ -76,6 +78,10 @@ def evaluate(
         str | None, typer.Option(help="Chat format of a folder of another project, such as vicuna_v1.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="LLM of a LLaVA adapter or projector, or a Prismatic VLM.")] = None,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, such as enable_thinking=true."),
+    ] = None,
     endpoint_model: Annotated[str | None, typer.Option(help="Model of the endpoint that is evaluated.")] = None,
     judge_url: Annotated[
         str | None, typer.Option(envvar="MMIT_JUDGE_URL", help="Base URL of the judge, for tasks that need one.")
@@ -111,6 +117,7 @@ def evaluate(
     ranks = from_environment()
     device = _own_device(device) if ranks.world > 1 else device
     told: dict[str, Any] = {"endpoint_model": endpoint_model, "key_env": key_env, "chat": chat, "base": base}
+    told["template_args"] = template_args_of(template_arg)
     where, options = _model(run, device=device, dtype=dtype, out=out, **told)
     alone = len(tasks) == 1
     run_tasks(
@@ -155,12 +162,15 @@ def _model(
     key_env: str,
     chat: str | None,
     base: str | None,
+    template_args: dict[str, Any],
     out: Path | None,
 ) -> tuple[Path, dict[str, Any]]:
     """Return where results go by default, and the model with what `run_task` wants to know of it."""
     from mmit.errors import ConfigError
 
     if run.startswith(("http://", "https://")):
+        if template_args:
+            raise ConfigError("an endpoint writes its prompts itself", where="--template-arg", remedy="Leave it out.")
         from mmit.eval.endpoint import Endpoint, EndpointModel
 
         if out is None:
@@ -182,20 +192,32 @@ def _model(
     if out is None and is_hub_id(run):
         raise ConfigError("no folder for the results", where="--out", remedy="The hub's cache is none: give --out.")
     folder = model_folder(run)
+    # Answers to other prompts are another model's.
+    told = f" {json.dumps(template_args, sort_keys=True)}" if template_args else ""
     if is_foreign(folder):
         return folder, {
-            "model": _told(load(folder, device=device, dtype=dtype, chat=chat, base=base)),
+            "model": _told(
+                load(
+                    folder,
+                    device=device,
+                    dtype=dtype,
+                    chat=chat,
+                    base=base,
+                    template_args=template_args,
+                )
+            ),
             "untuned_factory": None,
             "model_name": run,
-            "fingerprint": _content(folder),
+            "fingerprint": _content(folder) + told,
         }
     checkpoint = find(folder, warn=lambda text: echo(text, err=True))
-    untuned = Lazy(lambda: load(checkpoint, device=device, dtype=dtype, untuned=True))  # one for all tasks
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "template_args": template_args}
+    untuned = Lazy(lambda: load(checkpoint, untuned=True, **options))  # one for all tasks
     return Path(run), {
-        "model": _told(load(checkpoint, device=device, dtype=dtype)),
+        "model": _told(load(checkpoint, **options)),
         "untuned_factory": lambda: untuned,
         "model_name": str(checkpoint),
-        "fingerprint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16],
+        "fingerprint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16] + told,
     }
 
 

@@ -182,7 +182,6 @@ def _write_html(shown: _Shown, path: Path) -> None:
 def _write_svg(shown: _Shown, path: Path) -> None:
     import io
 
-
     console = terminal(record=True, width=SVG_WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)
     _print(shown, console)
     _write(console.export_svg(title=f"mmit inspect {shown.title}"), path)

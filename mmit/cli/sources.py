@@ -134,6 +134,14 @@ class Encoder:
         parts = split_pairs(record) if self.split_turns else [record]
         return [(part, encode(part, self.chat, self.tokenizer, loss=self.loss or Loss())) for part in parts]
 
+    def difference(self, record: Record) -> str:
+        """Where the text of a record's samples differs from the chat template's; "" for nowhere."""
+        from mmit.data.chat_check import difference
+        from mmit.data.dataset import split_pairs
+
+        parts = split_pairs(record) if self.split_turns else [record]
+        return next((found for part in parts if (found := difference(part, self.chat))), "")
+
     def length(self, record: Record) -> int:
         """Tokens of the longest sample of a record, image tokens included (one an image where not known)."""
         return max(len(encoded.ids) for _, encoded in self.samples(record)) + self.extra(record)

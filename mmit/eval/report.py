@@ -100,9 +100,9 @@ def run_task(
     report = build_report(task, tuned, beside, model=model_name, seed=seed, seconds=seconds)
     report |= {"fingerprint": fingerprint, "first_question": asked[0].text, "n_asked": len(asked)}
     if ranks.rank == 0:
-        write_report(report, folder, notes=beside.notes)
+        write_report(report, folder, notes=report["notes"])
         write_atomic(folder / "report.html", page(f"{task.name}: {model_name}", section_of(report, folder, asked)))
-    console.print(console_table(report, notes=beside.notes))
+    console.print(console_table(report, notes=report["notes"]))
     console.print(Text(f"Written to {folder}"))
     return report
 
@@ -122,7 +122,7 @@ def build_report(
         "baselines": {key: arms[key] for key in LABELS},
         **{key: arms[key] for key in MORE},
         "wordings": beside.wordings,
-        "notes": dict(beside.notes),
+        "notes": dict(beside.notes) | thought_notes(tuned),
         "task": task.name,
         "metric": task.metric,
         "profile": tuned.score.profile,
@@ -134,6 +134,13 @@ def build_report(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
     }
+
+
+def thought_notes(result: Result) -> dict[str, str]:
+    """Say that thoughts were cut off before scoring, where there were some."""
+    if not result.thoughts:
+        return {}
+    return {"thoughts": f"{result.thoughts:,} of {result.score.n:,} answers began with a thought, which is not scored"}
 
 
 def _numbers(score: Score) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from mmit.eval.answers import merge as merge_answers
 from mmit.eval.metrics import METRICS, Score, get_metric
 from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.tasks import Item, Task, task_items
+from mmit.eval.thoughts import split_thought
 from mmit.io import append, write_atomic
 from mmit.records import Image, Record
 from mmit.text import terminal
@@ -95,6 +96,7 @@ class Result:
     path: Path
     seconds: float
     generated: int
+    thoughts: int = 0  # answers that began with a thought, which is not scored
 
 
 def evaluate(
@@ -163,7 +165,8 @@ def evaluate(
     score = _score_and_keep(path, settings, rows, items=items, ranks=ranks, score=_scorer_of(task, metric, seed))
     ordered = [rows[item.id] for item in items]
     invalid = invalid_rate(task, score, [row["answer"] for row in ordered])
-    return Result(label, score, invalid, path, time.monotonic() - start, missing)
+    thoughts = sum("thought" in row for row in ordered)
+    return Result(label, score, invalid, path, time.monotonic() - start, missing, thoughts)
 
 
 def _gather(path: Path, settings: Row, asked: Mapping[str, Row], *, ranks: Ranks) -> dict[str, Row]:
@@ -278,12 +281,17 @@ def _answers(
         if len(answers) != len(chunk) or not all(isinstance(answer, str) for answer in answers):
             problem = f"{len(answers)} answers to {len(chunk)} questions, or some that are not text"
             raise ModelError(problem, where="generate", remedy="It must return one text per record, in order.")
-        return [{"answer": answer} for answer in answers]
+        return [_without_thought(answer) for answer in answers]
     likelihoods = _scorer(model).score(records, [item.choices for item in chunk], **options)
     if [len(row) for row in likelihoods] != [len(item.choices) for item in chunk]:
         remedy = "It must return a list per record with one number per choice."
         raise ModelError("numbers that do not fit the choices", where="score", remedy=remedy)
     return [_likeliest(task, item, row) for item, row in zip(chunk, likelihoods, strict=True)]
+
+
+def _without_thought(answer: str) -> Row:
+    thought, said = split_thought(answer)
+    return {"answer": said, "thought": thought} if said != answer else {"answer": answer}
 
 
 def _scorer(model: Any) -> Scores:
@@ -318,7 +326,7 @@ def _with_scores(rows: Sequence[Row], score: Score | None) -> Iterator[Row]:
     parsed, values = (column if len(column) == len(rows) else [None] * len(rows) for column in columns)
     for row, read, value in zip(rows, parsed, values, strict=True):
         correct = bool(value) if value in (0, 1) else value
-        kept = {key: row[key] for key in ("id", *ASKED, "answer", "likelihoods") if key in row}
+        kept = {key: row[key] for key in ("id", *ASKED, "answer", "thought", "likelihoods") if key in row}
         yield kept | {"parsed": read, "correct": correct}
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mmit.data.chat import ChatFormat
+from mmit.data.chat_check import difference
 from mmit.data.dataset import InstructionData, Scan, split_pairs
 from mmit.data.viewer import to_rich
 from mmit.data.walk import Walk
 from mmit.models.tuning import parameter_table
 from mmit.models.vlm import VLM
+
+FIRST = 16  # records compared with what the chat template writes
 
 
 def echo(
@@ -21,6 +25,7 @@ def echo(
     tokenizer: Any,
     lr: Mapping[str, float | None],
     say: Callable[[Any], None],
+    chat: ChatFormat,
 ) -> None:
     """Print what is about to happen; `lr` is the peak learning rate of each component."""
     from rich.table import Table
@@ -45,5 +50,16 @@ def echo(
     say(table)
     record = data.record(int(scan.record[0]))
     shown = split_pairs(record)[0] if data.split_turns else record
+    _compare(data, scan, chat, say)
     fixed = data.preparation is not None and not data.preparation.tiled
     say(to_rich(data.encode(shown), tokenizer, image_tokens=vlm.image_tokens if fixed else None))
+
+
+def _compare(data: InstructionData, scan: Scan, chat: ChatFormat, say: Callable[[Any], None]) -> None:
+    """Compare the first records with what the chat template itself writes, and name the first difference."""
+    for number in dict.fromkeys(scan.record[:FIRST].tolist()):
+        record = data.record(int(number), outline=True)
+        for part in split_pairs(record) if data.split_turns else [record]:
+            if found := difference(part, chat):
+                say(f"{record.where} is not what the chat template writes: {found}")
+                return

@@ -145,7 +145,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         heart.phase("preparing the model", 0)
     if world.main:
         rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
-        echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say)
+        echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say, chat=chat)
 
     heart.phase("preparing the engine", 0)
     engine = _engine(config, vlm, groups, world=world, recompute=_recompute(config, world, say))

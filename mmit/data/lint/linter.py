@@ -93,6 +93,7 @@ def lint(
     *,
     test: Iterable[Record | RecordError] = (),
     measure: Measure | None = None,
+    differs: Callable[[Record], str] | None = None,
     max_length: int | None = None,
     control_tokens: Iterable[str] = (),
     open_images: bool = False,
@@ -102,6 +103,7 @@ def lint(
     Args:
         rows: of the training data. test: of the test data, which itself is not checked.
         measure: tokens that a record takes in the model; raises RecordError where it cannot be written.
+        differs: where its text differs from the chat template's, "" for nowhere.
         max_length: more tokens than this are a finding.
         control_tokens: of the tokenizer at hand, to be looked for as text.
         open_images: decode every picture, and compare them by content too.
@@ -117,7 +119,7 @@ def lint(
             continue
         _check_record(row, report, checks)
         if measure is not None:
-            _check_tokens(row, report, measure, max_length=max_length)
+            _check_tokens(row, report, measure, differs, max_length=max_length)
         state.take(row)
     for row in test:
         report.test_records += 1
@@ -153,9 +155,18 @@ def _check_record(record: Record, report: Report, checks: dict[str, Check]) -> N
             report.add(rule, record.where, problem)
 
 
-def _check_tokens(record: Record, report: Report, measure: Measure, *, max_length: int | None) -> None:
+def _check_tokens(
+    record: Record,
+    report: Report,
+    measure: Measure,
+    differs: Callable[[Record], str] | None,
+    *,
+    max_length: int | None,
+) -> None:
     try:
         length = measure(record)
+        if differs is not None and (found := differs(record)):
+            report.add("not-the-template", record.where, found)
     except RecordError as error:
         if rule_of(error) not in ("no-answer", "empty-turn"):  # told already
             report.add("not-encodable", record.where, error.problem)

@@ -42,6 +42,9 @@ RULES: dict[str, Rule] = {
     ),
     "too-long": Rule("error", "longer than the context", "Raise data.max_length, or shorten the record."),
     "not-encodable": Rule("error", "cannot be written by the chat format and tokenizer", "See the reason of each."),
+    "not-the-template": Rule(
+        "error", "not written as the chat template writes it", "Report it with the template: mmit is at fault."
+    ),
     "missing-image": Rule("error", "an image file that is not there", "Fetch it, or correct image_root."),
     "unreadable-image": Rule("error", "an image that cannot be decoded", "Fetch it again, or leave the record out."),
     # What spoils an evaluation.
