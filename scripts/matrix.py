@@ -99,7 +99,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
     config = tiny_config(folder, **sections)
     from transformers import AutoTokenizer
 
-    count = len(AutoTokenizer.from_pretrained(config.model.llm.name))
+    count = len(AutoTokenizer.from_pretrained(config.model.llm.name, trust_remote_code=False))
     for key in ("vocab_size", "vocab_size_per_layer_input"):
         if key in options:
             options[key] = count

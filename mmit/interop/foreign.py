@@ -85,7 +85,7 @@ def read_foreign(
         read_generation(found.vlm.llm, folder)
         _need_chat(chat or found.chat_template, folder)
         form = chat_format(chat, found.tokenizer) if chat else _template_format(found)
-        whole = (found.vision_config, found.vision_state)
+        whole: Any = (found.vision_config, found.vision_state)
         return Foreign(found.vlm, found.tokenizer, form, found.image, whole, found.vision_options, found.dtype)
     read = next((read for told, read in READERS_BY_CONFIG.items() if told(folder) is not None), None)
     if read is not None:
@@ -100,7 +100,7 @@ def read_foreign(
         select = "cls_patch" if eye.prefix else "patch"
         options = {"layer": -1, "select": select, "fit": image["mode"], "tiles": image.get("tiles", {})}
         try:
-            whole: Any = hf_tower(eye)
+            whole = hf_tower(eye)
         except ModelError as error:
             whole = error  # of no consequence to a model that only answers
         return Foreign(vlm, tokenizer, chat_format(chat, tokenizer), image, whole, options, dtype)

@@ -94,7 +94,7 @@ def _mixer(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, *args, **kwargs)
         row.calls.append(MIXER)
         bound = signature.bind(self, *args, **kwargs)
-        arguments = {k: None if k in WHOLE_ROW else v for k, v in bound.arguments.items()}
+        arguments: dict[str, Any] = {k: None if k in WHOLE_ROW else v for k, v in bound.arguments.items()}
         extra = arguments.pop("kwargs", {})
         arguments |= {k: v for k, v in extra.items() if k not in WHOLE_ROW}
         del arguments["self"]

@@ -98,7 +98,9 @@ def _encoder(
         raise ModelError(f"unknown vision kind '{kind}'", remedy=nearest(kind, [*ENCODERS, FUSED]))
     if select not in SELECT:
         raise ModelError(f"unknown select '{select}'", where=f"{kind} {name}", remedy=nearest(select, SELECT))
-    options: dict[str, Any] = {"timm": {"key_order": bool(key_order)}, "hf": {"native": native}}.get(kind, {})
+    options: dict[str, Any] = (
+        {"key_order": bool(key_order)} if kind == "timm" else {"native": native} if kind == "hf" else {}
+    )
     if native and kind != "hf":
         raise ModelError("native is for kind hf", where=f"{kind} {name}", remedy="remove model.vision.native")
     if key_order and (kind != "timm" or not isinstance(weights, str)):

@@ -121,7 +121,7 @@ def hf_encoder(
     if kind in NATIVE:
         if isinstance(weights, str):
             raise ModelError("a weight file is for towers of one size", where=where, remedy="leave weights out")
-        options = {"weights": weights, "layer": layer, "select": select, "image_size": image_size}
+        options: dict[str, Any] = {"weights": weights, "layer": layer, "select": select, "image_size": image_size}
         return native_encoder(name, config, kind, limits=native or {}, normalize=normalize, where=where, **options)
     if native:
         raise ModelError(
@@ -145,8 +145,8 @@ def hf_encoder(
     full = {key: value.shape for key, value in core.state_dict().items()}
     identity = _identity(kind, config)
     _cut(core, max(blocks), norm_name)
-    native = pair(config.image_size)
-    size = pair(image_size or native)
+    own_size = pair(config.image_size)
+    size = pair(image_size or own_size)
     clip_like = kind in ("CLIPVisionModel", "SiglipVisionModel")  # DINO's classes follow the pixels by themselves
     reader = HFReader(
         model,
@@ -154,7 +154,7 @@ def hf_encoder(
         blocks=blocks,
         special=int(has_cls) + int(getattr(config, "num_register_tokens", 0) or 0),
         with_cls=select == "cls_patch",
-        resized=size != native if clip_like else None,
+        resized=size != own_size if clip_like else None,
     )
     if isinstance(weights, str):
         path = resolve_file(weights)

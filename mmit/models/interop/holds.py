@@ -55,7 +55,8 @@ def text_facts(llm: Mapping[str, Any]) -> TextFacts:
     config = model.config
     head = model.get_output_embeddings()
     body = getattr(model, model.base_model_prefix, None)
-    plain = hasattr(body, "embed_tokens") and head is getattr(model, "lm_head", 0) and head.bias is None
+    own_head: Any = getattr(model, "lm_head", None)
+    plain = hasattr(body, "embed_tokens") and own_head is not None and head is own_head and own_head.bias is None
     stated = ((key, getattr(config, key, off), off) for key, off in LOGIT_KEYS.items())
     changed = [(key, value) for key, value, off in stated if value not in (off, None)]
     tied = bool(config.tie_word_embeddings)
