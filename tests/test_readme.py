@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmit.config import load_config
+from mmit.data.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,6 +24,12 @@ def blocks(heading: str | None = None) -> list[str]:
     text = TEXT if heading is None else TEXT.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_the_number_of_importers_is_the_number_of_formats() -> None:
+    log = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    told = [*re.findall(r"\((\d+) importers\)", TEXT), *re.findall(r"^- (\d+) importers", log, re.MULTILINE)]
+    assert told == [str(len(FORMATS))] * 2
 
 
 COMMANDS = sorted(set(blocks()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -67,23 +69,27 @@ def train(
     Continue an interrupted run: mmit train FILE resume=auto
     """
     # --local_rank comes from the deepspeed launcher, which gives the rank in the environment too.
-    if source is not None:
-        if config is not None:
-            raise typer.BadParameter("give a config or a model to start from, not both", param_hint="--from")
-        file, overrides = start_from(source, overrides_of(arguments or []), chat=chat, base=base, tower=tower)
-    else:
-        for option, value in (("--chat", chat), ("--base", base), ("--tower", tower)):
-            if value is not None:
-                raise typer.BadParameter("belongs to a model to start from: give --from too", param_hint=option)
-        file, overrides = split_arguments(config, arguments or [])
-    asked, overrides = _dry_run(overrides)
+    asked, given = _dry_run(arguments or [])
+    dry_run = dry_run or asked
+    with ExitStack() as stack:
+        if source is not None:
+            if config is not None:
+                raise typer.BadParameter("give a config or a model to start from, not both", param_hint="--from")
+            options = {"chat": chat, "base": base, "tower": tower}
+            trial = Path(stack.enter_context(TemporaryDirectory(prefix="mmit-"))) / "start" if dry_run else None
+            file, overrides = start_from(source, overrides_of(given), trial=trial, **options)
+        else:
+            for option, value in (("--chat", chat), ("--base", base), ("--tower", tower)):
+                if value is not None:
+                    raise typer.BadParameter("belongs to a model to start from: give --from too", param_hint=option)
+            file, overrides = split_arguments(config, given)
 
-    from mmit.config import load_config
+        from mmit.config import load_config
 
-    settings = load_config(file, overrides)
-    if dry_run or asked:
-        _forecast(settings, gpu=gpu, ranks=ranks, share=mfu, tflops=tflops, price=price)
-        return
+        settings = load_config(file, overrides)
+        if dry_run:
+            _forecast(settings, gpu=gpu, ranks=ranks, share=mfu, tflops=tflops, price=price)
+            return
 
     from mmit.train.run import run  # after the config has been read, so that its errors come at once
 
@@ -119,10 +125,12 @@ def overrides_of(arguments: list[str]) -> list[str]:
     return [f"run.{text}" if text.startswith("resume=") else text for text in arguments]
 
 
-def start_from(source: str, overrides: list[str], **options: str | None) -> tuple[Path, list[str]]:
+def start_from(
+    source: str, overrides: list[str], *, trial: Path | None = None, **options: str | None
+) -> tuple[Path, list[str]]:
     """Import a model into the run's folder, unless an earlier start did, and return its config with the overrides.
 
-    `options` are those of `read_foreign`.
+    `trial` is the folder to import into in place of the run's. `options` are those of `read_foreign`.
     """
     from mmit.cli.export import make_start
     from mmit.errors import ConfigError
@@ -134,6 +142,7 @@ def start_from(source: str, overrides: list[str], **options: str | None) -> tupl
     run_dir = given[-1] if given else f"runs/{Path(source).name.partition('@')[0]}"
     start = Path(run_dir) / "start"
     if not (start / "manifest.json").exists():
+        start = trial or start
         make_start(source, start, **options)
     return start / "config.yaml", [f"run.dir={run_dir}", *overrides]
 

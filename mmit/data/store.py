@@ -14,7 +14,8 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -75,6 +76,22 @@ class Store:
         finally:
             if draft is not None and draft.is_dir():
                 shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def borrowed(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that starts with links to all that `folder` keeps, and is removed afterwards.
+
+    Whatever is kept in it, or thrown away, leaves `folder` as it is.
+    """
+    with tempfile.TemporaryDirectory(prefix="mmit-") as name:
+        for file in [*folder.glob("[!.]*"), *folder.glob("[!.]*/*")]:
+            # Without its verdicts a conversion is made again, and a file is written through a link.
+            if file.is_file() and (file.suffix != ".jsonl" or file.with_suffix(".verdicts.json").is_file()):
+                place = Path(name) / file.relative_to(folder)
+                place.parent.mkdir(exist_ok=True)
+                place.symlink_to(file.resolve())
+        yield Path(name)
 
 
 def _write(folder: Path, name: Sequence[str], facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

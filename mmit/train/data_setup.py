@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -65,11 +64,10 @@ def check_lengths(*, max_length: int, capacity: int, limit: int | None, virtual:
         )
 
 
-def cache_folder(given: str | None, *, run_dir: Path | None = None) -> Path:
-    """Where what was found out about data is kept: `given`, MMIT_CACHE, or a folder of the user's.
+def cache_folder(given: str | None, *, run_dir: Path) -> Path:
+    """Where what was found out about data is kept: `given`, MMIT_CACHE, or a folder of the user's. Makes nothing.
 
-    All runs on the same data share it. Without a home that can be written it is in the run's folder or, for what may
-    change nothing there (`run_dir` None), in the folder for temporary files.
+    All runs on the same data share it. Without a home that can be written it is in the run's folder.
     """
     if given is not None:
         return Path(given).expanduser()
@@ -77,12 +75,12 @@ def cache_folder(given: str | None, *, run_dir: Path | None = None) -> Path:
         return Path(os.environ["MMIT_CACHE"]) / "data"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmit" / "data"
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
             return folder
     except (OSError, RuntimeError):  # no such home, or not ours
         pass
-    return (Path(tempfile.gettempdir()) / f"mmit-{os.getuid()}" if run_dir is None else run_dir) / "data"
+    return run_dir / "data"
 
 
 def open_data(
@@ -166,29 +164,29 @@ def judge(
     *,
     skip: bool,
     max_bad_fraction: float,
-    run_dir: Path,
+    run_dir: Path | None,
     main: bool,
     say: Say,
     key: str = "data.train",
     name: str = "bad_records.jsonl",
 ) -> None:
-    """Apply the stated policy to bad records; all of them are listed in the file `name`."""
-    listing = run_dir / name
-    if main and scan.bad:
-        write_atomic(listing, "".join(_line(e) for e in scan.bad))
+    """Apply the stated policy to bad records; all of them are listed in the file `name` of `run_dir`, if any."""
+    listed = "" if run_dir is None else f", listed in {run_dir / name}"
+    if main and scan.bad and run_dir is not None:
+        write_atomic(run_dir / name, "".join(_line(e) for e in scan.bad))
     if scan.bad and not skip:
         first = scan.bad[0]
-        more = f" (the first of {len(scan.bad)} bad records, listed in {listing})" if len(scan.bad) > 1 else ""
+        more = f" (the first of {len(scan.bad)} bad records{listed})" if len(scan.bad) > 1 else ""
         raise type(first)(first.problem + more, where=first.where, remedy=first.remedy)
     if len(scan.bad) > most_bad(max_bad_fraction, scan.records):
         raise RecordError(
             f"{len(scan.bad)} of {scan.records} records are bad, more than run.max_bad_fraction="
             f"{max_bad_fraction:g} allows; the first: {scan.bad[0]}",
-            where=str(listing),
+            where=key if run_dir is None else str(run_dir / name),
             remedy="mend the data, or raise run.max_bad_fraction",
         )
     if scan.bad:
-        say(f"{len(scan.bad)} bad records are left out, listed in {listing}")
+        say(f"{len(scan.bad)} bad records are left out{listed}")
     if not len(scan.length):
         raise RecordError("no usable record is left", where=key, remedy="check the files and formats")
 

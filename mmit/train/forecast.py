@@ -21,12 +21,13 @@ from mmit import precision
 from mmit.config import Config
 from mmit.data.ahead import allowed_cores
 from mmit.data.dataset import InstructionData
+from mmit.data.formats.keys import told
 from mmit.data.loader import MicroBatch, micro_batches
 from mmit.data.measure import Scan, is_kept
 from mmit.data.preparation import ImagePreparation, prepare_images
-from mmit.data.store import Store
+from mmit.data.store import Store, borrowed
 from mmit.data.walk import Walk
-from mmit.errors import MmitError, located
+from mmit.errors import MmitError, RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
 from mmit.models.recompute import MODES
@@ -37,7 +38,7 @@ from mmit.models.vlm import VLM
 from mmit.train.chat import chat_of
 from mmit.train.checkpoint import image_preparation
 from mmit.train.cost import Bytes, RowFacts, count_pairs, measure_bytes, measure_rates
-from mmit.train.data_setup import Say, cache_folder, check_lengths, make_walk, open_data
+from mmit.train.data_setup import Say, cache_folder, check_lengths, judge, make_walk, open_data
 from mmit.train.devices import find_device
 from mmit.train.settle import settle_packing
 from mmit.train.zero import bucket_size
@@ -96,12 +97,13 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
         notes.append(
             "the memory of experts is forecast from above: as if each token had a copy of its experts' weights"
         )
-    data, scan, share = _sample_data(config, vlm, tokenizer)
-    walk = walk_of(config, scan, store=_store(config))[0]
+    with borrowed(cache_folder(config.data.cache_dir, run_dir=Path(config.run.dir))) as cache:
+        data, scan, share = _sample_data(config, vlm, tokenizer, cache=cache, say=notes.append)
+        walk = walk_of(config, scan, store=Store(cache))[0]
+        built = list(_micro_batches(config, data, scan, walk, ranks=ranks))
     mode = recompute or config.train.checkpointing
     mode = "none" if mode == "auto" else mode
     cached = config.model.vision is not None and config.model.vision.cache != "off"
-    built = list(_micro_batches(config, data, scan, walk, ranks=ranks))
     facts = [_facts(batch) for batch in built]
     mean = RowFacts(*np.mean([dataclasses.astuple(f) for f in facts], axis=0).tolist())
     table = parameter_table(vlm)
@@ -146,8 +148,9 @@ def least_recompute(config: Config, *, ranks: int, stage: int | None) -> tuple[s
     room = device.memory if device.cuda else device.memory // ranks_here
     vlm, _, tokenizer = empty_model(config)
     config = settled(config, vlm, tokenizer, measure=False, say=lambda _: None)
-    data, scan, _ = _sample_data(config, vlm, tokenizer)
-    built = list(_micro_batches(config, data, scan, walk_of(config, scan, store=_store(config))[0], ranks=ranks))
+    cache = cache_folder(config.data.cache_dir, run_dir=Path(config.run.dir))
+    data, scan, _ = _sample_data(config, vlm, tokenizer, cache=cache)
+    built = list(_micro_batches(config, data, scan, walk_of(config, scan, store=Store(cache))[0], ranks=ranks))
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
     tried = []
     for mode in MODES:
@@ -210,10 +213,12 @@ def empty_model(config: Config, *, say: Say = lambda _: None) -> tuple[VLM, list
     return vlm, groups, tokenizer
 
 
-def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionData, Scan, float]:
+def _sample_data(
+    config: Config, vlm: VLM, tokenizer: Any, *, cache: Path, say: Say = lambda _: None
+) -> tuple[InstructionData, Scan, float]:
     """Measure an even sample of the records, or read what a run found about all of them.
 
-    Returns a scan as long as the whole data, and whole over sample.
+    `say` gets what a start would report of the data. Returns a scan as long as the whole data, and whole over sample.
     """
     options = config.data
     chat = chat_of(config.model.chat.model_dump(), tokenizer)
@@ -223,13 +228,15 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
         limit=context_length(vlm.llm),
         virtual=virtual_tokens(vlm.llm),
     )
-    store = _store(config)
+    store = Store(cache)
+    skip = config.run.on_bad_record == "skip"
+    unreadable: list[RecordError] = []
     data = open_data(
         [s.model_dump() for s in options.train],
         chat,
         tokenizer,
-        cache=store.folder,
-        on_bad=(lambda error: None) if config.run.on_bad_record == "skip" else None,
+        cache=cache,
+        on_bad=unreadable.append if skip else None,
         preparation=_preparation(config, vlm),
         max_length=options.max_length,
         capacity=options.pack_tokens,
@@ -241,12 +248,18 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
     if len(data) > SAMPLE and not is_kept(data, store):
         numbers = np.unique(np.linspace(0, len(data) - 1, SAMPLE).astype(int))
     scan = data.scan(numbers=numbers, store=store, workers=allowed_cores())
-    if scan.bad and config.run.on_bad_record != "skip":
+    for source, kept in zip(data.sources, scan.kept, strict=True):
+        if kept:
+            some = "" if numbers is None else f"of {len(numbers):,} records that were measured, "
+            say(f"{source.origin}: {some}kept in meta only: {told(kept)}")
+    if numbers is None:
+        scan.bad = unreadable + scan.bad
+        judge(scan, skip=skip, max_bad_fraction=config.run.max_bad_fraction, run_dir=None, main=True, say=say)
+        return data, scan, 1.0
+    if scan.bad and not skip:
         raise scan.bad[0]
     if not len(scan.length):
         raise MmitError("no usable record was found", where="data.train", remedy="check the files and formats")
-    if numbers is None:
-        return data, scan, 1.0
     share = len(data) / len(numbers)
     wanted = round(len(scan.length) * share)
     # Every unit as often as the next; sources keep their order, which the walk relies on.
@@ -254,10 +267,6 @@ def _sample_data(config: Config, vlm: VLM, tokenizer: Any) -> tuple[InstructionD
     for name in ("record", "first", "last", "length", "source"):
         setattr(scan, name, getattr(scan, name)[pick])
     return data, scan, share
-
-
-def _store(config: Config) -> Store:
-    return Store(cache_folder(config.data.cache_dir))
 
 
 def _preparation(config: Config, vlm: VLM) -> ImagePreparation | None:
