@@ -62,7 +62,7 @@ def test_a_gpu_is_asked_for_its_capability(monkeypatch: pytest.MonkeyPatch, majo
 def test_a_run_continued_on_another_kind_of_machine_keeps_its_format(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train = {"steps": 2, "rows_per_step": 2, "precision": "auto"}
+    train = {"steps": 2, "rows_per_step": 2, "precision": "auto", "schedule": "constant", "warmup": 0}
     for fast, began, other in ((True, "bf16", "fp32"), (False, "fp32", "bf16")):
         folder = tmp_path / began
         fake(monkeypatch, fast=fast)

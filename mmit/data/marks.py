@@ -18,6 +18,9 @@ from mmit.records import Image
 if TYPE_CHECKING:
     from mmit.data.dataset import Shown
 
+# What records say is added up as digits of a number: the same sum whatever pieces the records were measured in.
+_PRIME = 2**127 - 1
+_BASE = 0x5BD1E9955BD1E9955BD1E9955BD1E995 % _PRIME
 ENDS = 4096  # bytes at either end of a picture file that tell it from another
 
 
@@ -33,6 +36,27 @@ def content_of(samples: Sequence[Sample], images: Mapping[Hashable, Shown]) -> b
         for key in sample.images:
             digest.update(picture_mark(images[key].image))
     return digest.digest()
+
+
+class Contents:
+    """The contents of records in their order; those of pieces that follow each other join to those of the whole."""
+
+    def __init__(self, text: str = "0-0") -> None:
+        value, _, count = text.partition("-")
+        self._value, self._count = int(value, 16), int(count)
+
+    def add(self, content: bytes) -> None:
+        """Append a record's `content_of`."""
+        self._value = (self._value * _BASE + int.from_bytes(content, "little") + 1) % _PRIME
+        self._count += 1
+
+    def extend(self, after: Contents) -> None:
+        """Append the contents of the records that follow."""
+        self._value = (self._value * pow(_BASE, after._count, _PRIME) + after._value) % _PRIME
+        self._count += after._count
+
+    def __str__(self) -> str:
+        return f"{self._value:032x}-{self._count}"
 
 
 def picture_mark(image: Image) -> bytes:

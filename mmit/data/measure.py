@@ -20,7 +20,7 @@ import numpy as np
 
 from mmit.data.ahead import in_order
 from mmit.data.formats.keys import kept_keys
-from mmit.data.marks import content_of
+from mmit.data.marks import Contents, content_of
 from mmit.data.packing import Sample, trie_length
 from mmit.data.store import Arrays, Store, code_version, key_of
 from mmit.errors import RecordError, from_facts
@@ -190,6 +190,9 @@ def _measured(
 def _joined(pieces: Sequence[Piece]) -> Piece:
     """Pieces of one source as one."""
     before = np.cumsum([0, *(len(piece.names) for piece in pieces)])
+    contents = Contents()
+    for piece in pieces:
+        contents.extend(Contents(piece.content))
     units = [np.zeros((5, 0), np.int64), *(piece.units for piece in pieces)]
     ends = [np.zeros(0, np.int64), *(piece.ends + begin for piece, begin in zip(pieces, before, strict=False))]
     return Piece(
@@ -202,7 +205,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         _common_head(piece.head for piece in pieces),
         [facts for piece in pieces for facts in piece.bad],
         dict(sum((Counter(piece.kept) for piece in pieces), Counter[str]())),
-        key_of([piece.content for piece in pieces]),
+        str(contents),
         sum(piece.records for piece in pieces),
     )
 
@@ -251,7 +254,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
     kept: Counter[str] = Counter()
     supervised = count = 0
     head: tuple[int, ...] | None = None
-    learned = hashlib.blake2b(digest_size=16)
+    learned = Contents()
     for place in places:
         count += 1
         number = start + int(place)
@@ -274,7 +277,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
         units += [(int(place), *span, seen) for span in _chunks(samples, data.capacity, data.share_prefix)]
         supervised += sum(1 for sample in samples for weight in sample.weights if weight > 0)
         head = _common_head([head, _head(samples)])
-        learned.update(content_of(samples, shown))
+        learned.add(content_of(samples, shown))
     names = [os.fsencode(name) for name in files]
     return Piece(
         np.array(units, dtype=np.int64).reshape(-1, 5).T,
@@ -286,7 +289,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
         head,
         bad,
         dict(kept),
-        learned.hexdigest(),
+        str(learned),
         count,
     )
 

@@ -193,7 +193,7 @@ def with_whole_paths(config: Config) -> Config:
 
 def _whole(name: str) -> str:
     path = Path(name).expanduser()
-    return str(path.absolute()) if path.exists() else name
+    return str(path.absolute()) if name and path.exists() else name
 
 
 def empty_model(config: Config, *, say: Say = lambda _: None) -> tuple[VLM, list[Group], Any]:
