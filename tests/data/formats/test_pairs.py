@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +78,23 @@ def test_self_instruct_seeds(tmp_path: Path) -> None:
     assert [record.row for record in records] == [1, 1] and len(bad) == 1 and bad[0].where.startswith(f"{path}:2")
 
 
+SEEDS = Path(__file__).parents[4] / "shared" / "data" / "seed_tasks.jsonl"
+
+
+@pytest.mark.skipif(not SEEDS.is_file(), reason="Self-Instruct's seed_tasks.jsonl is not beside the repository")
+def test_the_seeds_of_self_instruct_as_they_are_published(tmp_path: Path) -> None:
+    """175 tasks of one instance each."""
+    bad: list[RecordError] = []
+    format = detect_format(SEEDS)[0]
+    records = list(import_file(SEEDS, format, on_bad=bad.append))
+    assert format == "self_instruct" and len(records) == 175 and not bad
+    rows = [json.loads(line) for line in SEEDS.read_text(encoding="utf-8").splitlines()]
+    for row, record in zip(rows, records, strict=True):
+        given, answer = row["instances"][0]["input"], row["instances"][0]["output"]
+        asked = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
+        assert texts(record) == [[asked], [answer]] and record.id == row["id"]
+
+
 def test_any_list_of_turns_by_its_keys(tmp_path: Path) -> None:
     turns = [{"who": "person", "said": "q <image>"}, {"who": "bot", "said": "a", "weight": 0.5}]
     path = write(tmp_path / "rows.json", [{"dialog": {"turns": turns}, "pics": ["a.png"]}])
@@ -130,6 +150,45 @@ def test_a_packed_file_of_mmits_own_rows(tmp_path: Path) -> None:
     path.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     source = open_source(path, cache=tmp_path / "cache")
     assert source[0].turns == Record.triple("q", "a").turns
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "cause", "command"),
+    [
+        ("a.jsonl.zst", b"\x28\xb5\x2f\xfd\x04X", r"Zstandard \(.zst\)", "zstd -d"),
+        ("a.json", lzma.compress(b"[]"), r"xz \(.xz\)", "xz -dk"),
+        ("a.csv", bz2.compress(b"instruction,output"), "bzip2", "bzip2 -dk"),
+        ("a.parquet", b"\x04\x22\x4d\x18....", "LZ4", "lz4 -d"),
+    ],
+)
+def test_other_packings_are_refused_by_name(name: str, head: bytes, cause: str, command: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(head)
+    calls: list[Callable[[], Any]] = [
+        lambda: detect_format(path),
+        lambda: list(import_file(path, "messages")),
+        lambda: open_source(path, cache=tmp_path / "cache"),
+        lambda: open_source(path, format="alpaca", image_root="r", cache=tmp_path / "cache"),
+        lambda: list(read_rows(path)),
+    ]
+    for call in calls:
+        with pytest.raises(RecordError, match=f"is packed with {cause}.*which mmit does not unpack") as caught:
+            call()
+        assert caught.value.where == str(path) and command in caught.value.remedy and ".gz" in caught.value.remedy
+    write_jsonl([Record.triple("BZ is a name", "a")], tmp_path / "b.jsonl")
+    assert open_source(tmp_path / "b.jsonl", cache=tmp_path / "cache")[0].turns[0].text == "BZ is a name"
+
+
+def test_a_zip_that_asks_for_a_password_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.json", "[]")
+    data = bytearray(path.read_bytes())
+    for magic, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # the flag of encryption, in both headers
+        data[data.index(magic) + offset] |= 1
+    path.write_bytes(data)
+    with pytest.raises(RecordError, match="a zip that cannot be read.*password"):
+        detect_format(path)
 
 
 def test_packed_files_that_cannot_be_read(tmp_path: Path) -> None:
