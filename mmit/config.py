@@ -78,7 +78,8 @@ class VisionConfig(Section):
     """The eye: which encoder, which layer of it, and how pictures are fitted to it."""
 
     kind: str
-    """library the encoder comes from: open_clip, timm or hf; fused for several, listed under towers"""
+    """library the encoder comes from: open_clip, timm or hf; fused for several, listed under towers; or
+    my_pkg.my_mod:name of a builder of your own"""
     name: str = ""
     """model name in that library, hub id, or folder; required unless kind is fused"""
     towers: list[TowerConfig] = []
@@ -123,7 +124,7 @@ class ProjectorConfig(Section):
     """The bridge from vision features to LLM embeddings."""
 
     kind: str = "mlp"
-    """linear, mlp, fused_mlp, pixel_shuffle_mlp, avg_pool_mlp or resampler"""
+    """linear, mlp, fused_mlp, pixel_shuffle_mlp, avg_pool_mlp, resampler, or my_pkg.my_mod:Name of your own"""
     options: dict[str, Any] = {}
     """arguments of that projector (depth, factor, queries, ...), checked by the projector itself"""
 
@@ -147,7 +148,7 @@ class ChatConfig(Section):
     """How turns become text."""
 
     format: str = "hf"
-    """hf (the tokenizer's own template), plain, vicuna_v1, chatml, or the path of a .jinja file"""
+    """hf (the tokenizer's own template), plain, vicuna_v1, chatml, the path of a .jinja file, or my_pkg.my_mod:name"""
     template_args: dict[str, Any] = {}
     """variables of the template, such as enable_thinking, in training and afterwards"""
     image_token: str | None = None
@@ -217,7 +218,7 @@ class LlmTune(ComponentTune):
     """Training of the language model."""
 
     mode: str = "lora"
-    """frozen, full, lora, qlora, ia3, houlsby, soft_prompt, prefix, bitfit or layernorm"""
+    """frozen, full, lora, qlora, ia3, houlsby, soft_prompt, prefix, bitfit, layernorm, or my_pkg.my_mod:name"""
     lr: PositiveFloat | None = 2e-4
     """peak learning rate; null when frozen"""
     options: dict[str, Any] = {}
@@ -254,7 +255,8 @@ class SourceConfig(Section):
     path: str
     """file, folder or shards to read; PATH#N draws N of its records, the same in every run, and PATH#N@SEED others"""
     format: str = "mmit"
-    """format of its rows, as `mmit data import` names them; shards for a folder of indexed tars"""
+    """format of its rows, as `mmit data import` names them; shards for a folder of indexed tars; or
+    my_pkg.my_mod:name of a function (row, *, image_root) -> Record"""
     image_root: str | None = None
     """folder that relative image paths start from; null takes the folder of path"""
     options: dict[str, Any] = {}

@@ -73,6 +73,7 @@ def load(
     load_in_4bit: bool = False,
     untuned: bool = False,
     template_args: Mapping[str, Any] | None = None,
+    allow_code: bool = False,
     **foreign: str | None,
 ) -> Model:
     """Load a model for use.
@@ -88,11 +89,13 @@ def load(
         load_in_8bit, load_in_4bit: linear layers of the LLM in fewer bits, by bitsandbytes.
         template_args: variables for the chat template besides those of training, such as enable_thinking.
         untuned: the model as it was before training (base weights, a freshly drawn projector), for comparison.
+        allow_code: import modules that the checkpoint names for parts of the user's own, from the working directory and
+            the Python path; without it such a checkpoint is refused. Code of other projects' folders is never run.
         foreign: for folders of other projects `chat` (a chat format in place of the folder's template), and for
             LLaVA's own `base` and `tower`; see `interop.foreign.read_foreign`.
 
     Raises:
-        CheckpointError: the folder is not a whole checkpoint.
+        CheckpointError: the folder is not a whole checkpoint, or names code without `allow_code`.
         ModelError: a part of the model cannot be built, or the hub does not give it.
         ConfigError: no such dtype, or an option that this kind of folder does not take.
     """
@@ -121,6 +124,7 @@ def load(
         problem = f"{given[0]} is for folders of other projects; a checkpoint says it itself"
         raise ConfigError(problem, where=str(folder), remedy=f"leave {given[0]} out")
     options: dict[str, Any] = {"device": device, "dtype": dtype, "untuned": untuned, "bits": bits, "adapt": True}
+    options["allow_code"] = allow_code
     found = load_model(path, device_map=device_map, offload=offload_folder, **options)
     facts: dict[str, Any] = {"image": found.image, "folder": found.folder, "meta": found.meta, "notes": found.notes}
     return Model(found.vlm, found.tokenizer, found.chat.with_template_args(template_args or {}), **facts)

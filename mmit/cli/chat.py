@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.config import template_args_of
+from mmit.cli.config import AllowCode, template_args_of
 from mmit.cli.errors import show_error
 from mmit.errors import MmitError
 from mmit.text import echo
@@ -59,6 +59,7 @@ def chat(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, such as enable_thinking=true."),
     ] = None,
+    allow_code: AllowCode = False,
 ) -> None:
     """Talk with a trained model.
 
@@ -75,6 +76,7 @@ def chat(
         chat=chat_format,
         base=base,
         template_args=template_args_of(template_arg),
+        allow_code=allow_code,
     )
     for note in model.notes:
         echo(note, err=True)

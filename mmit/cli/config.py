@@ -10,6 +10,11 @@ import typer
 
 from mmit.text import echo, terminal
 
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Import the modules that a checkpoint names for parts of its author's own."),
+]
+
 
 def config(
     overrides: Annotated[

@@ -105,8 +105,9 @@ def _package(name: str, split: str | None) -> Iterator[Record]:
 def _checked(format: str, path: Path | None) -> tuple[str, Path]:
     """Return the format, detected where it is "auto", and the file."""
     from mmit.data.formats import FORMATS, detect_format
+    from mmit.plugins import is_spec
 
-    if format != "auto" and format not in FORMATS:
+    if format != "auto" and format not in FORMATS and not is_spec(format):
         raise ConfigError(
             f"unknown data format '{format}'", where="FORMAT", remedy=nearest(format, [*FORMATS, *PACKAGES, "auto"])
         )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.config import template_args_of
+from mmit.cli.config import AllowCode, template_args_of
 from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, such as enable_thinking=true."),
     ] = None,
+    allow_code: AllowCode = False,
     endpoint_model: Annotated[str | None, typer.Option(help="Model of the endpoint that is evaluated.")] = None,
     judge_url: Annotated[
         str | None, typer.Option(envvar="MMIT_JUDGE_URL", help="Base URL of the judge, for tasks that need one.")
@@ -117,7 +118,7 @@ def evaluate(
     ranks = from_environment()
     device = _own_device(device) if ranks.world > 1 else device
     told: dict[str, Any] = {"endpoint_model": endpoint_model, "key_env": key_env, "chat": chat, "base": base}
-    told["template_args"] = template_args_of(template_arg)
+    told |= {"template_args": template_args_of(template_arg), "allow_code": allow_code}
     where, options = _model(run, device=device, dtype=dtype, out=out, **told)
     alone = len(tasks) == 1
     run_tasks(
@@ -163,6 +164,7 @@ def _model(
     chat: str | None,
     base: str | None,
     template_args: dict[str, Any],
+    allow_code: bool,
     out: Path | None,
 ) -> tuple[Path, dict[str, Any]]:
     """Return where results go by default, and the model with what `run_task` wants to know of it."""
@@ -212,6 +214,7 @@ def _model(
         }
     checkpoint = find(folder, warn=lambda text: echo(text, err=True))
     options: dict[str, Any] = {"device": device, "dtype": dtype, "template_args": template_args}
+    options["allow_code"] = allow_code
     untuned = Lazy(lambda: load(checkpoint, untuned=True, **options))  # one for all tasks
     return Path(run), {
         "model": _told(load(checkpoint, **options)),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmit.cli.config import AllowCode
 from mmit.errors import ConfigError, nearest
 from mmit.io import write_atomic
 from mmit.text import echo
@@ -35,6 +36,7 @@ def export(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository a private one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what --push-to-hub would upload.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write a trained model for other software.
 
@@ -67,7 +69,7 @@ def export(
     config = read_config(find(model_folder(run)))
     check_export(format, config.model.model_dump(), config.tune.model_dump(), text_facts_of(config, format))
     kept = None if format == "mmit" else torch.float32  # as trained, where numbers are copied and not computed with
-    found = load_model(run, device="cpu", dtype=kept, plain=format in ("llava-hf", "mmit"))
+    found = load_model(run, device="cpu", dtype=kept, plain=format in ("llava-hf", "mmit"), allow_code=allow_code)
     if format == "mmit":
         save_whole(found, out)
         _check_whole(found, out)
@@ -196,7 +198,7 @@ def _check_whole(found: Loaded, out: Path) -> None:
     from mmit.interop.export import compare_logits, source_logits
     from mmit.train.checkpoint import load_model
 
-    again = load_model(out, device="cpu")
+    again = load_model(out, device="cpu", allow_code=True)  # as the source, which has been loaded
     texts = source_logits(found.vlm, found.tokenizer, found.chat, found.image)
     others = source_logits(again.vlm, again.tokenizer, again.chat, again.image)
     seen = [compare_logits(a, b, dtype=torch.float32) for a, b in zip(texts, others, strict=True)]

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from mmit.data.chat_builtin import BUILT_IN, Origin, Piece, Said, Spans, Words
+from mmit.data.chat_own import own_writer
 from mmit.data.chat_render import Extras, Outline, Shape, writes_date
 from mmit.data.chat_template import ChatTemplate
 from mmit.data.content import After, PieceTokenizer, cut_tokens, piece_tokenizer
 from mmit.data.loss import ANSWERS, Loss
 from mmit.errors import ConfigError, RecordError, nearest
+from mmit.plugins import FORM, is_spec
 from mmit.records import Image, Record, Turn
 
 IMAGE_SLOT = -200  # LLaVA's IMAGE_TOKEN_INDEX; no tokenizer has a negative id
@@ -60,10 +62,12 @@ class ChatFormat(ABC):
             that does not begin with it, and text after an image is text after a control token, not, as in LLaVA,
             a text of its own.
         content_tokens: control tokens that an assistant's text and thoughts may hold as themselves.
+        own: `name` is `module:name` of a function of the user's own.
     """
 
     name: str
     end: str
+    own: bool = False
     as_processor: bool = False
     content_tokens: frozenset[str] = frozenset()
     _tokenizer: Any
@@ -217,13 +221,18 @@ class TemplateFormat(ChatFormat):
 
 
 class BuiltInFormat(ChatFormat):
-    """One of BUILT_IN; the tokenizer's BOS comes first if it puts one in front of every text by itself."""
+    """One of BUILT_IN, or a function of the user's own (see `chat_own`).
+
+    The tokenizer's BOS comes first if it puts one in front of every text by itself.
+    """
 
     def __init__(self, name: str, tokenizer: Any, *, content_tokens: Sequence[str] = ()) -> None:
         self.name, self._tokenizer = name, tokenizer
         self.content_tokens = _checked_tokens(content_tokens, tokenizer)
         tokens = piece_tokenizer(tokenizer)
-        self._write, end = BUILT_IN[name]
+        self.own = name not in BUILT_IN
+        self._write: Any
+        self._write, end = BUILT_IN[name] if name in BUILT_IN else own_writer(name)
         self.end = end or tokenizer.eos_token
         if not self.end:
             problem = f"the chat format '{name}' ends an answer with the EOS token, but the tokenizer has none"
@@ -264,15 +273,15 @@ def chat_format(
 ) -> ChatFormat:
     """Build a chat format for a fast Hugging Face tokenizer.
 
-    `name` is a key of BUILT_IN, "hf" for the tokenizer's own chat template, the path of a .jinja file or of a
-    .json file that holds what `to_json` gives, or the text of a template. `image_token` names the text that stands
-    for one image in a template that takes image parts, where mmit cannot tell; `template_args` go to the template
-    as variables, such as enable_thinking. `content_tokens` are control tokens that an assistant's text may hold as
-    themselves, besides those that are not special and stand in the template. `date` (ISO) is the day of a template that
-    asks for it; None takes today, from then on kept in `to_json`.
+    `name` is a key of BUILT_IN, `module:name` of a function of the user's own, "hf" for the tokenizer's own chat
+    template, the path of a .jinja file or of a .json file that holds what `to_json` gives, or the text of a template.
+    `image_token` names the text that stands for one image in a template that takes image parts, where mmit cannot
+    tell; `template_args` go to the template as variables, such as enable_thinking. `content_tokens` are control tokens
+    that an assistant's text may hold as themselves, besides those that are not special and stand in the template.
+    `date` (ISO) is the day of a template that asks for it; None takes today, from then on kept in `to_json`.
     Raises ConfigError if the name is unknown or the template cannot be used.
     """
-    if name in BUILT_IN:
+    if name in BUILT_IN or is_spec(name):
         if image_token is not None or template_args:
             problem = f"the chat format '{name}' takes neither image_token nor template_args"
             raise ConfigError(problem, remedy="Leave them out, or use a chat template.")
@@ -301,7 +310,7 @@ def chat_format(
             problem = f"cannot read the chat template: {error}"
             raise ConfigError(problem, where=name, remedy="Check the path.") from error
     else:
-        remedy = f"{nearest(name, [*BUILT_IN, 'hf'])}, or the path of a .jinja file"
+        remedy = f"{nearest(name, [*BUILT_IN, 'hf'])}, the path of a .jinja file, or {FORM} of your own"
         raise ConfigError(f"unknown chat format '{name}'", remedy=remedy)
     return TemplateFormat(
         name,

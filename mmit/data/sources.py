@@ -20,7 +20,7 @@ import numpy as np
 
 from mmit.data.ahead import allowed_cores, in_order
 from mmit.data.conversion import Verdicts, convert
-from mmit.data.formats import FORMATS, VERSION, row_reader
+from mmit.data.formats import VERSION, find_format, format_code, row_reader
 from mmit.data.formats.common import json_rows
 from mmit.data.formats.keys import kept_keys
 from mmit.data.formats.packed import packing
@@ -256,12 +256,12 @@ def _open_file(
     files = [Path(value) for value in options.values() if isinstance(value, str) and os.path.isfile(value)]
     others = [[str(file.resolve()), digest(file, store)] for file in files]
     root = None if image_root is None else os.path.abspath(image_root)
-    code = [VERSION, code_version()]
+    code = [VERSION, code_version()] + ([] if native else [format_code(format)])
     key = key_of(str(path), str(path.resolve()), content, format, root, sorted(options.items()), others, code)
     file, read, verdicts, judged = path, _native_row(path), Verdicts(), True
     if not native:
         importer = row_reader(path, format, image_root=root, **options)
-        if FORMATS[format].rows is json_rows and _first_byte(path) in (b"[", b"{"):
+        if find_format(format).rows is json_rows and _first_byte(path) in (b"[", b"{"):
             read, judged = _foreign_row(importer), False
         else:
             file = (store.folder if store is not None else Path()) / f"{path.stem}-{key}.jsonl"

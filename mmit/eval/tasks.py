@@ -32,14 +32,15 @@ from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validat
 
 from mmit import sections
 from mmit.configs import moved, shipped
-from mmit.data.formats import FORMATS, easy_vqa, import_file
+from mmit.data.formats import FORMATS, easy_vqa, find_format, import_file
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.eval import layouts
 from mmit.eval.judges import JUDGES
 from mmit.eval.layouts.hub import PREFIX as HUB
 from mmit.eval.layouts.hub import local_folder
-from mmit.eval.metrics import METRICS
+from mmit.eval.metrics import METRICS, get_metric
 from mmit.eval.questions import QUESTION, Item, check_ids, prompt_text, record_items, sample_items
+from mmit.plugins import is_spec
 from mmit.records import Record
 from mmit.sections import Section, brief
 from mmit.yamlio import parse_yaml
@@ -100,7 +101,8 @@ class Task(Section):
     templates: list[str] = []
     """other wordings of the prompt, for --templates; without any, mmit's general ones are put around it"""
     metric: str
-    """name of a metric in mmit.eval.metrics.METRICS, e.g. exact, vqa:official, pope:official"""
+    """name of a metric in mmit.eval.metrics.METRICS, e.g. exact, vqa:official, pope:official, or
+    my_pkg.my_mod:name of a function (predictions, references) -> one number for each answer"""
     reference: str | None = None
     """meta key of what the metric compares with (a list with one entry per question where a record has
     several questions); null takes the assistant's turn"""
@@ -138,14 +140,18 @@ class Task(Section):
     @field_validator("format")
     @classmethod
     def _format_exists(cls, name: str) -> str:
-        if name not in FORMATS:
+        if is_spec(name):
+            find_format(name)
+        elif name not in FORMATS:
             raise ValueError(f"unknown format '{name}'; {nearest(name, FORMATS)}")
         return name
 
     @field_validator("metric")
     @classmethod
     def _metric_exists(cls, name: str) -> str:
-        if name not in METRICS and name not in JUDGES:
+        if is_spec(name) and name not in JUDGES:
+            get_metric(name)
+        elif name not in METRICS and name not in JUDGES:
             raise ValueError(f"unknown metric '{name}'; {nearest(name, [*METRICS, *JUDGES])}")
         return name
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mmit.errors import ModelError, nearest
+from mmit.errors import MmitError, ModelError, nearest
+from mmit.plugins import FORM, is_spec, own_class, takes_any_keyword
 
 
 class Projector(nn.Module):
@@ -288,6 +289,7 @@ class ResamplerBlock(nn.Module):
         return latents + self.feed_forward(latents)
 
 
+SIZES = ("vision_dim", "llm_dim", "grid")  # what every projector is made with
 PROJECTORS: dict[str, type[Projector]] = {
     "linear": Linear,
     "mlp": MLP,
@@ -312,7 +314,7 @@ def build_projector(
     """Build a projector in float32.
 
     Args:
-        kind: a key of PROJECTORS.
+        kind: a key of PROJECTORS, or `module:Name` of a Projector of the user's own.
         vision_dim: D_v, the vision tower's `dim`.
         llm_dim: D_llm, the width of the language model's embeddings.
         grid: (h, w), the vision tower's `grid`.
@@ -323,13 +325,18 @@ def build_projector(
         options: of the kind; `norm: true` puts a LayerNorm in front of any of them.
 
     Raises:
-        ModelError: unknown kind or option (with the nearest valid one), or a grid the kind cannot divide.
+        ModelError: unknown kind or option (with the nearest valid one), or a grid the kind cannot divide; a class of
+            the user's own whose tokens are not those it states. ConfigError: it cannot be imported, or is no Projector.
     """
-    if kind not in PROJECTORS:
-        raise ModelError(f"unknown projector '{kind}'", remedy=nearest(kind, PROJECTORS))
-    valid = set(inspect.signature(PROJECTORS[kind]).parameters) - {"vision_dim", "llm_dim", "grid"}
+    if is_spec(kind):
+        made: Any = own_class(kind, Projector, keywords=SIZES, methods=("project", "forward"), where="kind")
+    elif kind in PROJECTORS:
+        made = PROJECTORS[kind]
+    else:
+        raise ModelError(f"unknown projector '{kind}'", remedy=f"{nearest(kind, PROJECTORS)}, or {FORM} of your own")
+    valid = set(inspect.signature(made).parameters) - set(SIZES)
     for name in options:
-        if name not in valid - {"prefix"}:
+        if name not in valid - {"prefix"} and not takes_any_keyword(made):
             raise ModelError(
                 f"unknown option '{name}'",
                 where=f"projector {kind}",
@@ -345,8 +352,10 @@ def build_projector(
         )
 
     def build() -> Projector:
-        made: Any = PROJECTORS[kind]
-        projector = made(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **options)
+        if is_spec(kind):
+            projector = _own(kind, made, vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **options)
+        else:
+            projector = made(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **options)
         if line_end:
             projector.add_line_end()
         return projector
@@ -357,6 +366,39 @@ def build_projector(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
+
+
+def _own(kind: str, made: Any, *, vision_dim: int, llm_dim: int, **given: Any) -> Projector:
+    """Make a projector of the user's own, and see that zeros (1, N, D_v) become (1, M, D_llm) with M as it states."""
+    where = f"projector {kind}"
+    try:
+        projector: Projector = made(vision_dim=vision_dim, llm_dim=llm_dim, **given)
+        stated = (getattr(projector, "tokens", None), getattr(projector, "tokens_in", None))
+        if not all(isinstance(count, int) and count > 0 for count in stated):
+            raise ModelError(
+                "does not state how many tokens it takes and gives",
+                where=where,
+                remedy="call super().__init__(vision_dim=, llm_dim=, grid=, prefix=, tokens=, norm=) in its __init__",
+            )
+        training = projector.training
+        device = next((p.device for p in projector.parameters()), torch.empty(0).device)
+        with torch.no_grad():
+            out = projector.eval()(torch.zeros(1, projector.tokens_in, vision_dim, device=device))
+        projector.train(training)
+    except MmitError:
+        raise
+    except Exception as error:
+        problem = f"raised {type(error).__name__}: {error}"
+        remedy = f"it is made with {', '.join(SIZES)} and its options, and called with (B, N, {vision_dim})"
+        raise ModelError(problem, where=where, remedy=remedy) from error
+    shape = tuple(getattr(out, "shape", ()))
+    if shape != (1, projector.tokens, llm_dim):
+        raise ModelError(
+            f"gives {shape or type(out).__name__} for one picture, and states {projector.tokens} tokens",
+            where=where,
+            remedy=f"return (B, {projector.tokens}, {llm_dim}), or pass the right tokens to super().__init__",
+        )
+    return projector
 
 
 def mlp(dim_in: int, dim_out: int, *, depth: int) -> nn.Sequential:

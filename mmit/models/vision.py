@@ -23,7 +23,9 @@ from mmit.models.vision_encoder import SELECT, Encoder
 from mmit.models.vision_fused import fuse
 from mmit.models.vision_hf import hf_encoder
 from mmit.models.vision_open_clip import open_clip_encoder
+from mmit.models.vision_own import own_builder
 from mmit.models.vision_timm import timm_encoder
+from mmit.plugins import FORM, is_spec, source_hash
 
 FUSED = "fused"
 ENCODERS: dict[str, Any] = {"open_clip": open_clip_encoder, "timm": timm_encoder, "hf": hf_encoder}
@@ -46,7 +48,8 @@ def build_vision(
     """Build a frozen vision tower.
 
     Args:
-        kind: "open_clip", "timm" or "hf"; or "fused", whose `towers` are named in place of everything else.
+        kind: "open_clip", "timm" or "hf"; `module:name` of a builder of the user's own (see `vision_own`); or "fused",
+            whose `towers` are named in place of everything else.
         name: an open_clip architecture, `hf-hub:org/repo` or `local-dir:/folder`; a timm model name; a
             transformers hub id or folder, or the dict of a CLIP / SigLIP vision config.
         weights: a file (`path` or `package:some_package/file`); a pretrained tag (open_clip); True for what
@@ -73,12 +76,20 @@ def build_vision(
         if select != "patch" or native or image_size is not None or layer is not None or weights is not None:
             problem = "layer, weights, select, image_size and native belong to each of the towers"
             raise ModelError(problem, where="fused", remedy="set them under towers")
-        return VisionTower(kind, fuse([_encoder(**tower) for tower in towers])).to(dtype)
+        fused = VisionTower(kind, fuse([_encoder(**tower) for tower in towers])).to(dtype)
+        fused.own_code = _own_code(*(tower["kind"] for tower in towers))
+        return fused
     if towers:
         raise ModelError("towers is for kind fused", where=f"{kind} {name}", remedy="remove it, or set kind: fused")
     given: dict[str, Any] = {"weights": weights, "layer": layer, "select": select, "image_size": image_size}
     given |= {"normalize": normalize, "key_order": key_order, "native": native}
-    return VisionTower(kind, _encoder(kind, name, **given)).to(dtype)
+    tower = VisionTower(kind, _encoder(kind, name, **given)).to(dtype)
+    tower.own_code = _own_code(kind)
+    return tower
+
+
+def _own_code(*kinds: str) -> list[str]:
+    return [source_hash(kind, where="model.vision.kind") for kind in kinds if is_spec(kind)]
 
 
 def _encoder(
@@ -94,8 +105,9 @@ def _encoder(
     native: Mapping[str, Any] | None = None,
 ) -> Encoder:
     """One encoder of a library; see `build_vision`."""
-    if kind not in ENCODERS:
-        raise ModelError(f"unknown vision kind '{kind}'", remedy=nearest(kind, [*ENCODERS, FUSED]))
+    if kind not in ENCODERS and not is_spec(kind):
+        remedy = f"{nearest(kind, [*ENCODERS, FUSED])}, or {FORM} of your own"
+        raise ModelError(f"unknown vision kind '{kind}'", remedy=remedy)
     if select not in SELECT:
         raise ModelError(f"unknown select '{select}'", where=f"{kind} {name}", remedy=nearest(select, SELECT))
     options: dict[str, Any] = (
@@ -111,7 +123,7 @@ def _encoder(
         )
     if not isinstance(name, str) and kind != "hf":
         raise ModelError("only kind hf takes a config dict", where=kind, remedy="give the name of an architecture")
-    build = ENCODERS[kind]
+    build = ENCODERS[kind] if kind in ENCODERS else own_builder(kind)
     return build(
         name,
         weights=weights,
@@ -128,7 +140,8 @@ class VisionTower(nn.Module):
 
     Attributes: kind, name, weights_id, layer, image_size (H, W), grid (h, w), prefix (1 with a CLS token in
     front, else 0), tokens N = prefix + h*w, dim D, mean, std, interpolation, trainable, native (the rule by which
-    pictures of any size become patches, see `data.native`; None for a tower of one size).
+    pictures of any size become patches, see `data.native`; None for a tower of one size), own_code (hashes of the code
+    of builders that are the user's own, which a feature cache needs besides `fingerprint`).
 
     To a tower of native resolution a unit of patches is what a whole picture is to others: image_size is its side,
     grid its patches, and pictures come as their units with their grids.
@@ -144,6 +157,7 @@ class VisionTower(nn.Module):
         self.mean, self.std, self.interpolation = encoder.mean, encoder.std, encoder.interpolation
         self.native = None if encoder.native is None else dict(encoder.native)
         self._made = encoder
+        self.own_code: list[str] = []
         self.own_constants = encoder.reader.own_constants
         self.encoder: Any = encoder.reader  # a Reader, in PEFT's wrapper where LoRA trains it
         # Some encoders carry fixed tables as parameters; unfreezing must not start to train those.

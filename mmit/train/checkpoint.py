@@ -41,6 +41,7 @@ from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, 
 from mmit.models.tuning.lora import quietly
 from mmit.models.vision import VisionTower
 from mmit.models.vlm import VLM
+from mmit.plugins import refuse_own_code
 from mmit.precision import fast_half
 from mmit.train.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
 from mmit.yamlio import parse_yaml
@@ -174,7 +175,7 @@ def _state(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _plain_state(llm: Any) -> dict[str, torch.Tensor]:
     """The base model's own tensors under their own names, adapters left out."""
-    return {base_name(k): v for k, v in llm.state_dict().items() if not is_added(llm, k)}
+    return {base_name(k, llm): v for k, v in llm.state_dict().items() if not is_added(llm, k)}
 
 
 @torch.no_grad()
@@ -257,6 +258,17 @@ def read_config(folder: Path) -> Config:
     return Config.from_dict(raw, where=str(path))
 
 
+def own_code(config: Config, meta: Mapping[str, Any]) -> dict[str, object]:
+    """What decides which code a checkpoint is loaded with: {config key: value}."""
+    model, tune = config.model, config.tune
+    named: dict[str, object] = {"model.projector.kind": model.projector.kind, "tune.llm.mode": tune.llm.mode}
+    if model.vision is not None:
+        named["model.vision.kind"] = model.vision.kind
+        named |= {f"model.vision.towers.{n}.kind": tower.kind for n, tower in enumerate(model.vision.towers)}
+    named["model.chat.format"] = meta.get("chat", {}).get("name") if "template" not in meta.get("chat", {}) else None
+    return named
+
+
 def chat_date(folder: Path | None) -> str | None:
     """The day that a checkpoint's chat template gives; None if it asks for none, or without a checkpoint."""
     if folder is None:
@@ -290,6 +302,7 @@ def load_model(
     untuned: bool = False,
     adapt: bool = False,
     plain: bool = False,
+    allow_code: bool = False,
 ) -> Loaded:
     """Read a model for use.
 
@@ -304,15 +317,17 @@ def load_model(
             bits or a device map were asked for because of its memory; weights keep their values.
         plain: multiply the 4-bit weights of a QLoRA run out, once they are loaded: the same function on weights that
             can be merged and written; its config then says lora.
+        allow_code: import the modules that the checkpoint names for parts of the user's own (see `mmit.plugins`).
 
     Raises:
-        CheckpointError: nothing there, or not whole. ModelError: a base it refers to cannot be loaded.
-        ConfigError: no such device.
+        CheckpointError: nothing there, not whole, or it names code without `allow_code`.
+        ModelError: a base it refers to cannot be loaded. ConfigError: no such device.
     """
     place = usable_device(device)
     path = find(folder)
     config = read_config(path)
     meta = json.loads((path / "mmit.json").read_text())
+    refuse_own_code(own_code(config, meta), where=str(path), allowed=allow_code)
     model = config.model.model_dump()
     if (path / "llm").exists() and not (untuned and config.tune.llm.mode == "full"):
         model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)

@@ -33,6 +33,7 @@ from mmit.data.store import Store, code_version, key_of
 from mmit.data.walk import Walk
 from mmit.errors import CheckpointError, ConfigError, RecordError, located, nearest
 from mmit.io import append, write_atomic
+from mmit.plugins import source_hash
 from mmit.records import Image, Record
 from mmit.text import terminal
 
@@ -121,7 +122,8 @@ def encoding_key(chat: ChatFormat, tokenizer: Any) -> str:
     """Stands for all that decides the tokens of a conversation, but for mmit's own code."""
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     libraries = [metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
-    return key_of(chat.to_json(), tokenizer.backend_tokenizer.to_str(), special, libraries)
+    code = source_hash(chat.name, where="model.chat.format") if chat.own else ""
+    return key_of(chat.to_json(), code, tokenizer.backend_tokenizer.to_str(), special, libraries)
 
 
 def _encode(chat: ChatFormat, tokenizer: Any, loss: Loss, record: Record) -> Encoded:

@@ -227,7 +227,7 @@ class _Store:
     """`index.json` (digest -> crops, in order) and `features.bin` in a folder named after the tower."""
 
     def __init__(self, folder: Path, tower: VisionTower, preparation: ImagePreparation, dtype: torch.dtype) -> None:
-        key = json.dumps([tower.fingerprint(), asdict(preparation)], sort_keys=True)
+        key = json.dumps([tower.fingerprint(), asdict(preparation), *tower.own_code], sort_keys=True)
         self.folder = folder / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.shape, self.dtype = (tower.tokens, tower.dim), dtype
 

@@ -32,6 +32,7 @@ from mmit.models.llm import DTYPES, context_length
 from mmit.models.partition import partitioned
 from mmit.models.recompute import MODES, set_recompute
 from mmit.models.tuning import Group, apply_tuning, quantization
+from mmit.models.tuning.own import changes_layout
 from mmit.models.virtual import virtual_tokens
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, identity, resume
@@ -212,6 +213,9 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
     adapter = probe and tune["llm"]["mode"] in ADAPTERS and tune["llm"]["options"].get("init") is not False
     before = answers(vlm) if adapter else None
     groups = apply_tuning(vlm, tune, say=say)
+    if {"llava-hf", "llava"} & set(config.export) and (added := changes_layout(vlm.llm)) is not None:
+        problem = f"{tune['llm']['mode']} adds '{added}', for which {config.export[0]} has no place"
+        raise ConfigError(problem, where="export", remedy="list mmit in its place")
     if before is not None:
         vlm.to(before.device)
         check_start_of_adapter(vlm, before)

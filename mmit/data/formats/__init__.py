@@ -22,6 +22,7 @@ from mmit.data.formats.instruct import alpaca
 from mmit.data.formats.keys import kept_keys
 from mmit.data.formats.packed import unpacked
 from mmit.errors import ConfigError, ImageError, RecordError, nearest
+from mmit.plugins import FORM, is_spec, own_function, own_object, own_options, source_hash, takes_any_keyword
 from mmit.records import OnBad, Record, short
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "detect_format",
     "easy_vqa",
     "easy_vqa_captions",
+    "find_format",
+    "format_code",
     "format_options",
     "import_file",
     "llava",
@@ -53,6 +56,59 @@ _ROW_FORMATS: dict[str, Format] = {
     **pairs.FORMATS,
 }
 FORMATS: dict[str, Format] = {**_ROW_FORMATS, **tabular.table_formats(_ROW_FORMATS)}
+
+
+def find_format(format: str) -> Format:
+    """Return the entry of FORMATS, or what `module:name` of the user's own stands for.
+
+    That is a function (row, *, image_root, **options) -> Record for JSON lists and JSONL, or a `Format`. Raises
+    ConfigError for an unknown name, and for what cannot be imported or called so.
+    """
+    if format in FORMATS:
+        return FORMATS[format]
+    if not is_spec(format):
+        remedy = f"{nearest(format, FORMATS)}, or {FORM} of your own"
+        raise ConfigError(f"unknown data format '{format}'", remedy=remedy)
+    found = own_object(format, where="format", expects="a function (row, *, image_root, **options) -> Record")
+    if isinstance(found, Format):
+        return found
+    function = own_function(format, positional=("row",), keywords=("image_root",), gives="Record", where="format")
+    first = next(iter(own_options(function, ())), "")
+    about = (function.__doc__ or format).strip().splitlines()[0]
+    options = {name: "" for name in own_options(function, ("image_root", first))}
+
+    def make(row: Any, **given: Any) -> Record:
+        try:
+            record = function(row, **given)
+        except (RecordError, ConfigError):
+            raise
+        except Exception as error:
+            problem = f"{format} raised {type(error).__name__}: {error}"
+            raise RecordError(problem, remedy="Check the row, or the function.") from error
+        if not isinstance(record, Record):
+            problem = f"{format} returned a {type(record).__name__}"
+            raise ConfigError(problem, where="format", remedy="A data format returns a mmit.Record.")
+        return record
+
+    return Format(about, make, options=_AnyOption(options) if takes_any_keyword(function) else options)
+
+
+class _AnyOption(dict[str, str]):
+    """Options of a function that takes keyword arguments of any name."""
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str)
+
+
+def format_code(format: str) -> str:
+    """A hash of the code of a format of the user's own; "" for one of FORMATS, whose code is mmit's.
+
+    Raises ConfigError as `find_format` does.
+    """
+    if format in FORMATS:
+        return ""
+    find_format(format)
+    return source_hash(format, where="format")
 
 
 def import_file(
@@ -78,7 +134,7 @@ def import_file(
     """
     given: dict[str, Any] = {"source": source, "licence": licence, "check_images": check_images, "kept": kept}
     read = row_reader(path, format, image_root=image_root, **given, **options)
-    entry = FORMATS[format]
+    entry = find_format(format)
     file_options = {key: value for key, value in options.items() if key in entry.file_options}
     return _import(_rows(os.fspath(path), entry, file_options), read, on_bad=on_bad)
 
@@ -113,12 +169,10 @@ def row_reader(
     It raises RecordError naming file and row for a bad row, and for one that is its RecordError already; ConfigError
     for an option that cannot work.
     """
-    if format not in FORMATS:
-        raise ConfigError(f"unknown data format '{format}'", remedy=nearest(format, FORMATS))
-    entry, name = FORMATS[format], os.fspath(path)
+    entry, name = find_format(format), os.fspath(path)
     for option in options:
         known = {**entry.options, **entry.file_options}
-        if option not in known:
+        if option not in entry.options and option not in entry.file_options:
             problem = f"the format {format} has no option '{option}'"
             remedy = nearest(option, known) if known else "It has no options: leave them out."
             raise ConfigError(problem, where=name, remedy=remedy)
@@ -201,6 +255,5 @@ def detect_format(path: str | os.PathLike[str]) -> tuple[str, str]:
 
 def format_options(format: str) -> Mapping[str, str]:
     """Return {option: what it does} of a format; ConfigError for an unknown one."""
-    if format not in FORMATS:
-        raise ConfigError(f"unknown data format '{format}'", remedy=nearest(format, FORMATS))
-    return {**FORMATS[format].file_options, **FORMATS[format].options}
+    entry = find_format(format)
+    return {**entry.file_options, **entry.options}

@@ -43,6 +43,7 @@ class TextModel(TemplateLM):
         batch_size, device, dtype: as in `mmit eval`.
         max_gen_toks: longest answer where a task names none.
         seed: of sampled answers.
+        allow_code: as `mmit.load` takes it.
 
     Raises:
         ConfigError: an argument that is not possible.
@@ -59,6 +60,7 @@ class TextModel(TemplateLM):
         dtype: str | None = None,
         max_gen_toks: int = 256,
         seed: int = 0,
+        allow_code: bool | str = False,
     ) -> None:
         from mmit.generate import load
 
@@ -67,7 +69,7 @@ class TextModel(TemplateLM):
             raise ConfigError("no model", where="--model_args", remedy="Give pretrained=FOLDER, a run for example.")
         self.batch_size = scoring.batch_of(batch_size)
         self.max_gen_toks, self.seed = int(max_gen_toks), int(seed)
-        self.model = load(pretrained, device=_device(device), dtype=dtype)
+        self.model = load(pretrained, device=_device(device), dtype=dtype, allow_code=str(allow_code).lower() == "true")
         self._tokens = piece_tokenizer(self.model.tokenizer)
         self._note = scoring.told_once(log.warning)
 

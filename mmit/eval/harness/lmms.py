@@ -42,6 +42,7 @@ class _Adapter(lmms):
         max_new_tokens: where a task names no limit.
         loss: "mean" over the tokens of a continuation, as lmms-eval's own models have it, or "sum".
         seed: of sampled answers.
+        allow_code: as `mmit.load` takes it.
 
     Raises:
         ConfigError: an argument that is not possible.
@@ -59,6 +60,7 @@ class _Adapter(lmms):
         max_new_tokens: int = 1024,
         loss: str = "mean",
         seed: int = 0,
+        allow_code: bool | str = False,
     ) -> None:
         from mmit.generate import load
 
@@ -72,7 +74,7 @@ class _Adapter(lmms):
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         own = str(self.accelerator.device) if self._world_size > 1 else device
-        self.model = load(pretrained, device=own, dtype=dtype)
+        self.model = load(pretrained, device=own, dtype=dtype, allow_code=str(allow_code).lower() == "true")
         self.device = self.model.vlm.device
         self._note = scoring.told_once(logging.getLogger(__name__).warning)
 

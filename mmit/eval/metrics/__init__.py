@@ -6,6 +6,7 @@ is a named profile, and `METRICS` has one entry per `metric:profile`. Knows noth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,8 @@ from mmit.eval.metrics.intervals import (
     paired_bootstrap,
     wilson,
 )
-from mmit.eval.metrics.score import Score
+from mmit.eval.metrics.score import Score, mean_score
+from mmit.plugins import FORM, is_spec, own_function
 
 __all__ = [
     "METRICS",
@@ -102,11 +104,42 @@ def check_installed(name: str, references: Sequence[Any]) -> None:
 
 
 def get_metric(name: str) -> Metric:
-    """Return `METRICS[name]`.
+    """Return `METRICS[name]`, or the metric of `module:name` of the user's own (see `_own`).
 
     Raises:
-        MmitError: unknown metric; lists the valid names with the nearest one.
+        MmitError: unknown metric; lists the valid names with the nearest one. It cannot be imported or called so.
     """
-    if name not in METRICS:
-        raise MmitError(f"unknown metric '{name}'", where="metric", remedy=nearest(name, METRICS))
-    return METRICS[name]
+    if name in METRICS:
+        return METRICS[name]
+    if not is_spec(name) or name.partition(":")[0] in {known.partition(":")[0] for known in METRICS}:
+        remedy = f"{nearest(name, METRICS)}, or {FORM} of your own"
+        raise MmitError(f"unknown metric '{name}'", where="metric", remedy=remedy)
+    return partial(_own, name, own_function(name, positional=("predictions", "references"), gives=OWN, where="metric"))
+
+
+OWN = "list[float], one number for each answer"
+
+
+def _own(
+    name: str,
+    function: Callable[..., Any],
+    predictions: Sequence[str],
+    references: Sequence[Any],
+    *,
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Score:
+    """The mean of what a function of the user's own gives for each answer, with interval and groups as any other."""
+    try:
+        values = [float(value) for value in function(list(predictions), list(references))]
+    except MmitError:
+        raise
+    except Exception as error:
+        problem = f"raised {type(error).__name__}: {error}"
+        raise MmitError(problem, where=f"metric {name}", remedy=f"Return {OWN}.") from error
+    problem = "" if all(map(math.isfinite, values)) else "gives a number that is not finite"
+    if len(values) != len(predictions):
+        problem = f"gives {len(values)} numbers for {len(predictions)} answers"
+    if problem:
+        raise MmitError(problem, where=f"metric {name}", remedy=f"Return {OWN}.")
+    return mean_score(name, "own", values, groups=groups, seed=seed)

@@ -5,7 +5,7 @@ in place, gives groups. Refuses a plan that trains nothing, or next to nothing.
 
     vision      frozen, full, layernorm, bitfit, lora
     projector   frozen, full
-    llm         frozen, full, lora, qlora, ia3, houlsby, soft_prompt, prefix, bitfit, layernorm
+    llm         frozen, full, lora, qlora, ia3, houlsby, soft_prompt, prefix, bitfit, layernorm, or one of your own
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from mmit.models.tuning.llm import METHODS, biases, norm_parameters
 from mmit.models.tuning.lora import LORA, quantization, trained_b, tune_vision_lora
 from mmit.models.tuning.merge import base_name, is_added, merge
 from mmit.models.tuning.options import Option, Options, read_options
+from mmit.models.tuning.own import apply_own, read_own_options
 from mmit.models.tuning.reach import left_out
 from mmit.models.vision import VisionTower
 from mmit.models.vlm import VLM
+from mmit.plugins import FORM, is_spec
 
 __all__ = [
     "MODES",
@@ -81,8 +83,12 @@ def apply_tuning(
     options = check_options(tune)
     vlm.requires_grad_(False)
     vlm.partly.clear()
-    METHODS[tune["llm"]["mode"]].apply(vlm, options["llm"])
-    for line in left_out(vlm, mode=tune["llm"]["mode"]):
+    mode = tune["llm"]["mode"]
+    if is_spec(mode):
+        apply_own(mode, vlm, options["llm"])
+    else:
+        METHODS[mode].apply(vlm, options["llm"])
+    for line in left_out(vlm, mode=mode):
         say(line)
     if vlm.vision is not None and vlm.projector is not None:
         _tune_vision(vlm, vlm.vision, tune["vision"]["mode"], options["vision"])
@@ -118,9 +124,12 @@ def _options(component: str, plan: Mapping[str, Any]) -> dict[str, Any]:
     if component not in MODES:
         raise ModelError(f"unknown component '{component}'", where="tune", remedy=nearest(component, MODES))
     modes, mode = MODES[component], plan["mode"]
-    if mode not in modes:
-        raise ModelError(f"unknown mode '{mode}'", where=f"tune.{component}.mode", remedy=nearest(mode, modes))
     where = f"tune.{component}.options"
+    if component == "llm" and is_spec(mode):
+        return read_own_options(mode, plan.get("options") or {}, where=where)
+    if mode not in modes:
+        remedy = nearest(mode, modes) + (f", or {FORM} of your own" if component == "llm" else "")
+        raise ModelError(f"unknown mode '{mode}'", where=f"tune.{component}.mode", remedy=remedy)
     return read_options(plan.get("options") or {}, modes[mode], mode=mode, where=where, others=modes)
 
 

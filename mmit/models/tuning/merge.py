@@ -13,6 +13,7 @@ from peft import PeftModel
 from mmit.errors import ModelError
 from mmit.models.tuning.bottleneck import INNER, WithAdapter
 from mmit.models.tuning.llm import INSERTED
+from mmit.models.tuning.own import PLAIN, changes_layout
 from mmit.models.tuning.structure import base_model
 from mmit.models.virtual import PREFIX, PROMPT, Prefix, SoftPrompt
 from mmit.models.vlm import VLM
@@ -24,13 +25,17 @@ STAYS = {
 }
 
 
-def base_name(name: str) -> str:
-    """Name that a tensor of the architecture's own has without the wrappers around it."""
+def base_name(name: str, llm: Any = None) -> str:
+    """Name that a tensor of the architecture's own has without the wrappers around it, in `llm` where it is given."""
+    if (plain := getattr(llm, PLAIN, None)) is not None:
+        return plain[name]
     return name.replace(".base_layer.", ".").replace(f".{INNER}.", ".")
 
 
 def is_added(llm: Any, name: str) -> bool:
     """A tensor of the state dict was put there by a tuning method."""
+    if (plain := getattr(llm, PLAIN, None)) is not None:
+        return name not in plain
     parts = name.split(".")
     if PROMPT in parts or PREFIX in parts or any(p.startswith(("lora_", "ia3_")) for p in parts):
         return True
@@ -49,6 +54,8 @@ def merge(vlm: VLM) -> None:
     reasons = [reason for module in llm.modules() for kind, reason in STAYS.items() if isinstance(module, kind)]
     if any(getattr(m, INSERTED, False) for m in llm.modules()):
         reasons.append("the architecture has no place for the inserted biases")
+    if (added := changes_layout(llm)) is not None:
+        reasons.append(f"its method is not mmit's, and '{added}' has no place in the architecture")
     if reasons:
         raise ModelError(
             f"cannot be merged: {reasons[0]}",
