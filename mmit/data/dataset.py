@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mmit.data.chat import Encoded
+from mmit.data.formats.boxes import WRITTEN
 from mmit.data.measure import Progress, Scan, scan
 from mmit.data.packing import Sample
 from mmit.data.preparation import ImagePreparation, Spread
@@ -140,6 +141,12 @@ class InstructionData:
         if record.images and self.preparation is None:
             raise RecordError(
                 "has images, but the model has no vision tower", where=record.where, remedy="set model.vision"
+            )
+        if WRITTEN in record.meta and self.preparation is not None and self.preparation.mode == "crop":
+            raise RecordError(
+                "has boxes, and fit crop cuts off what they may point at",
+                where=record.where,
+                remedy="set model.vision.fit to pad or resize",
             )
         shown = {image_key(i): self._show(i, record.where) for i in record.images}
         keys = tuple(image_key(i) for i in record.images)

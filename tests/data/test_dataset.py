@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
+import PIL.Image
 import pytest
 
 from mmit.data.chat import chat_format, encode
@@ -131,3 +133,22 @@ def test_pictures_need_a_vision_tower(parts):
 def test_an_idle_batch_has_no_weight():
     batch = idle_batch()
     assert batch.weight == 0 and batch.tokens == 0 and batch.targets == 0
+
+
+def test_boxes_are_refused_where_pictures_are_cut(parts, tmp_path):
+    """Shares of a picture hold wherever all of it is seen."""
+    PIL.Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    row = {"instruction": "What is at <bbox>?", "output": "x", "image": "a.png", "bbox": [2, 1, 10, 5]}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    written = {"format": "json", "options": {"boxes": "norm1000", "boxes_in": "pixels"}, "cache": tmp_path / "cache"}
+    source = open_source(tmp_path / "rows.json", **written)
+    options = {"max_length": 200, "capacity": 200}
+    for mode in ("resize", "pad", "crop"):
+        data = InstructionData([source], parts[0], preparation=replace(EYE, mode=mode), **options)
+        assert data.record(0).turns[0].text == "What is at [100, 100, 500, 500]?"
+        if mode != "crop":
+            assert data.samples(0)[0]
+            continue
+        with pytest.raises(RecordError, match="has boxes, and fit crop cuts off") as refused:
+            data.samples(0)
+        assert "model.vision.fit" in refused.value.remedy and len(data.scan().bad) == 1

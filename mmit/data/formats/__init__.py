@@ -1,8 +1,9 @@
 """Importers: the data files of the field become Records.
 
 FORMATS has an entry for each format: how its file is cut into rows, and a small function row -> Record. `import_file`
-runs one over a file, `detect_format` tells which. Never opens a picture, never mends a broken row; what a Record has
-no place for goes into its meta. Nothing is downloaded, except by the format "hf", which is there to do it.
+runs one over a file, `detect_format` tells which. Never opens a picture, but for the size in its header where boxes are
+in pixels; never mends a broken row. What a Record has no place for goes into its meta. Nothing is downloaded, except by
+the format "hf", which is there to do it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmit.data.formats import captions, chat, instruct, mimicit, multimodal, pairs, tabular, vqa
+from mmit.data.formats.boxes import OPTIONS as SHARED_OPTIONS
 from mmit.data.formats.chat import llava, messages, mmit_row, sharegpt
 from mmit.data.formats.common import Format, Rows
 from mmit.data.formats.detect import detect
@@ -45,7 +47,7 @@ __all__ = [
 ]
 
 # Raised whenever a row may be read differently than before: conversions are made again.
-VERSION = 2
+VERSION = 3
 _ROW_FORMATS: dict[str, Format] = {
     **chat.FORMATS,
     **instruct.FORMATS,
@@ -171,12 +173,12 @@ def row_reader(
     """
     entry, name = find_format(format), os.fspath(path)
     for option in options:
-        known = {**entry.options, **entry.file_options}
-        if option not in entry.options and option not in entry.file_options:
+        known = format_options(format)
+        if option not in known and option not in entry.options:
             problem = f"the format {format} has no option '{option}'"
             remedy = nearest(option, known) if known else "It has no options: leave them out."
             raise ConfigError(problem, where=name, remedy=remedy)
-    row_options = {key: value for key, value in options.items() if key in entry.options}
+    row_options = {key: value for key, value in options.items() if key in entry.options or key in SHARED_OPTIONS}
     folder = "" if format == "hf" else os.path.dirname(name)  # what "hf" is given may be a name, not a path
     root = folder if image_root is None else os.fspath(image_root)
 
@@ -256,4 +258,4 @@ def detect_format(path: str | os.PathLike[str]) -> tuple[str, str]:
 def format_options(format: str) -> Mapping[str, str]:
     """Return {option: what it does} of a format; ConfigError for an unknown one."""
     entry = find_format(format)
-    return {**entry.file_options, **entry.options}
+    return {**entry.file_options, **entry.options, **({} if entry.own else SHARED_OPTIONS)}

@@ -292,5 +292,5 @@ FORMATS = {
             "images": "key of the pictures, default image or images",
         },
     ),
-    "mmit": Format("mmit's own records", mmit_row, detect=("turns",)),
+    "mmit": Format("mmit's own records", mmit_row, detect=("turns",), own=True),
 }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmit.data.formats.boxes import OPTIONS as SHARED_OPTIONS
 from mmit.data.formats.json_stream import list_items
 from mmit.data.formats.keys import with_meaning
 from mmit.data.formats.pictures import image_part
@@ -94,10 +95,14 @@ class Format:
     file_options: Mapping[str, str] = field(default_factory=dict)
     detect: tuple[str, ...] = ()
     licence: str | None = None
+    own: bool = False  # mmit's: its meta is what somebody put there, and has no keys to be read
 
     def __call__(self, row: Row, *, image_root: str = "", **options: Any) -> Record:
         """Make the Record of one row; keys with a meaning that its layout does not define are read or refused."""
-        return with_meaning(self.row(row, image_root=image_root, **options))
+        if self.own:
+            return self.row(row, image_root=image_root)
+        shared = {key: options.pop(key) for key in SHARED_OPTIONS if key in options and key not in self.options}
+        return with_meaning(self.row(row, image_root=image_root, **options), **shared)
 
 
 # --- options ------------------------------------------------------------------------------------------------------

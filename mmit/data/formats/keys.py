@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mmit.data.formats.boxes import WRITTEN, with_boxes
 from mmit.errors import RecordError
 from mmit.record_rules import json_problem, weight_problem
 from mmit.records import Part, Record, Text, Turn, short
@@ -62,11 +63,14 @@ MARKS = ("label", "kto_tag", "desirable", "is_desirable", "is_correct", "is_pref
 _BAD_MARKS = ("undesirable", "negative", "bad", "rejected", "wrong")
 _UNLEARN = "Supervised training would learn it as a good one: leave these rows out, for example with --skip-bad."
 # Made by importers or identical with another key of the record; not reported.
-_KNOWN = ("source", "row", "licence", "turn_keys", "dropped_leading_turn", "references")
+_KNOWN = ("source", "row", "licence", "turn_keys", "dropped_leading_turn", "references", WRITTEN)
 
 
-def with_meaning(record: Record) -> Record:
-    """Read the keys that the importer left in the meta; raise RecordError for those that cannot be expressed."""
+def with_meaning(record: Record, **options: Any) -> Record:
+    """Read the keys that the importer left in the meta; raise RecordError for those that cannot be expressed.
+
+    `options` are those of `with_boxes`.
+    """
     meta = dict(record.meta)
     for key in [*meta]:
         value = meta[key]
@@ -78,7 +82,7 @@ def with_meaning(record: Record) -> Record:
         if not _empty(value):
             record = _READ[ROW_KEYS[key]](record, key, value)
     _check_storable(meta)
-    return replace(record, meta=meta)
+    return with_boxes(replace(record, meta=meta), **options)
 
 
 def kept_keys(record: Record) -> Counter[str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from mmit.data.formats.boxes import NAME, PLACE
 from mmit.data.formats.pictures import foreign_marker
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record, short
@@ -39,6 +40,9 @@ RULES: dict[str, Rule] = {
         "error",
         "another model family's mark for a picture, as text",
         "Give the row its pictures in images; rows with <img>path</img> are of the format qwen_vl.",
+    ),
+    "box-marker": Rule(
+        "error", "a place for a box, and no box beside the text", "Give the row its boxes in objects, or cut the mark."
     ),
     "too-long": Rule("error", "longer than the context", "Raise data.max_length, or shorten the record."),
     "not-encodable": Rule("error", "cannot be written by the chat format and tokenizer", "See the reason of each."),
@@ -138,6 +142,15 @@ def foreign_mark(record: Record) -> str:
     return ""
 
 
+def box_marker(record: Record) -> str:
+    """A place for a box or its name, which would be learnt as letters."""
+    for number, turn in enumerate(record.turns, 1):
+        for marker in (PLACE, NAME):
+            if marker in turn.text or marker in (turn.thinking or ""):
+                return f"{marker} in turn {number} ({turn.role})"
+    return ""
+
+
 def role_marker(record: Record) -> str:
     """A line that begins like a turn of a chat log."""
     for number, turn in enumerate(record.turns, 1):
@@ -173,6 +186,7 @@ def repeated_pair(record: Record) -> str:
 RECORD_RULES: dict[str, Check] = {
     "image-marker": image_marker,
     "foreign-marker": foreign_mark,
+    "box-marker": box_marker,
     "role-marker": role_marker,
     "repeats-prompt": repeats_prompt,
     "repeated-pair": repeated_pair,

@@ -212,7 +212,9 @@ def test_baize_refuses_broken_transcripts(text: str, problem: str, tmp_path: Pat
 
 def test_options_are_only_those_of_the_format() -> None:
     assert not FORMATS["alpaca"].options and not FORMATS["baize"].file_options
-    with pytest.raises(ConfigError, match="the format alpaca has no option 'seed'\nIt has no options"):
+    with pytest.raises(ConfigError, match="the format alpaca has no option 'seed'\nvalid: boxes, boxes_in"):
         import_file("x.json", "alpaca", seed=1)
+    with pytest.raises(ConfigError, match="the format mmit has no option 'boxes'\nIt has no options"):
+        import_file("x.jsonl", "mmit", boxes="norm1")
     with pytest.raises(ConfigError, match="did you mean 'positive'"):
         import_file("x.json", "natural_instructions", postive=1)

@@ -1,0 +1,179 @@
+"""Boxes and points beside the text: written into it where it says <bbox>, or refused.
+
+The layout is ms-swift's: "<ref-object>" and "<bbox>" in the text, and beside it `objects: {"ref": [...], "bbox":
+[[x1, y1, x2, y2] or [x, y]], "bbox_type": "real" | "norm1", "image_id": [...]}`. The keys bbox, bboxes, boxes, box,
+points and point hold boxes likewise, one or a list. They become text, "[x1, y1, x2, y2]", in shares of the upright
+picture (norm1: 0.000 to 1.000, norm1000: 0 to 1000). Pixels are read and never written: a model sees the picture at
+another size.
+
+Shares hold for every preparation that keeps the whole picture; of a padded one they are shares of the picture, not of
+the padding. One that cuts (fit crop) refuses records with boxes, which WRITTEN in their meta marks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from mmit.data.images import image_size
+from mmit.errors import ConfigError, RecordError, nearest
+from mmit.records import Part, Record, Text, short
+
+OPTIONS = {
+    "boxes": "how boxes are written into the text: norm1 or norm1000; without it rows with boxes are refused",
+    "boxes_in": "what the file's numbers are: pixels, norm1 or norm1000; objects may say it by bbox_type",
+}
+WRITTEN = "boxes_written"
+PLACE, NAME = "<bbox>", "<ref-object>"
+_PLACES = re.compile(f"{PLACE}|{NAME}")
+# Sure names of boxes, whatever they hold; the others are read as boxes if they hold lists of 2 or 4 numbers.
+_SURE, _MAYBE = ("bbox", "bboxes"), ("boxes", "box", "points", "point")
+_UNITS = {"pixels": None, "norm1": 1, "norm1000": 1000}
+_TYPES = {"real": "pixels", "norm1": "norm1", "norm1000": "norm1000"}
+Box = tuple[float, ...]
+
+
+def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None = None) -> Record:
+    """Write the boxes that the record's meta holds into its text.
+
+    Args:
+        boxes, boxes_in: see OPTIONS.
+
+    Raises:
+        ConfigError: another value of these. RecordError: boxes that have no place, no unit or no picture.
+    """
+    _check_options(boxes, boxes_in)
+    held = {key: told for key, value in record.meta.items() if (told := _held(key, value)) is not None}
+    if not held:
+        return record
+    if len(held) > 1:
+        raise RecordError(f"boxes stand in {' and '.join(held)}", remedy="Keep one of these keys.")
+    key, objects = next(iter(held.items()))
+    found = [_box(value, key) for value in objects["bbox"]]
+    names = objects.get("ref") or []
+    texts = [text for turn in record.turns for text in (turn.thinking or "", turn.text)]
+    marks = [mark for text in texts for mark in _PLACES.findall(text)]
+    if PLACE not in marks:
+        remedy = f"Write {PLACE} where each belongs, or remove the key if they are not to be learnt."
+        raise RecordError(f"'{key}' holds {_count(found)}, and the text no {PLACE}", remedy=remedy)
+    if boxes is None:
+        remedy = "Import the file with the option boxes=norm1000 or boxes=norm1, or remove the key."
+        raise RecordError(f"'{key}' holds {_count(found)}, and nothing says how to write them", remedy=remedy)
+    for mark, items in ((PLACE, found), (NAME, names)):
+        if not isinstance(items, list) or marks.count(mark) != len(items):
+            count = len(items) if isinstance(items, list) else 0
+            problem = f"the text has {marks.count(mark)} {mark}, and '{key}' {count} of them"
+            raise RecordError(problem, remedy=f"Write one {mark} for each.")
+    if bad := [name for name in names if not isinstance(name, str)]:
+        raise RecordError(f"ref of '{key}' holds '{short(bad[0])}', not text", remedy="Write it as a JSON string.")
+    unit = _unit(key, objects, boxes_in)
+    sizes = _sizes(record, key, objects, len(found)) if unit == "pixels" else [(1, 1)] * len(found)
+    shares = [_shares(box, unit, size, key) for box, size in zip(found, sizes, strict=True)]
+    pending = {PLACE: iter([_written(share, boxes) for share in shares]), NAME: iter(names)}
+
+    def fill(text: str) -> str:
+        return _PLACES.sub(lambda mark: next(pending[mark.group()]), text)
+
+    turns = []
+    for turn in record.turns:
+        thinking = None if turn.thinking is None else fill(turn.thinking)
+        parts: tuple[Part, ...] = tuple(replace(p, text=fill(p.text)) if isinstance(p, Text) else p for p in turn.parts)
+        turns.append(replace(turn, thinking=thinking, parts=parts))
+    meta = {name: value for name, value in record.meta.items() if name != key} | {WRITTEN: boxes}
+    return replace(record, turns=tuple(turns), meta=meta)
+
+
+def _check_options(boxes: Any, boxes_in: Any) -> None:
+    if boxes == "pixels":
+        remedy = "A model sees the picture at another size: write norm1 or norm1000; boxes_in=pixels reads pixels."
+        raise ConfigError("option boxes is 'pixels'", remedy=remedy)
+    for name, value, valid in (("boxes", boxes, ("norm1", "norm1000")), ("boxes_in", boxes_in, tuple(_UNITS))):
+        if value is not None and value not in valid:
+            raise ConfigError(f"option {name} is '{short(value)}'", remedy=nearest(str(value), valid))
+
+
+def _held(key: str, value: Any) -> dict[str, Any] | None:
+    """Return {"bbox": [...], ...} of a key that holds boxes, None of any other."""
+    if key not in (*_SURE, *_MAYBE, "objects") or value is None or value in ("", [], {}):
+        return None
+    if isinstance(value, str):  # a cell of a table
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {"bbox": [value]} if key in _SURE else None
+    if key == "objects":
+        if isinstance(value, list) and any(isinstance(item, Mapping) and "bbox" in item for item in value):
+            remedy = 'Write it as {"ref": ["..."], "bbox": [[x1, y1, x2, y2]]}.'
+            raise RecordError("'objects' is a list of objects with boxes", remedy=remedy)
+        if not isinstance(value, Mapping) or not value.get("bbox"):
+            return None
+        boxes = value["bbox"]
+        return {**value, "bbox": [boxes] if _numbers(boxes) or not isinstance(boxes, list) else boxes}
+    items = value if isinstance(value, list) and value and not _numbers(value) else [value]
+    return {"bbox": items} if key in _SURE or all(_numbers(item, (2, 4)) for item in items) else None
+
+
+def _numbers(value: Any, lengths: Sequence[int] = ()) -> bool:
+    if not isinstance(value, (list, tuple)) or not value or (lengths and len(value) not in lengths):
+        return False
+    return all(isinstance(n, (int, float)) and not isinstance(n, bool) for n in value)
+
+
+def _box(value: Any, key: str) -> Box:
+    if not _numbers(value, (2, 4)):
+        problem = f"'{key}' holds '{short(value)}', which is no box and no point"
+        raise RecordError(problem, remedy="Write [x1, y1, x2, y2], or [x, y].")
+    if len(value) == 4 and not (value[0] <= value[2] and value[1] <= value[3]):
+        problem = f"'{key}' holds {short(value)}, whose second corner lies left of the first or above it"
+        raise RecordError(problem, remedy="Write [x1, y1, x2, y2]: left, top, right, bottom; no widths.")
+    return tuple(float(n) for n in value)
+
+
+def _unit(key: str, objects: Mapping[str, Any], given: str | None) -> str:
+    stated = objects.get("bbox_type") or ("real" if key == "objects" and given is None else None)
+    if stated is not None and stated not in _TYPES:
+        remedy = f"Write one of {', '.join(_TYPES)}."
+        raise RecordError(f"bbox_type of '{key}' is '{short(stated)}'", remedy=remedy)
+    unit = _TYPES[stated] if stated is not None else given
+    if unit is None:
+        remedy = "Say it with the option boxes_in: pixels, norm1 or norm1000."
+        raise RecordError(f"nothing says what the numbers of '{key}' are", remedy=remedy)
+    if given not in (None, unit):
+        remedy = "Leave the option out, or correct the row."
+        raise RecordError(f"bbox_type of '{key}' is '{stated}', and the option boxes_in {given}", remedy=remedy)
+    return unit
+
+
+def _sizes(record: Record, key: str, objects: Mapping[str, Any], count: int) -> list[tuple[int, int]]:
+    """The (width, height) of each box's picture, from the picture's header."""
+    which = objects.get("image_id") or ([0] * count if len(record.images) == 1 else [])
+    if len(which) != count or not all(isinstance(n, int) and 0 <= n < len(record.images) for n in which):
+        problem = f"'{key}' does not say in which of the row's {len(record.images)} pictures its boxes are"
+        raise RecordError(problem, remedy='Write objects with "image_id": a number from 0 for each box.')
+    return [image_size(record.images[n]) for n in which]
+
+
+def _shares(box: Box, unit: str, size: tuple[int, int], key: str) -> Box:
+    """Coordinates as shares of width and height."""
+    whole = [float(_UNITS[unit] or size[at % 2]) for at in range(len(box))]
+    shares = tuple(n / w for n, w in zip(box, whole, strict=True))
+    shown = f"a picture of {size[0]} x {size[1]} pixels" if unit == "pixels" else f"0 to {_UNITS[unit]}"
+    if not all(0 <= n <= 1 for n in shares):
+        problem = f"'{key}' holds {short(list(box))}, which lies outside {shown}"
+        raise RecordError(problem, remedy="Correct the box, or say what its numbers are with the option boxes_in.")
+    if unit != "norm1" and all(n <= 1 for n in box) and any(0 < n < 1 for n in box):
+        problem = f"'{key}' holds {short(list(box))}, which are shares and no {unit}"
+        raise RecordError(problem, remedy="Say what its numbers are with bbox_type or the option boxes_in.")
+    return shares
+
+
+def _written(shares: Box, how: str) -> str:
+    texts = [f"{n:.3f}" if how == "norm1" else str(round(n * 1000)) for n in shares]
+    return f"[{', '.join(texts)}]"
+
+
+def _count(boxes: Sequence[Box]) -> str:
+    return f"{len(boxes)} box{'' if len(boxes) == 1 else 'es'}"
