@@ -32,11 +32,12 @@ YAML = {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yam
 def rules_broken(source: str) -> Iterator[tuple[int, str]]:
     """Yield (line, rule) for every forbidden call or import in Python source."""
     tree = ast.parse(source)
-    names = _imported_names(tree)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and _unpickles(node, tree):
+    nodes = list(ast.walk(tree))
+    names = _imported_names(nodes)
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and _unpickles(node, nodes):
             yield node.lineno, "pickle"
-        elif isinstance(node, ast.Attribute) and node.attr in LOADERS and not _refuses_code(node, tree, names):
+        elif isinstance(node, ast.Attribute) and node.attr in LOADERS and not _refuses_code(node, nodes, names):
             yield node.lineno, "no trust_remote_code=False"
         elif isinstance(node, ast.Constant) and node.value in LOADERS:  # getattr(x, "from_pretrained")
             yield node.lineno, "no trust_remote_code=False"
@@ -44,23 +45,23 @@ def rules_broken(source: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, rule) for rule in _call_rules(node, names))
 
 
-def _unpickles(node: ast.Import | ast.ImportFrom, tree: ast.Module) -> bool:
+def _unpickles(node: ast.Import | ast.ImportFrom, nodes: list[ast.AST]) -> bool:
     """Say whether an import brings in more of an unpickler than its exception types."""
     if isinstance(node, ast.ImportFrom):
         foreign = (node.module or "").split(".")[0] in UNPICKLERS
         return foreign and not all(alias.name.endswith("Error") for alias in node.names)
     bound = {a.asname or a.name.split(".")[0] for a in node.names if a.name.split(".")[0] in UNPICKLERS}
-    uses = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id in bound]
-    errors = [n.value for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr.endswith("Error")]
+    uses = [n for n in nodes if isinstance(n, ast.Name) and n.id in bound]
+    errors = [n.value for n in nodes if isinstance(n, ast.Attribute) and n.attr.endswith("Error")]
     return bool(bound) and (not uses or any(use not in errors for use in uses))
 
 
-def _refuses_code(loader: ast.Attribute, tree: ast.Module, names: dict[str, str]) -> bool:
+def _refuses_code(loader: ast.Attribute, nodes: list[ast.AST], names: dict[str, str]) -> bool:
     """Say whether a loader is called here and now with trust_remote_code=False; handed on, nobody knows."""
     first, _, rest = ast.unparse(loader).partition(".")
     if f"{names.get(first, first)}.{rest}" in HARMLESS:
         return True
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.func is loader]
+    calls = [node for node in nodes if isinstance(node, ast.Call) and node.func is loader]
     return any(
         k.arg == "trust_remote_code" and isinstance(k.value, ast.Constant) and k.value.value is False
         for call in calls
@@ -76,10 +77,10 @@ def _names_a_package(call: ast.Call) -> bool:
     return isinstance(first, ast.Constant) and (isinstance(call.args[0], ast.Constant) or "." in str(first.value))
 
 
-def _imported_names(tree: ast.Module) -> dict[str, str]:
+def _imported_names(nodes: list[ast.AST]) -> dict[str, str]:
     """Return {name in this file: full name}, for `from torch import load` and `import yaml as y`."""
     names: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names.update({a.asname: a.name for a in node.names if a.asname})
         elif isinstance(node, ast.ImportFrom):

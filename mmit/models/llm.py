@@ -191,16 +191,21 @@ def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -
     return ready(model)
 
 
-@functools.cache  # reading the sources of a class takes a tenth of a second
+@functools.cache
 def config_keys(kind: str, *, published: bool = True) -> frozenset[str]:
     """Return the keys that describe a model of this `model_type`, with those that only published files have."""
     known = CONFIG_MAPPING[kind]
     names = {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS}
     names |= set(PUBLISHED if published else ())
-    for base in known.__mro__:  # keys of older files that a class takes out of its keyword arguments
-        if issubclass(base, PreTrainedConfig):
-            names |= set(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", inspect.getsource(base)))
-    return frozenset(names)
+    return frozenset(names.union(*map(_popped_keys, known.__mro__)))
+
+
+@functools.cache  # the base class of all configs has a long source, which takes a tenth of a second to parse
+def _popped_keys(kind: type) -> frozenset[str]:
+    """Keys of older files that a config class takes out of its keyword arguments."""
+    if not issubclass(kind, PreTrainedConfig):
+        return frozenset()
+    return frozenset(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", inspect.getsource(kind)))
 
 
 def _described(options: Mapping[str, Any]) -> Any:

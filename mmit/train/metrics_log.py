@@ -6,6 +6,7 @@ of steps that will run again are dropped first.
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import sys
@@ -134,31 +135,43 @@ def _keep_before(path: Path, start: int) -> None:
 
 
 def draw_loss(metrics: Path, picture: Path) -> None:
-    """Draw loss (with a running mean) and learning rate over steps."""
+    """Draw loss (with a running mean) and learning rate over steps; nothing of fewer than two steps."""
     rows = [r for r in read_rows(metrics) if r.get("loss") is not None]  # neither skipped steps nor evaluations
-    if not rows:
+    if len(rows) < 2:
         return
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     steps = [r["step"] for r in rows]
     losses = [r["loss"] for r in rows]
     mean, means = losses[0], []
     for value in losses:
         mean += 0.05 * (value - mean)
         means.append(mean)
+    figure, lines = _empty_curve()
+    for line, values in zip(lines, (losses, means, [r["lr"] for r in rows]), strict=True):
+        line.set_data(steps, values)
+    for axes in figure.axes:
+        axes.relim()
+        axes.autoscale_view()
+    figure.axes[0].set_ylim(0, max(sorted(losses)[int(0.99 * (len(losses) - 1))] * 1.1, 1e-3))
+    with whole_file(picture, sync=False) as file:
+        figure.savefig(file, format="png", pil_kwargs={"compress_level": 3})
+
+
+@functools.cache  # axes and their ticks cost as much as the drawing: made once for all runs of a process
+def _empty_curve() -> tuple[Any, list[Any]]:
+    """A figure and its lines without points: loss, running mean, learning rate."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4), dpi=120)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.09, 0.12, 0.81, 0.81))  # measured once: tight_layout draws everything twice
-    axes.plot(steps, losses, color="#9bb8d3", linewidth=0.8, label="loss")
-    axes.plot(steps, means, color="#1f4e79", linewidth=1.6, label="running mean")
+    lines = axes.plot([], [], color="#9bb8d3", linewidth=0.8, label="loss")
+    lines += axes.plot([], [], color="#1f4e79", linewidth=1.6, label="running mean")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per supervised token")
-    axes.set_ylim(0, max(sorted(losses)[int(0.99 * (len(losses) - 1))] * 1.1, 1e-3))
     other = axes.twinx()
-    other.plot(steps, [r["lr"] for r in rows], color="#c97b2c", linewidth=0.8, linestyle="--")
+    lines += other.plot([], [], color="#c97b2c", linewidth=0.8, linestyle="--")
     other.set_ylabel("learning rate", color="#c97b2c")
     other.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))  # short labels: the axes have a fixed place
     axes.legend(loc="upper right")
-    with whole_file(picture, sync=False) as file:
-        figure.savefig(file, format="png")
+    return figure, lines
