@@ -25,7 +25,7 @@ from mmit.errors import ConfigError, ModelError
 from mmit.models.attention import NAME, run_row
 from mmit.models.calls import cache_name, cache_of, call
 from mmit.models.llm import input_device
-from mmit.models.per_record import rotary_limit
+from mmit.models.per_record import rotary_limit, turning_point
 from mmit.models.virtual import with_prompt
 from mmit.models.vlm import VLM
 
@@ -131,6 +131,9 @@ class State:
     cache: Cache
     lengths: torch.Tensor  # (B,) on the CPU, tokens of each prompt that are in the cache
     logits: torch.Tensor  # (B, V) for the next token
+    # Longrope: the prompts, one a row, and the length beyond which their cached keys are of the wrong factors.
+    rows: list[Prompts] | None = None
+    turn: int | None = None
 
 
 class _GrowingLayer(DynamicLayer):
@@ -160,6 +163,12 @@ class _GrowingLayer(DynamicLayer):
             self._buffers[number][:, :, start:end] = states
         return self._show(end)
 
+    def put(self, place: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Replace the last tokens of one place of the batch by (KV, n, D) states."""
+        end = self.get_seq_length()
+        for buffer, states in zip(self._buffers, (keys, values), strict=True):
+            buffer[place, :, end - states.shape[1] : end] = states.to(buffer)
+
     def select(self, places: torch.Tensor, trim: int) -> None:
         """Keep some places of the batch, and drop `trim` tokens of padding on the left."""
         length = self.get_seq_length() - trim
@@ -181,6 +190,8 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
         ModelError: the model does not support rows of this kind.
     """
     rows = [Prompts(*with_prompt(llm, *row)) for row in rows]
+    turn = turning_point(llm)
+    kept: dict[str, Any] = {} if turn is None else {"rows": list(rows), "turn": turn}
     if not able.batched:
         (row,) = rows
         out = _run(llm, row, None)
@@ -191,12 +202,12 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
                 f"{type(llm).__name__} returns no cache that the next step could continue from",
                 remedy="use an architecture that transformers can decode with a cache",
             )
-        return State(cache, torch.tensor([len(row.embeddings)]), out.logits[0])
+        return State(cache, torch.tensor([len(row.embeddings)]), out.logits[0], **kept)
     caches: list[Cache] = [DynamicCache() for _ in rows]
     logits = [_run(llm, row, cache).logits[0] for row, cache in zip(rows, caches, strict=True)]
     paths = [_paths(row.nodes.tolist(), row.predict_at.tolist()) for row in rows]
     lengths = torch.tensor([len(path) for row in paths for path in row])
-    return State(_batch_cache(caches, paths), lengths, torch.cat(logits))
+    return State(_batch_cache(caches, paths), lengths, torch.cat(logits), **kept)
 
 
 def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
@@ -259,6 +270,8 @@ def _close_up(state: State, places: list[int]) -> None:
     for layer in state.cache.layers:
         cast(_GrowingLayer, layer).select(index, trim)
     state.lengths = lengths
+    if state.rows is not None:
+        state.rows = [state.rows[place] for place in places]
 
 
 def steps(
@@ -313,6 +326,9 @@ def steps(
             _close_up(state, kept)
             places, chosen = [places[k] for k in kept], [chosen[k] for k in kept]
         logits = _step(llm, state, chosen)
+        for place, prompt in enumerate(places if state.turn is not None else ()):
+            if prompt in running and int(state.lengths[place]) - 1 == state.turn:
+                logits[place] = _anew(llm, state, place, answers[prompt])
 
 
 def _step(llm: LLM, state: State, chosen: list[int]) -> torch.Tensor:
@@ -336,6 +352,30 @@ def _step(llm: LLM, state: State, chosen: list[int]) -> torch.Tensor:
     )
     state.lengths = state.lengths + 1
     return out.logits[:, -1]
+
+
+def _anew(llm: LLM, state: State, place: int, answer: Sequence[int]) -> torch.Tensor:
+    """Run a prompt and its answer so far as one sequence, put its keys and values in place; return (V,) logits.
+
+    What transformers does where a sequence grows past the point at which longrope changes its factors.
+    """
+    assert state.rows is not None
+    row = state.rows[place]
+    words = llm.get_input_embeddings()(torch.tensor(answer, device=input_device(llm)))
+    embeddings = torch.cat([row.embeddings, words.to(row.embeddings)])
+    more = torch.arange(1, len(answer) + 1, device=row.positions.device)
+    positions = torch.cat([row.positions, row.positions[-1] + more])
+    nodes = torch.tensor([[0, len(embeddings), -1]])
+    whole = Prompts(embeddings, positions, nodes, torch.tensor([len(embeddings) - 1], device=positions.device))
+    if not isinstance(state.cache.layers[0], _GrowingLayer):
+        out = _run(llm, whole, None)
+        state.cache = cast(Cache, cache_of(out))
+        return out.logits[0, -1]
+    cache = DynamicCache()
+    out = _run(llm, whole, cache)
+    for layer, new in zip(state.cache.layers, cache.layers, strict=True):
+        cast(_GrowingLayer, layer).put(place, cast(Any, new).keys[0], cast(Any, new).values[0])
+    return out.logits[0, -1]
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> list[int]:

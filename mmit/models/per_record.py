@@ -71,6 +71,12 @@ def rotary_limit(model: nn.Module) -> int | None:
     return min(limits, default=None)
 
 
+def turning_point(model: nn.Module) -> int | None:
+    """Length beyond which longrope turns all positions of a sequence anew, None for other rotary embeddings."""
+    found = [limit for m in model.modules() if "longrope" in length_types(m) for limit in _limits(m)]
+    return min(found, default=None)
+
+
 def _limits(rotary: Any) -> list[int]:
     given = rotary.config.rope_parameters
     tables = [given] if "rope_type" in given else [t for t in given.values() if isinstance(t, dict)]

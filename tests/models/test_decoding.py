@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mmit.data.packing import Sample, build_row
 from mmit.errors import ConfigError, ModelError
@@ -14,7 +14,7 @@ from mmit.models import decoding
 from mmit.models.decoding import Prompts, Sampling, Support
 from mmit.models.llm import load_llm
 from mmit.models.vlm import VLM
-from tests.models.small_llms import described
+from tests.models.small_llms import described, family
 
 VOCABULARY = 50
 COMMON: dict[str, Any] = {
@@ -149,6 +149,33 @@ def test_greedy_equals_generate_one_at_a_time(family: str) -> None:
     expected = reference(llm, 36)
     assert len({tuple(ids) for ids in expected}) > 4  # the prompts matter
     assert answer(llm, samples(), 36) == expected
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_sequence_that_grows_past_the_switch_of_longrope_is_computed_anew(together: bool, packed: bool) -> None:
+    config = family("phi3-longrope")
+    switch = config["original_max_position_embeddings"]
+    lengths = (switch - 7, switch - 4, switch, switch + 3, 3)  # grow past it at steps of their own, one never
+
+    def built(packed: bool) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return load_llm("tiny", random_init=dict(config), dtype=torch.float32, packed=packed).eval()
+
+    llm = built(packed)
+    theirs = AutoModelForCausalLM.from_config(type(llm.config)(**llm.config.to_dict()), trust_remote_code=False).eval()
+    theirs.load_state_dict(llm.state_dict())
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(1, config["vocab_size"], (n,), generator=draw).tolist() for n in lengths]
+    some = [Sample((*p, 0), (0.0,) * len(p) + (1.0,), (), n, ()) for n, p in enumerate(prompts)]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        told = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False}
+        out = theirs.generate(ids, eos_token_id=None, pad_token_id=0, **told)[0]
+        expected.append(out[len(prompt) :].tolist())
+    parts = [some] if together else [[one] for one in some]
+    assert [ids for part in parts for ids in answer(llm, part, 12)] == expected
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "bloom", "n_layer": 2, "n_head": 4}])
