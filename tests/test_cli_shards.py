@@ -115,3 +115,59 @@ def test_a_mixing_scheme_decides_how_much_of_each_source_an_epoch_holds(folder: 
         counts[scheme] = sum(row["records"] for row in rows)
     assert counts["weights"] == 3 * 4 + 5
     assert counts["equal"] == round(3 * 4.5) + 4 or counts["equal"] == round(3 * 4.5) + 5
+
+
+def _tar(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for number, sample in enumerate(samples):
+            for suffix, data in sample.items():
+                member = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def _talk(**keys: object) -> dict[str, bytes]:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    return {"jpg": _jpeg(1), "json": json.dumps({"conversations": turns, **keys}).encode()}
+
+
+def _caption(**keys: object) -> dict[str, bytes]:
+    return {"jpg": _jpeg(2), "txt": b"a red square", "json": json.dumps(keys).encode()}
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        ([_talk(topic="a"), _talk(topic="b", score=3), _talk(topic="")], "topic (2 rows), score (1 row)"),
+        ([_caption(url="u", similarity=0.3), _caption(url="v")], "url (2 rows), similarity (1 row)"),
+    ],
+    ids=["conversations", "captions"],
+)
+def test_keys_that_stay_in_the_meta_are_told_by_index_check_and_run(
+    samples: list, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = f"kept in meta only: {told}"
+    tar = _tar(tmp_path / "a.tar", samples)
+    said = ok("data", "index", tar, "--out", tmp_path / "web", "--instruction", "Hi.", "--workers", 1)
+    assert line in said
+    assert line in invoke(app, ["data", "check", str(tmp_path / "web")]).output
+    data = {"train": [{"path": str(tmp_path / "web")}], "max_length": 128, "pack_tokens": 160, "workers": 0}
+    options = {"steps": 1, "rows_per_step": 1, "precision": "fp32"}
+    config = tiny_config(tmp_path / "x", run={"dir": str(tmp_path / "run")}, data=data, train=options)
+    capsys.readouterr()
+    assert run(config) == 0
+    assert f"{tmp_path / 'web'}: {line}" in capsys.readouterr().err
+
+
+def test_keys_are_counted_of_the_rows_that_are_taken(folder: Path) -> None:
+    """Of FILE#N and a limit those rows count, not all; mmit's own meta never does."""
+    rows = [{"instruction": f"Say {i}.", "output": "x", "topic": "t"} for i in range(8)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    assert "topic (8 rows)" in ok("data", "pack", folder / "rows.json", "--out", folder / "p", "--workers", 1)
+    assert "topic (3 rows)" in ok("data", "pack", f"{folder}/rows.json#3", "--out", folder / "q", "--workers", 1)
+    assert "topic (3 rows)" in invoke(app, ["data", "check", f"{folder}/rows.json#3"]).output
+    assert "kept in meta" not in invoke(app, ["data", "check", str(folder / "p")]).output
+    web = _tar(folder / "b.tar", [_talk(topic="a"), _talk(topic="b"), _talk(topic="c")])
+    ok("data", "index", web, "--out", folder / "web", "--workers", 1)
+    assert "topic (2 rows)" in invoke(app, ["data", "check", f"{folder}/web#2"]).output

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,9 +53,10 @@ def pack(
 
     bad: list[RecordError] = []
     on_bad = bad.append if skip_bad else None
+    kept_in_meta: Counter[str] = Counter()
     with _bar("records") as advance:
         report = build_shards(
-            _records(data, format, image_root, on_bad),
+            _records(data, format, image_root, on_bad, kept_in_meta),
             out,
             max_bytes=shard_mb << 20,
             workers=workers or os.cpu_count() or 1,
@@ -64,6 +66,7 @@ def pack(
         )
     kept = f" ({report.kept} were there already)" if report.kept else ""
     echo(f"{report.records:,} records in {report.shards} shards{kept}, {report.bytes / 2**20:,.1f} MiB")
+    _tell_kept(kept_in_meta)
     _tell(bad, out)
     echo(f"written to {out}")
 
@@ -92,6 +95,7 @@ def index(
     from mmit.data.shards.scan import index_tars
 
     bad: list[RecordError] = []
+    kept: Counter[str] = Counter()
     with _bar("tars") as advance:
         samples = index_tars(
             tars,
@@ -101,15 +105,21 @@ def index(
             ignore=ignore or (),
             workers=workers or os.cpu_count() or 1,
             on_bad=bad.append if skip_bad else None,
+            kept=kept,
             progress=advance,
         )
     echo(f"{samples:,} samples in {len(tars):,} tars")
+    _tell_kept(kept)
     _tell(bad, out)
     echo(f"index written to {out}")
 
 
 def _records(
-    files: list[Path], format: str, image_root: Path | None, on_bad: Callable[[RecordError], None] | None
+    files: list[Path],
+    format: str,
+    image_root: Path | None,
+    on_bad: Callable[[RecordError], None] | None,
+    kept: Counter[str],
 ) -> Iterator[Record]:
     from mmit.data.formats import detect_format
     from mmit.data.rows import import_records
@@ -120,7 +130,8 @@ def _records(
         if format == "auto":
             name, reason = detect_format(split_subset(path)[0])
             echo(f"{path}: {name} ({reason})")
-        yield from import_records(path, name, image_root=image_root, on_bad=on_bad)
+        counted = None if name == "mmit" else kept  # the meta of mmit's own rows is what somebody put there
+        yield from import_records(path, name, image_root=image_root, on_bad=on_bad, kept=counted)
 
 
 @contextmanager
@@ -133,6 +144,13 @@ def _bar(unit: str) -> Iterator[Callable[[int, int | None], None]]:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _tell_kept(kept: Counter[str]) -> None:
+    from mmit.data.formats.keys import told
+
+    if kept:
+        echo(f"kept in meta only: {told(kept)}")
 
 
 def _tell(bad: list[RecordError], out: Path) -> None:

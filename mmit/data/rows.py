@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mmit.data.formats import detect_format, import_file
+from mmit.data.formats.keys import kept_keys
 from mmit.data.shards.reader import has_index
-from mmit.data.sources import Subset, open_source, split_subset
+from mmit.data.sources import Source, Subset, open_source, split_subset
 from mmit.errors import ConfigError, RecordError
 from mmit.records import OnBad, Record
 
@@ -34,17 +35,21 @@ def read_rows(
     """Yield the records and bad rows of a file in one of FORMATS, or of a folder of shards ("shards").
 
     Without `format` it is found out. `limit` ends after that many rows, bad ones included. "PATH#N" takes N rows, the
-    same that training takes (`split_subset`). Raises RecordError if the file cannot be read or told, ConfigError if
-    there is none.
+    same that training takes (`split_subset`). `kept` counts the keys that stay in the meta unread. Raises RecordError
+    if the file cannot be read or told, ConfigError if there is none.
     """
     path, subset = split_subset(path)
+    unread: frozenset[str] | None = None  # keys that may be counted, None for all
     if format == "shards" or has_index(path):
-        rows = _shard_rows(path)
+        source = open_source(path, format="shards")
+        rows, unread = _shard_rows(source), frozenset(source.kept)
     else:
         if format != "hf" and not Path(path).is_file():
             raise ConfigError("no such file", where=os.fspath(path), remedy="Check the path.")
         format = format or detect_format(path)[0]
-        rows = _file_rows(path, format, image_root, kept)
+        rows = _file_rows(path, format, image_root)
+        if format == "mmit":  # the meta of its rows is what somebody put there
+            unread = frozenset()
     if subset is not None:
         again = partial(read_rows, path, format, image_root=image_root, limit=limit)
         # Lines of mmit's own files have numbers though they are bad; in other formats only what was converted has.
@@ -52,6 +57,9 @@ def read_rows(
     for number, row in enumerate(rows):
         if number == limit:
             return
+        if kept is not None and isinstance(row, Record):
+            found = kept_keys(row)
+            kept.update(found if unread is None else {key: 1 for key in found if key in unread})
         yield row
 
 
@@ -74,19 +82,16 @@ def _file_rows(
     path: str | os.PathLike[str],
     format: str,
     image_root: str | os.PathLike[str] | None,
-    kept: Counter[str] | None,
 ) -> Iterator[Row]:
     bad: list[RecordError] = []
-    counted = None if format == "mmit" else kept  # the meta of mmit's own rows is what somebody put there
-    for record in import_file(path, format, image_root=image_root, on_bad=bad.append, kept=counted):
+    for record in import_file(path, format, image_root=image_root, on_bad=bad.append):
         yield from bad  # met on the way to this record
         bad.clear()
         yield record
     yield from bad
 
 
-def _shard_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
-    source = open_source(path, format="shards")
+def _shard_rows(source: Source) -> Iterator[Row]:
     for index in range(len(source)):
         try:
             yield source[index]
@@ -103,10 +108,13 @@ def import_records(
         yield from import_file(file, format, on_bad=on_bad, **options)
         return
     ignored: OnBad | None = None if on_bad is None else lambda error: None  # told in the second pass
-    size = sum(1 for _ in import_file(file, format, on_bad=ignored, **{**options, "kept": None}))
+    kept: Counter[str] | None = options.pop("kept", None)
+    size = sum(1 for _ in import_file(file, format, on_bad=ignored, **options))
     chosen = set(subset.numbers(size, where=os.fspath(path)).tolist())
     for number, record in enumerate(import_file(file, format, on_bad=on_bad, **options)):
         if number in chosen:
+            if kept is not None:
+                kept.update(kept_keys(record))
             yield record
 
 

@@ -81,6 +81,7 @@ class Part:
     suffixes: dict[str, int] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
     bad: list[RecordError] = field(default_factory=list)
+    kept: Counter[str] = field(default_factory=Counter)  # keys that stay in the meta unread, and in how many samples
 
 
 def write_index(
@@ -126,6 +127,7 @@ def write_index(
         digest.update(array.tobytes())
     header["fingerprint"] = digest.hexdigest()[:16]
     header["build"] = build
+    header["kept"] = dict(sum((part.kept for part in parts), Counter[str]()))  # says nothing about the data's content
     header["folder"] = f"index-{header['fingerprint']}"
     _write_files(out, header, arrays)
     return len(arrays["samples"])

@@ -69,7 +69,7 @@ class ShardSource:
         self.fingerprint = str(header["fingerprint"]) + ("" if limit is None else f"-{len(self)}")
         self._suffixes: list[str] = header["suffixes"]
         self.unreadable = 0  # samples that are none have been left out of the index, and told then
-        self.kept: dict[str, int] = {}
+        self.kept: dict[str, int] = dict(header.get("kept") or {})  # of the whole folder
         self.judged = True
 
     @property

@@ -10,6 +10,7 @@ import base64
 import binascii
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -20,7 +21,7 @@ import PIL.Image
 from mmit.data.formats.captions import img2dataset
 from mmit.data.formats.chat import FORMATS as CONVERSATIONS
 from mmit.data.formats.chat import conversation_format
-from mmit.data.formats.keys import with_meaning
+from mmit.data.formats.keys import kept_keys, with_meaning
 from mmit.data.images import FORMATS as PICTURES
 from mmit.data.images import without_png_text
 from mmit.errors import ImageError, RecordError
@@ -102,9 +103,16 @@ def check_members(members: Sequence[tuple[str, int]], *, where: str, limits: Lim
 
 
 def to_record(
-    key: str, members: Mapping[str, bytes], *, where: str, caption: Mapping[str, Any] | None = None
+    key: str,
+    members: Mapping[str, bytes],
+    *,
+    where: str,
+    caption: Mapping[str, Any] | None = None,
+    kept: Counter[str] | None = None,
 ) -> Record:
     """Build the record of one sample from {suffix: bytes}; every picture must be used by it.
+
+    `kept` counts the keys that stay in the meta unread, but for mmit's own rows.
 
     The row is the member with the suffix json, a caption the one with the suffix txt; others of these types belong to
     nothing and are refused. Captions are read by mmit.data.formats.captions.img2dataset with the options `caption`
@@ -141,6 +149,8 @@ def to_record(
         record.validate(for_training=None)
     except RecordError as error:
         raise RecordError(error.problem, where=where, remedy=error.remedy) from error
+    if kept is not None:
+        kept.update(kept_keys(record))
     return record
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -169,8 +170,10 @@ class _Scan:
             where = f"{self.part.name}: {short(self.key)}"
             try:
                 members = {p.suffix: p.data for p in self.open}
-                record = to_record(self.key, members, where=where, caption=self.options.caption)
+                kept: Counter[str] = Counter()
+                record = to_record(self.key, members, where=where, caption=self.options.caption, kept=kept)
                 self._append(record, where)
+                self.part.kept.update(kept)
             except RecordError as error:
                 self.part.bad.append(error)
         self.key, self.open, self.failed = None, [], False
@@ -223,6 +226,7 @@ def index_tars(
     limits: Limits | None = None,
     workers: int = 1,
     on_bad: OnBad | None = None,
+    kept: Counter[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Index WebDataset tars where they lie, each read once; return the number of samples.
@@ -237,6 +241,7 @@ def index_tars(
         max_pixels: larger pictures are an error. limits: of members and samples.
         workers: processes.
         on_bad: takes what is wrong, sample by sample; None raises the first.
+        kept: counts the keys that stay in the meta of samples unread; the index keeps these numbers too.
         progress: called with (tars done, tars in all).
 
     Raises:
@@ -257,6 +262,8 @@ def index_tars(
                 raise error
             on_bad(error)
         parts.append(part)
+        if kept is not None:
+            kept.update(part.kept)
         if progress is not None:
             progress(done, len(jobs))
     return write_index(parts, out_dir, caption=options.caption)
