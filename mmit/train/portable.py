@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mmit.errors import CheckpointError, ModelError
 from mmit.interop.foreign import Foreign
 from mmit.models.interop.hf_parts import write_tower, write_tower_config
+from mmit.models.vision import FUSED
 from mmit.train.checkpoint import Loaded, write_folder, write_model
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ def save_imported(found: Foreign, folder: Path, config: Config) -> None:
     vision, tower = found.vlm.vision, found.tower
     assert vision is not None
     if isinstance(tower, ModelError):
-        problem = "its vision encoder cannot be stored in a checkpoint of one file"
-        remedy = "use it from its own folder: mmit chat, mmit eval"
+        problem = f"an imported checkpoint holds one CLIP or SigLIP tower, and this encoder {tower.problem}"
+        remedy = "use it from its own folder: mmit chat, mmit eval, mmit.load"
+        if vision.kind == FUSED:
+            problem = "an imported checkpoint holds one CLIP or SigLIP tower, and this model has fused towers"
+            remedy += "; to train such a model from its towers, set model.vision.kind=fused and list them under towers"
         raise ModelError(problem, where=tower.where, remedy=remedy) from tower
 
     def fill(draft: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import mmit
+from mmit.cli.export import make_start
 from mmit.errors import ConfigError, ModelError
 from mmit.interop.foreign import read_foreign
 from mmit.models.interop.prismatic import FUSED_TOWERS
@@ -173,6 +174,10 @@ def test_a_fused_prismatic_folder_gives_its_logits(tmp_path: Path, trained: bool
         torch.testing.assert_close(ours, llm(inputs_embeds=tokens).logits, atol=1e-4, rtol=0)
     loaded = mmit.load(tmp_path / "run", chat="vicuna_v1", base=str(tmp_path / "base"), tower=sources, device="cpu")
     assert isinstance(loaded.chat(noise(20, 30), "What is it?", max_new_tokens=3), str)
+    given = {"chat": "vicuna_v1", "base": str(tmp_path / "base"), "tower": sources}
+    with pytest.raises(ModelError, match="one CLIP or SigLIP tower, and this model has fused towers") as refused:
+        make_start(str(tmp_path / "run"), tmp_path / "start", **given)
+    assert "mmit chat" in refused.value.remedy and not (tmp_path / "start").exists()
 
 
 def test_a_fused_folder_needs_both_towers(tmp_path: Path) -> None:
