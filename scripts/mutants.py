@@ -120,8 +120,7 @@ MUTANTS = [
         "packing: unsupervised tokens learnt",
         PACKING,
         "            if s.weights[i] > 0:\n                node, j",
-        "            if s.weights[i] >= 0 and s.ids[i] >= 0 and i <= len(path):\n"
-        "                node, j",
+        "            if s.weights[i] >= 0 and s.ids[i] >= 0 and i <= len(path):\n                node, j",
         f"{T_PACKING} {T_ATTENTION}",
     ),
     Mutant(
@@ -373,6 +372,27 @@ MUTANTS = [
         "torch.tensor(starts[1:], dtype=torch.int64), right=True)",
         "torch.tensor(starts[1:], dtype=torch.int64), right=False)",
         "tests/train/test_watching.py",
+    ),
+    Mutant(
+        "own code: a checkpoint is not asked about",
+        "mmit/train/checkpoint.py",
+        "refuse_own_code(own_code(config, meta), where=str(path), allowed=allow_code)",
+        "refuse_own_code({}, where=str(path), allowed=allow_code)",
+        "tests/test_plugins.py",
+    ),
+    Mutant(
+        "own code: what is kept of data hangs on the name alone",
+        "mmit/data/sources.py",
+        "([] if native else [format_code(format)])",
+        "([] if native else [format])",
+        "tests/test_plugins.py",
+    ),
+    Mutant(
+        "decoding: keys from before the switch of longrope stay",
+        "mmit/models/decoding.py",
+        "- 1 == state.turn:",
+        "- 1 == -5:",
+        "tests/models/test_decoding.py",
     ),
 ]
 

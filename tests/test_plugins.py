@@ -52,6 +52,12 @@ class NoGrid(Doubled):
         pass
 
 
+class Fixed(Doubled):
+    def __init__(self, **given):
+        super().__init__(**given)
+        self.layer = nn.Identity()
+
+
 class Bare(nn.Module):
     pass
 
@@ -110,6 +116,7 @@ def test_a_projector_of_ones_own_takes_options_and_draws_from_the_seed(own):
         ("bridges_b:NoGrid", "takes no argument grid"),
         ("bridges_b:Short", r"gives \(1, 7, 6\) for one picture, and states 8 tokens"),
         ("bridges_b:Raises", "raised RuntimeError"),
+        ("bridges_b:Fixed", "has no parameters"),
         ("broken_b:X", r"importing 'broken_b' raised ZeroDivisionError: .*broken_b.py, line 2"),
         ("needs_b:X", "importing 'needs_b' raised ModuleNotFoundError"),
     ],
@@ -166,6 +173,21 @@ def test_a_run_with_a_projector_of_ones_own_resumes_and_loads_only_when_allowed(
     assert model.vlm.projector.tokens == 8 and isinstance(model.chat(str(tmp_path / "data/0.png"), "What?"), str)
     more = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
     run(more)  # one's own run, whose config names the code
+
+
+def test_a_dry_run_and_the_commands_on_data_build_it_without_weights(own, tmp_path):
+    from mmit.cli.sources import model_preparation
+    from mmit.train.forecast import forecast
+
+    own("bridges_f", PROJECTOR)
+    own("methods_f", METHODS)
+    config = config_with(tmp_path, "bridges_f:Doubled")
+    assert model_preparation(config.model).tokens == 8
+    tune = {"llm": {"mode": "methods_f:scales", "lr": 1e-2, "options": {"where": "down_proj"}}}
+    raw = {**config.model_dump(), "tune": {**config.tune.model_dump(), **tune}}
+    found = forecast(type(config).from_dict(raw))
+    trained = {row["component"]: row["trained"] for row in found.parameters}
+    assert trained == {"vision": 0, "projector": 8 * 32 + 32, "llm": 2 * 16}
 
 
 @pytest.mark.slow
@@ -225,6 +247,7 @@ def no_root(row):
 
 def test_a_data_format_of_ones_own(own, tmp_path):
     from mmit.data.formats import find_format, format_options, import_file
+    from mmit.data.formats.boxes import OPTIONS as SHARED_OPTIONS
     from mmit.errors import RecordError
 
     own("rows_a", FORMATS)
@@ -235,7 +258,7 @@ def test_a_data_format_of_ones_own(own, tmp_path):
     assert [r.turns[1].parts[0].text for r in records] == ["1"]
     assert len(bad) == 1 and "rows.jsonl:2" in bad[0].where and "KeyError: 'a'" in bad[0].problem
     assert find_format("rows_a:pairs").about == "Rows of a question and an answer."
-    assert list(format_options("rows_a:pairs")) == ["ask", "tell"]
+    assert set(format_options("rows_a:pairs")) - set(SHARED_OPTIONS) == {"ask", "tell"}
     assert next(import_file(file, "rows_a:pairs", tell="q")).turns[1].parts[0].text == "one?"
     assert next(import_file(file, "rows_a:entry")).turns[1].parts[0].text == "1"
     for name, told in (("pairs", "no option 'teil'"), ("no_root", "takes no argument image_root"), ("gone", "has no")):

@@ -380,8 +380,9 @@ def _own(kind: str, made: Any, *, vision_dim: int, llm_dim: int, **given: Any) -
                 where=where,
                 remedy="call super().__init__(vision_dim=, llm_dim=, grid=, prefix=, tokens=, norm=) in its __init__",
             )
-        training = projector.training
-        device = next((p.device for p in projector.parameters()), torch.empty(0).device)
+        if not any(True for _ in projector.parameters()):
+            raise ModelError("has no parameters", where=where, remedy="end it with a layer that gives llm_dim channels")
+        training, device = projector.training, next(projector.parameters()).device
         with torch.no_grad():
             out = projector.eval()(torch.zeros(1, projector.tokens_in, vision_dim, device=device))
         projector.train(training)
