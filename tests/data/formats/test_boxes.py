@@ -103,6 +103,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (swift([{"bbox": [1, 2, 3, 4]}]), {"boxes": "norm1"}, "'objects' is a list of objects with boxes"),
     (swift({"ref": ["a"], "bbox": [[1, 2, 3]]}), {"boxes": "norm1"}, "'[1, 2, 3]', which is no box"),
     (swift({"ref": ["a"], "bbox": [[30, 2, 3, 4]]}), {"boxes": "norm1"}, "second corner lies left"),
+    (
+        swift({"ref": ["a"], "bbox": [[3, 20, 30, 4]]}),
+        {"boxes": "norm1"},
+        "second corner lies left of the first or above",
+    ),
+    (swift({"ref": ["a"], "bbox": [[-1, 2, 3, 4]]}), {"boxes": "norm1"}, "[-1.0, 2.0, 3.0, 4.0], which lies outside"),
     (swift({"ref": ["a"], "bbox": [[1, 2, 300, 4]]}), {"boxes": "norm1"}, "outside a picture of 200 x 100 pixels"),
     (swift({"ref": ["a"], "bbox": [[0.1, 0.2, 0.3, 0.4]]}), {"boxes": "norm1"}, "which are shares and no pixels"),
     (

@@ -11,7 +11,7 @@ import pytest
 from format_tools import talk, write
 
 from mmit.data.formats import FORMATS, import_file
-from mmit.data.formats.keys import REFUSED, told
+from mmit.data.formats.keys import REFUSED, kept_keys, told
 from mmit.errors import RecordError
 from mmit.records import Record, Text
 
@@ -211,3 +211,117 @@ def test_a_value_that_json_cannot_keep_is_a_bad_row_of_the_import(tmp_path: Path
     bad: list[RecordError] = []
     assert [record.row for record in import_file(path, "messages", on_bad=bad.append)] == [2]
     assert bad[0].where == f"{path}:1" and "--skip-bad" not in bad[0].problem
+
+
+# What the table must hold, written out: a key that is lost here is a key that is silently parked.
+ROW_NAMES = {
+    "system": ["system", "system_prompt", "system_message"],
+    "tools": ["tools", "functions"],
+    "thinking": ["reasoning_content", "reasoning", "thinking", "Complex_CoT"],
+    "weight": ["weight", "loss_weight", "sample_weight", "train", "trainable"],
+    "template_args": ["template_args", "chat_template_kwargs"],
+}
+VALUES: dict[str, Any] = {
+    "system": "S",
+    "tools": {"name": "f"},
+    "thinking": "T",
+    "weight": 0,
+    "template_args": '{"x": 1}',
+}
+
+
+@pytest.mark.parametrize(("meaning", "key"), [(m, key) for m, keys in ROW_NAMES.items() for key in keys])
+def test_every_name_of_a_meaning_in_a_row(meaning: str, key: str) -> None:
+    record = read(chat(**{key: VALUES[meaning]}))
+    found = {
+        "system": record.turns[0].text,
+        "tools": record.tools,
+        "thinking": record.turns[-1].thinking,
+        "weight": record.weight,
+        "template_args": record.template_args,
+    }
+    wanted = {"tools": ({"name": "f"},), "template_args": {"x": 1}}
+    assert found[meaning] == wanted.get(meaning, VALUES[meaning]) and key not in record.meta
+
+
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "loss_scale", "loss", "train", "trainable"])
+def test_every_name_of_a_turns_weight(key: str) -> None:
+    assert read(chat({key: 0})).turns[1].weight == 0
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking", "thought"])
+def test_every_name_of_a_turns_thought(key: str) -> None:
+    """An empty thought is one: it is what a model writes that was asked not to think."""
+    assert read(chat({key: "T"})).turns[1].thinking == "T" and read(chat({key: ""})).turns[1].thinking == ""
+    row = chat()
+    row["messages"][0][key] = "T"
+    with pytest.raises(RecordError, match=f"turn 1 \\(user\\) has {key}") as caught:
+        read(row)
+    assert caught.value.remedy == f"Only the assistant's turns have {key}."
+
+
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_a_call_alone_or_in_a_list(key: str) -> None:
+    for given in ({"name": "f", "arguments": None}, [{"name": "f"}], '{"name": "f"}'):
+        calls = read(chat({key: given})).turns[1].tool_calls
+        assert calls == ({"type": "function", "function": {"name": "f"}},)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("video", "videos", "video_path", "video_url", "audio", "audios", "audio_path", "speech"),
+        *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_answer", "rejected_images"),
+        *("image_path", "image_paths", "image_file", "image_files", "img", "img_path", "image_url", "image_urls"),
+        *("input_ids", "labels", "token_ids", "mask", "loss_mask", "masked"),
+    ],
+)
+def test_every_name_that_is_refused(key: str) -> None:
+    with pytest.raises(RecordError, match=f"'{key}' is "):
+        read(chat(**{key: ["x"]}))
+    with pytest.raises(RecordError, match=f"turn 2 \\(assistant\\) has '{key}'"):
+        read(chat({key: ["x"]}))
+
+
+@pytest.mark.parametrize(
+    "key", ["label", "kto_tag", "desirable", "is_desirable", "is_correct", "is_preferred", "preferred"]
+)
+@pytest.mark.parametrize("value", [False, "undesirable", "negative", "bad", "rejected", "wrong", " Rejected\n"])
+def test_every_mark_of_a_bad_answer(key: str, value: Any) -> None:
+    with pytest.raises(RecordError, match=f"'{key}' is .*a mark that the answer is bad"):
+        read(chat(**{key: value}))
+
+
+def test_where_a_picture_came_from_may_stand_beside_it() -> None:
+    row = {**talk("<image>q", "a"), "image": "a.png"}
+    record = FORMATS["llava"]({**row, "image_path": "/old/a.png"})
+    assert len(record.images) == 1 and record.meta["image_path"] == "/old/a.png"
+
+
+def test_keys_of_one_meaning_work_together() -> None:
+    assert read(chat(weight=0.5, sample_weight=0.5)).weight == 0.25
+    assert read(chat(weight=0.5, train=True)).weight == 0.5 and read(chat(weight=0.5, train=False)).weight == 0
+    both = read(chat(template_args={"x": 1}, enable_thinking=False)).template_args
+    assert both == {"x": 1, "enable_thinking": False}
+    two = chat()
+    two["messages"] *= 2
+    with pytest.raises(RecordError, match="'reasoning' stands beside a row with 2 answers"):
+        read({**two, "reasoning": "T"})
+
+
+def test_spans_in_any_order_and_one_alone() -> None:
+    first, second = ({"begin_offset": n, "end_offset": n, "train": n == 1} for n in (0, 1))
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "ab", "train_detail": [second, first]}]
+    assert read({"conversations": turns}, "sharegpt").turns[1].parts == (Text("a", 0.0), Text("b", 1.0))
+    turns[1] |= {"value": "a", "train_detail": first}
+    assert read({"conversations": turns}, "sharegpt").turns[1].parts == (Text("a", 0.0),)
+    turns[1]["train_detail"] = [first | {"end_offset": False}]
+    with pytest.raises(RecordError, match="train_detail has") as caught:
+        read({"conversations": turns}, "sharegpt")
+    assert "whole numbers" in caught.value.remedy
+
+
+def test_what_was_kept_is_told_most_frequent_first() -> None:
+    assert told({"a": 1, "b": 3, "c": 2}, most=2) == "b (3 rows), c (2 rows) and 1 more keys"
+    record = read(chat({"tag": "", "note": "n"}))
+    assert kept_keys(record) == {"turns: note": 1}

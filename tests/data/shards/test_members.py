@@ -44,6 +44,34 @@ def test_pictures_are_those_that_the_row_names(names: list[str]) -> None:
     assert [i.source for i in read(chat, a__png=A, b__png=B).images] == [B, A]
 
 
+def test_a_whole_name_goes_before_a_base_name() -> None:
+    """Member png of the key a/k is a/k.png, and its member k.png is a/k.k.png."""
+    members = {"png": A, "k__png": B}
+    for names in (["a/k.png", "a/k.k.png"], ["a/k.png", "k.png"]):
+        row = talk("<image> and <image>", image=names)
+        assert [i.source for i in read(row, key="a/k", **members).images] == [A, B]
+    with pytest.raises(RecordError, match="'k.png', which is no member"):  # of the key k it may be either
+        read(talk("<image> and <image>", image=["k.png", "k.k.png"]), key="k", **members)
+
+
+def test_paths_of_windows_and_pictures_that_are_shown_twice() -> None:
+    row = talk("<image> and <image>", image=["x\\b.png", "y\\a.png"])
+    assert [i.source for i in read(row, a__png=A, b__png=B).images] == [B, A]
+    for names in (["s1.png"] * 2, ["coco/7.jpg"] * 2):
+        assert [i.source for i in read(talk("<image> and <image>", image=names), png=A).images] == [A, A]
+
+
+@pytest.mark.parametrize("part", ["image", "url", "path", "image_url"])
+def test_parts_name_their_pictures_by_any_key(part: str) -> None:
+    parts: list[dict[str, Any]] = []
+    for name in ("b.png", "a.png"):
+        parts.append(
+            {"type": "image_url", "image_url": {"url": name}} if part == "image_url" else {"type": "image", part: name}
+        )
+    chat = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]}
+    assert [i.source for i in read(chat, a__png=A, b__png=B).images] == [B, A]
+
+
 @pytest.mark.parametrize("row", [talk("<image> and <image>"), talk("<image> and <image>", image=None)])
 def test_order_decides_only_where_the_row_names_nothing(row: dict) -> None:
     assert [i.source for i in read(row, **{"10__png": B, "2__png": A}).images] == [A, B]
@@ -63,6 +91,8 @@ def test_the_one_picture_of_a_key_may_have_another_name() -> None:
         (talk("<image>", image="b.png"), {"a__png": A}, "'b.png', which is no member"),
         (talk("<image>", image="a.png"), {"a__png": A, "b__png": B}, "b.png is named by no image"),
         (talk("<image><image>", image=["p/1.jpg", "p/2.jpg"]), {"a__png": A, "b__png": B}, "'p/1.jpg', which is no"),
+        (talk("<image><image>", image=["p/1.jpg", "p/2.jpg"]), {"png": A}, "'p/1.jpg', which is no member"),
+        (talk("<image>", image="p/1.jpg"), {"0__png": A, "1__png": B}, "'p/1.jpg', which is no member"),
     ],
 )
 def test_a_partial_match_is_refused(row: dict, members: dict, cause: str) -> None:
