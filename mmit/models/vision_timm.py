@@ -194,7 +194,7 @@ def _locate(model: Any, layer: int | Sequence[int] | None, where: str) -> tuple[
             remedy="choose one with forward_intermediates: most vit_*, eva*, convnext*, "
             "*efficientnet*, resnet*, swin* have it",
         )
-    stages = [stage["reduction"] for stage in getattr(model.feature_info, "info", model.feature_info)]
+    stages = [stage["reduction"] for stage in _stages(model)]
     total = len(stages)
     if len(set(stages)) == 1:
         layers = layers_to_read(layer, -2, where=where)
@@ -205,13 +205,24 @@ def _locate(model: Any, layer: int | Sequence[int] | None, where: str) -> tuple[
     return stage, (stage_to_read(stage, total, where=where),), total, False
 
 
+def _stages(model: Any) -> list[dict[str, Any]]:
+    """What timm says of each block or stage: its reduction of the picture and its channels, under num_chs."""
+    return list(getattr(model.feature_info, "info", model.feature_info))
+
+
 def _measure(reader: TimmReader, size: tuple[int, int], *, where: str) -> tuple[int, tuple[int, int]]:
     """Return (D, (h, w)) by a dry run on fake tensors, which costs neither arithmetic nor memory."""
     remedy = f"this encoder cannot take images of {size[0]} x {size[1]}; leave image_size out to use its own"
-    with explained(where, remedy=remedy), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        feature_map, _ = reader.features(torch.zeros(1, 3, *size))
-        _, dim, height, width = feature_map.shape
-    return int(dim), (int(height), int(width))
+    wanted = reader.index
+    if len({(stage["reduction"], stage["num_chs"]) for stage in _stages(reader.model)}) == 1:
+        reader.index = (0,)  # every block gives the same shape, so the first is enough
+    try:
+        with explained(where, remedy=remedy), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            feature_map, _ = reader.features(torch.zeros(1, 3, *size))
+            _, dim, height, width = feature_map.shape
+    finally:
+        layers, reader.index = len(wanted) // len(reader.index), wanted
+    return int(dim) * layers, (int(height), int(width))
 
 
 def _check_name(name: str, names: list[str], tagged: list[str]) -> None:
