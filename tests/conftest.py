@@ -29,6 +29,28 @@ jinja2.Environment.compile = _compiled  # type: ignore[method-assign]
 if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+# The files that take longest, by what they were measured to take. One of them begun last would leave a core idle.
+FIRST = (
+    "models/test_tuning.py", "test_cli.py", "train/test_native_runs.py", "models/test_vision.py",
+    "train/test_identity.py", "train/test_lifetimes.py", "models/test_vision_fused.py", "train/test_forecast.py",
+    "train/test_run.py", "test_cores.py", "test_precision.py", "interop/test_llava_next.py", "train/test_watching.py",
+    "train/test_tiled_runs.py", "interop/test_placement.py", "train/test_loop.py", "train/test_settle.py",
+    "test_recipes.py", "train/test_dry_run.py", "models/test_decoding.py", "test_generate.py",
+    "templates/test_render.py", "train/test_folders.py", "train/test_loss_weights.py", "interop/test_read_tinyllava.py",
+)  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist keep the order; its own begins with the files of most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest."""
+    folder = Path(__file__).parent
+    rank = {folder / name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_extension_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -35,4 +35,5 @@ def _mode(model: nn.Module, training: bool) -> Iterator[None]:
         yield
     finally:
         for module, before in modes:
-            module.training = before
+            if module.training != before:  # setting an attribute of a module is slow
+                module.training = before

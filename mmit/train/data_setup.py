@@ -121,9 +121,14 @@ def open_data(
 def encoding_key(chat: ChatFormat, tokenizer: Any) -> str:
     """Stands for all that decides the tokens of a conversation, but for mmit's own code."""
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
-    libraries = [metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    libraries = [_version(name) for name in ("tokenizers", "transformers", "jinja2")]
     code = source_hash(chat.name, where="model.chat.format") if chat.own else ""
     return key_of(chat.to_json(), code, tokenizer.backend_tokenizer.to_str(), special, libraries)
+
+
+@lru_cache  # reads and parses a file
+def _version(library: str) -> str:
+    return metadata.version(library)
 
 
 def _encode(chat: ChatFormat, tokenizer: Any, loss: Loss, record: Record) -> Encoded:

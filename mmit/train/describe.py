@@ -5,6 +5,7 @@ The report and `mmit run-status` read it. Every start of a run, the resumed ones
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import time
@@ -37,7 +38,7 @@ def describe(
 ) -> dict[str, Any]:
     """Facts of a run as JSON values."""
     return {
-        "versions": _versions(),
+        "versions": dict(_versions()),
         "hardware": _hardware(world),
         "parameters": parameter_table(vlm),
         "steps": walk.steps,
@@ -60,6 +61,7 @@ def _data(data: InstructionData, scan: Scan) -> dict[str, Any]:
     return {"sources": sources, **totals}
 
 
+@functools.cache  # reads and parses a file for each library
 def _versions() -> dict[str, str]:
     found = {"mmit": mmit.__version__, "python": platform.python_version()}
     for name in LIBRARIES:
