@@ -559,3 +559,30 @@ def test_a_config_beside_other_names_does_not_hide_that_of_the_chat_format(own, 
     config = tiny_config(tmp_path)
     assert own_code(config, {"chat": {"name": "evil:name"}})["model.chat.format"] == "evil:name"
     assert own_code(config, {"chat": {"name": "evil:name", "template": "{{ x }}"}})["model.chat.format"] is None
+
+
+def test_mmit_eval_scores_a_task_of_an_own_format_and_an_own_metric(own, tmp_path):
+    import json
+
+    from typer.testing import CliRunner
+
+    from mmit.cli import app
+
+    own("bridges_g", PROJECTOR)
+    own("rows_g", FORMATS)
+    own("scores_g", METRICS)
+    config = config_with(tmp_path, "bridges_g:Doubled")
+    run(config)
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"q": "what {i}?", "a": "{i}"}}\n' for i in range(4)))
+    task = {"name": "mine", "records": "rows.jsonl", "format": "rows_g:pairs", "metric": "scores_g:first_letter"}
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump({**task, "max_new_tokens": 3}))
+    words = ["eval", config.run.dir, "--task", "task.yaml", "--no-baselines", "--out", "scores"]
+    refused = CliRunner().invoke(app, words)
+    assert refused.exit_code == 2 and "bridges_g:Doubled" in refused.stderr
+    done = CliRunner().invoke(app, [*words, "--allow-code"])
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "scores" / "report.json").read_text())
+    assert (
+        report["metric"] == "scores_g:first_letter"
+        and "scores_g:first_letter" in (tmp_path / "scores/report.md").read_text()
+    )
