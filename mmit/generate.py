@@ -26,10 +26,11 @@ from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, ask_messages,
 from mmit.errors import ConfigError, nearest
 from mmit.interop.foreign import Foreign, check_options, is_foreign, read_foreign, settle
 from mmit.models import decoding
-from mmit.models.decoding import Prompts, Sampling
+from mmit.models.decoding import Prompts
 from mmit.models.generation import end_ids, generation_facts
 from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, context_length, fewer_bits, usable_device
+from mmit.models.sampling import Sampling
 from mmit.models.vlm import VLM
 from mmit.pictures import Features, Pictures
 from mmit.records import Record

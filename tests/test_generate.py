@@ -17,9 +17,9 @@ from mmit.data.chat import chat_format, encode
 from mmit.data.images import fit, load_rgb
 from mmit.errors import CheckpointError, ConfigError, ImageError, RecordError
 from mmit.generate import Model, as_prompt, ask
-from mmit.models.decoding import Sampling
 from mmit.models.llm import load_llm
 from mmit.models.projectors import build_projector
+from mmit.models.sampling import Sampling
 from mmit.models.vision import build_vision
 from mmit.models.vlm import VLM
 from mmit.records import Image, Record, Text, Turn, read_jsonl

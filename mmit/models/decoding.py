@@ -1,16 +1,15 @@
 """Decoding: from prompts laid into rows to new tokens, one step for all unfinished prompts at a time.
 
-Owns the key-value cache of a batch, the choice of the next token and the sums behind likelihood scoring. Takes
-embeddings and index tensors of rows, gives token ids; knows neither tokenizers nor records. Many prompts run as
-one row, so what they share (system prompt, picture) is computed once; then every prompt's path is copied out
-into a left-padded batch. Refuses what a model's cache does not allow: see `support`.
+Owns the key-value cache of a batch and the sums behind likelihood scoring. Takes embeddings and index tensors of rows,
+gives token ids; knows neither tokenizers nor records. Many prompts run as one row, so what they share (system prompt,
+picture) is computed once; then every prompt's path is copied out into a left-padded batch. Refuses what a model's cache
+does not allow: see `support`.
 
 Dimensions: T tokens in a row, B prompts, S targets, L longest path, KV key heads, D head size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -21,11 +20,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from mmit.errors import ConfigError, ModelError
+from mmit.errors import ModelError
 from mmit.models.attention import NAME, run_row
 from mmit.models.calls import cache_name, cache_of, call
 from mmit.models.llm import input_device
 from mmit.models.per_record import rotary_limit, turning_point
+from mmit.models.sampling import Sampling, choose
 from mmit.models.virtual import with_prompt
 from mmit.models.vlm import VLM
 
@@ -43,45 +43,6 @@ class Prompts(NamedTuple):
     positions: torch.Tensor  # (T,)
     nodes: torch.Tensor  # (K, 3) first token, length, parent or -1; parents come first
     predict_at: torch.Tensor  # (B,) last token of each prompt
-
-
-_NUMBER: tuple[type, ...] = (int, float)
-_SAMPLING_TYPES = (
-    ("temperature", _NUMBER, "a number, 0 (greedy) or more"),
-    ("top_p", _NUMBER, "a number above 0 and up to 1"),
-    ("top_k", (int,), "a whole number, 0 (every token) or more"),
-    ("seed", (int,), "a whole number"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen; temperature 0 is greedy, top_k 0 keeps every token.
-
-    `seed` and a prompt's number alone decide its random draws, whatever else is in the batch.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, kind, told in _SAMPLING_TYPES:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, kind):
-                raise ConfigError(f"{name} is {value!r}", remedy=f"Give {told}.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature}", remedy="Give 0 (greedy) or more.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}", remedy="Give a number above 0 and up to 1.")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}", remedy="Give 0 (every token) or more.")
-
-    def generator(self, prompt: int) -> torch.Generator:
-        """Return the source of randomness of one prompt. On the CPU, so that every device draws the same."""
-        digest = hashlib.blake2b(f"{self.seed} {prompt}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,36 +337,6 @@ def _anew(llm: LLM, state: State, place: int, answer: Sequence[int]) -> torch.Te
     for layer, new in zip(state.cache.layers, cache.layers, strict=True):
         cast(_GrowingLayer, layer).put(place, cast(Any, new).keys[0], cast(Any, new).values[0])
     return out.logits[0, -1]
-
-
-def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> list[int]:
-    """Choose the next token of every place.
-
-    Nucleus sampling (top_p) is arXiv:1904.09751; top_k is applied before it, as transformers does.
-
-    Args:
-        logits: (B, V).
-        sampling: how.
-        draws: (B,) generators, each advanced by one draw unless greedy.
-    """
-    best = logits.max(-1)
-    if not torch.isfinite(best.values).all():
-        raise ModelError("the model's logits are not finite", remedy="load it with dtype bf16 or fp32")
-    if sampling.temperature == 0:
-        return best.indices.tolist()
-    ordered, ids = torch.sort(logits.float() / sampling.temperature, dim=-1, descending=True, stable=True)
-    if sampling.top_k:
-        ordered[:, sampling.top_k :] = float("-inf")
-    share = ordered.softmax(-1)
-    total = share.cumsum(-1)
-    share = share.masked_fill(total - share >= sampling.top_p, 0.0)
-    # Drawn in the order of the vocabulary: in that of the shares, rounding could swap two that are nearly equal.
-    share = torch.zeros_like(share).scatter(-1, ids, share)
-    total = share.cumsum(-1)
-    uniform = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(total.device)
-    # Up to the last token kept: rounding in the sum must not let a token of probability 0 through.
-    last = share.shape[-1] - 1 - (share > 0).flip(-1).int().argmax(-1)
-    return torch.minimum((total <= uniform[:, None] * total[:, -1:]).sum(-1), last).tolist()
 
 
 def decode(llm: LLM, state: State, *, limits: Sequence[int], **options: Any) -> list[list[int]]:

@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import GenerationConfig
 
-from mmit.models.decoding import Sampling
+from mmit.models.sampling import Sampling
 
 # transformers' own default where a file asks for sampling and says nothing of top_k.
 TOP_K = 50

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mmit.data.packing import Sample, build_row
 from mmit.errors import ConfigError, ModelError
 from mmit.models import decoding
-from mmit.models.decoding import Prompts, Sampling, Support
+from mmit.models.decoding import Prompts, Support
 from mmit.models.llm import load_llm
+from mmit.models.sampling import Sampling, choose
 from mmit.models.vlm import VLM
 from tests.models.small_llms import described, family
 
@@ -269,7 +270,7 @@ def test_sampling_depends_on_seed_and_prompt_alone(sampling: Sampling) -> None:
 
 def frequencies(sampling: Sampling, logits: torch.Tensor) -> torch.Tensor:
     draw = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, seed=1).generator(0)
-    chosen = decoding.choose(logits.expand(4000, -1), sampling, [draw] * 4000)
+    chosen = choose(logits.expand(4000, -1), sampling, [draw] * 4000)
     return torch.bincount(torch.tensor(chosen), minlength=logits.shape[-1]) / 4000
 
 
@@ -300,7 +301,7 @@ def test_sampling_options_out_of_range_are_refused(options: dict[str, Any]) -> N
 def test_logits_that_are_not_finite_are_an_error() -> None:
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ModelError, match="finite"):
-            decoding.choose(torch.tensor([[0.0, bad]]), Sampling(), [])
+            choose(torch.tensor([[0.0, bad]]), Sampling(), [])
 
 
 @torch.inference_mode()

@@ -18,8 +18,8 @@ from mmit.errors import ConfigError, RecordError
 from mmit.eval.harness.requests import Generation
 from mmit.eval.runner import CHUNK
 from mmit.generate import Likelihood, Model
-from mmit.models.decoding import Sampling
 from mmit.models.llm import context_length
+from mmit.models.sampling import Sampling
 from mmit.records import Record
 
 Asked = TypeVar("Asked")
