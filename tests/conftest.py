@@ -29,6 +29,10 @@ jinja2.Environment.compile = _compiled  # type: ignore[method-assign]
 if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
+# Their tests fork. Some tests of other files make autograd start threads, after which a forked child cannot train.
+FORKING = tuple(
+    f"train/test_{name}.py" for name in ("kill", "recipes_run", "saving", "folders", "heartbeat", "kill_matrix")
+)
 # The files that take longest, by what they were measured to take. One of them begun last would leave a core idle.
 FIRST = (
     "models/test_tuning.py", "test_cli.py", "train/test_native_runs.py", "models/test_vision.py",
@@ -36,7 +40,7 @@ FIRST = (
     "train/test_run.py", "test_cores.py", "test_precision.py", "interop/test_llava_next.py", "train/test_watching.py",
     "train/test_tiled_runs.py", "interop/test_placement.py", "train/test_loop.py", "train/test_settle.py",
     "test_recipes.py", "train/test_dry_run.py", "models/test_decoding.py", "test_generate.py",
-    "templates/test_render.py", "train/test_folders.py", "train/test_loss_weights.py", "interop/test_read_tinyllava.py",
+    "templates/test_render.py", "train/test_loss_weights.py", "interop/test_read_tinyllava.py",
 )  # fmt: skip
 
 
@@ -46,9 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take longest."""
+    """Begin with the files that fork, then with those that take longest."""
     folder = Path(__file__).parent
-    rank = {folder / name: number for number, name in enumerate(FIRST)}
+    rank = {folder / name: number for number, name in enumerate((*FORKING, *FIRST))}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 

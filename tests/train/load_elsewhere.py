@@ -32,11 +32,14 @@ def by_transformers(folder: Path) -> str:
 def by_mmit(folder: Path) -> str:
     """Greedy answer of the loaded checkpoint."""
     import PIL.Image
+    import yaml
 
     import mmit
     from mmit.records import Image, Record, Text, Turn
 
-    asked = (Image(PIL.Image.new("RGB", (24, 20), (200, 30, 30))), Text("What color is it?"))
+    asked: tuple[Image | Text, ...] = (Image(PIL.Image.new("RGB", (24, 20), (200, 30, 30))),)
+    if yaml.safe_load((folder / "config.yaml").read_text())["model"]["chat"]["format"] != "plain":  # which takes none
+        asked += (Text("What color is it?"),)
     record = Record((Turn("user", asked), Turn("assistant", (Text("red"),))))
     return mmit.load(folder, device="cpu").generate([record], max_new_tokens=3)[0]
 
