@@ -76,7 +76,10 @@ class Plan:
         """Mask (G, 1, Lq, Lk) of a bucket under a layer's pattern; made once."""
         if (number, pattern) not in self.masks:
             b = self.buckets[number]
-            self.masks[number, pattern] = pattern.mask(b.before.to(device), b.size[1], b.size[2])
+            mask = pattern.mask(b.before.to(device), b.size[1], b.size[2])
+            # A query that pads a node may lie where the window holds no key: the softmax of nothing is NaN, and times
+            # its gradient of zero that is NaN in every key. It sees all of them instead; its output is never read.
+            self.masks[number, pattern] = mask | ~mask.any(-1, keepdim=True)
         return self.masks[number, pattern]
 
 
