@@ -115,7 +115,8 @@ class Small:
 
             tokenizer = write_tokenizer(folder)
             sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-            sizes |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 256}
+            # Spare rows, as published tables have: a family's own tokenizer class may add tokens to the file's.
+            sizes |= {"num_key_value_heads": 2, "vocab_size": len(tokenizer) + 8, "max_position_embeddings": 256}
             ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
             torch.manual_seed(0)
             described = AutoConfig.for_model(kinds[0], **sizes, **ends, initializer_range=0.1)
