@@ -7,6 +7,8 @@ import torch
 
 from mmit.errors import ModelError
 from mmit.models.tuning import apply_tuning
+from mmit.models.tuning.merge import merge
+from mmit.models.tuning.reach import not_matrices
 from mmit.models.vlm import VLM
 from mmit.train.probes import answers, check_start_of_adapter, without_gradient
 from tests.models.test_families import pair
@@ -56,6 +58,23 @@ def test_an_adapter_of_a_state_space_starts_where_the_base_is(name):
 def test_an_adapter_on_weights_that_are_read_past_it_is_refused():
     with pytest.raises(ModelError, match="without calling it"):
         tuned("jamba", targets=["q_proj", "dt_proj"])
+
+
+@pytest.mark.parametrize("name, routers", [("llama4_text", 1), ("phimoe", 2)])
+def test_a_router_that_is_a_linear_layer_by_class_alone_is_left_out(name, routers):
+    vlm, before = tuned(name, r=4)
+    with torch.no_grad():
+        for key, parameter in vlm.llm.named_parameters():
+            if "lora_B" in key:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    assert "router" not in adapted(vlm) and not without_gradient(vlm)
+    assert len(not_matrices(vlm.llm)) == routers
+    after = answers(vlm)
+    assert (after - before).abs().max() > 1e-3
+    merge(vlm)
+    torch.testing.assert_close(answers(vlm), after, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ModelError, match="more than a matrix product"):
+        tuned(name, targets=["q_proj", "router"])
 
 
 def test_a_start_that_changes_the_model_is_found():

@@ -31,7 +31,9 @@ class FusedLinear(Linear):
         base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
         if not x.dtype == base.weight.dtype == a.dtype == b.dtype or autocast_on(x.device.type):
             return super().forward(x)
-        return _Fused.apply(x, base.weight, base.bias, a, b, self.scaling[name])
+        # Views are made outside: models may add to what comes out in place, which a view from inside would refuse.
+        rows = _Fused.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, self.scaling[name])
+        return rows.view(*x.shape[:-1], rows.shape[-1])
 
     def _alone(self) -> str | None:
         """The one adapter whose output is x A' B' and nothing else, or None."""
@@ -83,27 +85,25 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
+        rows: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         a: torch.Tensor,
         b: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
-        rows = x.reshape(-1, x.shape[-1])
         inner = rows @ a.t()  # (T, R)
         out = F.linear(rows, weight, bias).addmm_(inner, b.t(), alpha=scale)
-        ctx.save_for_backward(x, inner, weight, a, b)
+        ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scale = scale
-        return out.view(*x.shape[:-1], len(weight))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, inner, weight, a, b = ctx.saved_tensors
+        rows, inner, weight, a, b = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         slope = (grad @ b).mul_(ctx.scale)  # (T, R)
-        dx = (grad @ weight).addmm_(slope, a).view(x.shape) if needs[0] else None
+        dx = (grad @ weight).addmm_(slope, a) if needs[0] else None
         dweight = grad.t() @ rows if needs[1] else None
         dbias = grad.sum(0) if needs[2] else None
         da = slope.t() @ rows if needs[3] else None

@@ -19,7 +19,14 @@ from torch import nn
 from mmit.errors import ModelError
 from mmit.models.tuning.fused_lora import fuse_lora
 from mmit.models.tuning.options import Option, Options
-from mmit.models.tuning.reach import bypassed, expert_parameters, find_targets, refuse_bypassed
+from mmit.models.tuning.reach import (
+    bypassed,
+    expert_parameters,
+    find_targets,
+    not_matrices,
+    refuse_bypassed,
+    refuse_routers,
+)
 
 LORA_KEYS = {  # ours -> peft's
     "r": "r",
@@ -110,9 +117,11 @@ def tune_lora(llm: Any, options: Mapping[str, Any]) -> PeftModel:
         targets = find_targets(llm, options["targets"], layers=options["layers"])
         unheard = bypassed(llm)
         refuse_bypassed(targets, unheard)
+        routers = not_matrices(llm)
+        refuse_routers(targets, routers)
         config = lora_config({**options, "targets": targets})
-        if unheard:
-            config.exclude_modules = "|".join(map(re.escape, unheard))
+        if excluded := sorted({*unheard, *routers}):
+            config.exclude_modules = "|".join(map(re.escape, excluded))
         if options["experts"]:
             config.target_parameters = _experts(llm)
         llm = wrap(llm, config, where="tune.llm.options.targets")

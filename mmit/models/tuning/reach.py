@@ -109,6 +109,38 @@ def bypassed(llm: Any) -> list[str]:
     return sorted((suspects - called) | ({f"{n}.out_proj" for n in spaces} & suspects))
 
 
+def not_matrices(llm: Any) -> list[str]:
+    """Names of subclasses of the linear layer that return more or something else than its product.
+
+    The router of Llama 4 is one: it returns scores beside logits, and what an adapter adds has no place there. Each
+    class of transformers' that has a forward of its own is asked once, without weights.
+    """
+    found = []
+    for name, module in base_model(llm).named_modules():
+        owner = next((c for c in type(module).__mro__ if "forward" in vars(c)), nn.Linear)
+        if isinstance(module, nn.Linear) and owner.__module__.startswith("transformers.models."):
+            given = torch.empty(1, 2, module.in_features, dtype=module.weight.dtype, device="meta")
+            weights = {n: torch.empty(shape(p), dtype=p.dtype, device="meta") for n, p in module.named_parameters()}
+            try:
+                out = torch.func.functional_call(module, weights, (given,))
+            except (RuntimeError, TypeError):
+                out = None
+            if not isinstance(out, torch.Tensor) or out.shape != (1, 2, module.out_features):
+                found.append(name)
+    return found
+
+
+def refuse_routers(targets: Any, names: Sequence[str]) -> None:
+    """Refuse targets that name layers of `not_matrices`. Raises ModelError."""
+    for target in () if isinstance(targets, str) else targets:
+        if found := [n for n in names if _ends(n, target)]:
+            raise ModelError(
+                f"'{found[0]}' returns more than a matrix product, so that an adapter cannot be added to it",
+                where=WHERE,
+                remedy=f"leave '{target}' out",
+            )
+
+
 def refuse_bypassed(targets: Any, names: Sequence[str]) -> None:
     """Refuse targets that name only layers whose weights are read past them. Raises ModelError."""
     if targets == ALL_LINEAR or isinstance(targets, str):
