@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 import pytest
+import torch
 import typer.testing
 
 # typer builds the commands of the whole tree again at every invoke; one build serves all tests.
@@ -29,7 +30,8 @@ jinja2.Environment.compile = _compiled  # type: ignore[method-assign]
 if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-# Their tests fork. Some tests of other files make autograd start threads, after which a forked child cannot train.
+# Their tests fork and train in the child. A child cannot use the threads its parent had: it would wait for OpenMP's or
+# autograd's without end. So these files run first, and compute with one thread until they are done.
 FORKING = tuple(
     f"train/test_{name}.py" for name in ("kill", "recipes_run", "saving", "folders", "heartbeat", "kill_matrix")
 )
@@ -54,6 +56,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     folder = Path(__file__).parent
     rank = {folder / name: number for number, name in enumerate((*FORKING, *FIRST))}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread_where_tests_fork(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep the parent of forks from starting OpenMP's threads."""
+    before = torch.get_num_threads()
+    if request.path in {Path(__file__).parent / name for name in FORKING}:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

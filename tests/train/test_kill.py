@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections import Counter
@@ -26,6 +27,7 @@ from tests.tiny_run import DROPOUT, tiny_config
 
 def start(config: Config, *, before: Callable[[], None] = lambda: None) -> int:
     """Fork a run; it writes which records each of its micro-batches held to `trace.jsonl`. The child calls `before`."""
+    assert torch.get_num_threads() == 1, "a child would wait for its parent's OpenMP threads"
     child = os.fork()
     if child:
         return child
@@ -36,8 +38,9 @@ def start(config: Config, *, before: Callable[[], None] = lambda: None) -> int:
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # what pytest put there is lost with the child
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(600)
+        signal.alarm(240)
         trace(folder / "trace.jsonl")
         before()
         code = run_module.run(config)

@@ -24,7 +24,7 @@ from mmit.config import Config, load_config
 from mmit.train import folders
 from tests.train.launch import ROOT
 from tests.train.small_recipes import FOLDER, STEPS, Small, ranks_of, stage_one, why_not, write_task
-from tests.train.test_kill import losses
+from tests.train.test_kill import end, losses
 from tests.train.test_kill_matrix import finish, import_deepspeed, start_all
 
 RECIPES = sorted(p.stem for p in FOLDER.glob("*.yaml"))
@@ -83,9 +83,25 @@ def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def mmit(*arguments: str | Path) -> str:
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert done.exit_code == 0, f"{done.output[-3000:]}\n{done.exception!r}"
-    return done.output
+    """Run a command of mmit in a fork, whose threads are gone before the next one; return what it printed."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        code = 99
+        try:
+            signal.alarm(240)
+            done = CliRunner().invoke(app, [str(a) for a in arguments])
+            with open(write, "w") as file:
+                file.write(done.output + (f"\n{done.exception!r}" if done.exception else ""))
+            code = done.exit_code
+        finally:
+            os._exit(code)
+    os.close(write)
+    with open(read) as file:
+        output = file.read()
+    assert end(child) == 0, output[-4000:]
+    return output
 
 
 def loaded_elsewhere(folder: Path) -> dict[str, str]:
