@@ -38,7 +38,8 @@ def start(config: Config, *, before: Callable[[], None] = lambda: None) -> int:
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)  # what pytest put there is lost with the child
+        # What pytest put there is lost with the child.
+        sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(240)
         trace(folder / "trace.jsonl")
