@@ -6,12 +6,12 @@ export TOKENIZERS_PARALLELISM=false
 
 venv=.venv
 python=${PYTHON:-python3}
+extras=deepspeed,gguf,test,lint,docs
 limits=()
-extras=deepspeed,gguf,test,docs
 if [ "${MMIT_ENV:-}" = lowest ]; then
   venv=.venv-lowest
   limits=(--constraint tests/versions/lowest.txt)
-  extras=deepspeed,gguf,test
+  extras=deepspeed,gguf,test # linters and documentation ask for newer versions than mmit does
   if [ -z "${PYTHON:-}" ]; then # the lowest Python as well, where there is one
     for candidate in python3.10 "$(pyenv prefix 3.10 2>/dev/null)/bin/python3.10"; do
       "$candidate" --version >/dev/null 2>&1 && python=$candidate && break
