@@ -29,7 +29,7 @@ MAIN = "import mmit.cli, sys\ntry:\n    mmit.cli.main(['--version'])\nexcept Sys
 
 
 def test_a_program_sets_it_before_torch_is_imported_and_a_library_does_not() -> None:
-    assert fresh(MAIN + SHOW.format("sys")) == "PASSIVE None"
+    assert fresh(MAIN + SHOW.format("sys")) == "None 1000"
     assert fresh("import mmit, mmit.generate\n" + SHOW.format("sys")) == "None None"
 
 
@@ -44,7 +44,7 @@ def test_it_comes_too_late_after_torch() -> None:
     import torch  # noqa: F401
 
     environment: dict[str, str] = {}
-    assert not cores.wait_asleep(environment) and not environment
+    assert not cores.spin_briefly(environment) and not environment
 
 
 @pytest.fixture
