@@ -38,6 +38,18 @@ from mmit.models.vision_encoder import (
 )
 
 
+class _Maps(nn.Module):
+    """The maps of a reader, (B, 3, H, W) -> (B, D, h, w)."""
+
+    def __init__(self, reader: TimmReader) -> None:
+        super().__init__()
+        self.reader = reader
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """See `TimmReader.features`."""
+        return self.reader.features(pixels)[0]
+
+
 class TimmReader(Reader):
     """Normalised pixels (B, 3, H, W) -> features (B, N, D) of one layer of a timm model."""
 
@@ -211,18 +223,29 @@ def _stages(model: Any) -> list[dict[str, Any]]:
 
 
 def _measure(reader: TimmReader, size: tuple[int, int], *, where: str) -> tuple[int, tuple[int, int]]:
-    """Return (D, (h, w)) by a dry run on fake tensors, which costs neither arithmetic nor memory."""
+    """Return (D, (h, w)) by a dry run, which costs neither arithmetic nor memory."""
     remedy = f"this encoder cannot take images of {size[0]} x {size[1]}; leave image_size out to use its own"
     wanted = reader.index
     if len({(stage["reduction"], stage["num_chs"]) for stage in _stages(reader.model)}) == 1:
         reader.index = (0,)  # every block gives the same shape, so the first is enough
     try:
-        with explained(where, remedy=remedy), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-            feature_map, _ = reader.features(torch.zeros(1, 3, *size))
-            _, dim, height, width = feature_map.shape
+        with explained(where, remedy=remedy), torch.no_grad():
+            dim, height, width = _shape_of_map(reader, size)
     finally:
         layers, reader.index = len(wanted) // len(reader.index), wanted
     return int(dim) * layers, (int(height), int(width))
+
+
+def _shape_of_map(reader: TimmReader, size: tuple[int, int]) -> torch.Size:
+    """(D, h, w) of the features: on the meta device, or on fake tensors, which take several times as long."""
+    whole = _Maps(reader)
+    weights = {k: v.detach().to("meta") for k, v in (*whole.named_parameters(), *whole.named_buffers())}
+    try:
+        maps = torch.func.functional_call(whole, weights, (torch.zeros(1, 3, *size, device="meta"),))
+    except (RuntimeError, NotImplementedError):  # a tensor that is neither parameter nor buffer stays on the CPU
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            maps = reader.features(torch.zeros(1, 3, *size))[0]
+    return maps.shape[1:]
 
 
 def _check_name(name: str, names: list[str], tagged: list[str]) -> None:
