@@ -308,6 +308,8 @@ def _plain(turn: Turn) -> bool:
 
 
 def _as_tuple(value: Any, name: str, example: str) -> tuple[Any, ...]:
+    if type(value) is tuple:  # as nearly always, and asking an ABC takes longer than all the rest
+        return value
     # Text is a sequence too, but its letters are no parts.
     if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
         return tuple(value)
