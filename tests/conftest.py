@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jinja2
 import pytest
 import torch
 import typer.testing
 
+from tests import examples
+
+gc.disable()  # until everything is imported, see pytest_collection_finish
 # typer builds the commands of the whole tree again at every invoke; one build serves all tests.
 typer.testing._get_command = functools.cache(typer.testing._get_command)
 # PEFT compiles the template of its model card at every save; what jinja2 shares among templates is compiled once.
@@ -29,6 +34,15 @@ jinja2.Environment.compile = _compiled  # type: ignore[method-assign]
 # Where there is no device, torch looks for the driver's library again at every operation on fake tensors.
 if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+
+
+def _no_sync(handle: Any) -> None:
+    """No test can tell whether bytes reached the disk, and waiting for it leaves a core idle."""
+    os.fstat(handle if isinstance(handle, int) else handle.fileno())
+
+
+os.fsync = _no_sync
 
 # Their tests fork and train in the child. A child cannot use the threads its parent had: it would wait for OpenMP's or
 # autograd's without end. So these files run first, and compute with one thread until they are done.
@@ -49,10 +63,24 @@ FIRST = (
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist keep the order; its own begins with the files of most tests."""
     config.option.loadscopereorder = False
+    examples.register()
+    hypothesis.settings.load_profile("all" if config.option.markexpr == "slow" else "few")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that fork, then with those that take longest."""
+def pytest_collection_finish() -> None:
+    """Collect garbage again, less often, and without looking at the modules that are loaded by now."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the files that fork, then with those that take longest; slow properties are all of them, see there."""
+    if config.option.markexpr == "slow":
+        for item in items:
+            if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+                item.add_marker("slow")
     folder = Path(__file__).parent
     rank = {folder / name: number for number, name in enumerate((*FORKING, *FIRST))}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
@@ -74,13 +102,9 @@ def _own_extension_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
     torch waits without end for the lock of a compilation that was killed, and the default folder outlives a session.
     """
-    before = os.environ.get("TORCH_EXTENSIONS_DIR")
-    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("extensions"))
-    yield
-    if before is None:
-        del os.environ["TORCH_EXTENSIONS_DIR"]
-    else:
-        os.environ["TORCH_EXTENSIONS_DIR"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path_factory.mktemp("extensions")))
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,10 +113,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     A dry run links all of it into a folder of its own, so it should stay small.
     """
-    before = os.environ.get("MMIT_CACHE")
-    os.environ["MMIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        del os.environ["MMIT_CACHE"]
-    else:
-        os.environ["MMIT_CACHE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MMIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

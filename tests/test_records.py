@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from mmit.errors import RecordError, WriteError
 from mmit.records import Image, Record, Text, Turn, read_jsonl, short, write_jsonl
+from tests.examples import examples
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=30)
 said = texts.filter(str.strip)
@@ -96,7 +97,7 @@ def test_json_round_trip(record: Record) -> None:
     assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples(30))
 @given(st.lists(records(), max_size=4))
 def test_jsonl_round_trip(tmp_path_factory: pytest.TempPathFactory, items: list[Record]) -> None:
     folder = tmp_path_factory.mktemp("round")

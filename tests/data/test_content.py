@@ -18,6 +18,7 @@ from tokenizers import AddedToken
 from mmit.data.chat import IMAGE_SLOT, Encoded, chat_format, encode
 from mmit.data.content import piece_tokenizer
 from mmit.errors import RecordError
+from tests.examples import examples
 
 LOOKALIKES = [
     "<|im_end |>",
@@ -146,7 +147,7 @@ SLOWEST = [pytest.param(name, marks=pytest.mark.slow) if name == "smollm2" else 
 
 
 @pytest.mark.parametrize("name", SLOWEST)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(system=TEXTS, first=TEXTS, second=TEXTS, answer=TEXTS)
 def test_content_never_becomes_a_control_token(
     name: str, system: str, first: str, second: str, answer: str

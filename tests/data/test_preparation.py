@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mmit.data.preparation import LINE_END, ImagePreparation, splice_index
 from mmit.errors import ConfigError, ImageError
 from mmit.records import Image
+from tests.examples import examples
 
 PINPOINTS = [[8, 16], [16, 8], [16, 16], [24, 8]]
 
@@ -29,7 +30,7 @@ def picture(width: int, height: int) -> Image:
 
 
 @given(st.tuples(st.integers(2, 60), st.integers(2, 60)))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_tokens_stand_where_transformers_puts_them(size):
     from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
@@ -49,7 +50,7 @@ def test_tokens_stand_where_transformers_puts_them(size):
 
 @pytest.mark.parametrize("mode", ["any_resolution", "dynamic", "pad", "resize", "crop"])
 @given(st.tuples(st.integers(2, 60), st.integers(2, 60)))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_a_header_tells_crops_and_tokens(mode, size):
     prepared = eye(mode)
     spread = prepared.spread(picture(*size))

@@ -14,6 +14,7 @@ from mmit.data.images import image_size, load_rgb
 from mmit.data.tiles import PINPOINTS, Tiling, any_resolution, best_canvas, crops, dynamic_tiles
 from mmit.errors import ConfigError, ImageError
 from mmit.records import Image
+from tests.examples import examples
 
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
@@ -75,7 +76,7 @@ def test_options_change_the_count_as_they_say():
 
 
 @given(SIZES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_same_grids_as_transformers(size):
     from transformers.image_processing_utils import select_best_resolution
     from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
@@ -88,7 +89,7 @@ def test_same_grids_as_transformers(size):
 
 
 @given(SIZES)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 def test_same_token_counts_as_transformers(size):
     from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
@@ -102,7 +103,7 @@ def test_same_token_counts_as_transformers(size):
 
 
 @given(SIZES)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 def test_invariants(size):
     for tiling in (any_resolution(size), dynamic_tiles(size)):
         assert tiling.canvas == (tiling.grid[1] * tiling.tile, tiling.grid[0] * tiling.tile)
@@ -115,7 +116,7 @@ def test_invariants(size):
 
 
 @given(st.tuples(st.integers(1, 120), st.integers(1, 120)))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 def test_crops_match_the_plan(size):
     picture = PIL.Image.new("RGB", size, (200, 100, 50))
     pinpoints = [(8, 16), (16, 8), (16, 16)]

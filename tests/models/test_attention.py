@@ -14,6 +14,7 @@ from mmit.errors import ModelError
 from mmit.models import attention
 from mmit.models.llm import load_llm
 from mmit.models.vlm import VLM
+from tests.examples import examples
 from tests.models.small_llms import described
 
 LLAMA = {
@@ -132,7 +133,7 @@ def test_no_gradient_flows_between_records(llm):
     assert embeddings.grad[split:].abs().max() == 0.0
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(st.integers(0, 10**6))
 def test_any_forest(seed):
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from mmit.errors import ModelError
 from mmit.models.projectors import PROJECTORS, build_projector, space_to_depth
+from tests.examples import examples
 
 DIMS = {"vision_dim": 6, "llm_dim": 8}
 KINDS = {
@@ -23,7 +24,7 @@ def test_every_kind_is_tested_here():
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(blocks=st.tuples(st.integers(1, 3), st.integers(1, 3)), batch=st.integers(0, 3))
 def test_tokens_stated_are_tokens_produced(kind, norm, blocks, batch):
     grid = (2 * blocks[0], 2 * blocks[1])
@@ -44,7 +45,7 @@ def test_gradients_reach_every_parameter(kind, norm):
 
 
 @given(blocks=st.tuples(st.integers(1, 4), st.integers(1, 4)), factor=st.integers(1, 4), dim=st.integers(1, 3))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 def test_pixel_shuffle_moves_every_number_and_loses_none(blocks, factor, dim):
     grid = (blocks[0] * factor, blocks[1] * factor)
     features = torch.arange(grid[0] * grid[1] * dim).reshape(1, -1, dim)

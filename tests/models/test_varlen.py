@@ -15,6 +15,7 @@ from mmit.data.packing import build_row
 from mmit.models import varlen
 from mmit.models.attention import PLAIN, Kind, forest_attention, make_plan
 from mmit.models.visibility import Visibility
+from tests.examples import examples
 from tests.models.test_attention import many
 
 
@@ -63,7 +64,7 @@ def with_gradients(out, *inputs):
     return out, torch.autograd.grad(out, inputs, upstream.to(out))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from([None, 3, 12]))
 @example(6974, True, 3)  # queries that only pad a node see no key in the window
 def test_segments_are_the_attention_of_buckets(seed, shared, window):

@@ -19,6 +19,7 @@ from test_vqa import GQA, QUESTIONS, TEXTVQA
 from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.errors import MmitError, RecordError
 from mmit.records import Record
+from tests.examples import examples
 
 MESSAGE = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "a"}}]}
 ROWS: dict[str, Any] = {
@@ -100,7 +101,7 @@ def sound(record: Record) -> None:
         assert error.remedy
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(400), deadline=None, suppress_health_check=list(HealthCheck))
 @given(broken_row())
 @example(("alpaca", {"instruction": "a", "output": "c", "history": True}))
 def test_damaged_rows(case: tuple[str, Any]) -> None:
@@ -116,7 +117,7 @@ def test_damaged_rows(case: tuple[str, Any]) -> None:
         sound(record)
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(250), deadline=None, suppress_health_check=list(HealthCheck))
 @given(broken_file(), st.booleans())
 def test_damaged_files(case: tuple[str, Any], one_line: bool) -> None:
     name, value = case
@@ -135,7 +136,7 @@ def test_damaged_files(case: tuple[str, Any], one_line: bool) -> None:
         assert all(error.where.startswith(str(path)) and error.remedy for error in bad)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "ignore")))
 def test_files_of_any_bytes(data: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:

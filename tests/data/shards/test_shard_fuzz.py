@@ -30,6 +30,7 @@ from mmit.data.shards.scan import ScanOptions, scan_file
 from mmit.data.shards.writer import build_shards
 from mmit.errors import ImageError, MmitError, RecordError
 from mmit.records import Image
+from tests.examples import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 MANY = 100_000
@@ -157,13 +158,13 @@ def check_picture(data: bytes) -> None:
     assert time.perf_counter() - begin < MOST_SECONDS
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(which=st.integers(0, len(TARS) - 1), edits=EDITS)
 def test_damaged_tars(which: int, edits: list[Edit]) -> None:
     check_tar(mutate(TARS[which], edits))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(which=st.integers(0, len(PICTURES) - 1), edits=EDITS)
 def test_damaged_pictures(which: int, edits: list[Edit]) -> None:
     check_picture(mutate(PICTURES[which], edits))
@@ -173,7 +174,7 @@ def test_garbage_between_segments() -> None:
     check_picture(mutate(PICTURES[0], [("insert", 0.25, 0.15625, 0), ("set", 0.21875, 0.0, 1)]))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(data=st.binary(max_size=2000))
 def test_any_bytes(data: bytes) -> None:
     check_tar(data)

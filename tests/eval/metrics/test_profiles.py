@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from mmit.eval.metrics import METRICS
 from mmit.eval.metrics.choice import MMBENCH
 from mmit.eval.metrics.mathvista import extract
+from tests.examples import examples
 
 # Texts made of what the rules look at: articles, numbers, contractions, marks, letters of options.
 PIECES = st.sampled_from(
@@ -23,7 +24,7 @@ TEXTS = st.lists(PIECES, max_size=5).map("".join)
 PLAIN = st.lists(st.sampled_from("red blue dog on street".split()), min_size=1, max_size=3).map(" ".join)
 WORDS = st.lists(st.sampled_from("red blue dog two 3 on street".split()), min_size=1, max_size=5).map(" ".join)
 # Of these there is one profile, or none that another could differ from: choice, realworldqa:lmms.
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=examples(60), deadline=None)
 
 
 def values(names: str, said: str, gold: Any) -> list[float]:

@@ -1,0 +1,24 @@
+"""How many examples property tests try: some by default, all of them in a run of the slow tests."""
+
+from __future__ import annotations
+
+import hypothesis
+
+SHARE = 5
+LEAST = 20
+USUAL = 100  # hypothesis's own number
+
+
+def register() -> None:
+    """Make the profiles `few` and `all`; of properties that ask for no number too."""
+    hypothesis.settings.register_profile("all", max_examples=USUAL)
+    hypothesis.settings.register_profile("few", max_examples=_few(USUAL))
+
+
+def examples(count: int) -> int:
+    """The number that the loaded profile makes of `count`."""
+    return count if hypothesis.settings().max_examples >= USUAL else _few(count)
+
+
+def _few(count: int) -> int:
+    return max(min(count, LEAST), count // SHARE)
