@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 import mmit
-from mmit import precision
+from mmit import cores, precision
 from mmit.train import checkpoint
 from mmit.train.run import run
 from tests.tiny_run import tiny_config
@@ -40,6 +41,7 @@ def formats(run_dir: Path) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """Train with auto and with bf16, load both."""
     found: dict[str, Any] = {"choice": precision.choose(torch.device("cpu")).name}
+    found["waiting"] = [os.environ.get(name) for name in cores.WAITING]
     found["auto"], found["bf16"] = trained_in(folder, "auto"), trained_in(folder, "bf16")
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import tokenizers
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from mmit.config import Config
@@ -22,11 +27,23 @@ CHATML = (
 
 
 def write_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """Save a small byte-level tokenizer with a ChatML template."""
-    tokenizer = byte_level()
-    tokenizer.chat_template = CHATML
+    """Save a small byte-level tokenizer with a ChatML template; the same object at every call."""
+    tokenizer = _chatml()
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+@functools.cache
+def _chatml() -> PreTrainedTokenizerFast:
+    tokenizer = byte_level()
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@functools.cache
+def _vocabulary(tokenizer: str) -> int:
+    """Number of tokens of a tokenizer.json, those that were added among them."""
+    return tokenizers.Tokenizer.from_str(tokenizer).get_vocab_size()
 
 
 def write_records(folder: Path, *, count: int = 12, text_only: int = 4) -> Path:
@@ -64,7 +81,7 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
         write_records(folder / "data")
     llama = {
         "model_type": "llama",
-        "vocab_size": len(PreTrainedTokenizerFast.from_pretrained(tokenizer)),
+        "vocab_size": _vocabulary((tokenizer / "tokenizer.json").read_text()),
         "hidden_size": 16,
         "intermediate_size": 24,
         "num_hidden_layers": 2,
@@ -101,10 +118,18 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
 def write_vision(folder: Path, options: dict[str, Any]) -> Path:
     """Save a tiny random CLIP vision model, once."""
     if not (folder / "config.json").exists():
-        import torch
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
+        folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
-        config = {k: v for k, v in options.items() if k != "model_type"}
-        CLIPVisionModel(CLIPVisionConfig(**config)).save_pretrained(folder)
+        for name, data in _vision_files(json.dumps(options)).items():
+            (folder / name).write_bytes(data)
     return folder
+
+
+@functools.cache
+def _vision_files(options: str) -> dict[str, bytes]:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = {k: v for k, v in json.loads(options).items() if k != "model_type"}
+    with tempfile.TemporaryDirectory() as folder:
+        CLIPVisionModel(CLIPVisionConfig(**config)).save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

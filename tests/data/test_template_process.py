@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -47,11 +48,18 @@ def test_as_in_transformers() -> None:
     assert render(FEATURES, {"messages": TALK, "word": "w", **given}) == theirs and "Hi <b>'\"&" in theirs
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_one_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process of its own that gives a template a tenth of a second."""
     server = template_process._Server()
     monkeypatch.setattr(template_process, "_server", server)
-    monkeypatch.setattr(template_process, "SECONDS", 0.3)
+    monkeypatch.setattr(template_process, "SECONDS", 0.1)
+    yield
+    server._stop()
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_template_is_one_error(name: str, impatient: None) -> None:
     began = os.times()
     with pytest.raises(Failed) as caught:
         render(HOSTILE[name], {})
@@ -59,11 +67,10 @@ def test_a_hostile_template_is_one_error(name: str, monkeypatch: pytest.MonkeyPa
     assert os.times().children_user - began.children_user < 1.5
     assert len(str(caught.value)) < 300
     assert render("{{ word }}", {"word": "as ever"}) == "as ever"
-    server._stop()
 
 
-def test_the_error_names_the_template() -> None:
-    with pytest.raises(ConfigError, match="chat template 'evil': the template fails: it takes more than 1 s"):
+def test_the_error_names_the_template(impatient: None) -> None:
+    with pytest.raises(ConfigError, match="chat template 'evil': the template fails: it takes more than 0.1 s"):
         ChatTemplate(HOSTILE["loop"], byte_level(), where="chat template 'evil'")
 
 

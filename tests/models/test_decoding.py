@@ -147,9 +147,10 @@ def reference(llm: PreTrainedModel, limit: int, end_ids: tuple[int, ...] = ()) -
 def test_greedy_equals_generate_one_at_a_time(family: str) -> None:
     llm = model(family)
     assert decoding.support(llm) == FAMILIES[family][1]
-    expected = reference(llm, 36)
+    limit = 36 if family == "wide window" else 16  # past the window
+    expected = reference(llm, limit)
     assert len({tuple(ids) for ids in expected}) > 4  # the prompts matter
-    assert answer(llm, samples(), 36) == expected
+    assert answer(llm, samples(), limit) == expected
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -185,7 +186,7 @@ def test_a_model_without_mmit_attention_is_batched_but_shares_no_rows(config: di
     options = described(COMMON, {"model_type": "llama"} | config)
     llm = load_llm("tiny", random_init=options, dtype=torch.float32, packed=False).eval()
     assert decoding.support(llm) == Support(True, False)
-    assert answer(llm, samples(), 36) == reference(llm, 36)
+    assert answer(llm, samples(), 16) == reference(llm, 16)
 
 
 def test_a_row_of_many_needs_a_model_that_supports_it() -> None:
@@ -259,13 +260,13 @@ SAMPLINGS = [Sampling(1.0), Sampling(0.7, top_p=0.8), Sampling(1.5, top_k=5), Sa
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_sampling_depends_on_seed_and_prompt_alone(sampling: Sampling) -> None:
     llm = model()
-    together = answer(llm, samples(), 20, sampling=sampling)
-    assert together == answer(llm, samples(), 20, sampling=sampling)
+    together = answer(llm, samples(), 10, sampling=sampling)
+    assert together == answer(llm, samples(), 10, sampling=sampling)
     for n, sample in enumerate(samples()):
-        assert answer(llm, [sample], 20, sampling=sampling) == [together[n]]
+        assert answer(llm, [sample], 10, sampling=sampling) == [together[n]]
     assert together[1] != together[3]  # the same prompt, another number
     other = Sampling(sampling.temperature, sampling.top_p, sampling.top_k, seed=sampling.seed + 1)
-    assert answer(llm, samples(), 20, sampling=other) != together
+    assert answer(llm, samples(), 10, sampling=other) != together
 
 
 def frequencies(sampling: Sampling, logits: torch.Tensor) -> torch.Tensor:

@@ -162,7 +162,7 @@ def test_the_method_is_one_line_of_a_run(folder, tmp_path, mode):
         folder,
         run={"dir": str(tmp_path / "run")},
         tune={"llm": {"mode": mode}},
-        train={"steps": 3, "rows_per_step": 2, "precision": "fp32"},
+        train={"steps": 3, "rows_per_step": 2, "micro_rows": 2, "precision": "fp32"},
     )
     assert run(config) == 0
     loaded = checkpoint.load_model(tmp_path / "run", device="cpu")
@@ -175,7 +175,8 @@ def test_vision_methods_and_resume(folder, tmp_path, precision):
         "vision": {"mode": "lora", "lr": 1e-3, "options": {"r": 2}},
         "llm": {"mode": "bitfit", "lr": 1e-3, "options": {"insert_biases": True}},
     }
-    train = {"steps": 3, "rows_per_step": 2, "precision": precision, "schedule": "constant", "warmup": 0.0}
+    train = {"steps": 3, "rows_per_step": 2, "micro_rows": 2, "precision": precision}
+    train |= {"schedule": "constant", "warmup": 0.0}
     assert run(tiny_config(folder, run={"dir": str(tmp_path / "run")}, tune=tune, train=train)) == 0
     again = {"dir": str(tmp_path / "run"), "resume": "auto"}
     assert run(tiny_config(folder, run=again, tune=tune, train={**train, "steps": 5})) == 0
@@ -195,7 +196,8 @@ def test_vision_methods_and_resume(folder, tmp_path, precision):
     [pytest.param("frozen", "frozen", marks=pytest.mark.slow), ("lora", "lora"), ("houlsby", "layernorm")],
 )
 def test_a_second_stage_keeps_what_the_first_trained_whole(folder, tmp_path, llm, vision):
-    train = {"steps": 2, "rows_per_step": 2, "precision": "fp32", "schedule": "constant", "warmup": 0.0}
+    train = {"steps": 2, "rows_per_step": 2, "micro_rows": 2, "precision": "fp32"}
+    train |= {"schedule": "constant", "warmup": 0.0}
     full = {"llm": {"mode": "full", "lr": 0.1}, "vision": {"mode": "full", "lr": 0.1}}
     assert run(tiny_config(folder, run={"dir": str(tmp_path / "a")}, tune=full, train=train)) == 0
     again = {"dir": str(tmp_path / "a"), "resume": "auto"}
@@ -315,7 +317,7 @@ def test_looking_at_a_qlora_model_leaves_its_weights_alone(folder, tmp_path):
 
 @pytest.mark.skipif(models_llm.why_not_4bit() is not None, reason=str(models_llm.why_not_4bit()))
 def test_a_qlora_run_trains_resumes_and_is_written_without_its_quantisation(folder, tmp_path):
-    train = {"steps": 4, "rows_per_step": 2, "precision": "fp32", "save_every": 2}
+    train = {"steps": 4, "rows_per_step": 2, "micro_rows": 2, "precision": "fp32", "save_every": 2}
     assert run(qlora_config(folder, tmp_path, train=train)) == 0
     last = checkpoint.find(tmp_path / "run")
     expected = load_file(last / "adapter" / "adapter_model.safetensors")

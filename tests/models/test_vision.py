@@ -80,19 +80,26 @@ def siglip_to_hf(weights):
     return out
 
 
-@pytest.mark.parametrize("layer", [1, 3, -4, -2, -1])
-@pytest.mark.parametrize("family", ["clip", "siglip"])
-def test_hf_tower_is_the_hidden_state_of_that_number(family, layer, tmp_path):
-    """Read from a folder of the whole two-tower model, as published checkpoints are."""
+@pytest.fixture(scope="module", params=["clip", "siglip"])
+def both_towers(request, tmp_path_factory):
+    """A family, its two-tower model and the folder it is in, as published checkpoints are."""
     text = {"vocab_size": 20, "bos_token_id": 0, "eos_token_id": 1, **DIMS}
-    vision = CLIP if family == "clip" else SIGLIP
+    vision = CLIP if request.param == "clip" else SIGLIP
     config_class, model_class = {
         "clip": (transformers.CLIPConfig, transformers.CLIPModel),
         "siglip": (transformers.SiglipConfig, transformers.SiglipModel),
-    }[family]
+    }[request.param]
+    torch.manual_seed(0)
     model = noise(model_class(config_class(vision_config=vision, text_config=text))).eval()
-    model.save_pretrained(tmp_path)
-    tower = build_vision("hf", str(tmp_path), layer=layer)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return request.param, model, folder
+
+
+@pytest.mark.parametrize("layer", [1, 3, -4, -2, -1])
+def test_hf_tower_is_the_hidden_state_of_that_number(both_towers, layer):
+    family, model, folder = both_towers
+    tower = build_vision("hf", str(folder), layer=layer)
     pixels = pictures()
     states = model.vision_model(normalised(tower, pixels), output_hidden_states=True).hidden_states
     expected = states[layer][:, 1:] if family == "clip" else states[layer]

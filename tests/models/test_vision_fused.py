@@ -79,7 +79,7 @@ def config_of(folder: Path, *, vision: dict[str, Any] | None = None, **sections:
     pictures(folder)
     told = {"kind": "fused", "fit": "resize", "towers": two(folder), **(vision or {})}
     model = {**config.model.model_dump(), "vision": told, "projector": {"kind": "fused_mlp"}}
-    sections.setdefault("train", {"steps": 3, "rows_per_step": 2, "precision": "fp32"})
+    sections.setdefault("train", {"steps": 3, "rows_per_step": 2, "micro_rows": 2, "precision": "fp32"})
     return tiny_config(folder, model=model, **sections)
 
 

@@ -137,7 +137,7 @@ def test_layers_change_the_fingerprint(tmp_path: Path) -> None:
     ("kind", "name", "layer", "told"),
     [
         ("timm", "test_efficientnet", [0, 1], "several layers"),
-        ("open_clip", "RN50", [0, 1], "several layers"),
+        ("open_clip", "tiny-resnet", [0, 1], "several layers"),
         ("timm", "test_vit", [1, 9], "layer 9 does not exist"),
         ("timm", "test_vit", [1, 1], "layer is"),
     ],

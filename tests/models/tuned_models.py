@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,14 @@ def config_for(folder: Path, plan: dict[str, Any]) -> Config:
 
 def composite(config: Config) -> tuple[VLM, Any]:
     """The untuned model and its tokenizer; the same weights at every call."""
-    return assemble(config.model.model_dump(), dtype=torch.float32, seed=0)
+    made = copy.deepcopy(_composite(json.dumps(config.model.model_dump())))
+    torch.manual_seed(0)
+    return made
+
+
+@functools.lru_cache(maxsize=4)
+def _composite(model: str) -> tuple[VLM, Any]:
+    return assemble(json.loads(model), dtype=torch.float32, seed=0)
 
 
 def row() -> dict[str, Any]:

@@ -76,8 +76,9 @@ def test_the_order_of_choices_is_uniform_and_the_answer_follows_it(style):
     marks = style != "dashes"
     options = OptionStyle(1.0, (style,), "mark" if marks else "text")
     places = collections.Counter()
+    template = Template("t", "Which?|||{{ shape }}", choices=SHAPES)
     for seed in range(3000):
-        out = rendered("Which?|||{{ shape }}", {"shape": "circle"}, seed=seed, options=options, choices=SHAPES)
+        out = render(template, {"shape": "circle"}, rng=random.Random(seed), options=options, row="r:1")
         assert out.options is not None and set(out.options.order) == set(SHAPES)
         at = out.options.order.index("circle")
         places[at] += 1

@@ -141,7 +141,7 @@ class World:
         llm = self.folder / "llm"
         model = tiny_config(self.folder).model.model_dump()
         model["llm"].update(name=str(llm), random_init=None)
-        train = {"steps": 6, "rows_per_step": 2, "precision": "fp32", "save_every": 3}
+        train = {"steps": 6, "rows_per_step": 2, "micro_rows": 2, "precision": "fp32", "save_every": 3}
         given = {"run": {"dir": str(self.folder / "run"), "resume": "auto"}, "model": model, "tune": DROPOUT}
         return tiny_config(self.folder, **{**given, "train": train, **sections})
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import mmit.train.run as run_module
 from mmit.config import Config
 from mmit.train import checkpoint, folders
+from mmit.train.metrics_log import _empty_curve
 from mmit.train.run import EXIT_STOPPED
 from tests.tiny_run import DROPOUT, tiny_config
 
@@ -28,6 +29,7 @@ from tests.tiny_run import DROPOUT, tiny_config
 def start(config: Config, *, before: Callable[[], None] = lambda: None) -> int:
     """Fork a run; it writes which records each of its micro-batches held to `trace.jsonl`. The child calls `before`."""
     assert torch.get_num_threads() == 1, "a child would wait for its parent's OpenMP threads"
+    _empty_curve()  # imports matplotlib, which each child would do again
     child = os.fork()
     if child:
         return child

@@ -41,7 +41,7 @@ def config_of(folder: Path, kind: str, *, vision: dict[str, Any] | None = None, 
         save_tower(kind, tower)
     native = LIMITS.get(kind, {"max_pixels": 1024})
     told = {"kind": "hf", "name": str(tower), "fit": "native", "native": native, **(vision or {})}
-    sections.setdefault("train", {"steps": 3, "rows_per_step": 2, "precision": "fp32"})
+    sections.setdefault("train", {"steps": 3, "rows_per_step": 2, "micro_rows": 2, "precision": "fp32"})
     data = {**config.data.model_dump(), "max_length": 256, "pack_tokens": 256}
     model = {**config.model.model_dump(), "vision": told, **sections.pop("model", {})}
     return tiny_config(folder, **{"model": model, "data": data, **sections})
@@ -56,7 +56,7 @@ def test_a_run_learns_and_its_cache_changes_nothing(kind: str, tmp_path: Path) -
     assert run(config_of(tmp_path, kind)) == 0
     first = losses(tmp_path / "run")
     assert first[-1] < first[0]
-    for cache in ("memory", "disk"):
+    for cache in ("memory", "disk") if kind == "qwen2.5" else ("disk",):
         again = config_of(tmp_path, kind, vision={"cache": cache}, run={"dir": str(tmp_path / cache)})
         assert run(again) == 0
         assert losses(tmp_path / cache) == pytest.approx(first, rel=1e-5)
@@ -81,7 +81,7 @@ def test_a_trained_tower_is_stored_read_and_resumed(kind: str, mode: str, tmp_pa
         "projector": {"mode": "full", "lr": 1e-2},
         "llm": {"mode": "frozen"},
     }
-    train = {"steps": 4, "rows_per_step": 2, "precision": "fp32", "save_every": 2}
+    train = {"steps": 4, "rows_per_step": 2, "micro_rows": 2, "precision": "fp32", "save_every": 2}
     assert run(config_of(tmp_path, kind, tune=tune, train=train)) == 0
     whole = losses(tmp_path / "run")
     model = mmit.load(tmp_path / "run", device="cpu")
