@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 History = Sequence[tuple[str, str]] | Sequence[Mapping[str, Any]] | Record | None
 NAMES = {dtype: name for name, dtype in precision.HALVES.items()}
-__all__ = ["Likelihood", "Model", "Usage", "as_prompt", "ask", "load"]
+__all__ = ["Completion", "Likelihood", "Model", "Usage", "as_prompt", "ask", "load"]
 
 
 @dataclass(slots=True)
@@ -61,6 +61,15 @@ class Likelihood(NamedTuple):
     log_probability: float  # summed over its tokens
     tokens: int
     greedy: bool  # each of its tokens is the likeliest one where it stands
+
+
+class Completion(NamedTuple):
+    """An answer, whether it was cut off by length, and the tokens read and written."""
+
+    text: str
+    cut: bool
+    prompt_tokens: int
+    new_tokens: int
 
 
 def load(
@@ -311,23 +320,74 @@ class Model:
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
         """Continue prompts that are tokens already, one sample each, numbered by their place; see `generate`."""
+        texts = [""] * len(prompts)
+        ids = self._continued(prompts, reader, batch_size, max_new_tokens, sampling, draws=None, progress=progress)
+        for number, tokens in ids:
+            texts[number] = reader.whole(tokens)
+        return texts
+
+    @torch.inference_mode()
+    def complete(
+        self,
+        records: Sequence[Record],
+        *,
+        seeds: Sequence[int],
+        batch_size: int = 32,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stop: Sequence[str] = (),
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answer records as `generate` does, and say how each answer ended and what it took.
+
+        Args:
+            seeds: one per record; a record's draws depend on its seed alone, not on its place in the list.
+
+        Yields:
+            the record's place in the list and its answer, batch by batch.
+        """
+        check_records(records)
+        maker = self.prompt_maker()
+        prompts = [maker.question(record, n) for n, record in enumerate(records)]
+        sampling = self._sampling(temperature=temperature, top_p=top_p)
+        reader = AnswerText(self.tokenizer, stop)
+        context = context_length(self.vlm.llm)
+        ids = self._continued(prompts, reader, batch_size, max_new_tokens, sampling, draws=seeds)
+        for number, tokens in ids:
+            length = prompts[number].length
+            room = max_new_tokens if context is None else min(max_new_tokens, context - length)
+            ended = bool(tokens) and (tokens[-1] in self.end_ids or (bool(stop) and reader.ended(tokens)))
+            yield number, Completion(reader.whole(tokens), len(tokens) >= room and not ended, length, len(tokens))
+
+    def _continued(
+        self,
+        prompts: Sequence[Prompt],
+        reader: AnswerText,
+        batch_size: int,
+        max_new_tokens: int,
+        sampling: Sampling,
+        *,
+        draws: Sequence[int] | None,
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yield each prompt's number and the ids of its continuation; `draws` stand for prompts in random draws."""
         plan = batches(prompts, batch_size)
         pictures = Pictures(self.vlm, self.preparation, plan)
-        answers = [""] * len(prompts)
         for batch in plan:
             features = self._see(pictures, batch)
             # A model that cannot be batched takes its prompts one by one.
             for part in [batch] if self._support().batched else [[prompt] for prompt in batch]:
                 ids: list[list[int]] = [[] for _ in part]
-                steps = self._steps(part, features, reader, max_new_tokens=max_new_tokens, sampling=sampling)
+                steps = self._steps(
+                    part, features, reader, max_new_tokens=max_new_tokens, sampling=sampling, draws=draws
+                )
                 for new in steps:
                     for place, token in new:
                         ids[place].append(token)
                 for prompt, tokens in zip(part, ids, strict=True):
-                    answers[prompt.number] = reader.whole(tokens)
+                    yield prompt.number, tokens
             if progress is not None:
                 progress(len(batch))
-        return answers
 
     @torch.inference_mode()
     def score(
@@ -406,6 +466,7 @@ class Model:
         *,
         max_new_tokens: int,
         sampling: Sampling,
+        draws: Sequence[int] | None = None,
     ) -> Iterator[list[tuple[int, int]]]:
         """Prefill one batch and decode it: after each step, (place in the batch, new id) pairs."""
         _check_count("max_new_tokens", max_new_tokens)
@@ -419,7 +480,7 @@ class Model:
             limits=[min(max_new_tokens, room) for room in rooms],
             end_ids=self.end_ids,
             sampling=sampling,
-            numbers=[prompt.number for prompt in batch],
+            numbers=[prompt.number if draws is None else draws[prompt.number] for prompt in batch],
             stop=(lambda _, ids: reader.ended(ids)) if reader.stop else None,
         )
         for new in steps:

@@ -7,7 +7,6 @@ the key anywhere.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import time
@@ -16,14 +15,11 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
-import PIL.Image
-
-from mmit.data.images import load_rgb
 from mmit.errors import ConfigError, MmitError
-from mmit.records import Image, Record
+from mmit.records import Record
+from mmit.teachers.messages import openai_messages
 
 BUSY = (408, 409, 429, 500, 502, 503, 504)
 
@@ -116,24 +112,4 @@ class EndpointModel:
 
 def messages(record: Record, *, blank: bool = False) -> list[dict[str, Any]]:
     """Return a record's turns as OpenAI messages, its pictures as data URLs; `blank` makes them grey."""
-    result: list[dict[str, Any]] = []
-    for turn in record.turns:
-        parts: list[dict[str, Any]] = []
-        for part in turn.parts:
-            if isinstance(part, Image):
-                url = _data_url(part, where=record.where, blank=blank)
-                parts.append({"type": "image_url", "image_url": {"url": url}})
-            else:
-                parts.append({"type": "text", "text": part.text})
-        plain = all(part["type"] == "text" for part in parts)
-        result.append({"role": turn.role, "content": turn.text if plain else parts})
-    return result
-
-
-def _data_url(image: Image, *, where: str, blank: bool) -> str:
-    picture = load_rgb(image, where=where)
-    if blank:
-        picture = PIL.Image.new("RGB", picture.size, (127, 127, 127))
-    out = BytesIO()
-    picture.save(out, "PNG")
-    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")
+    return openai_messages(record.turns, where=record.where, blank=blank)

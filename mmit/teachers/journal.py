@@ -1,0 +1,102 @@
+"""The journal of a build: every request with its reply, one JSON line each, written the moment the reply is there.
+
+One append-only file is cache, resume state and replay file. Its first line holds the settings of the build, and a
+journal of other settings is refused. A half line that a killed process left is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mmit.errors import ConfigError
+from mmit.io import append, unwritable
+from mmit.records import json_lines
+from mmit.teachers.request import Reply, Request
+
+VERSION = 1
+_REPLY = {field.name for field in fields(Reply)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line: the reply, the digest of its request, and what it was for."""
+
+    reply: Reply
+    digest: str
+    purpose: str
+    asked: Mapping[str, Any]
+
+
+class Journal:
+    """An open journal. Hold the folder's lock while it is open; `settings` are what decides the requests."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        drop_half_line(path)
+        settings = json.loads(json.dumps(settings, sort_keys=True))
+        if not path.exists() or not path.stat().st_size:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            append(path, json.dumps({"journal": VERSION, "settings": settings}, ensure_ascii=False) + "\n")
+            return
+        found = header(path)["settings"]
+        if changed := sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key)):
+            key = changed[0]
+            problem = f"the journal is of another config: {key} was {found.get(key)!r}, is now {settings.get(key)!r}"
+            raise ConfigError(problem, where=str(path), remedy="Give --out a new folder, or restore the setting.")
+        self.entries = {entry.reply.id: entry for entry in read_entries(path)}
+
+    def add(self, request: Request, reply: Reply) -> None:
+        """Write a reply and keep it. Raises WriteError."""
+        row = {"digest": request.digest, "purpose": request.purpose, **request.facts, "reply": asdict(reply)}
+        append(self.path, json.dumps(row, ensure_ascii=False) + "\n")
+        self.entries[reply.id] = Entry(reply, request.digest, request.purpose, request.facts)
+
+
+def header(path: Path) -> dict[str, Any]:
+    """Return the first line of a journal. Raises ConfigError."""
+    first = next((row for _, row in json_lines(path)), None) if path.is_file() else None
+    if not isinstance(first, dict) or first.get("journal") != VERSION or not isinstance(first.get("settings"), dict):
+        remedy = "Give the journal.jsonl of a build by a teacher."
+        raise ConfigError("is not a journal of this version of mmit", where=str(path), remedy=remedy)
+    return first
+
+
+def read_entries(path: Path) -> Iterator[Entry]:
+    """Yield the replies of a journal. Raises ConfigError for a damaged line."""
+    header(path)
+    for number, row in json_lines(path):
+        if isinstance(row, dict) and "journal" in row:
+            continue
+        reply = row.get("reply") if isinstance(row, dict) else None
+        if not isinstance(reply, dict) or not {"id", "teacher", "text"} <= reply.keys() <= _REPLY:
+            where = f"{path}:{number}"
+            raise ConfigError("the line is damaged", where=where, remedy="Remove the line; its request is asked again.")
+        asked = {key: row.get(key) for key in ("messages", "draw")}
+        yield Entry(Reply(**reply), str(row.get("digest")), str(row.get("purpose")), asked)
+
+
+def drop_half_line(path: Path) -> None:
+    """Cut off what a killed process left of a last line. Raises WriteError."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb+") as file:
+            at = size
+            while at and not _newline_before(file, at):
+                at -= 1
+            if at < size:
+                file.truncate(at)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def _newline_before(file: Any, at: int) -> bool:
+    file.seek(at - 1, os.SEEK_SET)
+    return bool(file.read(1) == b"\n")

@@ -1,0 +1,89 @@
+"""A teacher on this machine: an mmit run, a llava-hf folder, or any causal LLM with a chat template.
+
+Requests are batched by how their tokens are drawn; each draws from its own seed, so a reply depends neither on the
+batch nor on the order. The model is loaded with the first request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from mmit.data.chat import chat_format
+from mmit.errors import ConfigError
+from mmit.generate import Model, load
+from mmit.interop.foreign import is_foreign
+from mmit.models.hub import model_folder
+from mmit.models.llm import load_llm, load_tokenizer, usable_device
+from mmit.models.vlm import VLM
+from mmit.records import Record
+from mmit.teachers.request import Reply, Request
+
+
+@dataclass
+class Local:
+    """A local model as a Teacher; `window` requests are taken at a time and batched by their draws."""
+
+    path: str
+    name: str = ""
+    terms: str | None = None
+    price: Mapping[str, float] = field(default_factory=dict)
+    batch_size: int = 16
+    window: int = 64
+    device: str = "auto"
+    model: Model | None = None
+
+    def __post_init__(self) -> None:
+        self.name = self.name or Path(self.path).name or "local"
+        self.identity = f"local:{self.path}"
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
+        """Yield replies batch by batch. Raises MmitError: the model cannot be loaded or the prompt does not fit."""
+        left = iter(requests)
+        while taken := list(islice(left, self.window)):
+            groups: dict[object, list[Request]] = {}
+            for request in taken:
+                groups.setdefault(replace(request.draw, seed=0), []).append(request)
+            for group in groups.values():
+                yield from self._answer(group)
+
+    def _answer(self, group: list[Request]) -> Iterator[tuple[Request, Reply]]:
+        if self.model is None:
+            self.model = load_teacher(self.path, device=self.device)
+        draw = group[0].draw
+        if draw.presence_penalty:
+            remedy = "Leave it at 0, or ask an endpoint."
+            raise ConfigError("a local teacher has no presence penalty", where="teacher.draw", remedy=remedy)
+        records = [Record(request.messages, id=request.digest) for request in group]
+        began = time.monotonic()
+        found = self.model.complete(
+            records,
+            seeds=[request.draw.seed for request in group],
+            batch_size=self.batch_size,
+            max_new_tokens=draw.max_tokens,
+            temperature=draw.temperature,
+            top_p=draw.top_p,
+            stop=draw.stop,
+        )
+        for number, done in found:
+            seconds = round((time.monotonic() - began) / len(group), 3)
+            finish = "length" if done.cut else "stop"
+            used = (done.prompt_tokens, done.new_tokens)
+            yield group[number], Reply("", self.name, done.text, finish, *used, seconds)  # type: ignore[arg-type]
+
+
+def load_teacher(path: str, *, device: str = "auto") -> Model:
+    """Load whatever the folder holds: what `mmit.generate.load` reads, or a plain LLM. Raises MmitError."""
+    folder = None if path.startswith("package:") or path.endswith(".gguf") else model_folder(path)
+    plain = folder is None or ((folder / "config.json").is_file() and not is_foreign(folder))
+    if not plain or (folder is not None and (folder / "mmit.json").is_file()):
+        return load(path, device=device)
+    llm, tokenizer = load_llm(path), load_tokenizer(path)
+    place = usable_device(device)
+    if place.type == "cpu":
+        llm.float()
+    llm.to(place)
+    return Model(VLM(llm, vision=None, projector=None), tokenizer, chat_format("hf", tokenizer))
