@@ -19,6 +19,9 @@ from torch import nn
 
 from mmit.models.partition import is_part
 
+# Device types that have autocast. Asked once: the compiler of torch 2.11 breaks a layer's graph at the question.
+AUTOCAST = {kind for kind in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(kind)}
+
 
 class FusedLinear(Linear):
     """PEFT's LoRA layer with a shorter way through the common case."""
@@ -62,7 +65,7 @@ def fuse_lora(model: nn.Module) -> int:
 
 def autocast_on(device: str) -> bool:
     """Whether torch picks number formats by itself on "cpu", "cuda", ...; never on a device that has no autocast."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def _plain(module: nn.Module) -> bool:
@@ -93,7 +96,11 @@ class _Fused(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         inner = rows @ a.t()  # (T, R)
-        out = F.linear(rows, weight, bias).addmm_(inner, b.t(), alpha=scale)
+        out = F.linear(rows, weight, bias)
+        if torch.compiler.is_compiling():  # of torch 2.11: wrong gradients for an output that is changed in place
+            out = torch.addmm(out, inner, b.t(), alpha=scale)
+        else:
+            out.addmm_(inner, b.t(), alpha=scale)
         ctx.save_for_backward(rows, inner, weight, a, b)
         ctx.scale = scale
         return out
