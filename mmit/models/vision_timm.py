@@ -236,6 +236,16 @@ def _measure(reader: TimmReader, size: tuple[int, int], *, where: str) -> tuple[
     return int(dim) * layers, (int(height), int(width))
 
 
+class _CpuFakes(FakeTensorMode):
+    """Fake tensors of the CPU alone.
+
+    Without a GPU, torch's own mode puts a stand-in for CUDA in place for good, which counts as a device: autograd then
+    starts a thread for it at the first backward pass, and a process with that thread cannot train in a fork.
+    """
+
+    avoid_device_init = False  # type: ignore[assignment]
+
+
 def _shape_of_map(reader: TimmReader, size: tuple[int, int]) -> torch.Size:
     """(D, h, w) of the features: on the meta device, or on fake tensors, which take several times as long."""
     whole = _Maps(reader)
@@ -243,7 +253,7 @@ def _shape_of_map(reader: TimmReader, size: tuple[int, int]) -> torch.Size:
     try:
         maps = torch.func.functional_call(whole, weights, (torch.zeros(1, 3, *size, device="meta"),))
     except (RuntimeError, NotImplementedError):  # a tensor that is neither parameter nor buffer stays on the CPU
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _CpuFakes(allow_non_fake_inputs=True):
             maps = reader.features(torch.zeros(1, 3, *size))[0]
     return maps.shape[1:]
 

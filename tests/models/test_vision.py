@@ -206,6 +206,19 @@ def test_unfrozen_tower_trains_every_weight_it_kept(kind, name):
     assert not tower.training and not tower(pictures(size=tower.image_size[0])).requires_grad
 
 
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_measuring_a_timm_encoder_puts_no_stand_in_for_cuda_in_place(on_meta, monkeypatch):
+    def refuse(*args):
+        raise NotImplementedError
+
+    asked = []
+    monkeypatch.setattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: asked.append(1))
+    if not on_meta:
+        monkeypatch.setattr(torch.func, "functional_call", refuse)
+    assert build_vision("timm", "test_efficientnet").tokens
+    assert not asked
+
+
 def test_only_uint8_pictures_of_the_right_size():
     tower = build_vision("hf", CLIP)
     with pytest.raises(ModelError, match="normalises uint8 pixels itself"):
