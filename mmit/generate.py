@@ -197,6 +197,12 @@ class Model:
         self.usage = Usage()
         self._able: decoding.Support | None = None
 
+    @property
+    def number_format(self) -> str:
+        """What its weights are kept and multiplied in: "bf16", or all of them, "bf16+fp32", where parts differ."""
+        kinds = {p.dtype for p in self.vlm.parameters() if p.is_floating_point()}
+        return "+".join(sorted(next((k for k, v in DTYPES.items() if v == kind), str(kind)) for kind in kinds))
+
     def chat(
         self,
         images: Picture | Sequence[Picture] | None = None,

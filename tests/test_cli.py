@@ -152,6 +152,9 @@ def test_eval_reports_the_score_beside_three_baselines(made, tmp_path):
         assert name in result.output
     answers = [json.loads(line) for line in (folder / "answers-tuned.jsonl").read_text().splitlines()]
     assert len(answers) == 7 and answers[1]["prompt"]
+    assert report["number_format"] == answers[0]["number_format"] == "fp32"
+    other = mmit("eval", made / "run", "--task", task, "--limit", 8, "--baseline-n", 3, "--dtype", "bf16")
+    assert_one_message(other, "number_format was 'fp32', is now 'bf16'", "--dtype fp32")
     good("eval", made / "run", "--task", task, "--limit", 6, "--no-baselines", "--out", tmp_path / "out")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["n"] == 6 and not any(report["baselines"].values())

@@ -196,31 +196,26 @@ def _model(
     folder = model_folder(run)
     # Answers to other prompts are another model's.
     told = f" {json.dumps(template_args, sort_keys=True)}" if template_args else ""
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "template_args": template_args}
     if is_foreign(folder):
+        other = _told(load(folder, chat=chat, base=base, **options))
         return folder, {
-            "model": _told(
-                load(
-                    folder,
-                    device=device,
-                    dtype=dtype,
-                    chat=chat,
-                    base=base,
-                    template_args=template_args,
-                )
-            ),
+            "model": other,
             "untuned_factory": None,
             "model_name": run,
             "fingerprint": _content(folder) + told,
+            "number_format": other.number_format,
         }
     checkpoint = find(folder, warn=lambda text: echo(text, err=True))
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "template_args": template_args}
     options["allow_code"] = allow_code
+    model = _told(load(checkpoint, **options))
     untuned = Lazy(lambda: load(checkpoint, untuned=True, **options))  # one for all tasks
     return Path(run), {
-        "model": _told(load(checkpoint, **options)),
+        "model": model,
         "untuned_factory": lambda: untuned,
         "model_name": str(checkpoint),
         "fingerprint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16] + told,
+        "number_format": model.number_format,
     }
 
 

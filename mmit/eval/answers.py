@@ -20,6 +20,7 @@ from mmit.records import json_lines
 FORMAT = "mmit answers 1"
 # What must not have changed between an item and its answer on file.
 ASKED = ("prompt", "images", "reference", "group")
+NUMBERS = "number_format"  # of the model; low precision may answer otherwise
 
 Row = dict[str, Any]
 
@@ -51,6 +52,12 @@ def open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwri
     if not rows:
         write_atomic(path, lines([settings]))
     return rows
+
+
+def kept_settings(path: Path, settings: Row) -> Row:
+    """Return the settings without the number format where the file says none, since its answers may have another."""
+    found = next(json_lines(path))[1]
+    return {key: value for key, value in settings.items() if key != NUMBERS or key in found}
 
 
 def rank_file(path: Path, rank: int) -> Path:
@@ -89,6 +96,8 @@ def read_answers(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[st
         problem = _row_problem(row, rows, asked) if place else _settings_problem(row, settings)
         if problem:
             remedy = "Give another output folder, or drop these answers with overwrite=True (--overwrite)."
+            if problem.partition(": ")[2].startswith(NUMBERS):
+                remedy = f"Go on in that format (--dtype {row[NUMBERS]}). {remedy}"
             raise MmitError(problem, where=f"{path}:{line}", remedy=remedy)
         if place:
             rows[row["id"]] = row
@@ -99,6 +108,8 @@ def _settings_problem(found: Any, settings: Row) -> str:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         return "not a file of answers of this version of mmit"
     changed = [key for key in settings if found.get(key) != settings[key]]
+    if NUMBERS not in found and NUMBERS in changed:
+        changed.remove(NUMBERS)  # an earlier version did not write it
     if not changed:
         return ""
     listed = "; ".join(f"{key} was {found.get(key)!r}, is now {settings[key]!r}" for key in changed)

@@ -103,6 +103,7 @@ def run_baselines(
     asked: Sequence[Item],
     out_dir: str | os.PathLike[str],
     fingerprint: str,
+    number_format: str | None = None,
     baseline_n: int,
     seed: int,
     batch_size: int,
@@ -125,7 +126,7 @@ def run_baselines(
     results: dict[str, Result | None] = dict.fromkeys([*LABELS, *MORE])
     notes: dict[str, str] = {}
     common: dict[str, Any] = {"out_dir": out_dir, "seed": seed, "batch_size": batch_size, "progress": progress}
-    common |= {"metric": metric, "overwrite": overwrite, "ranks": ranks}
+    common |= {"metric": metric, "overwrite": overwrite, "ranks": ranks, "number_format": number_format}
 
     def run(key: str, model: Generates, of: Sequence[Item], *, of_task: Task = task, **options: Any) -> None:
         results[key] = evaluate(model, of_task, label=key, items=of, **(common | options))
@@ -163,14 +164,15 @@ def _thoughtless(
         notes["majority"] = "a judge grades the answers"
         return
     written = task.model_copy(update={"answer_by": "generate", "stop": []})
+    anew: dict[str, Any] = {"overwrite": True, "number_format": None}
     table, note = majority(task, items)
     if note:
         notes["majority"] = note
     if table is not None:
-        run("majority", table, items, of_task=written, fingerprint="majority", overwrite=True)
+        run("majority", table, items, of_task=written, fingerprint="majority", **anew)
     guesser = chance(task, items, seed=seed)
     if guesser is not None:
-        run("chance", guesser, items, of_task=written, fingerprint="chance", overwrite=True)
+        run("chance", guesser, items, of_task=written, fingerprint="chance", **anew)
 
 
 def run_wordings(

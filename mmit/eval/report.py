@@ -42,6 +42,7 @@ def run_task(
     out_dir: str | os.PathLike[str],
     model_name: str,
     fingerprint: str,
+    number_format: str | None = None,
     sample: int | None = None,
     seed: int | None = None,
     baseline_n: int = 500,
@@ -65,6 +66,7 @@ def run_task(
         out_dir: results go to <out_dir>/<task name>, with `flat` to out_dir itself.
         model_name: the model in the report, e.g. its folder.
         fingerprint: tells this model's answers from another's, e.g. a checkpoint's hash.
+        number_format: as in `evaluate`.
         sample: number of questions; None takes the task's own sample, or all.
         seed: of the samples and of resampled intervals; None takes the task's.
         baseline_n: questions the untuned and the blind model are asked; 0 leaves all baselines out.
@@ -88,7 +90,7 @@ def run_task(
     console.print(Text(f"{task.name}: {count}, the first asked as: {asked[0].text!r}"))
     common: dict[str, Any] = {"out_dir": folder, "fingerprint": fingerprint, "seed": seed}
     common |= {"batch_size": batch_size, "overwrite": overwrite, "progress": progress, "metric": metric}
-    common |= {"ranks": ranks}
+    common |= {"ranks": ranks, "number_format": number_format}
     tuned = evaluate(model_tuned, task, items=asked, **common)
     questions: dict[str, Any] = {"items": items, "asked": asked, "baseline_n": baseline_n}
     questions |= {"probes": probes, "templates": templates}
@@ -98,7 +100,8 @@ def run_task(
         beside = run_baselines(model_tuned, task, untuned_factory=untuned_factory, **questions, **common)
     seconds = time.monotonic() - start
     report = build_report(task, tuned, beside, model=model_name, seed=seed, seconds=seconds)
-    report |= {"fingerprint": fingerprint, "first_question": asked[0].text, "n_asked": len(asked)}
+    report |= {"fingerprint": fingerprint, "number_format": number_format}
+    report |= {"first_question": asked[0].text, "n_asked": len(asked)}
     if ranks.rank == 0:
         write_report(report, folder, notes=report["notes"])
         write_atomic(folder / "report.html", page(f"{task.name}: {model_name}", section_of(report, folder, asked)))

@@ -21,7 +21,7 @@ import PIL.Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mmit.errors import MmitError, ModelError
-from mmit.eval.answers import ASKED, FORMAT, Row, lines, open_answers, rank_file, read_answers
+from mmit.eval.answers import ASKED, FORMAT, NUMBERS, Row, kept_settings, lines, open_answers, rank_file, read_answers
 from mmit.eval.answers import merge as merge_answers
 from mmit.eval.metrics import METRICS, Score, get_metric
 from mmit.eval.ranks import ALONE, Ranks
@@ -105,6 +105,7 @@ def evaluate(
     *,
     out_dir: str | os.PathLike[str],
     fingerprint: str,
+    number_format: str | None = None,
     limit: int | None = None,
     seed: int | None = None,
     items: Sequence[Item] | None = None,
@@ -123,6 +124,7 @@ def evaluate(
         task: what is asked and how it is scored.
         out_dir: folder of answers-<label>.jsonl; made if need be.
         fingerprint: tells this model's answers from another's, e.g. a checkpoint's hash.
+        number_format: what the model computes in, e.g. "bf16"; None where that is not known.
         limit: number of questions, drawn with `seed`; None takes the task's own sample.
         seed: of the sample and of resampled intervals; None takes the task's.
         items: ask exactly these instead.
@@ -141,11 +143,13 @@ def evaluate(
     seed = task.seed if seed is None else seed
     items = task_items(task, limit, seed) if items is None else list(items)
     settings = _settings(task, label=label, fingerprint=fingerprint, blank_images=blank_images)
+    settings |= {} if number_format is None else {NUMBERS: number_format}
     path = Path(out_dir) / f"answers-{label}.jsonl"
     asked = {item.id: _asked(item) for item in items}
     if ranks.rank == 0:
         open_answers(path, settings, asked, overwrite=overwrite)
     ranks.barrier()
+    settings = kept_settings(path, settings)
     rows = read_answers(path, settings, asked)
     missing = len(asked.keys() - rows.keys())
     target = path if ranks.world == 1 else rank_file(path, ranks.rank)

@@ -20,7 +20,8 @@ from mmit.records import Image, Record, write_jsonl
 
 KEYS = sorted(
     "accuracy baselines by_type chance ci95 created details fingerprint first_question invalid_rate metric model n "
-    "n_asked notes profile prompt seconds seed swapped_images task task_config valid_rate versions wordings".split()
+    "n_asked notes number_format profile prompt seconds seed swapped_images task task_config valid_rate versions "
+    "wordings".split()
 )
 
 

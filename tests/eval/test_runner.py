@@ -159,6 +159,26 @@ def test_answers_of_another_model_or_setting_are_refused(
     assert run(Echo(), tmp_path, **changed).generated == 0
 
 
+def test_answers_in_another_number_format_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "CHUNK", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(Echo(die_after=2), tmp_path, number_format="bf16")
+    path = tmp_path / "answers-tuned.jsonl"
+    content = path.read_bytes()
+    with pytest.raises(MmitError, match="number_format was 'bf16', is now 'fp32'") as caught:
+        run(Echo(), tmp_path, number_format="fp32")
+    assert "(--dtype bf16)" in caught.value.remedy and path.read_bytes() == content
+    assert run(Echo(), tmp_path, number_format="bf16").generated == 4 and lines(path)[0]["number_format"] == "bf16"
+
+
+def test_answers_of_a_version_that_wrote_no_number_format_go_on_and_still_say_none(tmp_path: Path) -> None:
+    path = run(Echo(), tmp_path, questions()[:4]).path
+    assert run(Echo(), tmp_path, number_format="fp32").generated == 6
+    assert "number_format" not in lines(path)[0]
+    assert run(Echo(), tmp_path, number_format="fp32", overwrite=True).generated == 10
+    assert lines(path)[0]["number_format"] == "fp32"
+
+
 def test_changed_questions_and_damaged_files_are_refused(tmp_path: Path) -> None:
     items = questions()
     path = run(Echo(), tmp_path, items).path
