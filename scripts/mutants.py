@@ -55,6 +55,8 @@ T_LIFE, T_SHARDS, T_TILES = (
     "tests/data/shards/test_shards.py",
     "tests/data/test_tiles.py",
 )
+MEASURE, MARKS = "mmit/data/measure.py", "mmit/data/marks.py"
+T_MEASURE, T_MARKS = "tests/data/test_measure.py", "tests/data/test_marks.py"
 T_FUSED, T_METRICS = "tests/models/test_fused_lora.py", "tests/eval/metrics"
 
 MUTANTS = [
@@ -287,6 +289,44 @@ MUTANTS = [
         'if (crc, length) != (shard["crc32"], shard["size"]):',
         'if length > shard["size"]:',
         T_SHARDS,
+    ),
+    # what tells pictures and answers from others
+    Mutant(
+        "pictures: a constant stamp",
+        MEASURE,
+        "return ((found.st_mtime_ns * 1_000_003) ^ found.st_size) & (2**62 - 1) | 2**62",
+        "return 2**62",
+        T_MEASURE,
+    ),
+    Mutant(
+        "pictures: size left out of the stamp",
+        MEASURE,
+        "((found.st_mtime_ns * 1_000_003) ^ found.st_size)",
+        "(found.st_mtime_ns * 1_000_003)",
+        T_MEASURE,
+    ),
+    Mutant(
+        "pictures: one mark for all",
+        MARKS,
+        'return hashlib.blake2b(b"%d " % size + ends, digest_size=16).digest()',
+        'return b"x" * 16',
+        T_MARKS,
+    ),
+    Mutant("pictures: size left out of the mark", MARKS, 'b"%d " % size + ends', "ends", T_MARKS),
+    Mutant("pictures: the end is not looked at", MARKS, "ends += file.read(ENDS)", "pass", T_MARKS),
+    Mutant(
+        "pictures: those of a record do not count",
+        MARKS,
+        "digest.update(picture_mark(images[key].image))",
+        "pass",
+        T_MARKS,
+    ),
+    Mutant(
+        "answers: number format not compared",
+        "mmit/eval/answers.py",
+        "if NUMBERS not in found and NUMBERS in changed:",
+        "if NUMBERS in changed:",
+        "tests/eval/test_runner.py",
     ),
     # LoRA
     Mutant("LoRA: scale forgotten", FUSED, "addmm_(inner, b.t(), alpha=scale)", "addmm_(inner, b.t())", T_FUSED),

@@ -116,6 +116,10 @@ def test_what_is_measured_again_and_what_is_not(folder, coded, monkeypatch):
     assert again(shown=TILED) == [0, 1] and again(shown=TILED) == [] and again() == []
     os.utime(folder / "3.png", ns=(1, 1))
     assert again() == [0, 1] and again(shown=TILED) == [0, 1]  # what a resumed run compares holds the images' contents
+    with open(folder / "3.png", "ab") as file:
+        file.write(b"\0")
+    os.utime(folder / "3.png", ns=(1, 1))  # longer, of the same time
+    assert again() == [0, 1]
     (folder / "8.png").write_bytes((folder / "7.png").read_bytes())  # it was missing
     assert again() == [0, 1] and again() == []
     (folder / "0.png").unlink()
