@@ -391,6 +391,9 @@ class TrainConfig(Section):
     """AdamW epsilon"""
     clip: PositiveFloat | None = 1.0
     """largest gradient norm, null never clips"""
+    router_loss: PositiveFloat | None = None
+    """factor of the auxiliary loss that spreads tokens over experts, as transformers has it for the model, of each
+    record alone and weighed as its supervised tokens are; null leaves it out, as transformers does by itself"""
     precision: Literal["auto", "bf16", "fp32", "fp16"] = "auto"
     """number format of the computation; auto takes bf16 where the device multiplies it at least as fast as fp32, else
     fp32, and a run that is continued keeps what it began with"""

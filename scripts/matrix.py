@@ -11,7 +11,7 @@ Tiny random models, on the CPU. The columns:
     resume                   a run killed after its first checkpoint ends in the same weights, bit by bit
     lora                     all-linear: every adapter tensor has a gradient, and merging changes the logits by so much
     single, batch            greedy answers equal transformers' generate, one by one and all at once
-    export                   llava-hf: written and equal, or the sentence that refuses it
+    export                   llava-hf: largest difference of a logit; or "no": refused before a run that lists it starts
 Each line is kept in --out as soon as it is known; families found there are not run again.
 """
 
@@ -38,8 +38,10 @@ from safetensors.torch import load_file
 from mmit.data.packing import Sample, build_row
 from mmit.errors import MmitError
 from mmit.models import decoding
+from mmit.models.interop.llava_hf import read_llava_hf
 from mmit.models.tuning import apply_tuning, merge
 from mmit.train import checkpoint
+from mmit.train.exporting import check_exports
 from mmit.train.probes import answers, without_gradient
 from mmit.train.run import run
 from tests.models.small_llms import FAMILIES, FIRST_LIST, VOCABULARY, family
@@ -50,6 +52,8 @@ COLUMNS = ("packed", "shared", "padded", "leak", "mode", "resume", "lora", "sing
 PROMPTS, NEW = (3, 11, 30), 8
 FROZEN: dict[str, Any] = {"mode": "frozen", "lr": None, "options": {}}
 LORA = {"vision": FROZEN, "projector": FROZEN, "llm": {"mode": "lora", "lr": 1e-3, "options": {"r": 4}}}
+WIDTH = 24  # of a cell
+LIMIT = 1e-4  # of differences of losses, and of logits after a merge and an export
 CLOSE = 1e-3  # two tokens whose logits are nearer than this may change places by rounding
 
 
@@ -192,16 +196,26 @@ def same(llm: Any, prompt: list[int], ours: list[int]) -> bool:
     return first is None or float(out.logits[first][0, theirs[first]] - out.logits[first][0, ours[first]]) < CLOSE
 
 
-def exported(folder: Path) -> str:
+def exported(folder: Path) -> float | str:
     """The column export, of the run in `folder`."""
     from mmit.interop.export import export_llava_hf
     from mmit.models.generation import end_ids
 
+    config = checkpoint.read_config(checkpoint.checkpoints(folder / "run")[-1])
+    try:  # as a run with `export` and `mmit export` ask, before anything is computed
+        check_exports(config.model_copy(update={"export": ["llava-hf"]}))
+    except MmitError as error:
+        return f"no: {error.problem.removeprefix('llava-hf cannot hold this model: ')}"
     found = checkpoint.load_model(folder / "run", device="cpu")
     ends = end_ids(found.chat.end_ids, found.tokenizer, found.vlm.llm)
     given = {"tokenizer": found.tokenizer, "chat": found.chat, "image": found.image, "end_ids": ends}
     (folder / "exported").mkdir()
-    return f"equal to {export_llava_hf(folder / 'exported', found.vlm, **given).logits:.1e}"
+    try:
+        difference = export_llava_hf(folder / "exported", found.vlm, **given)
+        read_llava_hf(folder / "exported")
+    except MmitError as error:
+        return f"late: {error.problem}"
+    return difference.logits
 
 
 def line(name: str, *, quick: bool = False) -> dict[str, Any]:
@@ -223,7 +237,7 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return "0" if value == 0 else f"{value:.0e}"
     text = str(value if value is not None else "-")
-    return text if len(text) < 24 else text[:21] + "..."
+    return text if len(text) < WIDTH else text[: WIDTH - 3] + "..."
 
 
 def main() -> None:
@@ -245,13 +259,40 @@ def main() -> None:
         known[name] = line(name, quick=given.quick) | {"seconds": round(time.monotonic() - began, 1)}
         with given.out.open("a") as file:
             file.write(json.dumps(known[name]) + "\n")
+    report(given.families, known)
+
+
+def report(families: list[str], known: dict[str, Any]) -> None:
+    """Print the table, what its shortened cells say in full, and the sums."""
     print("| family | " + " | ".join(COLUMNS) + " |")
     print("|---" * (len(COLUMNS) + 1) + "|")
-    for name in given.families:
+    for name in families:
         print(f"| {name} | " + " | ".join(shown(known[name].get(c)) for c in COLUMNS) + " |")
-    packed = [n for n in given.families if known[n].get("mode") == "packed"]
-    lead = [n for n in packed if n in FIRST_LIST]
-    print(f"{len(packed)} of {len(given.families)} train packed; of those that users lead with {len(lead)}")
+    print("\nCells that are cut off above, and runs that failed:")
+    for name in families:
+        for column in (*COLUMNS, "error"):
+            if len(text := str(known[name].get(column, ""))) >= WIDTH and not isinstance(known[name][column], float):
+                print(f"    {name}, {column}: {text}")
+    packed = [n for n in families if known[n].get("mode") == "packed"]
+    padded = [n for n in families if known[n].get("mode") == "padded"]
+    lead = [n for n in families if n in FIRST_LIST]
+    wrong = [f"{n} ({', '.join(bad)})" for n in families if (bad := faults(known[n]))]
+    both = len(set(packed) & set(lead))
+    print(f"\n{len(packed)} of {len(families)} train packed, {both} of the {len(lead)} that users")
+    print(f"lead with; {len(padded)} train padded by themselves: {', '.join(padded) or 'none'}")
+    print(f"wrong without a refusal: {', '.join(wrong) or 'none'}")
+
+
+def faults(row: dict[str, Any]) -> list[str]:
+    """Columns in which a family is wrong; a refusal is not."""
+    bad = ["error"] if row.get("error") and not str(row["error"]).startswith("refused") else []
+    for column in COLUMNS:
+        value = row.get(column)
+        limit = 0.0 if column == "leak" else LIMIT
+        wrong = isinstance(value, float) and not value <= limit
+        if wrong or str(value).startswith(("DIFFERS", "FAILED", "no gradient", "late")):
+            bad.append(column)
+    return bad
 
 
 if __name__ == "__main__":

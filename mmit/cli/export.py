@@ -178,7 +178,7 @@ def _compare_adapter(found: Loaded, folder: Path) -> None:
     import torch
 
     from mmit.data.chat import encode
-    from mmit.interop.export import compare_logits, fixed_talks, logits_of
+    from mmit.interop.export import TOLERANCE, compare_logits, fixed_talks, logits_of
     from mmit.models.interop.hf_parts import reload_adapter
 
     base = found.config.model.llm
@@ -188,20 +188,20 @@ def _compare_adapter(found: Loaded, folder: Path) -> None:
         return
     ids = [i for i in encode(fixed_talks(found.chat)[0], found.chat, found.tokenizer, generate=True).ids if i >= 0]
     expected = logits_of(found.vlm, ids, (), preparation=None)
-    seen = compare_logits(expected, logits_of(again, ids, (), preparation=None), dtype=torch.float32)
+    seen = compare_logits(expected, logits_of(again, ids, (), preparation=None), tolerance=TOLERANCE[torch.float32])
     _tell(seen.logits, seen.limit)
 
 
 def _check_whole(found: Loaded, out: Path) -> None:
     import torch
 
-    from mmit.interop.export import compare_logits, source_logits
+    from mmit.interop.export import TOLERANCE, compare_logits, source_logits
     from mmit.train.checkpoint import load_model
 
     again = load_model(out, device="cpu", allow_code=True)  # as the source, which has been loaded
     texts = source_logits(found.vlm, found.tokenizer, found.chat, found.image)
     others = source_logits(again.vlm, again.tokenizer, again.chat, again.image)
-    seen = [compare_logits(a, b, dtype=torch.float32) for a, b in zip(texts, others, strict=True)]
+    seen = [compare_logits(a, b, tolerance=TOLERANCE[torch.float32]) for a, b in zip(texts, others, strict=True)]
     worst = max(seen, key=lambda d: d.logits / d.limit)
     _tell(worst.logits, worst.limit)
     echo(f"wrote {out}")

@@ -65,7 +65,10 @@ def call(
         missing -= _parameters(getattr(inner, "base_model", inner))[0]
     if refused := sorted(missing - set(optional)):
         raise ModelError(f"the forward of {type(inner).__name__} does not take {', '.join(refused)}", remedy=remedy)
-    out = llm(**{name: value for name, value in given.items() if name not in missing})
+    try:
+        out = llm(**{name: value for name, value in given.items() if name not in missing})
+    except AssertionError as error:  # some forwards name an argument and assert that it is not given
+        raise ModelError(f"{type(inner).__name__} does not take what it was given: {error}", remedy=remedy) from error
     if selects:
         out.logits = out.logits[:, -keep:] if isinstance(keep, int) else out.logits[:, keep]
     return out

@@ -41,6 +41,7 @@ from mmit.models.per_record import run_per_record
 from mmit.models.row_state import checkpoint_contexts
 from mmit.models.rules import DROPOUT_KEYS, takes_attention
 from mmit.models.virtual import virtual_tokens
+from mmit.models.words import scale_words
 
 if not sys.stderr.isatty():  # a progress bar in a log file is noise
     disable_progress_bar()
@@ -340,8 +341,9 @@ def _with_dropout(config: Any, dropout: float | None) -> Any:
 
 
 def ready(model: PreTrainedModel) -> PreTrainedModel:
-    """Change the layers of a loaded model that must be shown one record of a row at a time."""
+    """Change what a loaded model does to embeddings and rows: see `per_record` and `words`."""
     run_per_record(model)
+    scale_words(model)
     return model
 
 

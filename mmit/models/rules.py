@@ -11,14 +11,27 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 
 from mmit.errors import ModelError
+from mmit.models.generation import generation_facts
 from mmit.models.partition import numel, shape
 from mmit.models.per_record import mixers, rotary_limit
+from mmit.models.routers import has_loss
 
 DROPOUT_KEYS = ("attention_dropout", "attn_pdrop", "attn_dropout", "attention_probs_dropout_prob")
+# Keys by which classes change logits after the head, and the value that changes nothing.
+LOGIT_KEYS = {
+    "logits_scaling": 1.0,
+    "logit_scale": 1.0,
+    "lm_head_multiplier": 1.0,
+    "final_logit_softcapping": None,
+    "logits_soft_cap": None,
+}
+# Keys by which bodies scale the embeddings they are given; a table that scales its own rows has `embed_scale`.
+EMBEDDING_KEYS = ("embedding_multiplier",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +44,12 @@ class Rules:
     chunk: int | None  # keys of a chunk, in layers with chunked attention
     sinks: bool  # a learned score per head that takes part in every softmax
     softcap: float | None  # of attention scores
+    logits: tuple[str, float] | None  # key of the config that changes logits after the head, and its value
+    embeddings: float  # factor between a row of the table and what the first layer gets of it
+    end_ids: tuple[int, ...]  # that end an answer, as generation_config.json lists them
     rotary_limit: int | None  # longer records turn their positions by other factors
     per_layer_inputs: bool  # layers get embeddings of the token ids themselves
-    router_loss: float | None  # factor of the auxiliary loss that the config names
+    router_loss: float | None  # factor of the auxiliary loss of its routers that the config names
     experts: float  # share of parameters in weights of three dimensions, which linear adapters do not reach
     dropout: float  # of attention weights in training
     context: int | None  # tokens the model was built for
@@ -60,12 +76,20 @@ class Rules:
             yield "attention sinks"
         if self.softcap:
             yield f"attention scores capped at {self.softcap:g}"
+        if self.logits:
+            yield f"logits changed after the head ({self.logits[0]} {self.logits[1]:g})"
+        if self.embeddings != 1:
+            yield f"embeddings times {self.embeddings:g}"
+        if len(self.end_ids) > 1:
+            yield f"{len(self.end_ids)} ids that end an answer"
         if self.mixers:
             yield f"{len(self.mixers)} layers with a running state or convolution, run record by record"
         if self.rotary_limit:
             yield f"other rotary factors for records of more than {self.rotary_limit} tokens"
         if self.per_layer_inputs:
             yield "embeddings of the token ids in every layer"
+        if self.router_loss:
+            yield f"a router loss (factor {self.router_loss:g} in its config), left out unless train.router_loss is set"
         if self.dropout:
             yield f"attention dropout of {self.dropout:g}, computed by the slow path (model.llm.attention_dropout)"
 
@@ -82,9 +106,12 @@ def read_rules(llm: Any) -> Rules:
         chunk=getattr(config, "attention_chunk_size", None) if "chunked_attention" in kinds else None,
         sinks=any(isinstance(getattr(m, "sinks", None), nn.Parameter) for m in inner.modules()),
         softcap=getattr(config, "attn_logit_softcapping", None),
+        logits=changed_logits(config),
+        embeddings=_embedding_scale(inner, config),
+        end_ids=generation_facts(inner).end_ids,
         rotary_limit=rotary_limit(inner),
         per_layer_inputs=bool(getattr(config, "hidden_size_per_layer_input", None)),
-        router_loss=getattr(config, "router_aux_loss_coef", None),
+        router_loss=getattr(config, "router_aux_loss_coef", None) if has_loss(inner) else None,
         experts=_experts(inner),
         dropout=float(next((v for k in DROPOUT_KEYS if (v := getattr(config, k, None))), 0.0)),
         context=getattr(config, "max_position_embeddings", None),
@@ -95,6 +122,20 @@ def read_rules(llm: Any) -> Rules:
 def takes_attention(kind: type[nn.Module]) -> bool:
     """Whether models of this class hand their queries, keys and values to transformers' table of functions."""
     return hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS")
+
+
+def changed_logits(config: Any) -> tuple[str, float] | None:
+    """Key and value of a config that change logits after the head, None where they stay."""
+    stated = ((key, getattr(config, key, off), off) for key, off in LOGIT_KEYS.items())
+    return next(((key, value) for key, value, off in stated if value not in (off, None)), None)
+
+
+def _embedding_scale(llm: Any, config: Any) -> float:
+    own = getattr(llm.get_input_embeddings(), "embed_scale", None)
+    if isinstance(own, torch.Tensor):
+        own = None if own.is_meta else float(own)
+    stated = (getattr(config, key, None) for key in EMBEDDING_KEYS)
+    return float(own if own is not None else next((v for v in stated if v), 1.0))
 
 
 def _per_layer(config: Any) -> list[str]:

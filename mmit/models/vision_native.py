@@ -9,6 +9,7 @@ C units of all pictures, K pictures, f = merge, p = patch in pixels, S = f * p, 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from mmit.models.vision_encoder import (
 
 SEGMENTS = "mmit_pictures"  # the attention function that keeps pictures apart
 HALF = (0.5, 0.5, 0.5)
+LIKE = 0.8  # share of the longest picture of a batch that every other one has at least
 
 
 class NativeReader(Reader):
@@ -132,10 +134,12 @@ class NaFlexReader(NativeReader):
         flat = patches.flatten(0, 2).permute(0, 2, 3, 1).flatten(1)
         side = embeddings.position_embedding_size
         table = embeddings.position_embedding.weight.reshape(side, side, -1)
-        places = []
-        for rows, columns in (grids * self.merge).tolist():
+        known: dict[tuple[int, int], torch.Tensor] = {}
+        shapes = [(rows, columns) for rows, columns in (grids * self.merge).tolist()]
+        for rows, columns in dict.fromkeys(shapes):
             shape = torch.tensor([[rows, columns]], device=flat.device)
-            places.append(embeddings.resize_positional_embeddings(table, shape, max_length=rows * columns)[0])
+            known[rows, columns] = embeddings.resize_positional_embeddings(table, shape, max_length=rows * columns)[0]
+        places = [known[shape] for shape in shapes]
         hidden = embeddings.patch_embedding(flat) + self._to_units(torch.cat(places), grids)
         lengths = grids.prod(1) * self.merge**2
         states = {}
@@ -243,10 +247,42 @@ def _apart(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of (1, heads, T, head dim) within each picture; `attention_mask` (K,) holds their lengths."""
-    lengths = attention_mask.tolist()
-    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    out = [F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout) for q, k, v in parts]
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+    lengths = tuple(attention_mask.tolist())
+    tables = [x[0].transpose(0, 1) for x in (query, key, value)]  # (T, heads, head dim)
+    order, made = [], []
+    for places, real in batches(lengths):
+        tokens, seen = places.to(query.device), None if real is None else real.to(query.device)
+        q, k, v = (table[tokens].transpose(1, 2) for table in tables)  # (G, heads, L, head dim)
+        mask = None if seen is None else seen[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout, attn_mask=mask).transpose(1, 2)
+        order.append(tokens.flatten() if seen is None else tokens[seen])
+        made.append(out.flatten(0, 1) if seen is None else out[seen])
+    return torch.cat(made)[torch.cat(order).argsort()][None], None
+
+
+@functools.lru_cache(maxsize=8)
+def batches(lengths: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Pictures of like length together.
+
+    Returns:
+        for each batch (G, L) places of its tokens in the row, padded with the row's first, and which of them are none
+        of the padding; None where there is none
+    """
+    starts = np.cumsum([0, *lengths]).tolist()
+    groups: list[list[int]] = []
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        if groups and lengths[n] >= LIKE * lengths[groups[-1][0]]:
+            groups[-1].append(n)
+        else:
+            groups.append([n])
+    out = []
+    for group in groups:
+        longest = lengths[group[0]]
+        places = torch.arange(longest)
+        real = torch.tensor([lengths[n] for n in group])[:, None] > places
+        tokens = torch.where(real, torch.tensor([starts[n] for n in group])[:, None] + places, 0)
+        out.append((tokens, None if bool(real.all()) else real))
+    return out
 
 
 AttentionInterface.register(SEGMENTS, _apart)

@@ -27,6 +27,7 @@ from mmit.models.padded import is_flat, run_padded
 from mmit.models.partition import shape
 from mmit.models.per_record import rotary_limit
 from mmit.models.projectors import Projector
+from mmit.models.routers import Routers
 from mmit.models.virtual import virtual_tokens, with_prompt
 from mmit.models.vision import VisionTower
 
@@ -49,6 +50,8 @@ class VLM(nn.Module):
         self.vision, self.projector = vision, projector
         # Records of a row that share nothing run side by side as a padded batch, not in mmit's attention.
         self.padded = padded
+        # In training every record's loss is raised by the auxiliary loss of these (`routers.read_routers`).
+        self.routers: Routers | None = None
         # Per component the parameters that a tuning method chose or added, which a checkpoint keeps by name.
         self.partly: dict[str, tuple[str, ...]] = {}
         # Components that came whole out of a checkpoint: no hub id leads to them, so the next one keeps them whole.
@@ -148,6 +151,7 @@ class VLM(nn.Module):
         pixels: torch.Tensor | None = None,
         grids: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
+        records: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy of one packed row, per supervised target.
 
@@ -156,6 +160,7 @@ class VLM(nn.Module):
             image_positions, image_index: (P,). image_tokens: M; see `embed`.
             pixels: (C, 3, H, W) uint8, with grids (K, 2) of a tower of native resolution; or features: (C, N, D_v)
                 computed before.
+            records: (S,) the record of each target, on the CPU; only for the auxiliary loss of `routers`.
 
         Returns:
             (S,) float32 losses. Logits exist only at the S positions.
@@ -177,7 +182,13 @@ class VLM(nn.Module):
                 nothing = nothing + self.projector.line_end.sum().to(nothing) * 0
             embeddings = embeddings + nothing.to(embeddings)
         ids = input_ids.index_fill(0, image_positions, -1)
-        return self.row_losses(embeddings, positions=positions, nodes=nodes, at=predict_at, targets=targets, ids=ids)
+        row: dict[str, Any] = {"positions": positions, "nodes": nodes, "at": predict_at, "ids": ids}
+        if self.routers is None or records is None or not self.training:
+            return self.row_losses(embeddings, targets=targets, **row)
+        with self.routers.watched() as seen:
+            losses = self.row_losses(embeddings, targets=targets, **row)
+        given, at = self._row(embeddings, **row)  # as it ran, with a soft prompt in front
+        return losses + self.routers.losses(seen, nodes=given["nodes"], at=at, records=records, padded=self.padded)
 
     def split(self) -> Split | None:
         """Body and head of the LLM, or None where they cannot be told apart; asked once."""

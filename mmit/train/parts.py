@@ -31,6 +31,7 @@ from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, context_length
 from mmit.models.partition import partitioned
 from mmit.models.recompute import MODES, set_recompute
+from mmit.models.routers import read_routers
 from mmit.models.tuning import Group, apply_tuning, quantization
 from mmit.models.tuning.own import changes_layout
 from mmit.models.virtual import virtual_tokens
@@ -104,6 +105,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
 
     with partitioned(divided):
         groups = _tune(vlm, config, probe=divided is None and start is None, say=say)
+        if config.train.router_loss is not None:
+            vlm.routers = read_routers(vlm.llm, config.train.router_loss)
         if start is not None:
             checkpoint.read_weights(vlm, start)
     heart.phase("measuring the data", 0)

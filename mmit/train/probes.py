@@ -14,6 +14,7 @@ import torch
 from mmit.data.dataset import InstructionData, Scan
 from mmit.data.packing import Sample, build_row
 from mmit.errors import ModelError
+from mmit.models.calls import call
 from mmit.models.modes import evaluation_mode
 from mmit.models.partition import shape
 from mmit.models.vlm import VLM, same_logits
@@ -87,6 +88,27 @@ def answers(vlm: VLM) -> torch.Tensor:
     """(S, V) logits of a few tokens, by which a model is recognised."""
     with evaluation_mode(vlm):
         return vlm.row_logits(**_words(vlm))
+
+
+@torch.no_grad()
+def check_embeddings(vlm: VLM) -> None:
+    """Compare the model's answers to token ids with those to their embeddings, which is what mmit gives it.
+
+    Raises:
+        ModelError: the model does something to the ids that their embeddings do not show.
+    """
+    with evaluation_mode(vlm):
+        row = _words(vlm)
+        ids, at = row["ids"][None], row["positions"]
+        given = {"input_ids": ids, "position_ids": at[None], "use_cache": False, "logits_to_keep": at}
+        by_ids = call(vlm.llm, **given, optional=("use_cache", "position_ids")).logits[0]
+        if not same_logits(vlm.row_logits(**row), by_ids):
+            raise ModelError(
+                f"{type(vlm.llm).__name__} answers token ids differently than their embeddings, and pictures can only "
+                "be given as embeddings",
+                where="model.llm",
+                remedy="use another language model",
+            )
 
 
 def check_start_of_adapter(vlm: VLM, before: torch.Tensor) -> None:

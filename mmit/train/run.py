@@ -284,7 +284,7 @@ def _batches(
 
 
 def _prepare(batch: MicroBatch, *, upload: Upload, features: FeatureCache | None) -> dict[str, Any]:
-    tensors = dict(batch.tensors)
+    tensors = {**batch.tensors, "records": batch.target_records}
     if features is not None and batch.image_keys:
         tensors["features"] = features.get(batch.image_keys)
     return upload(tensors)

@@ -13,6 +13,7 @@ from mmit.errors import ModelError, located
 from mmit.models.rules import check_vocabulary, read_rules
 from mmit.models.vlm import VLM
 from mmit.train.data_setup import Say
+from mmit.train.probes import check_embeddings
 
 
 def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> dict[str, Any]:
@@ -32,6 +33,8 @@ def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure
     rules, asked = read_rules(vlm.llm), data["packing"]
     with located("model.llm"):
         check_vocabulary(rules, tokenizer.get_vocab())
+        if measure:
+            check_embeddings(vlm)
     update: dict[str, Any] = {"packing": False}
     if asked is not False:
         reason = rules.why_not_packed

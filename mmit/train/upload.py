@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-STAY = ("nodes",)  # on the CPU, where the attention plan is made
+STAY = ("nodes", "records")  # on the CPU, where the attention plan is made
 
 
 class Upload:

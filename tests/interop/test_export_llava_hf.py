@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mmit
 from mmit.data.chat import chat_format
@@ -24,6 +25,7 @@ from mmit.models.vision import VisionTower, build_vision
 from mmit.models.vlm import VLM
 from tests.data.small_tokenizers import FAMILIES, smollm2
 from tests.interop.llava_models import make_llava_hf
+from tests.models.small_llms import family
 from tests.tiny_run import CHATML
 
 CLIP = {
@@ -38,9 +40,11 @@ CLIP = {
 SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
 
 
-def composite(tokenizer: Any, tower: VisionTower | None = None, *, spare: int = 0, tied: bool = False) -> VLM:
+def composite(
+    tokenizer: Any, tower: VisionTower | None = None, *, spare: int = 0, tied: bool = False, llm: Any = None
+) -> VLM:
     torch.manual_seed(1)
-    llama = {
+    llama = llm or {
         "model_type": "llama",
         "vocab_size": len(tokenizer) + spare,
         "hidden_size": 16,
@@ -53,11 +57,12 @@ def composite(tokenizer: Any, tower: VisionTower | None = None, *, spare: int = 
         "tie_word_embeddings": tied,
     }
     llm = load_llm("", dtype=torch.float32, random_init=llama)
+    width = llm.config.hidden_size
     tower = tower or build_vision("hf", CLIP)
     with torch.no_grad():
         for parameter in tower.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    shape: dict[str, Any] = {"vision_dim": tower.dim, "llm_dim": 16, "grid": tower.grid, "prefix": tower.prefix}
+    shape: dict[str, Any] = {"vision_dim": tower.dim, "llm_dim": width, "grid": tower.grid, "prefix": tower.prefix}
     return VLM(llm, vision=tower, projector=build_projector("mlp", depth=2, **shape)).eval()
 
 
@@ -169,6 +174,37 @@ def test_a_llava_hf_folder_comes_back_as_it_was(tmp_path: Path, tower: str) -> N
     again = mmit.load(tmp_path / "out", device="cpu")
     assert again.chat_format.to_json() == model.chat_format.to_json()
     assert again.image == model.image
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("mixtral", "block_sparse_moe.experts.3.w1"), ("nemotron_h", "backbone.layers.0."), ("llama", "q_proj")],
+)
+def test_weights_have_the_names_of_published_files(tmp_path: Path, name: str, published: str) -> None:
+    tokenizer = FAMILIES["byte_level"]()
+    vlm = composite(tokenizer, llm=family(name) | {"vocab_size": len(tokenizer)})
+    before = {key: value.clone() for key, value in vlm.llm.state_dict().items()}
+    assert write(tmp_path, vlm, tokenizer=tokenizer, image_token="<picture>").logits <= 1e-5
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert any(published in key for key in names)
+    again = read_llava_hf(tmp_path).vlm.llm.state_dict()
+    rows = len(tokenizer)
+    assert again.keys() == before.keys()
+    assert all(torch.equal(again[key][:rows], value[:rows]) for key, value in before.items())
+
+
+def test_a_merge_that_changes_the_model_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mmit.interop.export as export
+
+    tokenizer = FAMILIES["byte_level"]()
+
+    def damaged(vlm: VLM) -> None:
+        with torch.no_grad():
+            vlm.llm.model.layers[0].mlp.down_proj.weight.add_(0.01)
+
+    monkeypatch.setattr(export, "merge", damaged)
+    with pytest.raises(ModelError, match="adapter merged into the weights differs"):
+        write(tmp_path / "out", composite(tokenizer), tokenizer=tokenizer, image_token="<picture>")
 
 
 @pytest.mark.parametrize("mode", ["pad", "crop", "resize"])

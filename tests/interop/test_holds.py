@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 from typer.testing import CliRunner
 
 from mmit.cli import app
 from mmit.errors import ModelError
-from mmit.models.interop.holds import TextFacts, check_export, text_facts
+from mmit.models.interop.holds import TextFacts, beyond_body_and_head, check_export, text_facts
 from mmit.train.run import run
+from tests.models.small_llms import family
 from tests.tiny_run import tiny_config
 
 LLAMA = TextFacts("llama", "model", plain=True, tied=False)
@@ -101,6 +105,56 @@ def test_the_facts_come_from_the_class_itself(tmp_path: Path, llm: dict[str, Any
         return check_export("llava-hf", model, tune, facts)
     with pytest.raises(ModelError, match=told):
         check_export("llava-hf", model, tune, facts)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("gemma4_text", "embeddings of the token ids"),
+        ("vaultgemma", "final_logit_softcapping"),
+        ("opt", "does not call its body as a whole"),
+        ("phi", "plain head"),  # a head with a bias
+        ("mamba2", "is not a body 'model'"),
+        ("granitemoe", None),  # has a key that scales logits, by 1
+        ("nemotron_h", None),  # its words are not under embed_tokens
+        ("qwen3_next", None),
+    ],
+)
+def test_the_facts_of_more_families(tmp_path: Path, name: str, told: str | None) -> None:
+    facts = text_facts({"name": "none", "random_init": family(name)})
+    model, tune = sections(tmp_path)
+    if told is None:
+        return check_export("llava-hf", model, tune, facts)
+    with pytest.raises(ModelError, match=told):
+        check_export("llava-hf", model, tune, facts)
+
+
+class Scaled(LlamaForCausalLM):
+    """Does what a key nobody knows might say."""
+
+    where = "logits"
+
+    def forward(self, inputs_embeds: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
+        hidden = self.model(inputs_embeds=inputs_embeds * 2 if self.where == "words" else inputs_embeds, **kwargs)[0]
+        logits = self.lm_head(hidden / 3 if self.where == "hidden" else hidden)
+        return CausalLMOutput(logits=logits.tanh() if self.where == "logits" else logits)
+
+
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("logits", "logits after the head"),
+        ("hidden", "between body and head"),
+        ("words", "before its body"),
+        ("", None),
+    ],
+)
+def test_what_a_class_does_around_its_body_is_seen_without_a_key(where: str, told: str | None) -> None:
+    with torch.device("meta"):
+        llm = Scaled(LlamaConfig(**DIMS))
+    llm.where = where
+    seen = beyond_body_and_head(llm)
+    assert seen is None if told is None else seen is not None and told in seen
 
 
 def test_a_run_is_refused_before_it_starts(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mmit.models import decoding
 from mmit.models.calls import CACHE_NAMES, cache_name, cache_of, call
 from mmit.models.tuning.lora import wrap
 from tests.models.test_decoding import FAMILIES, batch, model, samples
+from tests.models.test_families import pair
 
 
 class Swallows(nn.Module):
@@ -48,6 +49,12 @@ class HandsOn(Swallows):
 def test_a_keyword_that_the_forward_would_swallow_is_refused(name: str) -> None:
     with pytest.raises(ModelError, match=f"Swallows does not take {name}"):
         call(Swallows(), input_ids=torch.zeros(1, 1), **{name: True})
+
+
+def test_a_forward_that_asserts_what_it_is_not_given_ends_in_one_sentence() -> None:
+    llm = pair("mpt")[1].llm
+    with pytest.raises(ModelError, match="MptForCausalLM does not take what it was given: .*inputs_embeds"):
+        call(llm, inputs_embeds=torch.zeros(1, 2, 32))
 
 
 def test_what_may_be_left_out_is_left_out() -> None:

@@ -30,6 +30,7 @@ KINDS = [
     "granite",  # scaled embeddings and logits
     "stablelm",
     "deepseek_v3",  # latent attention
+    "falcon_h1",  # scales only the embeddings that it looks up itself
 ]
 LENGTHS = (5, 9, 3 * WINDOW + 2, 2 * WINDOW + 4)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import warnings
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from mmit.errors import ModelError
-from mmit.models.llm import load_llm, recompute_activations
+from mmit.models.llm import config_keys, load_llm, recompute_activations
+from tests.models.small_llms import FAMILIES, family
 from tests.models.test_attention import LLAMA
 
 
@@ -45,3 +49,19 @@ def test_recomputed_activations_give_the_same_gradients():
         llm(input_ids=torch.arange(6)[None]).logits.square().mean().backward()
         results.append([p.grad for p in llm.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", sorted({family(name)["model_type"] for name in FAMILIES}))
+def test_every_argument_of_the_installed_classes_is_taken(kind):
+    """What a class writes into config.json, and what its constructor names, under the names of old files too."""
+    known = CONFIG_MAPPING[kind]
+    written = known().to_dict()
+    arguments = {p.name for p in inspect.signature(known).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    unknown = {*written, *arguments, *known.attribute_map} - config_keys(kind)
+    assert not unknown
+    small = family(next(name for name in FAMILIES if family(name)["model_type"] == kind))
+    config = AutoConfig.for_model(**small)
+    whole = {**json.loads(config.to_json_string(use_diff=False)), "model_type": kind}
+    again = load_llm("tiny", random_init=whole, dtype=torch.float32, empty=True).config
+    keys = set(small) - {"model_type"}
+    assert {key: getattr(again, key) for key in keys} == {key: getattr(config, key) for key in keys}

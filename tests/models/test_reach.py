@@ -77,6 +77,13 @@ def test_a_router_that_is_a_linear_layer_by_class_alone_is_left_out(name, router
         tuned(name, targets=["q_proj", "router"])
 
 
+def test_a_router_whose_weight_is_read_past_it_is_left_out():
+    vlm, _ = tuned("longcat_flash", r=4)
+    assert "classifier" not in adapted(vlm) and "q_a_proj" in adapted(vlm) and not without_gradient(vlm)
+    with pytest.raises(ModelError, match="without calling it"):
+        tuned("longcat_flash", targets=["classifier"])
+
+
 def test_a_start_that_changes_the_model_is_found():
     vlm, before = tuned("llama", init=False)
     with pytest.raises(ModelError, match="before anything is trained"):

@@ -10,9 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from transformers import AutoModel
+
 from mmit.errors import ModelError, nearest
 from mmit.models.interop.hf_parts import LLAVA_CLASSES
 from mmit.models.llm import load_llm
+from mmit.models.rules import LOGIT_KEYS, changed_logits
+from mmit.models.words import ScaledWords
 
 FORMATS = ("llava-hf", "llava", "peft", "mmit")
 # Methods that leave something no plain weight can express; as `tuning.merge` refuses them.
@@ -21,15 +26,7 @@ NOT_MERGED = {
     "soft_prompt": "a soft prompt is input, not weights",
     "prefix": "a prefix is keys and values, not weights",
 }
-# Keys by which classes change logits after the head, and the value that changes nothing. transformers' LLaVA classes
-# take the body and a head of their own, which knows none of these.
-LOGIT_KEYS = {
-    "logits_scaling": 1.0,
-    "logit_scale": 1.0,
-    "lm_head_multiplier": 1.0,
-    "final_logit_softcapping": None,
-    "logits_soft_cap": None,
-}
+AFTER_HEAD = "it changes its logits after the head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +34,10 @@ class TextFacts:
     """What decides whether another class can stand around a language model.
 
     Attributes:
-        kind: model_type. body: attribute of the class that holds all but the head. plain: it has word embeddings under
-            `embed_tokens` there and a linear head without bias under `lm_head`. tied: the head is the word embeddings.
-        logits: (key, value) of the config that changes logits after the head.
+        kind: model_type. body: attribute of the class that holds all but the head. plain: the body gives its word
+            embeddings when asked, and a linear head without bias is under `lm_head`. tied: the head is the embeddings.
+        logits: (key, value) of the config that changes logits after the head, with what value.
+        extra: what else the class does that a body and a head alone do not.
     """
 
     kind: str
@@ -47,20 +45,75 @@ class TextFacts:
     plain: bool
     tied: bool
     logits: tuple[str, Any] | None = None
+    extra: str | None = None
 
 
 def text_facts(llm: Mapping[str, Any]) -> TextFacts:
     """Read the facts of a `model.llm` section from the model's shapes; no weights are read."""
-    model: Any = load_llm(llm["name"], revision=llm.get("revision"), random_init=llm.get("random_init"), empty=True)
+    given = {"revision": llm.get("revision"), "random_init": llm.get("random_init")}
+    model: Any = load_llm(llm["name"], **given, dtype=torch.float32, empty=True)
     config = model.config
     head = model.get_output_embeddings()
     body = getattr(model, model.base_model_prefix, None)
     own_head: Any = getattr(model, "lm_head", None)
-    plain = hasattr(body, "embed_tokens") and own_head is not None and head is own_head and own_head.bias is None
-    stated = ((key, getattr(config, key, off), off) for key, off in LOGIT_KEYS.items())
-    changed = [(key, value) for key, value, off in stated if value not in (off, None)]
+    try:  # LLaVA's classes ask the body
+        words = body is not None and body.get_input_embeddings() is model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        words = False
+    plain = words and own_head is not None and head is own_head and own_head.bias is None
     tied = bool(config.tie_word_embeddings)
-    return TextFacts(config.model_type, model.base_model_prefix, plain, tied, changed[0] if changed else None)
+    extra = beyond_body_and_head(model) if plain else None
+    if extra == AFTER_HEAD and any(hasattr(config, key) for key in LOGIT_KEYS):
+        extra = None  # the keys say what is changed, and whether it is
+    return TextFacts(config.model_type, model.base_model_prefix, plain, tied, changed_logits(config), extra)
+
+
+class _Stub:
+    """Output of a body that was not run; whatever else is asked for is not there."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, place: Any) -> Any:
+        return self.last_hidden_state if place in (0, "last_hidden_state") else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def beyond_body_and_head(model: Any) -> str | None:
+    """What the class around body and head computes itself, or None: seen in a forward without weights or layers.
+
+    Args:
+        model: an empty causal LM, which is used up.
+    """
+    config, body, head = model.config, model.base_model, model.get_output_embeddings()
+    if getattr(config, "hidden_size_per_layer_input", None):
+        return "its layers take the embeddings of the token ids themselves"
+    if isinstance(model.get_input_embeddings(), ScaledWords) and model.get_input_embeddings().embed_scale != 1:
+        return "its body scales only the embeddings that it looks up itself"
+    if AutoModel._model_mapping.get(type(config), None) not in type(body).__mro__:
+        return f"transformers builds another body for its config than {type(body).__name__}"
+    embeddings = torch.empty(1, 2, config.hidden_size, dtype=torch.float32, device="meta")
+    hidden = torch.empty_like(embeddings)
+    seen: dict[str, Any] = {}
+
+    def forward(*arguments: Any, **named: Any) -> _Stub:
+        seen.update(named)
+        return _Stub(hidden)
+
+    body.forward = forward
+    head.register_forward_hook(lambda _, given, made: seen.update(given=given[0], made=made))
+    with torch.no_grad():
+        logits = model(inputs_embeds=embeddings).logits
+    if "inputs_embeds" not in seen:
+        return "it does not call its body as a whole"
+    if seen["inputs_embeds"] is not embeddings:
+        return "it changes embeddings before its body"
+    given = seen.get("given")
+    if given is None or (given is not hidden and given._base is not hidden):
+        return "it changes hidden states between body and head"
+    return None if seen["made"] is logits else AFTER_HEAD
 
 
 def check_export(format: str, model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFacts | None) -> None:
@@ -148,7 +201,12 @@ def _llava_hf(model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFact
         problem = f"a {facts.kind} LLM changes its logits ({key} {value}), which the classes of LLaVA leave out"
         _refuse("llava-hf", problem, where="model.llm", remedy=remedy)
     if facts.body != "model" or not facts.plain:
-        problem = f"a {facts.kind} LLM is not a body 'model' with embed_tokens under a plain head 'lm_head'"
+        problem = (
+            f"a {facts.kind} LLM is not a body 'model' with its own word embeddings under a plain head 'lm_head'"
+        )
+        _refuse("llava-hf", problem, where="model.llm", remedy=remedy)
+    if facts.extra is not None:
+        problem = f"around a {facts.kind} LLM stand the classes of LLaVA instead of its own, and {facts.extra}"
         _refuse("llava-hf", problem, where="model.llm", remedy=remedy)
 
 

@@ -30,7 +30,7 @@ import mmit.models.vision_hf as vision_hf
 from mmit.errors import ModelError, nearest
 from mmit.models import attention
 from mmit.models.interop.tensors import complain, fill_module, folder_tensors, split_by_prefix
-from mmit.models.llm import bits_config, placement
+from mmit.models.llm import bits_config, placement, ready
 from mmit.models.projectors import build_projector
 from mmit.models.vision import VisionTower
 from mmit.models.vision_encoder import explained, load_needed, triple
@@ -50,6 +50,7 @@ PREFIXES = (
     ("model.vision_tower.", "vision", ""),
     ("model.multi_modal_projector.", "projector", ""),
     ("lm_head.", "llm", "lm_head."),
+    ("language_model.", "llm", ""),  # a body that published files call by another name than 'model'
 )
 NEWLINE = (("image_newline", "newline", ""), ("model.image_newline", "newline", ""))
 PROJECTOR = {"linear_1": "layers.0", "linear_2": "layers.2"}  # theirs -> ours
@@ -293,7 +294,7 @@ def language_model(
         shapes=[str(entry[0] if isinstance(entry, tuple) else entry) for entry in info["mismatched_keys"]],
         where=f"{where}, language_model",
     )
-    return model
+    return ready(model)
 
 
 def _picture(processor: Any, where: str) -> dict[str, Any]:

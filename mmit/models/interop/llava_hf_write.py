@@ -29,6 +29,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from mmit.errors import ModelError
 from mmit.models.interop.hf_towers import hf_tower, read_blocks
@@ -161,9 +162,7 @@ def _canvases(image: Mapping[str, Any]) -> list[list[int]]:
 def reload(folder: Path) -> tuple[Any, Any]:
     """Load a written folder with transformers' own classes, in float32; complain about any key too many or few."""
     loader: Any = AutoModelForImageTextToText
-    model, info = loader.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
+    model, info = loader.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False)
     complain(
         "transformers does not find the weights it expects",
         missing=map(str, info["missing_keys"]),
@@ -211,20 +210,23 @@ def _state(vlm: VLM, vision: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
     projector = dict(vlm.projector.state_dict())
     newline = projector.pop("line_end", None)
     parts: dict[str, Mapping[str, torch.Tensor]] = {
-        "llm": vlm.llm.state_dict(),
+        # Under the names and in the shapes of published files: experts apart, as every version and vLLM read them.
+        "llm": revert_weight_conversion(vlm.llm, vlm.llm.state_dict()),  # type: ignore[arg-type]
         "vision": vision,
         "projector": {f"{ours[key[:8]]}{key[8:]}": value for key, value in projector.items()},
     }
-    state = {
-        NAMES[part] + key: value.detach().cpu().contiguous()
-        for part, tensors in parts.items()
-        for key, value in tensors.items()
-    }
+    state = {NAMES[part] + key: _own(value) for part, tensors in parts.items() for key, value in tensors.items()}
     if newline is not None:
         state["image_newline"] = newline.detach().cpu()
     if tied:
         state.pop("language_model.lm_head.weight", None)
     return state
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU where it is a part of another one, which safetensors does not take."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _image_processor(image: Mapping[str, Any], *, mean: Sequence[float], std: Sequence[float]) -> Any:

@@ -7,6 +7,8 @@ no module of the model, and one that an adapter on it could not change.
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -83,9 +85,10 @@ def bypassed(llm: Any) -> list[str]:
     projection of a state space is among them everywhere: kernels on CUDA read it in training, and PEFT refuses it.
     """
     inner = base_model(llm)
+    past = _read_past(inner)
     held = [m for m in base_model(llm).modules() if any(isinstance(c, nn.Conv1d) for c in m.children())]
     if not held:  # only layers of this kind are known to do so, and experts that get no token are not called either
-        return []
+        return past
     suspects = {n for n, m in inner.named_modules() if isinstance(m, nn.Linear)}
     inside = {id(m) for owner in held for m in owner.modules()}
     suspects = {n for n in suspects if id(inner.get_submodule(n)) in inside}
@@ -106,7 +109,28 @@ def bypassed(llm: Any) -> list[str]:
             hook.remove()
     whole = base_model(llm).named_modules()
     spaces = [n for n, m in whole if m in held and hasattr(m, "A_log") and hasattr(m, "D")]
-    return sorted((suspects - called) | ({f"{n}.out_proj" for n in spaces} & suspects))
+    return sorted({*past, *(suspects - called), *({f"{n}.out_proj" for n in spaces} & suspects)})
+
+
+def _read_past(inner: Any) -> list[str]:
+    """Names of linear layers whose owner's forward reads their weight and never calls them (LongCat's routers)."""
+    return [
+        f"{name}.{child}"
+        for name, module in inner.named_modules()
+        for child in _weights_read(type(module))
+        if isinstance(getattr(module, child, None), nn.Linear)
+    ]
+
+
+@functools.cache
+def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
+    if not kind.__module__.startswith("transformers.models.") or "forward" not in vars(kind):
+        return frozenset()
+    try:
+        source = inspect.getsource(kind.forward)
+    except (OSError, TypeError):
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight\b", source)) - set(re.findall(r"self\.(\w+)\(", source))
 
 
 def not_matrices(llm: Any) -> list[str]:
