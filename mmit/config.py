@@ -124,7 +124,8 @@ class ProjectorConfig(Section):
     """The bridge from vision features to LLM embeddings."""
 
     kind: str = "mlp"
-    """linear, mlp, fused_mlp, pixel_shuffle_mlp, avg_pool_mlp, resampler, or my_pkg.my_mod:Name of your own"""
+    """linear, mlp, fused_mlp, pixel_shuffle_mlp, avg_pool_mlp, resampler, deepstack_mlp (features of several layers,
+    added inside the LLM), or my_pkg.my_mod:Name of your own"""
     options: dict[str, Any] = {}
     """arguments of that projector (depth, factor, queries, ...), checked by the projector itself"""
 

@@ -227,7 +227,7 @@ def line(name: str, *, quick: bool = False) -> dict[str, Any]:
             got = told(work)
             found |= got if isinstance(got, dict) else {"error": f"{found.get('error', '')} {got}".strip()}
         found["lora"] = told(lambda: adapted(name))
-        if not quick:
+        if not quick and "mode" in found:
             found["export"] = told(lambda: exported(Path(scratch)))
     return found
 

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from mmit.errors import located
+from mmit.models.deepstack import deep_layers
 from mmit.models.llm import DTYPES, load_llm, load_tokenizer
 from mmit.models.partition import shape
 from mmit.models.projectors import build_projector
@@ -123,4 +124,6 @@ def assemble(
             line_end=has_line_end(model["vision"]),
             **model["projector"]["options"],
         ).to(words.dtype)
+    if projector.deep:
+        deep_layers(llm, projector.deep)
     return VLM(llm, vision=vision, projector=projector, padded=not packed), tokens

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers.cache_utils import Cache
 
 from mmit.errors import ModelError
+from mmit.models.deepstack import stacked
 from mmit.models.per_layer import per_layer_inputs
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; before 5.24 one of the other two
@@ -48,11 +49,25 @@ def call(
     Raises:
         ModelError: the forward does not take an argument that it was to be given.
     """
-    inner = llm.get_base_model() if isinstance(llm, PeftModel) else llm
-    taken, open_ended = _parameters(inner)
     given = {name: value for name, value in arguments.items() if value is not None}
     if cache is not None:
         given[cache_name(llm)] = cache
+    if "inputs_embeds" in given:
+        with stacked(llm, given["inputs_embeds"]) as plain:
+            return _call(llm, given | {"inputs_embeds": plain}, ids=ids, optional=optional, remedy=remedy)
+    return _call(llm, given, ids=ids, optional=optional, remedy=remedy)
+
+
+def _call(
+    llm: torch.nn.Module,
+    given: dict[str, Any],
+    *,
+    ids: torch.Tensor | None,
+    optional: Collection[str],
+    remedy: str,
+) -> Any:
+    inner = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    taken, open_ended = _parameters(inner)
     if "inputs_embeds" in given and takes(llm, "per_layer_inputs"):
         extra = per_layer_inputs(llm, given["inputs_embeds"], ids)
         given |= {} if extra is None else {"per_layer_inputs": extra}
@@ -65,10 +80,8 @@ def call(
         missing -= _parameters(getattr(inner, "base_model", inner))[0]
     if refused := sorted(missing - set(optional)):
         raise ModelError(f"the forward of {type(inner).__name__} does not take {', '.join(refused)}", remedy=remedy)
-    try:
-        out = llm(**{name: value for name, value in given.items() if name not in missing})
-    except AssertionError as error:  # some forwards name an argument and assert that it is not given
-        raise ModelError(f"{type(inner).__name__} does not take what it was given: {error}", remedy=remedy) from error
+    # Without PEFT's wrapper, whose forward only hands on, and refuses the embeddings of MPT.
+    out = inner(**{name: value for name, value in given.items() if name not in missing})
     if selects:
         out.logits = out.logits[:, -keep:] if isinstance(keep, int) else out.logits[:, keep]
     return out

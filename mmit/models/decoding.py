@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from mmit.errors import ModelError
 from mmit.models.attention import NAME, run_row
 from mmit.models.calls import cache_name, cache_of, call
+from mmit.models.deepstack import as_wide
 from mmit.models.llm import input_device
 from mmit.models.per_record import rotary_limit, turning_point
 from mmit.models.sampling import Sampling, choose
@@ -323,7 +324,7 @@ def _anew(llm: LLM, state: State, place: int, answer: Sequence[int]) -> torch.Te
     assert state.rows is not None
     row = state.rows[place]
     words = llm.get_input_embeddings()(torch.tensor(answer, device=input_device(llm)))
-    embeddings = torch.cat([row.embeddings, words.to(row.embeddings)])
+    embeddings = torch.cat([row.embeddings, as_wide(words.to(row.embeddings), row.embeddings)])
     more = torch.arange(1, len(answer) + 1, device=row.positions.device)
     positions = torch.cat([row.positions, row.positions[-1] + more])
     nodes = torch.tensor([[0, len(embeddings), -1]])

@@ -220,7 +220,15 @@ def _described(options: Mapping[str, Any]) -> Any:
     for key in options:
         if key not in names:
             raise ModelError(f"unknown key '{key}' for a {kind} model", where=where, remedy=nearest(key, names))
-    return AutoConfig.for_model(kind, **{k: v for k, v in options.items() if k != "model_type"})
+    return AutoConfig.for_model(kind, **{k: _numbers(v) for k, v in options.items() if k != "model_type"})
+
+
+def _numbers(value: Any) -> Any:
+    """A value of a config.json, in which infinity is written {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        infinite = value.keys() == {"__float__"}
+        return float(value["__float__"]) if infinite else {k: _numbers(v) for k, v in value.items()}
+    return [_numbers(v) for v in value] if isinstance(value, list) else value
 
 
 def recompute_activations(llm: Any) -> None:

@@ -12,56 +12,12 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mmit.errors import MmitError, ModelError, nearest
+from mmit.models.projector_base import Projector, common_divisors, divides, divisors, mlp, space_to_depth, whole
+from mmit.models.resampler import Resampler
 from mmit.plugins import FORM, is_spec, own_class, takes_any_keyword
-
-
-class Projector(nn.Module):
-    """Base of all projectors: an optional LayerNorm on the features, and the check that N and D_v are right.
-
-    Attributes: tokens_in N, tokens M, vision_dim D_v, llm_dim D_llm, grid (h, w), grid_out (rows, columns) of the
-    image tokens or None where they are no grid, line_end (D_llm,) that ends a line of tokens or None.
-    """
-
-    line_end: nn.Parameter | None
-
-    def __init__(
-        self, *, vision_dim: int, llm_dim: int, grid: tuple[int, int], prefix: int, tokens: int, norm: bool
-    ) -> None:
-        super().__init__()
-        _whole(vision_dim=vision_dim, llm_dim=llm_dim, h=grid[0], w=grid[1])
-        self.vision_dim, self.llm_dim, self.grid = vision_dim, llm_dim, grid
-        self.tokens_in = prefix + grid[0] * grid[1]
-        self.tokens = tokens
-        self.norm = nn.LayerNorm(vision_dim) if norm else nn.Identity()
-        self.register_parameter("line_end", None)
-
-    @property
-    def grid_out(self) -> tuple[int, int] | None:
-        """The grid of the image tokens."""
-        return None
-
-    def add_line_end(self) -> None:
-        """Learn a vector that ends each line of a picture made of tiles (LLaVA-1.6's `image_newline`)."""
-        self.line_end = nn.Parameter(torch.randn(self.llm_dim) / self.llm_dim**0.5)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, N, D_v) -> (B, M, D_llm). Raises ModelError when N or D_v is not what it was built for."""
-        if features.ndim != 3 or features.shape[1:] != (self.tokens_in, self.vision_dim):
-            raise ModelError(
-                f"features have shape {tuple(features.shape)}, the projector takes "
-                f"(B, {self.tokens_in}, {self.vision_dim}) for a grid of {self.grid[0]} x {self.grid[1]}",
-                where="projector",
-                remedy="build it with the vision tower's own grid, prefix and dim",
-            )
-        return self.project(self.norm(features))
-
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, N, D_v) -> (B, M, D_llm); each kind brings its own."""
-        raise NotImplementedError
 
 
 class MLP(Projector):
@@ -127,7 +83,7 @@ class FusedMLP(MLP):
         widen: int = 4,
         norm: bool = False,
     ) -> None:
-        _whole(widen=widen)
+        whole(widen=widen)
         super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, depth=1, norm=norm)
         wide = widen * vision_dim
         tail = mlp(wide, llm_dim, depth=2)
@@ -149,13 +105,13 @@ class PixelShuffleMLP(Projector):
         depth: int = 2,
         norm: bool = False,
     ) -> None:
-        _whole(factor=factor)
-        _divides(
+        whole(factor=factor)
+        divides(
             factor,
             factor,
             grid=grid,
             what=f"pixel_shuffle_mlp with factor {factor}",
-            remedy=f"valid factors: {_common_divisors(grid)}",
+            remedy=f"valid factors: {common_divisors(grid)}",
         )
         super().__init__(
             vision_dim=vision_dim,
@@ -217,12 +173,10 @@ class AvgPoolMLP(Projector):
         return self.layers(windows.mean(dim=(2, 4)).flatten(1, 2))
 
 
-class Resampler(Projector):
-    """A fixed number of learned queries that read the features by cross-attention (Perceiver resampler of
-    Flamingo, arXiv:2204.14198). M = queries.
-
-    As in Flamingo keys and values are the features and the queries together. Unlike there, each place of the
-    grid has a learned embedding, because attention alone cannot tell where a convolutional feature lies.
+class DeepStackMLP(Projector):
+    """An MLP for each of several encoder layers whose features are joined; the last gives the image tokens, the others
+    the levels that are added after the first layers of the language model (DeepStack, arXiv:2406.04334, in the order
+    of Qwen3-VL, arXiv:2511.21631). M = N.
     """
 
     def __init__(
@@ -232,61 +186,33 @@ class Resampler(Projector):
         llm_dim: int,
         grid: tuple[int, int],
         prefix: int = 0,
-        queries: int = 64,
+        levels: int,
         depth: int = 2,
-        heads: int = 8,
         norm: bool = False,
     ) -> None:
-        _whole(queries=queries, depth=depth, heads=heads)
-        if vision_dim % heads:
+        whole(levels=levels)
+        if levels < 2 or vision_dim % levels:
             raise ModelError(
-                f"{heads} heads do not divide the vision width {vision_dim}",
-                where="resampler",
-                remedy=f"valid heads: {[h for h in range(1, 33) if vision_dim % h == 0]}",
+                f"the features are {vision_dim} wide, and levels is {levels}",
+                where="projector deepstack_mlp",
+                remedy="list two or more layers in model.vision.layer, and set levels to their number",
             )
-        super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, tokens=queries, norm=norm)
-        self.queries = nn.Parameter(torch.randn(queries, vision_dim) * 0.02)
-        self.places = nn.Parameter(torch.randn(self.tokens_in, vision_dim) * 0.02)
-        self.blocks = nn.ModuleList(ResamplerBlock(vision_dim, heads=heads) for _ in range(depth))
-        self.final_norm = nn.LayerNorm(vision_dim)
-        self.out = nn.Linear(vision_dim, llm_dim)
+        tokens = prefix + grid[0] * grid[1]
+        super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, tokens=tokens, norm=norm)
+        self.deep = levels - 1
+        self.levels = nn.ModuleList(mlp(vision_dim // levels, llm_dim, depth=depth) for _ in range(levels))
+
+    @property
+    def grid_out(self) -> tuple[int, int] | None:
+        """The grid itself; None with a class token before it."""
+        return self.grid if self.tokens == self.grid[0] * self.grid[1] else None
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, N, D_v) -> (B, queries, D_llm)."""
-        features = features + self.places
-        latents = self.queries.expand(len(features), -1, -1)
-        for block in self.blocks:
-            latents = block(latents, features)
-        return self.out(self.final_norm(latents))
-
-
-class ResamplerBlock(nn.Module):
-    """Cross-attention of latents to features and latents, then a feed-forward layer; both pre-norm."""
-
-    def __init__(self, dim: int, *, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_features, self.norm_latents = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(dim, 2 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim, bias=False)
-        self.feed_forward = nn.Sequential(
-            nn.LayerNorm(dim),
-            nn.Linear(dim, 4 * dim, bias=False),
-            nn.GELU(),
-            nn.Linear(4 * dim, dim, bias=False),
-        )
-
-    def forward(self, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """(B, M, D_v), (B, N, D_v) -> (B, M, D_v)."""
-        normed = self.norm_latents(latents)
-        keys, values = self.kv(torch.cat([self.norm_features(features), normed], dim=1)).chunk(2, dim=-1)
-        q_bhmd, k_bhsd, v_bhsd = (
-            x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.q(normed), keys, values)
-        )
-        read = F.scaled_dot_product_attention(q_bhmd, k_bhsd, v_bhsd).transpose(1, 2).flatten(2)
-        latents = latents + self.proj(read)
-        return latents + self.feed_forward(latents)
+        """(B, N, D_v) -> (B, N, levels * D_llm): image tokens, then what is added after layer 1, 2, ..."""
+        *inner, last = features.chunk(len(self.levels), dim=-1)
+        first, *others = self.levels
+        parts = [first(last), *(layer(part) for layer, part in zip(others, inner, strict=True))]
+        return torch.cat(parts, dim=-1)
 
 
 SIZES = ("vision_dim", "llm_dim", "grid")  # what every projector is made with
@@ -297,6 +223,7 @@ PROJECTORS: dict[str, type[Projector]] = {
     "pixel_shuffle_mlp": PixelShuffleMLP,
     "avg_pool_mlp": AvgPoolMLP,
     "resampler": Resampler,
+    "deepstack_mlp": DeepStackMLP,
 }
 
 
@@ -393,29 +320,13 @@ def _own(kind: str, made: Any, *, vision_dim: int, llm_dim: int, **given: Any) -
         remedy = f"it is made with {', '.join(SIZES)} and its options, and called with (B, N, {vision_dim})"
         raise ModelError(problem, where=where, remedy=remedy) from error
     shape = tuple(getattr(out, "shape", ()))
-    if shape != (1, projector.tokens, llm_dim):
+    if shape != (1, projector.tokens, (1 + projector.deep) * llm_dim):
         raise ModelError(
             f"gives {shape or type(out).__name__} for one picture, and states {projector.tokens} tokens",
             where=where,
             remedy=f"return (B, {projector.tokens}, {llm_dim}), or pass the right tokens to super().__init__",
         )
     return projector
-
-
-def mlp(dim_in: int, dim_out: int, *, depth: int) -> nn.Sequential:
-    """Return Linear, then (GELU, Linear) depth - 1 times; every hidden layer has the output's width."""
-    _whole(depth=depth)
-    layers: list[nn.Module] = [nn.Linear(dim_in, dim_out)]
-    for _ in range(depth - 1):
-        layers += [nn.GELU(), nn.Linear(dim_out, dim_out)]
-    return nn.Sequential(*layers)
-
-
-def space_to_depth(features: torch.Tensor, grid: tuple[int, int], factor: int) -> torch.Tensor:
-    """(B, h*w, D) -> (B, (h/f)*(w/f), f*f*D): a block's patches row by row, each with its channels."""
-    height, width = grid
-    blocks = features.unflatten(1, (height // factor, factor, width // factor, factor))
-    return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
 def _pooled(grid: tuple[int, int], side: int | tuple[int, int] | None, tokens: int | None) -> tuple[int, int]:
@@ -425,10 +336,10 @@ def _pooled(grid: tuple[int, int], side: int | tuple[int, int] | None, tokens: i
         raise ModelError(
             "give either side or tokens",
             where=where,
-            remedy=f"side: one of {_common_divisors(grid)}, or tokens: its square",
+            remedy=f"side: one of {common_divisors(grid)}, or tokens: its square",
         )
     if tokens is not None:
-        _whole(tokens=tokens)
+        whole(tokens=tokens)
         root = round(tokens**0.5)
         if root**2 != tokens:
             raise ModelError(
@@ -441,34 +352,11 @@ def _pooled(grid: tuple[int, int], side: int | tuple[int, int] | None, tokens: i
     if len(sides) != 2:
         raise ModelError(f"side is {side!r}", where=where, remedy="give one number, or [rows, columns]")
     rows, columns = sides
-    _whole(rows=rows, columns=columns)
+    whole(rows=rows, columns=columns)
     if grid[0] % rows or grid[1] % columns:
         raise ModelError(
             f"{rows} x {columns} does not divide the grid of {grid[0]} x {grid[1]}",
             where=where,
-            remedy=f"valid rows: {_divisors(grid[0])}; valid columns: {_divisors(grid[1])}",
+            remedy=f"valid rows: {divisors(grid[0])}; valid columns: {divisors(grid[1])}",
         )
     return rows, columns
-
-
-def _whole(**values: int) -> None:
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelError(f"{name} is {value!r}", where="projector", remedy="it must be a whole number from 1 up")
-
-
-def _divides(rows: int, columns: int, *, grid: tuple[int, int], what: str, remedy: str) -> None:
-    if grid[0] % rows or grid[1] % columns:
-        raise ModelError(
-            f"{what} does not divide the grid of {grid[0]} x {grid[1]} patches",
-            where="projector",
-            remedy=remedy,
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    return [value for value in range(1, number + 1) if number % value == 0]
-
-
-def _common_divisors(grid: tuple[int, int]) -> list[int]:
-    return [value for value in _divisors(grid[0]) if grid[1] % value == 0]

@@ -113,7 +113,7 @@ def _in_batch(path: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
 
 def gates_of(llm: Any) -> tuple[tuple[nn.Module, int], ...]:
     """Modules whose outputs the model's class records as router logits, and the place of the logits in them."""
-    inner = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    inner: Any = llm.get_base_model() if isinstance(llm, PeftModel) else llm
     found: dict[int, tuple[nn.Module, int]] = {}
     recorders = [
         recorder
@@ -123,8 +123,9 @@ def gates_of(llm: Any) -> tuple[tuple[nn.Module, int], ...]:
     for recorder in recorders:
         kind, name = getattr(recorder, "target_class", recorder), getattr(recorder, "layer_name", None)
         for path, module in inner.named_modules():
-            if isinstance(kind, type) and isinstance(module, kind) and (name is None or f".{name}." in f".{path}."):
-                found[id(module)] = (module, getattr(recorder, "index", 0))
+            here = name is None or f".{name}." in f".{path}."
+            if here and isinstance(kind, type) and issubclass(type(module), kind):
+                found[id(module)] = (module, int(getattr(recorder, "index", 0)))
     return tuple(found.values())
 
 
@@ -134,7 +135,7 @@ def _listed(recorders: Any) -> list[Any]:
 
 def has_loss(llm: Any) -> bool:
     """Whether the model has routers, and its class an auxiliary loss for them."""
-    inner = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    inner: Any = llm.get_base_model() if isinstance(llm, PeftModel) else llm
     return hasattr(sys.modules.get(type(inner).__module__), LOSS) and bool(gates_of(inner))
 
 
@@ -144,7 +145,7 @@ def read_routers(llm: Any, factor: float) -> Routers:
     Raises:
         ModelError: the model has no experts, or its class no such loss.
     """
-    inner = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    inner: Any = llm.get_base_model() if isinstance(llm, PeftModel) else llm
     loss = getattr(sys.modules.get(type(inner).__module__), LOSS, None)
     gates = gates_of(inner)
     if loss is None or not gates:

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mmit.models.deepstack import as_wide
+
 PROMPT = "mmit_prompt"  # on the language model
 PREFIX = "mmit_prefix"  # on each of its attention modules
 
@@ -80,7 +82,7 @@ def with_prompt(
     prompt = getattr(llm, PROMPT, None)
     if prompt is None:
         return embeddings, positions, nodes, at
-    rows = prompt().to(embeddings)
+    rows = as_wide(prompt().to(embeddings), embeddings)
     count = len(rows)
     before = torch.arange(count, device=positions.device, dtype=positions.dtype)
     if repeated:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from mmit.errors import ModelError
 from mmit.models.attention import NAME, run_row
+from mmit.models.deepstack import as_wide
 from mmit.models.head import Split, check_rows, cross_entropy, split_head
 from mmit.models.llm import input_device
 from mmit.models.modes import evaluation_mode, training_mode
@@ -110,7 +111,7 @@ class VLM(nn.Module):
             features: (C, N, D_v) of the crops, or None when there are none.
 
         Returns:
-            (T, D)
+            (T, D), with a projector that has levels for DeepStack (T, (1 + levels) * D)
 
         Raises:
             ModelError: the image tokens do not fill the image positions exactly.
@@ -135,6 +136,7 @@ class VLM(nn.Module):
             table = torch.cat([table, self.projector.line_end[None].to(table)])
             image_index = torch.where(image_index < 0, len(table) - 1, image_index)
         images = table.index_select(0, image_index.to(table.device))
+        embeddings = as_wide(embeddings, images)
         return embeddings.index_copy(0, image_positions, images.to(embeddings))
 
     def forward(

@@ -29,7 +29,8 @@ class ScaledWords(nn.Embedding):
 
 def scale_words(model: Any) -> None:
     """Move the factor of a body that scales only what it looks up into its table, in place."""
-    body, words = model.base_model, model.get_input_embeddings()
+    body: Any = model.base_model
+    words: Any = model.get_input_embeddings()
     key = lookup_factor(type(body))
     if key is None or type(words) is not nn.Embedding:
         return

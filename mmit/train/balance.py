@@ -29,8 +29,8 @@ def unit_costs(vlm: VLM, scan: Scan, *, cached: bool) -> np.ndarray:
         cached: the tower's features come from a cache.
     """
     config: Any = vlm.llm.config.get_text_config()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads = getattr(config, "num_attention_heads", None)  # a model without attention has no squares
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
     llm = max(_weights(vlm.llm), 1)
     lengths = scan.length.astype(np.float64)
     # 4 * width FLOPs a pair and layer forward, causal pairs are half the square, backward is twice that; over 4 * llm.

@@ -78,6 +78,9 @@ def align_to_captions(
     if vlm.projector is None or vlm.vision is None or preparation is None:
         raise ConfigError("there is no projector to align", where="align", remedy="set model.vision, or align=null")
     projector = vlm.projector
+    if projector.deep:
+        problem = "a projector for DeepStack gives more than word embeddings, and only these can be aligned"
+        raise ConfigError(problem, where="align", remedy="set align=null, or projector kind mlp")
     with world.together():  # rank 0 converts a foreign format first, the others then find the result
         records = _captions(captions, run_dir / "data") if world.main else []
     with world.together():

@@ -221,7 +221,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {},
     "jetmoe": {"kv_channels": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "longcat_flash": {"head_dim": 4, "num_key_value_heads": 4},
+    "longcat_flash": {"head_dim": 4, "num_key_value_heads": 4, "zero_expert_num": 1},
     "mamba": {},
     "minimax": {"layer_types": DELTA},
     "minimax_m2": {},

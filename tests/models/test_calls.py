@@ -51,10 +51,13 @@ def test_a_keyword_that_the_forward_would_swallow_is_refused(name: str) -> None:
         call(Swallows(), input_ids=torch.zeros(1, 1), **{name: True})
 
 
-def test_a_forward_that_asserts_what_it_is_not_given_ends_in_one_sentence() -> None:
+@torch.no_grad()
+def test_an_adapter_on_mpt_takes_embeddings_as_the_model_does() -> None:
     llm = pair("mpt")[1].llm
-    with pytest.raises(ModelError, match="MptForCausalLM does not take what it was given: .*inputs_embeds"):
-        call(llm, inputs_embeds=torch.zeros(1, 2, 32))
+    words = llm.get_input_embeddings()(torch.tensor([[3, 9, 4]]))
+    wanted = llm(inputs_embeds=words).logits
+    adapted = wrap(llm, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"), where="here").eval()
+    torch.testing.assert_close(call(adapted, inputs_embeds=words).logits, wanted)
 
 
 def test_what_may_be_left_out_is_left_out() -> None:

@@ -15,6 +15,7 @@ KINDS = {
     "pixel_shuffle_mlp": {"factor": 2},
     "avg_pool_mlp": {"side": 2},
     "resampler": {"queries": 5, "depth": 2, "heads": 2},
+    "deepstack_mlp": {"levels": 3},
 }
 
 
@@ -31,7 +32,7 @@ def test_tokens_stated_are_tokens_produced(kind, norm, blocks, batch):
     projector = build_projector(kind, grid=grid, norm=norm, **DIMS, **KINDS[kind])
     assert projector.tokens_in == grid[0] * grid[1]
     out = projector(torch.randn(batch, projector.tokens_in, 6))
-    assert out.shape == (batch, projector.tokens, 8)
+    assert out.shape == (batch, projector.tokens, 8 * (1 + projector.deep))
 
 
 @pytest.mark.parametrize("norm", [False, True])

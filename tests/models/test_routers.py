@@ -39,7 +39,8 @@ def losses(vlm, samples, *, share=False) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "jamba", "granitemoe", "phimoe", "qwen3_next"])
 def test_packed_shared_and_padded_are_transformers_record_by_record(name):
-    theirs, vlm = pair(name)
+    noise = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0} if name == "phimoe" else {}
+    theirs, vlm = pair(name, **noise)
     samples = records()
     wanted = theirs_alone(theirs, samples).detach()
     vlm.split()

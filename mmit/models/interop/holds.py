@@ -50,7 +50,7 @@ class TextFacts:
 
 def text_facts(llm: Mapping[str, Any]) -> TextFacts:
     """Read the facts of a `model.llm` section from the model's shapes; no weights are read."""
-    given = {"revision": llm.get("revision"), "random_init": llm.get("random_init")}
+    given: dict[str, Any] = {"revision": llm.get("revision"), "random_init": llm.get("random_init")}
     model: Any = load_llm(llm["name"], **given, dtype=torch.float32, empty=True)
     config = model.config
     head = model.get_output_embeddings()

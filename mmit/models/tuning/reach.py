@@ -112,12 +112,12 @@ def bypassed(llm: Any) -> list[str]:
     return sorted({*past, *(suspects - called), *({f"{n}.out_proj" for n in spaces} & suspects)})
 
 
-def _read_past(inner: Any) -> list[str]:
+def _read_past(inner: nn.Module) -> list[str]:
     """Names of linear layers whose owner's forward reads their weight and never calls them (LongCat's routers)."""
     return [
         f"{name}.{child}"
         for name, module in inner.named_modules()
-        for child in _weights_read(type(module))
+        for child in _weights_read(module.__class__)
         if isinstance(getattr(module, child, None), nn.Linear)
     ]
 
