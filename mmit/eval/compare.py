@@ -1,8 +1,8 @@
 """Two evaluations of the same questions, question by question: is one model better, and by how much.
 
 In: two folders of results (or files of answers). Out: per task the paired difference with its 95 % interval and
-p-value: McNemar's exact test where every verdict is right or wrong, a paired bootstrap otherwise. Refuses answers to
-different questions; never compares two means of different samples.
+p-value: McNemar's exact test where every verdict is right or wrong, a paired bootstrap otherwise; where questions share
+images, both count images. Refuses answers to different questions; never compares two means of different samples.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmit.errors import MmitError
-from mmit.eval.metrics import PairedDifference, mcnemar, paired_bootstrap
+from mmit.eval.metrics import PairedDifference, mcnemar, paired_bootstrap, paired_clusters
 from mmit.records import json_lines
 
 ANSWERS = "answers-tuned.jsonl"
@@ -112,7 +112,11 @@ def _compare(task: str, path_a: Path, path_b: Path, *, seed: int, resamples: int
     means = sum(values_a) / len(judged), sum(values_b) / len(judged)
     asked_otherwise = sum(rows_a[name]["prompt"] != rows_b[name]["prompt"] for name in judged)
     note = f"{asked_otherwise:,} questions were worded differently" if asked_otherwise else ""
-    if all(value in (0, 1) for value in (*values_a, *values_b)):
+    images = ["\n".join(rows_a[name].get("images", ())) or name for name in judged]
+    if len(set(images)) < len(images):
+        test = "paired, by image"
+        found = paired_clusters(values_a, values_b, images, seed=seed, resamples=resamples)
+    elif all(value in (0, 1) for value in (*values_a, *values_b)):
         test, found = "McNemar", mcnemar([v == 1 for v in values_a], [v == 1 for v in values_b])
     else:
         test, found = "paired bootstrap", paired_bootstrap(values_a, values_b, seed=seed, resamples=resamples)

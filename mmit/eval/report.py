@@ -115,10 +115,13 @@ def build_report(
 ) -> dict[str, Any]:
     """Return the content of report.json; `seconds` is what it all took, less what was on file."""
     details = {key: value for key, value in tuned.score.details.items() if key not in PER_ANSWER}
+    images = details.pop("interval_by_image", None)
     by_type = {name: _numbers(score) for name, score in sorted(tuned.score.by_group.items())}
     arms = {key: result and _with_invalid(result) for key, result in beside.results.items()}
     return {
         **_with_invalid(tuned),
+        "interval_by": "question" if images in (None, tuned.score.n) else "image",
+        "images": images,
         "valid_rate": 1 - tuned.invalid_rate,
         "by_type": by_type,
         "details": json.loads(json.dumps(details, default=str)),
@@ -239,6 +242,8 @@ def _caption(report: Mapping[str, Any], notes: Mapping[str, str] | None) -> Iter
         shown = "none, since the mean is 0" if ratio is None else f"{ratio:.3f}"
         low, mean, high = (number_of(report)(spread[key]) for key in ("min", "mean", "max"))
         yield f"{len(spread['each'])} wordings: mean {mean}, min {low}, max {high}, sensitivity {shown}."
+    if report.get("interval_by") == "image":
+        yield f"Intervals count {report['images']:,} images, not questions: those about one image go together."
     yield f"Model {report['model']}, metric {report['metric']}, seed {report['seed']}."
     yield f"{report['created']}, {report['seconds']:.0f} s, {versions}."
     for key, note in (notes or {}).items():

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmit.errors import MmitError, ModelError
 from mmit.eval.answers import ASKED, FORMAT, NUMBERS, Row, kept_settings, lines, open_answers, rank_file, read_answers
 from mmit.eval.answers import merge as merge_answers
-from mmit.eval.metrics import METRICS, Score, get_metric
+from mmit.eval.metrics import METRICS, Score, by_cluster, get_metric
 from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.tasks import Item, Task, task_items
 from mmit.eval.thoughts import split_thought
@@ -317,7 +317,10 @@ def _score(metric: Callable[..., Score], rows: Sequence[Row], seed: int) -> Scor
     some = any(row["group"] is not None for row in rows)
     groups = ["other" if row["group"] is None else row["group"] for row in rows] if some else None
     answers, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
-    return metric(answers, references, groups=groups, seed=seed)
+    found = metric(answers, references, groups=groups, seed=seed)
+    # Questions about one image are no independent draws; a question without an image stands alone.
+    images = ["\n".join(row["images"]) or f"question {row['id']}" for row in rows]
+    return by_cluster(found, images, groups=groups, seed=seed)
 
 
 def _with_scores(rows: Sequence[Row], score: Score | None) -> Iterator[Row]:

@@ -13,15 +13,15 @@ from rich.console import Console
 
 from mmit.errors import MmitError
 from mmit.eval.baselines import Majority, majority
-from mmit.eval.metrics import METRICS
+from mmit.eval.metrics import METRICS, clustered
 from mmit.eval.report import markdown, run_task
 from mmit.eval.tasks import Task, load_task, task_items
 from mmit.records import Image, Record, write_jsonl
 
 KEYS = sorted(
-    "accuracy baselines by_type chance ci95 created details fingerprint first_question invalid_rate metric model n "
-    "n_asked notes number_format profile prompt seconds seed swapped_images task task_config valid_rate versions "
-    "wordings".split()
+    "accuracy baselines by_type chance ci95 created details fingerprint first_question images interval_by invalid_rate "
+    "metric model n n_asked notes number_format profile prompt seconds seed swapped_images task task_config valid_rate "
+    "versions wordings".split()
 )
 
 
@@ -90,6 +90,12 @@ def test_the_whole(task: Task, tmp_path: Path) -> None:
         "ci95": pytest.approx([0.912378, 1.0], abs=1e-6),
     }
     assert report["by_type"]["yes/no"]["accuracy"] == 0.5
+    # Two questions on each of 40 images, one right on all: the interval is that of 40 images.
+    assert (report["interval_by"], report["images"]) == ("image", 40)
+    images = [f"{i // 2}" for i in range(80)]
+    right = [float(i % 2 == 0 or i % 4 == 1) for i in range(80)]
+    assert report["ci95"] == pytest.approx(clustered(right, images))
+    assert "Intervals count 40 images, not questions" in " ".join(shown.split())
     arms = report["baselines"]
     # Training says blue, which 10 of 40 are, and yes, which 20 of 40 are.
     assert (arms["majority"]["accuracy"], arms["majority"]["n"]) == (0.375, 80)

@@ -17,11 +17,13 @@ from mmit.eval.metrics.intervals import (
     PairedDifference,
     bootstrap_counts,
     bootstrap_mean,
+    clustered,
     mcnemar,
     paired_bootstrap,
+    paired_clusters,
     wilson,
 )
-from mmit.eval.metrics.score import Score, mean_score
+from mmit.eval.metrics.score import Score, by_cluster, mean_score
 from mmit.plugins import FORM, is_spec, own_function
 
 __all__ = [
@@ -30,10 +32,13 @@ __all__ = [
     "Score",
     "bootstrap_counts",
     "bootstrap_mean",
+    "by_cluster",
     "check_installed",
+    "clustered",
     "get_metric",
     "mcnemar",
     "paired_bootstrap",
+    "paired_clusters",
     "wilson",
 ]
 

@@ -7,13 +7,13 @@ share of answers that could not be read, and the same numbers per group. Knows n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from mmit.errors import MmitError, nearest
-from mmit.eval.metrics.intervals import bootstrap_mean, wilson
+from mmit.eval.metrics.intervals import bootstrap_mean, clustered, wilson
 
 # Keys of `Score.details` with one entry per answer, in input order: what a report shows and `compare` pairs.
 PER_ANSWER = ("values", "parsed")
@@ -196,6 +196,36 @@ def mean_score(
     if parsed is not None:
         kept["parsed"] = list(parsed)
     return part(slice(None), groups_of, kept)
+
+
+def by_cluster(
+    score: Score, clusters: Sequence[str], *, groups: Sequence[str] | None = None, seed: int = 0
+) -> Score:
+    """Return the score with intervals that count clusters, such as images, where they counted answers.
+
+    For scores that are the mean of one number per answer; others (F1, sums over pairs of questions, corpus scores) come
+    back as they are. `details["interval_by_image"]` is set where it was done.
+
+    Args:
+        score: of n answers.
+        clusters: (n,) what each answer belongs to.
+        groups: (n,) as the metric got them.
+        seed: of a bootstrap.
+    """
+    values = np.asarray(score.details.get("values", ()), dtype=np.float64)
+    if len(values) != len(clusters) or not len(values) or abs(values.mean() - score.value) > 1e-9:
+        return score
+
+    def part(found: Score, at: list[int]) -> Score:
+        some = values[at]
+        if abs(some.mean() - found.value) > 1e-9:
+            return found
+        return replace(found, ci95=clustered(some, [clusters[i] for i in at], seed=seed))
+
+    by_group = {name: part(score.by_group[name], at) for name, at in split(groups).items() if name in score.by_group}
+    whole = part(score, list(range(len(values))))
+    details = {**score.details, "interval_by_image": len(set(clusters))}
+    return replace(whole, by_group={**score.by_group, **by_group}, details=details)
 
 
 def memo(function: Callable[[str], Any]) -> Callable[[str], Any]:

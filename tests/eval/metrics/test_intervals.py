@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmit.errors import MmitError
-from mmit.eval.metrics import bootstrap_counts, bootstrap_mean, mcnemar, paired_bootstrap, wilson
+from mmit.eval.metrics import (
+    bootstrap_counts,
+    bootstrap_mean,
+    clustered,
+    mcnemar,
+    paired_bootstrap,
+    paired_clusters,
+    wilson,
+)
+from mmit.eval.metrics.intervals import cluster_error, t_quantile
 
 
 def test_wilson_known_values():
@@ -82,3 +91,84 @@ def test_paired_bootstrap_sees_a_difference_and_no_difference():
     assert same.p == 1.0 and same.difference == 0
     with pytest.raises(MmitError):
         paired_bootstrap([1.0], [1.0, 2.0])
+
+
+def test_t_quantiles_of_the_table():
+    # Student's t, two-sided 95 %: Fisher and Yates.
+    for df, t in {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042, 120: 1.980}.items():
+        assert t_quantile(df) == pytest.approx(t, rel=1.2e-3)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60))
+def test_questions_about_images_of_their_own_are_independent(right):
+    alone = [str(i) for i in range(len(right))]
+    assert clustered(right, alone) == wilson(sum(right), len(right))
+    partial = [0.5 * r for r in right]
+    assert not any(partial) or clustered(partial, alone, seed=3) == bootstrap_mean(partial, seed=3)
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=40), st.integers(2, 10))
+def test_asking_the_same_again_says_nothing_new(right, times):
+    """n questions on each image with the same verdict are worth one question on each."""
+    images = [str(i) for i in range(len(right))]
+    low, high = clustered(right * times, images * times)
+    assert high - low >= (lambda ends: ends[1] - ends[0])(wilson(sum(right), len(right))) - 1e-9
+    assert low <= sum(right) / len(right) <= high
+    again = clustered(right * (times + 3), images * (times + 3))
+    assert again == pytest.approx((low, high))
+
+
+def test_intervals_by_image_hold_what_they_promise_where_those_by_question_do_not():
+    """Simulated models: an image is easy or hard (sd 1 logit), ten questions on each of 60 images."""
+    rng = np.random.default_rng(7)
+    images = np.repeat(np.arange(60), 10).astype(str)
+    grid = rng.normal(size=200_000)
+    truth = float((1 / (1 + np.exp(-(1.5 + grid)))).mean())
+    hits = {"image": 0, "question": 0}
+    for _ in range(400):
+        chance = 1 / (1 + np.exp(-(1.5 + rng.normal(size=60))))
+        right = rng.random(600) < np.repeat(chance, 10)
+        low, high = clustered(right, images)
+        hits["image"] += low <= truth <= high
+        low, high = wilson(int(right.sum()), 600)
+        hits["question"] += low <= truth <= high
+    assert 0.92 <= hits["image"] / 400 <= 0.98
+    assert hits["question"] / 400 < 0.88
+
+
+def test_a_bootstrap_of_clusters_is_wider_by_what_they_share():
+    rng = np.random.default_rng(0)
+    values = np.repeat(rng.random(50), 8)
+    images = np.repeat(np.arange(50), 8).astype(str)
+    low, high = clustered(values, images, seed=1)
+    half = t_quantile(49) * cluster_error(values, images)[0]
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.015)
+    narrow = bootstrap_mean(values, seed=1)
+    assert high - low > 2 * (narrow[1] - narrow[0])
+
+
+def test_paired_clusters_keep_their_level_where_mcnemar_does_not():
+    """Two models equal on average whose luck is shared by the questions of an image."""
+    rng = np.random.default_rng(3)
+    images = np.repeat(np.arange(40), 10).astype(str)
+    wrong = {"clusters": 0, "mcnemar": 0, "covers": 0}
+    for number in range(200):
+        luck = np.repeat(rng.normal(size=(2, 40)), 10, axis=1)
+        a, b = rng.random((2, 400)) < 1 / (1 + np.exp(-(1 + luck)))
+        found = paired_clusters(a, b, images, seed=number, resamples=500)
+        wrong["clusters"] += found.p < 0.05
+        wrong["covers"] += found.ci95[0] <= 0 <= found.ci95[1]
+        wrong["mcnemar"] += mcnemar(a, b).p < 0.05
+    assert wrong["clusters"] / 200 <= 0.08 and wrong["covers"] / 200 >= 0.92
+    assert wrong["mcnemar"] / 200 > 0.1
+
+
+@pytest.mark.parametrize("call", [lambda: clustered([1, 0], ["a"]), lambda: paired_clusters([1], [0], [])])
+def test_each_value_needs_its_cluster(call):
+    with pytest.raises(MmitError, match="clusters"):
+        call()
+
+
+@pytest.mark.parametrize("values", [[1, 1, 0], [0.5, 0.2, 0.9]])
+def test_one_image_says_nothing_about_others(values):
+    assert clustered(values, ["a"] * 3) == ((0, 1) if values[0] == 1 else (0.2, 0.9))
