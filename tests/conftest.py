@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hypothesis
 import jinja2
 import pytest
-import torch
 import typer.testing
 
 from tests import examples
@@ -52,20 +50,24 @@ FORKING = tuple(
 )
 # The files that take longest, by what they were measured to take. One of them begun last would leave a core idle.
 FIRST = (
-    "models/test_tuning.py", "test_cli.py", "train/test_native_runs.py", "models/test_vision.py",
-    "train/test_identity.py", "train/test_lifetimes.py", "models/test_vision_fused.py", "train/test_forecast.py",
-    "train/test_run.py", "test_cores.py", "test_precision.py", "interop/test_llava_next.py", "train/test_watching.py",
-    "train/test_tiled_runs.py", "interop/test_placement.py", "train/test_loop.py", "train/test_settle.py",
-    "test_recipes.py", "train/test_dry_run.py", "models/test_decoding.py", "test_generate.py",
-    "templates/test_render.py", "train/test_loss_weights.py", "interop/test_read_tinyllava.py",
+    "models/test_tuning.py", "train/test_native_runs.py", "test_cli.py", "train/test_run.py", "test_precision.py",
+    "train/test_forecast.py", "test_plugins.py", "test_generate.py", "data/shards/test_shards.py",
+    "models/test_decoding.py", "interop/test_read_prismatic.py", "interop/test_export_llava_hf.py",
+    "models/test_vision_fused.py", "interop/test_llava_next.py", "train/test_identity.py", "test_recipes.py",
+    "interop/test_placement.py", "interop/test_portable.py", "train/test_settle.py", "models/test_vision.py",
+    "train/test_tiled_runs.py", "data/test_content.py", "interop/test_read_tinyllava.py",
+    "interop/test_read_llava_hf.py", "models/test_vision_layers.py", "test_layers.py", "train/test_dry_run.py",
+    "train/test_watching.py", "data/test_template_families.py", "data/test_template_process.py",
+    "train/test_warm_start.py", "train/test_lifetimes.py", "train/test_loss_weights.py", "data/test_measure.py",
+    "eval/metrics/test_table.py", "data/test_ahead.py",
 )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist keep the order; its own begins with the files of most tests."""
     config.option.loadscopereorder = False
-    examples.register()
-    hypothesis.settings.load_profile("all" if config.option.markexpr == "slow" else "few")
+    if not getattr(config.option, "numprocesses", None):  # the process that hands out tests runs none
+        examples.load("all" if config.option.markexpr == "slow" else "few")
 
 
 def pytest_collection_finish() -> None:
@@ -90,6 +92,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread_where_tests_fork(request: pytest.FixtureRequest) -> Iterator[None]:
     """Keep the parent of forks from starting OpenMP's threads."""
+    import torch
+
     before = torch.get_num_threads()
     if request.path in {Path(__file__).parent / name for name in FORKING}:
         torch.set_num_threads(1)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import hypothesis
-
 SHARE = 5
 LEAST = 20
 USUAL = 100  # hypothesis's own number
 
 
-def register() -> None:
-    """Make the profiles `few` and `all`; of properties that ask for no number too."""
+def load(profile: str) -> None:
+    """Load the profile `few` or `all`; it holds for properties that ask for no number too."""
+    import hypothesis
+
     hypothesis.settings.register_profile("all", max_examples=USUAL)
     hypothesis.settings.register_profile("few", max_examples=_few(USUAL))
+    hypothesis.settings.load_profile(profile)
 
 
 def examples(count: int) -> int:
     """The number that the loaded profile makes of `count`."""
+    import hypothesis
+
     return count if hypothesis.settings().max_examples >= USUAL else _few(count)
 
 

@@ -21,6 +21,7 @@ from mmit.train.parts import settle_precision
 from mmit.train.run import run
 from mmit.train.world import World
 from tests.tiny_run import tiny_config
+from tests.train.launch import uncollected
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -101,7 +102,7 @@ def test_what_is_trained_and_loaded_without_bf16_units(tmp_path: Path) -> None:
     """oneDNN and ATen are told that the CPU has AVX2 alone, as most laptops and desktops."""
     bounds = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
     clean = {k: v for k, v in os.environ.items() if k not in cores.WAITING}
-    case = [sys.executable, "-m", "tests.precision_case", str(tmp_path)]
+    case = [sys.executable, *uncollected("tests.precision_case"), str(tmp_path)]
     done = subprocess.run(case, cwd=ROOT, env=clean | bounds, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

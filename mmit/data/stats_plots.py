@@ -25,15 +25,15 @@ def plot(stats: Stats, folder: Path) -> list[Path]:
 
     Raises MmitError if the folder cannot be written.
     """
-    drawn = {"lengths.png": _lengths(stats)}
-    if stats.image_sizes:
-        drawn["images.png"] = _images(stats)
-    if stats.roots:
-        drawn["prompts.png"] = _roots(stats)
-    if stats.rouge:
-        drawn["nearest.png"] = _nearest(stats)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)  # drawing takes longer than to find out that it was for nothing
+        drawn = {"lengths.png": _lengths(stats)}
+        if stats.image_sizes:
+            drawn["images.png"] = _images(stats)
+        if stats.roots:
+            drawn["prompts.png"] = _roots(stats)
+        if stats.rouge:
+            drawn["nearest.png"] = _nearest(stats)
         for name, figure in drawn.items():
             figure.savefig(folder / name, dpi=130, facecolor="white")
     except OSError as error:

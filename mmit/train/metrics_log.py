@@ -174,7 +174,8 @@ def _empty_curve() -> tuple[Any, list[Any]]:
     other.set_ylabel("learning rate", color="#c97b2c")
     other.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))  # short labels: the axes have a fixed place
     axes.legend(loc="upper right")
+    axes.locator_params(nbins=6)
+    other.locator_params(axis="y", nbins=6)
     for axis, place in ((axes.xaxis, (0.5, -0.08)), (axes.yaxis, (-0.08, 0.5)), (other.yaxis, (1.09, 0.5))):
         axis.set_label_coords(*place)  # else each drawing measures every tick's label first
-        axis.get_major_locator().set_params(nbins=6)
     return figure, lines

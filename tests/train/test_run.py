@@ -111,17 +111,19 @@ def test_splitting_a_step_differently_changes_nothing(tmp_path_factory, straight
 def test_cached_features_and_word_alignment(straight, tmp_path):
     for part in ("data", "tokenizer", "vision"):
         os.symlink(straight / part, tmp_path / part)
-    plain = tiny_config(tmp_path, run={"dir": str(tmp_path / "a")})
+    train = {"steps": 3}
+    plain = tiny_config(tmp_path, run={"dir": str(tmp_path / "a")}, train=train)
     vision = plain.model.vision.model_dump()
     assert run(plain) == 0
     for kind in ("memory", "disk", "disk"):
         name = tmp_path / f"{kind}{len(list(tmp_path.glob(kind + '*')))}"
         model = {**plain.model.model_dump(), "vision": {**vision, "cache": kind}}
-        assert run(tiny_config(tmp_path, run={"dir": str(name)}, model=model)) == 0
+        assert run(tiny_config(tmp_path, run={"dir": str(name)}, model=model, train=train)) == 0
         assert losses(name) == losses(tmp_path / "a")
     aligned = tiny_config(
         tmp_path,
         run={"dir": str(tmp_path / "b")},
+        train=train,
         align={"captions": str(tmp_path / "data" / "captions.jsonl"), "epochs": 3},
     )
     assert run(aligned) == 0
