@@ -65,7 +65,7 @@ def test_a_full_disk_is_one_message_and_leaves_no_draft(name: str, tmp_path: Pat
     before = b"before\n" if name in ("text", "json", "records", "lines") else None
     if before:
         (tmp_path / "a").write_bytes(before)
-    with full_disk(2000), pytest.raises(WriteError, match="cannot write: File too large") as caught:
+    with full_disk(1000), pytest.raises(WriteError, match="cannot write: File too large") as caught:
         WRITERS[name](tmp_path)
     assert "free space" in caught.value.remedy and str(tmp_path) in caught.value.where
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]

@@ -9,6 +9,7 @@ Dimensions: B sequences of T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ def per_layer_inputs(llm: Any, embeddings: torch.Tensor, ids: torch.Tensor | Non
     if ids is None:
         ids = token_ids(inner, embeddings)
     padding = getattr(owner.config, "pad_token_id", None) or 0
-    return owner.get_per_layer_inputs(torch.where(ids < 0, padding, ids))
+    look_up = owner.get_per_layer_inputs
+    more = {"inputs_embeds": None} if "inputs_embeds" in signature(look_up).parameters else {}  # no default in 5.17
+    return look_up(torch.where(ids < 0, padding, ids), **more)
 
 
 @torch.no_grad()

@@ -446,12 +446,21 @@ def native_encoder(
     )
 
 
+def native_class(name: str) -> Any:
+    """The class of transformers that a key of NATIVE names."""
+    import transformers
+
+    if hasattr(transformers, name):
+        return getattr(transformers, name)
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl  # its encoder is not among the names of 5.17
+
+    return getattr(modeling_qwen2_5_vl, name)
+
+
 def _model(
     name: str | Mapping[str, Any], class_name: str, *, config: Any, kind: Kind, weights: Any, where: str
 ) -> tuple[Any, str]:
-    import transformers
-
-    model_class = getattr(transformers, class_name)
+    model_class = native_class(class_name)
     if weights is False or not isinstance(name, str):
         if weights is True:
             raise ModelError("a config dict brings no weights", where=where, remedy="leave weights out")

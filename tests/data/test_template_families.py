@@ -127,7 +127,8 @@ def messages_of(record: Record, chat: TemplateFormat) -> list[dict[str, Any]]:
                 said = f"<think>\n{turn.thinking}\n</think>\n\n{turn.text}"
                 message["content"] = [{"type": "text", "text": said}] if isinstance(content, list) else said
             else:
-                message |= {"reasoning_content": turn.thinking, "reasoning": turn.thinking}
+                # transformers writes each of these names for the others from 5.24 on
+                message |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), turn.thinking)
         if turn.tool_calls:
             message["tool_calls"] = [dict(call) for call in turn.tool_calls]
         out.append(message | {key: value for key in ("name", "tool_call_id") if (value := getattr(turn, key))})

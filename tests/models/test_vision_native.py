@@ -13,7 +13,7 @@ import transformers
 from mmit.data.preparation import ImagePreparation, grids_of
 from mmit.errors import ModelError
 from mmit.models.vision import VisionTower, build_vision
-from mmit.models.vision_native import _apart, batches
+from mmit.models.vision_native import _apart, batches, native_class
 from mmit.records import Image
 
 DIMS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24}
@@ -74,7 +74,7 @@ def folder_of(kind: str, folder: Any) -> Any:
     """Save a random model of the class; return it as transformers loads it."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(**KINDS[kind])
-    model = getattr(transformers, CLASSES[kind])(config)
+    model = native_class(CLASSES[kind])(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

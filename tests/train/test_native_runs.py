@@ -15,6 +15,7 @@ import mmit
 from mmit.cli import app
 from mmit.config import Config
 from mmit.errors import ConfigError
+from mmit.models.vision_native import native_class
 from mmit.records import Image, Record, Text, Turn
 from mmit.train.run import run
 from tests.models.test_vision_native import CLASSES, KINDS
@@ -26,10 +27,8 @@ SHAPES = [(20, 50), (50, 20), (16, 16), (300, 2000)]
 
 
 def save_tower(kind: str, folder: Path) -> Path:
-    import transformers
-
     torch.manual_seed(0)
-    getattr(transformers, CLASSES[kind])(AutoConfig.for_model(**KINDS[kind])).save_pretrained(folder)
+    native_class(CLASSES[kind])(AutoConfig.for_model(**KINDS[kind])).save_pretrained(folder)
     return folder
 
 
