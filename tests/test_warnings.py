@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mmit.yamlio import dump_yaml
 from tests.tiny_run import DROPOUT, tiny_config
 
 ROOT = Path(__file__).parents[1]
@@ -44,9 +45,9 @@ def test_what_counts_as_a_warning() -> None:
 def test_no_command_shows_a_warning_of_a_library(tmp_path: Path) -> None:
     data = {**tiny_config(tmp_path).data.model_dump(), "workers": 2}
     train = {"steps": 2, "rows_per_step": 2, "save_every": 1, "schedule": "constant", "warmup": 0}
-    config = tiny_config(tmp_path, data=data, train=train, tune=DROPOUT).to_dict()
+    config = tiny_config(tmp_path, data=data, train=train, tune=DROPOUT).model_dump()
     config["model"]["vision"]["fit"] = "pad"  # which LLaVA's own layout can hold
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
     (tmp_path / "task.yaml").write_text(
         f"name: own\nrecords: {tmp_path / 'data' / 'train.jsonl'}\nmetric: exact\nmax_new_tokens: 4\n"
     )
