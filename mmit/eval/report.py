@@ -247,7 +247,7 @@ def _caption(report: Mapping[str, Any], notes: Mapping[str, str] | None) -> Iter
     yield f"Model {report['model']}, metric {report['metric']}, seed {report['seed']}."
     yield f"{report['created']}, {report['seconds']:.0f} s, {versions}."
     for key, note in (notes or {}).items():
-        yield f"{(LABELS | MORE)[key].capitalize()}: {note}."
+        yield f"{(LABELS | MORE).get(key, key).capitalize()}: {note}."
 
 
 def markdown(report: Mapping[str, Any], *, notes: Mapping[str, str] | None = None) -> str:

@@ -207,3 +207,20 @@ def test_easy_vqas_majority_answer() -> None:
     answers = table.generate([item.prompt for item in items])
     score = METRICS[task.metric](answers, [item.reference for item in items])
     assert score.n == 9673 and score.value == pytest.approx(0.6700, abs=5e-5)
+
+
+class Thinks(Model):
+    """Thinks before it answers."""
+
+    def answer(self, record: Record, *, blank: bool) -> str:
+        return f"<think>\nIs it no?\n</think>\n\n{super().answer(record, blank=blank)}"
+
+
+def test_thoughts_are_not_scored_and_the_reader_is_told(task: Task, tmp_path: Path) -> None:
+    plain, _ = run(task, tmp_path / "plain")
+    report, shown = run(task, tmp_path / "thoughts", model_tuned=Thinks(tuned=True))
+    assert report["accuracy"] == plain["accuracy"] and report["n"] == plain["n"]
+    note = f"{report['n']} of {report['n']} answers began with a thought, which is not scored"
+    assert report["notes"]["thoughts"] == note and note in " ".join(shown.split())
+    assert f"Thoughts: {note}." in (tmp_path / "thoughts" / "t" / "report.md").read_text("utf-8")
+    assert "thoughts" not in plain["notes"]
