@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mmit.cli import data_check, data_shards, data_show, data_stats
+from mmit.cli.sources import OptionOption, format_options
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.io import write_atomic
 from mmit.text import echo
@@ -57,10 +58,7 @@ def import_(
     ] = None,
     split: Annotated[str | None, typer.Option(help=f"train or test, of {' and '.join(PACKAGES)}.")] = None,
     licence: Annotated[str | None, typer.Option(help="Noted in records that state none.")] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="An option of the format; a wrong KEY lists them. May be repeated."),
-    ] = None,
+    option: OptionOption = None,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and list them.")] = False,
     check_images: Annotated[bool, typer.Option(help="A row whose image file is missing is bad.")] = True,
 ) -> None:
@@ -76,7 +74,7 @@ def import_(
         if split is not None:
             raise typer.BadParameter(f"only {' and '.join(PACKAGES)} have splits", param_hint="--split")
         format, file = _checked(format, path)
-        options = _options(option or [])
+        options = format_options(option)
 
         from mmit.data.rows import import_records
 
@@ -119,19 +117,6 @@ def _checked(format: str, path: Path | None) -> tuple[str, Path]:
         format, reason = detect_format(split_subset(path)[0])
         echo(f"format: {format} ({reason})")
     return format, path
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    from mmit.yamlio import parse_override
-
-    found: dict[str, Any] = {}
-    for text in given:
-        keys, value = parse_override(text)
-        name = ".".join(map(str, keys))
-        if name in found:
-            raise ConfigError(f"option '{name}' is given twice", where="--option", remedy="Leave one out.")
-        found[name] = value
-    return found
 
 
 class _Counts:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.sources import ImageRootOption
-from mmit.errors import RecordError
+from mmit.cli.sources import ImageRootOption, OptionOption, format_options
+from mmit.errors import ConfigError, RecordError, nearest
 from mmit.io import write_atomic
 from mmit.text import echo, terminal
 
@@ -40,6 +40,7 @@ def pack(
     out: OutOption,
     format: Annotated[str, typer.Option(help="Format of the files; auto looks at each.")] = "auto",
     image_root: ImageRootOption = None,
+    option: OptionOption = None,
     max_side: Annotated[int | None, typer.Option(min=2, help="Scale larger pictures down to this side.")] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MiB.")] = 256,
     workers: WorkersOption = None,
@@ -56,7 +57,7 @@ def pack(
     kept_in_meta: Counter[str] = Counter()
     with _bar("records") as advance:
         report = build_shards(
-            _records(data, format, image_root, on_bad, kept_in_meta),
+            _records(data, format, image_root, on_bad, kept_in_meta, format_options(option)),
             out,
             max_bytes=shard_mb << 20,
             workers=workers or os.cpu_count() or 1,
@@ -87,13 +88,24 @@ def index(
         typer.Option(metavar="TEXT", help="What the user says beside a captioned picture; of several, one is drawn."),
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(metavar="EXT", help="Members to leave out, such as npy.")] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="boxes or boxes_in: how boxes beside conversations are written and read."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides the draw of instructions.")] = 0,
     workers: WorkersOption = None,
     skip_bad: SkipOption = False,
 ) -> None:
     """Index the tars of img2dataset, OpenFlamingo and others where they lie, by reading each once."""
+    from mmit.data.formats.boxes import OPTIONS
     from mmit.data.shards.scan import index_tars
 
+    boxes = format_options(option)
+    for name in boxes:
+        if name not in OPTIONS:
+            raise ConfigError(f"tars have no option '{name}'", where="--option", remedy=nearest(name, OPTIONS))
     bad: list[RecordError] = []
     kept: Counter[str] = Counter()
     with _bar("tars") as advance:
@@ -103,6 +115,7 @@ def index(
             instruction=instruction or None,
             seed=seed,
             ignore=ignore or (),
+            boxes=boxes,
             workers=workers or os.cpu_count() or 1,
             on_bad=bad.append if skip_bad else None,
             kept=kept,
@@ -120,6 +133,7 @@ def _records(
     image_root: Path | None,
     on_bad: Callable[[RecordError], None] | None,
     kept: Counter[str],
+    options: dict[str, Any],
 ) -> Iterator[Record]:
     from mmit.data.formats import detect_format
     from mmit.data.rows import import_records
@@ -131,7 +145,7 @@ def _records(
             name, reason = detect_format(split_subset(path)[0])
             echo(f"{path}: {name} ({reason})")
         counted = None if name == "mmit" else kept  # the meta of mmit's own rows is what somebody put there
-        yield from import_records(path, name, image_root=image_root, on_bad=on_bad, kept=counted)
+        yield from import_records(path, name, image_root=image_root, on_bad=on_bad, kept=counted, **options)
 
 
 @contextmanager

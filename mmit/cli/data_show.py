@@ -55,7 +55,7 @@ def show(
     files = sources.files_of(data, settings, format=format, image_root=image_root)
     given: dict[str, Any] = {"tokenizer": tokenizer, "chat": chat, "image_token": image_token}
     encoder = sources.encoder_of(settings, image_tokens=image_tokens, **given)
-    drawn, total = sample_rows(chain.from_iterable(file.rows() for file in files), n, seed=seed)
+    drawn, total = sample_rows(chain.from_iterable(file.weighed() for file in files), n, seed=seed)
     if not total:
         raise MmitError("there is no row", where=str(data), remedy="Check the file and its format.")
     items = [_shown(number, row, encoder) for number, row in drawn]

@@ -84,7 +84,7 @@ def inspect(
 
 def _record(files: Sequence[File], row: int) -> Record:
     """Return the record of that number over all sources, bad rows counted; raises its error if it is bad."""
-    rows = chain.from_iterable(file.rows() for file in files)
+    rows = chain.from_iterable(file.weighed() for file in files)
     number = 0
     for number, item in enumerate(rows, 1):
         if number == row:

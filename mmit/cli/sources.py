@@ -7,8 +7,8 @@ What is given on the command line goes before the config. Never loads a language
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +32,10 @@ FormatOption = Annotated[str | None, typer.Option(metavar="NAME", help="Format o
 ImageRootOption = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Where relative image paths start. [default: the file's folder]")
 ]
+OptionOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="An option of the format; a wrong KEY lists them. May be repeated."),
+]
 TokenizerOption = Annotated[str | None, typer.Option(metavar="NAME", help="Hub id, folder or .gguf file.")]
 ChatOption = Annotated[
     str | None, typer.Option(metavar="FORMAT", help="hf, plain, vicuna_v1, chatml or a .jinja file. [default: hf]")
@@ -44,18 +48,43 @@ ImageTokensOption = Annotated[int | None, typer.Option(min=1, metavar="M", help=
 
 @dataclass(frozen=True)
 class File:
-    """One file or folder to read."""
+    """One file or folder to read; `loss` is the factor on its loss weights (data.loss.sources)."""
 
     path: Path
     format: str | None = None
     image_root: Path | None = None
     limit: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    loss: float = 1.0
 
     def rows(self, kept: Counter[str] | None = None) -> Iterator[Record | RecordError]:
         """Every row in order, bad ones as their errors; `kept` counts the keys that stay in the meta unread."""
         from mmit.data.rows import read_rows
 
-        return read_rows(self.path, self.format, image_root=self.image_root, limit=self.limit, kept=kept)
+        given: dict[str, Any] = {"image_root": self.image_root, "limit": self.limit, "options": self.options}
+        return read_rows(self.path, self.format, kept=kept, **given)
+
+    def weighed(self) -> Iterator[Record | RecordError]:
+        """Every row, with the weight that the record has in training."""
+        from mmit.records import Record
+
+        for row in self.rows():
+            weighs = isinstance(row, Record) and self.loss != 1
+            yield replace(row, weight=row.weight * self.loss) if weighs else row  # type: ignore[type-var,union-attr]
+
+
+def format_options(given: Sequence[str] | None) -> dict[str, Any]:
+    """Read what --option gives. Raises ConfigError for an option that is given twice."""
+    from mmit.yamlio import parse_override
+
+    found: dict[str, Any] = {}
+    for text in given or ():
+        keys, value = parse_override(text)
+        name = ".".join(map(str, keys))
+        if name in found:
+            raise ConfigError(f"option '{name}' is given twice", where="--option", remedy="Leave one out.")
+        found[name] = value
+    return found
 
 
 def is_config(path: Path) -> bool:
@@ -83,7 +112,7 @@ def files_of(
     for option, value in (("--format", format), ("--image-root", image_root)):
         if value is not None:
             raise typer.BadParameter("the config says so for each of its sources", param_hint=option)
-    return config_files(settings.data.train)
+    return config_files(settings.data.train, settings.data.loss.sources)
 
 
 def _told_format(path: Path) -> str:
@@ -101,10 +130,20 @@ def _told_format(path: Path) -> str:
     return format
 
 
-def config_files(sources: Sequence[SourceConfig]) -> list[File]:
-    """Return the files of a config's sources."""
+def config_files(sources: Sequence[SourceConfig], loss: Mapping[str, float] | None = None) -> list[File]:
+    """Return the files of a config's sources; `loss` are the factors of sources by name."""
+    from mmit.data.sources import source_name
+
     return [
-        File(Path(s.path), s.format, None if s.image_root is None else Path(s.image_root), s.limit) for s in sources
+        File(
+            Path(s.path),
+            s.format,
+            None if s.image_root is None else Path(s.image_root),
+            s.limit,
+            s.options,
+            (loss or {}).get(s.name or source_name(s.path), 1.0),
+        )
+        for s in sources
     ]
 
 
@@ -192,7 +231,7 @@ def encoder_of(
 
 
 def loss_of(settings: Config | None) -> Loss:
-    """The loss weights of a config, answers alone without one; factors of sources are not among them."""
+    """The loss weights of a config, answers alone without one; factors of sources are their files' (`File.loss`)."""
     from mmit.data.loss import Loss
 
     return Loss() if settings is None else Loss(**settings.data.loss.model_dump(exclude={"sources"}))

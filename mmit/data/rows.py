@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ def read_rows(
     *,
     image_root: str | os.PathLike[str] | None = None,
     limit: int | None = None,
+    options: Mapping[str, Any] | None = None,
     kept: Counter[str] | None = None,
 ) -> Iterator[Row]:
     """Yield the records and bad rows of a file in one of FORMATS, or of a folder of shards ("shards").
 
-    Without `format` it is found out. `limit` ends after that many rows, bad ones included. "PATH#N" takes N rows, the
-    same that training takes (`split_subset`). `kept` counts the keys that stay in the meta unread. Raises RecordError
-    if the file cannot be read or told, ConfigError if there is none.
+    Without `format` it is found out; `options` are the format's. `limit` ends after that many rows, bad ones included.
+    "PATH#N" takes N rows, the same that training takes (`split_subset`). `kept` counts the keys that stay in the meta
+    unread. Raises RecordError if the file cannot be read or told, ConfigError if there is none.
     """
     path, subset = split_subset(path)
     unread: frozenset[str] | None = None  # keys that may be counted, None for all
@@ -47,11 +48,11 @@ def read_rows(
         if format != "hf" and not Path(path).is_file():
             raise ConfigError("no such file", where=os.fspath(path), remedy="Check the path.")
         format = format or detect_format(path)[0]
-        rows = _file_rows(path, format, image_root)
+        rows = _file_rows(path, format, image_root, options or {})
         if format == "mmit":  # the meta of its rows is what somebody put there
             unread = frozenset()
     if subset is not None:
-        again = partial(read_rows, path, format, image_root=image_root, limit=limit)
+        again = partial(read_rows, path, format, image_root=image_root, limit=limit, options=options)
         # Lines of mmit's own files have numbers though they are bad; in other formats only what was converted has.
         rows = _take(again, subset, where=path, count_bad=format in (None, "mmit", "shards"))
     for number, row in enumerate(rows):
@@ -82,9 +83,10 @@ def _file_rows(
     path: str | os.PathLike[str],
     format: str,
     image_root: str | os.PathLike[str] | None,
+    options: Mapping[str, Any],
 ) -> Iterator[Row]:
     bad: list[RecordError] = []
-    for record in import_file(path, format, image_root=image_root, on_bad=bad.append):
+    for record in import_file(path, format, image_root=image_root, on_bad=bad.append, **options):
         yield from bad  # met on the way to this record
         bad.clear()
         yield record

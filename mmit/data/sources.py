@@ -70,6 +70,12 @@ def split_subset(path: str | os.PathLike[str]) -> tuple[str, Subset | None]:
     return match[1], Subset(int(match[2]), int(match[3] or 0))
 
 
+def source_name(path: str | os.PathLike[str]) -> str:
+    """The name in reports of a source that is given none: a file's without ending, a folder's."""
+    file, _ = split_subset(path)
+    return file.rstrip("/").rpartition("/")[2] if has_index(file) else Path(file).stem
+
+
 class Source(Protocol):
     """Records by number. Indexing raises RecordError for a bad record, naming its place."""
 

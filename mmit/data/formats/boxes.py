@@ -1,10 +1,10 @@
 """Boxes and points beside the text: written into it where it says <bbox>, or refused.
 
 The layout is ms-swift's: "<ref-object>" and "<bbox>" in the text, and beside it `objects: {"ref": [...], "bbox":
-[[x1, y1, x2, y2] or [x, y]], "bbox_type": "real" | "norm1", "image_id": [...]}`. The keys bbox, bboxes, boxes, box,
-points and point hold boxes likewise, one or a list. They become text, "[x1, y1, x2, y2]", in shares of the upright
-picture (norm1: 0.000 to 1.000, norm1000: 0 to 1000). Pixels are read and never written: a model sees the picture at
-another size.
+[[x1, y1, x2, y2] or [x, y]], "bbox_type": "real" | "norm1", "image_id": [...]}`, or a list of objects of one box each
+("caption", "bbox", "bbox_type", "image"). The keys bbox, bboxes, boxes, box, points and point hold boxes likewise, one
+or a list. They become text, "[x1, y1, x2, y2]", in shares of the upright picture (norm1: 0.000 to 1.000, norm1000: 0 to
+1000). Pixels are read and never written: a model sees the picture at another size.
 
 Shares hold for every preparation that keeps the whole picture; of a padded one they are shares of the picture, not of
 the padding. One that cuts (fit crop) refuses records with boxes, which WRITTEN in their meta marks.
@@ -32,7 +32,7 @@ _PLACES = re.compile(f"{PLACE}|{NAME}")
 # Sure names of boxes, whatever they hold; the others are read as boxes if they hold lists of 2 or 4 numbers.
 _SURE, _MAYBE = ("bbox", "bboxes"), ("boxes", "box", "points", "point")
 _UNITS = {"pixels": None, "norm1": 1, "norm1000": 1000}
-_TYPES = {"real": "pixels", "norm1": "norm1", "norm1000": "norm1000"}
+_TYPES = {"real": "pixels", "norm1": "norm1", "norm1000": "norm1000", "norm_1": "norm1", "norm_1000": "norm1000"}
 Box = tuple[float, ...]
 
 
@@ -45,7 +45,7 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
     Raises:
         ConfigError: another value of these. RecordError: boxes that have no place, no unit or no picture.
     """
-    _check_options(boxes, boxes_in)
+    check_options(boxes, boxes_in)
     held = {key: told for key, value in record.meta.items() if (told := _held(key, value)) is not None}
     if not held:
         return record
@@ -60,7 +60,10 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
         remedy = f"Write {PLACE} where each belongs, or remove the key if they are not to be learnt."
         raise RecordError(f"'{key}' holds {_count(found)}, and the text no {PLACE}", remedy=remedy)
     if boxes is None:
-        remedy = "Import the file with the option boxes=norm1000 or boxes=norm1, or remove the key."
+        remedy = (
+            "Give the option boxes=norm1000 or boxes=norm1 (--option of `mmit data import` and `mmit data index`, or "
+            "`options` of a source), or remove the key."
+        )
         raise RecordError(f"'{key}' holds {_count(found)}, and nothing says how to write them", remedy=remedy)
     for mark, items in ((PLACE, found), (NAME, names)):
         if not isinstance(items, list) or marks.count(mark) != len(items):
@@ -86,7 +89,8 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
     return replace(record, turns=tuple(turns), meta=meta)
 
 
-def _check_options(boxes: Any, boxes_in: Any) -> None:
+def check_options(boxes: Any = None, boxes_in: Any = None) -> None:
+    """Raise ConfigError for a value that is none of OPTIONS."""
     if boxes == "pixels":
         remedy = "A model sees the picture at another size: write norm1 or norm1000; boxes_in=pixels reads pixels."
         raise ConfigError("option boxes is 'pixels'", remedy=remedy)
@@ -106,14 +110,31 @@ def _held(key: str, value: Any) -> dict[str, Any] | None:
             return {"bbox": [value]} if key in _SURE else None
     if key == "objects":
         if isinstance(value, list) and any(isinstance(item, Mapping) and "bbox" in item for item in value):
-            remedy = 'Write it as {"ref": ["..."], "bbox": [[x1, y1, x2, y2]]}.'
-            raise RecordError("'objects' is a list of objects with boxes", remedy=remedy)
+            value = _columns(value)
         if not isinstance(value, Mapping) or not value.get("bbox"):
             return None
         boxes = value["bbox"]
         return {**value, "bbox": [boxes] if _numbers(boxes) or not isinstance(boxes, list) else boxes}
     items = value if isinstance(value, list) and value and not _numbers(value) else [value]
     return {"bbox": items} if key in _SURE or all(_numbers(item, (2, 4)) for item in items) else None
+
+
+def _columns(items: list[Any]) -> dict[str, Any]:
+    """Turn ms-swift's older [{"caption", "bbox", "bbox_type", "image"}, ...] into its newer object of lists."""
+    example = '[{"caption": "...", "bbox": [x1, y1, x2, y2], "bbox_type": "real", "image": 0}]'
+    if bad := [item for item in items if not isinstance(item, Mapping) or "bbox" not in item]:
+        problem = f"'objects' holds '{short(bad[0])}', which has no bbox"
+        raise RecordError(problem, remedy=f"Write objects as {example}.")
+    types = [item.get("bbox_type") for item in items]
+    if any(kind != types[0] for kind in types):
+        problem = f"'objects' holds boxes of several types: {short(types)}"
+        raise RecordError(problem, remedy="Give all boxes of a row the same bbox_type.")
+    found: dict[str, Any] = {"bbox": [item["bbox"] for item in items], "bbox_type": types[0]}
+    for ours, theirs in (("ref", ("caption", "ref")), ("image_id", ("image", "image_id"))):
+        values = [next((item[name] for name in theirs if item.get(name) is not None), None) for item in items]
+        if any(value is not None for value in values):
+            found[ours] = values
+    return found
 
 
 def _numbers(value: Any, lengths: Sequence[int] = ()) -> bool:
@@ -153,7 +174,7 @@ def _sizes(record: Record, key: str, objects: Mapping[str, Any], count: int) -> 
     if len(which) != count or not all(isinstance(n, int) and 0 <= n < len(record.images) for n in which):
         problem = f"'{key}' does not say in which of the row's {len(record.images)} pictures its boxes are"
         raise RecordError(problem, remedy='Write objects with "image_id": a number from 0 for each box.')
-    return [image_size(record.images[n]) for n in which]
+    return [record.images[n].size or image_size(record.images[n]) for n in which]
 
 
 def _shares(box: Box, unit: str, size: tuple[int, int], key: str) -> Box:

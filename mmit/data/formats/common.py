@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmit.data.formats.boxes import OPTIONS as SHARED_OPTIONS
+from mmit.data.formats.boxes import with_boxes
 from mmit.data.formats.json_stream import list_items
 from mmit.data.formats.keys import with_meaning
 from mmit.data.formats.pictures import image_part
@@ -102,7 +103,7 @@ class Format:
         if self.own:
             return self.row(row, image_root=image_root)
         shared = {key: options.pop(key) for key in SHARED_OPTIONS if key in options and key not in self.options}
-        return with_meaning(self.row(row, image_root=image_root, **options), **shared)
+        return with_boxes(with_meaning(self.row(row, image_root=image_root, **options)), **shared)
 
 
 # --- options ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mmit.data.formats.boxes import WRITTEN, with_boxes
+from mmit.data.formats.boxes import WRITTEN
 from mmit.errors import RecordError
 from mmit.record_rules import json_problem, weight_problem
 from mmit.records import Part, Record, Text, Turn, short
@@ -66,10 +66,10 @@ _UNLEARN = "Supervised training would learn it as a good one: leave these rows o
 _KNOWN = ("source", "row", "licence", "turn_keys", "dropped_leading_turn", "references", WRITTEN)
 
 
-def with_meaning(record: Record, **options: Any) -> Record:
+def with_meaning(record: Record) -> Record:
     """Read the keys that the importer left in the meta; raise RecordError for those that cannot be expressed.
 
-    `options` are those of `with_boxes`.
+    Boxes are read by `boxes.with_boxes`, once the pictures are in their places.
     """
     meta = dict(record.meta)
     for key in [*meta]:
@@ -82,7 +82,7 @@ def with_meaning(record: Record, **options: Any) -> Record:
         if not _empty(value):
             record = _READ[ROW_KEYS[key]](record, key, value)
     _check_storable(meta)
-    return with_boxes(replace(record, meta=meta), **options)
+    return record if meta == record.meta else replace(record, meta=meta)
 
 
 def kept_keys(record: Record) -> Counter[str]:
@@ -110,6 +110,8 @@ def turn_extras(turn: Row, role: str, number: int, used: tuple[str, ...]) -> tup
     """
     found: dict[str, Any] = {}
     left: Row = {}
+    if len(turn) == 2 and used[0] in turn and used[1] in turn:
+        return found, left
     names: dict[str, str] = {}
     for key, value in turn.items():
         if key in used:
@@ -290,7 +292,7 @@ _READ = {
 
 def _check_storable(meta: Row) -> None:
     """Raise RecordError naming the key whose value a JSON file cannot keep."""
-    if not json_problem(meta, "")[0]:
+    if not meta or not json_problem(meta, "")[0]:
         return
     for key, value in meta.items():
         if json_problem({key: value}, "")[0]:

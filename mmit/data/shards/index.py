@@ -85,7 +85,12 @@ class Part:
 
 
 def write_index(
-    parts: Sequence[Part], out_dir: str | os.PathLike[str], *, caption: dict[str, Any] | None = None, build: Any = None
+    parts: Sequence[Part],
+    out_dir: str | os.PathLike[str],
+    *,
+    caption: dict[str, Any] | None = None,
+    boxes: dict[str, str] | None = None,
+    build: Any = None,
 ) -> int:
     """Join the parts and write the index; index.json is replaced last, so that it never names half an index."""
     out = Path(out_dir)
@@ -122,6 +127,8 @@ def write_index(
         "left_out": dict(left_out),
         "lengths": {name: len(array) for name, array in arrays.items()},
     }
+    if boxes:
+        header["boxes"] = boxes
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for array in arrays.values():
         digest.update(array.tobytes())

@@ -12,13 +12,14 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmit.data.formats.boxes import OPTIONS as BOXES
 from mmit.data.shards.files import RangeReader, ShardFileError, is_remote, open_shard
 from mmit.data.shards.index import ARRAYS, DTYPES, INDEX, VERSION
 from mmit.data.shards.records import IMAGES, Limits, check_members, extension, to_record
@@ -111,8 +112,8 @@ class ShardSource:
         names = {self._suffixes[m[_SUFFIX]]: f"{shard}/{self.key(number)}.{self._suffixes[m[_SUFFIX]]}" for m in wanted}
         # Stands in for a picture's bytes; no reader of samples looks into them.
         marks = {s: name.encode() for s, name in names.items() if extension(s) in IMAGES}
-        record = self._record(number, found | marks)
         sizes = {self._suffixes[m[_SUFFIX]]: (m[_WIDTH], m[_HEIGHT]) for m in wanted}
+        record = self._record(number, found | marks, sizes)
         known: dict[Any, Image] = {mark: Image(names[suffix], sizes[suffix]) for suffix, mark in marks.items()}
 
         def named(part: Part) -> Part:
@@ -121,9 +122,12 @@ class ShardSource:
         turns = tuple(replace(turn, parts=tuple(named(part) for part in turn.parts)) for turn in record.turns)
         return replace(record, turns=turns)
 
-    def _record(self, number: int, members: dict[str, bytes]) -> Record:
-        where = self.where(number)
-        record = to_record(self.key(number), members, where=where, caption=self.index.header["caption"])
+    def _record(
+        self, number: int, members: dict[str, bytes], sizes: Mapping[str, tuple[int, int]] | None = None
+    ) -> Record:
+        header = self.index.header
+        given: dict[str, Any] = {"caption": header["caption"], "boxes": header.get("boxes"), "sizes": sizes}
+        record = to_record(self.key(number), members, where=self.where(number), **given)
         if not record.source and record.row is None:
             record = replace(record, source=self.origin, row=number + 1)
         return record
@@ -325,6 +329,7 @@ def _check_header(header: Any, folder: str) -> None:
         all(isinstance(header.get(k), list) for k in ("shards", "sources", "suffixes"))
         and all(isinstance(header.get(k), str) for k in ("folder", "fingerprint"))
         and _sound_caption(header.get("caption"))
+        and _sound_boxes(header.get("boxes", {}))
         and isinstance(header.get("lengths"), dict)
         and all(isinstance(header["lengths"].get(k), int) for k in ARRAYS)
         and all(isinstance(s, str) for s in header["suffixes"])
@@ -351,6 +356,10 @@ def _sound_caption(options: Any) -> bool:
     said = options.get("instruction")
     texts = said if isinstance(said, list) else [said or ""]
     return isinstance(options.get("seed", 0), int) and all(isinstance(t, str) for t in texts)
+
+
+def _sound_boxes(options: Any) -> bool:
+    return isinstance(options, dict) and all(key in BOXES and isinstance(value, str) for key, value in options.items())
 
 
 def _fetched(folder: str, header: dict[str, Any], cache: Path) -> Path:

@@ -11,13 +11,14 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any, NoReturn
 
 import PIL.Image
 
+from mmit.data.formats.boxes import with_boxes
 from mmit.data.formats.captions import img2dataset
 from mmit.data.formats.chat import FORMATS as CONVERSATIONS
 from mmit.data.formats.chat import conversation_format
@@ -108,11 +109,14 @@ def to_record(
     *,
     where: str,
     caption: Mapping[str, Any] | None = None,
+    boxes: Mapping[str, str] | None = None,
+    sizes: Mapping[str, tuple[int, int]] | None = None,
     kept: Counter[str] | None = None,
 ) -> Record:
     """Build the record of one sample from {suffix: bytes}; every picture must be used by it.
 
-    `kept` counts the keys that stay in the meta unread, but for mmit's own rows.
+    `kept` counts the keys that stay in the meta unread, but for mmit's own rows. `boxes` are the options of
+    mmit.data.formats.boxes; `sizes` are the (W, H) of pictures whose bytes are not all there.
 
     The row is the member with the suffix json, a caption the one with the suffix txt; others of these types belong to
     nothing and are refused. Captions are read by mmit.data.formats.captions.img2dataset with the options `caption`
@@ -122,6 +126,7 @@ def to_record(
     answer; what comes before the first picture is the user's. Raises RecordError.
     """
     images = {s: d for s, d in members.items() if extension(s) in IMAGES}
+    pictures = {s: Image(d, (sizes or {}).get(s)) for s, d in images.items()}
     texts = [s for s in members if s == "txt"]
     if empty := [s for s, data in images.items() if not data]:
         _fail(f"member {short(empty[0])} is empty", where, "Fetch the picture again, or leave the sample out.")
@@ -137,18 +142,17 @@ def to_record(
         return _with_bytes(Record.from_json(row, where=where), key, images, where=where)
     if "text_list" in keys and not texts:
         record = _interleaved(row, images, where)
+        record = _placed(lambda: with_meaning(record), where)
     elif ("conversations" in keys or "messages" in keys) and not texts:
-        record = _foreign(row, images, key, where)
+        record = _foreign(row, pictures, key, where)
     elif len(images) == 1 and (texts or "caption" in keys):
         record = _caption(key, members, row, options=caption or {}, where=where)
     else:
         found = ", ".join(short(s, 40) for s in list(members)[:8])
         _fail(f"cannot tell what the sample is (members: {found})", where, _LAYOUTS)
     record = record if record.id else replace(record, id=key)
-    try:
-        record.validate(for_training=None)
-    except RecordError as error:
-        raise RecordError(error.problem, where=where, remedy=error.remedy) from error
+    record = _placed(lambda: with_boxes(record, **(boxes or {})), where)
+    _placed(lambda: record.validate(for_training=None), where)
     if kept is not None:
         kept.update(kept_keys(record))
     return record
@@ -255,7 +259,15 @@ def _with_bytes(record: Record, key: str, images: Mapping[str, bytes], *, where:
     return replace(record, turns=turns)
 
 
-def _foreign(row: dict[str, Any], images: Mapping[str, bytes], key: str, where: str) -> Record:
+def _placed(work: Callable[[], Any], where: str) -> Any:
+    """What `work` returns; its error gets the place of the sample."""
+    try:
+        return work()
+    except RecordError as error:
+        raise type(error)(error.problem, where=where, remedy=error.remedy) from error
+
+
+def _foreign(row: dict[str, Any], images: Mapping[str, Image], key: str, where: str) -> Record:
     """Read a conversation or messages by their importer; the members take the places of what the row names."""
     names = sorted(images, key=_natural)
     given = next((row[name] for name in ("image", "images") if row.get(name)), None)
@@ -263,7 +275,7 @@ def _foreign(row: dict[str, Any], images: Mapping[str, bytes], key: str, where: 
         row = {k: v for k, v in row.items() if k not in ("image", "images")} | {"images": names}
     try:
         format = "messages" if "messages" in row else conversation_format([row])[0]
-        record = CONVERSATIONS[format](row, image_root="")
+        record = with_meaning(CONVERSATIONS[format].row(row, image_root=""))
     except RecordError as error:
         place = f"{where}: {error.where}" if error.where else where
         raise RecordError(error.problem, where=place, remedy=error.remedy) from error
@@ -272,7 +284,7 @@ def _foreign(row: dict[str, Any], images: Mapping[str, bytes], key: str, where: 
 
     def fill(part: Text | Image) -> Text | Image:
         name = held.get(part.source) if isinstance(part, Image) and isinstance(part.source, str) else None
-        return part if name is None else Image(images[name])
+        return part if name is None else images[name]
 
     return replace(record, turns=tuple(replace(t, parts=tuple(map(fill, t.parts))) for t in record.turns))
 
@@ -322,11 +334,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _caption(key: str, members: Mapping[str, bytes], row: Any, *, options: Mapping[str, Any], where: str) -> Record:
     # The suffix of the one picture may be numbered.
     sample = {extension(suffix) if extension(suffix) in IMAGES else suffix: data for suffix, data in members.items()}
-    try:
-        record = with_meaning(img2dataset({**sample, "__key__": key, "json": row}, **options))
-    except RecordError as error:
-        raise RecordError(error.problem, where=where, remedy=error.remedy) from error
-    return record
+    return _placed(lambda: with_meaning(img2dataset({**sample, "__key__": key, "json": row}, **options)), where)
 
 
 def _interleaved(row: dict[str, Any], images: Mapping[str, bytes], where: str) -> Record:

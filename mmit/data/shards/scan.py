@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from mmit.data.formats.boxes import check_options
 from mmit.data.shards.files import open_shard, run_jobs
 from mmit.data.shards.index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMAGES, MEMBER, SAMPLE, Part, write_index
 from mmit.data.shards.records import (
@@ -41,6 +42,7 @@ class ScanOptions:
     ignore: tuple[str, ...] = ()
     max_pixels: int = 50_000_000
     limits: Limits = Limits()
+    boxes: tuple[tuple[str, str], ...] = ()  # the options of mmit.data.formats.boxes
 
     @property
     def caption(self) -> dict[str, Any]:
@@ -171,7 +173,8 @@ class _Scan:
             try:
                 members = {p.suffix: p.data for p in self.open}
                 kept: Counter[str] = Counter()
-                record = to_record(self.key, members, where=where, caption=self.options.caption, kept=kept)
+                given: dict[str, Any] = {"caption": self.options.caption, "boxes": dict(self.options.boxes)}
+                record = to_record(self.key, members, where=where, kept=kept, **given)
                 self._append(record, where)
                 self.part.kept.update(kept)
             except RecordError as error:
@@ -222,6 +225,7 @@ def index_tars(
     instruction: str | Sequence[str] | None = None,
     seed: int = 0,
     ignore: Iterable[str] = (),
+    boxes: Mapping[str, str] | None = None,
     max_pixels: int = 50_000_000,
     limits: Limits | None = None,
     workers: int = 1,
@@ -238,6 +242,7 @@ def index_tars(
             and the key choose one.
         ignore: extensions ("npy") or suffixes ("seg.png") of members to leave out; counted. Others that are not
             accepted are an error of their sample.
+        boxes: options of mmit.data.formats.boxes, by which boxes beside conversations are written into the text.
         max_pixels: larger pictures are an error. limits: of members and samples.
         workers: processes.
         on_bad: takes what is wrong, sample by sample; None raises the first.
@@ -252,7 +257,9 @@ def index_tars(
         raise ConfigError("no tar to index", where=str(out_dir), remedy="Give the paths of .tar files.")
     ignored = tuple(sorted(word.lower().lstrip(".") for word in ignore))
     said = instruction if instruction is None or isinstance(instruction, str) else tuple(instruction)
-    options = ScanOptions(said, seed, ignored, max_pixels, limits or Limits())
+    given = tuple(sorted((boxes or {}).items()))
+    check_options(**dict(given))
+    options = ScanOptions(said, seed, ignored, max_pixels, limits or Limits(), given)
     folder = os.path.abspath(out_dir)
     jobs = [(path, _shard_name(path, folder), options) for path in names]
     parts = []
@@ -266,7 +273,7 @@ def index_tars(
             kept.update(part.kept)
         if progress is not None:
             progress(done, len(jobs))
-    return write_index(parts, out_dir, caption=options.caption)
+    return write_index(parts, out_dir, caption=options.caption, boxes=dict(given))
 
 
 def _shard_name(path: str, folder: str) -> str:

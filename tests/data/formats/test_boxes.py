@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,23 @@ def test_thoughts_and_weighted_spans_keep_their_places(pictures: Path) -> None:
     assert record.turns[1].parts == (Text("so long ", 0.0), Text("[1000, 1000]!", 1.0))
 
 
+def test_objects_as_a_list_of_objects_say_the_same(pictures: Path) -> None:
+    ask, answer = "<image><image>Where is <ref-object>? And <ref-object>?", "<bbox> and <bbox>"
+    boxes = [[20, 10, 100, 50], [4, 8, 40, 80]]
+    lists = {"ref": ["the cat", "the dog"], "bbox": boxes, "bbox_type": "real", "image_id": [0, 1]}
+    each = [
+        {"caption": name, "bbox": box, "bbox_type": "real", "image": n}
+        for n, (name, box) in enumerate(zip(lists["ref"], boxes, strict=True))
+    ]
+    two = {"images": ["wide.png", "turned.jpg"]}
+    expected = said(swift(lists, ask, answer, **two), "messages", pictures, boxes="norm1000")
+    assert expected[1] == "[100, 100, 500, 500] and [100, 100, 1000, 1000]"
+    for objects in (each, json.dumps(each)):  # ms-swift keeps it as text too
+        assert said(swift(objects, ask, answer, **two), "messages", pictures, boxes="norm1000") == expected
+    thousand = [{"caption": "it", "bbox": [100, 200, 300, 400], "bbox_type": "norm_1000"}]
+    assert said(swift(thousand), "messages", pictures, boxes="norm1")[1] == "[0.100, 0.200, 0.300, 0.400]"
+
+
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (swift({"bbox": [[1, 2, 3, 4]]}, "<image>q"), {}, "'objects' holds 1 box, and nothing says how to write them"),
     (swift({"bbox": [[1, 2, 3, 4]] * 2}, "<image>q", "a"), {"boxes": "norm1"}, "'objects' holds 2 boxes, and the text"),
@@ -100,7 +118,13 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {"boxes": "norm1", "boxes_in": "norm1"},
         "is 'real', and the option boxes_in norm1",
     ),
-    (swift([{"bbox": [1, 2, 3, 4]}]), {"boxes": "norm1"}, "'objects' is a list of objects with boxes"),
+    (swift([{"bbox": [1, 2, 3, 4]}]), {"boxes": "norm1"}, "the text has 1 <ref-object>, and 'objects' 0"),
+    (swift([{"bbox": [1, 2, 3, 4]}, {"caption": "a"}]), {"boxes": "norm1"}, "{'caption': 'a'}', which has no bbox"),
+    (
+        swift([{"bbox": [1, 2, 3, 4], "bbox_type": kind} for kind in ("real", "norm_1")]),
+        {"boxes": "norm1"},
+        "'objects' holds boxes of several types: ['real', 'norm_1']",
+    ),
     (swift({"ref": ["a"], "bbox": [[1, 2, 3]]}), {"boxes": "norm1"}, "'[1, 2, 3]', which is no box"),
     (swift({"ref": ["a"], "bbox": [[30, 2, 3, 4]]}), {"boxes": "norm1"}, "second corner lies left"),
     (

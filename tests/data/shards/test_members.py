@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from io import BytesIO
 from typing import Any
 
@@ -125,3 +126,32 @@ def test_rows_are_read_as_the_importers_read_them(speakers: tuple[str, str]) -> 
     assert [t.role for t in record.turns] == ["system", "user", "assistant"] and record.weight == 0.5
     with pytest.raises(RecordError, match="'video' is a video"):
         read({**row, "video": "a.mp4"}, key="x", png=A)
+
+
+GROUNDED = {
+    "messages": [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "At <bbox>."}],
+    "objects": {"bbox": [[1, 1, 2, 4]], "bbox_type": "real"},
+}
+
+
+def test_boxes_in_pixels_take_the_size_of_the_member() -> None:
+    members = {"json": json.dumps(GROUNDED).encode(), "png": A}
+    with pytest.raises(RecordError, match="nothing says how to write them") as caught:
+        to_record("s1", members, where="t.tar: s1")
+    assert caught.value.where == "t.tar: s1" and "mmit data index" in caught.value.remedy
+    record = to_record("s1", members, where="t.tar: s1", boxes={"boxes": "norm1000"})
+    assert record.turns[1].text == "At [250, 250, 500, 1000]." and record.images[0].source == A
+    # An outline has no bytes, but sizes.
+    unread = to_record(
+        "s1", members | {"png": b"name"}, where="", boxes={"boxes": "norm1000"}, sizes={"png": (8, 4)}
+    )
+    assert unread.turns[1].text == "At [125, 250, 250, 1000]."
+
+
+def test_keys_of_an_interleaved_document_have_their_meaning() -> None:
+    info = [{"image_base64": b64encode(A).decode(), "matched_text_index": 0}]
+    row = {"text_list": ["a cat"], "image_info": info}
+    assert to_record("s1", {"json": json.dumps(row | {"weight": 0.5}).encode()}, where="").weight == 0.5
+    with pytest.raises(RecordError, match="'videos' is a video") as caught:
+        to_record("s1", {"json": json.dumps(row | {"videos": ["v.mp4"]}).encode()}, where="t.tar: s1")
+    assert caught.value.where == "t.tar: s1"

@@ -34,6 +34,7 @@ from mmit.data.shards.writer import build_shards
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, ImageError, MmitError, RecordError, WriteError
 from mmit.records import Image, Record, Text, Turn
+from tests.test_cli import good, mmit
 
 SMALL = 20_000  # bytes of a shard here
 
@@ -57,6 +58,23 @@ def indexed(tmp_path: Path, members: list[tuple[str, bytes]], **options: Any) ->
     path = write_tar(tmp_path / "foreign.tar", members, format=options.pop("format", tarfile.USTAR_FORMAT))
     index_tars([path], tmp_path / "index", **options)
     return open_shards(tmp_path / "index")
+
+
+def test_boxes_of_an_index_are_those_of_its_records(tmp_path: Path) -> None:
+    row = {
+        "messages": [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "<bbox>"}],
+        "objects": {"bbox": [[3, 2, 6, 8]], "bbox_type": "real"},
+    }
+    members = [("k.jpg", picture(1)), ("k.json", json.dumps(row).encode())]
+    source = indexed(tmp_path, members, boxes={"boxes": "norm1000"})
+    assert source[0].turns[1].text == source.outline(0).turns[1].text == "[250, 250, 500, 1000]"
+    with pytest.raises(ConfigError, match="option boxes is 'norm'"):
+        index_tars([tmp_path / "foreign.tar"], tmp_path / "other", boxes={"boxes": "norm"})
+    given = ("data", "index", tmp_path / "foreign.tar", "--out", tmp_path / "by-command")
+    refused = mmit(*given)
+    assert refused.exit_code == 2 and "`mmit data index`" in " ".join(refused.stderr.split())
+    good(*given, "--option", "boxes=norm1")
+    assert open_shards(tmp_path / "by-command")[0].turns[1].text == "[0.250, 0.250, 0.500, 1.000]"
 
 
 # --- building -------------------------------------------------------------------------------------------------------
