@@ -239,11 +239,14 @@ class Model:
     ) -> Iterator[str]:
         """Answer as `chat` does, in pieces that add up to its answer; none ends inside a character."""
         options: dict[str, Any] = dict(answering)
-        limit, reader = options.pop("max_new_tokens", 256), AnswerText(self.tokenizer, options.pop("stop", ()))
+        limit, reader = options.pop("max_new_tokens", 256), self._reader(options.pop("stop", ()))
         _check_count("max_new_tokens", limit)
         record = _asked(images, text, history=history, system=system, messages=messages)
         prompt = self.prompt_maker().question(record, 0)
         return self._stream(prompt, reader, limit, sampling=self._sampling(**options))
+
+    def _reader(self, stop: Sequence[str] | None) -> AnswerText:
+        return AnswerText(self.tokenizer, stop, thought=self.chat_format.thought_marks)
 
     @torch.inference_mode()
     def _stream(self, prompt: Prompt, reader: AnswerText, max_new_tokens: int, *, sampling: Sampling) -> Iterator[str]:
@@ -304,7 +307,7 @@ class Model:
         maker = self.prompt_maker(blank=blank_images)
         prompts = [maker.question(record, n) for n, record in enumerate(records)]
         sampling = self._sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        reader = AnswerText(self.tokenizer, stop)
+        reader = self._reader(stop)
         return self.answer(
             prompts,
             reader,

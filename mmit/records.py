@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     Source = str | bytes | PIL.Image.Image
 
-__all__ = ["ROLES", "Image", "OnBad", "Part", "Record", "Text", "Turn", "image_at", "json_lines", "key_twice"]
-__all__ += ["read_jsonl", "record_line", "short", "write_jsonl"]
+__all__ = ["ROLES", "Image", "OnBad", "Part", "Record", "Text", "Turn", "image_at", "is_plain", "json_lines"]
+__all__ += ["key_twice", "read_jsonl", "record_line", "short", "write_jsonl"]
 
 _PROVENANCE: dict[str, tuple[Any, str]] = {
     "id": (str, "a string"),
@@ -117,6 +117,8 @@ class Turn:
     @property
     def text(self) -> str:
         """The text parts, joined with nothing between them."""
+        if len(self.parts) == 1 and isinstance(self.parts[0], Text):
+            return self.parts[0].text
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
@@ -137,6 +139,9 @@ class Record:
     weight: float = 1.0
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    # Set once `validate` has found nothing, in a record of nothing but texts and pictures, which cannot change. A
+    # record is validated where it is read, where it is tokenised, and where it is laid out.
+    _sound: bool = field(default=False, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "turns", _as_tuple(self.turns, "turns", "Record((Turn(...), Turn(...)))"))
@@ -175,19 +180,8 @@ class Record:
         A record for training ends with an assistant turn, one for generation (`for_training=False`) with a
         user or tool turn; None accepts either ending, which is what a reader that knows no purpose asks for.
         """
-        self._check_provenance()
-        self._check_extras()
-        previous: str | None = None
-        for number, turn in enumerate(self.turns, 1):
-            if not isinstance(turn, Turn):
-                self._fail(f"turn {number} is a {type(turn).__name__}", "Build it as mmit.records.Turn.")
-            if turn.role not in ROLES:
-                self._fail(f"turn {number} has role '{short(turn.role)}'", nearest(str(turn.role), ROLES))
-            self._check(*order_problem(number, turn.role, previous))
-            self._check_content(number, turn)
-            if not _plain(turn):
-                self._check_turn_extras(f"turn {number} ({turn.role})", turn)
-            previous = turn.role
+        if not self._sound:
+            self._check_all()
         last = self.turns[-1].role if self.turns else "system"
         if last == "system":
             self._fail("the record has no user turn", "Give it at least one user turn.")
@@ -195,6 +189,24 @@ class Record:
             self._fail(f"the last turn is the {last}'s: there is no answer to learn", "Add the assistant turn.")
         if for_training is False and last == "assistant":
             self._fail("the last turn is the assistant's", "For generation, end with the user turn.")
+
+    def _check_all(self) -> None:
+        self._check_provenance()
+        self._check_extras()
+        previous: str | None = None
+        plain = not self.tools and not self.template_args
+        for number, turn in enumerate(self.turns, 1):
+            if not isinstance(turn, Turn):
+                self._fail(f"turn {number} is a {type(turn).__name__}", "Build it as mmit.records.Turn.")
+            if turn.role not in ROLES:
+                self._fail(f"turn {number} has role '{short(turn.role)}'", nearest(str(turn.role), ROLES))
+            self._check(*order_problem(number, turn.role, previous))
+            self._check_content(number, turn)
+            if not is_plain(turn):
+                plain = False
+                self._check_turn_extras(f"turn {number} ({turn.role})", turn)
+            previous = turn.role
+        object.__setattr__(self, "_sound", plain)
 
     def _fail(self, problem: str, remedy: str) -> NoReturn:
         raise RecordError(problem, where=self.where, remedy=remedy)
@@ -301,7 +313,7 @@ class Record:
         return record
 
 
-def _plain(turn: Turn) -> bool:
+def is_plain(turn: Turn) -> bool:
     """Whether a turn is its parts and nothing else."""
     empty = turn.weight is None and turn.thinking is None and turn.tool_calls == ()
     return empty and turn.name is None and turn.tool_call_id is None

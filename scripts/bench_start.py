@@ -2,6 +2,7 @@
 
     python scripts/bench_start.py --records 665000
     python scripts/bench_start.py --index 10000000
+    python scripts/bench_start.py --pairs 2000
 
 The records have the mix of kinds of LLaVA-1.5's 665k (short questions in series, descriptions, regions, text only),
 real words, and picture files that are there. The model is tiny, its tokenizer SmolLM2's (49,152 byte-level BPE tokens,
@@ -229,14 +230,40 @@ def plan(folder: str) -> None:
     print(json.dumps({"planned_rows": walk.total_rows, "first_step_records": sum(len(row or ()) for row in step)}))
 
 
+def conversation(pairs: int) -> dict[str, Any]:
+    """Encode one conversation of `pairs` questions and answers, and one of half as many, each by a new chat format."""
+    from mmit.data.chat import chat_format, encode
+    from mmit.models.llm import load_tokenizer
+    from mmit.records import Record, Text, Turn
+
+    tokenizer, text, rng = load_tokenizer(LLM), words(), random.Random(0)
+    tokenizer.chat_template = TEMPLATE
+    report: dict[str, Any] = {}
+    for count in (pairs // 2, pairs):
+        turns = []
+        for _ in range(count):
+            for role, length in (("user", 8), ("assistant", 12)):
+                begin = rng.randrange(len(text) - length)
+                turns.append(Turn(role, (Text(" ".join(text[begin : begin + length])),)))  # type: ignore[arg-type]
+        chat = chat_format("hf", tokenizer)
+        begin_at = time.perf_counter()
+        encoded = encode(Record(tuple(turns)), chat, tokenizer)
+        report[f"{count} pairs"] = {"seconds": round(time.perf_counter() - begin_at, 3), "tokens": len(encoded.ids)}
+    return report
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=665_000)
     parser.add_argument("--fit", default="pad", help="pad, as LLaVA-1.5; any_resolution reads the pictures' headers")
     parser.add_argument("--index", type=int, help="plan an epoch of so many rows instead, from kept measurements")
+    parser.add_argument("--pairs", type=int, help="encode one conversation of so many pairs instead")
     parser.add_argument("--folder", type=Path, help="keep the data here, in place of a temporary folder")
     args = parser.parse_args()
+    if args.pairs:
+        print(json.dumps(conversation(args.pairs), indent=1))
+        return
     with tempfile.TemporaryDirectory() as name:
         scratch = args.folder or Path(name)
         scratch.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,8 @@ T_LIFE, T_SHARDS, T_TILES = (
 )
 MEASURE, MARKS = "mmit/data/measure.py", "mmit/data/marks.py"
 T_MEASURE, T_MARKS = "tests/data/test_measure.py", "tests/data/test_marks.py"
+KEYS = "mmit/data/formats/keys.py"
+T_KEYS, T_MEMBERS = "tests/data/formats/test_keys.py", "tests/data/shards/test_members.py"
 T_FUSED, T_METRICS = "tests/models/test_fused_lora.py", "tests/eval/metrics"
 
 MUTANTS = [
@@ -433,6 +435,63 @@ MUTANTS = [
         "- 1 == state.turn:",
         "- 1 == -5:",
         "tests/models/test_decoding.py",
+    ),
+    # keys with a meaning
+    Mutant(
+        "keys: a thought of a turn is not read",
+        KEYS,
+        '("reasoning_content", "reasoning", "thinking", "thought"), "thinking")',
+        '("reasoning_content", "reasoning", "thinking"), "thinking")',
+        T_KEYS,
+    ),
+    Mutant(
+        "keys: any role may have tool calls and thoughts",
+        KEYS,
+        'owner = "tool" if meaning in ("name", "tool_call_id") else "assistant"',
+        "owner = role",
+        T_KEYS,
+    ),
+    Mutant(
+        "keys: a list that is refused is kept",
+        KEYS,
+        "if key in REFUSED and not _empty(value) and value is not False:",
+        "if key in REFUSED and isinstance(value, str) and value:",
+        T_KEYS,
+    ),
+    Mutant(
+        "keys: the weight of a row is checked and forgotten",
+        KEYS,
+        "return replace(record, weight=record.weight * _weight(value, f\"'{key}'\"))",
+        "return replace(record, weight=record.weight * _weight(value, f\"'{key}'\") ** 0)",
+        T_KEYS,
+    ),
+    Mutant(
+        "keys: those of turns are not reported",
+        KEYS,
+        'kept.update(f"turns: {key}" for key in names)',
+        "kept.update(())",
+        T_KEYS,
+    ),
+    Mutant(
+        "keys: a mark of a bad answer is kept",
+        KEYS,
+        "if key in MARKS and (value is False or",
+        "if key in MARKS and (value is None or",
+        T_KEYS,
+    ),
+    Mutant(
+        "keys: conversations in shards go past the table",
+        "mmit/data/shards/records.py",
+        'record = with_meaning(CONVERSATIONS[format].row(row, image_root=""))',
+        'record = CONVERSATIONS[format].row(row, image_root="")',
+        T_MEMBERS,
+    ),
+    Mutant(
+        "keys: interleaved documents go past the table",
+        "mmit/data/shards/records.py",
+        "record = _placed(lambda: with_meaning(record), where)",
+        "record = _placed(lambda: record, where)",
+        T_MEMBERS,
     ),
 ]
 

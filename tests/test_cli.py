@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from mmit.cli import app
 from mmit.cli.train import split_arguments
+from mmit.records import Record, Text, Turn
 from mmit.yamlio import dump_yaml, parse_yaml
 from tests.tiny_run import tiny_config
 
@@ -260,6 +261,78 @@ def test_inspect_says_when_training_would_refuse(fresh):
     (fresh / "data" / "0.png").unlink()
     text = good("inspect", fresh / "short.yaml").stdout
     assert "more than data.max_length=10" in text and "no such file" in text
+
+
+SPEAKS = (
+    "{% if shout is defined %}{{ raise_exception('shouted at: ' + shout) }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.reasoning_content %}"
+    "{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n\\n' }}{% endif %}"
+    "{{ m.content }}{% if 'LOUD' in m.content %}{{ '!' }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def spoken(made, tmp_path_factory):
+    """A run with a template that looks at words, on thoughts, and what its start said."""
+    folder = tmp_path_factory.mktemp("spoken")
+    for part in ("tokenizer", "vision"):
+        os.symlink(made / part, folder / part)
+    (folder / "speaks.jinja").write_text(SPEAKS)
+    (folder / "data").mkdir()
+    say = {"role": "user", "content": "Say it"}
+    rows = [{"messages": [say, {"role": "assistant", "content": "no", "reasoning_content": "hm"}]}] * 3
+    rows += [{"messages": [say, {"role": "assistant", "content": "LOUD"}]}]
+    (folder / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(folder / "data" / "train.jsonl"), "format": "messages", "name": "talks"}
+    config = tiny_config(folder, data={"train": [source], "loss": {"sources": {"talks": 0.5}, "think": 0.5}})
+    (folder / "config.yaml").write_text(config.to_yaml())
+    chat = f"model.chat.format={folder / 'speaks.jinja'}"
+    return folder, good("train", "--config", folder / "config.yaml", "train.steps=1", chat).output
+
+
+def test_a_text_that_is_not_the_templates_is_told_at_every_stage(spoken):
+    folder, said = spoken
+    said = " ".join(said.split())
+    assert "is not what the chat template writes: at character" in said
+    assert "assistant\\nLOUD<|im_end|>\\n', the template '" in said and "assistant\\nLOUD!<|im_end|>" in said
+    assert "«0.25:<think>" in said  # the record of the start, its source's weight in it
+    given = (folder / "data" / "train.jsonl", "--tokenizer", folder / "tokenizer", "--chat", folder / "speaks.jinja")
+    checked = mmit("data", "check", *given, "--format", "messages")
+    assert checked.exit_code == 1 and "not-the-template" in checked.stdout and "train.jsonl:4" in checked.stdout
+    assert "not what the chat template writes" in good("inspect", *given, "--row", 4).stdout
+    assert "not what" not in good("inspect", *given, "--row", 1).stdout
+
+
+def test_weights_of_sources_are_shown(spoken):
+    folder, _ = spoken
+    shown = good("inspect", folder / "config.yaml", f"--chat={folder / 'speaks.jinja'}").stdout
+    assert "0.25:" in shown and "0.5:" in shown  # a thought, half of it, in a source of half weight; its answer
+    page = folder / "show.html"
+    good("data", "show", folder / "config.yaml", f"--chat={folder / 'speaks.jinja'}", "--out", page)
+    assert "weight 0.25" in page.read_text() and "weight 0.5" in page.read_text()
+
+
+def test_a_run_that_learnt_thoughts_is_asked_before_them(spoken):
+    from mmit.generate import load
+
+    folder, _ = spoken
+    checkpoint = next((folder / "run").rglob("mmit.json"))
+    assert json.loads(checkpoint.read_text())["chat"]["thinks"] is True
+    question = Record((Turn("user", (Text("Say it"),)),))
+    ends = {}
+    for args in ({}, {"enable_thinking": False}):
+        model = load(folder / "run", template_args=args)
+        (sample,) = model.prompt_maker().question(question, 0).samples
+        ends[bool(args)] = model.tokenizer.decode(sample.ids[:-1])
+    assert ends[False].endswith("<|im_start|>assistant\n") and ends[True].endswith("<think>\n\n</think>\n\n")
+    told = mmit("chat", folder / "run", "-p", "Hi", "--template-arg", "shout=me")
+    assert_one_message(told, "shouted at: me")
+    good("chat", folder / "run", "-p", "Hi", "--template-arg", "enable_thinking=false", "--max-new-tokens", 2)
+    wrong = mmit("chat", folder / "run", "-p", "Hi", "--template-arg", "shout")
+    assert wrong.exit_code == 2 and "'shout' is not NAME=VALUE" in wrong.stderr
 
 
 def test_env_lists_what_is_installed_and_what_is_not(monkeypatch):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -340,3 +341,20 @@ def test_no_torch_and_no_pil_at_import() -> None:
     code = "import sys, mmit.records; print([m for m in ('torch', 'PIL') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_what_was_validated_is_not_looked_at_again_unless_it_could_change() -> None:
+    sound = Record.triple("q", "a")
+    sound.validate()
+    for broken in ({"weight": -1.0}, {"turns": (*sound.turns, sound.turns[1])}, {"id": 3}):
+        with pytest.raises(RecordError):
+            replace(sound, **broken).validate()
+    with pytest.raises(RecordError, match="the last turn is the assistant's"):
+        sound.validate(for_training=False)
+    assert sound == Record.triple("q", "a") and "_sound" not in repr(sound)
+    tool = {"name": "f"}
+    open_to_change = replace(sound, tools=(tool,))
+    open_to_change.validate()
+    tool["name"] = float("nan")
+    with pytest.raises(RecordError):
+        open_to_change.validate()

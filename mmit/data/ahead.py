@@ -7,6 +7,7 @@ in any case, or nothing could be made). Knows nothing of data.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections import deque
@@ -100,6 +101,8 @@ def _held(waiting: Iterable[tuple[Future[T], int]], size: Callable[[T], int]) ->
 def _begin(job: Callable[[Any], Any]) -> None:
     global _job
     _job = job
+    gc.freeze()  # what was there before the fork is the parent's to collect: looking through it would copy its pages
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # their threads were not forked with this process
     with suppress(ImportError):
         import torch
 

@@ -1,7 +1,8 @@
 """From new token ids back to the text of an answer, finished or still growing.
 
 Owns what belongs to an answer: no control token, nothing from a stop text on, no whitespace around it (unless it
-continues a text). Takes a tokenizer object and ids; gives text. Chooses no token.
+continues a text). A thought whose marks are control tokens is written between <think> and </think> in their place.
+Takes a tokenizer object and ids; gives text. Chooses no token.
 """
 
 from __future__ import annotations
@@ -18,15 +19,24 @@ _BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class AnswerText:
     """Reads the ids of answers; `stop` are texts that end one and are left out of it.
 
-    `strip=False` keeps the whitespace around a finished answer: it matters where a text is continued.
+    `thought` are the ids that open and close a thought (`ChatFormat.thought_marks`). `strip=False` keeps the whitespace
+    around a finished answer: it matters where a text is continued.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] | None = (), *, strip: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] | None = (),
+        *,
+        strip: bool = True,
+        thought: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> None:
         given = [stop] if isinstance(stop, str) else () if stop is None else stop  # a text is a sequence of texts too
         if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
             raise ConfigError(f"stop is {stop!r}", remedy="Give a text or a list of texts that end an answer.")
         self._tokenizer, self.stop = tokenizer, tuple(text for text in given if text)
         self._strip = strip
+        self._thought = None if thought is None else (list(thought[0]), list(thought[1]))
         self._special = frozenset(tokenizer.all_special_ids)
 
     def whole(self, ids: Sequence[int]) -> str:
@@ -44,7 +54,7 @@ class AnswerText:
         Held back are a character whose bytes are not all there yet, whitespace that may turn out to be the last,
         and what may be the beginning of a stop text.
         """
-        ids = list(ids)
+        ids = self._marked(list(ids))
         # A run of byte tokens that is no valid UTF-8 in the end is shown as replacement characters from its start.
         while ids and (ids[-1] in self._special or self._is_byte(ids[-1])):
             ids.pop()
@@ -61,6 +71,35 @@ class AnswerText:
 
     def _cut(self, ids: Sequence[int]) -> tuple[str, bool]:
         """Text up to the first stop text, and whether there is one."""
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._shown(list(ids))
         ends = [at for s in self.stop if (at := text.find(s)) >= 0]
         return (text[: min(ends)], True) if ends else (text, False)
+
+    def _shown(self, ids: list[int]) -> str:
+        if self._thought is None:
+            return self._decoded(ids)
+        opening, closing = self._thought
+        inside = bool(opening) and ids[: len(opening)] == opening
+        begin, end = len(opening) if inside else 0, _last(ids, closing)
+        if end >= 0:
+            return f"<think>\n{self._decoded(ids[begin:end])}\n</think>\n\n{self._decoded(ids[end + len(closing) :])}"
+        return f"<think>\n{self._decoded(ids[begin:])}" if inside else self._decoded(ids)
+
+    def _marked(self, ids: list[int]) -> list[int]:
+        """Hold back what may be the beginning of a mark of a thought: some of its tokens are ordinary text."""
+        if self._thought is None:
+            return ids
+        opening, closing = self._thought
+        if len(ids) < len(opening) and ids == opening[: len(ids)]:
+            return []
+        begun = max((n for n in range(1, len(closing)) if ids[-n:] == closing[:n]), default=0)
+        return ids[: len(ids) - begun]
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _last(ids: list[int], wanted: list[int]) -> int:
+    """Where `wanted` begins for the last time, -1 where it is not."""
+    places = range(len(ids) - len(wanted), -1, -1)
+    return next((at for at in places if ids[at : at + len(wanted)] == wanted), -1)

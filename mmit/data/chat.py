@@ -13,9 +13,10 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,9 +26,9 @@ from mmit.data.chat_render import Extras, Outline, Shape, writes_date
 from mmit.data.chat_template import ChatTemplate
 from mmit.data.content import After, PieceTokenizer, cut_tokens, piece_tokenizer
 from mmit.data.loss import ANSWERS, Loss
-from mmit.errors import ConfigError, RecordError, nearest
+from mmit.errors import ConfigError, MmitError, RecordError, nearest
 from mmit.plugins import FORM, is_spec
-from mmit.records import Image, Record, Turn
+from mmit.records import Image, Record, Text, Turn, is_plain
 
 IMAGE_SLOT = -200  # LLaVA's IMAGE_TOKEN_INDEX; no tokenizer has a negative id
 Talk = Record | Sequence[Turn]
@@ -63,11 +64,13 @@ class ChatFormat(ABC):
             a text of its own.
         content_tokens: control tokens that an assistant's text and thoughts may hold as themselves.
         own: `name` is `module:name` of a function of the user's own.
+        thinks: prompts end before a thought, which is left to the model; set where thoughts were learnt.
     """
 
     name: str
     end: str
     own: bool = False
+    thinks: bool = False
     as_processor: bool = False
     content_tokens: frozenset[str] = frozenset()
     _tokenizer: Any
@@ -125,6 +128,26 @@ class ChatFormat(ABC):
         return piece_tokenizer(self._tokenizer).template(self.end, "text")
 
 
+    @cached_property
+    def thought_marks(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Ids that open and close the thought of an answer, from the first special token to the last.
+
+        None where what closes it has no special token: then the marks are in the decoded text.
+        """
+        talk = (Turn("user", (Text("a"),)), Turn("assistant", (Text("b"),), thinking="c"))
+        try:
+            pieces = self.pieces(talk)
+        except MmitError:
+            return None
+        at = next((n for n, piece in enumerate(pieces) if (piece.kind, piece.part) == ("content", "thought")), 0)
+        around = pieces[at - 1 : at + 2] if at else []
+        if len(around) < 3 or any(piece.part != "thought" for piece in around):
+            return None
+        tokens = piece_tokenizer(self._tokenizer)
+        opening, closing = (tokens.special_part(around[n].text) for n in (0, 2))
+        return (opening, closing) if closing else None
+
+
 class TemplateFormat(ChatFormat):
     """A Jinja chat template, the tokenizer's own or the user's."""
 
@@ -159,7 +182,7 @@ class TemplateFormat(ChatFormat):
         named = piece_tokenizer(tokenizer).named_in(template)
         self.content_tokens = self._given_tokens | named - {self._template.image_token or ""}
 
-    @property
+    @property  # type: ignore[override]
     def thinks(self) -> bool:
         """Whether prompts end as the template's own generation prompt does, before a thought."""
         return self._template.thinks
@@ -180,21 +203,15 @@ class TemplateFormat(ChatFormat):
 
     def _lay_out(self, record: Record, generate: bool) -> list[Piece]:
         shape, extras, said = self.outline(record)
-        words = {
-            (turn.number, part): iter(texts)
-            for turn in said
-            for part, texts in (
-                ("thought", [Words(turn.thought or "")]),
-                ("text", [text for text in turn.parts if text is not None]),
-            )
-        }
+        texts = [iter([words for words in turn.parts if words is not None]) for turn in said]
         pieces = []
         for slot in self._template.slots(shape, extras, generate=generate):
             if slot.kind != "content":
-                pieces.append(Piece(slot.kind, slot.text, slot.turn, slot.part))
+                pieces.append(slot.piece)
                 continue
-            text = next(words[slot.turn, slot.part]).stripped(slot.left, slot.right)
-            pieces.append(Piece("content", text.text, slot.turn, slot.part, text.spans))
+            words = Words(said[slot.turn].thought or "") if slot.part == "thought" else next(texts[slot.turn])
+            words = words.stripped(slot.left, slot.right)
+            pieces.append(Piece("content", words.text, slot.turn, slot.part, words.spans))
         return pieces
 
     def with_template_args(self, args: Mapping[str, Any]) -> ChatFormat:
@@ -335,7 +352,7 @@ def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = Fal
     tokens = piece_tokenizer(tokenizer)
     out = _Writer(tokens, as_processor=chat.as_processor, allowed=chat.content_tokens)
     weigh = loss.weigher(record)
-    runs = [list(run) for _, run in groupby(chat.pieces(record, generate=generate), key=lambda p: p.kind)]
+    runs = [list(run) for _, run in groupby(chat.pieces(record, generate=generate), key=attrgetter("kind"))]
     if chat.as_processor and tokens.bos and not runs[0][0].text.startswith(tokens.bos):
         out.bos()
     for number, run in enumerate(runs):
@@ -389,10 +406,13 @@ class _Writer:
         allowed = self._allowed if named else frozenset()
         at = 0
         for part, is_token in cut_tokens(text, allowed):
+            offsets = None
             if is_token:
-                ids, offsets = list(self._tokens.template(part, self._after)), None
-            else:
+                ids = list(self._tokens.template(part, self._after))
+            elif isinstance(weight, tuple):
                 ids, offsets = self._tokens.content_with_offsets(part, self._after)
+            else:
+                ids = self._tokens.content(part, self._after)
             if isinstance(weight, tuple):
                 shift = at - len(self._space)
                 for token, (start, end) in zip(ids, offsets or [(0, len(part))] * len(ids), strict=True):
@@ -408,23 +428,24 @@ class _Writer:
         texts = [piece.text for piece, _ in run]
         if lend_space and texts[-1].endswith(" "):
             texts[-1], self._space = texts[-1][:-1], " "
-        text = "".join(texts)
-        if not text:
+        if not any(texts):
             return
-        ids = self._tokens.template(text, self._after)
-        so_far, done = "", 0
-        for number, (part, (_, weight)) in enumerate(zip(texts, run, strict=True)):
-            so_far += part
-            last = number == len(texts) - 1
-            count = len(ids) if last else max(done, min(len(ids), len(self._tokens.template(so_far, self._after))))
-            self._add(ids[done:count], weight, "template")
-            done = count
+        ids: tuple[int, ...] = ()
+        for ids_of_piece, (_, weight) in zip(self._tokens.template_run(tuple(texts), self._after), run, strict=True):
+            self._add(ids_of_piece, weight, "template")
+            ids = ids_of_piece or ids
         self._after = "control" if ids and ids[-1] in self._tokens.control_ids else "text"
 
     def _add(self, ids: Sequence[int], weight: float, origin: Origin) -> None:
         self.ids += ids
         self.weights += [weight] * len(ids)
         self.origin += [origin] * len(ids)
+
+
+def has_thought(record: Record) -> bool:
+    """Tell whether an answer of a record begins with a thought that says something."""
+    answers = (turn for turn in record.turns if turn.role == "assistant")
+    return any((turn.thinking or ("<think>" in turn.text and flat(turn, 0).thought) or "").strip() for turn in answers)
 
 
 def _least(spans: Spans, start: int, end: int) -> float:
@@ -442,6 +463,9 @@ def flat(turn: Turn, number: int) -> Said:
 
     A thought at the beginning of an assistant's text, between <think> and </think>, is taken for what it is.
     """
+    only = turn.parts[0] if len(turn.parts) == 1 else None
+    if isinstance(only, Text) and only.weight is None and is_plain(turn) and "<think>" not in only.text:
+        return Said(turn.role, (Words(only.text),) if only.text else (), number)
     parts: list[Words | None] = []
     for part in turn.parts:
         if isinstance(part, Image):
@@ -494,8 +518,8 @@ def _merged(pieces: list[Piece], answers: Set[int]) -> list[Piece]:
         if not piece.text and piece.kind != "image":
             if piece.kind == "content" and piece.turn in answers:
                 raise RecordError("the chat template strips the answer to nothing", remedy="Give it some text.")
-        elif piece.kind == "template" and out and replace(out[-1], text=piece.text) == piece:
-            out[-1] = replace(piece, text=out[-1].text + piece.text)
+        elif piece.kind == "template" and out and out[-1]._replace(text=piece.text) == piece:
+            out[-1] = piece._replace(text=out[-1].text + piece.text)
         else:
             out.append(piece)
     return out

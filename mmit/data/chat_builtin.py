@@ -8,8 +8,7 @@ in front of its answer; tools are refused, since these formats have no place for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from mmit.errors import RecordError
 
@@ -27,8 +26,7 @@ Spans = tuple[tuple[int, float | None], ...]
 OPEN, CLOSE = "<think>\n", "\n</think>\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
+class Words(NamedTuple):
     """Text of a turn; `spans` say where its loss weight changes, () if it does not."""
 
     text: str
@@ -36,6 +34,8 @@ class Words:
 
     def stripped(self, left: str | None, right: str | None) -> Words:
         """Strip both ends, as str.lstrip and str.rstrip with these arguments."""
+        if not self.spans:
+            return Words(self.text.lstrip(left).rstrip(right))
         kept = self.text.lstrip(left)
         cut = len(self.text) - len(kept)
         kept = kept.rstrip(right)
@@ -43,8 +43,7 @@ class Words:
         return Words(kept, spans)
 
 
-@dataclass(frozen=True, slots=True)
-class Said:
+class Said(NamedTuple):
     """A turn as the formats see it: neighbouring texts are joined, None among the parts is an image.
 
     `inline` is the text around a thought that was written in the text of the turn, None for a thought of its own.
@@ -59,8 +58,7 @@ class Said:
     more: tuple[tuple[str, str], ...] = ()  # name and tool_call_id of a tool turn
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of a conversation: the format's own text, a person's text, or the place of an image.
 
     `turn` is the turn that it is a part of, from 0, and -1 for text of the format between turns.

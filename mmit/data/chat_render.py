@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from mmit.data.chat_builtin import CLOSE, OPEN, Role
 from mmit.data.template_process import Exceeded, Failed, Refused, render
@@ -32,8 +31,7 @@ def sentinel(number: int) -> str:
     return f"MmitSlot{number}End"
 
 
-@dataclass(frozen=True, slots=True)
-class Outline:
+class Outline(NamedTuple):
     """A turn without its words.
 
     Attributes:
@@ -55,8 +53,7 @@ class Outline:
 Shape = tuple[Outline, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Extras:
+class Extras(NamedTuple):
     """What a conversation has besides turns: JSON of its tools and of its template arguments, "" for none."""
 
     tools: str = ""

@@ -10,10 +10,10 @@ template writes them as JSON: they may hold no control token.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn, cast
 
-from mmit.data.chat_builtin import Part
+from mmit.data.chat_builtin import Part, Piece
 from mmit.data.chat_render import (
     FIELD,
     INLINE,
@@ -54,6 +54,10 @@ class Slot:
     part: Part = ""
     left: str | None = ""
     right: str | None = ""
+    piece: Piece = field(init=False, compare=False, repr=False)  # of content without its text
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "piece", Piece(self.kind, self.text, self.turn, self.part))
 
 
 class Item(NamedTuple):
@@ -423,7 +427,7 @@ class ChatTemplate:
                 self._fail("the template does not write the record's tools", "Use a template that knows tools.")
 
     def _find_thought(self) -> None:
-        shape: Shape = (ASK, replace(ANSWER, thought="k"))
+        shape: Shape = (ASK, ANSWER._replace(thought="k"))
         items = _items(shape)
         for way in (FIELD, PART, INLINE):
             self._renderer.thought = cast(Way, way)

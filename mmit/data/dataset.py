@@ -8,8 +8,10 @@ of its question-answer pairs as fit a row. Takes an `encode` callable; knows no 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 
@@ -102,20 +104,20 @@ class InstructionData:
         self.source_weights = list(source_weights or [1.0] * len(self.sources))
         self.preparation, self.max_length, self.capacity = preparation, max_length, capacity
         self.split_turns, self.share_prefix, self.key = split_turns, share_prefix, key
-        self._starts = np.cumsum([0] + [len(s) for s in self.sources])
+        self._starts = [*accumulate((len(source) for source in self.sources), initial=0)]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     @property
     def starts(self) -> list[int]:
         """Number of the first record of each source."""
-        return self._starts[:-1].tolist()
+        return self._starts[:-1]
 
     def record(self, number: int, *, outline: bool = False) -> Record:
         """Read record `number` (counted over all sources); an outline may lack the bytes of its pictures."""
         source = self.source_of(number)
-        place = number - int(self._starts[source])
+        place = number - self._starts[source]
         return self.sources[source].outline(place) if outline else self.sources[source][place]
 
     def pictures(self, numbers: Iterable[int]) -> Iterator[tuple[Hashable, Image]]:
@@ -126,7 +128,7 @@ class InstructionData:
 
     def source_of(self, number: int) -> int:
         """Which source record `number` belongs to."""
-        return int(np.searchsorted(self._starts, number, side="right")) - 1
+        return bisect_right(self._starts, number) - 1
 
     def samples(self, number: int, *, outline: bool = False) -> tuple[list[Sample], dict[Hashable, Shown], str]:
         """Tokenise record `number`: its samples, its pictures, and its place for messages.
@@ -138,18 +140,17 @@ class InstructionData:
     def samples_of(self, record: Record, number: int) -> tuple[list[Sample], dict[Hashable, Shown], str]:
         """Tokenise a record that has been read already; see `samples`."""
         record.validate(for_training=True)
-        if record.images and self.preparation is None:
-            raise RecordError(
-                "has images, but the model has no vision tower", where=record.where, remedy="set model.vision"
-            )
+        images, where = record.images, record.where
+        if images and self.preparation is None:
+            raise RecordError("has images, but the model has no vision tower", where=where, remedy="set model.vision")
         if WRITTEN in record.meta and self.preparation is not None and self.preparation.mode == "crop":
             raise RecordError(
                 "has boxes, and fit crop cuts off what they may point at",
-                where=record.where,
+                where=where,
                 remedy="set model.vision.fit to pad or resize",
             )
-        shown = {image_key(i): self._show(i, record.where) for i in record.images}
-        keys = tuple(image_key(i) for i in record.images)
+        keys = tuple(image_key(image) for image in images)
+        shown = {key: self._show(image, where) for key, image in zip(keys, images, strict=True)}
         widths = tuple(shown[key].spread.tokens for key in keys)
         factor = self.source_weights[self.source_of(number)]
         samples = []
@@ -161,12 +162,12 @@ class InstructionData:
                 raise RecordError(
                     f"takes {sample.length} tokens ({sum(widths)} of them for {len(keys)} images), more than "
                     f"data.max_length={self.max_length}",
-                    where=record.where,
+                    where=where,
                     remedy="raise data.max_length and data.pack_tokens, shorten the record, or set "
                     "run.on_bad_record=skip",
                 )
             samples.append(sample)
-        return samples, shown, record.where
+        return samples, shown, where
 
     def _show(self, image: Image, where: str) -> Shown:
         assert self.preparation is not None

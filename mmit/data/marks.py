@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # What records say is added up as digits of a number: the same sum whatever pieces the records were measured in.
 _PRIME = 2**127 - 1
 _BASE = 0x5BD1E9955BD1E9955BD1E9955BD1E995 % _PRIME
+_FACTS = [f.name for f in fields(Sample) if f.name not in ("images", "record")]
 ENDS = 4096  # bytes at either end of a picture file that tell it from another
 
 
@@ -31,7 +32,7 @@ def content_of(samples: Sequence[Sample], images: Mapping[Hashable, Shown]) -> b
     """
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
-        facts = [getattr(sample, f.name) for f in fields(sample) if f.name not in ("images", "record")]
+        facts = [getattr(sample, name) for name in _FACTS]
         digest.update(repr(facts).encode())
         for key in sample.images:
             digest.update(picture_mark(images[key].image))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from mmit.data.ahead import in_order
+from mmit.data.chat import has_thought
 from mmit.data.formats.keys import kept_keys
 from mmit.data.marks import Contents, content_of
 from mmit.data.packing import Sample, trie_length
@@ -53,6 +54,7 @@ class Scan:
     # (U,) int64, crops that the tower sees for the unit alone
     seen: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     kept: list[dict[str, int]] = field(default_factory=list)  # per source, keys that stay in the meta unread, and rows
+    thoughts: int = 0  # records with an answer that begins with a thought
     contents: list[str] = field(default_factory=list)  # per source, a hash of what is learned from it; see `marks`
 
     @property
@@ -71,6 +73,7 @@ class Piece:
     ends: np.ndarray  # (F,) int64, where each path ends
     stamps: np.ndarray  # (F,) int64, of each file, see `_stamp`
     supervised: int
+    thoughts: int
     head: tuple[int, ...] | None  # tokens all begin with; None of no record
     bad: list[list[str]]  # facts of errors
     kept: dict[str, int]  # keys that stay in the meta unread, where the source does not know them
@@ -85,7 +88,8 @@ class Piece:
     @property
     def facts(self) -> dict[str, Any]:
         """What is kept as JSON."""
-        return {name: getattr(self, name) for name in ("supervised", "head", "bad", "kept", "content", "records")}
+        names = ("supervised", "thoughts", "head", "bad", "kept", "content", "records")
+        return {name: getattr(self, name) for name in names}
 
 
 def scan(
@@ -202,6 +206,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         np.concatenate(ends),
         np.concatenate([np.zeros(0, np.int64), *(piece.stamps for piece in pieces)]),
         sum(piece.supervised for piece in pieces),
+        sum(piece.thoughts for piece in pieces),
         _common_head(piece.head for piece in pieces),
         [facts for piece in pieces for facts in piece.bad],
         dict(sum((Counter(piece.kept) for piece in pieces), Counter[str]())),
@@ -233,6 +238,7 @@ def _whole(data: InstructionData, pieces: Sequence[Piece]) -> Scan:
         length,
         source,
         supervised=sum(piece.supervised for piece in pieces),
+        thoughts=sum(piece.thoughts for piece in pieces),
         shared=len(head or ()) if data.share_prefix else 0,
         pictures=pictures.shape[1],
         crops=int(pictures[1].sum()),
@@ -252,7 +258,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
     files: dict[str, int] = {}
     bad: list[list[str]] = []
     kept: Counter[str] = Counter()
-    supervised = count = 0
+    supervised = thoughts = count = 0
     head: tuple[int, ...] | None = None
     learned = Contents()
     for place in places:
@@ -275,7 +281,8 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
         pictures.update(crops)
         seen = sum(crops.values())
         units += [(int(place), *span, seen) for span in _chunks(samples, data.capacity, data.share_prefix)]
-        supervised += sum(1 for sample in samples for weight in sample.weights if weight > 0)
+        supervised += sum(len(sample.weights) - sample.weights.count(0.0) for sample in samples)
+        thoughts += has_thought(record)
         head = _common_head([head, _head(samples)])
         learned.add(content_of(samples, shown))
     names = [os.fsencode(name) for name in files]
@@ -286,6 +293,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
         np.cumsum([len(name) for name in names], dtype=np.int64),
         np.array(list(files.values()), dtype=np.int64),
         supervised,
+        thoughts,
         head,
         bad,
         dict(kept),

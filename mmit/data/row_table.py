@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmit.data.formats.common import is_list
-from mmit.data.formats.json_stream import list_items
+from mmit.data.formats.json_stream import list_places
 from mmit.data.store import Store, key_of
 
 
@@ -50,7 +50,7 @@ def row_table(path: Path, digest: str, store: Store | None) -> RowTable:
 
 
 def _list_table(path: Path) -> RowTable:
-    places = np.fromiter((place for begin, end, _ in list_items(str(path)) for place in (begin, end)), dtype=np.int64)
+    places = np.fromiter((place for span in list_places(str(path)) for place in span), dtype=np.int64)
     starts, stops = places.reshape(-1, 2).T
     return RowTable(starts.copy(), stops.copy(), np.arange(1, len(starts) + 1))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from mmit.data.chat import ChatFormat
@@ -52,6 +53,8 @@ def echo(
     shown = split_pairs(record)[0] if data.split_turns else record
     _compare(data, scan, chat, say)
     fixed = data.preparation is not None and not data.preparation.tiled
+    factor = data.source_weights[data.source_of(int(scan.record[0]))]
+    shown = replace(shown, weight=shown.weight * factor) if factor else shown  # without any loss there is no sample
     say(to_rich(data.encode(shown), tokenizer, image_tokens=vlm.image_tokens if fixed else None))
 
 

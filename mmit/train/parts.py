@@ -112,6 +112,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     heart.phase("measuring the data", 0)
     read: Any = partial(_read_data, config, vlm, tokenizer, chat, preparation=preparation, world=world, say=say)
     data, scan = read()
+    if scan.thoughts:
+        chat.thinks = True  # in the checkpoint's format too: whether to think is left to the model
     cached = config.model.vision is not None and config.model.vision.cache != "off"
     costs = unit_costs(vlm, scan, cached=cached) if world.size > 1 else None
     plan: dict[str, Any] = {"known": resume.order_of(begin)}
@@ -253,7 +255,8 @@ def _contents(
         "sources": identity.contents(data, scan),
         "vision": tower,
         "llm": identity.base_content(llm.name, commit=commit, unused=unused, store=store),
-        "chat": {k: v for k, v in told.items() if k != "name" or "template" not in told},
+        # `thinks` follows from the sources.
+        "chat": {k: v for k, v in told.items() if k != "thinks" and (k != "name" or "template" not in told)},
     }
     if begin is not None and known is not None:
         held = {"llm": begin / "llm", "vision": begin / "vision.safetensors"}

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import random
+import re
 from itertools import groupby
 from typing import Any
 
@@ -198,6 +199,35 @@ def test_every_control_token_spelt_out(name: str) -> None:
             ids = tokens.content(f"x{name_of_it}y {name_of_it}", after)
             assert not tokens.control_ids & set(ids)
             assert i in tokens.template(f"x{name_of_it}y", after) or name_of_it in ("<unk>", "[UNK]")
+
+
+@pytest.mark.parametrize("name", FORMAT_OF)
+def test_content_is_encoded_alike_with_and_without_offsets(name: str) -> None:
+    tokens = piece_tokenizer(_tokenizer(name))
+    rng = random.Random(name)
+    compared = 0
+    for text in [*st.SENTENCES, *LOOKALIKES, *("".join(rng.choices(st.SENTENCES + MARKERS, k=4)) for _ in range(50))]:
+        for after in ("start", "control", "text"):
+            try:
+                ids, offsets = tokens.content_with_offsets(text, after)
+            except RecordError as error:
+                with pytest.raises(RecordError, match=re.escape(error.problem)):
+                    tokens.content(text, after)
+                continue
+            assert tokens.content(text, after) == ids and len(offsets) == len(ids)
+            compared += 1
+    assert compared > 100
+
+
+@pytest.mark.parametrize("name", FORMAT_OF)
+def test_a_run_of_template_texts_is_cut_where_its_tokens_begin(name: str) -> None:
+    tokens = piece_tokenizer(_tokenizer(name))
+    texts = ("a b", "", "<|im_end|>\n", " USER", ": c")
+    for after in ("start", "control", "text"):
+        run = tokens.template_run(texts, after)
+        assert len(run) == len(texts)
+        assert tuple(i for ids in run for i in ids) == tokens.template("".join(texts), after)
+        assert run[1] == () and run[0] == tokens.template(texts[0], after)[: len(run[0])]
 
 
 def test_whitespace_runs_are_ordinary_text() -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as hs
-from small_tokenizers import family
+from small_tokenizers import byte_level, family
 
 from mmit.data.chat import chat_format, encode
 from mmit.data.packing import Sample, build_row
@@ -57,6 +57,23 @@ def test_targets_of_choices_are_the_tokens_of_the_last_answer() -> None:
         for sample, answer in zip(prompt.samples, ["yes", "no, a dog"], strict=True):
             targets = [i for i, s in zip(sample.ids, sample.supervised, strict=True) if s]
             assert TOKENIZER.decode(targets) == answer + "<|im_end|>" * with_end
+
+
+def test_a_thought_that_the_template_writes_is_no_target_of_a_choice() -> None:
+    empty = "{% if m['role'] == 'assistant' %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    tokenizer = byte_level()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n" + empty + "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    )
+    chat = chat_format("hf", tokenizer)
+    for turns in (record("What?").turns, record("What?", "a cat", "Sure?").turns):
+        talk = Record(turns)
+        for with_end in (False, True):
+            prompt = PromptMaker(chat, tokenizer, None, None).choices(talk, 0, answers=["yes"], with_end=with_end)
+            (sample,) = prompt.samples
+            assert "</think>" in tokenizer.decode(sample.ids)
+            targets = [i for i, s in zip(sample.ids, sample.supervised, strict=True) if s]
+            assert tokenizer.decode(targets) == "yes" + "<|im_end|>" * with_end
 
 
 def test_blank_pictures_share_one_key() -> None:

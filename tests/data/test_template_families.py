@@ -15,11 +15,13 @@ from small_chats import IMG, turns
 from small_tokenizers import byte_level
 from template_families import FAMILIES
 
-from mmit.data.chat import ChatFormat, TemplateFormat, chat_format, encode
+from mmit.data.answers import AnswerText
+from mmit.data.chat import ChatFormat, TemplateFormat, chat_format, encode, has_thought
 from mmit.data.chat_builtin import Piece
 from mmit.data.chat_check import difference
 from mmit.data.loss import Loss
 from mmit.errors import ConfigError, RecordError
+from mmit.eval.thoughts import split_thought
 from mmit.records import Image, Record, Text, Turn
 
 TOKENS = [
@@ -220,6 +222,36 @@ def test_prompts_with_thinking_on_and_off() -> None:
     assert ends[False].endswith("<think>\n\n</think>\n\n") and ends[True].endswith("assistant\n")
     later = chat_format("hf", tokenizer).with_template_args({"enable_thinking": True})
     assert tokenizer.decode(encode(question, later, tokenizer, generate=True).ids) == ends[True]
+
+
+def test_a_thought_between_special_tokens_stays_a_thought_in_the_decoded_answer() -> None:
+    tokenizer = tokenizer_with(FAMILIES["gpt-oss"])
+    chat = chat_format("hf", tokenizer)
+    encoded = encode(TALKS["think"], chat, tokenizer)
+    last = max(i for i, s in enumerate(encoded.supervised) if not s) + 1
+    ids = list(encoded.ids[last:-1])  # what a model generates, its end left out
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "analysishmm 2assistantfinalNo."
+    reader = AnswerText(tokenizer, thought=chat.thought_marks)
+    assert reader.whole(ids) == "<think>\nhmm 2\n</think>\n\nNo."
+    assert split_thought(reader.whole(ids)) == ("hmm 2", "No.")
+    shown = [reader.settled(ids[:n]) for n in range(len(ids) + 1)]
+    assert all(after.startswith(before) for before, after in zip(shown, shown[1:], strict=False))
+    assert len(set(shown)) > 3
+    cut = ids[: len(ids) // 2]
+    assert split_thought(reader.whole(cut))[1] == ""  # ended inside the thought: nothing to score
+    plain = tokenizer("No.", add_special_tokens=False)["input_ids"]
+    assert reader.whole(plain) == "No."
+
+
+def test_only_marks_that_decoding_drops_are_looked_for() -> None:
+    for name in ("gpt-oss", "qwen3", "glm 4.5", "gemma"):
+        found = chat_format("hf", tokenizer_with(FAMILIES[name])).thought_marks
+        assert (found is not None) == (name == "gpt-oss")
+
+
+def test_thoughts_are_told_from_answers_without() -> None:
+    told = {kind: has_thought(record) for kind, record in TALKS.items()}
+    assert {kind for kind, has in told.items() if has} == {"think", "think in text"}
 
 
 def test_calls_are_learnt_and_weighed() -> None:

@@ -181,6 +181,7 @@ def row_reader(
     row_options = {key: value for key, value in options.items() if key in entry.options or key in SHARED_OPTIONS}
     folder = "" if format == "hf" else os.path.dirname(name)  # what "hf" is given may be a name, not a path
     root = folder if image_root is None else os.fspath(image_root)
+    owned = licence or entry.licence
 
     def build(row: Any, number: int) -> Record:
         if isinstance(row, RecordError):
@@ -189,9 +190,10 @@ def row_reader(
             remedy = f"Each row must be a JSON object: {entry.about}."
             raise RecordError(f"found a {type(row).__name__}, not an object", remedy=remedy)
         record = entry(row, image_root=root, **row_options)
+        told = {} if record.licence or not owned else {"licence": owned}
         if not record.source and record.row is None:
-            record = replace(record, source=source or name, row=number)
-        record = record if record.licence else replace(record, licence=licence or entry.licence)
+            told |= {"source": source or name, "row": number}
+        record = replace(record, **told) if told else record
         record.validate(for_training=None)
         if check_images:
             _check_images(record)

@@ -193,12 +193,14 @@ def _turns(
     """
     turns: Dialogue = []
     extras: list[Row] = []
-    in_lists = any(isinstance(item.get("content"), list) for item in items)
+    in_lists = any([isinstance(item.get("content"), list) for item in items])
     left = iter(beside or ())
     for number, item in enumerate(items, 1):
         named = keys or (("from", "value") if "from" in item or "role" not in item else ("role", "content"))
         label = "turn" if named[0] == "from" else "message"
-        role = by_name(item.get(named[0]), cast(Any, roles), f"turn {number} is said by")
+        said_by = item.get(named[0])
+        role = roles.get(said_by, "") if isinstance(said_by, str) else ""
+        role = role or by_name(said_by, cast(Any, roles), f"turn {number} is said by")
         call, role = role == _CALL, "assistant" if role == _CALL else role
         found, rest_of = turn_extras(item, role, number, used=named)
         content = item.get(named[1])
@@ -212,7 +214,7 @@ def _turns(
             if call:
                 found["tool_calls"] = calls_of(content, f"{named[1]} of {label} {number}")
         else:
-            text = text_of(content, f"{named[1]} of {label} {number}")
+            text = content if isinstance(content, str) else text_of(content, f"{named[1]} of {label} {number}")
             spans = found.pop("spans", None)
             parts = (Text(text),) if spans is None else with_spans(text, spans, number=number)
         if "spans" in found:

@@ -37,6 +37,16 @@ def list_items(path: str, *, block: int = BLOCK) -> Iterator[tuple[int, int, Any
         raise RecordError(f"cannot read: {error.strerror}", where=path, remedy="Check the path.") from error
 
 
+def list_places(path: str) -> Iterator[tuple[int, int]]:
+    """Yield (first byte, one past the last) of each value of a JSON list; raises as `list_items`."""
+    try:
+        with open(path, "rb") as file:
+            for begin, end, _ in _items(_Window(path, file, BLOCK, reader=JsonReader(note=False))):
+                yield begin, end
+    except OSError as error:
+        raise RecordError(f"cannot read: {error.strerror}", where=path, remedy="Check the path.") from error
+
+
 def _items(window: _Window) -> Iterator[tuple[int, int, Any]]:
     window.skip("[")
     if window.peek() == "]":

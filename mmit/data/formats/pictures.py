@@ -17,6 +17,7 @@ from mmit.errors import RecordError
 from mmit.records import Image, Part, Text, Turn, image_at, short
 
 MARKER = "<image>"
+_MARKER = re.compile(re.escape(MARKER))
 # Markers of other model families -> what stands for one picture; a group holds the picture's number, from 1.
 FOREIGN: dict[str, re.Pattern[str]] = {
     "<ImageHere>": re.compile(r"(?:<Img>)?<ImageHere>(?:</Img>)?"),
@@ -150,12 +151,14 @@ def place_images(dialogue: Sequence[Turn], images: Sequence[Image] | None, *, fr
     """
     if not images:
         return tuple(dialogue)
-    pattern, name = _marker_of(dialogue)
+    texts = [turn.text for turn in dialogue]
+    pattern, name = _marker_of(texts)
+    counts = [len(pattern.findall(text)) for text in texts]
     for number, turn in enumerate(dialogue, 1):
-        if pattern.search(turn.text) and (turn.role == "system" or (front and turn.role != "user")):
+        if counts[number - 1] and (turn.role == "system" or (front and turn.role != "user")):
             remedy = "A system turn shows no image" if turn.role == "system" else "Only a human turn shows images"
             raise RecordError(f"turn {number} ({turn.role}) has {name}", remedy=f"{remedy}: move or remove the marker.")
-    count = sum(len(pattern.findall(turn.text)) for turn in dialogue)
+    count = sum(counts)
     if count == 0 and len(images) == 1:
         return images_first(dialogue, images, strip=front)
     if count != len(images):
@@ -163,8 +166,8 @@ def place_images(dialogue: Sequence[Turn], images: Sequence[Image] | None, *, fr
         raise RecordError(f"the text has {count} {name} but the row {len(images)} images", remedy=remedy)
     left = iter(_in_order(dialogue, images, pattern))
     turns = []
-    for turn in dialogue:
-        if not pattern.search(turn.text):
+    for turn, markers in zip(dialogue, counts, strict=True):
+        if not markers:
             turns.append(turn)
         elif front and len(images) == 1:
             turns.append(_with(turn, [next(left), Text(pattern.sub("", turn.text).strip())]))
@@ -173,14 +176,14 @@ def place_images(dialogue: Sequence[Turn], images: Sequence[Image] | None, *, fr
     return tuple(turns)
 
 
-def _marker_of(dialogue: Sequence[Turn]) -> tuple[re.Pattern[str], str]:
-    """Return the marker that the dialogue uses: "<image>" unless it has only those of another family."""
-    text = "\n".join(turn.text for turn in dialogue)
+def _marker_of(texts: Sequence[str]) -> tuple[re.Pattern[str], str]:
+    """Return the marker that the texts use: "<image>" unless they have only those of another family."""
+    text = "\n".join(texts)
     if MARKER not in text:
         for name, pattern in FOREIGN.items():
             if pattern.search(text):
                 return pattern, name
-    return re.compile(re.escape(MARKER)), MARKER
+    return _MARKER, MARKER
 
 
 def _in_order(dialogue: Sequence[Turn], images: Sequence[Image], pattern: re.Pattern[str]) -> Sequence[Image]:

@@ -12,7 +12,7 @@ import pytest
 
 from mmit.data.formats import json_stream
 from mmit.data.formats.common import json_rows
-from mmit.data.formats.json_stream import list_items
+from mmit.data.formats.json_stream import list_items, list_places
 from mmit.errors import RecordError
 
 LETTERS = string.printable + 'äß€漢😀\\"\u2028'
@@ -40,6 +40,7 @@ def test_values_and_their_bytes(tmp_path, seed):
         items = list(list_items(str(path), block=block))
         assert [value for _, _, value in items] == values
         assert [json.loads(data[begin:end]) for begin, end, _ in items] == values
+    assert list(list_places(str(path))) == [(begin, end) for begin, end, _ in items]
 
 
 @pytest.mark.parametrize(
