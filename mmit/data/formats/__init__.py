@@ -190,7 +190,7 @@ def row_reader(
             remedy = f"Each row must be a JSON object: {entry.about}."
             raise RecordError(f"found a {type(row).__name__}, not an object", remedy=remedy)
         record = entry(row, image_root=root, **row_options)
-        told = {} if record.licence or not owned else {"licence": owned}
+        told: dict[str, Any] = {} if record.licence or not owned else {"licence": owned}
         if not record.source and record.row is None:
             told |= {"source": source or name, "row": number}
         record = replace(record, **told) if told else record
