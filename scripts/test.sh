@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up if needed, then run the tests. Arguments go to pytest: `bash scripts/test.sh -m slow`.
 # MMIT_ENV=lowest runs them on the lowest versions that pyproject.toml allows.
+extras=deepspeed,gguf,test,lint,docs
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ "${MMIT_ENV:-}" != lowest ]; then # types and style are those of the newest versions
   ruff check .
