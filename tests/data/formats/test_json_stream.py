@@ -54,12 +54,14 @@ def test_the_place_of_an_error_is_that_of_the_whole_file(tmp_path, text):
         raise AssertionError
     except json.JSONDecodeError as error:
         line = error.lineno
-        column = error.colno
+        column, problem = error.colno, error.msg
     for block in (5, 1 << 20):
         with pytest.raises(RecordError, match="not JSON") as refused:
             list(list_items(str(path), block=block))
         assert refused.value.where == f"{path}:{line}"
-        assert f"column {column}" in refused.value.problem
+        # From Python 3.13 on, json points at a comma with nothing behind it, the reader of streams at what follows.
+        places = {column, column + ("trailing comma" in problem)}
+        assert any(f"column {place}" in refused.value.problem for place in places)
 
 
 def test_an_error_is_found_without_reading_on(tmp_path, monkeypatch):
