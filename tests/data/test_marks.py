@@ -8,7 +8,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from mmit.data.marks import ENDS, Contents, content_of, picture_mark
+from mmit.data.marks import ENDS, Contents, content_of, picture_mark, written_floats
 from mmit.data.packing import Sample
 from mmit.records import Image
 
@@ -90,3 +90,8 @@ def test_contents_depend_on_the_order_and_not_on_the_pieces() -> None:
         joined.extend(Contents(str(of(marks[cut:]))))
         assert str(joined) == whole
     assert str(of(marks[::-1])) != whole and str(of(marks[:4])) != whole
+
+
+@pytest.mark.parametrize("values", [(), (0.5,), (0.0, 0.0, 1.0, 1.0, 1.0, 0.3), (1e-17, 1e22, 2.5), (0.0,) * 9])
+def test_weights_are_written_as_python_writes_them(values: tuple[float, ...]) -> None:
+    assert written_floats(values) == repr(values)
