@@ -492,6 +492,48 @@ MUTANTS = [
         "record = _placed(lambda: with_meaning(record), where)",
         "record = _placed(lambda: record, where)",
         T_MEMBERS,
+    # what a language model does beyond body and head
+    Mutant(
+        "router loss: places of another record in a padded batch",
+        "mmit/models/routers.py",
+        "row * nodes[:, 1].max()",
+        "row * nodes[:, 1].min()",
+        "tests/models/test_routers.py",
+    ),
+    Mutant(
+        "router loss: of a record's first target alone",
+        "mmit/models/routers.py",
+        "if len(path) > len(ends.get(record, ())):",
+        "if record not in ends:",
+        "tests/models/test_routers.py",
+    ),
+    Mutant(
+        "DeepStack: added to the last layers",
+        "mmit/models/deepstack.py",
+        "return list(lists[0])[:levels]",
+        "return list(lists[0])[-levels:]",
+        "tests/models/test_deepstack.py",
+    ),
+    Mutant(
+        "DeepStack: the first layer read gives the image tokens",
+        "mmit/models/projectors.py",
+        "*inner, last = features.chunk",
+        "last, *inner = features.chunk",
+        "tests/models/test_deepstack.py",
+    ),
+    Mutant(
+        "Falcon-H1: embeddings without their factor",
+        "mmit/models/words.py",
+        "words.embed_scale = float(getattr(body, key))",
+        "words.embed_scale = 1.0",
+        "tests/models/test_families.py",
+    ),
+    Mutant(
+        "export: a change of logits without a known key is not seen",
+        "mmit/models/interop/holds.py",
+        'return None if seen["made"] is logits else AFTER_HEAD',
+        "return None",
+        "tests/interop/test_holds.py",
     ),
 ]
 

@@ -89,6 +89,18 @@ def test_rows_and_padded_batches_are_qwen3_vl():
     torch.testing.assert_close(ours(vlm), wanted, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_the_last_layer_that_is_read_gives_the_image_tokens():
+    projector = composite().projector
+    features = torch.randn(1, TOKENS, projector.vision_dim, generator=torch.Generator().manual_seed(0))
+    whole = projector(features).split(32, dim=-1)
+    for place, part in enumerate(features.split(8, dim=-1)):
+        changed = features.clone()
+        changed[..., 8 * place : 8 * place + 8] = part + 1
+        moved = [not torch.equal(a, b) for a, b in zip(projector(changed).split(32, dim=-1), whole, strict=True)]
+        assert moved == [part_of == (place + 1) % LEVELS for part_of in range(LEVELS)]
+
+
 def test_gradients_reach_every_level_with_and_without_recomputed_layers():
     found = []
     for recompute in (False, True):
