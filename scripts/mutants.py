@@ -492,6 +492,7 @@ MUTANTS = [
         "record = _placed(lambda: with_meaning(record), where)",
         "record = _placed(lambda: record, where)",
         T_MEMBERS,
+    ),
     # what a language model does beyond body and head
     Mutant(
         "router loss: places of another record in a padded batch",
@@ -524,8 +525,8 @@ MUTANTS = [
     Mutant(
         "Falcon-H1: embeddings without their factor",
         "mmit/models/words.py",
-        "words.embed_scale = float(getattr(body, key))",
-        "words.embed_scale = 1.0",
+        "table.embed_scale = float(getattr(body, key))",
+        "table.embed_scale = 1.0",
         "tests/models/test_families.py",
     ),
     Mutant(

@@ -149,10 +149,8 @@ def read_routers(llm: Any, factor: float) -> Routers:
     loss = getattr(sys.modules.get(type(inner).__module__), LOSS, None)
     gates = gates_of(inner)
     if loss is None or not gates:
-        reason = "has no router" if not gates else "has a router and, in transformers, no auxiliary loss for it"
-        raise ModelError(
-            f"{type(inner).__name__} {reason}", where="train.router_loss", remedy="set train.router_loss=null"
-        )
+        problem = f"transformers has no auxiliary loss for routers of {type(inner).__name__}"
+        raise ModelError(problem, where="train.router_loss", remedy="set train.router_loss=null")
     config = inner.config.get_text_config()
     experts = getattr(inner, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
     chosen = getattr(inner, "num_experts_per_tok", None) or config.num_experts_per_tok

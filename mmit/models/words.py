@@ -34,8 +34,9 @@ def scale_words(model: Any) -> None:
     key = lookup_factor(type(body))
     if key is None or type(words) is not nn.Embedding:
         return
-    words.__class__ = ScaledWords
-    words.embed_scale = float(getattr(body, key))
+    table: Any = words
+    table.__class__ = ScaledWords
+    table.embed_scale = float(getattr(body, key))
     setattr(body, key, 1.0)
 
 

@@ -178,7 +178,7 @@ def test_a_llava_hf_folder_comes_back_as_it_was(tmp_path: Path, tower: str) -> N
 
 @pytest.mark.parametrize(
     ("name", "published"),
-    [("mixtral", "block_sparse_moe.experts.3.w1"), ("nemotron_h", "backbone.layers.0."), ("llama", "q_proj")],
+    [("mixtral", "block_sparse_moe.experts.3.w1"), ("nemotron_h", "model.layers.0.mixer"), ("llama", "q_proj")],
 )
 def test_weights_have_the_names_of_published_files(tmp_path: Path, name: str, published: str) -> None:
     tokenizer = FAMILIES["byte_level"]()

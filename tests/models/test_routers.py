@@ -37,7 +37,7 @@ def losses(vlm, samples, *, share=False) -> tuple[torch.Tensor, torch.Tensor]:
     return found, row.target_records
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "jamba", "granitemoe", "phimoe", "qwen3_next"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "jamba", "phimoe", "qwen3_next"])
 def test_packed_shared_and_padded_are_transformers_record_by_record(name):
     noise = {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0} if name == "phimoe" else {}
     theirs, vlm = pair(name, **noise)
@@ -121,10 +121,10 @@ def test_records_that_end_inside_another_have_their_own_loss():
     torch.testing.assert_close(found - bare, FACTOR * wanted[owners], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name, told", [("llama", "has no router"), ("deepseek_v3", "no auxiliary loss")])
-def test_a_model_without_such_a_loss_is_refused(name, told):
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_a_model_without_such_a_loss_is_refused(name):
     _, vlm = pair(name)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match="no auxiliary loss for routers of"):
         read_routers(vlm.llm, FACTOR)
     assert read_rules(vlm.llm).router_loss is None
 

@@ -74,6 +74,7 @@ def test_weights_of_4_bits_train_on_two_ranks(tmp_path):
     base = tiny_config(tmp_path, run={"dir": str(tmp_path / "base")}, tune={"llm": {"mode": "full", "lr": 1e-4}})
     assert run(type(base).from_dict(base.model_dump() | {"train": {**base.train.model_dump(), **TRAIN}})) == 0
     held = checkpoint.checkpoints(tmp_path / "base")[-1] / "llm"
+    AutoTokenizer.from_pretrained(base.model.llm.name).save_pretrained(held)
     tune = {"llm": {"mode": "qlora", "lr": 1e-2, "options": {"r": 4}}}
     for place, engine in (("one", {}), ("two", {"deepspeed": "zero2"})):
         config = tiny_config(tmp_path, run={"dir": str(tmp_path / place)}, tune=tune, train=TRAIN, engine=engine)

@@ -104,8 +104,12 @@ def beyond_body_and_head(model: Any) -> str | None:
 
     body.forward = forward
     head.register_forward_hook(lambda _, given, made: seen.update(given=given[0], made=made))
-    with torch.no_grad():
-        logits = model(inputs_embeds=embeddings).logits
+    try:
+        with torch.no_grad():
+            logits = model(inputs_embeds=embeddings).logits
+    except RuntimeError:  # layers that ran after all, without numbers
+        if "inputs_embeds" in seen:
+            raise
     if "inputs_embeds" not in seen:
         return "it does not call its body as a whole"
     if seen["inputs_embeds"] is not embeddings:

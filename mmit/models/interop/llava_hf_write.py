@@ -210,8 +210,7 @@ def _state(vlm: VLM, vision: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
     projector = dict(vlm.projector.state_dict())
     newline = projector.pop("line_end", None)
     parts: dict[str, Mapping[str, torch.Tensor]] = {
-        # Under the names and in the shapes of published files: experts apart, as every version and vLLM read them.
-        "llm": revert_weight_conversion(vlm.llm, vlm.llm.state_dict()),  # type: ignore[arg-type]
+        "llm": _published(vlm.llm),
         "vision": vision,
         "projector": {f"{ours[key[:8]]}{key[8:]}": value for key, value in projector.items()},
     }
@@ -221,6 +220,16 @@ def _state(vlm: VLM, vision: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
     if tied:
         state.pop("language_model.lm_head.weight", None)
     return state
+
+
+def _published(llm: Any) -> dict[str, torch.Tensor]:
+    """Tensors of an LLM as published files have them: experts apart, as every version of transformers and vLLM read.
+
+    Names in memory stay where published ones lie outside `model`, under which LLaVA's layout looks for a body.
+    """
+    state = llm.state_dict()
+    found = revert_weight_conversion(llm, dict(state))
+    return dict(found if all(key.startswith(("model.", "lm_head.")) for key in found) else state)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
