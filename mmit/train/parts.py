@@ -49,6 +49,7 @@ from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Progress
 from mmit.train.pictures import align_to_captions, cache_features
 from mmit.train.probes import ADAPTERS, answers, check_records, check_start_of_adapter, without_gradient
+from mmit.train.settle import check_divided
 from mmit.train.start import check_start
 from mmit.train.world import World
 from mmit.train.zero import complete, deepspeed_options, zero_stage
@@ -94,6 +95,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         check_start(start, then=checkpoint.read_config(start).model_dump(), now=config.model_dump(), say=say)
     divided = _partition(config) if world.deepspeed else None
     vlm, tokenizer = _assemble(config, start, divided)
+    if world.deepspeed and zero_stage(deepspeed_options(config.engine.deepspeed)) == 3:
+        check_divided(vlm)
     tower = identity.tower_content(vlm.vision) if world.main else None  # before a checkpoint's weights go in
     vlm.to(world.device)
     config = settled(config, vlm, tokenizer, measure=divided is None, say=say)

@@ -9,11 +9,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmit.errors import ModelError, located
+from mmit.errors import ConfigError, ModelError, located
 from mmit.models.rules import check_vocabulary, read_rules
 from mmit.models.vlm import VLM
 from mmit.train.data_setup import Say
 from mmit.train.probes import check_embeddings
+
+
+def check_divided(vlm: VLM) -> None:
+    """Refuse an LLM whose weights ZeRO-3 cannot divide among ranks.
+
+    DeepSpeed brings the weights of a module together when the module is called. Layers with a running state hand
+    theirs to a kernel from outside, and with experts in one tensor its bookkeeping fails in the first step.
+
+    Raises:
+        ConfigError: naming what the model has.
+    """
+    rules = read_rules(vlm.llm)
+    if rules.mixers or rules.experts:
+        what = "layers with a running state or convolution" if rules.mixers else "experts that share a tensor"
+        raise ConfigError(
+            f"{type(vlm.llm).__name__} has {what}, whose weights ZeRO-3 does not bring together where they are read",
+            where="engine.deepspeed",
+            remedy="set engine.deepspeed=zero2, under which each rank holds the LLM whole",
+        )
 
 
 def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> dict[str, Any]:
