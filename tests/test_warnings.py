@@ -14,7 +14,8 @@ from mmit.yamlio import dump_yaml
 from tests.tiny_run import DROPOUT, tiny_config
 
 ROOT = Path(__file__).parents[1]
-WARNING = re.compile(r"\w*Warning\b|deprecat|will be removed", re.IGNORECASE)
+# As Python prints them, and as libraries log them; mmit's own lines begin with "warning:".
+WARNING = re.compile(r"\w*Warning: |[Dd]eprecat|will be removed")
 
 
 def mmit(*arguments: object) -> str:
