@@ -71,12 +71,13 @@ class Made:
 
 @dataclass(frozen=True)
 class Dropped:
-    """One row and wording that gave no record."""
+    """A row and wording, or a text of a teacher, that gave no record; `reason` is one of few, `text` what it met."""
 
     task: str
     row: str
     template: str
     reason: str
+    text: str = ""
 
 
 @dataclass(frozen=True)

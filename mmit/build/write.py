@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -60,6 +60,8 @@ def write_build(
     base: Path | None = None,
     cap: int | None = None,
     allow_licences: Sequence[str] | None = None,
+    resumed: bool = False,
+    facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> Counts:
     """Write a build's folder and return its counts.
 
@@ -68,11 +70,13 @@ def write_build(
         base: training config that mixture.yaml builds on.
         cap: records a task counts as in the mixture (Flan's per-task cap).
         allow_licences: see `mmit.build.licences.check_allowed`.
+        resumed: the folder holds the journal of this build, which stays; what an earlier run wrote is replaced.
+        facts: what build.json states besides, asked when the records are made.
 
     Raises:
         ConfigError: the folder is taken, a licence is not allowed, or nothing was accepted. WriteError: the disk.
     """
-    if out.exists() and any(out.iterdir()):
+    if not resumed and out.exists() and any(out.iterdir()):
         problem = "the folder is not empty"
         raise ConfigError(problem, where=str(out), remedy="Give --out a new folder, or remove this one.")
     draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
@@ -84,18 +88,30 @@ def write_build(
             raise ConfigError(f"no row gave a record: {first}", where=str(out), remedy="Fix the rows or the bank.")
         check_allowed(counts.licences, allow_licences, where="allow_licences")
         _write_mixture(counts, draft, out, base=base, cap=cap)
-        facts = {"mmit": __version__, "config": dict(config), "inputs": dict(inputs), "in": counts.total}
-        facts |= vars(counts) | {"held_out": sorted(counts.held_out)}
-        write_atomic(draft / "build.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        stated = {"mmit": __version__, "config": dict(config), "inputs": dict(inputs), "in": counts.total}
+        stated |= vars(counts) | {"held_out": sorted(counts.held_out)} | dict(facts())
+        write_atomic(draft / "build.json", json.dumps(stated, indent=1, ensure_ascii=False) + "\n")
         write_atomic(draft / "card.md", _card(counts, config))
-        if out.exists():
-            out.rmdir()
-        os.replace(draft, out)
+        if resumed:
+            _move_into(draft, out)
+        else:
+            if out.exists():
+                out.rmdir()
+            os.replace(draft, out)
     except OSError as error:
         raise unwritable(out, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return counts
+
+
+def _move_into(draft: Path, out: Path) -> None:
+    """Replace what a build wrote before; build.json goes last, so that it stands for a whole folder."""
+    (out / "build.json").unlink(missing_ok=True)
+    for name in ("records", "held_out"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for entry in sorted(draft.iterdir(), key=lambda path: path.name == "build.json"):
+        os.replace(entry, out / entry.name)
 
 
 def _write_records(made: Iterable[Made | Dropped], draft: Path, out: Path) -> Counts:
@@ -115,7 +131,7 @@ def _write_records(made: Iterable[Made | Dropped], draft: Path, out: Path) -> Co
                 files[name] = open(draft / name, "w", encoding="utf-8", newline="\n")
             files[name].write(record_line(item.record, os.path.abspath(out / folder)))
             counts.accepted[item.task] += 1
-            counts.templates[item.task][item.record.meta["build"]["template"]] += 1
+            counts.templates[item.task][_wording(item.record.meta["build"])] += 1
             counts.licences[item.record.licence or ""] += 1
             if item.held_out:
                 counts.held_out.add(item.task)
@@ -126,6 +142,10 @@ def _write_records(made: Iterable[Made | Dropped], draft: Path, out: Path) -> Co
         for file in files.values():
             file.close()
     return counts
+
+
+def _wording(build: Mapping[str, Any]) -> str:
+    return str(build.get("template") or build["how"])
 
 
 def _file_name(task: str) -> str:

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.errors import ConfigError, nearest
+from mmit.cli import build_grow, build_teachers
+from mmit.cli.build_config import read_config
+from mmit.errors import ConfigError
 from mmit.text import echo
 
 if TYPE_CHECKING:
     from mmit.templates import Bank
 
-app = typer.Typer(help="Build instruction data: annotated sets by templates.", no_args_is_help=True)
+app = typer.Typer(help="Build instruction data: annotated sets by templates, and teachers.", no_args_is_help=True)
 templates_app = typer.Typer(help="Look at a bank of templates.", no_args_is_help=True)
 app.add_typer(templates_app, name="templates")
+build_teachers.add_to(app)
+app.command("self-instruct")(build_grow.self_instruct)
 
 BankArgument = Annotated[str, typer.Argument(metavar="BANK", help="A file, promptsource:FILE or flan:FILE#KEY.")]
 KEYS = tuple("base rows bank templates inversion options shots cap holdout allow_licences seed".split())
@@ -43,7 +47,7 @@ def annotated(
     from mmit.build.rows import open_rows
     from mmit.build.write import write_build
 
-    settings = _read(config)
+    settings = read_config(config, KEYS, INNER)
     folder = config.parent
     banks = open_banks(settings.get("bank"), folder)
     described = dict(settings.get("rows") or {})
@@ -128,28 +132,6 @@ def open_banks(named: Any, folder: Path) -> list[Bank]:
         else:
             banks.append(load(str(folder / name)))
     return banks
-
-
-def _read(config: Path) -> dict[str, Any]:
-    from mmit.templates.bank import read_text
-    from mmit.yamlio import parse_yaml
-
-    settings, _ = parse_yaml(read_text(config), where=str(config))
-    if not isinstance(settings, dict):
-        raise ConfigError("is no mapping", where=str(config), remedy=f"Keys: {', '.join(KEYS)}.")
-    _check(settings, KEYS, str(config))
-    for section, keys in INNER.items():
-        if settings.get(section) is not None:
-            _check(settings[section], keys, f"{config}: {section}")
-    return settings
-
-
-def _check(section: Any, keys: tuple[str, ...], where: str) -> None:
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"is a {type(section).__name__}", where=where, remedy=f"Keys: {', '.join(keys)}.")
-    for key in section:
-        if key not in keys:
-            raise ConfigError(f"unknown key '{key}'", where=where, remedy=nearest(str(key), keys))
 
 
 def _recipe(settings: Mapping[str, Any]) -> Any:

@@ -34,7 +34,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except MmitError as error:
             show_error(error)
-            raise typer.Exit(EXIT_ERROR) from error
+            raise typer.Exit(getattr(error, "exit_code", EXIT_ERROR)) from error
         except OSError as error:
             if error.errno not in FULL:
                 raise

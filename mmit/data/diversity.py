@@ -89,3 +89,29 @@ def _common(where: dict[str, int], full: int, second: Sequence[str]) -> int:
             match &= state
             state = ((state + match) | (state - match)) & full
     return full.bit_length() - state.bit_count()
+
+
+class RougePool:
+    """Texts that new ones are held against, one by one."""
+
+    def __init__(self) -> None:
+        self._words: list[list[str]] = []
+
+    def add(self, text: str) -> None:
+        """Put a text into the pool."""
+        self._words.append(rouge_words(text))
+
+    def nearest(self, text: str) -> float:
+        """Return the highest ROUGE-L F-measure of a text with one of the pool; 0 where the pool is empty."""
+        first = rouge_words(text)
+        where: dict[str, int] = {}
+        for place, word in enumerate(first):
+            where[word] = where.get(word, 0) | 1 << place
+        full = (1 << len(first)) - 1
+        best = 0.0
+        for second in self._words:
+            total = len(first) + len(second)
+            # The shorter text's length bounds what they can share.
+            if total and 2 * min(len(first), len(second)) > best * total:
+                best = max(best, 2 * _common(where, full, second) / total)
+        return best

@@ -20,6 +20,8 @@ from mmit.teachers.request import Reply, Request, Teacher
 class BudgetError(MmitError):
     """The budget is spent; the build can go on with a larger one."""
 
+    exit_code = 3
+
 
 @dataclass
 class Account:
@@ -135,7 +137,7 @@ class Desk:
         if spent:
             left = sum(name not in self.journal.entries for name in missing)
             problem = f"the budget is spent: {spent}; {left:,} requests are not asked yet"
-            raise BudgetError(problem, where="teacher.budget", remedy="Raise it and run the same command: it goes on.")
+            raise BudgetError(problem, where="budget", remedy="Raise it and run the same command: it goes on.")
         if lost := [r for name, r in missing.items() if name not in self.journal.entries]:
             problem = f"{len(lost)} requests got no reply, the first for '{lost[0].purpose}'"
             raise MmitError(problem, where=teacher.name, remedy="Run the command again.")
@@ -164,10 +166,10 @@ def check_budget(budget: Any) -> dict[str, float]:
     """Check a budget from a config. Raises ConfigError."""
     budget = budget or {}
     if not isinstance(budget, Mapping):
-        raise ConfigError("is no mapping", where="teacher.budget", remedy="Write budget: {tokens: 200000, cost: 5.0}")
+        raise ConfigError("is no mapping", where="budget", remedy="Write budget: {tokens: 200000, cost: 5.0}")
     for key, value in budget.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if key not in ("tokens", "cost", "requests") or not number or value <= 0:
             remedy = "Give numbers above 0 for tokens, cost or requests."
-            raise ConfigError(f"{key}: {value!r}", where="teacher.budget", remedy=remedy)
+            raise ConfigError(f"{key}: {value!r}", where="budget", remedy=remedy)
     return dict(budget)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from mmit.data.chat import chat_format
 from mmit.errors import ConfigError
@@ -81,7 +82,8 @@ def load_teacher(path: str, *, device: str = "auto") -> Model:
     plain = folder is None or ((folder / "config.json").is_file() and not is_foreign(folder))
     if not plain or (folder is not None and (folder / "mmit.json").is_file()):
         return load(path, device=device)
-    llm, tokenizer = load_llm(path), load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
+    llm: Any = load_llm(path)
     place = usable_device(device)
     if place.type == "cpu":
         llm.float()

@@ -1,0 +1,141 @@
+"""`mmit build` commands that ask teachers: outputs for instructions, and what a build's folder holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmit.cli.build_config import check_keys, read_config
+from mmit.errors import ConfigError
+from mmit.text import echo
+
+if TYPE_CHECKING:
+    from mmit.build.write import Counts
+    from mmit.teachers import Desk, Request
+
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the build.")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write; a stopped build goes on.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first so many rows.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the number of requests, tokens and the price.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to `mmit build`."""
+    app.command("outputs")(outputs)
+    app.command("status")(status)
+
+
+def outputs(config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = False) -> None:
+    """Let teachers write outputs for given instructions."""
+    from mmit.build.annotated import Dropped
+    from mmit.build.outputs import from_records, from_rows, requests
+    from mmit.build.outputs import outputs as stage
+    from mmit.build.rows import open_rows
+    from mmit.build.session import SHARED, draw_of
+
+    settings = read_config(config, (*SHARED, "rows", "records", "fields", "system"))
+    if bool(settings.get("rows")) == bool(settings.get("records")):
+        raise ConfigError("give exactly one of rows and records", where=str(config), remedy="Name the instructions.")
+    if settings.get("records"):
+        items = from_records(str(config.parent / settings["records"]))
+    else:
+        described = dict(settings["rows"])
+        if limit is not None:
+            described["limit"] = min(limit, described.get("limit") or limit)
+        fields = settings.get("fields") or {}
+        check_keys(fields, ("instruction", "input"), "fields")
+        rows, licence, source = open_rows(described, folder=str(config.parent))
+        items = from_rows(rows, fields, source=source, licence=licence)
+    if limit is not None:
+        from itertools import islice
+
+        items = islice(items, limit)
+    draw = draw_of(settings)
+    seed, system = settings.get("seed", 0), settings.get("system") or ""
+    every = settings.get("choose", "all") == "all"
+    if dry_run:
+        asked = requests([item for item in items if not isinstance(item, Dropped)], draw, seed=seed, system=system)
+        show_forecast(asked, settings, config, every=every)
+        return
+    with opened(settings, out, config) as desk:
+        made = stage(items, desk, draw, seed=seed, system=system, all_teachers=every)
+        finish(made, desk, out, settings, config)
+
+
+def status(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a build.")]) -> None:
+    """Show what a build has done: accepted, dropped by reason, tokens and cost by teacher."""
+    from mmit.build.session import status as read_status
+
+    found = read_status(folder)
+    echo(f"{folder}: {'finished' if found['finished'] else 'not finished; the same command goes on'}")
+    for task, number in sorted(found.get("accepted", {}).items()):
+        echo(f"  {task}: {number:,} records")
+    for reason, number in sorted(found.get("dropped", {}).items(), key=lambda item: -item[1]):
+        echo(f"  dropped {number:,}: {reason}")
+    for teacher, purposes in found["ledger"].items():
+        for purpose, account in purposes.items():
+            echo(f"  {teacher}, {purpose}: {account_line(account)}")
+
+
+def account_line(account: Mapping[str, Any]) -> str:
+    """Return an account of the ledger in words."""
+    line = f"{account['requests']:,} requests in {account['attempts']:,} attempts, "
+    line += f"{account['prompt_tokens']:,} + {account['new_tokens']:,} tokens"
+    if account["unstated"]:
+        line += f" ({account['unstated']:,} replies state none)"
+    return line + (f", cost {account['cost']:.4f}" if account["cost"] else "")
+
+
+@contextmanager
+def opened(settings: Mapping[str, Any], out: Path, config: Path) -> Iterator[Desk]:
+    """Open the desk of a build with a line of progress."""
+    from mmit.build.session import session
+
+    def progress(count: int) -> None:
+        if count % 100 == 0:
+            echo(f"{count:,} replies", err=True)
+
+    with session(settings, out, folder=str(config.parent), progress=progress) as desk:
+        if desk.journal.entries:
+            echo(f"{out}: going on, {len(desk.journal.entries):,} replies are there already")
+        yield desk
+
+
+def finish(
+    made: Any,
+    desk: Desk,
+    out: Path,
+    settings: Mapping[str, Any],
+    config: Path,
+    facts: Callable[[], Mapping[str, Any]] = dict,
+) -> Counts:
+    """Write the folder of a build and say what is in it."""
+    from mmit.build.session import write_session
+
+    counts = write_session(made, desk, out, settings, folder=config.parent, facts=facts)
+    for task, number in sorted(counts.accepted.items()):
+        echo(f"{task}: {number:,} records")
+    for reason, number in counts.dropped.most_common(8):
+        echo(f"dropped {number:,}: {reason}")
+    for key, value in facts().items():
+        echo(f"{key}: {value}")
+    echo(f"wrote {out}/mixture.yaml ({counts.summary}, {desk.fetched:,} requests)")
+    return counts
+
+
+def show_forecast(asked: list[Request], settings: Mapping[str, Any], config: Path, *, every: bool = False) -> None:
+    """Print what the requests would take."""
+    from mmit.build.session import forecast
+    from mmit.teachers import open_teachers
+
+    teachers = open_teachers(settings.get("teacher"), folder=str(config.parent))
+    found = forecast(asked * (len(teachers) if every else 1), teachers)
+    price = "no price given" if found["cost"] is None else f"at most {found['cost']:.4f}"
+    echo(
+        f"{found['requests']:,} requests with {found['images']:,} images, about {found['prompt_tokens']:,} prompt "
+        f"tokens without images, at most {found['new_tokens']:,} new tokens; {price}"
+    )

@@ -1,0 +1,155 @@
+"""`mmit build outputs` against a real server: every row answered or dropped with a reason; stopped builds go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+from mmit.build.replies import problem
+from mmit.cli import app
+from mmit.records import read_jsonl
+from mmit.teachers import Reply
+from mmit.yamlio import dump_yaml
+from tests.teachers.server import Server
+
+
+def write(folder: Path, count: int = 12, **settings) -> Path:
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"instruction": f"Say {n}."}) + "\n" for n in range(count)))
+    path = folder / "outputs.yaml"
+    path.write_text(dump_yaml({"rows": {"path": "rows.jsonl", "licence": "MIT"}} | settings))
+    return path
+
+
+def teacher(server: Server, **options):
+    return {"open": f"{server.url}#m", "terms": "MIT", "pause": 0.01} | options
+
+
+def run(*arguments, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["build", *map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_several_teachers_answer_every_row_and_are_kept_apart(tmp_path):
+    def second(body):
+        text = body["messages"][-1]["content"]
+        return {"Say 1.": "I'm sorry, but I can't.", "Say 2.": "", "Say 3.": "say 3"}.get(text, f"B {text}")
+
+    with Server(lambda body: "A " + body["messages"][-1]["content"]) as one, Server(second) as two:
+        both = [teacher(one, name="a"), teacher(two, name="b")]
+        config = write(tmp_path, teacher=both, base=str(Path("configs/train/quickstart.yaml").resolve()))
+        assert "24 requests" in run("outputs", config, "--out", tmp_path / "out", "--dry-run")
+        assert not one.bodies
+        said = run("outputs", config, "--out", tmp_path / "out")
+        assert one.served == two.served == 12
+    assert "outputs-a: 12 records" in said and "outputs-b: 9 records" in said
+    records = list(read_jsonl(tmp_path / "out/records/outputs-b.jsonl"))
+    assert records[0].turns[-1].text == "B Say 0." and records[0].licence == "MIT"
+    build = records[0].meta["build"]
+    assert build["teacher"] == "b" and build["parents"] == ["1"] and build["request"]
+    dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    assert sorted(row["reason"] for row in dropped) == ["a refusal", "empty", "repeats the prompt"]
+    stated = json.loads((tmp_path / "out/build.json").read_text())
+    assert stated["in"] == 24 == sum(stated["accepted"].values()) + sum(stated["dropped"].values())
+    assert stated["ledger"]["a"]["outputs"]["requests"] == 12
+    assert "12 requests in 12 attempts" in run("status", tmp_path / "out")
+    checked = CliRunner().invoke(app, ["data", "check", str(tmp_path / "out/mixture.yaml")])
+    assert checked.exit_code == 0, checked.output
+
+
+def test_a_full_budget_exits_with_3_and_the_build_goes_on(tmp_path):
+    with Server(lambda body: "A " + body["messages"][-1]["content"]) as server:
+        config = write(tmp_path, teacher=teacher(server, in_flight=1), budget={"requests": 5})
+        said = run("outputs", config, "--out", tmp_path / "out", code=3)
+        assert "the budget is spent: 5 of 5 requests; 7 requests are not asked yet" in said
+        assert "not finished" in run("status", tmp_path / "out")
+        config = write(tmp_path, teacher=teacher(server, in_flight=4))
+        run("outputs", config, "--out", tmp_path / "out")
+        assert server.served == 12
+        config = write(tmp_path, teacher=teacher(server), system="Be brief.")
+        assert "another config" in run("outputs", config, "--out", tmp_path / "out", code=2)
+
+
+def test_kill_9_loses_at_most_what_is_in_flight_and_a_second_process_is_refused(tmp_path):
+    with Server(lambda body: "A " + body["messages"][-1]["content"]) as server:
+        server.pause = 0.05
+        config = write(tmp_path, 40, teacher=teacher(server, in_flight=2))
+        command = [sys.executable, "-m", "mmit", "build", "outputs", str(config), "--out", str(tmp_path / "out")]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+        while server.served < 8:
+            time.sleep(0.01)
+            assert process.poll() is None
+        assert "another build is writing here" in run("outputs", config, "--out", tmp_path / "out", code=2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        time.sleep(0.2)
+        before = server.served
+        server.pause = 0
+        run("outputs", config, "--out", tmp_path / "out")
+        assert 40 <= server.served <= 42 and before <= 12
+        assert len(list(read_jsonl(tmp_path / "out/records/outputs-m.jsonl"))) == 40
+
+
+def test_pictures_of_records_are_shown_and_their_own_answers_are_not(tmp_path):
+    from mmit.records import Record, write_jsonl
+
+    PIL.Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "a.png")
+    record = Record.triple("Which colour?", "secret", images=[str(tmp_path / "a.png")], id="r", licence="MIT")
+    write_jsonl([record], tmp_path / "in.jsonl")
+    with Server(lambda body: "Red.") as server:
+        config = tmp_path / "c.yaml"
+        config.write_text(dump_yaml({"records": "in.jsonl", "teacher": teacher(server)}))
+        run("outputs", config, "--out", tmp_path / "out")
+        assert "secret" not in json.dumps(server.bodies) and "image_url" in json.dumps(server.bodies)
+    (made,) = read_jsonl(tmp_path / "out/records/outputs-m.jsonl")
+    assert made.turns[-1].text == "Red." and len(made.images) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"rows": {"path": "rows.jsonl"}}, "terms that are not allowed: LicenseRef-unknown"),
+        ({"fields": {"instruction": "instructions"}}, "did you mean 'instruction'"),
+        ({"draw": {"temprature": 1}}, "did you mean 'temperature'"),
+        ({"choose": [1, 2, 3]}, "choose"),
+        ({"budget": {"tokens": 0}}, "budget"),
+        ({"teachers": "x"}, "did you mean 'teacher'"),
+    ],
+)
+def test_configs_that_cannot_be_built(tmp_path, settings, said):
+    with Server() as server:
+        config = write(tmp_path, 2, teacher=teacher(server), **settings)
+        assert said in run("outputs", config, "--out", tmp_path / "out", code=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Fine.", ""),
+        ("  ", "empty"),
+        ("caf\ufffd", "not valid UTF-8"),
+        ("I'm sorry, I cannot do that.", "a refusal"),
+        ("As an AI language model, ...", "a refusal"),
+        ("I am sorry to hear that you are ill. Rest.", ""),
+        ("Yes.\nHuman: and then?", "role tags or control tokens"),
+        ("Yes.<|im_end|>", "role tags or control tokens"),
+        ("In short: human: a person", ""),
+        ("what is it", "repeats the prompt"),
+    ],
+)
+def test_reasons(text, reason):
+    assert problem(Reply("", "t", text), "What is it?") == reason
+
+
+def test_replies_that_were_cut_or_refused():
+    assert problem(Reply("", "t", "long", "length")) == "cut off by length"
+    assert problem(Reply("", "t", "no", "refused")) == "refused by the server"

@@ -1,0 +1,163 @@
+"""Self-Instruct: each filter once, the whole loop against a server, the same result however many ask, and images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from typer.testing import CliRunner
+
+from mmit.build.self_instruct import Plan, SelfInstruct, Task, instances, numbered
+from mmit.cli import app
+from mmit.data.diversity import RougePool, nearest_rouge_l
+from mmit.records import Record, read_jsonl, write_jsonl
+from mmit.teachers import Draw, Reply
+from mmit.yamlio import dump_yaml
+from tests.teachers.server import Server
+
+WORDS = "list name sort explain compare rivers metals poems songs taxes rules birds dates coins fruits cities".split()
+
+
+def pick(text: str, count: int, salt: object) -> str:
+    found = []
+    for n in range(count):
+        digest = hashlib.sha256(f"{salt}|{n}|{text}".encode()).digest()
+        found.append(WORDS[digest[0] % len(WORDS)])
+    return " ".join(found)
+
+
+def answer(body) -> str:
+    """A teacher that answers by the content of the request, with faults of every kind among it."""
+    content = body["messages"][0]["content"]
+    text = content if isinstance(content, str) else content[-1]["text"]
+    key = json.dumps(body, sort_keys=True)
+    if "numbered from" in text:
+        first = int(re.search(r"numbered from (\d+)", text).group(1))
+        lines = [f"{first + n}. {pick(key, 9, n).capitalize()}" for n in range(5)]
+        return "\n".join([*lines, f"{first + 5}. Too short", f"{first + 6}. - draws a line of many more words"])
+    if "Classification:" in text:
+        return "Yes" if hashlib.sha256(text.encode()).digest()[1] % 3 == 0 else "No"
+    if "Class label:" in text:
+        return "Class label: good\nInput: fine day\nClass label: bad\nInput: rainy day"
+    if "in exactly this form" in text:
+        way = hashlib.sha256(text.encode()).digest()[0] % 3
+        return ["Output: an answer", "Input: a\nOutput: b\nInput: a\nOutput: c", "nothing"][way]
+    image = not isinstance(content, str)
+    return f"seen {pick(text, 2, 1)}" if image and len(text) % 2 else "always the same"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    seeds = [
+        {"instruction": f"{pick(str(n), 8, 7)} {n}", "instances": [{"input": "", "output": "x"}]}
+        | {"is_classification": n % 4 == 0}
+        for n in range(12)
+    ]
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(seed) + "\n" for seed in seeds))
+    return tmp_path
+
+
+def run(folder: Path, server: Server, out: str, *, code: int = 0, **settings) -> str:
+    teacher = {"open": f"{server.url}#m", "terms": "MIT", "in_flight": settings.pop("in_flight", 4)}
+    given = {"seeds": "seeds.jsonl", "licence": "MIT", "teacher": teacher, "requests": 3} | settings
+    (folder / "c.yaml").write_text(dump_yaml(given))
+    result = CliRunner().invoke(app, ["build", "self-instruct", str(folder / "c.yaml"), "--out", str(folder / out)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_the_loop_gives_the_same_with_1_and_8_at_a_time_and_after_a_stop(folder):
+    with Server(answer) as server:
+        said = run(folder, server, "one", target=12, in_flight=1)
+        asked = server.served
+        assert "self-instruct: 12 records" in said
+        run(folder, server, "two", target=12, in_flight=8)
+        assert server.served == 2 * asked
+        run(folder, server, "three", target=12, budget={"requests": 20}, code=3)
+        run(folder, server, "three", target=12)
+        assert server.served == 3 * asked
+        run(folder, server, "three", target=12)
+        assert server.served == 3 * asked  # all of it is in the journal
+    first = (folder / "one/records/self-instruct.jsonl").read_bytes()
+    assert first == (folder / "two/records/self-instruct.jsonl").read_bytes()
+    assert first == (folder / "three/records/self-instruct.jsonl").read_bytes()
+    records = list(read_jsonl(folder / "one/records/self-instruct.jsonl"))
+    prompts = [record.turns[0].text.partition("\n\n")[0] for record in records]
+    assert max(nearest_rouge_l(prompts)) <= 0.7
+    stated = json.loads((folder / "one/build.json").read_text())
+    assert stated["in"] == sum(stated["accepted"].values()) + sum(stated["dropped"].values())
+    rules = {"the instruction is too short", "begins with punctuation or another script"}
+    assert stated["dropped"].keys() >= rules | {"the same input with different outputs"}
+
+
+def test_questions_about_images_that_need_none_are_dropped(folder):
+    path = folder / "a.png"
+    PIL.Image.new("RGB", (4, 4), (255, 0, 0)).save(path)
+    write_jsonl([Record.triple("q", "a", images=[str(path)], licence="MIT")], folder / "pictures.jsonl")
+    with Server(answer) as server:
+        run(folder, server, "out", target=4, pictures="pictures.jsonl")
+    made = list(read_jsonl(folder / "out/records/self-instruct.jsonl"))
+    assert len(made) == 4 and all(record.images and record.turns[1].text.startswith("seen") for record in made)
+    stated = json.loads((folder / "out/build.json").read_text())
+    assert stated["dropped"]["answered alike without the image"] > 0
+
+
+def test_a_teacher_that_only_repeats_itself_ends_the_build(folder):
+    with Server(lambda body: "9. List the metals of the river coins") as server:
+        said = run(folder, server, "out", target=5, patience=2, code=2)
+    assert "no row gave a record" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Name three rivers of Europe", ""),
+        ("Name rivers", "the instruction is too short"),
+        ("word " * 151, "the instruction is too long"),
+        ("Draw a graph of the sales", "holds a keyword"),
+        ("Explain how graphene is made", ""),
+        ("Write a program that sorts numbers", "asks for a program"),
+        ("- list the metals we use", "begins with punctuation or another script"),
+        ("列出 三 种 金属 的 名称", "begins with punctuation or another script"),
+        ("Say why.<|im_end|> Now then, go", "role tags or control tokens"),
+        ("a b c d e f g h x y", "too near to the pool (ROUGE-L)"),
+        ("a b c d e f g w x y", ""),
+    ],
+)
+def test_filters(text, reason):
+    seeds = [Task(str(n), t) for n, t in enumerate(["a b c d e f g h i j", "one two three four"])]
+    build = SelfInstruct(seeds, None, Plan(human=2), draw=Draw())  # type: ignore[arg-type]
+    assert build._filtered(text) == reason
+
+
+def test_lists_and_instances_that_are_malformed_have_a_reason():
+    assert numbered(Reply("", "t", "9. a b\n10) c d")) == [("a b", ""), ("c d", "")]
+    assert numbered(Reply("", "t", "9. a\n10. b", "length"))[1] == ("b", "cut off by length")
+    assert numbered(Reply("", "t", "9. a\n9. b"))[1] == ("b", "the list's numbers repeat")
+    assert numbered(Reply("", "t", "9. \n10. b"))[0] == ("", "empty")
+    assert numbered(Reply("", "t", "Sure!"))[0][1] == "no numbered list"
+    assert instances("Input: <noinput>\nOutput: x", classification=False) == [("", "x", "")]
+    assert instances("Input: a\nOutput: A.", classification=False)[0][2] == "input and output are the same"
+    assert instances("Input: a\nInput: b\nOutput: c:", classification=False) == [
+        ("a", "", "an input without an output"),
+        ("b", "c:", "the output ends with a colon"),
+    ]
+    assert instances("Class label: x\nClass label: y\nInput: z", classification=True) == [
+        ("", "x", "a class label without an input"),
+        ("z", "y", ""),
+    ]
+    assert instances("nothing", classification=True) == []
+
+
+def test_the_pool_agrees_with_the_pairwise_measure():
+    texts = [pick(str(n), 3 + n % 9, n) for n in range(40)]
+    for text in texts[1:]:
+        pool = RougePool()
+        for other in texts:
+            if other is not text:
+                pool.add(other)
+        assert pool.nearest(text) == nearest_rouge_l(texts)[texts.index(text)]
