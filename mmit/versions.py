@@ -1,5 +1,7 @@
 """Versions of the libraries that decide results most: the lowest and the newest the default tests run on.
 
+On Python 3.13 it was a part of them: data formats, commands and runs.
+
 The same table stands in pyproject.toml under [tool.mmit.tested]; a test holds them equal. Refuses nothing: a newer
 version may work, and `mmit env` says that it was not tried.
 """
