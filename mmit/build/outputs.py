@@ -115,9 +115,7 @@ def outputs(
         yield from _made(usable, asked, desk.ask(asked, teacher=teacher), desk)
 
 
-def _made(
-    items: list[Instruction], asked: list[Request], replies: list[Reply], desk: Desk
-) -> Iterator[Made | Dropped]:
+def _made(items: list[Instruction], asked: list[Request], replies: list[Reply], desk: Desk) -> Iterator[Made | Dropped]:
     terms = {teacher.name: teacher.terms for teacher in desk.teachers}
     for item, request, reply in zip(items, asked, replies, strict=True):
         task = f"outputs-{reply.teacher}"
