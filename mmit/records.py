@@ -111,8 +111,10 @@ class Turn:
     tool_call_id: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", _as_tuple(self.parts, "parts", "Turn(role, (Text(...),))"))
-        object.__setattr__(self, "tool_calls", _as_tuple(self.tool_calls, "tool_calls", "tool_calls=[{...}]"))
+        if type(self.parts) is not tuple:  # else, as nearly always, nothing is to be set
+            object.__setattr__(self, "parts", _as_tuple(self.parts, "parts", "Turn(role, (Text(...),))"))
+        if type(self.tool_calls) is not tuple:
+            object.__setattr__(self, "tool_calls", _as_tuple(self.tool_calls, "tool_calls", "tool_calls=[{...}]"))
 
     @property
     def text(self) -> str:
@@ -144,8 +146,10 @@ class Record:
     _sound: bool = field(default=False, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "turns", _as_tuple(self.turns, "turns", "Record((Turn(...), Turn(...)))"))
-        object.__setattr__(self, "tools", _as_tuple(self.tools, "tools", "tools=[{...}]"))
+        if type(self.turns) is not tuple:
+            object.__setattr__(self, "turns", _as_tuple(self.turns, "turns", "Record((Turn(...), Turn(...)))"))
+        if type(self.tools) is not tuple:
+            object.__setattr__(self, "tools", _as_tuple(self.tools, "tools", "tools=[{...}]"))
 
     @classmethod
     def triple(
