@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 
@@ -12,27 +11,17 @@ from typer.testing import CliRunner
 from mmit.cli import app
 from mmit.data.store import borrowed
 from mmit.errors import RecordError
-from mmit.train import forecast as forecasting
 from mmit.train.data_setup import cache_folder
 from mmit.train.forecast import forecast
 from mmit.train.run import run
 from tests.tiny_run import tiny_config
+from tests.train.counted import counted_once
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_measurement():
-    """FLOPs and bytes are counted once: all models here are the same, and what is written is what these tests see."""
-    counts = {name: getattr(forecasting, name) for name in ("measure_bytes", "measure_rates")}
-    found: dict[str, object] = {}
-
-    def once(name: str, *given: object, **options: object) -> object:
-        if name not in found:
-            found[name] = counts[name](*given, **options)
-        return found[name]
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in counts:
-            patch.setattr(forecasting, name, functools.partial(once, name))
+    """All models here are the same, and what is written is what these tests see."""
+    with counted_once({}):
         yield
 
 

@@ -29,6 +29,7 @@ from mmit.train.zero import BUCKET, bucket_size
 from tests.models.test_tuning import CASES
 from tests.models.tuned_models import NODES, PATHS, composite, config_for, row, tune_plan
 from tests.tiny_run import tiny_config
+from tests.train.counted import counted_once
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "train" / "quickstart.yaml"
 FEW = ("llm full", "llm lora")
@@ -169,12 +170,26 @@ def test_a_dry_run_tells_what_the_run_does(folder, tmp_path):
     assert found.pictures == 12 and found.fill == pytest.approx(sum(r["fill"] for r in rows) / len(rows), rel=0.15)
 
 
+@pytest.fixture(scope="module")
+def counts():
+    return {}
+
+
+@pytest.fixture
+def counted(counts):
+    """For tests that look at rows and steps alone."""
+    with counted_once(counts):
+        yield
+
+
+@pytest.mark.usefixtures("counted")
 def test_less_data_than_a_step_takes(folder, tmp_path):
     options = {"epochs": 1.0, "steps": None, "rows_per_step": 64, "micro_rows": 8}
     found = forecast(tiny_config(folder, run={"dir": str(tmp_path)}, train=options))
     assert found.steps == 1 and 0 < found.fill < 1
 
 
+@pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_grouped_micro_batches_stand_for_the_whole_step(folder, tmp_path, ranks):
     """A step is an epoch here, and the four steps look at one of its four micro-batches each."""
