@@ -343,8 +343,8 @@ MUTANTS = [
     Mutant(
         "LoRA: nothing reaches below",
         FUSED,
-        "(grad @ weight).addmm_(slope, a).view(x.shape) if needs[0]",
-        "(grad @ weight).view(x.shape) if needs[0]",
+        "(grad @ weight).addmm_(slope, a) if needs[0]",
+        "(grad @ weight) if needs[0]",
         T_FUSED,
     ),
     Mutant(
