@@ -55,7 +55,8 @@ def _topics(settings: Any, config: Path, limit: int | None) -> tuple[list[Topic]
         described["limit"] = min(limit, described.get("limit") or limit)
     rows, licence, source = open_rows(described, folder=str(config.parent))
     name = settings.get("topic", "topic")
-    topics, dropped = [], []
+    topics: list[Topic] = []
+    dropped: list[Dropped] = []
     for number, row in rows:
         if isinstance(row, RecordError):
             dropped.append(Dropped(TASK, f"{source}:{number}", "", "the row cannot be read", row.problem))

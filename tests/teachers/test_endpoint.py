@@ -86,7 +86,9 @@ def test_replies_in_flight_are_kept_when_another_request_fails(tmp_path):
         server.faults = [("status", 404, "no such model")]
         with pytest.raises(MmitError, match="no such model"):
             desk(tmp_path, endpoint(server, in_flight=4)).ask(requests(40))
-        assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1 + server.served == 4
+        # The other three of the first four, and what was sent in the place of those that came back before the 404.
+        assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 1 + server.served
+        assert 3 <= server.served <= 6
 
 
 def test_refusals_too_long_prompts_and_bytes_that_are_no_text_concern_one_request(tmp_path):
