@@ -62,6 +62,7 @@ def tree(folder: Path) -> None:
     (folder / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
 
 
+@has_linter
 def test_nothing_stops_the_tree_of_the_test_above(tmp_path: Path) -> None:
     tree(tmp_path)
     assert run(LINT, cwd=tmp_path).returncode == 0
