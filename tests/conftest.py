@@ -44,9 +44,10 @@ os.fsync = _no_sync
 
 # Their tests fork and train in the child. A child cannot use the threads its parent had: it would wait for OpenMP's or
 # autograd's without end. So these files run first, and compute with one thread until they are done.
-FORKING = tuple(
-    f"train/test_{name}.py"
-    for name in ("kill", "recipes_run", "saving", "folders", "heartbeat", "lock_of_ranks", "kill_matrix")
+FORKING = (
+    *(f"train/test_{name}.py" for name in ("kill", "recipes_run", "saving", "folders", "heartbeat", "lock_of_ranks")),
+    "train/test_kill_matrix.py",
+    "test_new_user.py",
 )
 # The files that take longest, by what they were measured to take. One of them begun last would leave a core idle.
 FIRST = (

@@ -172,7 +172,7 @@ def test_measuring_as_written(tmp_path):
 
     run(tiny_config(tmp_path / "made", run={"dir": str(tmp_path / "runs" / "quickstart")}, train={"steps": 1}))
     output = run_all(blocks("Measure"), tmp_path)
-    assert "| easy_vqa " in output and "| custom_example " in output and "paired, by image" in output
+    assert "| easy_vqa " in output and "| custom_example " in output and "paired, by" in output
     assert {"summary.md", "summary.tex", "summary.json", "summary.html"} <= {
         path.name for path in (tmp_path / "runs" / "measured").iterdir()
     }

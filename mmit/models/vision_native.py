@@ -247,6 +247,9 @@ def _apart(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of (1, heads, T, head dim) within each picture; `attention_mask` (K,) holds their lengths."""
+    if without_data(query):  # a forecast: all tokens count as one picture, as in `outline`
+        out = F.scaled_dot_product_attention(query, key, value, scale=scaling, dropout_p=dropout)
+        return out.transpose(1, 2), None
     lengths = tuple(attention_mask.tolist())
     tables = [x[0].transpose(0, 1) for x in (query, key, value)]  # (T, heads, head dim)
     order, made = [], []

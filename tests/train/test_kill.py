@@ -44,6 +44,7 @@ def start(config: Config, *, before: Callable[[], None] = lambda: None) -> int:
         sys.stdout = sys.stderr = open(2, "w", buffering=1, closefd=False)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(240)
+        torch.set_num_threads(1)  # makes torch's pool anew; threads that find the parent's would race to do so
         trace(folder / "trace.jsonl")
         before()
         code = run_module.run(config)

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -91,9 +92,10 @@ def mmit(*arguments: str | Path) -> str:
         code = 99
         try:
             signal.alarm(240)
+            torch.set_num_threads(1)  # makes torch's pool anew; threads that find the parent's would race to do so
             done = CliRunner().invoke(app, [str(a) for a in arguments])
             with open(write, "w") as file:
-                file.write(done.output + (f"\n{done.exception!r}" if done.exception else ""))
+                file.write(done.output + "".join(traceback.format_exception(*done.exc_info) if done.exc_info else ()))
             code = done.exit_code
         finally:
             os._exit(code)
