@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmit.errors import ModelError
+from mmit.models.fakes import CpuFakes
 from mmit.models.files import load_tensors, resolve_file
 from mmit.models.vision_encoder import (
     Encoder,
@@ -236,16 +236,6 @@ def _measure(reader: TimmReader, size: tuple[int, int], *, where: str) -> tuple[
     return int(dim) * layers, (int(height), int(width))
 
 
-class _CpuFakes(FakeTensorMode):
-    """Fake tensors of the CPU alone.
-
-    Without a GPU, torch's own mode puts a stand-in for CUDA in place for good, which counts as a device: autograd then
-    starts a thread for it at the first backward pass, and a process with that thread cannot train in a fork.
-    """
-
-    avoid_device_init = False  # type: ignore[assignment]
-
-
 def _shape_of_map(reader: TimmReader, size: tuple[int, int]) -> torch.Size:
     """(D, h, w) of the features: on the meta device, or on fake tensors, which take several times as long."""
     whole = _Maps(reader)
@@ -253,7 +243,7 @@ def _shape_of_map(reader: TimmReader, size: tuple[int, int]) -> torch.Size:
     try:
         maps = torch.func.functional_call(whole, weights, (torch.zeros(1, 3, *size, device="meta"),))
     except (RuntimeError, NotImplementedError):  # a tensor that is neither parameter nor buffer stays on the CPU
-        with _CpuFakes(allow_non_fake_inputs=True):
+        with CpuFakes(allow_non_fake_inputs=True):
             maps = reader.features(torch.zeros(1, 3, *size))[0]
     return maps.shape[1:]
 

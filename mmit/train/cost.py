@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmit.models.fakes import CpuFakes
 from mmit.models.recompute import set_recompute
 from mmit.models.shapes import free_attention, make_fake, planned_attention
 from mmit.models.tuning import Group
@@ -183,7 +183,7 @@ def measure_bytes(
         flash: whether attention keeps what a fused CUDA kernel keeps, or what mmit's CPU attention does.
         recompute: activation checkpointing, see `models.recompute`.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = CpuFakes(allow_non_fake_inputs=True)
     new = make_fake(vlm, mode)
     groups = [Group(g.name, g.lr, [(n, new[id(p)]) for n, p in g.parameters]) for g in groups]
     vlm.train()
