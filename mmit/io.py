@@ -91,6 +91,17 @@ def append(path: str | os.PathLike[str], text: str) -> None:
         raise unwritable(path, error) from error
 
 
+def drop_half_line(path: str | os.PathLike[str]) -> None:
+    """Cut off what a killed process left of the last line of a file that grows by whole lines. Raises WriteError."""
+    try:
+        content = Path(path).read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(path, whole)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 @contextmanager
 def unless_failing() -> Iterator[None]:
     """Let no failed write of the block hide the error that is under way; without one it is raised as WriteError."""

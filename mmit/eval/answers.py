@@ -8,13 +8,12 @@ into the one.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmit.errors import MmitError
-from mmit.io import append, unwritable, write_atomic
+from mmit.io import append, drop_half_line, write_atomic
 from mmit.records import json_lines
 
 FORMAT = "mmit answers 1"
@@ -47,7 +46,7 @@ def open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwri
         for part in parts:
             part.unlink()
     elif path.exists():
-        _drop_half_line(path)
+        drop_half_line(path)
         rows = merge(path, settings, asked) if parts else read_answers(path, settings, asked)
     if not rows:
         write_atomic(path, lines([settings]))
@@ -69,24 +68,13 @@ def merge(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]
     """Move the answers of all ranks' files, whole or cut off, into `path`; return all rows on file by id."""
     rows = read_answers(path, settings, asked)
     for part in sorted(path.parent.glob(f"{path.stem}.rank*.jsonl")):
-        _drop_half_line(part)
+        drop_half_line(part)
         found = read_answers(part, settings, asked) if part.stat().st_size else {}
         new = [row for name, row in found.items() if name not in rows]
         append(path, lines(new))
         rows |= {row["id"]: row for row in new}
         part.unlink()
     return rows
-
-
-def _drop_half_line(path: Path) -> None:
-    """Cut off what a killed process left of a last line."""
-    try:
-        content = path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            os.truncate(path, whole)
-    except OSError as error:
-        raise unwritable(path, error) from error
 
 
 def read_answers(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]:

@@ -7,14 +7,13 @@ journal of other settings is refused. A half line that a killed process left is 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mmit.errors import ConfigError
-from mmit.io import append, unwritable
+from mmit.io import append, drop_half_line
 from mmit.records import json_lines
 from mmit.teachers.request import Reply, Request
 
@@ -38,7 +37,8 @@ class Journal:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.entries: dict[str, Entry] = {}
-        drop_half_line(path)
+        if path.exists():
+            drop_half_line(path)
         settings = json.loads(json.dumps(settings, sort_keys=True))
         if not path.exists() or not path.stat().st_size:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,24 +79,3 @@ def read_entries(path: Path) -> Iterator[Entry]:
             raise ConfigError("the line is damaged", where=where, remedy="Remove the line; its request is asked again.")
         asked = {key: row.get(key) for key in ("messages", "draw")}
         yield Entry(Reply(**reply), str(row.get("digest")), str(row.get("purpose")), asked)
-
-
-def drop_half_line(path: Path) -> None:
-    """Cut off what a killed process left of a last line. Raises WriteError."""
-    try:
-        size = path.stat().st_size
-        with open(path, "rb+") as file:
-            at = size
-            while at and not _newline_before(file, at):
-                at -= 1
-            if at < size:
-                file.truncate(at)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise unwritable(path, error) from error
-
-
-def _newline_before(file: Any, at: int) -> bool:
-    file.seek(at - 1, os.SEEK_SET)
-    return bool(file.read(1) == b"\n")
