@@ -26,12 +26,12 @@ ROLE_TAG = re.compile(
 
 def problem(reply: Reply, asked: str = "") -> str:
     """Return why a reply cannot be used, "" if it can."""
-    text = reply.text.strip()
-    if reply.finish == "refused":
-        return "refused by the server"
-    if reply.finish == "length":
-        return "cut off by length"
-    return text_problem(text, asked)
+    return finish_problem(reply) or text_problem(reply.text, asked)
+
+
+def finish_problem(reply: Reply) -> str:
+    """Return why no text of a reply can be used, "" if it ended by itself."""
+    return {"refused": "refused by the server", "length": "cut off by length"}.get(reply.finish, "")
 
 
 def text_problem(text: str, asked: str = "") -> str:
@@ -45,10 +45,12 @@ def text_problem(text: str, asked: str = "") -> str:
         return "a refusal"
     if ROLE_TAG.search(text):
         return "role tags or control tokens"
-    if asked and _words(text) == _words(asked):
+    if asked and same_words(text, asked):
         return "repeats the prompt"
     return ""
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+def same_words(one: str, other: str) -> bool:
+    """Tell whether two texts are the same but for case, spaces and punctuation."""
+    first, second = (re.findall(r"\w+", text.lower()) for text in (one, other))
+    return first == second

@@ -21,14 +21,16 @@ KEYS = ("path", "package", "dataset", "split", "config", "revision", "images", "
 Rows = Iterator[tuple[int, "dict[str, Any] | RecordError"]]
 
 
-def open_rows(described: Mapping[str, Any], *, folder: str = "") -> tuple[Rows, str | None, str]:
+def open_rows(
+    described: Mapping[str, Any], *, folder: str = "", limit: int | None = None
+) -> tuple[Rows, str | None, str]:
     """Open rows.
 
     Args:
         described: one of `path` (csv, tsv, json, jsonl, parquet), `package` (see `mmit.build.packages`) or `dataset` (a
             Hugging Face name); `split`, `config` and `revision` of the last two; `images`, the fields that hold images;
             `image_root`, where their paths start (default: the file's folder); `licence`; `limit`, the first so many.
-        folder: what a relative `path` starts from.
+        folder: what a relative `path` starts from. limit: the first so many of these.
 
     Returns:
         the rows, their licence (None where nobody says), and a name for messages and provenance.
@@ -43,7 +45,8 @@ def open_rows(described: Mapping[str, Any], *, folder: str = "") -> tuple[Rows, 
     if len(kinds) != 1:
         problem = f"rows come from {' and '.join(kinds) if kinds else 'nowhere'}"
         raise ConfigError(problem, where="rows", remedy="Give exactly one of path, package and dataset.")
-    licence, limit = described.get("licence"), described.get("limit")
+    licence, own_limit = described.get("licence"), described.get("limit")
+    limit = own_limit if limit is None else min(limit, own_limit or limit)
     root = described.get("image_root")
     if kinds == ["package"]:
         rows: Any

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import combined
-from mmit.build.replies import problem, text_problem
+from mmit.build.replies import finish_problem, problem, text_problem
 from mmit.records import Image, Record, Text, Turn
 from mmit.teachers import Desk, Draw, Reply, Request
 from mmit.teachers.request import user
@@ -50,7 +50,7 @@ class _Chat:
 
 def parse_transcript(reply: Reply) -> tuple[list[str], str]:
     """Return the texts of a transcript, the user's first, or [] and the reason it cannot be used."""
-    if reason := {"refused": "refused by the server", "length": "cut off by length"}.get(reply.finish, ""):
+    if reason := finish_problem(reply):
         return [], reason
     pieces = _TAG.split(reply.text.strip())
     if not reply.text.strip():

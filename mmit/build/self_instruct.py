@@ -16,7 +16,7 @@ from typing import Any
 
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import combined
-from mmit.build.replies import problem, text_problem
+from mmit.build.replies import finish_problem, problem, same_words, text_problem
 from mmit.data.diversity import RougePool
 from mmit.errors import ConfigError
 from mmit.records import Image, Record, Text, Turn
@@ -184,7 +184,7 @@ class SelfInstruct:
             blind = self.desk.ask(Request(user(text), draw, "without image") for text, _, _ in candidates)
         for (text, image, written), reply, other in zip(candidates, seen, blind, strict=True):
             reason = problem(reply, text)
-            if not reason and self.plan.needs_picture and _same(reply.text, other.text):
+            if not reason and self.plan.needs_picture and same_words(reply.text, other.text):
                 reason = "answered alike without the image"
             if reason:
                 yield _dropped(reply, reason, f"{text} -> {reply.text}")
@@ -202,7 +202,7 @@ class SelfInstruct:
             for (text, *_), kind in zip(candidates, kinds_, strict=True)
         ]
         for (text, _, written), kind, reply in zip(candidates, kinds_, self.desk.ask(asked), strict=True):
-            made, refused = [], reason_of(reply)
+            made, refused = [], finish_problem(reply)
             found = [] if refused else instances(reply.text, classification=kind)
             for given, output, reason in found:
                 reason = reason or text_problem(output, given)
@@ -247,7 +247,7 @@ class SelfInstruct:
 def numbered(reply: Reply) -> list[tuple[str, str]]:
     """Return the items of a numbered list as (text, reason it cannot be used or "")."""
     if reply.finish == "refused":
-        return [(reply.text, "refused by the server")]
+        return [(reply.text, finish_problem(reply))]
     pieces = _ITEM.split(reply.text)
     if len(pieces) < 3:
         return [(reply.text, "empty" if not reply.text.strip() else "no numbered list")]
@@ -259,7 +259,7 @@ def numbered(reply: Reply) -> list[tuple[str, str]]:
         items.append((text.strip(), reason or ("" if text.strip() else "empty")))
         last = max(last, value)
     if reply.finish == "length":
-        items[-1] = (items[-1][0], "cut off by length")
+        items[-1] = (items[-1][0], finish_problem(reply))
     return items
 
 
@@ -292,15 +292,10 @@ def instances(text: str, *, classification: bool) -> list[tuple[str, str, str]]:
     return found
 
 
-def reason_of(reply: Reply) -> str:
-    """Return why no instance of a reply can be used: it was refused or cut."""
-    return {"refused": "refused by the server", "length": "cut off by length"}.get(reply.finish, "")
-
-
 def _instance_problem(given: str, output: str) -> str:
     if not output:
         return "empty"
-    if given and _same(given, output):
+    if given and same_words(given, output):
         return "input and output are the same"
     return "the output ends with a colon" if output.endswith(":") else ""
 
@@ -313,10 +308,6 @@ def _input_first(text: str) -> str:
 def _output_first(text: str) -> str:
     form = "Class label: (a possible answer)\nInput: (an input that has this answer)"
     return f"Task: {text}\n\nFor each possible answer, write one example in exactly this form:\n{form}"
-
-
-def _same(one: str, other: str) -> bool:
-    return re.findall(r"\w+", one.lower()) == re.findall(r"\w+", other.lower())
 
 
 def _dropped(reply: Reply, reason: str, text: str) -> Dropped:

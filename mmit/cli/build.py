@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,11 +53,10 @@ def annotated(
     folder = config.parent
     banks = open_banks(settings.get("bank"), folder)
     described = dict(settings.get("rows") or {})
-    if limit is not None:
-        described["limit"] = min(limit, described.get("limit") or limit)
-    _, licence, source = open_rows(described, folder=str(folder))
+    opened = partial(open_rows, described, folder=str(folder), limit=limit)
+    _, licence, source = opened()
     recipe = _recipe(settings)
-    made = records(lambda: open_rows(described, folder=str(folder))[0], banks, recipe, source=source, licence=licence)
+    made = records(lambda: opened()[0], banks, recipe, source=source, licence=licence)
     if dry_run:
         for item, _ in zip((m for m in made if isinstance(m, Made)), range(5), strict=False):
             user, answer = item.record.turns

@@ -51,9 +51,7 @@ def _topics(settings: Any, config: Path, limit: int | None) -> tuple[list[Topic]
     from mmit.records import Image
 
     described = dict(settings.get("rows") or {})
-    if limit is not None:
-        described["limit"] = min(limit, described.get("limit") or limit)
-    rows, licence, source = open_rows(described, folder=str(config.parent))
+    rows, licence, source = open_rows(described, folder=str(config.parent), limit=limit)
     name = settings.get("topic", "topic")
     topics: list[Topic] = []
     dropped: list[Dropped] = []

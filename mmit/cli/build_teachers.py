@@ -44,11 +44,9 @@ def outputs(config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = 
         items = from_records(str(config.parent / settings["records"]))
     else:
         described = dict(settings["rows"])
-        if limit is not None:
-            described["limit"] = min(limit, described.get("limit") or limit)
         fields = settings.get("fields") or {}
         check_keys(fields, ("instruction", "input"), "fields")
-        rows, licence, source = open_rows(described, folder=str(config.parent))
+        rows, licence, source = open_rows(described, folder=str(config.parent), limit=limit)
         items = from_rows(rows, fields, source=source, licence=licence)
     if limit is not None:
         from itertools import islice
