@@ -359,7 +359,7 @@ class Model:
         maker = self.prompt_maker()
         prompts = [maker.question(record, n) for n, record in enumerate(records)]
         sampling = self._sampling(temperature=temperature, top_p=top_p)
-        reader = AnswerText(self.tokenizer, stop)
+        reader = self._reader(stop)
         context = context_length(self.vlm.llm)
         ids = self._continued(prompts, reader, batch_size, max_new_tokens, sampling, draws=seeds)
         for number, tokens in ids:
