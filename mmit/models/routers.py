@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,14 +42,11 @@ class Routers:
         """Inside, the list grows by the (T, E) logits of every layer."""
         seen: list[torch.Tensor] = []
 
-        def keep(_: Any, given: Any, made: Any, index: int) -> None:
+        def keep(_: Any, given: Any, made: Any, *, index: int) -> None:
             logits = made[index] if isinstance(made, (tuple, list)) else made
             seen.append(logits.flatten(0, -2))
 
-        def hook(index: int) -> Callable[..., None]:
-            return lambda module, given, made: keep(module, given, made, index)
-
-        hooks = [gate.register_forward_hook(hook(index)) for gate, index in self.gates]
+        hooks = [gate.register_forward_hook(partial(keep, index=index)) for gate, index in self.gates]
         try:
             yield seen
         finally:
