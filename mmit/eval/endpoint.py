@@ -7,6 +7,7 @@ the key anywhere.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -75,7 +76,7 @@ class Endpoint:
                 if error.code not in BUSY or attempt == self.tries:
                     remedy = f"Check the URL, the model's name and the key in {self.key_env or 'no variable'}."
                     raise MmitError(problem, where=address, remedy=remedy) from None
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 if attempt == self.tries:
                     raise MmitError(f"no answer: {error}", where=address, remedy="Is the server running?") from None
             time.sleep(self.pause * 2 ** (attempt - 1))

@@ -18,6 +18,7 @@ from mmit.eval.runner import evaluate
 from mmit.eval.tasks import load_task, task_items
 from mmit.records import Record
 from tests.eval.benchmarks import CASES, picture
+from tests.teachers.server import Server
 
 Reply = Callable[[dict[str, Any]], "tuple[int, Any]"]
 
@@ -155,6 +156,15 @@ def test_a_busy_server_is_asked_again(stub: Stub) -> None:
     stub.reply = lambda body: (waiting.pop(), "busy") if waiting else (200, " done ")
     assert Endpoint(stub.url, "m", pause=0.0).chat([{"role": "user", "content": "q"}]) == "done"
     assert len(stub.requests) == 3
+
+
+def test_a_reply_that_is_cut_off_is_asked_for_again() -> None:
+    with Server(lambda body: "done") as server:
+        server.faults = [("cut",), ("hang up",)]
+        assert Endpoint(server.url, "m", pause=0.0).chat([{"role": "user", "content": "q"}]) == "done"
+        server.faults = [("cut",)] * 2
+        with pytest.raises(MmitError, match="no answer"):
+            Endpoint(server.url, "m", pause=0.0, tries=2).chat([{"role": "user", "content": "q"}])
 
 
 def test_what_a_server_does_wrong_is_told(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
