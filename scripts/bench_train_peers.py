@@ -151,5 +151,3 @@ def trainer_arm(case: Case, *, bf16: bool = True, checkpointing: bool = False) -
         train_dataset=case.samples,  # type: ignore[arg-type]
     )
     return _driven(trainer, case.samples, case, checkpointing=checkpointing)
-
-

@@ -34,7 +34,6 @@ if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
-
 def _no_sync(handle: Any) -> None:
     """No test can tell whether bytes reached the disk, and waiting for it leaves a core idle."""
     os.fstat(handle if isinstance(handle, int) else handle.fileno())

@@ -302,13 +302,9 @@ def test_every_section_says_what_it_is() -> None:
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
-TRICKY = st.sampled_from(
-    ["off", "yes", "no", "null", "~", "", "1e-3", "010", "1_000", "0x1f", "1:30", "=", "<<"]
-)
+TRICKY = st.sampled_from(["off", "yes", "no", "null", "~", "", "1e-3", "010", "1_000", "0x1f", "1:30", "=", "<<"])
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS | TRICKY
-VALUES = st.recursive(
-    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS | TRICKY, v, max_size=3)
-)
+VALUES = st.recursive(SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(TEXTS | TRICKY, v, max_size=3))
 
 
 @given(VALUES)

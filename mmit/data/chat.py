@@ -127,7 +127,6 @@ class ChatFormat(ABC):
         """Ids of `end` after an answer; generation stops at the last of them."""
         return piece_tokenizer(self._tokenizer).template(self.end, "text")
 
-
     @cached_property
     def thought_marks(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Ids that open and close the thought of an answer, from the first special token to the last.

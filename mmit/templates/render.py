@@ -117,9 +117,7 @@ def _value(name: str, value: Any, images: list[Image], row: str) -> Any:
     return value
 
 
-def _choices(
-    template: Template, values: Mapping[str, Any], rng: random.Random, row: str
-) -> list[str] | None:
+def _choices(template: Template, values: Mapping[str, Any], rng: random.Random, row: str) -> list[str] | None:
     """The row's choices, still with the mark for `|||` in them."""
     if template.choices is None:
         return None

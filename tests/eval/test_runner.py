@@ -147,9 +147,7 @@ def test_a_sample_can_grow_and_shrink(tmp_path: Path) -> None:
         ({"blank_images": True}, "blank_images was False, is now True"),
     ],
 )
-def test_answers_of_another_model_or_setting_are_refused(
-    tmp_path: Path, changed: dict[str, Any], said: str
-) -> None:
+def test_answers_of_another_model_or_setting_are_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
     path = run(Echo(), tmp_path).path
     content = path.read_bytes()
     with pytest.raises(MmitError, match="overwrite=True") as caught:

@@ -76,9 +76,7 @@ def test_a_template_surrounds_all_text_of_a_turn(tmp_path: Path) -> None:
 def test_references_from_meta_need_no_answer(tmp_path: Path) -> None:
     lone = Record((turn("user", "q?"),), meta={"gold": ["red", "crimson"]})
     assert items_of(tmp_path, "reference: gold\n", lone)[0].reference == ["red", "crimson"]
-    several = Record(
-        (turn("user", "a?"), turn("assistant", "x"), turn("user", "b?")), meta={"gold": ["1", ["2", "3"]]}
-    )
+    several = Record((turn("user", "a?"), turn("assistant", "x"), turn("user", "b?")), meta={"gold": ["1", ["2", "3"]]})
     assert [i.reference for i in items_of(tmp_path, "reference: gold\n", several)] == ["1", ["2", "3"]]
     assert "the last question has no answer" in fails(make(tmp_path, "", lone), RecordError)
     wrong = Record(several.turns, meta={"gold": ["1"]})
@@ -118,9 +116,7 @@ def test_any_format_split_and_data_root(tmp_path: Path) -> None:
     data.mkdir()
     for split, answer in (("train", "red"), ("test", "blue")):
         talk = [{"from": "human", "value": "<image>\nq?"}, {"from": "gpt", "value": answer}]
-        (data / f"{split}.json").write_text(
-            json.dumps([{"id": "1", "image": "a.png", "conversations": talk}])
-        )
+        (data / f"{split}.json").write_text(json.dumps([{"id": "1", "image": "a.png", "conversations": talk}]))
     path = tmp_path / "t.yaml"
     lines = ["name: t", "metric: exact", 'records: "{split}.json"', "format: llava", "split: test"]
     path.write_text("\n".join([*lines, "train_split: train", 'image_root: "pictures/{split}"']))

@@ -42,7 +42,7 @@ def test_a_bank_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("{{ shape }}\", metrics", "{{ shap }}\", metrics", r"bank.yaml#what: reads the field 'shap'(.|\n)*'shape'"),
+        ('{{ shape }}", metrics', '{{ shap }}", metrics', r"bank.yaml#what: reads the field 'shap'(.|\n)*'shape'"),
         ("id: turned", "id: what", "two templates have the id 'what'"),
         ("Name the shape.", "What  shape is this?", "'what' and 'kept' have the same wording"),
         ('target: "{{ colour }}"', 'target: " "', "bank.yaml#turned: the target is empty"),

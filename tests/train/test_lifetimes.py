@@ -65,8 +65,6 @@ def test_a_disk_that_is_full_earlier_does_too(tmp_path: Path, limit: int) -> Non
     assert "File too large" in done.output
 
 
-
-
 @pytest.mark.slow
 def test_on_a_file_system_that_is_too_small(tmp_path: Path) -> None:
     """The real thing: a tmpfs that holds two checkpoints and not the third."""

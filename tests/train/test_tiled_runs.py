@@ -69,9 +69,7 @@ def test_a_run_on_tiles_learns_and_its_cache_changes_nothing(tmp_path, mode):
         fresh = mmit.load(tmp_path / "run", device="cpu", untuned=True)
         assert not torch.equal(model.vlm.projector.line_end, fresh.vlm.projector.line_end)
     shapes = [(20, 50), (50, 20), (16, 16), (40, 40)]
-    asked = [
-        Record((Turn("user", (Image(noise(*size)), Text("What is it?"))),)) for size in shapes
-    ]
+    asked = [Record((Turn("user", (Image(noise(*size)), Text("What is it?"))),)) for size in shapes]
     together = model.generate(asked, max_new_tokens=6)
     assert together == [model.generate([one], max_new_tokens=6)[0] for one in asked]
     assert len(model.generate(asked, max_new_tokens=2, blank_images=True)) == 4

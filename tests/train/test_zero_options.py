@@ -118,9 +118,7 @@ def test_what_agrees_or_is_auto_is_taken():
 )
 def test_the_bucket_is_no_larger_than_what_is_trained_and_the_users_own_wins(given, trained, size):
     for stage in (1, 2, 3):
-        whole = complete(
-            {"zero_optimization": {"stage": stage, **given}}, precision="bf16", clip=1.0, trained=trained
-        )
+        whole = complete({"zero_optimization": {"stage": stage, **given}}, precision="bf16", clip=1.0, trained=trained)
         assert whole["zero_optimization"] == {"stage": stage, "reduce_bucket_size": size}
 
 

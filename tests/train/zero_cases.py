@@ -60,6 +60,7 @@ SPLITS: dict[int, list[list[list[list[int]]]]] = {
     ],
 }
 
+
 def write_data(folder: Path) -> None:
     """Four pictures, two texts, two records of two pictures."""
     tiny_config(folder)

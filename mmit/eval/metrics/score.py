@@ -198,9 +198,7 @@ def mean_score(
     return part(slice(None), groups_of, kept)
 
 
-def by_cluster(
-    score: Score, clusters: Sequence[str], *, groups: Sequence[str] | None = None, seed: int = 0
-) -> Score:
+def by_cluster(score: Score, clusters: Sequence[str], *, groups: Sequence[str] | None = None, seed: int = 0) -> Score:
     """Return the score with intervals that count clusters, such as images, where they counted answers.
 
     For scores that are the mean of one number per answer; others (F1, sums over pairs of questions, corpus scores) come

@@ -205,9 +205,7 @@ def _llava_hf(model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFact
         problem = f"a {facts.kind} LLM changes its logits ({key} {value}), which the classes of LLaVA leave out"
         _refuse("llava-hf", problem, where="model.llm", remedy=remedy)
     if facts.body != "model" or not facts.plain:
-        problem = (
-            f"a {facts.kind} LLM is not a body 'model' with its own word embeddings under a plain head 'lm_head'"
-        )
+        problem = f"a {facts.kind} LLM is not a body 'model' with its own word embeddings under a plain head 'lm_head'"
         _refuse("llava-hf", problem, where="model.llm", remedy=remedy)
     if facts.extra is not None:
         problem = f"around a {facts.kind} LLM stand the classes of LLaVA instead of its own, and {facts.extra}"

@@ -69,12 +69,8 @@ def test_coco_tokenises_once_for_all_scorers(stub, monkeypatch, capsys):
     score = METRICS["captions:coco"](*ROWS, groups=["x", "y", "y"])
     assert stub["tokenised"] == 2  # references and predictions
     assert stub["cider"][1][0] == ["a dog"]
-    assert (
-        score.value == pytest.approx(1 / 3) and score.n == 3 and score.unparsed_rate == pytest.approx(1 / 3)
-    )
-    assert (
-        score.details["bleu_4"] == 0.1 and score.details["meteor"] == score.details["rouge_l"] == score.value
-    )
+    assert score.value == pytest.approx(1 / 3) and score.n == 3 and score.unparsed_rate == pytest.approx(1 / 3)
+    assert score.details["bleu_4"] == 0.1 and score.details["meteor"] == score.details["rouge_l"] == score.value
     assert {g: s.value for g, s in score.by_group.items()} == {"x": 1.0, "y": 0.0}
     assert capsys.readouterr().out == ""
 

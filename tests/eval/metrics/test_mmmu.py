@@ -75,8 +75,6 @@ def test_profiles_agree_where_a_letter_is_read(said):
 
 def test_types_mix_and_unknown_ones_are_refused():
     references = [*rows(1), {"answer": "blue", "question_type": "open"}]
-    assert (
-        METRICS["mmmu"](["A", "It is blue."], references, groups=["Art", "Art"]).by_group["Art"].value == 1.0
-    )
+    assert METRICS["mmmu"](["A", "It is blue."], references, groups=["Art", "Art"]).by_group["Art"].value == 1.0
     with pytest.raises(MmitError, match="question type 'essay'"):
         METRICS["mmmu"](["A"], [{"answer": "A", "question_type": "essay"}])

@@ -18,7 +18,8 @@ from tests.examples import examples
 # Texts made of what the rules look at: articles, numbers, contractions, marks, letters of options.
 PIECES = st.sampled_from(
     "a the two dogs Red yes no Yes NO not true false A B (C) D. isnt it's 3 3. 3.5 1,000 5% x/y . , ? ! ; - * "
-    "#### 42 １２".split() + [" ", "  ", "\n", " is "]
+    "#### 42 １２".split()
+    + [" ", "  ", "\n", " is "]
 )
 TEXTS = st.lists(PIECES, max_size=5).map("".join)
 PLAIN = st.lists(st.sampled_from("red blue dog on street".split()), min_size=1, max_size=3).map(" ".join)

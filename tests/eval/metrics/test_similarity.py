@@ -100,9 +100,7 @@ def test_relaxed_profiles_agree_without_outer_spaces(a, b):
 def test_rouge_l():
     # 4 of 5 and 4 of 6 words in order.
     p, r = 4 / 5, 4 / 6
-    assert rouge_l_one("the cat sat mat now", ["The cat sat on the mat."]) == pytest.approx(
-        2 * p * r / (p + r)
-    )
+    assert rouge_l_one("the cat sat mat now", ["The cat sat on the mat."]) == pytest.approx(2 * p * r / (p + r))
     assert rouge_l_one("x", ["a b", "x"]) == 1.0
     assert rouge_l_one("...", ["a"]) == 0.0
     coco = rouge_l_one("a b c", ["a b", "c d e"], profile="coco")

@@ -58,9 +58,7 @@ def test_only_evalai_splits_the_possessive():
     assert {normalise("Ben's", profile=p) for p in PROFILES if p != "evalai"} == {"ben's"}
 
 
-@given(
-    st.text("ab \n3.,;'-?Zt", max_size=15), st.lists(st.text("ab 3.,Zt", max_size=5), min_size=2, max_size=10)
-)
+@given(st.text("ab \n3.,;'-?Zt", max_size=15), st.lists(st.text("ab 3.,Zt", max_size=5), min_size=2, max_size=10))
 def test_lmms_vqav2_is_evalai_where_answers_differ_and_have_neither_possessive_nor_comma(prediction, answers):
     plain = [a.replace(",", "") for a in answers]
     if len({a.strip() for a in plain}) > 1 and "," not in prediction and "?" not in prediction:
