@@ -18,7 +18,6 @@ import torch
 
 from mmit import precision
 from mmit.data.answers import AnswerText
-from mmit.data.chat import ChatFormat
 from mmit.data.messages import check_records
 from mmit.data.packing import Row, Sample, build_row
 from mmit.data.preparation import prepare_images, splice_index
@@ -30,15 +29,16 @@ from mmit.models.decoding import Prompts
 from mmit.models.generation import end_ids, generation_facts
 from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, context_length, fewer_bits, usable_device
-from mmit.models.sampling import Sampling
-from mmit.models.vlm import VLM
 from mmit.pictures import Features, Pictures
 from mmit.records import Record
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from mmit.data.chat import ChatFormat
     from mmit.data.prompts import Picture
+    from mmit.models.sampling import Sampling
+    from mmit.models.vlm import VLM
 
 History = Sequence[tuple[str, str]] | Sequence[Mapping[str, Any]] | Record | None
 NAMES = {dtype: name for name, dtype in precision.HALVES.items()}
@@ -72,7 +72,7 @@ class Completion(NamedTuple):
     new_tokens: int
 
 
-def load(
+def load(  # noqa: PLR0913
     folder: str | os.PathLike[str],
     *,
     device: str = "auto",
@@ -264,7 +264,7 @@ class Model:
             yield rest
 
     @torch.inference_mode()
-    def generate(
+    def generate(  # noqa: PLR0913
         self,
         records: Sequence[Record],
         *,

@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 
 from mmit.data.preparation import ImagePreparation, Spread, grids_of
-from mmit.data.prompts import Prompt, Shown
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.data.prompts import Prompt, Shown
+    from mmit.models.vlm import VLM
 
 CROPS_AT_ONCE = 32  # through the vision tower, but for a picture that has more
 UNITS_AT_ONCE = 8192  # of a tower of native resolution

@@ -122,9 +122,9 @@ def start_alike(model: nn.Module, adapter: dict[str, torch.Tensor]) -> None:
     left = dict(adapter)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if found := re.search(r"(layers\.\d+\.\w+\.\w+\.lora_A)\.default\.weight$", name):
-                if "vision" not in name:
-                    parameter.copy_(left.pop(found[1]))
+            found = re.search(r"(layers\.\d+\.\w+\.\w+\.lora_A)\.default\.weight$", name)
+            if found and "vision" not in name:
+                parameter.copy_(left.pop(found[1]))
     assert not left, f"{len(left)} adapter matrices have no place"
 
 

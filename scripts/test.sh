@@ -5,6 +5,7 @@ extras=deepspeed,gguf,test,lint,docs
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ "${MMIT_ENV:-}" != lowest ]; then # types and style are those of the newest versions
   ruff check .
+  ruff format --check --quiet .
   mypy
   lint-imports --no-cache >/dev/null || lint-imports --no-cache
   NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir "$(mktemp -d)"

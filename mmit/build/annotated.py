@@ -10,17 +10,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.build.licences import combined
 from mmit.build.packages import image_name
-from mmit.build.rows import Rows
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, Text, Turn
-from mmit.templates.bank import Bank, Template
 from mmit.templates.options import OptionStyle
 from mmit.templates.render import Rendered, draw, render
 from mmit.templates.shots import Pool, check_shots, with_shots
+
+if TYPE_CHECKING:
+    from mmit.build.rows import Rows
+    from mmit.templates.bank import Bank, Template
 
 POOL = 5_000  # rows that examples are drawn from; a sample of all rows where there are more
 

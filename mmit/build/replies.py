@@ -7,8 +7,10 @@ is right is the business of selection.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from mmit.teachers import Reply
+if TYPE_CHECKING:
+    from mmit.teachers import Reply
 
 REFUSAL = re.compile(
     r"^(?:i(?: am|'m|’m) (?:very )?sorry,? (?:but|i)\b|sorry, (?:but|i)\b|i apologi[sz]e|as an ai\b|"

@@ -11,15 +11,17 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmit.build.annotated import Dropped, Made
 from mmit.build.write import Counts, write_build
 from mmit.errors import ConfigError, nearest
 from mmit.processes import only_one
 from mmit.teachers import Desk, Draw, Journal, Request, Teacher, open_teachers
 from mmit.teachers.desk import check_budget, ledger
 from mmit.teachers.journal import header, read_entries
+
+if TYPE_CHECKING:
+    from mmit.build.annotated import Dropped, Made
 
 JOURNAL = "journal.jsonl"
 SHARED = ("base", "seed", "teacher", "choose", "draw", "budget", "cap", "allow_licences")

@@ -51,7 +51,7 @@ class Counts:
         return f"{sum(self.accepted.values()):,} records, {sum(self.dropped.values()):,} dropped"
 
 
-def write_build(
+def write_build(  # noqa: PLR0913
     made: Iterable[Made | Dropped],
     out: Path,
     *,

@@ -99,7 +99,7 @@ def _held(waiting: Iterable[tuple[Future[T], int]], size: Callable[[T], int]) ->
 
 
 def _begin(job: Callable[[Any], Any]) -> None:
-    global _job
+    global _job  # noqa: PLW0603
     _job = job
     gc.freeze()  # what was there before the fork is the parent's to collect: looking through it would copy its pages
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # their threads were not forked with this process

@@ -150,7 +150,7 @@ class ChatFormat(ABC):
 class TemplateFormat(ChatFormat):
     """A Jinja chat template, the tokenizer's own or the user's."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         name: str,
         template: str,
@@ -362,7 +362,7 @@ def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = Fal
                 out.content(piece, weigh(piece), named=record.turns[piece.turn].role == "assistant")
         else:
             following = runs[number + 1][0].kind if number + 1 < len(runs) else "end"
-            weights = [(piece, cast(float, weigh(piece))) for piece in run]
+            weights = [(piece, cast("float", weigh(piece))) for piece in run]
             out.template(weights, lend_space=following == "content" or (generate and following == "end"))
     if out.weights:
         out.weights[0] = 0.0
@@ -452,9 +452,9 @@ def _least(spans: Spans, start: int, end: int) -> float:
     begin, found = 0, []
     for stop, weight in spans:
         if begin < max(end, start + 1) and stop > start:
-            found.append(cast(float, weight))
+            found.append(cast("float", weight))
         begin = stop
-    return min(found, default=cast(float, spans[-1][1]))
+    return min(found, default=cast("float", spans[-1][1]))
 
 
 def flat(turn: Turn, number: int) -> Said:

@@ -153,7 +153,7 @@ class ChatTemplate:
         own = self._slots_of(shape, extras, prompt=True) if self.thinks or extras.args else None
         # Whitespace alone is as training has it.
         same = own is None or own[-1].text.strip() == slots[-1].text.strip()
-        return slots if same else cast(Any, own)
+        return slots if same else cast("Any", own)
 
     def _slots_of(self, shape: Shape, extras: Extras, *, prompt: bool = False) -> tuple[Slot, ...] | None:
         """Slots of a rendering; None if there should be a generation prompt and the template writes none."""
@@ -315,7 +315,7 @@ class ChatTemplate:
         found: dict[int, list[tuple[int, int]]] = {}
         for match in SENTINEL.finditer(rendered):
             found.setdefault(int(match[1]), []).append(match.span())
-        images = _places(rendered, cast(str, self.image_token)) if any(in_list) else []
+        images = _places(rendered, cast("str", self.image_token)) if any(in_list) else []
         spans: list[tuple[int, int] | None] = []
         position = image = 0
         for number, item in enumerate(items):
@@ -430,7 +430,7 @@ class ChatTemplate:
         shape: Shape = (ASK, ANSWER._replace(thought="k"))
         items = _items(shape)
         for way in (FIELD, PART, INLINE):
-            self._renderer.thought = cast(Way, way)
+            self._renderer.thought = cast("Way", way)
             try:
                 spans, rendered = self._locate(shape, items, NO_EXTRAS)
             except MmitError:
@@ -506,7 +506,7 @@ class ChatTemplate:
             if not wants_images or self.image_token or self._unclear[0]:
                 break
         else:
-            raise cast(MmitError, problem)
+            raise cast("MmitError", problem)
         if image_token is not None and self.image_token is None:
             unwritten = f"the template never writes the image token {image_token!r}"
             self._fail(unwritten, "Leave image_token out: images then stand where the record has them.")
@@ -515,10 +515,10 @@ class ChatTemplate:
 
     def _find_style(self, role: str, assistant: Style) -> None:
         """The style of system or tool turns; a template may refuse them, and the record that has one is told so."""
-        turn = Outline(cast(Any, role), "t")
+        turn = Outline(cast("Any", role), "t")
         shape: Shape = (turn, *TALK) if role == "system" else (*TALK, turn, ANSWER)
         for style in (assistant, "string" if assistant == "list" else "list"):
-            self._renderer.styles[role] = cast(Style, style)
+            self._renderer.styles[role] = cast("Style", style)
             try:
                 self._check_style(shape)
                 return

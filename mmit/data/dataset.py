@@ -12,18 +12,21 @@ from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from mmit.data.chat import Encoded
 from mmit.data.formats.boxes import WRITTEN
 from mmit.data.measure import Progress, Scan, scan
 from mmit.data.packing import Sample
-from mmit.data.preparation import ImagePreparation, Spread
-from mmit.data.sources import Source
-from mmit.data.store import Store
 from mmit.errors import RecordError
 from mmit.records import Image, Record
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mmit.data.preparation import ImagePreparation, Spread
+    from mmit.data.sources import Source
+    from mmit.data.store import Store
 
 Encode = Callable[[Record], Encoded]
 
@@ -87,7 +90,7 @@ class InstructionData:
         source_weights: factor on the loss weights of each source; None for 1.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         sources: Sequence[Source],
         encode: Encode,

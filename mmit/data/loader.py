@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from mmit.data.ahead import ahead
-from mmit.data.dataset import InstructionData, Scan
 from mmit.data.packing import Row, build_row
 from mmit.data.preparation import Spread, grids_of, splice_index
 from mmit.errors import RecordError
 from mmit.records import Image
+
+if TYPE_CHECKING:
+    from mmit.data.dataset import InstructionData, Scan
 
 LoadImage = Callable[[Image, str], torch.Tensor]  # picture, place -> its crops (C, 3, H, W) uint8
 

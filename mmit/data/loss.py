@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from mmit.data.chat_builtin import Piece, Spans
 from mmit.errors import ConfigError, nearest
 from mmit.records import ROLES, Record
+
+if TYPE_CHECKING:
+    from mmit.data.chat_builtin import Piece, Spans
 
 
 @dataclass(frozen=True, slots=True)

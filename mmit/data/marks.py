@@ -14,10 +14,10 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from mmit.data.packing import Sample
-from mmit.records import Image
 
 if TYPE_CHECKING:
     from mmit.data.dataset import Shown
+    from mmit.records import Image
 
 # What records say is added up as digits of a number: the same sum whatever pieces the records were measured in.
 _PRIME = 2**127 - 1

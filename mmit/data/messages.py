@@ -95,7 +95,7 @@ def _turn(message: Mapping[str, Any], number: int) -> Turn:
     else:
         problem = f"content of message {number} is a {type(content).__name__}"
         raise RecordError(problem, remedy="Make it a text or a list of parts.")
-    return Turn(cast(Any, MESSAGE_ROLES[role]), parts)
+    return Turn(cast("Any", MESSAGE_ROLES[role]), parts)
 
 
 def _part(part: Any, number: int) -> Part:

@@ -15,12 +15,13 @@ from mmit.data.chat import ChatFormat, Encoded, encode
 from mmit.data.dataset import image_key
 from mmit.data.messages import history_turns, is_messages, turns_of
 from mmit.data.packing import Sample
-from mmit.data.preparation import ImagePreparation, Spread
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, Turn
 
 if TYPE_CHECKING:
     import PIL.Image
+
+    from mmit.data.preparation import ImagePreparation, Spread
 
     Picture = str | os.PathLike[str] | bytes | PIL.Image.Image | Image
 

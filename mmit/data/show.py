@@ -13,9 +13,8 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import RenderableType
 from rich.rule import Rule
 from rich.text import Text as RichText
 
@@ -25,6 +24,9 @@ from mmit.data.viewer import html_tokens, legend, to_rich
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record, Text, Turn, short
 from mmit.text import escape, plain
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 THUMBNAIL = 240  # pixels of the longer side
 _STYLE = """

@@ -189,7 +189,7 @@ class SubsetSource:
         return self.whole.outline(int(self.chosen[index]))
 
 
-def open_source(
+def open_source(  # noqa: PLR0913
     path: str | os.PathLike[str],
     *,
     format: str = "mmit",

@@ -131,7 +131,7 @@ _server = _Server()
 
 
 def _after_fork() -> None:
-    global _server
+    global _server  # noqa: PLW0603
     _server.forget()
     _server = _Server()
 

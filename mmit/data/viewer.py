@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
 from mmit.data.chat import IMAGE_SLOT, Encoded
-from mmit.data.chat_builtin import Origin
 from mmit.text import escape
+
+if TYPE_CHECKING:
+    from mmit.data.chat_builtin import Origin
 
 _VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
 _STYLE = """

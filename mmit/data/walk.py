@@ -40,7 +40,7 @@ class Walk:
         ConfigError: nothing to walk over.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         rows_of: Callable[[int, int, int], list[list[int]]],
         *,

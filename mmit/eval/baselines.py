@@ -11,16 +11,18 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.errors import MmitError
 from mmit.eval.judges import JUDGES
-from mmit.eval.metrics import Score
 from mmit.eval.probes import chance, sensitivity, swapped, wordings
 from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.runner import Generates, Lazy, Result, evaluate
 from mmit.eval.tasks import Item, Task, prompt_text, sample_items, task_items, training_items
-from mmit.records import Record
+
+if TYPE_CHECKING:
+    from mmit.eval.metrics import Score
+    from mmit.records import Record
 
 LABELS = {"majority": "majority answer", "untuned": "untuned model", "blank_image": "blank image"}
 # Beside these three, which every report has.
@@ -94,7 +96,7 @@ def _texts(reference: Any) -> list[str]:
     return [text for text in reference if isinstance(text, str)] if isinstance(reference, list) else []
 
 
-def run_baselines(
+def run_baselines(  # noqa: PLR0913
     tuned: Generates,
     task: Task,
     *,

@@ -66,10 +66,7 @@ def compare(
 
 def _files(path: Path) -> dict[str, Path]:
     """Return the files of answers in a folder, by task."""
-    if path.is_file():
-        found = [path]
-    else:
-        found = sorted(path.rglob(ANSWERS)) if path.is_dir() else []
+    found = [path] if path.is_file() else sorted(path.rglob(ANSWERS)) if path.is_dir() else []
     by_task: dict[str, Path] = {}
     for file in found:
         first = next(json_lines(file), (0, None))[1]

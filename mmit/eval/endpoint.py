@@ -16,11 +16,13 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, MmitError
-from mmit.records import Record
 from mmit.teachers.messages import openai_messages
+
+if TYPE_CHECKING:
+    from mmit.records import Record
 
 BUSY = (408, 409, 429, 500, 502, 503, 504)
 

@@ -12,15 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
 from mmit.data.images import load_rgb
 from mmit.errors import ImageError
-from mmit.eval.questions import Item
 from mmit.records import Image, Text, json_lines
 from mmit.text import escape
+
+if TYPE_CHECKING:
+    from mmit.eval.questions import Item
 
 EXAMPLES = 12
 MISTAKES = 8  # lines of the table of frequent mistakes

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import fmean, pstdev
 from string import ascii_uppercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, MmitError
-from mmit.eval.questions import Item
-from mmit.eval.tasks import Task
 from mmit.records import Image, Record, Text
+
+if TYPE_CHECKING:
+    from mmit.eval.questions import Item
+    from mmit.eval.tasks import Task
 
 # A yes-or-no benchmark's answers, told by its metric.
 _CLOSED = {"pope": ("yes", "no"), "mme": ("yes", "no"), "nlvr": ("true", "false"), "nlvr2": ("True", "False")}

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 import mmit
 from mmit.eval.baselines import LABELS, MORE, Baselines, no_baselines, run_baselines
-from mmit.eval.metrics import Score
 from mmit.eval.metrics.score import PER_ANSWER
 from mmit.eval.page import page, section
 from mmit.eval.ranks import ALONE, Ranks
@@ -31,10 +29,15 @@ from mmit.eval.tasks import Item, Task, sample_items, task_items
 from mmit.io import write_atomic
 from mmit.text import terminal
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mmit.eval.metrics import Score
+
 COLUMNS = ("answers by", "score", "95 % interval", "questions", "invalid")
 
 
-def run_task(
+def run_task(  # noqa: PLR0913
     model_tuned: Generates,
     *,
     untuned_factory: Callable[[], Generates] | None,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import PIL.Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,8 +28,10 @@ from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.tasks import Item, Task, task_items
 from mmit.eval.thoughts import split_thought
 from mmit.io import append, write_atomic
-from mmit.records import Image, Record
 from mmit.text import terminal
+
+if TYPE_CHECKING:
+    from mmit.records import Image, Record
 
 CHUNK = 8  # batches handed to the model at once, for it to sort and to share pictures among
 
@@ -99,7 +101,7 @@ class Result:
     thoughts: int = 0  # answers that began with a thought, which is not scored
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913
     model: Generates,
     task: Task,
     *,

@@ -9,18 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.text import Text
 
 from mmit.eval.page import page, table
 from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.report import run_task, section_of
-from mmit.eval.runner import Generates
 from mmit.eval.tasks import Item, Task, sample_items
 from mmit.io import write_atomic
 from mmit.text import escape, terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mmit.eval.runner import Generates
 
 HEAD = ("task", "metric", "score", "95 % interval", "n", "majority", "chance", "blank", "swapped", "valid", "wordings")
 

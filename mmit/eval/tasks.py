@@ -26,7 +26,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
@@ -41,9 +41,11 @@ from mmit.eval.layouts.hub import local_folder
 from mmit.eval.metrics import METRICS, get_metric
 from mmit.eval.questions import QUESTION, Item, check_ids, prompt_text, record_items, sample_items
 from mmit.plugins import is_spec
-from mmit.records import Record
 from mmit.sections import Section, brief
 from mmit.yamlio import parse_yaml
+
+if TYPE_CHECKING:
+    from mmit.records import Record
 
 __all__ = [
     "Item",

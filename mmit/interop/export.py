@@ -12,7 +12,7 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -26,8 +26,10 @@ from mmit.interop.templates import processor_template
 from mmit.models.interop.llava_hf_write import check_writable, reload, write_llava_hf
 from mmit.models.tuning.merge import merge
 from mmit.models.vision_encoder import explained
-from mmit.models.vlm import VLM
 from mmit.records import Image, Text, Turn
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 # Largest difference of a logit, as a share of the largest logit: rounding of the weights to the written format, and in
 # float32 the order of sums alone.

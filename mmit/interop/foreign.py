@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,9 @@ from mmit.models.interop.llava_hf import LlavaHF, is_llava_hf, read_llava_hf
 from mmit.models.interop.prismatic import prismatic_config, read_prismatic
 from mmit.models.interop.tinyllava import read_tinyllava, tinyllava_config
 from mmit.models.llm import usable_device
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 __all__ = ["Foreign", "check_options", "is_foreign", "read_foreign", "settle"]
 

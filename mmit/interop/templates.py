@@ -7,11 +7,13 @@ image token for each image. That ids agree is checked where a template is used, 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmit.data.chat import ChatFormat
 from mmit.data.chat_builtin import BUILT_IN, VICUNA_SYSTEM
 from mmit.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from mmit.data.chat import ChatFormat
 
 # A content, list of parts or string, as one string.
 FLAT = (

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from mmit.errors import located
 from mmit.models.deepstack import deep_layers
@@ -19,6 +18,9 @@ from mmit.models.partition import shape
 from mmit.models.projectors import build_projector
 from mmit.models.vision import FUSED, VisionTower, build_vision
 from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionTower:
@@ -57,7 +59,7 @@ def has_line_end(vision: Mapping[str, Any]) -> bool:
     return vision["fit"] == "any_resolution" and vision["tiles"].get("line_ends", True)
 
 
-def assemble(
+def assemble(  # noqa: PLR0913
     model: Mapping[str, Any],
     *,
     dtype: torch.dtype,

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftModel
-from transformers.cache_utils import Cache
 
 from mmit.errors import ModelError
 from mmit.models.deepstack import stacked
 from mmit.models.per_layer import per_layer_inputs
+
+if TYPE_CHECKING:
+    import torch
+    from transformers.cache_utils import Cache
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; before 5.24 one of the other two
 ELSEWHERE = "use another architecture, or a version of transformers that `mmit env` lists as tested"

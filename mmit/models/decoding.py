@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,9 @@ from mmit.models.llm import input_device
 from mmit.models.per_record import rotary_limit, turning_point
 from mmit.models.sampling import Sampling, choose
 from mmit.models.virtual import with_prompt
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 LLM = PreTrainedModel | PeftModel
 ROOM = 64  # tokens by which the buffers of a batch cache grow
@@ -230,7 +232,7 @@ def _close_up(state: State, places: list[int]) -> None:
     lengths = state.lengths[index]
     trim = state.cache.get_seq_length() - int(lengths.max())
     for layer in state.cache.layers:
-        cast(_GrowingLayer, layer).select(index, trim)
+        cast("_GrowingLayer", layer).select(index, trim)
     state.lengths = lengths
     if state.rows is not None:
         state.rows = [state.rows[place] for place in places]
@@ -331,12 +333,12 @@ def _anew(llm: LLM, state: State, place: int, answer: Sequence[int]) -> torch.Te
     whole = Prompts(embeddings, positions, nodes, torch.tensor([len(embeddings) - 1], device=positions.device))
     if not isinstance(state.cache.layers[0], _GrowingLayer):
         out = _run(llm, whole, None)
-        state.cache = cast(Cache, cache_of(out))
+        state.cache = cast("Cache", cache_of(out))
         return out.logits[0, -1]
     cache = DynamicCache()
     out = _run(llm, whole, cache)
     for layer, new in zip(state.cache.layers, cache.layers, strict=True):
-        cast(_GrowingLayer, layer).put(place, cast(Any, new).keys[0], cast(Any, new).values[0])
+        cast("_GrowingLayer", layer).put(place, cast("Any", new).keys[0], cast("Any", new).values[0])
     return out.logits[0, -1]
 
 

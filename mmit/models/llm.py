@@ -104,7 +104,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         raise _explain(name, error) from error
 
 
-def load_llm(
+def load_llm(  # noqa: PLR0913
     name: str,
     *,
     revision: str | None = None,

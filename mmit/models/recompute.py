@@ -6,13 +6,15 @@ recomputation for about half the saving. In: a composite. The loss and the gradi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmit.errors import ModelError, nearest
 from mmit.models.llm import recompute_activations
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 MODES = ("none", "selective", "full")
 

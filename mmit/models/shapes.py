@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface
 
 from mmit.errors import ModelError
@@ -26,7 +25,11 @@ from mmit.models.row_state import RowState, running
 from mmit.models.rules import takes_attention
 from mmit.models.tuning.structure import base_model
 from mmit.models.virtual import PREFIX, virtual_tokens
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from mmit.models.vlm import VLM
 
 FREE, PLANNED = "mmit_free", "mmit_planned"
 
@@ -96,7 +99,7 @@ def _planned(
 
 @contextmanager
 def _implementation(vlm: VLM, name: str, current: _Current) -> Iterator[None]:
-    global _current
+    global _current  # noqa: PLW0603
     llm = base_model(vlm.llm)
     if not takes_attention(type(llm)) and not mixers(llm):
         raise ModelError(

@@ -31,7 +31,7 @@ FUSED = "fused"
 ENCODERS: dict[str, Any] = {"open_clip": open_clip_encoder, "timm": timm_encoder, "hf": hf_encoder}
 
 
-def build_vision(
+def build_vision(  # noqa: PLR0913
     kind: str,
     name: str | Mapping[str, Any],
     *,
@@ -92,7 +92,7 @@ def _own_code(*kinds: str) -> list[str]:
     return [source_hash(kind, where="model.vision.kind") for kind in kinds if is_spec(kind)]
 
 
-def _encoder(
+def _encoder(  # noqa: PLR0913
     kind: str,
     name: str | Mapping[str, Any],
     *,

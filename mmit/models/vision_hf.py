@@ -244,11 +244,11 @@ def _model(
         if weights is True:
             raise ModelError("a config dict brings no weights", where=where, remedy="leave weights out, or give a file")
         return model_class(config), weights if isinstance(weights, str) else "random"
-    with explained(where, remedy="the hub id or folder must hold model.safetensors or pytorch_model.bin"):
-        with quiet_loading():
-            model, info = model_class.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-            )
+    remedy = "the hub id or folder must hold model.safetensors or pytorch_model.bin"
+    with explained(where, remedy=remedy), quiet_loading():
+        model, info = model_class.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
     bad = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
     if bad:
         raise ModelError(

@@ -390,7 +390,7 @@ NATIVE_TYPES = {
 }
 
 
-def native_encoder(
+def native_encoder(  # noqa: PLR0913
     name: str | Mapping[str, Any],
     config: Any,
     class_name: str,

@@ -142,7 +142,7 @@ def timm_encoder(
     )
 
 
-def cut_timm(
+def cut_timm(  # noqa: PLR0913
     model: Any,
     *,
     name: str,

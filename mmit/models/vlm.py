@@ -10,13 +10,12 @@ for each distinct picture, or its tiles), N vision tokens and M image tokens per
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from mmit.errors import ModelError
 from mmit.models.attention import NAME, run_row
@@ -27,10 +26,14 @@ from mmit.models.modes import evaluation_mode, training_mode
 from mmit.models.padded import is_flat, run_padded
 from mmit.models.partition import shape
 from mmit.models.per_record import rotary_limit
-from mmit.models.projectors import Projector
-from mmit.models.routers import Routers
 from mmit.models.virtual import virtual_tokens, with_prompt
-from mmit.models.vision import VisionTower
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mmit.models.projectors import Projector
+    from mmit.models.routers import Routers
+    from mmit.models.vision import VisionTower
 
 
 class VLM(nn.Module):
@@ -139,7 +142,7 @@ class VLM(nn.Module):
         embeddings = as_wide(embeddings, images)
         return embeddings.index_copy(0, image_positions, images.to(embeddings))
 
-    def forward(
+    def forward(  # noqa: PLR0913
         self,
         *,
         input_ids: torch.Tensor,

@@ -10,11 +10,13 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, MmitError
-from mmit.teachers.journal import Entry, Journal
-from mmit.teachers.request import Reply, Request, Teacher
+
+if TYPE_CHECKING:
+    from mmit.teachers.journal import Entry, Journal
+    from mmit.teachers.request import Reply, Request, Teacher
 
 
 class BudgetError(MmitError):

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, nearest
 from mmit.teachers.endpoint import Endpoint
 from mmit.teachers.replay import Replay
-from mmit.teachers.request import Teacher
+
+if TYPE_CHECKING:
+    from mmit.teachers.request import Teacher
 
 SHARED = ("open", "name", "terms", "price")
 OPTIONS = {

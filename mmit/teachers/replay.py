@@ -6,10 +6,13 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmit.errors import MmitError
 from mmit.teachers.journal import Entry, read_entries
-from mmit.teachers.request import Reply, Request
+
+if TYPE_CHECKING:
+    from mmit.teachers.request import Reply, Request
 
 
 @dataclass

@@ -210,7 +210,7 @@ def _template(row: Any, number: int, where: str, shared: tuple[str, ...] | str |
     split = row.get("split", "train")
     if split not in SPLITS:
         raise ConfigError(f"unknown split '{split}'", where=place, remedy=nearest(str(split), SPLITS))
-    own = row["choices"] if "choices" in row else None
+    own = row.get("choices")
     return Template(
         id=name,
         jinja=f"{row['input']}{SEPARATOR}{row['target']}",

@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from mmit.errors import ConfigError
 from mmit.records import Part, Text
-from mmit.templates.render import Rendered
+
+if TYPE_CHECKING:
+    from mmit.templates.render import Rendered
 
 Row = TypeVar("Row")
 _TRIES = 50

@@ -13,18 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from mmit.errors import RecordError
-from mmit.models.projectors import Projector
+
+if TYPE_CHECKING:
+    from mmit.models.projectors import Projector
 
 SHARPNESS = 20.0  # factor on the cosine: 1 / temperature of the softmax
 NORM_WEIGHT = 0.1  # weight of the size penalty
 
 
-def align_words(
+def align_words(  # noqa: PLR0913
     projector: Projector,
     features: torch.Tensor,
     words: Sequence[Sequence[int]],

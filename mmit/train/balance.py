@@ -7,13 +7,14 @@ the tower. Forward and backward pass of a frozen LLM are 4 FLOPs a weight and to
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from mmit.data.dataset import Scan
-from mmit.models.vlm import VLM
+if TYPE_CHECKING:
+    from mmit.data.dataset import Scan
+    from mmit.models.vlm import VLM
 
 
 def _weights(module: nn.Module) -> int:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -39,12 +39,14 @@ from mmit.models.llm import bring_adapters, multiplied_out, usable_device, why_n
 from mmit.models.partition import shape, whole
 from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
 from mmit.models.tuning.lora import quietly
-from mmit.models.vision import VisionTower
-from mmit.models.vlm import VLM
 from mmit.plugins import refuse_own_code
 from mmit.precision import fast_half
 from mmit.train.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
 from mmit.yamlio import parse_yaml
+
+if TYPE_CHECKING:
+    from mmit.models.vision import VisionTower
+    from mmit.models.vlm import VLM
 
 __all__ = [
     "MANIFEST",
@@ -291,7 +293,7 @@ def _placed(device_map: Any) -> Iterator[None]:
         ) from error
 
 
-def load_model(
+def load_model(  # noqa: PLR0913
     folder: str | Path,
     *,
     device: str = "auto",
@@ -333,9 +335,9 @@ def load_model(
         model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
     if model["vision"] and (path / "vision").exists():
         model["vision"].update(name=str(path / "vision"), weights=None)
-    if model["vision"] and (path / "vision.safetensors").exists() and not untuned:
-        if model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
-            model["vision"] = without_weights(model["vision"])  # all of the tower is read below
+    whole = model["vision"] and (path / "vision.safetensors").exists() and not untuned
+    if whole and model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
+        model["vision"] = without_weights(model["vision"])  # all of the tower is read below
     trained = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     notes = []
     if dtype is None and adapt and device_map is None and bits is None and trained != torch.float32:

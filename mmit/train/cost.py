@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,9 +20,11 @@ from mmit.models.fakes import CpuFakes
 from mmit.models.recompute import set_recompute
 from mmit.models.shapes import free_attention, make_fake, planned_attention
 from mmit.models.tuning import Group
-from mmit.models.vlm import VLM
 from mmit.train.engine import TorchEngine
 from mmit.train.live_bytes import LiveBytes
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 PARTS = ("tower", "projector", "backbone", "attention", "head")
 

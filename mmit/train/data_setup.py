@@ -14,28 +14,31 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from mmit.data.ahead import allowed_cores, in_order
 from mmit.data.chat import ChatFormat, Encoded, encode
 from mmit.data.dataset import InstructionData
 from mmit.data.loader import LoadImage, MicroBatch, micro_batches
 from mmit.data.loss import Loss
-from mmit.data.measure import Scan
 from mmit.data.mixture import WINDOW, mixing_weights, mixture_order, units_in_epoch
 from mmit.data.packing import plan_rows
-from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import Source, open_source
 from mmit.data.store import Store, code_version, key_of
 from mmit.data.walk import Walk
 from mmit.errors import CheckpointError, ConfigError, RecordError, located, nearest
 from mmit.io import append, write_atomic
 from mmit.plugins import source_hash
-from mmit.records import Image, Record
 from mmit.text import terminal
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmit.data.measure import Scan
+    from mmit.data.preparation import ImagePreparation
+    from mmit.records import Image, Record
 
 Say = Callable[[Any], None]
 
@@ -225,7 +228,7 @@ def _line(error: RecordError) -> str:
     return json.dumps({"where": error.where, "problem": error.problem, "remedy": error.remedy}) + "\n"
 
 
-def make_walk(
+def make_walk(  # noqa: PLR0913
     scan: Scan,
     weights: Sequence[float],
     *,
@@ -336,7 +339,7 @@ def _load_image(preparation: ImagePreparation, image: Image, where: str) -> torc
     return preparation.pixels(image, where=where)
 
 
-def batches_of_rank(
+def batches_of_rank(  # noqa: PLR0913
     data: InstructionData,
     scan: Scan,
     walk: Walk,

@@ -11,18 +11,20 @@ import platform
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import mmit
-from mmit.data.dataset import InstructionData, Scan
-from mmit.data.walk import Walk
 from mmit.models.tuning import parameter_table
-from mmit.models.vlm import VLM
 from mmit.train.data_setup import source_names
 from mmit.train.run_files import RUN, read_json, write_json
-from mmit.train.world import World
+
+if TYPE_CHECKING:
+    from mmit.data.dataset import InstructionData, Scan
+    from mmit.data.walk import Walk
+    from mmit.models.vlm import VLM
+    from mmit.train.world import World
 
 LIBRARIES = ("torch", "transformers", "peft", "open_clip_torch", "timm", "deepspeed")
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmit.data.chat import ChatFormat
 from mmit.data.chat_check import difference
 from mmit.data.dataset import InstructionData, Scan, split_pairs
 from mmit.data.viewer import to_rich
-from mmit.data.walk import Walk
 from mmit.models.tuning import parameter_table
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.data.chat import ChatFormat
+    from mmit.data.walk import Walk
+    from mmit.models.vlm import VLM
 
 FIRST = 16  # records compared with what the chat template writes
 

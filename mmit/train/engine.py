@@ -13,16 +13,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from mmit.errors import ConfigError
-from mmit.models.tuning import Group
 from mmit.train.optimizer_state import placed, placed_step, read_state, write_state
 from mmit.train.zero import complete, zero_stage
+
+if TYPE_CHECKING:
+    from mmit.models.tuning import Group
 
 
 def join_deepspeed(*, cuda: bool) -> tuple[int, int]:
@@ -248,7 +250,7 @@ class DeepSpeedEngine(Engine):
             tower belongs there, since under ZeRO-3 a rank without pictures would not join in gathering it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         model: nn.Module,
         groups: Sequence[Group],

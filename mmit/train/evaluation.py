@@ -12,18 +12,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from mmit.data.loader import MicroBatch
 from mmit.errors import ConfigError, RecordError
 from mmit.models.modes import evaluation_mode
 from mmit.train.engine import Engine, weighted
 from mmit.train.loop import Progress, sources_of, sum_by_source
-from mmit.train.metrics_log import RunLog
 from mmit.train.signals import Leave
+
+if TYPE_CHECKING:
+    from mmit.data.loader import MicroBatch
+    from mmit.train.metrics_log import RunLog
 
 LOSS = "eval_loss"
 Metrics = Mapping[str, float]

@@ -6,9 +6,12 @@ In: a config. Out: nothing, or the ModelError of `models.interop.holds` that say
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mmit.config import Config
 from mmit.models.interop.holds import TextFacts, check_export, text_facts
+
+if TYPE_CHECKING:
+    from mmit.config import Config
 
 NEED_FACTS = ("llava-hf", "llava")
 

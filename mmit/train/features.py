@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ import torch
 from mmit.data.preparation import ImagePreparation, grids_of
 from mmit.errors import ConfigError, ImageError
 from mmit.io import whole_file, write_atomic
-from mmit.models.vision import VisionTower
-from mmit.records import Image
 from mmit.train.world import World
+
+if TYPE_CHECKING:
+    from mmit.models.vision import VisionTower
+    from mmit.records import Image
 
 ALONE = World(0, 1, torch.device("cpu"), deepspeed=False)
 DISK_TYPES = {torch.float32: np.float32, torch.float16: np.float16, torch.bfloat16: np.int16}
@@ -58,7 +61,7 @@ def forecast_bytes(tower: VisionTower, crops: int) -> int:
     return crops * tower.tokens * tower.dim * size
 
 
-def compute_features(
+def compute_features(  # noqa: PLR0913
     tower: VisionTower,
     pictures: Iterable[tuple[Hashable, Image]],
     preparation: ImagePreparation,

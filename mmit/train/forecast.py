@@ -12,21 +12,18 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from mmit import precision
-from mmit.config import Config
 from mmit.data.ahead import allowed_cores
-from mmit.data.dataset import InstructionData
 from mmit.data.formats.keys import told
 from mmit.data.loader import MicroBatch, micro_batches
 from mmit.data.measure import Scan, is_kept
 from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.store import Store, borrowed
-from mmit.data.walk import Walk
 from mmit.errors import MmitError, RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
@@ -34,7 +31,6 @@ from mmit.models.recompute import MODES
 from mmit.models.rules import read_rules
 from mmit.models.tuning import Group, apply_tuning, check_options, parameter_table, unquantised
 from mmit.models.virtual import virtual_tokens
-from mmit.models.vlm import VLM
 from mmit.train.chat import chat_of
 from mmit.train.checkpoint import image_preparation
 from mmit.train.cost import Bytes, RowFacts, count_pairs, measure_bytes, measure_rates
@@ -42,6 +38,12 @@ from mmit.train.data_setup import Say, cache_folder, check_lengths, judge, make_
 from mmit.train.devices import find_device
 from mmit.train.settle import settle_packing
 from mmit.train.zero import bucket_size
+
+if TYPE_CHECKING:
+    from mmit.config import Config
+    from mmit.data.dataset import InstructionData
+    from mmit.data.walk import Walk
+    from mmit.models.vlm import VLM
 
 SAMPLE = 2000  # records measured; more are told from them
 MICROS = 16  # micro-batches that are built, evenly over the run

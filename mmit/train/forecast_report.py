@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from mmit.train.cost import PARTS
-from mmit.train.devices import Device
 from mmit.train.forecast import ALONE, ROOM, Forecast
+
+if TYPE_CHECKING:
+    from mmit.train.devices import Device
 
 
 def show(

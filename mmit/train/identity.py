@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from mmit.data.dataset import InstructionData, Scan
 from mmit.data.shards.reader import ShardSource
 from mmit.data.store import Store, digest
 from mmit.errors import CheckpointError
 from mmit.models.files import resolve_file
 from mmit.models.hub import is_hub_id
-from mmit.models.vision import VisionTower
 from mmit.yamlio import inline_yaml
+
+if TYPE_CHECKING:
+    from mmit.data.dataset import InstructionData, Scan
+    from mmit.models.vision import VisionTower
 
 Say = Callable[[str], None]
 Role = Literal["decides", "length", "content", "past", "rounding", "free", "silent"]

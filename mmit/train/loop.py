@@ -14,17 +14,19 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmit.data.loader import MicroBatch
-from mmit.data.walk import Walk
 from mmit.errors import MmitError, RecordError
 from mmit.train.engine import Engine, weighted
 from mmit.train.metrics_log import RunLog, memory_gib
 from mmit.train.schedule import lr_factor
 from mmit.train.spikes import Spikes
+
+if TYPE_CHECKING:
+    from mmit.data.loader import MicroBatch
+    from mmit.data.walk import Walk
 
 MAX_BAD_STEPS = 8
 MAX_BAD_RUN = 100
@@ -89,7 +91,7 @@ class _Step:
         return sum(self.losses_of) / (self.weight or 1.0)
 
 
-def train(
+def train(  # noqa: PLR0913
     engine: Engine,
     walk: Walk,
     batches: Iterable[MicroBatch],

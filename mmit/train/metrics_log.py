@@ -12,7 +12,7 @@ import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import (
@@ -28,7 +28,9 @@ from mmit.io import append, unless_failing, whole_file, write_atomic
 from mmit.text import plain as shown
 from mmit.text import terminal
 from mmit.train.run_files import EVENTS, METRICS, note_event, plain, read_rows
-from mmit.train.trackers import Tracker
+
+if TYPE_CHECKING:
+    from mmit.train.trackers import Tracker
 
 
 def memory_gib(device: torch.device) -> float:

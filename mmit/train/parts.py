@@ -10,19 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from mmit import precision
-from mmit.config import Config
-from mmit.data.chat import ChatFormat
-from mmit.data.dataset import InstructionData, Scan
 from mmit.data.formats.keys import told
-from mmit.data.loader import LoadImage
 from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.store import Store
-from mmit.data.walk import Walk
 from mmit.errors import ConfigError, RecordError, located
 from mmit.io import write_atomic
 from mmit.models.assemble import assemble
@@ -35,7 +30,6 @@ from mmit.models.routers import read_routers
 from mmit.models.tuning import Group, apply_tuning, quantization
 from mmit.models.tuning.own import changes_layout
 from mmit.models.virtual import virtual_tokens
-from mmit.models.vlm import VLM
 from mmit.train import checkpoint, identity, resume
 from mmit.train.balance import unit_costs
 from mmit.train.chat import chat_of
@@ -43,17 +37,25 @@ from mmit.train.data_setup import Say, cache_folder, check_lengths, image_loader
 from mmit.train.describe import describe, note_start
 from mmit.train.echo import echo
 from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
-from mmit.train.features import FeatureCache
 from mmit.train.forecast import least_recompute, settled, walk_of, with_whole_paths
-from mmit.train.heartbeat import Heartbeat
-from mmit.train.loop import Progress
 from mmit.train.pictures import align_to_captions, cache_features
 from mmit.train.probes import ADAPTERS, answers, check_records, check_start_of_adapter, without_gradient
 from mmit.train.settle import check_divided
 from mmit.train.start import check_start
-from mmit.train.world import World
 from mmit.train.zero import complete, deepspeed_options, zero_stage
 from mmit.train.zero_check import check_deepspeed
+
+if TYPE_CHECKING:
+    from mmit.config import Config
+    from mmit.data.chat import ChatFormat
+    from mmit.data.dataset import InstructionData, Scan
+    from mmit.data.loader import LoadImage
+    from mmit.data.walk import Walk
+    from mmit.models.vlm import VLM
+    from mmit.train.features import FeatureCache
+    from mmit.train.heartbeat import Heartbeat
+    from mmit.train.loop import Progress
+    from mmit.train.world import World
 
 BAD_RECORDS = {"train": "bad_records.jsonl", "eval": "bad_records_eval.jsonl"}
 
@@ -233,7 +235,7 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
     return groups
 
 
-def _contents(
+def _contents(  # noqa: PLR0913
     config: Config,
     vlm: VLM,
     chat: ChatFormat,

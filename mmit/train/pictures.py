@@ -9,25 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mmit.data.dataset import InstructionData, Scan, image_key
-from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError, located
 from mmit.models.partition import shape, whole
-from mmit.models.vlm import VLM
-from mmit.records import Record
 from mmit.train.align import align_words
 from mmit.train.features import FeatureCache, compute_features
-from mmit.train.world import World
+
+if TYPE_CHECKING:
+    from mmit.data.preparation import ImagePreparation
+    from mmit.models.vlm import VLM
+    from mmit.records import Record
+    from mmit.train.world import World
 
 Say = Callable[[Any], None]
 
 
-def cache_features(
+def cache_features(  # noqa: PLR0913
     vlm: VLM,
     data: InstructionData,
     scan: Scan,
@@ -55,7 +57,7 @@ def cache_features(
     return compute_features(vlm.vision, pictures, preparation, **options)
 
 
-def align_to_captions(
+def align_to_captions(  # noqa: PLR0913
     vlm: VLM,
     tokenizer: Any,
     preparation: ImagePreparation | None,

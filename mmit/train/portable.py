@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.errors import CheckpointError, ModelError
-from mmit.interop.foreign import Foreign
 from mmit.models.interop.hf_parts import write_tower, write_tower_config
 from mmit.models.vision import FUSED
 from mmit.train.checkpoint import Loaded, write_folder, write_model
 
 if TYPE_CHECKING:
     from mmit.config import Config
+    from mmit.interop.foreign import Foreign
 
 
 def refuse_existing(folder: Path) -> None:

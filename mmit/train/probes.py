@@ -7,17 +7,19 @@ without dropout. What fails is one sentence with a way out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmit.data.dataset import InstructionData, Scan
 from mmit.data.packing import Sample, build_row
 from mmit.errors import ModelError
 from mmit.models.calls import call
 from mmit.models.modes import evaluation_mode
 from mmit.models.partition import shape
 from mmit.models.vlm import VLM, same_logits
+
+if TYPE_CHECKING:
+    from mmit.data.dataset import InstructionData, Scan
 
 ADAPTERS = ("lora", "qlora", "ia3", "houlsby")
 LAST = 32  # targets of a record that are compared

@@ -113,8 +113,10 @@ def _curves(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any
     parts.append(figure("tokens per second, running mean", both))
     parts.append(figure("fill of the rows", {"fill": of("fill")}))
     parts.append(figure("peak memory, GiB", {"memory": of("memory_gib")}))
-    for name in dict.fromkeys(k for r in evals for k in r["eval"] if k != "eval_loss"):
-        parts.append(figure(name, {name: [(r["step"], r["eval"].get(name)) for r in evals]}, from_zero=False))
+    parts += [
+        figure(name, {name: [(r["step"], r["eval"].get(name)) for r in evals]}, from_zero=False)
+        for name in dict.fromkeys(k for r in evals for k in r["eval"] if k != "eval_loss")
+    ]
     return "".join(parts)
 
 

@@ -12,17 +12,19 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from mmit.errors import CheckpointError, ConfigError
 from mmit.train import folders
-from mmit.train.engine import Engine
 from mmit.train.loop import Progress
 from mmit.train.optimizer_state import scaler_state, take_scaler_state
 from mmit.train.run_files import BEST, write_json
+
+if TYPE_CHECKING:
+    from mmit.train.engine import Engine
 
 Say = Callable[[Any], None]
 

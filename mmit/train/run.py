@@ -11,25 +11,17 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmit.config import Config
 from mmit.cores import Watch
-from mmit.data.chat import ChatFormat
-from mmit.data.dataset import InstructionData, Scan
-from mmit.data.loader import LoadImage, MicroBatch
-from mmit.data.walk import Walk
 from mmit.errors import ConfigError
 from mmit.io import unless_failing, write_atomic
 from mmit.models.tuning import Group, check_options
-from mmit.models.vlm import VLM
 from mmit.processes import only_one
 from mmit.train import checkpoint, resume
 from mmit.train.data_setup import Say, batches_of_rank, make_walk, most_bad, note_bad, record_names, source_names
-from mmit.train.engine import Engine
 from mmit.train.evaluation import LOSS, Best, Evaluations, HeldOut, Measure
 from mmit.train.exporting import check_exports
-from mmit.train.features import FeatureCache
 from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Plan, train
 from mmit.train.metrics_log import RunLog
@@ -42,6 +34,16 @@ from mmit.train.spikes import Spikes
 from mmit.train.trackers import open_trackers, require
 from mmit.train.upload import Upload
 from mmit.train.world import World, join_ranks, speaker
+
+if TYPE_CHECKING:
+    from mmit.config import Config
+    from mmit.data.chat import ChatFormat
+    from mmit.data.dataset import InstructionData, Scan
+    from mmit.data.loader import LoadImage, MicroBatch
+    from mmit.data.walk import Walk
+    from mmit.models.vlm import VLM
+    from mmit.train.engine import Engine
+    from mmit.train.features import FeatureCache
 
 __all__ = ["EXIT_STOPPED", "Evaluate", "run"]
 

@@ -13,7 +13,7 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,8 +22,10 @@ from mmit.errors import CheckpointError
 from mmit.models.vlm import VLM
 from mmit.train import checkpoint, resume
 from mmit.train.engine import Engine, TorchEngine
-from mmit.train.loop import Progress
 from mmit.train.optimizer_state import write_state
+
+if TYPE_CHECKING:
+    from mmit.train.loop import Progress
 
 WriteModel = Callable[[Path, VLM, int], None]  # folder, model, step
 
@@ -94,7 +96,7 @@ class Saves:
         order: step -> what decides the data order and the place in it, kept beside the progress.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         run_dir: Path,
         engine: Engine,

@@ -7,13 +7,15 @@ said in one sentence. The dry run asks the same without forwards.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, ModelError, located
 from mmit.models.rules import check_vocabulary, read_rules
-from mmit.models.vlm import VLM
-from mmit.train.data_setup import Say
 from mmit.train.probes import check_embeddings
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
+    from mmit.train.data_setup import Say
 
 
 def check_divided(vlm: VLM) -> None:

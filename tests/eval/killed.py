@@ -18,7 +18,7 @@ import peft  # noqa: F401
 import transformers.models.clip.modeling_clip
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import mmit.eval.summary  # noqa: F401
+import mmit.eval.summary
 import mmit.generate  # noqa: F401
 from mmit.cli import main
 

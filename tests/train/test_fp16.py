@@ -7,14 +7,14 @@ import json
 import pytest
 
 pytest.importorskip("deepspeed")
-from mmit.errors import ConfigError  # noqa: E402
-from mmit.train.zero import complete  # noqa: E402
-from mmit.train.zero_check import check_deepspeed  # noqa: E402
-from tests.tiny_run import tiny_config  # noqa: E402
-from tests.train.launch import start_ranks  # noqa: E402
-from tests.train.test_ranks_saving import tensors  # noqa: E402
-from tests.train.test_run import losses  # noqa: E402
-from tests.train.test_zero import at_step  # noqa: E402
+from mmit.errors import ConfigError
+from mmit.train.zero import complete
+from mmit.train.zero_check import check_deepspeed
+from tests.tiny_run import tiny_config
+from tests.train.launch import start_ranks
+from tests.train.test_ranks_saving import tensors
+from tests.train.test_run import losses
+from tests.train.test_zero import at_step
 
 
 @pytest.mark.long

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("deepspeed")
-import psutil  # noqa: E402  (comes with deepspeed)
+import psutil
 
-from mmit.train import folders  # noqa: E402
-from mmit.train.run import EXIT_STOPPED, run  # noqa: E402
-from tests.tiny_run import tiny_config  # noqa: E402
-from tests.train.launch import ROOT, free_port  # noqa: E402
+from mmit.train import folders
+from mmit.train.run import EXIT_STOPPED, run
+from tests.tiny_run import tiny_config
+from tests.train.launch import ROOT, free_port
 
 TRAIN = {"steps": 3, "rows_per_step": 4, "precision": "fp32"}
 

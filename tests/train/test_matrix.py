@@ -7,8 +7,8 @@ import json
 import pytest
 
 pytest.importorskip("deepspeed")
-from tests.train.launch import start_ranks  # noqa: E402
-from tests.train.zero_cases import chosen, write_data  # noqa: E402
+from tests.train.launch import start_ranks
+from tests.train.zero_cases import chosen, write_data
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,19 @@ import pytest
 import torch
 
 pytest.importorskip("deepspeed")
-from mmit.config import Config  # noqa: E402
-from mmit.errors import ConfigError  # noqa: E402
-from mmit.train import folders, parts  # noqa: E402
-from mmit.train.heartbeat import Heartbeat  # noqa: E402
-from mmit.train.run import run  # noqa: E402
-from mmit.train.world import World  # noqa: E402
-from mmit.train.zero import complete, deepspeed_options  # noqa: E402
-from mmit.train.zero_check import check_deepspeed  # noqa: E402
-from tests.tiny_run import tiny_config  # noqa: E402
-from tests.train.launch import ROOT, start_ranks  # noqa: E402
-from tests.train.test_ranks_saving import tensors  # noqa: E402
-from tests.train.test_run import losses  # noqa: E402
-from tests.train.test_zero import at_step  # noqa: E402
+from mmit.config import Config
+from mmit.errors import ConfigError
+from mmit.train import folders, parts
+from mmit.train.heartbeat import Heartbeat
+from mmit.train.run import run
+from mmit.train.world import World
+from mmit.train.zero import complete, deepspeed_options
+from mmit.train.zero_check import check_deepspeed
+from tests.tiny_run import tiny_config
+from tests.train.launch import ROOT, start_ranks
+from tests.train.test_ranks_saving import tensors
+from tests.train.test_run import losses
+from tests.train.test_zero import at_step
 
 
 def config_of(folder: Path, name: str, engine: str) -> Config:

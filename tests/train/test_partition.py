@@ -8,12 +8,12 @@ import pytest
 import torch
 
 pytest.importorskip("deepspeed")
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from mmit.train import checkpoint  # noqa: E402
-from mmit.train.run import run  # noqa: E402
-from tests.tiny_run import tiny_config  # noqa: E402
-from tests.train.launch import start_ranks  # noqa: E402
+from mmit.train import checkpoint
+from mmit.train.run import run
+from tests.tiny_run import tiny_config
+from tests.train.launch import start_ranks
 
 # Small enough that little is live at once; DeepSpeed's defaults keep up to a billion parameters.
 ZERO3 = {

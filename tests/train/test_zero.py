@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("deepspeed")
-from mmit.train import folders  # noqa: E402
-from mmit.train.run import run  # noqa: E402
-from tests.tiny_run import tiny_config  # noqa: E402
-from tests.train.launch import ROOT, start_ranks  # noqa: E402
+from mmit.train import folders
+from mmit.train.run import run
+from tests.tiny_run import tiny_config
+from tests.train.launch import ROOT, start_ranks
 
 
 def at_step(run_dir: Path, step: int) -> None:

@@ -41,7 +41,7 @@ ROLES = {
 
 def said(role: str, text: str) -> Turn:
     """A turn of one text."""
-    return Turn(cast(Any, role), (Text(text),))
+    return Turn(cast("Any", role), (Text(text),))
 
 
 def llava(row: Row, *, image_root: str = "") -> Record:
@@ -200,7 +200,7 @@ def _turns(
         label = "turn" if named[0] == "from" else "message"
         said_by = item.get(named[0])
         role = roles.get(said_by, "") if isinstance(said_by, str) else ""
-        role = role or by_name(said_by, cast(Any, roles), f"turn {number} is said by")
+        role = role or by_name(said_by, cast("Any", roles), f"turn {number} is said by")
         call, role = role == _CALL, "assistant" if role == _CALL else role
         found, rest_of = turn_extras(item, role, number, used=named)
         content = item.get(named[1])
@@ -220,7 +220,7 @@ def _turns(
         if "spans" in found:
             problem = f"turn {number} ({role}) has train_detail, but its content is no text"
             raise RecordError(problem, remedy="Write the content as one text.")
-        turn = Turn(cast(Any, role), parts, **found)
+        turn = Turn(cast("Any", role), parts, **found)
         if call and turns and turns[-1].role == "assistant":  # its text, or a parallel call, came before
             turns[-1] = replace(turns[-1], tool_calls=(*turns[-1].tool_calls, *turn.tool_calls))
             extras[-1] |= rest_of
@@ -256,7 +256,7 @@ def _thoughts(content: list[Any]) -> tuple[str | None, list[Any]]:
     ]
     if None in texts:
         raise RecordError("a thinking part has no text", remedy='Write {"type": "thinking", "thinking": "..."}.')
-    return "".join(cast(list[str], texts)), [part for part in content if part not in thoughts]
+    return "".join(cast("list[str]", texts)), [part for part in content if part not in thoughts]
 
 
 def conversation_format(rows: Sequence[Any]) -> tuple[str, str]:

@@ -218,7 +218,7 @@ class _Scan:
         return width, height
 
 
-def index_tars(
+def index_tars(  # noqa: PLR0913
     paths: Iterable[str | os.PathLike[str]],
     out_dir: str | os.PathLike[str],
     *,

@@ -82,7 +82,7 @@ class _Options:
     scan: ScanOptions
 
 
-def build_shards(
+def build_shards(  # noqa: PLR0913
     records: Iterable[Record],
     out_dir: str | os.PathLike[str],
     *,

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from string import ascii_uppercase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.errors import RecordError
 from mmit.eval.layouts.common import lettered
 from mmit.eval.questions import CHOICES, GROUP, REFERENCE
-from mmit.records import Record
+
+if TYPE_CHECKING:
+    from mmit.records import Record
 
 Columns = dict[str, Any]
 

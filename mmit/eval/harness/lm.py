@@ -11,10 +11,9 @@ import logging
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -24,9 +23,13 @@ from mmit.data.content import piece_tokenizer
 from mmit.errors import ConfigError
 from mmit.eval.harness import requests as asking
 from mmit.eval.harness import scoring
-from mmit.generate import Likelihood
 from mmit.models.llm import context_length
-from mmit.records import Record
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from mmit.generate import Likelihood
+    from mmit.records import Record
 
 log = logging.getLogger(__name__)
 Scored = tuple[float, bool]

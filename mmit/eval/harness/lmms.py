@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from lmms_eval.api.instance import GenerationResult, Instance
@@ -19,7 +19,9 @@ from tqdm import tqdm
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.eval.harness import requests as asking
 from mmit.eval.harness import scoring
-from mmit.records import Record
+
+if TYPE_CHECKING:
+    from mmit.records import Record
 
 LOSSES = ("mean", "sum")
 
@@ -49,7 +51,7 @@ class _Adapter(lmms):
         CheckpointError: the folder is not a whole checkpoint.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         pretrained: str = "",
         *,

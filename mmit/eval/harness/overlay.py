@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -22,7 +22,9 @@ from mmit.errors import ConfigError, RecordError, nearest
 from mmit.eval import layouts
 from mmit.eval.harness.columns import LMMS_COLUMNS
 from mmit.io import write_atomic
-from mmit.records import Image, Record
+
+if TYPE_CHECKING:
+    from mmit.records import Image, Record
 
 SUFFIX = "_local"
 

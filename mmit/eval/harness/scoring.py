@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmit.data.answers import AnswerText
 from mmit.data.packing import Sample
 from mmit.data.prompts import Prompt
 from mmit.errors import ConfigError, RecordError
-from mmit.eval.harness.requests import Generation
 from mmit.eval.runner import CHUNK
 from mmit.generate import Likelihood, Model
 from mmit.models.llm import context_length
 from mmit.models.sampling import Sampling
-from mmit.records import Record
+
+if TYPE_CHECKING:
+    from mmit.eval.harness.requests import Generation
+    from mmit.records import Record
 
 Asked = TypeVar("Asked")
 Ids = Sequence[int]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.eval.layouts import captions, choice, judged, text, vqa, yesno
 from mmit.eval.layouts.common import LETTER, SHORT, Folder, Layout
-from mmit.records import Record
+
+if TYPE_CHECKING:
+    from mmit.records import Record
 
 __all__ = ["LAYOUTS", "LETTER", "SHORT", "Folder", "Layout", "check_options", "read"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -24,9 +24,11 @@ from mmit.models.interop.tensors import complain
 from mmit.models.llm import load_llm
 from mmit.models.projectors import MLP, Linear
 from mmit.models.tuning.lora import quietly
-from mmit.models.vision import VisionTower
 from mmit.models.vision_encoder import explained
 from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.vision import VisionTower
 
 # model_type of an LLM -> (LLaVA's model_type, its class)
 LLAVA_CLASSES = {

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from mmit.errors import ModelError
-from mmit.models.vision import VisionTower
 from mmit.models.vision_hf import HFReader
 from mmit.models.vision_open_clip import ViTReader
 from mmit.models.vision_timm import TimmReader
+
+if TYPE_CHECKING:
+    from mmit.models.vision import VisionTower
 
 HELD = "llava-hf holds CLIP and SigLIP vision transformers"
 Converted = tuple[Any, dict[str, torch.Tensor]]

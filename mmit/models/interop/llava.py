@@ -108,9 +108,8 @@ def read_llava(
                     where=where,
                     remedy="make a model of it first: mmit import-model, then load that",
                 )
-            with explained(where, remedy="is this the base that the adapter was trained on?"):
-                with quietly():
-                    llm = PeftModel.from_pretrained(llm, where).merge_and_unload()
+            with explained(where, remedy="is this the base that the adapter was trained on?"), quietly():
+                llm = PeftModel.from_pretrained(llm, where).merge_and_unload()
     depth = projector_depth(config.get("mm_projector_type", "linear"), where)
     width = llm.get_input_embeddings().weight.shape[1]
     projector = build_projector(

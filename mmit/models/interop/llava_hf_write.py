@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -36,7 +36,9 @@ from mmit.models.interop.hf_towers import hf_tower, read_blocks
 from mmit.models.interop.llava_hf import ARCHITECTURES, PROJECTOR
 from mmit.models.interop.tensors import complain
 from mmit.models.projectors import MLP
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 # LLaVA-1.6's canvases, (W, H), for tiles of 336 pixels: what a tiling without canvases of its own takes.
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
@@ -69,7 +71,7 @@ def check_writable(vlm: VLM, image: Mapping[str, Any]) -> None:
         )
 
 
-def write_llava_hf(
+def write_llava_hf(  # noqa: PLR0913
     folder: Path,
     vlm: VLM,
     *,

@@ -11,10 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from mmit.errors import ModelError, nearest
 from mmit.models.files import load_pickle
@@ -26,6 +25,9 @@ from mmit.models.projectors import build_projector
 from mmit.models.vision import VisionTower, build_vision
 from mmit.models.vision_fused import fuse
 from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # vision_backbone_id -> timm's model. Prismatic asks for QuickGELU by an option, which timm has in the name; without
 # a tag, timm's SigLIP names stand for SigLIP 2 by now.

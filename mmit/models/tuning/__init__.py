@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ModelError, nearest
 from mmit.models.partition import numel
@@ -25,9 +23,13 @@ from mmit.models.tuning.merge import base_name, is_added, merge
 from mmit.models.tuning.options import Option, Options, read_options
 from mmit.models.tuning.own import apply_own, read_own_options
 from mmit.models.tuning.reach import left_out
-from mmit.models.vision import VisionTower
-from mmit.models.vlm import VLM
 from mmit.plugins import FORM, is_spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from mmit.models.vision import VisionTower
+    from mmit.models.vlm import VLM
 
 __all__ = [
     "MODES",

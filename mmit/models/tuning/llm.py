@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,7 +22,9 @@ from mmit.models.tuning.lora import IA3, LORA, QLORA, tune_ia3, tune_lora, tune_
 from mmit.models.tuning.options import Option, Options
 from mmit.models.tuning.structure import attention_and_mlp, base_model, decoder_layers, norms
 from mmit.models.virtual import PREFIX, PROMPT, Prefix, SoftPrompt
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 SOME = 4096  # words whose embeddings tell how large they are
 INSERTED = "mmit_inserted_bias"  # marks a linear layer whose bias the architecture does not know

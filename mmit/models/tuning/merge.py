@@ -6,7 +6,7 @@ BitFit, LayerNorm and full tuning are in the weights already. Refuses what no pl
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 
@@ -16,7 +16,9 @@ from mmit.models.tuning.llm import INSERTED
 from mmit.models.tuning.own import PLAIN, changes_layout
 from mmit.models.tuning.structure import base_model
 from mmit.models.virtual import PREFIX, PROMPT, Prefix, SoftPrompt
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 STAYS = {
     WithAdapter: "bottleneck adapters are not linear",

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
 from mmit.errors import MmitError, ModelError, nearest
 from mmit.models.tuning.structure import base_model
-from mmit.models.vlm import VLM
 from mmit.plugins import own_function, own_options, takes_any_keyword
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 WHERE = "tune.llm.mode"
 PLAIN = "mmit_plain_names"  # attribute of an LLM: {name of a tensor: its name before the method}

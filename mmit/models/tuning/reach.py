@@ -11,7 +11,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,7 +21,9 @@ from mmit.models.calls import call
 from mmit.models.modes import evaluation_mode
 from mmit.models.partition import is_part, numel, shape
 from mmit.models.tuning.structure import base_model
-from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.vlm import VLM
 
 WHERE = "tune.llm.options.targets"
 ALL_LINEAR = "all-linear"
