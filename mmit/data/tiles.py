@@ -117,7 +117,7 @@ def _unpadded(size: Size, height: int, width: int) -> tuple[int, int, int, int]:
     Rounded as LLaVA rounds. Of a picture so narrow that nothing would be left, at least a line stays.
     """
     W, H = size
-    if width / height < W / H:
+    if W / H > width / height:
         cut = min((height - int(round(H * (width / W), 7))) // 2, (height - 1) // 2)
         return cut, 0, height - 2 * cut, width
     cut = min((width - int(round(W * (height / H), 7))) // 2, (width - 1) // 2)
@@ -147,7 +147,7 @@ def dynamic_tiles(
     aspect, best, nearest = W / H, (1, 1), math.inf
     for columns, rows in _grids(min_tiles, max_tiles):
         distance = abs(aspect - columns / rows)
-        filled = 0.5 * tile * tile * columns * rows < W * H
+        filled = W * H > 0.5 * tile * tile * columns * rows
         if distance < nearest or (distance == nearest and filled):
             best, nearest = (rows, columns), distance
     count = best[0] * best[1]

@@ -36,9 +36,9 @@ def read(path: str) -> Rows:
             raise row
         if count == 0 and isinstance(row, dict) and {"format", "task"} <= row.keys():
             continue  # the settings that `mmit eval` begins with
-        if isinstance(row, dict) and row.keys() >= OWN:
+        if isinstance(row, dict) and OWN <= row.keys():
             found.append({**row, "where": where})
-        elif isinstance(row, dict) and row.keys() >= LLAVA:
+        elif isinstance(row, dict) and LLAVA <= row.keys():
             own = {"id": row["question_id"], "prompt": row.get("prompt", ""), "answer": row["text"]}
             image = (row.get("metadata") or {}).get("image")
             found.append({**own, "images": [image] if image else [], "reference": None, "where": where})
