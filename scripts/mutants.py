@@ -377,7 +377,7 @@ MUTANTS = [
         T_TILES,
     ),
     Mutant("tiles: line ends not counted", TILES, "kept[2] * (kept[3] + line_ends)", "kept[2] * kept[3]", T_TILES),
-    Mutant("tiles: the larger of equal grids", TILES, "filled = 0.5 * tile", "filled = 0.0 * tile", T_TILES),
+    Mutant("tiles: the larger of equal grids", TILES, "0.5 * tile * tile", "0.0 * tile * tile", T_TILES),
     Mutant("tiles: rounded down", TILES, "math.ceil(picture.width * scale)", "int(picture.width * scale)", T_TILES),
     # metrics and schedule
     Mutant(
