@@ -109,7 +109,7 @@ def load(  # noqa: PLR0913
         ModelError: a part of the model cannot be built, or the hub does not give it.
         ConfigError: no such dtype, or an option that this kind of folder does not take.
     """
-    from mmit.train.checkpoint import load_model  # here, so that a live model is used without it
+    from mmit.train.checkpoint.model import load_model  # here, so that a live model is used without it
 
     if isinstance(dtype, str):
         if dtype not in DTYPES:

@@ -43,7 +43,7 @@ import json, sys, time
 import numpy as np
 from mmit.data.dataset import Scan
 from mmit.data.shards.reader import open_shards
-from mmit.train.data_setup import make_walk
+from mmit.train.data.setup import make_walk
 def walk_of(known):
     mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
     return make_walk(scan, [1.0], mixing=mixing, seed=1, capacity=2048, rows_per_step=8, epochs=10, steps=None,

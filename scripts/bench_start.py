@@ -216,7 +216,7 @@ def plan(folder: str) -> None:
 
     from mmit.data.measure import Scan
     from mmit.data.store import Store
-    from mmit.train.data_setup import make_walk
+    from mmit.train.data.order import make_walk
 
     store = Store(Path(folder))
     found = store.find("measured", "index")

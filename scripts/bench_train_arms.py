@@ -164,8 +164,8 @@ def mmit_arm(case: Case, *, bf16: bool = True) -> Arm:
     from mmit.data.sources import open_source
     from mmit.interop.foreign import read_foreign
     from mmit.models.tuning import apply_tuning
-    from mmit.train.data_setup import image_loader
-    from mmit.train.engine import TorchEngine
+    from mmit.train.data.setup import image_loader
+    from mmit.train.engines.torch_engine import TorchEngine
 
     found = read_foreign(case.weights, dtype=torch.bfloat16 if bf16 else torch.float32)
     vlm = found.vlm

@@ -40,9 +40,9 @@ from mmit.errors import MmitError
 from mmit.models import decoding
 from mmit.models.interop.llava_hf import read_llava_hf
 from mmit.models.tuning import apply_tuning, merge
-from mmit.train import checkpoint
-from mmit.train.exporting import check_exports
-from mmit.train.probes import answers, without_gradient
+from mmit.train.checkpoint import model as checkpoint
+from mmit.train.checks.exporting import check_exports
+from mmit.train.checks.probes import answers, without_gradient
 from mmit.train.run import run
 from tests.models.small_llms import FAMILIES, FIRST_LIST, VOCABULARY, family
 from tests.models.test_families import alone, in_a_row, pair, records

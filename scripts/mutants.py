@@ -37,8 +37,9 @@ class Mutant(NamedTuple):
 
 
 ATTENTION, PACKING, WALK = "mmit/models/attention.py", "mmit/data/packing.py", "mmit/data/walk.py"
-MIXTURE, RESUME, FOLDERS = "mmit/data/mixture.py", "mmit/train/resume.py", "mmit/train/folders.py"
-LOOP, SETUP, READER = "mmit/train/loop.py", "mmit/train/data_setup.py", "mmit/data/shards/reader.py"
+MIXTURE = "mmit/data/mixture.py"
+RESUME, FOLDERS = "mmit/train/checkpoint/resume.py", "mmit/train/checkpoint/folders.py"
+LOOP, SETUP, READER = "mmit/train/loop.py", "mmit/train/data/setup.py", "mmit/data/shards/reader.py"
 LORA, TILES, FUSED = "mmit/models/tuning/lora.py", "mmit/data/tiles.py", "mmit/models/tuning/fused_lora.py"
 T_ATTENTION, T_PACKING, T_WALK = (
     "tests/models/test_attention.py",
@@ -47,8 +48,8 @@ T_ATTENTION, T_PACKING, T_WALK = (
 )
 T_MIXTURE, T_STATE, T_FOLDERS = (
     "tests/data/test_mixture.py",
-    "tests/train/test_trainer_state.py",
-    "tests/train/test_folders.py",
+    "tests/train/checkpoint/test_resume.py",
+    "tests/train/checkpoint/test_folders.py",
 )
 T_LIFE, T_SHARDS, T_TILES = (
     "tests/train/test_lifetimes.py",
@@ -223,14 +224,14 @@ MUTANTS = [
         FOLDERS,
         "if path.stat().st_size != size:",
         "if False:",
-        "tests/train/test_checkpoint_checks.py",
+        "tests/train/checkpoint/test_model.py",
     ),
     Mutant(
         "checkpoint: unlisted files pass",
         FOLDERS,
         "not in files:  # DeepSpeed",
         "in ():  # DeepSpeed",
-        "tests/train/test_checkpoint_checks.py",
+        "tests/train/checkpoint/test_model.py",
     ),
     Mutant(
         "checkpoint: draft left on a full disk",
@@ -244,7 +245,7 @@ MUTANTS = [
         FOLDERS,
         "for folder in reversed(checkpoints(run_dir)):",
         "for folder in checkpoints(run_dir):",
-        "tests/train/test_checkpoint_checks.py",
+        "tests/train/checkpoint/test_model.py",
     ),
     # bad records
     Mutant(
@@ -413,11 +414,11 @@ MUTANTS = [
         LOOP,
         "torch.tensor(starts[1:], dtype=torch.int64), right=True)",
         "torch.tensor(starts[1:], dtype=torch.int64), right=False)",
-        "tests/train/test_watching.py",
+        "tests/train/monitor/test_watching.py",
     ),
     Mutant(
         "own code: a checkpoint is not asked about",
-        "mmit/train/checkpoint.py",
+        "mmit/train/checkpoint/model.py",
         "refuse_own_code(own_code(config, meta), where=str(path), allowed=allow_code)",
         "refuse_own_code({}, where=str(path), allowed=allow_code)",
         "tests/test_plugins.py",

@@ -13,7 +13,7 @@ import torch
 
 import mmit
 from mmit import cores, precision
-from mmit.train import checkpoint
+from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import run
 from tests.tiny_run import tiny_config
 

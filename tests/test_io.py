@@ -16,9 +16,9 @@ from mmit.data.shards.writer import build_shards
 from mmit.errors import MmitError, WriteError
 from mmit.io import append, unless_failing, whole_file, write_atomic
 from mmit.records import Record, write_jsonl
-from mmit.train.metrics_log import RunLog
-from mmit.train.report import write_report
-from mmit.train.run_files import note_event, write_json
+from mmit.train.monitor.metrics_log import RunLog
+from mmit.train.monitor.report import write_report
+from mmit.train.monitor.run_files import note_event, write_json
 
 ROOT = Path(__file__).parents[1]
 

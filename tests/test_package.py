@@ -15,7 +15,7 @@ import pytest
 from mmit.configs import SUFFIXES, moved, shipped
 from mmit.errors import ConfigError
 from mmit.eval.tasks import load_task
-from mmit.train.zero import deepspeed_options
+from mmit.train.engines.zero import deepspeed_options
 from tests.tiny_run import tiny_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +24,7 @@ import json, sys
 import mmit
 from mmit.configs import shipped
 from mmit.eval.tasks import load_task
-from mmit.train.zero import deepspeed_options
+from mmit.train.engines.zero import deepspeed_options
 tasks = [load_task(name).name for name in shipped("eval")]
 stages = {name: deepspeed_options(name)["zero_optimization"]["stage"] for name in shipped("deepspeed")}
 print(json.dumps([mmit.__file__, tasks, stages]))

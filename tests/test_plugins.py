@@ -177,7 +177,7 @@ def test_a_run_with_a_projector_of_ones_own_resumes_and_loads_only_when_allowed(
 
 def test_a_dry_run_and_the_commands_on_data_build_it_without_weights(own, tmp_path):
     from mmit.cli.sources import model_preparation
-    from mmit.train.forecast import forecast
+    from mmit.forecast.forecast import forecast
 
     own("bridges_f", PROJECTOR)
     own("methods_f", METHODS)
@@ -554,7 +554,7 @@ def test_a_checkpoint_names_its_chat_format_too(own, tmp_path):
 
 def test_a_config_beside_other_names_does_not_hide_that_of_the_chat_format(own, tmp_path):
     """mmit.json alone says which chat format is read: a folder whose config is plain may still name code there."""
-    from mmit.train.checkpoint import own_code
+    from mmit.train.checkpoint.model import own_code
 
     config = tiny_config(tmp_path)
     assert own_code(config, {"chat": {"name": "evil:name"}})["model.chat.format"] == "evil:name"

@@ -16,10 +16,9 @@ import mmit
 from mmit import cores, precision
 from mmit.config import load_config
 from mmit.errors import ConfigError
-from mmit.train.forecast import planned
-from mmit.train.parts import settle_precision
+from mmit.train.engines.world import World
 from mmit.train.run import run
-from mmit.train.world import World
+from mmit.train.settle import planned, settle_precision
 from tests.tiny_run import tiny_config
 from tests.train.launch import uncollected
 

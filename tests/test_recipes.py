@@ -10,7 +10,8 @@ import pytest
 import mmit.train.run as training
 from mmit.config import load_config
 from mmit.models.tuning import MODES
-from mmit.train import checkpoint, parts
+from mmit.train import parts
+from mmit.train.checkpoint import model as checkpoint
 from tests.tiny_run import tiny_config
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "train"

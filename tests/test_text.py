@@ -25,10 +25,10 @@ from mmit.errors import MmitError
 from mmit.eval.page import page as eval_page
 from mmit.records import Image, Record, write_jsonl
 from mmit.text import echo, escape, plain, terminal
-from mmit.train.metrics_log import RunLog
-from mmit.train.report import write_report
-from mmit.train.run_files import note_event
-from mmit.train.world import speaker
+from mmit.train.engines.world import speaker
+from mmit.train.monitor.metrics_log import RunLog
+from mmit.train.monitor.report import write_report
+from mmit.train.monitor.run_files import note_event
 from tests.tiny_run import tiny_config
 
 ROOT = Path(__file__).parents[1]

@@ -189,7 +189,7 @@ def _model(
     from mmit.generate import load
     from mmit.interop.foreign import is_foreign
     from mmit.models.hub import is_hub_id, model_folder
-    from mmit.train.checkpoint import MANIFEST, find
+    from mmit.train.checkpoint.model import MANIFEST, find
 
     if out is None and is_hub_id(run):
         raise ConfigError("no folder for the results", where="--out", remedy="The hub's cache is none: give --out.")

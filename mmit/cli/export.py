@@ -18,7 +18,7 @@ from mmit.io import write_atomic
 from mmit.text import echo
 
 if TYPE_CHECKING:
-    from mmit.train.checkpoint import Loaded
+    from mmit.train.checkpoint.model import Loaded
 
 FORMATS = ("llava-hf", "llava", "peft", "mmit")
 
@@ -55,9 +55,9 @@ def export(
     from mmit.models.hub import model_folder
     from mmit.models.interop.holds import check_export
     from mmit.models.llm import DTYPES
-    from mmit.train.checkpoint import find, load_model, read_config
-    from mmit.train.exporting import text_facts_of
-    from mmit.train.portable import refuse_existing, save_whole
+    from mmit.train.checkpoint.model import find, load_model, read_config
+    from mmit.train.checkpoint.portable import refuse_existing, save_whole
+    from mmit.train.checks.exporting import text_facts_of
 
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype '{dtype}'", where="--dtype", remedy=nearest(dtype, DTYPES))
@@ -196,7 +196,7 @@ def _check_whole(found: Loaded, out: Path) -> None:
     import torch
 
     from mmit.interop.export import TOLERANCE, compare_logits, source_logits
-    from mmit.train.checkpoint import load_model
+    from mmit.train.checkpoint.model import load_model
 
     again = load_model(out, device="cpu", allow_code=True)  # as the source, which has been loaded
     texts = source_logits(found.vlm, found.tokenizer, found.chat, found.image)
@@ -241,7 +241,7 @@ def make_start(source: str, out: Path, **options: Any) -> None:
     from mmit.interop.foreign import read_foreign
     from mmit.models.hub import model_folder
     from mmit.models.llm import context_length
-    from mmit.train.portable import imported_sections, refuse_existing, save_imported
+    from mmit.train.checkpoint.portable import imported_sections, refuse_existing, save_imported
 
     refuse_existing(out)
     found = read_foreign(model_folder(source), **options)

@@ -264,7 +264,7 @@ def model_preparation(model: ModelConfig) -> ImagePreparation:
     from mmit.data.preparation import ImagePreparation
     from mmit.models.assemble import assemble_vision, without_weights
     from mmit.models.projectors import build_projector
-    from mmit.train.checkpoint import image_preparation
+    from mmit.train.checkpoint.model import image_preparation
 
     assert model.vision is not None
     vision = assemble_vision(without_weights(model.vision.model_dump()), dtype=torch.float32)

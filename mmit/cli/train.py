@@ -102,7 +102,7 @@ def train(
 def _write_exports(settings: Config) -> None:
     """Write the finished run in every format that `export` lists, unless an earlier start did."""
     from mmit.cli.export import export
-    from mmit.train.exporting import exports_of
+    from mmit.train.checks.exporting import exports_of
 
     for format, folder in exports_of(settings):
         if not folder.exists():
@@ -173,12 +173,12 @@ def _forecast(
     price: float | None,
 ) -> None:
 
-    from mmit.train.devices import find_device
+    from mmit.train.memory.devices import find_device
 
     device = find_device(gpu, kind=config.device)
 
-    from mmit.train.forecast import forecast
-    from mmit.train.forecast_report import show
+    from mmit.forecast.forecast import forecast
+    from mmit.forecast.report import show
 
     world = ranks or int(os.environ.get("WORLD_SIZE", "1"))
     if int(os.environ.get("RANK", "0")):

@@ -17,7 +17,7 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")
 
 def report(run: Run) -> None:
     """Write RUN/report.html: curves, evaluations, what went wrong, data, hardware, config, in one file."""
-    from mmit.train.report import write_report
+    from mmit.train.monitor.report import write_report
 
     _must_be_run(run)
     echo(write_report(run))
@@ -31,7 +31,7 @@ def run_status(
     """Say how far a run is and what each of its ranks is doing. Exit code 1 when a rank stands still."""
     from rich.table import Table
 
-    from mmit.train.heartbeat import OVER, SILENT, read_beats
+    from mmit.train.monitor.heartbeat import OVER, SILENT, read_beats
 
     _must_be_run(run)
     for line in _progress(run):
@@ -61,7 +61,7 @@ def _must_be_run(run: Path) -> None:
 
 
 def _progress(run: Path) -> Iterator[str]:
-    from mmit.train.run_files import BEST, EVENTS, METRICS, RUN, read_json, read_rows
+    from mmit.train.monitor.run_files import BEST, EVENTS, METRICS, RUN, read_json, read_rows
 
     rows = read_rows(run / METRICS)
     steps = [r for r in rows if "eval" not in r]

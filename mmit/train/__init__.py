@@ -1,1 +1,1 @@
-"""See the module docstrings in mmit/train."""
+"""Training: `run.py` is read first, then `loop.py`; the folders hold what they call."""

@@ -19,13 +19,13 @@ from torch import nn
 
 from mmit.errors import ConfigError, RecordError
 from mmit.models.modes import evaluation_mode
-from mmit.train.engine import Engine, weighted
+from mmit.train.engines.base import Engine, weighted
 from mmit.train.loop import Progress, sources_of, sum_by_source
 from mmit.train.signals import Leave
 
 if TYPE_CHECKING:
     from mmit.data.loader import MicroBatch
-    from mmit.train.metrics_log import RunLog
+    from mmit.train.monitor.metrics_log import RunLog
 
 LOSS = "eval_loss"
 Metrics = Mapping[str, float]

@@ -22,7 +22,7 @@ import torch
 from mmit.data.preparation import ImagePreparation, grids_of
 from mmit.errors import ConfigError, ImageError
 from mmit.io import whole_file, write_atomic
-from mmit.train.world import World
+from mmit.train.engines.world import World
 
 if TYPE_CHECKING:
     from mmit.models.vision import VisionTower

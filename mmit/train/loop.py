@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmit.errors import MmitError, RecordError
-from mmit.train.engine import Engine, weighted
-from mmit.train.metrics_log import RunLog, memory_gib
+from mmit.train.engines.base import Engine, weighted
+from mmit.train.monitor.metrics_log import RunLog, memory_gib
 from mmit.train.schedule import lr_factor
 from mmit.train.spikes import Spikes
 

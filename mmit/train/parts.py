@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from mmit import precision
 from mmit.data.formats.keys import told
 from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.store import Store
@@ -30,20 +29,21 @@ from mmit.models.routers import read_routers
 from mmit.models.tuning import Group, apply_tuning, quantization
 from mmit.models.tuning.own import changes_layout
 from mmit.models.virtual import virtual_tokens
-from mmit.train import checkpoint, identity, resume
-from mmit.train.balance import unit_costs
-from mmit.train.chat import chat_of
-from mmit.train.data_setup import Say, cache_folder, check_lengths, image_loader, judge, measure, open_data
-from mmit.train.describe import describe, note_start
-from mmit.train.echo import echo
-from mmit.train.engine import DeepSpeedEngine, Engine, TorchEngine
-from mmit.train.forecast import least_recompute, settled, walk_of, with_whole_paths
+from mmit.train.checkpoint import model as checkpoint
+from mmit.train.checkpoint import resume
+from mmit.train.checks import identity
+from mmit.train.checks.init_from import check_start
+from mmit.train.checks.probes import ADAPTERS, answers, check_records, check_start_of_adapter, without_gradient
+from mmit.train.data.order import unit_costs, walk_of
+from mmit.train.data.setup import Say, cache_folder, chat_of, check_lengths, image_loader, judge, measure, open_data
+from mmit.train.engines.deepspeed_engine import DeepSpeedEngine, check_deepspeed
+from mmit.train.engines.torch_engine import TorchEngine
+from mmit.train.engines.zero import complete, deepspeed_options, zero_stage
+from mmit.train.memory.estimate import least_recompute
+from mmit.train.monitor.describe import describe, note_start
+from mmit.train.monitor.echo import echo
 from mmit.train.pictures import align_to_captions, cache_features
-from mmit.train.probes import ADAPTERS, answers, check_records, check_start_of_adapter, without_gradient
-from mmit.train.settle import check_divided
-from mmit.train.start import check_start
-from mmit.train.zero import complete, deepspeed_options, zero_stage
-from mmit.train.zero_check import check_deepspeed
+from mmit.train.settle import check_divided, settled, with_whole_paths
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -52,10 +52,11 @@ if TYPE_CHECKING:
     from mmit.data.loader import LoadImage
     from mmit.data.walk import Walk
     from mmit.models.vlm import VLM
+    from mmit.train.engines.base import Engine
+    from mmit.train.engines.world import World
     from mmit.train.features import FeatureCache
-    from mmit.train.heartbeat import Heartbeat
     from mmit.train.loop import Progress
-    from mmit.train.world import World
+    from mmit.train.monitor.heartbeat import Heartbeat
 
 BAD_RECORDS = {"train": "bad_records.jsonl", "eval": "bad_records_eval.jsonl"}
 
@@ -192,29 +193,6 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
 
 def _plan(config: Config, scan: Scan, plan: dict[str, Any]) -> None:
     walk_of(config, scan, **plan)
-
-
-def settle_precision(config: Config, begin: Path | None, *, world: World, say: Say) -> Config:
-    """The config with bf16, fp32 or fp16 in place of `train.precision=auto`, the same on all ranks.
-
-    A run that goes on from the checkpoint `begin` keeps the format it was begun in, on whatever machine.
-    """
-    asked = config.train.precision
-    if asked != "auto":
-        if (slow := precision.warning(world.device, asked)) is not None:
-            say(f"warning: train.precision: {slow}: set train.precision=auto")
-        return config
-    name, reason = precision.choose(world.device)
-    shared = world.most(name, ("bf16", "fp32"))
-    if shared != name:
-        reason = "another rank's device multiplies bf16 slower than fp32"
-    began = checkpoint.read_config(begin).train.precision if begin is not None else "auto"
-    if began not in ("auto", shared):
-        say(f"train.precision stays {began}, as this run was begun; a new run would take {shared} here: {reason}")
-        shared = began
-    else:
-        say(f"train.precision is {shared}: {reason}")
-    return config.model_copy(update={"train": config.train.model_copy(update={"precision": shared})})
 
 
 def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:

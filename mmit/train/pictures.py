@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mmit.data.preparation import ImagePreparation
     from mmit.models.vlm import VLM
     from mmit.records import Record
-    from mmit.train.world import World
+    from mmit.train.engines.world import World
 
 Say = Callable[[Any], None]
 

@@ -18,22 +18,25 @@ from mmit.errors import ConfigError
 from mmit.io import unless_failing, write_atomic
 from mmit.models.tuning import Group, check_options
 from mmit.processes import only_one
-from mmit.train import checkpoint, resume
-from mmit.train.data_setup import Say, batches_of_rank, make_walk, most_bad, note_bad, record_names, source_names
+from mmit.train.checkpoint import model as checkpoint
+from mmit.train.checkpoint import resume
+from mmit.train.checkpoint.saving import Saves
+from mmit.train.checks.exporting import check_exports
+from mmit.train.data.order import make_walk
+from mmit.train.data.setup import Say, batches_of_rank, most_bad, note_bad, record_names, source_names
+from mmit.train.data.upload import Upload
+from mmit.train.engines.world import World, join_ranks, speaker
 from mmit.train.evaluation import LOSS, Best, Evaluations, HeldOut, Measure
-from mmit.train.exporting import check_exports
-from mmit.train.heartbeat import Heartbeat
 from mmit.train.loop import Plan, train
-from mmit.train.metrics_log import RunLog
-from mmit.train.parts import BAD_RECORDS, Parts, build, settle_precision
-from mmit.train.report import write_report
-from mmit.train.run_files import note_event
-from mmit.train.saving import Saves
+from mmit.train.monitor.heartbeat import Heartbeat
+from mmit.train.monitor.metrics_log import RunLog
+from mmit.train.monitor.report import write_report
+from mmit.train.monitor.run_files import note_event
+from mmit.train.monitor.trackers import open_trackers, require
+from mmit.train.parts import BAD_RECORDS, Parts, build
+from mmit.train.settle import settle_precision
 from mmit.train.signals import EXIT_STOPPED, Leave, Stop, stop_asked
 from mmit.train.spikes import Spikes
-from mmit.train.trackers import open_trackers, require
-from mmit.train.upload import Upload
-from mmit.train.world import World, join_ranks, speaker
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from mmit.data.loader import LoadImage, MicroBatch
     from mmit.data.walk import Walk
     from mmit.models.vlm import VLM
-    from mmit.train.engine import Engine
+    from mmit.train.engines.base import Engine
     from mmit.train.features import FeatureCache
 
 __all__ = ["EXIT_STOPPED", "Evaluate", "run"]

@@ -1,21 +1,28 @@
-"""What a run learns from its model before anything is measured: how records share rows, and whether they may.
+"""What a config leaves open, settled before anything is measured: paths, number format, how records share rows.
 
-In: the `data` section of a config and the model. Out: the keys of it that the model decides, and what the model refuses
-said in one sentence. The dry run asks the same without forwards.
+In: a config, the machine and the model. Out: the config with what they decide, and what they refuse said in one
+sentence. The dry run asks the same without forwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from mmit import precision
 from mmit.errors import ConfigError, ModelError, located
 from mmit.models.rules import check_vocabulary, read_rules
-from mmit.train.probes import check_embeddings
+from mmit.train.checkpoint import model as checkpoint
+from mmit.train.checks.probes import check_embeddings
 
 if TYPE_CHECKING:
+    from mmit.config import Config
     from mmit.models.vlm import VLM
-    from mmit.train.data_setup import Say
+    from mmit.train.data.setup import Say
+    from mmit.train.engines.world import World
 
 
 def check_divided(vlm: VLM) -> None:
@@ -80,3 +87,58 @@ def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure
     if found := list(rules.lines()):
         say("the language model's own rules: " + "; ".join(found))
     return update
+
+
+def settled(config: Config, vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> Config:
+    """The config with what the model decides about its data, see `settle_packing`."""
+    update = settle_packing(config.data.model_dump(), vlm, tokenizer, measure=measure, say=say)
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def settle_precision(config: Config, begin: Path | None, *, world: World, say: Say) -> Config:
+    """The config with bf16, fp32 or fp16 in place of `train.precision=auto`, the same on all ranks.
+
+    A run that goes on from the checkpoint `begin` keeps the format it was begun in, on whatever machine.
+    """
+    asked = config.train.precision
+    if asked != "auto":
+        if (slow := precision.warning(world.device, asked)) is not None:
+            say(f"warning: train.precision: {slow}: set train.precision=auto")
+        return config
+    name, reason = precision.choose(world.device)
+    shared = world.most(name, ("bf16", "fp32"))
+    if shared != name:
+        reason = "another rank's device multiplies bf16 slower than fp32"
+    began = checkpoint.read_config(begin).train.precision if begin is not None else "auto"
+    if began not in ("auto", shared):
+        say(f"train.precision stays {began}, as this run was begun; a new run would take {shared} here: {reason}")
+        shared = began
+    else:
+        say(f"train.precision is {shared}: {reason}")
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": shared})})
+
+
+def planned(config: Config, *, cuda: bool) -> Config:
+    """The config with the number format that `train.precision=auto` takes on the devices of a forecast.
+
+    Args:
+        cuda: they are GPUs, all of which mmit knows have bf16 units; else CPUs like this machine's.
+    """
+    if config.train.precision != "auto":
+        return config
+    name = "bf16" if cuda else precision.choose(torch.device("cpu")).name
+    return config.model_copy(update={"train": config.train.model_copy(update={"precision": name})})
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The config with local folders of models as absolute paths, which its checkpoints refer to from anywhere."""
+    model = config.model
+    changed: dict[str, Any] = {"llm": model.llm.model_copy(update={"name": _whole(model.llm.name)})}
+    if model.vision is not None:
+        changed["vision"] = model.vision.model_copy(update={"name": _whole(model.vision.name)})
+    return config.model_copy(update={"model": model.model_copy(update=changed)})
+
+
+def _whole(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and path.exists() else name

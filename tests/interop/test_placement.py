@@ -15,7 +15,7 @@ from mmit.config import Config
 from mmit.errors import ConfigError, ModelError
 from mmit.generate import Model
 from mmit.interop.export import source_logits
-from mmit.train.checkpoint import read_config
+from mmit.train.checkpoint.model import read_config
 from mmit.train.run import run
 from tests.interop.llava_models import make_llava_hf
 from tests.interop.test_portable import command

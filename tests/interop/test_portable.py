@@ -18,7 +18,7 @@ import mmit
 from mmit.cli import app
 from mmit.config import Config
 from mmit.errors import CheckpointError
-from mmit.train.checkpoint import read_config
+from mmit.train.checkpoint.model import read_config
 from mmit.train.run import run
 from tests.interop.llava_models import make_llava_hf
 from tests.tiny_run import tiny_config, write_records, write_tokenizer

@@ -19,7 +19,7 @@ from mmit.interop.export import fixed_talks, source_logits
 from mmit.interop.foreign import is_foreign, read_foreign
 from mmit.models.interop.llava_hf import read_llava_hf
 from mmit.models.vlm import VLM
-from mmit.train.checkpoint import load_model
+from mmit.train.checkpoint.model import load_model
 from tests.interop.llava_models import make_llava_hf
 from tests.tiny_run import write_records
 

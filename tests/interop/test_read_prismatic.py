@@ -20,7 +20,7 @@ from mmit.interop.foreign import is_foreign, read_foreign
 from mmit.models.interop.hf_towers import hf_tower
 from mmit.models.interop.prismatic import TOWERS
 from mmit.models.vision import build_vision
-from mmit.train.checkpoint import load_model
+from mmit.train.checkpoint.model import load_model
 from tests.interop.test_read_llava import parts
 from tests.tiny_run import write_records
 

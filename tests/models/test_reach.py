@@ -10,7 +10,7 @@ from mmit.models.tuning import apply_tuning
 from mmit.models.tuning.merge import merge
 from mmit.models.tuning.reach import not_matrices
 from mmit.models.vlm import VLM
-from mmit.train.probes import answers, check_start_of_adapter, without_gradient
+from mmit.train.checks.probes import answers, check_start_of_adapter, without_gradient
 from tests.models.test_families import pair
 
 FROZEN = {"mode": "frozen", "lr": None, "options": {}}

@@ -16,7 +16,8 @@ from mmit.errors import CheckpointError, ModelError
 from mmit.models import llm as models_llm
 from mmit.models.assemble import assemble
 from mmit.models.tuning import apply_tuning, merge, parameter_table, quantization
-from mmit.train import checkpoint, folders
+from mmit.train.checkpoint import folders
+from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import run
 from tests.models.tuned_models import (
     PATHS,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmit.errors import ConfigError
-from mmit.train import checkpoint
+from mmit.train.checkpoint import model as checkpoint
 from mmit.train.parts import _partition
 from mmit.train.run import run
 from tests.models.tuned_models import logits

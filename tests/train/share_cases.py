@@ -18,15 +18,15 @@ from typing import Any
 import PIL.Image
 import torch
 
-import mmit.train.world as world_module
+import mmit.train.engines.world as world_module
 from mmit.data.preparation import ImagePreparation
 from mmit.errors import ConfigError, ImageError, MmitError, RecordError
 from mmit.models.projectors import build_projector
 from mmit.models.vision import VisionTower, build_vision
 from mmit.records import Image, Record, Text, Turn, write_jsonl
+from mmit.train.engines.world import World
 from mmit.train.features import FeatureCache, compute_features
 from mmit.train.pictures import align_to_captions
-from mmit.train.world import World
 
 CLIP = {
     "model_type": "clip_vision_model",

@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import mmit.train.run as run_module
 from mmit.config import Config
-from mmit.train import checkpoint, folders
-from mmit.train.metrics_log import _empty_curve
+from mmit.train.checkpoint import folders
+from mmit.train.checkpoint import model as checkpoint
+from mmit.train.monitor.metrics_log import _empty_curve
 from mmit.train.run import EXIT_STOPPED
 from tests.tiny_run import DROPOUT, tiny_config
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from mmit.config import Config
-from mmit.train import folders
+from mmit.train.checkpoint import folders
 from tests.tiny_run import DROPOUT, tiny_config
 from tests.train.launch import free_port
 from tests.train.test_kill import end, losses, start, tensors

@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("deepspeed")
 import psutil
 
-from mmit.train import folders
+from mmit.train.checkpoint import folders
 from mmit.train.run import EXIT_STOPPED, run
 from tests.tiny_run import tiny_config
 from tests.train.launch import ROOT, free_port

@@ -18,7 +18,7 @@ from mmit.cli import app
 from mmit.errors import ConfigError, MmitError, RecordError
 from mmit.processes import only_one
 from mmit.records import Record, write_jsonl
-from mmit.train.data_setup import judge, most_bad
+from mmit.train.data.setup import judge, most_bad
 from mmit.train.loop import Progress, _agree_on_bad, _note_bad
 from mmit.train.run import LOCK, run
 from tests.test_io import full_disk

@@ -10,17 +10,17 @@ import os
 import pytest
 import torch
 
-import mmit.train.engine as engine_module
+import mmit.train.engines.torch_engine as engine_module
 from mmit.errors import MmitError
-from mmit.train import folders
+from mmit.train.checkpoint import folders
 from mmit.train.run import run
 from tests.tiny_run import tiny_config
-from tests.train.zero_cases import CASES, Bench, accumulate, gradients, same, snapshot, write_data
+from tests.train.engines.zero_cases import CASES, Bench, accumulate, gradients, same, snapshot, write_data
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    from mmit.train.world import World
+    from mmit.train.engines.world import World
 
     folder = tmp_path_factory.mktemp("loop")
     write_data(folder)

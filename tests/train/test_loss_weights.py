@@ -16,8 +16,8 @@ from mmit.data.loader import micro_batches
 from mmit.models.assemble import assemble
 from mmit.models.tuning import apply_tuning
 from mmit.records import Record, Text, Turn, write_jsonl
-from mmit.train.data_setup import open_data
-from mmit.train.engine import TorchEngine
+from mmit.train.data.setup import open_data
+from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.run import run
 from tests.tiny_run import tiny_config
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 pytest.importorskip("deepspeed")
 from mmit.data.formats.easyvqa import easy_vqa, easy_vqa_captions
 from mmit.records import write_jsonl
-from mmit.train import folders
+from mmit.train.checkpoint import folders
 from tests.train.launch import ROOT, free_port
 
 STEPS = 6

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import mmit.train.run as run_module
 from mmit.cli import app
 from mmit.config import Config, load_config
-from mmit.train import folders
+from mmit.train.checkpoint import folders
 from tests.train.launch import ROOT, uncollected
 from tests.train.small_recipes import FOLDER, STEPS, Small, ranks_of, stage_one, why_not, write_task
 from tests.train.test_kill import end, losses

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import mmit.train.run as run_module
 from mmit.errors import CheckpointError, ConfigError, ImageError, RecordError
-from mmit.train import checkpoint
+from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import EXIT_STOPPED, run
 from tests.tiny_run import DROPOUT, tiny_config
 

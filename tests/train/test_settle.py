@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from mmit.errors import ModelError
-from mmit.train import checkpoint
-from mmit.train.forecast import forecast
+from mmit.forecast.forecast import forecast
+from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import run
 from tests.models.small_llms import family
 from tests.tiny_run import tiny_config

@@ -6,7 +6,7 @@ import json
 import shutil
 
 from mmit.data import measure
-from mmit.train.forecast import forecast
+from mmit.forecast.forecast import forecast
 from mmit.train.run import run
 from tests.tiny_run import tiny_config
 

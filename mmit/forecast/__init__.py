@@ -1,0 +1,1 @@
+"""The dry run: what a run would take. No run imports it."""

@@ -1,0 +1,394 @@
+"""Checkpoints: folders that describe themselves; `folders.py` makes them appear whole and verifies them.
+
+Owns the layout and the way back into a model. Everything mmit writes is safetensors, JSON or YAML; DeepSpeed's
+optimizer shards are its own format and are only read from a folder whose manifest verifies. Frozen base weights are
+referenced by the config, and copied in only on request.
+
+    step-000200/
+      manifest.json          written last: {"format", "files": {name: {"size", "sha256"}}}
+      config.yaml            the resolved config of the run
+      mmit.json              step, chat format, image preparation, versions
+      projector.safetensors  adapter/ (PEFT layout)  tokenizer/
+      llm/  vision.safetensors      only where they were trained, or with include_base
+      vision/                       of imported and whole models: a tower of kind hf as a folder, with its config
+      llm_tuned.safetensors  vision_tuned.safetensors  vision_adapter/   where a method trains a part of them
+      trainer/               step, optimizer, random states
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import mmit
+from mmit.config import Config, VisionConfig
+from mmit.data.chat import ChatFormat
+from mmit.errors import CheckpointError, ConfigError
+from mmit.models.assemble import assemble, without_weights
+from mmit.models.llm import bring_adapters, multiplied_out, usable_device, why_not_4bit
+from mmit.models.partition import shape, whole
+from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
+from mmit.models.tuning.lora import quietly
+from mmit.plugins import refuse_own_code
+from mmit.precision import fast_half
+from mmit.train.checkpoint.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
+from mmit.yamlio import parse_yaml
+
+if TYPE_CHECKING:
+    from mmit.models.vision import VisionTower
+    from mmit.models.vlm import VLM
+
+__all__ = [
+    "MANIFEST",
+    "Loaded",
+    "checkpoints",
+    "find",
+    "image_preparation",
+    "load_model",
+    "newest",
+    "read_config",
+    "read_weights",
+    "verify",
+    "write_folder",
+    "write_model",
+]
+
+
+@dataclass
+class Loaded:
+    """A model read from a checkpoint, ready for use."""
+
+    vlm: VLM
+    tokenizer: Any
+    chat: ChatFormat
+    image: dict[str, Any]  # see `image_preparation`; {} for a text-only model
+    folder: Path
+    meta: dict[str, Any]  # mmit.json
+    config: Config
+    notes: list[str] = field(default_factory=list)  # what was decided while loading, in words
+
+
+def image_preparation(tower: VisionTower | None, vision: VisionConfig | None) -> dict[str, Any]:
+    """How a picture is brought to the tower: the arguments of `ImagePreparation` that do not follow from the VLM.
+
+    Keys size [H, W], mode, interpolation and fill; tiles where pictures are cut into tiles; native where they keep
+    their size. Raises ConfigError for a fit that the tower does not take.
+    """
+    if tower is None or vision is None:
+        return {}
+    if (tower.native is None) == (vision.fit == "native"):
+        takes = "one size" if tower.native is None else "any size"
+        remedy = "set model.vision.fit=" + ("pad, resize, crop or a tiling" if tower.native is None else "native")
+        raise ConfigError(f"fit is {vision.fit}, and this vision encoder takes pictures of {takes}", remedy=remedy)
+    if tower.native is not None:
+        size = list(tower.image_size)
+        common = {"size": size, "mode": vision.fit, "interpolation": tower.interpolation, "fill": [0, 0, 0]}
+        return {**common, "native": tower.native} | ({"tiles": vision.tiles} if vision.tiles else {})
+    tiled = vision.fit in ("any_resolution", "dynamic")
+    # The mean colour, rounded down; black around tiles. Both as LLaVA and transformers do.
+    fill = [0, 0, 0] if tiled else [int(255 * m) for m in tower.mean]
+    found: dict[str, Any] = {
+        "size": list(tower.image_size),
+        "mode": vision.fit,
+        "interpolation": tower.interpolation,
+        "fill": fill,
+    }
+    return {**found, "tiles": vision.tiles} if tiled or vision.tiles else found
+
+
+def write_model(
+    folder: Path,
+    vlm: VLM,
+    *,
+    config: Config,
+    tokenizer: Any,
+    chat: ChatFormat,
+    step: int,
+    include_base: bool = False,
+) -> None:
+    """Write everything but the trainer's state (see the module docstring)."""
+    (folder / "config.yaml").write_text(config.to_yaml())
+    meta = {
+        "format": FORMAT,
+        "step": step,
+        "chat": chat.to_json(),
+        "image": image_preparation(vlm.vision, config.model.vision),
+        "image_tokens": vlm.image_tokens,
+        "versions": {"mmit": mmit.__version__, "torch": torch.__version__},
+    }
+    (folder / "mmit.json").write_text(json.dumps(meta, indent=1))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    if vlm.projector is not None:
+        save_file(_state(vlm.projector), folder / "projector.safetensors")
+    if isinstance(vlm.llm, PeftModel):
+        for adapter in vlm.llm.peft_config.values():
+            adapter.base_model_name_or_path = config.model.llm.name
+        # The embeddings belong to the base; peft would otherwise ask the base's folder about its vocabulary.
+        vlm.llm.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+    if vlm.vision is not None and isinstance(vlm.vision.encoder, PeftModel):
+        vlm.vision.encoder.save_pretrained(str(folder / "vision_adapter"))
+    for part, names in vlm.partly.items():
+        tensors = {n: getattr(vlm, part).get_parameter(n).detach().cpu().contiguous() for n in names}
+        save_file(tensors, folder / f"{part}_tuned.safetensors")
+    if config.tune.llm.mode == "full" or "llm" in vlm.whole or include_base:
+        _refuse_residual(vlm.llm)
+        _base_llm(vlm).save_pretrained(folder / "llm", state_dict=_plain_state(_base_llm(vlm)))
+    if vlm.vision is not None and (config.tune.vision.mode == "full" or "vision" in vlm.whole or include_base):
+        tower = {k: v.detach().cpu().contiguous() for k, v in _tower_state(vlm.vision).items()}
+        save_file(tower, folder / "vision.safetensors")
+
+
+def _refuse_residual(llm: Any) -> None:
+    """PiSSA and OLoRA take the adapter out of the base; a base stored like that would lose it twice."""
+    configs = llm.peft_config.values() if isinstance(llm, PeftModel) else ()
+    if any(getattr(c, "init_lora_weights", True) in ("pissa", "olora") for c in configs):
+        raise CheckpointError(
+            "the base of a PiSSA or OLoRA adapter cannot be stored beside it",
+            where="tune.llm.options.init",
+            remedy="merge the adapter first, or use init: true",
+        )
+
+
+def _tower_state(tower: VisionTower) -> dict[str, torch.Tensor]:
+    """The encoder's own tensors under their own names, adapters left out; they share memory with the tower."""
+    if not isinstance(tower.encoder, PeftModel):
+        return tower.state_dict()
+    inner = tower.encoder.get_base_model()
+    return {f"encoder.{base_name(k)}": v for k, v in inner.state_dict().items() if not is_added(inner, k)}
+
+
+def _base_llm(vlm: VLM) -> Any:
+    return vlm.llm.get_base_model() if isinstance(vlm.llm, PeftModel) else vlm.llm
+
+
+def _state(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+
+
+def _plain_state(llm: Any) -> dict[str, torch.Tensor]:
+    """The base model's own tensors under their own names, adapters left out."""
+    return {base_name(k, llm): v for k, v in llm.state_dict().items() if not is_added(llm, k)}
+
+
+@torch.no_grad()
+def read_weights(vlm: VLM, folder: Path) -> None:
+    """Put the tensors of a verified checkpoint into a composite that was built from its config.
+
+    Raises CheckpointError when tensors are missing, left over or of another shape.
+    """
+    if vlm.projector is not None:
+        _strict(vlm.projector, load_file(folder / "projector.safetensors"), folder / "projector.safetensors")
+    if (folder / "vision.safetensors").exists() and vlm.vision is not None:
+        tensors, own = load_file(folder / "vision.safetensors"), _tower_state(vlm.vision)
+        _compare(own, tensors, folder / "vision.safetensors")
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+        vlm.whole.add("vision")
+    for part in ("llm", "vision"):
+        if (folder / f"{part}_tuned.safetensors").exists():
+            _read_partly(vlm, part, folder / f"{part}_tuned.safetensors")
+    if (folder / "adapter").exists():
+        vlm.llm = _read_adapter(vlm.llm, folder / "adapter")
+    if (folder / "vision_adapter").exists() and vlm.vision is not None:
+        vlm.vision.encoder = _read_adapter(vlm.vision.encoder, folder / "vision_adapter")
+
+
+def _read_partly(vlm: VLM, part: str, path: Path) -> None:
+    """Copy tensors of single parameters; the model must have been tuned with the checkpoint's own method."""
+    tensors = load_file(path)
+    expected = {n: getattr(vlm, part).get_parameter(n) for n in vlm.partly.get(part, ())}
+    if expected.keys() != tensors.keys():
+        raise CheckpointError(
+            f"holds tensors of another tuning method than this config has for {part}, such as {min(tensors)}",
+            where=str(path),
+            remedy=f"set tune.{part} as in the config.yaml beside it",
+        )
+    _compare(expected, tensors, path)
+    for name, tensor in tensors.items():
+        with whole(expected[name], changed=True):
+            expected[name].copy_(tensor)
+
+
+def _read_adapter(model: Any, adapter: Path) -> PeftModel:
+    if not isinstance(model, PeftModel):
+        with quietly():
+            model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _compare(expected, tensors, adapter / "adapter_model.safetensors")
+    bring_adapters(model, tensors)
+    set_peft_model_state_dict(model, tensors)
+    return model
+
+
+def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: Path) -> None:
+    problems = [f"missing {k}" for k in expected if k not in found]
+    problems += [f"left over {k}" for k in found if k not in expected]
+    problems += [
+        f"{k} is {tuple(found[k].shape)}, the model has {tuple(shape(expected[k]))}"
+        for k in expected
+        if k in found and found[k].shape != shape(expected[k])
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"does not fit the model: {'; '.join(problems[:3])}{more}",
+            where=str(where),
+            remedy="load it with the config it was made with (config.yaml beside it)",
+        )
+
+
+def _strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    _compare(module.state_dict(), tensors, where)
+    module.load_state_dict(dict(tensors))
+
+
+def read_config(folder: Path) -> Config:
+    """The resolved config of a checkpoint."""
+    path = folder / "config.yaml"
+    raw, _ = parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+    return Config.from_dict(raw, where=str(path))
+
+
+def own_code(config: Config, meta: Mapping[str, Any]) -> dict[str, object]:
+    """What decides which code a checkpoint is loaded with: {config key: value}."""
+    model, tune = config.model, config.tune
+    named: dict[str, object] = {"model.projector.kind": model.projector.kind, "tune.llm.mode": tune.llm.mode}
+    if model.vision is not None:
+        named["model.vision.kind"] = model.vision.kind
+        named |= {f"model.vision.towers.{n}.kind": tower.kind for n, tower in enumerate(model.vision.towers)}
+    named["model.chat.format"] = meta.get("chat", {}).get("name") if "template" not in meta.get("chat", {}) else None
+    return named
+
+
+def chat_date(folder: Path | None) -> str | None:
+    """The day that a checkpoint's chat template gives; None if it asks for none, or without a checkpoint."""
+    if folder is None:
+        return None
+    return json.loads((folder / "mmit.json").read_text(encoding="utf-8"))["chat"].get("date")
+
+
+@contextmanager
+def _placed(device_map: Any) -> Iterator[None]:
+    """Explain what tuning methods cannot do with weights that a device map took off."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if device_map is None:
+            raise
+        raise CheckpointError(
+            f"its tuning method needs weights that the device map took off: {str(error).splitlines()[0]}",
+            where="device_map",
+            remedy="merge it first (mmit export --format llava-hf) and load that, or keep the LLM on devices and cpu",
+        ) from error
+
+
+def load_model(  # noqa: PLR0913
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    offload: str | None = None,
+    bits: Mapping[str, Any] | None = None,
+    untuned: bool = False,
+    adapt: bool = False,
+    plain: bool = False,
+    allow_code: bool = False,
+) -> Loaded:
+    """Read a model for use.
+
+    Args:
+        folder: a checkpoint, or a run (its newest whole checkpoint is taken).
+        device: "auto", "cpu", "cuda" or "cuda:N"; ignored for the LLM where `device_map` places it.
+        dtype: number format; by default bf16 for a model trained in bf16, else float32.
+        device_map, offload: placement of a large LLM, see `models.llm.load_llm`.
+        bits: an LLM of fewer bits, see `models.llm.fewer_bits`.
+        untuned: the model as it was before training (base weights, freshly drawn projector), for comparison.
+        adapt: without a `dtype`, take float32 in place of bf16 where the device computes that faster, unless fewer
+            bits or a device map were asked for because of its memory; weights keep their values.
+        plain: multiply the 4-bit weights of a QLoRA run out, once they are loaded: the same function on weights that
+            can be merged and written; its config then says lora.
+        allow_code: import the modules that the checkpoint names for parts of the user's own (see `mmit.plugins`).
+
+    Raises:
+        CheckpointError: nothing there, not whole, or it names code without `allow_code`.
+        ModelError: a base it refers to cannot be loaded. ConfigError: no such device.
+    """
+    place = usable_device(device)
+    path = find(folder)
+    config = read_config(path)
+    meta = json.loads((path / "mmit.json").read_text())
+    refuse_own_code(own_code(config, meta), where=str(path), allowed=allow_code)
+    model = config.model.model_dump()
+    if (path / "llm").exists() and not (untuned and config.tune.llm.mode == "full"):
+        model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
+    if model["vision"] and (path / "vision").exists():
+        model["vision"].update(name=str(path / "vision"), weights=None)
+    whole = model["vision"] and (path / "vision.safetensors").exists() and not untuned
+    if whole and model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
+        model["vision"] = without_weights(model["vision"])  # all of the tower is read below
+    trained = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    notes = []
+    if dtype is None and adapt and device_map is None and bits is None and trained != torch.float32:
+        fast, why = fast_half(place, "bf16")
+        if not fast:
+            notes.append(f"trained in {config.train.precision}, loaded in fp32: {why}")
+    if dtype is None and not notes:
+        dtype = trained
+    else:
+        dtype = dtype or torch.float32
+        model["llm"]["dtype"] = None
+        if model["vision"]:
+            model["vision"]["dtype"] = None
+    # 4-bit weights where this machine has them; elsewhere the same adapter goes on the weights they were made from
+    four_bits = None if untuned else quantization(config.tune.llm.mode, config.tune.llm.options)
+    if bits is not None:
+        four_bits, device_map = None, device_map or {"": str(place)}
+    if four_bits is not None and (reason := why_not_4bit()) is not None:
+        warnings.warn(f"{reason}; the base of this QLoRA checkpoint is loaded unquantised", stacklevel=2)
+        four_bits = None
+    vlm, tokenizer = assemble(
+        model,
+        dtype=dtype,
+        quantization=bits or four_bits,
+        seed=config.run.seed,
+        device_map=device_map,
+        offload=offload,
+        packed=config.data.packing is not False,
+        tokenizer=str(path / "tokenizer"),
+    )
+    if plain and four_bits is not None:
+        vlm.llm, four_bits = multiplied_out(vlm.llm, dtype), None  # type: ignore[arg-type]
+        tune = {**config.tune.model_dump(), "llm": unquantised(config.tune.llm.model_dump())}
+        config = Config.from_dict({**config.model_dump(), "tune": tune})
+    if (path / "llm").exists():
+        vlm.whole.add("llm")
+    if not untuned:
+        tune = config.tune.model_dump()
+        if tune["llm"]["mode"] == "qlora" and four_bits is None:
+            tune["llm"] = unquantised(tune["llm"])
+        with _placed(device_map):
+            apply_tuning(vlm, tune)
+            read_weights(vlm, path)
+    vlm.eval().requires_grad_(False)
+    if vlm.vision is not None:
+        vlm.vision.freeze()
+    if device_map is None:
+        vlm.to(place)
+    else:
+        for part in (vlm.vision, vlm.projector):
+            if part is not None:
+                part.to(vlm.device)
+    chat = ChatFormat.from_json(meta["chat"], tokenizer)
+    return Loaded(vlm, tokenizer, chat, meta["image"], path, meta, config, notes)

@@ -1,0 +1,188 @@
+"""The order of a run's rows, and what a unit of data costs, by which they are dealt to ranks.
+
+Takes what was measured of the data and plain numbers; gives the `Walk`. Refuses to go on in another order than that of
+the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from mmit.data.ahead import allowed_cores, in_order
+from mmit.data.mixture import WINDOW, mixing_weights, mixture_order, units_in_epoch
+from mmit.data.packing import plan_rows
+from mmit.data.store import Store, code_version, key_of
+from mmit.data.walk import Walk
+from mmit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mmit.config import Config
+    from mmit.data.dataset import Scan
+    from mmit.models.vlm import VLM
+
+
+def _weights(module: nn.Module) -> int:
+    """Entries of all matrices; ZeRO-3 and 4 bits keep the shape elsewhere, so layers are asked first."""
+    sizes = [int(m.in_features) * int(m.out_features) for m in module.modules() if isinstance(m, nn.Linear)]
+    return sum(sizes) or sum(p.numel() for p in module.parameters())
+
+
+def unit_costs(vlm: VLM, scan: Scan, *, cached: bool) -> np.ndarray:
+    """(U,) float64, the cost of each unit in the time of one token.
+
+    Three terms: its tokens through the LLM's weights, the square of its length through attention, its pictures through
+    the tower. Forward and backward pass of a frozen LLM are 4 FLOPs a weight and token; only the relation matters.
+
+    Args:
+        cached: the tower's features come from a cache.
+    """
+    config: Any = vlm.llm.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)  # a model without attention has no squares
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
+    llm = max(_weights(vlm.llm), 1)
+    lengths = scan.length.astype(np.float64)
+    # 4 * width FLOPs a pair and layer forward, causal pairs are half the square, backward is twice that; over 4 * llm.
+    square = 6 * config.num_hidden_layers * width / (4 * llm)
+    cost = lengths + square * lengths**2
+    if vlm.vision is not None and not cached:
+        patches = math.prod(vlm.vision.grid)
+        trained = 3 if vlm.vision.trainable else 1
+        cost += scan.seen * (2 * trained * _weights(vlm.vision) * patches / (4 * llm))
+    return cost
+
+
+def make_walk(  # noqa: PLR0913
+    scan: Scan,
+    weights: Sequence[float],
+    *,
+    mixing: Mapping[str, Any],
+    seed: int,
+    capacity: int | None,
+    rows_per_step: int,
+    epochs: float | None,
+    steps: int | None,
+    shuffle: str = "auto",
+    window: int = WINDOW,
+    known: Mapping[str, Any] | None = None,
+    costs: np.ndarray | None = None,
+    group: bool = True,
+    store: Store | None = None,
+) -> tuple[Walk, dict[str, Any]]:
+    """The rows of the run in order, and the facts that decide this order.
+
+    Args:
+        weights: of the sources. mixing: `mixing_weights`' scheme, cap and temperature; scheme "weights" for none.
+        capacity: tokens a row, or None for one unit a row. shuffle, window: of `mixture_order`.
+        known: facts and `Walk.state` of the checkpoint that the run goes on from.
+        costs: (U,) of the units; ranks get equal work by them.
+        group: without `capacity`, let units of a step share a micro-batch that have pictures or not and are equally
+            long, as LLaVA's group_by_modality_length; a step holds the same units as without.
+        store: keeps how many rows the segments of the order take, which all have to be planned to know.
+
+    Raises:
+        CheckpointError: the facts differ from the known ones.
+    """
+    sizes = np.bincount(scan.source, minlength=len(weights)).tolist()
+    if mixing["scheme"] != "weights":
+        weights = [w * m for w, m in zip(weights, mixing_weights(sizes, **mixing), strict=True)]
+    facts = {
+        "seed": seed,
+        "units": len(scan.length),
+        "lengths": zlib.crc32(np.ascontiguousarray(scan.length).view(np.uint8).data),
+        "weights": list(weights),
+        "capacity": capacity,
+        "rows_per_step": rows_per_step,
+        "shuffle": shuffle if shuffle == "global" else f"{shuffle}, {window}",
+    }
+    for key, now in facts.items():
+        if known is not None and known[key] != now:
+            raise CheckpointError(
+                f"the checkpoint was made with other data, another seed or other rows ({key} differs: {known[key]} "
+                f"then, {now} now), so the data order cannot be continued",
+                where="run.resume",
+                remedy="resume with the config and data it was made with, or start from its weights with run.init_from",
+            )
+
+    @lru_cache(maxsize=1)
+    def order_of(epoch: int) -> Any:
+        return mixture_order(sizes, weights, seed=seed, epoch=epoch, shuffle=shuffle, window=window)
+
+    def rows_of(epoch: int, begin: int, end: int) -> list[list[int]]:
+        order = order_of(epoch)[begin:end]
+        if capacity is None:
+            return [[u] for u in order.tolist()]
+        return plan_rows(scan.length, capacity=capacity, order=order, shared=scan.shared)
+
+    def alike(row: list[int]) -> tuple[int, ...]:
+        return int(scan.seen[row].any()), int(scan.length[row].sum())
+
+    units = units_in_epoch(sizes, weights)
+    counts: Sequence[int] = ()
+    if known is None and epochs is not None and capacity is not None:
+        counts = _row_counts(rows_of, Walk.whole_segments(units, epochs), [facts, sizes, scan.shared], store)
+    cost_of = None if costs is None else lambda row: float(costs[row].sum())
+    walk = Walk(
+        rows_of,
+        units=units,
+        rows_per_step=rows_per_step,
+        epochs=epochs,
+        steps=steps,
+        known=known,
+        counts=counts,
+        cost_of=cost_of,
+        alike=alike if group and capacity is None else None,
+    )
+    return walk, facts
+
+
+def _row_counts(
+    rows_of: Callable[[int, int, int], list[list[int]]],
+    segments: Sequence[tuple[int, int, int]],
+    order: Any,
+    store: Store | None,
+) -> list[int]:
+    """Rows in each segment of an order, which `order` decides; planned on all cores, or read from the store."""
+    key = key_of(order, len(segments), code_version())
+    found = store.find("planned", key) if store is not None else None
+    if found is not None:
+        return found[1]["rows"].tolist()
+    workers = allowed_cores() if len(segments) > 2 else 0
+    counts = list(in_order(lambda segment: len(rows_of(*segment)), segments, workers=workers))
+    if store is not None and segments:
+        store.keep("planned", key, {}, {"rows": np.array(counts, dtype=np.int64)})
+    return counts
+
+
+def walk_of(
+    config: Config,
+    scan: Scan,
+    *,
+    known: dict[str, Any] | None = None,
+    costs: Any = None,
+    store: Store | None = None,
+) -> tuple[Walk, dict[str, Any]]:
+    """The rows of a run, forecast or real, and what decides their order; the rest: see `make_walk`."""
+    t = config.train
+    return make_walk(
+        scan,
+        [s.weight for s in config.data.train],
+        mixing=config.data.mixing.model_dump(),
+        seed=config.run.seed,
+        capacity=config.data.pack_tokens if config.data.packing else None,
+        rows_per_step=t.rows_per_step,
+        epochs=t.epochs,
+        steps=t.steps,
+        shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
+        group=config.data.group,
+        known=known,
+        costs=costs,
+        store=store,
+    )

@@ -1,0 +1,288 @@
+"""From the sources of a run to its micro-batches: open, measure, judge, order, load.
+
+Owns what has to be settled about the data before the first step, and the policy for bad records. Takes plain
+arguments, gives `InstructionData`, its `Scan` and the `Walk`. Refuses a run whose records cannot fit its rows.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmit.data.ahead import allowed_cores
+from mmit.data.chat import ChatFormat, Encoded, chat_format, encode
+from mmit.data.dataset import InstructionData
+from mmit.data.loader import LoadImage, MicroBatch, micro_batches
+from mmit.data.loss import Loss
+from mmit.data.sources import Source, open_source
+from mmit.data.store import Store, key_of
+from mmit.errors import ConfigError, RecordError, located, nearest
+from mmit.io import append, write_atomic
+from mmit.plugins import source_hash
+from mmit.text import terminal
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmit.data.measure import Scan
+    from mmit.data.preparation import ImagePreparation
+    from mmit.data.walk import Walk
+    from mmit.records import Image, Record
+
+Say = Callable[[Any], None]
+
+
+def check_lengths(*, max_length: int, capacity: int, limit: int | None, virtual: int = 0) -> None:
+    """Refuse records longer than a row or than the LLM can take.
+
+    Args:
+        max_length: of a record, in tokens. capacity: of a row.
+        limit: of the LLM's context, after the `virtual` tokens of a soft prompt have taken their places.
+
+    Raises:
+        ConfigError: they may be longer.
+    """
+    if max_length > capacity:
+        raise ConfigError(
+            f"max_length={max_length} is more than pack_tokens={capacity}: a record may not fit",
+            where="data",
+            remedy="raise data.pack_tokens or lower data.max_length",
+        )
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"max_length={max_length} is more than the {limit} tokens the LLM was built for"
+            + (f" less the {virtual} of the soft prompt" if virtual else ""),
+            where="data.max_length",
+            remedy=f"set data.max_length={limit} or less",
+        )
+
+
+def cache_folder(given: str | None, *, run_dir: Path) -> Path:
+    """Where what was found out about data is kept: `given`, MMIT_CACHE, or a folder of the user's. Makes nothing.
+
+    All runs on the same data share it. Without a home that can be written it is in the run's folder.
+    """
+    if given is not None:
+        return Path(given).expanduser()
+    if "MMIT_CACHE" in os.environ:
+        return Path(os.environ["MMIT_CACHE"]) / "data"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmit" / "data"
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+            return folder
+    except (OSError, RuntimeError):  # no such home, or not ours
+        pass
+    return run_dir / "data"
+
+
+def chat_of(section: Mapping[str, Any], tokenizer: Any, *, date: str | None = None) -> ChatFormat:
+    """Build the chat format; `date` (ISO) is the day of a template that asks for it, None for today.
+
+    Raises ConfigError, placed at model.chat.format.
+    """
+    given = dict(section)
+    with located("model.chat.format"):
+        return chat_format(given.pop("format"), tokenizer, date=date, **given)
+
+
+def open_data(
+    sources: Sequence[Mapping[str, Any]],
+    chat: ChatFormat,
+    tokenizer: Any,
+    *,
+    cache: Path,
+    on_bad: Callable[[RecordError], None] | None,
+    key: str = "data.train",
+    say: Say = lambda text: None,
+    loss: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> InstructionData:
+    """Open the sources of a run.
+
+    Args:
+        sources: per source the keys path, format, image_root, name, limit and options, as `open_source` takes them.
+        cache: see `cache_folder`.
+        on_bad: receives rows that are no records and have no number; None raises the first. Others are bad records.
+        key: the list of the config that they are from, for messages.
+        loss: the section data.loss: `sources` by name, the rest as `Loss` takes it; None supervises answers.
+        options: what else `InstructionData` takes (preparation, max_length, capacity, ...).
+    """
+    keys = ("path", "format", "image_root", "name", "limit", "options")
+    opened = []
+    for i, source in enumerate(sources):
+        with located(f"{key}.{i}"):
+            opened.append(open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad, say=say, judge=False))
+    told = dict(loss or {})
+    encoding = key_of(encoding_key(chat, tokenizer), told)
+    weights = source_weights(opened, told.pop("sources", {}), strict=key == "data.train")
+    encoder = partial(_encode, chat, tokenizer, Loss(**told))
+    return InstructionData(opened, encoder, key=encoding, source_weights=weights, **options)
+
+
+def encoding_key(chat: ChatFormat, tokenizer: Any) -> str:
+    """Stands for all that decides the tokens of a conversation, but for mmit's own code."""
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    libraries = [_version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    code = source_hash(chat.name, where="model.chat.format") if chat.own else ""
+    return key_of(chat.to_json(), code, tokenizer.backend_tokenizer.to_str(), special, libraries)
+
+
+@lru_cache  # reads and parses a file
+def _version(library: str) -> str:
+    return metadata.version(library)
+
+
+def _encode(chat: ChatFormat, tokenizer: Any, loss: Loss, record: Record) -> Encoded:
+    return encode(record, chat, tokenizer, loss=loss)
+
+
+def source_weights(sources: Sequence[Source], given: Mapping[str, float], *, strict: bool = True) -> list[float]:
+    """Loss weight of each source; raises ConfigError for the name of none, if `strict`."""
+    names = [source.name for source in sources]
+    for name in given:
+        if strict and name not in names:
+            raise ConfigError(f"no source is named '{name}'", where="data.loss.sources", remedy=nearest(name, names))
+    return [float(given.get(source.name, 1.0)) for source in sources]
+
+
+def measure(data: InstructionData, *, store: Store, shown: bool, alive: Callable[[], None] = lambda: None) -> Scan:
+    """Measure all records on all cores, or read what an earlier start found.
+
+    Args:
+        shown: draw a progress bar on stderr, if that is a terminal.
+        alive: called now and then.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = terminal(stderr=True)
+    columns = (TextColumn("measuring the data", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal))
+    with bar:
+        task = bar.add_task("", total=len(data))
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            alive()
+
+        return data.scan(workers=allowed_cores(), store=store, progress=progress)
+
+
+def judge(
+    scan: Scan,
+    *,
+    skip: bool,
+    max_bad_fraction: float,
+    run_dir: Path | None,
+    main: bool,
+    say: Say,
+    key: str = "data.train",
+    name: str = "bad_records.jsonl",
+) -> None:
+    """Apply the stated policy to bad records; all of them are listed in the file `name` of `run_dir`, if any."""
+    listed = "" if run_dir is None else f", listed in {run_dir / name}"
+    if main and scan.bad and run_dir is not None:
+        write_atomic(run_dir / name, "".join(_line(e) for e in scan.bad))
+    if scan.bad and not skip:
+        first = scan.bad[0]
+        more = f" (the first of {len(scan.bad)} bad records{listed})" if len(scan.bad) > 1 else ""
+        raise type(first)(first.problem + more, where=first.where, remedy=first.remedy)
+    if len(scan.bad) > most_bad(max_bad_fraction, scan.records):
+        raise RecordError(
+            f"{len(scan.bad)} of {scan.records} records are bad, more than run.max_bad_fraction="
+            f"{max_bad_fraction:g} allows; the first: {scan.bad[0]}",
+            where=key if run_dir is None else str(run_dir / name),
+            remedy="mend the data, or raise run.max_bad_fraction",
+        )
+    if scan.bad:
+        say(f"{len(scan.bad)} bad records are left out{listed}")
+    if not len(scan.length):
+        raise RecordError("no usable record is left", where=key, remedy="check the files and formats")
+
+
+def most_bad(fraction: float, records: int) -> int:
+    """How many of `records` may be bad; 0.29 of 100 are 29, though their product in floating point is less."""
+    return math.floor(fraction * records + 1e-9 * records)
+
+
+def note_bad(run_dir: Path, rank: int, error: RecordError, *, name: str = "bad_records.jsonl") -> None:
+    """Add a record that turned out bad while training to the listing; each rank has its own."""
+    listing = run_dir / name if rank == 0 else run_dir / f"{Path(name).stem}-{rank}.jsonl"
+    append(listing, _line(error))
+
+
+def source_names(data: InstructionData) -> list[str]:
+    """Names of the sources for metrics: equal ones are numbered."""
+    names: list[str] = []
+    for source in data.sources:
+        name, count = source.name, 1
+        while name in names:
+            count += 1
+            name = f"{source.name} ({count})"
+        names.append(name)
+    return names
+
+
+def _line(error: RecordError) -> str:
+    return json.dumps({"where": error.where, "problem": error.problem, "remedy": error.remedy}) + "\n"
+
+
+def image_loader(preparation: ImagePreparation) -> LoadImage:
+    """Picture, place -> (C, 3, H, W) uint8, as the tower wants it."""
+    return partial(_load_image, preparation)
+
+
+def _load_image(preparation: ImagePreparation, image: Image, where: str) -> torch.Tensor:
+    return preparation.pixels(image, where=where)
+
+
+def batches_of_rank(  # noqa: PLR0913
+    data: InstructionData,
+    scan: Scan,
+    walk: Walk,
+    *,
+    rank: int,
+    world: int,
+    micro_rows: int,
+    start: int,
+    load_image: LoadImage | None,
+    skip_bad: bool,
+    workers: int,
+    prefetch: int,
+) -> Generator[MicroBatch]:
+    """This rank's micro-batches from step `start` on; `prefetch` bytes of them may wait."""
+
+    def units() -> Iterator[list[int]]:
+        for step in range(start, walk.steps):
+            for positions in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
+                rows = [walk.row(p) for p in positions]
+                yield [u for row in rows if row for u in row]
+
+    return micro_batches(
+        data, scan, units(), load_image=load_image, skip_bad=skip_bad, workers=workers, prefetch=prefetch
+    )
+
+
+def record_names(
+    data: InstructionData,
+    scan: Scan,
+    walk: Walk,
+    *,
+    world: int,
+    micro_rows: int,
+    step: int,
+    places: Sequence[tuple[int, int]],
+    most: int = 5,
+) -> str:
+    """Say which records are in micro-batches of a step, given as (rank, micro-batch); any rank can tell for all."""
+    positions = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows)[i] for r, i in places]
+    units = [u for place in positions for p in place for u in walk.row(p) or ()]
+    numbers = list(dict.fromkeys(int(scan.record[u]) for u in units))
+    names = ", ".join(data.record(n).where for n in numbers[:most])
+    return f"{names} and {len(numbers) - most} more" if len(numbers) > most else names or "no record"

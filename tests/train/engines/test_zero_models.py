@@ -1,0 +1,100 @@
+"""Language models of many kinds under DeepSpeed: two ranks equal one process, whatever the model makes of its rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from mmit.errors import ConfigError
+from mmit.models.llm import why_not_4bit
+from mmit.train.checkpoint import model as checkpoint
+from mmit.train.run import run
+from mmit.train.settle import check_divided
+from tests.models.small_llms import family
+from tests.models.test_families import pair
+from tests.test_plugins import PROJECTOR
+from tests.tiny_run import tiny_config
+from tests.train.launch import start_ranks
+
+TRAIN = {"steps": 3, "rows_per_step": 4, "precision": "fp32"}
+# name -> (family, whether its records share rows, sections)
+CASES = {
+    "experts": ("qwen3_moe", True, {"train": {**TRAIN, "router_loss": 0.01}}),
+    "state": ("mamba2", True, {}),
+    "padded": ("falcon", False, {}),
+    "own": ("llama", True, {"model": {"projector": {"kind": "zero_bridges:Doubled", "options": {}}}}),
+}
+
+
+def tiny(folder, place, name, sections, **more):
+    """A config whose language model is a small one of a family."""
+    sections = {"train": TRAIN, **sections, **more, "run": {"dir": str(folder / place)}}
+    config = tiny_config(folder, **{k: v for k, v in sections.items() if k != "model"})
+    raw = config.model_dump()
+    raw["model"] |= sections.get("model", {})
+    if name is not None:
+        count = len(AutoTokenizer.from_pretrained(config.model.llm.name))
+        raw["model"]["llm"]["random_init"] = family(name) | {"vocab_size": count}
+    return type(config).from_dict(raw)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name, told", [("qwen3_moe", "experts"), ("mamba2", "running state"), ("llama", None)])
+def test_what_zero3_cannot_divide_is_refused(name, told):
+    vlm = pair(name)[1]
+    if told is None:
+        return check_divided(vlm)
+    with pytest.raises(ConfigError, match=told) as error:
+        check_divided(vlm)
+    assert "zero2" in error.value.remedy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_packing_is_settled_and_two_ranks_equal_one_process(stage, tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed")
+    (tmp_path / "zero_bridges.py").write_text(PROJECTOR)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    configs = []
+    cases = {case: told for case, told in CASES.items() if stage == "zero2" or case not in ("experts", "state")}
+    for case, (name, _, sections) in cases.items():
+        assert run(tiny(tmp_path, f"{case}-one", name, sections)) == 0
+        two = tiny(tmp_path, f"{case}-two", name, sections, engine={"deepspeed": stage})
+        configs.append(tmp_path / f"{case}.yaml")
+        configs[-1].write_text(two.to_yaml())
+    env = {"PYTHONPATH": f"{tmp_path}:{checkpoint.__file__.rpartition('/mmit/')[0]}"}
+    start_ranks(["-m", "tests.train.run_many", *map(str, configs)], ranks=2, timeout=300, env=env)
+    for case, (_, packed, _) in cases.items():
+        assert losses(tmp_path / f"{case}-two") == pytest.approx(losses(tmp_path / f"{case}-one"), abs=1e-4), case
+        kept = yaml.safe_load((tmp_path / f"{case}-two" / "config.yaml").read_text())
+        assert kept["data"]["packing"] is packed, case
+        one, two = (
+            checkpoint.load_model(tmp_path / f"{case}-{x}", device="cpu", allow_code=True) for x in ("one", "two")
+        )
+        assert two.vlm.state_dict().keys() == one.vlm.state_dict().keys(), case
+
+
+@pytest.mark.slow
+def test_weights_of_4_bits_train_on_two_ranks(tmp_path):
+    pytest.importorskip("deepspeed")
+    if (reason := why_not_4bit()) is not None:
+        pytest.skip(reason)
+    base = tiny_config(tmp_path, run={"dir": str(tmp_path / "base")}, tune={"llm": {"mode": "full", "lr": 1e-4}})
+    assert run(type(base).from_dict(base.model_dump() | {"train": {**base.train.model_dump(), **TRAIN}})) == 0
+    held = checkpoint.checkpoints(tmp_path / "base")[-1] / "llm"
+    AutoTokenizer.from_pretrained(base.model.llm.name).save_pretrained(held)
+    tune = {"llm": {"mode": "qlora", "lr": 1e-2, "options": {"r": 4}}}
+    for place, engine in (("one", {}), ("two", {"deepspeed": "zero2"})):
+        config = tiny_config(tmp_path, run={"dir": str(tmp_path / place)}, tune=tune, train=TRAIN, engine=engine)
+        raw = config.model_dump()
+        raw["model"]["llm"] |= {"name": str(held), "random_init": None}
+        (tmp_path / f"{place}.yaml").write_text(type(config).from_dict(raw).to_yaml())
+    for place, ranks in (("one", 1), ("two", 2)):
+        start_ranks(["-m", "tests.train.run_many", str(tmp_path / f"{place}.yaml")], ranks=ranks, timeout=300)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
