@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 from mmit.cli import app
 from mmit.config import load_config
 from mmit.errors import ConfigError
-from mmit.train.memory import estimate
 from mmit.forecast.forecast import forecast
 from mmit.forecast.rates import RowFacts, count_pairs, measure_rates
 from mmit.models.assemble import assemble
@@ -24,6 +23,7 @@ from mmit.models.recompute import set_recompute
 from mmit.models.tuning import apply_tuning
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.engines.zero import BUCKET, bucket_size
+from mmit.train.memory import estimate
 from mmit.train.memory.devices import GPUS, find_device
 from mmit.train.memory.estimate import ALONE, empty_model, least_recompute, stages
 from mmit.train.memory.live_bytes import LiveBytes
