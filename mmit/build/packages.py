@@ -3,19 +3,24 @@
 `easy-vqa-attributes`: each image of the package easy-vqa with what its pixels say: colour, shape, box, place and size.
 The images hold one shape in one of eight colours on a plain ground, so all of it can be measured; where the package's
 own questions name a colour or a shape, the measurement must agree, or the row is refused.
+`easy-vqa-composites` and `easy-vqa-pairs` put these together (`mmit.build.composites`), `mnist-5k` and `mnist-5k-pairs`
+are handwritten digits (`mmit.build.digits`), `vega-charts` and `vega-tables` small tables drawn and written
+(`mmit.build.tables`), `text-lines` lines of text to read (`mmit.build.lines`).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 
-from mmit.data.formats.easyvqa import COLOURS, SHAPES, read_pictures
+from mmit.build.composites import composites, pairs
+from mmit.build.digits import digit_pairs, digits
+from mmit.build.lines import lines
+from mmit.build.tables import charts, tables
+from mmit.data.formats.easyvqa import COLOURS, SHAPES, SPLITS, read_pictures
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image
 
@@ -79,21 +84,25 @@ def measured(pixels: np.ndarray, *, where: str) -> dict[str, Any]:
     }
 
 
-# name -> (split -> rows, licence of the data)
-PACKAGES: dict[str, tuple[Callable[[str], Rows], str]] = {"easy-vqa-attributes": (easy_vqa_attributes, "MIT")}
+# name -> (split -> rows, licence of the data). MNIST's terms are those its authors gave; the tables are public domain,
+# in a package under MIT; the fonts under the drawn lines allow what is drawn with them.
+PACKAGES: dict[str, tuple[Callable[[str], Rows], str]] = {
+    "easy-vqa-attributes": (easy_vqa_attributes, "MIT"),
+    "easy-vqa-composites": (lambda split: composites(easy_vqa_attributes(split), split), "MIT"),
+    "easy-vqa-pairs": (lambda split: pairs(easy_vqa_attributes(split), split), "MIT"),
+    "mnist-5k": (digits, "BSD-3-Clause AND CC-BY-SA-3.0"),
+    "mnist-5k-pairs": (digit_pairs, "BSD-3-Clause AND CC-BY-SA-3.0"),
+    "vega-tables": (tables, "MIT"),
+    "vega-charts": (charts, "MIT"),
+    "text-lines": (lines, "CC0-1.0"),
+}
 
 
 def package_rows(name: str, split: str) -> tuple[Rows, str]:
     """Return the rows of a set that comes with a package, and its licence. Raises ConfigError."""
     if name not in PACKAGES:
         raise ConfigError(f"no such set '{name}'", where="rows.package", remedy=nearest(name, list(PACKAGES)))
+    if split not in SPLITS:
+        raise ConfigError(f"no such split '{split}'", where="rows.split", remedy=nearest(split, SPLITS))
     make, licence = PACKAGES[name]
     return make(split), licence
-
-
-def image_name(image: Image) -> str:
-    """Return what identifies an image: the path of its file, or the digest of its bytes."""
-    if isinstance(image.source, str):
-        return str(Path(image.source).resolve())
-    data = image.source if isinstance(image.source, bytes) else image.source.tobytes()
-    return hashlib.sha256(data).hexdigest()

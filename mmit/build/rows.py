@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from mmit.build.package_data import image_format
 from mmit.build.packages import package_rows
 from mmit.data.formats.common import image_part, json_rows
 from mmit.data.formats.tabular import csv_rows, hf_rows, is_parquet, is_table, parquet_rows
@@ -94,7 +95,17 @@ def _with_images(row: dict[str, Any], images: list[str], root: str) -> dict[str,
             raise RecordError(f"there is no field '{field}'", remedy=nearest(field, [str(key) for key in row]))
         value = row[field]
         if isinstance(value, list):
-            found[field] = [v if isinstance(v, Image) else image_part(v, root) for v in value]
-        elif not isinstance(value, Image):
-            found[field] = image_part(value, root)
+            found[field] = [_there(v if isinstance(v, Image) else image_part(v, root)) for v in value]
+        else:
+            found[field] = _there(value if isinstance(value, Image) else image_part(value, root))
     return found
+
+
+def _there(image: Image) -> Image:
+    """Refuse an image whose file is gone or whose bytes are none: a question about nothing teaches guessing."""
+    if isinstance(image.source, str) and not os.path.isfile(image.source):
+        remedy = "Check its path: it starts at rows.image_root, or at the folder of the rows."
+        raise RecordError(f"there is no image file '{image.source}'", remedy=remedy)
+    if isinstance(image.source, bytes):
+        image_format(image.source)
+    return image

@@ -2,6 +2,7 @@
 
     records/TASK.jsonl      mmit records, one file a task, so that a mixture's cap is a cap per task
     held_out/TASK.jsonl     records of held-out clusters
+    */images/DIGEST.png     images that came as bytes, each once (their own format where it is another)
     mixture.yaml            `data:` of a training config, the tasks as sources; with `base` it trains as it is
     dropped.jsonl           what gave no record: task, row, template, reason
     build.json              the resolved config, counts (in = accepted + dropped), input digests, versions
@@ -17,16 +18,18 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 from mmit import __version__
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import check_allowed
+from mmit.build.package_data import image_format
+from mmit.data.lint.images import image_name
 from mmit.errors import ConfigError
 from mmit.io import unwritable, write_atomic
-from mmit.records import record_line
+from mmit.records import Image, Record, record_line
 from mmit.yamlio import dump_yaml
 
 
@@ -129,7 +132,8 @@ def _write_records(made: Iterable[Made | Dropped], draft: Path, out: Path) -> Co
             if name not in files:
                 (draft / folder).mkdir(exist_ok=True)
                 files[name] = open(draft / name, "w", encoding="utf-8", newline="\n")
-            files[name].write(record_line(item.record, os.path.abspath(out / folder)))
+            record = _with_files(item.record, draft / folder, out / folder)
+            files[name].write(record_line(record, os.path.abspath(out / folder)))
             counts.accepted[item.task] += 1
             counts.templates[item.task][_wording(item.record.meta["build"])] += 1
             counts.licences[item.record.licence or ""] += 1
@@ -142,6 +146,28 @@ def _write_records(made: Iterable[Made | Dropped], draft: Path, out: Path) -> Co
         for file in files.values():
             file.close()
     return counts
+
+
+def _with_files(record: Record, draft: Path, out: Path) -> Record:
+    """Write images that are bytes to files of `draft`, and name them as they will be in `out`."""
+    if not any(isinstance(image.source, bytes) for image in record.images):
+        return record
+    turns = []
+    for turn in record.turns:
+        parts = [
+            _filed(p, draft, out) if isinstance(p, Image) and isinstance(p.source, bytes) else p for p in turn.parts
+        ]
+        turns.append(replace(turn, parts=tuple(parts)))
+    return replace(record, turns=tuple(turns))
+
+
+def _filed(image: Image, draft: Path, out: Path) -> Image:
+    assert isinstance(image.source, bytes)
+    name = f"images/{image_name(image).rpartition(':')[2][:20]}.{image_format(image.source)}"
+    if not (draft / name).exists():
+        (draft / "images").mkdir(exist_ok=True)
+        (draft / name).write_bytes(image.source)
+    return Image(str(out / name))
 
 
 def _wording(build: Mapping[str, Any]) -> str:
