@@ -16,7 +16,7 @@ import torch
 from mmit.data.chat import ChatFormat, chat_format
 from mmit.errors import ConfigError, ModelError, nearest
 from mmit.models.generation import read_generation
-from mmit.models.interop.hf_towers import hf_tower
+from mmit.models.interop.hf_held import held_towers
 from mmit.models.interop.llava import declared, read_llava
 from mmit.models.interop.llava_hf import LlavaHF, is_llava_hf, read_llava_hf
 from mmit.models.interop.prismatic import prismatic_config, read_prismatic
@@ -41,16 +41,16 @@ READERS_BY_CONFIG: dict[Callable[[Path], Any], Callable[..., Any]] = {
 class Foreign:
     """A model read from another project's folder.
 
-    `image` are the arguments of `data.images.fit`. The rest is for an import: the tower as transformers' class has it
-    (the error that says why it has none, for towers of other kinds),
-    the options of `model.vision` that read it, and the number format of the weights.
+    `image` are the arguments of `data.images.fit`. The rest is for an import: each encoder of the tower as a class of
+    transformers has it (the error that says why there is none, for encoders of other kinds), the options of
+    `model.vision` that read it, and the number format of the weights.
     """
 
     vlm: VLM
     tokenizer: Any
     chat: ChatFormat
     image: dict[str, Any]
-    tower: tuple[Any, dict[str, torch.Tensor]] | ModelError
+    towers: list[tuple[Any, dict[str, torch.Tensor]]] | ModelError
     vision_options: dict[str, Any]
     dtype: torch.dtype
 
@@ -87,7 +87,7 @@ def read_foreign(
         read_generation(found.vlm.llm, folder)
         _need_chat(chat or found.chat_template, folder)
         form = chat_format(chat, found.tokenizer) if chat else _template_format(found)
-        whole: Any = (found.vision_config, found.vision_state)
+        whole: Any = [(found.vision_config, found.vision_state)]
         return Foreign(found.vlm, found.tokenizer, form, found.image, whole, found.vision_options, found.dtype)
     read = next((read for told, read in READERS_BY_CONFIG.items() if told(folder) is not None), None)
     if read is not None:
@@ -102,7 +102,7 @@ def read_foreign(
         select = "cls_patch" if eye.prefix else "patch"
         options = {"layer": -1, "select": select, "fit": image["mode"], "tiles": image.get("tiles", {})}
         try:
-            whole = hf_tower(eye)
+            whole = held_towers(eye)
         except ModelError as error:
             whole = error  # of no consequence to a model that only answers
         return Foreign(vlm, tokenizer, chat_format(chat, tokenizer), image, whole, options, dtype)

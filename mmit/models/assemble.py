@@ -20,6 +20,8 @@ from mmit.models.vision import FUSED, VisionTower, build_vision
 from mmit.models.vlm import VLM
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedTokenizerBase
 
 
@@ -52,6 +54,17 @@ def without_weights(vision: Mapping[str, Any]) -> dict[str, Any]:
     towers = [{**tower, "weights": False, "key_order": False} for tower in vision.get("towers", ())]
     alone = None if vision["kind"] == FUSED else False
     return {**vision, "weights": alone, "key_order": False, "towers": towers}
+
+
+def with_own_towers(vision: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """A `model.vision` section whose encoders are those that a checkpoint keeps in vision/, where it keeps any."""
+    if not folder.joinpath("vision").exists():
+        return dict(vision)
+    if vision["kind"] != FUSED:
+        return {**vision, "name": str(folder / "vision"), "weights": None}
+    places = [folder / "vision" / str(number) for number in range(len(vision["towers"]))]
+    kept = [{"name": str(place), "weights": None} if place.exists() else {} for place in places]
+    return {**vision, "towers": [{**tower, **own} for tower, own in zip(vision["towers"], kept, strict=True)]}
 
 
 def has_line_end(vision: Mapping[str, Any]) -> bool:

@@ -85,7 +85,7 @@ class FusedMLP(MLP):
     ) -> None:
         whole(widen=widen)
         super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, depth=1, norm=norm)
-        wide = widen * vision_dim
+        self.widen, wide = widen, widen * vision_dim
         tail = mlp(wide, llm_dim, depth=2)
         self.layers = nn.Sequential(nn.Linear(vision_dim, wide), nn.GELU(), *tail)
 

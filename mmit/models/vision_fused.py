@@ -28,7 +28,7 @@ class FusedReader(Reader):
     def __init__(self, encoders: Sequence[Encoder]) -> None:
         super().__init__()
         self.readers = nn.ModuleList(encoder.reader for encoder in encoders)
-        self.facts = [(encoder.image_size, encoder.mean, encoder.std) for encoder in encoders]
+        self.encoders = list(encoders)
 
     def set_frozen(self, frozen: bool) -> None:
         """See `Reader.set_frozen`; of each encoder."""
@@ -38,16 +38,22 @@ class FusedReader(Reader):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, N, sum of D)."""
         found = []
-        for reader, (size, mean, std) in zip(self.readers, self.facts, strict=True):
+        for reader, encoder in zip(self.readers, self.encoders, strict=True):
             shown = pixels.float()
-            if tuple(pixels.shape[2:]) != size:
-                scaled = F.interpolate(shown, size, mode="bicubic", antialias=True, align_corners=False)
+            if tuple(pixels.shape[2:]) != encoder.image_size:
+                scaled = F.interpolate(shown, encoder.image_size, mode="bicubic", antialias=True, align_corners=False)
                 shown = scaled.round().clamp(0, 255)  # as a picture of that size would be
-            middle, spread = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in (mean, std))
+            constants = (encoder.mean, encoder.std)
+            middle, spread = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in constants)
             # In float32 up to here: the encoders' number format may not tell 256 values apart.
             dtype = next(reader.parameters()).dtype
             found.append(reader(((shown / 255 - middle) / spread).to(dtype)))
         return torch.cat(found, dim=-1)
+
+
+def parts_of(encoder: Encoder) -> list[Encoder]:
+    """Return the encoders of a fused one, and of any other itself."""
+    return encoder.reader.encoders if isinstance(encoder.reader, FusedReader) else [encoder]
 
 
 def fuse(encoders: Sequence[Encoder]) -> Encoder:

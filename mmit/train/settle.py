@@ -135,10 +135,12 @@ def with_whole_paths(config: Config) -> Config:
     model = config.model
     changed: dict[str, Any] = {"llm": model.llm.model_copy(update={"name": _whole(model.llm.name)})}
     if model.vision is not None:
-        changed["vision"] = model.vision.model_copy(update={"name": _whole(model.vision.name)})
+        towers = [tower.model_copy(update={"name": _whole(tower.name)}) for tower in model.vision.towers]
+        changed["vision"] = model.vision.model_copy(update={"name": _whole(model.vision.name), "towers": towers})
     return config.model_copy(update={"model": model.model_copy(update=changed)})
 
 
 def _whole(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.absolute()) if name and path.exists() else name
+    prefix = "local-dir:" if name.startswith("local-dir:") else ""
+    path = Path(name.removeprefix(prefix)).expanduser()
+    return f"{prefix}{path.absolute()}" if name and path.exists() else name

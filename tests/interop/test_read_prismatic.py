@@ -85,6 +85,7 @@ def compare(found: Any, layers: nn.Module, tower: Any, llm: Any) -> None:
     [
         ({}, "pad"),
         ({"vision_backbone_id": SIGLIP, "arch_specifier": "linear", "image_resize_strategy": "resize-naive"}, "resize"),
+        ({"vision_backbone_id": "dinov2-vit-l"}, "pad"),
     ],
 )
 def test_a_run_folder(tmp_path: Path, changes: dict[str, Any], mode: str) -> None:

@@ -1,32 +1,20 @@
-"""Fused towers: features side by side, each tower with its own constants and size; Prismatic's folders; whole runs."""
+"""Fused towers: features side by side, each tower with its own constants and size; whole runs."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
-from timm.models import save_for_hf
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 import mmit
-from mmit.cli.export import make_start
 from mmit.errors import ConfigError, ModelError
-from mmit.interop.foreign import read_foreign
-from mmit.models.interop.prismatic import FUSED_TOWERS
 from mmit.models.vision import build_vision
 from mmit.train.run import run
-from tests.interop.test_read_llava import parts
-from tests.interop.test_read_prismatic import save
 from tests.models.test_vision_layers import dino, towers
 from tests.tiny_run import tiny_config
 from tests.train.test_tiled_runs import losses, noise, pictures
-
-BACKBONE = "dinosiglip-vit-so-224px"
 
 
 def two(folder: Path, **second: Any) -> list[dict[str, Any]]:
@@ -94,6 +82,16 @@ def test_a_run_learns_and_its_cache_changes_nothing(tmp_path: Path) -> None:
     assert isinstance(model.chat(noise(20, 30), "What is it?", max_new_tokens=3), str)
 
 
+def test_towers_named_from_here_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    towers = [{"kind": "hf", "name": name} for name in ("dino", "siglip")]
+    assert run(config_of(tmp_path, vision={"towers": towers}, train={"steps": 1, "precision": "fp32"})) == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert mmit.load(tmp_path / "run", device="cpu").vlm.vision is not None
+
+
 @pytest.mark.parametrize("mode", ["full", "lora", "layernorm"])
 def test_both_towers_are_trained_stored_and_read(tmp_path: Path, mode: str) -> None:
     options = {"r": 2, "alpha": 4} if mode == "lora" else {}
@@ -119,71 +117,3 @@ def test_both_towers_are_trained_stored_and_read(tmp_path: Path, mode: str) -> N
 def test_a_section_that_mixes_one_and_several_is_refused(tmp_path: Path, vision: dict[str, Any], told: str) -> None:
     with pytest.raises((ConfigError, ModelError), match=told):
         run(config_of(tmp_path, vision=vision))
-
-
-def timm_folder(folder: Path, name: str, seed: int) -> Any:
-    torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"patch_size": 8, "embed_dim": 16, "depth": 3, "num_heads": 2, "img_size": 16}
-    sizes["mlp_ratio"] = 2
-    model: Any = timm.create_model(name.split(".")[0], **sizes)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn_like(weight) * 0.1)
-    config = {"pretrained_cfg": {**model.pretrained_cfg, "input_size": (3, 16, 16)}}
-    save_for_hf(model, str(folder), model_config=config, model_args=sizes, safe_serialization=True)
-    return model.eval()
-
-
-@pytest.mark.parametrize("trained", [False, True])
-def test_a_fused_prismatic_folder_gives_its_logits(tmp_path: Path, trained: bool) -> None:
-    """Both featurizers at their second-to-last block, joined, through prismatic's three-layer projector."""
-    _, tokenizer, _ = parts(tmp_path)
-    names, _size = FUSED_TOWERS[BACKBONE]
-    models = {part: timm_folder(tmp_path / part, name, seed) for seed, (part, name) in enumerate(names.items())}
-    llm: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    llm.resize_token_embeddings(len(tokenizer) + 1, pad_to_multiple_of=64)
-    llm.eval()
-    width = llm.config.hidden_size
-    head = (nn.Linear(32, 128), nn.GELU(), nn.Linear(128, width), nn.GELU(), nn.Linear(width, width))
-    layers: Any = nn.Sequential(*head)
-    state = {
-        "projector": {f"projector.{k}": v for k, v in layers.state_dict().items()},
-        "llm_backbone": {f"llm.{k}": v for k, v in llm.state_dict().items()},
-    }
-    if trained:
-        with torch.no_grad():
-            for model in models.values():
-                model.blocks[0].norm1.bias.add_(0.5)
-        own = {f"{part}_featurizer.{k}": v for part, model in models.items() for k, v in model.state_dict().items()}
-        state["vision_backbone"] = own
-    told = {"vision_backbone_id": BACKBONE, "arch_specifier": "no-align+fused-gelu-mlp"}
-    save(tmp_path / "run", state, image_resize_strategy="resize-naive", **told)
-    sources = ",".join(f"local-dir:{tmp_path / part}" for part in names)
-    found = read_foreign(tmp_path / "run", chat="vicuna_v1", base=str(tmp_path / "base"), tower=sources)
-    assert found.image["mode"] == "resize" and found.vlm.vision is not None
-    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
-    seen = []
-    with torch.no_grad():
-        for model in models.values():
-            mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-            (patches,) = model.get_intermediate_layers((pixels / 255 - mean) / std, n={len(model.blocks) - 2})
-            seen.append(patches)
-        tokens = layers(torch.cat(seen, dim=2))
-        torch.testing.assert_close(found.vlm.image_embeddings(found.vlm.see(pixels)), tokens, atol=1e-5, rtol=0)
-        ours = found.vlm.llm(inputs_embeds=tokens).logits
-        torch.testing.assert_close(ours, llm(inputs_embeds=tokens).logits, atol=1e-4, rtol=0)
-    loaded = mmit.load(tmp_path / "run", chat="vicuna_v1", base=str(tmp_path / "base"), tower=sources, device="cpu")
-    assert isinstance(loaded.chat(noise(20, 30), "What is it?", max_new_tokens=3), str)
-    given = {"chat": "vicuna_v1", "base": str(tmp_path / "base"), "tower": sources}
-    with pytest.raises(ModelError, match="one CLIP or SigLIP tower, and this model has fused towers") as refused:
-        make_start(str(tmp_path / "run"), tmp_path / "start", **given)
-    assert "mmit chat" in refused.value.remedy and not (tmp_path / "start").exists()
-
-
-def test_a_fused_folder_needs_both_towers(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    told = {"vision_backbone_id": BACKBONE, "arch_specifier": "fused-gelu-mlp", "llm_backbone_id": "x"}
-    save(tmp_path / "run", {"projector": {}}, image_resize_strategy="resize-naive", **told)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["model"]["vision_backbone_id"] == BACKBONE
-    with pytest.raises(ModelError, match="names 1 towers"):
-        read_foreign(tmp_path / "run", chat="vicuna_v1", base="x", tower="local-dir:/a")

@@ -24,7 +24,7 @@ from mmit.models.interop.tensors import complain
 from mmit.models.llm import load_llm
 from mmit.models.projectors import MLP, Linear
 from mmit.models.tuning.lora import quietly
-from mmit.models.vision_encoder import explained
+from mmit.models.vision_encoder import Encoder, explained
 from mmit.models.vlm import VLM
 
 if TYPE_CHECKING:
@@ -45,15 +45,16 @@ def write_tower(folder: Path, config: Any, tensors: Mapping[str, torch.Tensor], 
     """
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
+    prefix = "" if config.model_type.startswith("dinov2") else "vision_model."
     save_file(
-        {f"vision_model.{key}": value.contiguous() for key, value in tensors.items()},
+        {f"{prefix}{key}": value.contiguous() for key, value in tensors.items()},
         folder / "model.safetensors",
         metadata={"format": "pt"},
     )
     _write_constants(folder, image)
 
 
-def write_tower_config(folder: Path, name: str, tower: VisionTower) -> None:
+def write_tower_config(folder: Path, name: str, tower: VisionTower | Encoder) -> None:
     """Write what `build_vision` needs of a hub id or folder besides weights."""
     folder.mkdir(parents=True)
     with explained(f"hf {name}", remedy="the tower's own folder or hub id is needed for its config"):

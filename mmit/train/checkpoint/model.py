@@ -34,7 +34,7 @@ import mmit
 from mmit.config import Config, VisionConfig
 from mmit.data.chat import ChatFormat
 from mmit.errors import CheckpointError, ConfigError
-from mmit.models.assemble import assemble, without_weights
+from mmit.models.assemble import assemble, with_own_towers, without_weights
 from mmit.models.llm import bring_adapters, multiplied_out, usable_device, why_not_4bit
 from mmit.models.partition import shape, whole
 from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
@@ -333,8 +333,7 @@ def load_model(  # noqa: PLR0913
     model = config.model.model_dump()
     if (path / "llm").exists() and not (untuned and config.tune.llm.mode == "full"):
         model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
-    if model["vision"] and (path / "vision").exists():
-        model["vision"].update(name=str(path / "vision"), weights=None)
+    model["vision"] = model["vision"] and with_own_towers(model["vision"], path)
     whole = model["vision"] and (path / "vision.safetensors").exists() and not untuned
     if whole and model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
         model["vision"] = without_weights(model["vision"])  # all of the tower is read below

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.errors import CheckpointError, ModelError
+from mmit.models.assemble import with_own_towers
 from mmit.models.interop.hf_parts import write_tower, write_tower_config
+from mmit.models.projectors import FusedMLP
 from mmit.models.vision import FUSED
+from mmit.models.vision_fused import parts_of
 from mmit.train.checkpoint.model import Loaded, write_folder, write_model
 
 if TYPE_CHECKING:
@@ -29,12 +32,11 @@ def refuse_existing(folder: Path) -> None:
 def imported_sections(found: Foreign, folder: Path) -> dict[str, Any]:
     """Sections of a config that describe an imported model in `folder`, and start a run from it."""
     folder = folder.resolve()
-    projector: Any = found.vlm.projector
     return {
         "run": {"dir": f"runs/{folder.name}", "init_from": str(folder)},
         "model": {
-            "vision": {"kind": "hf", "name": str(folder / "vision"), **found.vision_options},
-            "projector": {"kind": "mlp", "options": {"depth": (len(projector.layers) + 1) // 2}},
+            "vision": _vision_section(found, folder / "vision"),
+            "projector": _projector_section(found.vlm.projector),
             "llm": {"name": str(folder / "llm")},
             "chat": {"format": str(folder / "chat.json")},
         },
@@ -42,25 +44,46 @@ def imported_sections(found: Foreign, folder: Path) -> dict[str, Any]:
     }
 
 
+def _vision_section(found: Foreign, folder: Path) -> dict[str, Any]:
+    options = dict(found.vision_options)
+    assert found.vlm.vision is not None
+    if found.vlm.vision.kind != FUSED:
+        return {"kind": "hf", "name": str(folder), **options}
+    layer, _ = options.pop("layer"), options.pop("select")
+    names = _tower_folders(folder, len(parts_of(found.vlm.vision.as_encoder())))
+    return {"kind": FUSED, "towers": [{"kind": "hf", "name": str(name), "layer": layer} for name in names], **options}
+
+
+def _tower_folders(folder: Path, count: int) -> list[Path]:
+    """Where a checkpoint keeps the encoders of its tower: in its vision/, or in numbered folders of it."""
+    return [folder] if count == 1 else [folder / str(number) for number in range(count)]
+
+
+def _projector_section(projector: Any) -> dict[str, Any]:
+    if isinstance(projector, FusedMLP):
+        return {"kind": "fused_mlp", "options": {"widen": projector.widen}}
+    return {"kind": "mlp", "options": {"depth": (len(projector.layers) + 1) // 2}}
+
+
 def save_imported(found: Foreign, folder: Path, config: Config) -> None:
     """Write an imported model as a checkpoint: llm/, vision/, projector, tokenizer, chat.json and `config`."""
     refuse_existing(folder)
-    vision, tower = found.vlm.vision, found.tower
+    vision, towers = found.vlm.vision, found.towers
     assert vision is not None
-    if isinstance(tower, ModelError):
-        problem = f"an imported checkpoint holds one CLIP or SigLIP tower, and this encoder {tower.problem}"
+    if isinstance(towers, ModelError):
+        problem = f"an imported checkpoint holds CLIP, SigLIP and DINOv2 towers, and this encoder {towers.problem}"
         remedy = "use it from its own folder: mmit chat, mmit eval, mmit.load"
-        if vision.kind == FUSED:
-            problem = "an imported checkpoint holds one CLIP or SigLIP tower, and this model has fused towers"
-            remedy += "; to train such a model from its towers, set model.vision.kind=fused and list them under towers"
-        raise ModelError(problem, where=tower.where, remedy=remedy) from tower
+        raise ModelError(problem, where=towers.where, remedy=remedy) from towers
+    encoders = parts_of(vision.as_encoder())
 
     def fill(draft: Path) -> None:
         write_model(draft, found.vlm, config=config, tokenizer=found.tokenizer, chat=found.chat, step=0)
         found.vlm.llm.save_pretrained(str(draft / "llm"))  # type: ignore[operator]
         found.tokenizer.save_pretrained(draft / "llm")
-        told = {**found.image, "mean": vision.mean, "std": vision.std}
-        write_tower(draft / "vision", *tower, image=told)
+        folders = _tower_folders(draft / "vision", len(encoders))
+        for place, tower, encoder in zip(folders, towers, encoders, strict=True):
+            own = {"size": list(encoder.image_size)} if len(encoders) > 1 else {}
+            write_tower(place, *tower, image={**found.image, **own, "mean": encoder.mean, "std": encoder.std})
         (draft / "chat.json").write_text(json.dumps(found.chat.to_json(), indent=1), encoding="utf-8")
 
     write_folder(folder, [fill])
@@ -81,8 +104,12 @@ def save_whole(found: Loaded, folder: Path) -> None:
             step=found.meta.get("step", 0),
             include_base=True,
         )
-        if vlm.vision is not None and vlm.vision.kind == "hf" and config.model.vision is not None:
-            name = found.folder / "vision"
-            write_tower_config(draft / "vision", str(name) if name.exists() else config.model.vision.name, vlm.vision)
+        if vlm.vision is not None and config.model.vision is not None:
+            section = with_own_towers(config.model.vision.model_dump(), found.folder)
+            named = section["towers"] or [section]
+            folders = _tower_folders(draft / "vision", len(named))
+            for place, tower, encoder in zip(folders, named, parts_of(vlm.vision.as_encoder()), strict=True):
+                if tower["kind"] == "hf":
+                    write_tower_config(place, tower["name"], encoder)
 
     write_folder(folder, [fill])
