@@ -12,7 +12,8 @@ from typing import Any
 
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import combined
-from mmit.build.replies import problem
+from mmit.build.provenance import asked as asked_by
+from mmit.build.replies import answer_turn, problem
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, Text, Turn, read_jsonl
 from mmit.teachers import Desk, Draw, Reply, Request
@@ -122,13 +123,14 @@ def _made(items: list[Instruction], asked: list[Request], replies: list[Reply], 
         if reason := problem(reply, item.turns[-1].text):
             yield Dropped(task, f"{item.source}:{item.row}", reply.id, reason, reply.text[:500])
             continue
-        build = {"how": "outputs", "teacher": reply.teacher, "request": reply.id, "prompt": request.digest}
+        seed = request.draw.seed
+        build = asked_by("outputs", request, [reply], template="as given", parents=[item.id], seed=seed)
         record = Record(
-            (*item.turns, Turn("assistant", (Text(reply.text),))),
+            (*item.turns, answer_turn(reply, thought=desk.keep_thoughts)),
             id=f"{item.id}/{reply.teacher}",
             source=item.source,
             row=item.row,
             licence=combined([item.licence, terms[reply.teacher]]),
-            meta={"task": task, "build": build | {"parents": [item.id], "seed": request.draw.seed}},
+            meta={"task": task, "build": build},
         )
         yield Made(task, record, False)

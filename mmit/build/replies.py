@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from mmit.records import Text, Turn
+
 if TYPE_CHECKING:
     from mmit.teachers import Reply
 
@@ -20,20 +22,34 @@ REFUSAL = re.compile(
 )
 # Tags of speakers at the start of a line, and control tokens anywhere: an answer that plays the next turn too.
 ROLE_TAG = re.compile(
-    r"(?m)^\s*(?:###\s*)?(?:\[\|?(?:human|ai|user|assistant)\|?\]|(?:human|user|assistant)\s*:)|"
-    r"<\|[a-z0-9_]+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<image>",
+    r"(?m)^\s*(?:###\s*)?(?:\[\|?(?:human|ai|user|assistant)\|?\]|(?:human|user|assistant)\s*[:\uff1a])|"
+    r"<\|[a-z0-9_]+\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<image>|</?think>",
     re.IGNORECASE,
 )
+_FINISH = {
+    "refused": "refused by the server",
+    "length": "cut off by length",
+    "unrecorded": "not in the replayed journal",
+}
 
 
 def problem(reply: Reply, asked: str = "") -> str:
     """Return why a reply cannot be used, "" if it can."""
-    return finish_problem(reply) or text_problem(reply.text, asked)
+    if reason := finish_problem(reply):
+        return reason
+    if reply.thought and not reply.text.strip():
+        return "a thought without an answer"
+    return text_problem(reply.text, asked)
+
+
+def answer_turn(reply: Reply, *, thought: bool) -> Turn:
+    """Return the assistant's turn of a reply, with its thought where that is kept."""
+    return Turn("assistant", (Text(reply.text.strip()),), thinking=(reply.thought or None) if thought else None)
 
 
 def finish_problem(reply: Reply) -> str:
     """Return why no text of a reply can be used, "" if it ended by itself."""
-    return {"refused": "refused by the server", "length": "cut off by length"}.get(reply.finish, "")
+    return _FINISH.get(reply.finish, "")
 
 
 def text_problem(text: str, asked: str = "") -> str:

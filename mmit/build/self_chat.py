@@ -8,21 +8,20 @@ stand in the first user turn alone.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import combined
-from mmit.build.replies import finish_problem, problem, text_problem
+from mmit.build.parsers import SPEAKERS, alternating
+from mmit.build.provenance import asked
+from mmit.build.replies import answer_turn, problem
 from mmit.records import Image, Record, Text, Turn
 from mmit.teachers import Desk, Draw, Reply, Request
 from mmit.teachers.request import user
 
 TASK = "self-chat"
 END = "[END]"
-_TAG = re.compile(r"(?m)^[ \t]*\[(Human|AI)\][ \t]*:?[ \t]*")
-_ANY_TAG = re.compile(r"\[\|?(?:human|ai|user|assistant)\|?\]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -39,40 +38,14 @@ class Topic:
 
 @dataclass
 class _Chat:
-    """A conversation that grows; `said` alternates, the user first."""
+    """A conversation that grows; `turns` alternate, the user first, and hold no images yet."""
 
     topic: Topic
-    said: list[str] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
+    last: Request | None = None  # the one its last answer was asked with
     reason: str = ""
     ended: bool = False
-
-
-def parse_transcript(reply: Reply) -> tuple[list[str], str]:
-    """Return the texts of a transcript, the user's first, or [] and the reason it cannot be used."""
-    if reason := finish_problem(reply):
-        return [], reason
-    pieces = _TAG.split(reply.text.strip())
-    if not reply.text.strip():
-        return [], "empty"
-    if len(pieces) < 3:
-        return [], "no [Human] and [AI] tags"
-    if pieces[0].strip():
-        return [], "text before the first tag"
-    tags, texts = pieces[1::2], [text.strip() for text in pieces[2::2]]
-    if tags[0] != "Human":
-        return [], "the assistant speaks first"
-    for before, after in zip(tags, tags[1:], strict=False):
-        if before == after:
-            return [], "one side speaks twice in a row"
-    if tags[-1] == "Human":
-        return [], "the last turn has no answer"
-    for text in texts:
-        if _ANY_TAG.search(text):
-            return [], "a tag inside a turn"
-        if reason := text_problem(text):
-            return [], "an empty turn" if reason == "empty" else reason
-    return texts, ""
 
 
 def transcript_request(topic: Topic, draw: Draw, rounds: int) -> Request:
@@ -93,26 +66,28 @@ def self_chat(
     terms = {teacher.name: teacher.terms for teacher in desk.teachers}
     chats = [_Chat(topic) for topic in topics]
     if style == "transcript":
-        replies = desk.ask(transcript_request(topic, draw, rounds) for topic in topics)
-        for chat, reply in zip(chats, replies, strict=True):
+        requests = [transcript_request(topic, draw, rounds) for topic in topics]
+        for chat, request, reply in zip(chats, requests, desk.ask(requests), strict=True):
             chat.replies.append(reply)
-            chat.said, chat.reason = parse_transcript(reply)
+            chat.last = request
+            texts, chat.reason = alternating(reply, SPEAKERS)
+            chat.turns = [Turn("assistant" if n % 2 else "user", (Text(text),)) for n, text in enumerate(texts)]
     else:
         for _ in range(rounds):
             _advance(chats, desk, draw)
     for chat in chats:
-        if not chat.said and not chat.reason:
+        if not chat.turns and not chat.reason:
             chat.reason = "the simulated user says nothing"
         if chat.reason:
             last = chat.replies[-1]
             yield Dropped(TASK, f"{chat.topic.source}:{chat.topic.row}", last.id, chat.reason, last.text[:500])
         else:
-            yield _made(chat, terms, style)
+            yield _made(chat, terms, style, draw.seed)
 
 
-def user_request(topic: Topic, said: Sequence[str], draw: Draw) -> Request:
+def user_request(topic: Topic, said: Sequence[Turn], draw: Draw) -> Request:
     """Return the request for the next turn of the simulated user, who sees the conversation so far."""
-    lines = [f"{'You' if n % 2 == 0 else 'Assistant'}: {text}" for n, text in enumerate(said)]
+    lines = [f"{'You' if turn.role == 'user' else 'Assistant'}: {turn.text}" for turn in said]
     so_far = "The conversation so far:\n" + "\n".join(lines) if said else "The conversation begins."
     about = "the image you see and this topic" if topic.images else "this topic"
     order = (
@@ -126,49 +101,51 @@ def user_request(topic: Topic, said: Sequence[str], draw: Draw) -> Request:
 def _advance(chats: Sequence[_Chat], desk: Desk, draw: Draw) -> None:
     """Add one round to every conversation that goes on; all of one side are asked together."""
     alive = [chat for chat in chats if not chat.reason and not chat.ended]
-    asked = [user_request(chat.topic, chat.said, _draw(chat, draw)) for chat in alive]
-    for chat, reply in zip(alive, desk.ask(asked), strict=True):
+    questions = [user_request(chat.topic, chat.turns, _draw(chat, draw)) for chat in alive]
+    for chat, reply in zip(alive, desk.ask(questions), strict=True):
         chat.replies.append(reply)
         if reply.text.strip().strip('"') == END:
             chat.ended = True
             continue
         chat.reason = _turn_problem(reply)
         if not chat.reason:
-            chat.said.append(reply.text.strip())
+            chat.turns.append(Turn("user", (Text(reply.text.strip()),)))
     alive = [chat for chat in alive if not chat.reason and not chat.ended]
-    answers = [Request(_turns(chat), _draw(chat, draw), "assistant") for chat in alive]
-    for chat, reply in zip(alive, desk.ask(answers), strict=True):
+    answers = [Request(_shown(chat, thoughts=False), _draw(chat, draw), "assistant") for chat in alive]
+    for chat, request, reply in zip(alive, answers, desk.ask(answers), strict=True):
         chat.replies.append(reply)
-        chat.reason = _turn_problem(reply, chat.said[-1])
-        chat.said.append(reply.text.strip())
+        chat.last = request
+        chat.reason = _turn_problem(reply, chat.turns[-1].text)
+        chat.turns.append(answer_turn(reply, thought=desk.keep_thoughts))
 
 
 def _draw(chat: _Chat, draw: Draw) -> Draw:
     """Give each turn of each topic a seed of its own, so that like openings do not lead to one conversation."""
-    return replace(draw, seed=random.Random(f"{draw.seed}|{chat.topic.id}|{len(chat.said)}").getrandbits(31))
+    return replace(draw, seed=random.Random(f"{draw.seed}|{chat.topic.id}|{len(chat.turns)}").getrandbits(31))
 
 
 def _turn_problem(reply: Reply, asked: str = "") -> str:
     if reason := problem(reply, asked):
         return reason
-    return "a tag inside a turn" if _ANY_TAG.search(reply.text) or END in reply.text else ""
+    return "a tag inside a turn" if SPEAKERS.anywhere.search(reply.text) or END in reply.text else ""
 
 
-def _turns(chat: _Chat) -> tuple[Turn, ...]:
-    turns = [Turn("assistant" if n % 2 else "user", (Text(text),)) for n, text in enumerate(chat.said)]
+def _shown(chat: _Chat, *, thoughts: bool) -> tuple[Turn, ...]:
+    """Return the turns with the images in the first; the assistant goes on without its earlier thoughts."""
+    turns = chat.turns if thoughts else [replace(turn, thinking=None) for turn in chat.turns]
     return (Turn("user", (*chat.topic.images, *turns[0].parts)), *turns[1:])
 
 
-def _made(chat: _Chat, terms: dict[str, str | None], style: str) -> Made:
+def _made(chat: _Chat, terms: dict[str, str | None], style: str, seed: int) -> Made:
     topic = chat.topic
-    names = list(dict.fromkeys(reply.teacher for reply in chat.replies))
-    build = {"how": TASK, "template": style, "teacher": ", ".join(names), "parents": [topic.id]}
+    assert chat.last is not None
+    build = asked(TASK, chat.last, chat.replies, template=style, parents=[topic.id], seed=seed)
     record = Record(
-        _turns(chat),
+        _shown(chat, thoughts=True),
         id=f"{topic.id}/chat",
         source=topic.source,
         row=topic.row,
-        licence=combined([topic.licence, *(terms[name] for name in names)]),
-        meta={"task": TASK, "build": build | {"requests": [reply.id for reply in chat.replies]}},
+        licence=combined([topic.licence, *(terms[reply.teacher] for reply in chat.replies)]),
+        meta={"task": TASK, "build": build},
     )
     return Made(TASK, record, False)

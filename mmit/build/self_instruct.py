@@ -12,13 +12,14 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import combined
-from mmit.build.replies import finish_problem, problem, same_words, text_problem
+from mmit.build.parsers import instances, numbered, tasks
+from mmit.build.provenance import asked
+from mmit.build.replies import answer_turn, finish_problem, problem, same_words, text_problem
 from mmit.data.diversity import RougePool
-from mmit.errors import ConfigError
+from mmit.errors import ConfigError, nearest
 from mmit.records import Image, Record, Text, Turn
 from mmit.teachers import Desk, Draw, Reply, Request
 from mmit.teachers.request import user
@@ -27,8 +28,7 @@ from mmit.teachers.request import user
 KEYWORDS = tuple("image images graph graphs picture pictures file files map maps draw plot video audio music".split())
 KEYWORDS += ("go to", "flowchart", "diagram")
 TASK = "self-instruct"
-_ITEM = re.compile(r"(?m)^\s*(?:Task\s*)?(\d+)\s*[.):]\s*")
-_SIDE = re.compile(r"(?m)^\s*(Input|Output|Class label)\s*:[ \t]*", re.IGNORECASE)
+STYLES = ("steps", "alpaca")
 _ROUNDS = 10_000
 
 
@@ -55,6 +55,8 @@ class Plan:
         keywords: words no instruction may hold.
         needs_picture: drop questions that the teacher answers alike without the image.
         patience: rounds without an accepted record after which the build stops.
+        style: "steps" asks for instructions, then for the kind, input and output of each; "alpaca" (Taori et al. 2023)
+            for whole tasks in one call, without images.
     """
 
     target: int = 100
@@ -68,13 +70,38 @@ class Plan:
     needs_picture: bool = True
     patience: int = 5
     seed: int = 0
+    style: str = "steps"
 
     def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise ConfigError(f"unknown style '{self.style}'", where="style", remedy=nearest(self.style, STYLES))
         for name in ("target", "requests", "human", "new", "patience"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"is {getattr(self, name)}", where=name, remedy="Give 1 or more.")
         if not 0 < self.rouge_l <= 1 or not 0 < self.words[0] <= self.words[1]:
             raise ConfigError("filters out of range", where="filters", remedy="Write words: [4, 150], rouge_l: 0.7")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request for new instructions: its image, and the ids of its demonstrations."""
+
+    request: Request
+    image: Image | None
+    shown: list[str]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An instruction that passed the filters, and where it was written."""
+
+    text: str
+    asked: _Asked
+    reply: Reply
+
+    @property
+    def image(self) -> Image | None:
+        return self.asked.image
 
 
 class SelfInstruct:
@@ -95,8 +122,14 @@ class SelfInstruct:
             raise ConfigError(problem_, where="seeds", remedy="Give more seeds, or lower prompt.human.")
         self.seeds, self.desk, self.plan, self.draw = list(seeds), desk, plan, draw
         self.pictures, self.licences = list(pictures), list(licences)
+        if plan.style == "alpaca" and pictures:
+            remedy = "Leave pictures out, or style."
+            raise ConfigError("writes tasks without images", where="style: alpaca", remedy=remedy)
+        self._shown = [seed for seed in seeds if seed.output] if plan.style == "alpaca" else self.seeds
+        if len(self._shown) < plan.human:
+            problem_ = f"{plan.human} demonstrations a request, but {len(self._shown)} seeds with an output"
+            raise ConfigError(problem_, where="seeds", remedy="Give more seeds, or lower prompt.human.")
         self.grown: list[Task] = []
-        self._outputs: dict[tuple[str, str], str] = {}  # instruction and input -> output
         self._pool = RougePool()
         for seed in seeds:  # seeds are not held against each other: some of the published ones are alike
             self._pool.add(seed.instruction)
@@ -119,43 +152,52 @@ class SelfInstruct:
 
     def first_round(self) -> list[Request]:
         """Return the requests that the first round sends, for a forecast."""
-        return [request for request, _ in self._asked(0)]
+        return [asked_.request for asked_ in self._asked(0)]
 
     def _round(self, number: int) -> Iterator[Made | Dropped]:
-        asked = self._asked(number)
-        candidates: list[tuple[str, Image | None, Reply]] = []
-        for (_, image), reply in zip(asked, self.desk.ask([request for request, _ in asked]), strict=True):
+        sent = self._asked(number)
+        candidates: list[_Candidate] = []
+        for one, reply in zip(sent, self.desk.ask([one.request for one in sent]), strict=True):
+            if self.plan.style == "alpaca":
+                yield from self._whole(one, reply)
+                continue
             for text, reason in numbered(reply):
                 reason = reason or self._filtered(text)
                 if reason:
                     yield _dropped(reply, reason, text)
                     continue
                 self._pool.add(text)
-                candidates.append((text, image, reply))
+                candidates.append(_Candidate(text, one, reply))
         if self.pictures:
             yield from self._see(candidates)
         else:
             yield from self._instances(candidates)
 
-    def _asked(self, number: int) -> list[tuple[Request, Image | None]]:
-        plan, asked = self.plan, []
+    def _whole(self, one: _Asked, reply: Reply) -> Iterator[Made | Dropped]:
+        """Filter the tasks of a reply that holds instruction, input and output of each."""
+        for task in tasks(reply):
+            reason = task.reason or self._filtered(task.instruction) or text_problem(task.output, task.input)
+            if reason:
+                yield _dropped(reply, reason, f"{task.instruction} | {task.input} -> {task.output}")
+                continue
+            self._pool.add(task.instruction)
+            made = Task("", task.instruction, task.input, task.output)
+            yield self._accept(made, _Candidate(task.instruction, one, reply), one.request, reply)
+
+    def _asked(self, number: int) -> list[_Asked]:
+        plan, sent = self.plan, []
         for at in range(plan.requests):
             rng = random.Random(f"{plan.seed}|{number}|{at}")
             machine = rng.sample(self.grown, min(plan.machine, len(self.grown)))
-            human = rng.sample(self.seeds, min(len(self.seeds), plan.human + plan.machine - len(machine)))
+            human = rng.sample(self._shown, min(len(self._shown), plan.human + plan.machine - len(machine)))
             shown = [*human, *machine]
             rng.shuffle(shown)
             image = rng.choice(self.pictures) if self.pictures else None
-            listed = "\n".join(f"{n}. {' '.join(task.instruction.split())}" for n, task in enumerate(shown, 1))
-            first = len(shown) + 1
-            about = "questions about images" if image else "tasks for an assistant that reads and writes text"
-            order = f"Write {plan.new} new ones, different from these and from each other, numbered from {first}."
-            if image:
-                order += " Ask about this image, and only what can be answered by looking at it."
-            text = f"These are {about}:\n\n{listed}\n\n{order} Write the list and nothing else."
+            text = _one_call(shown, plan.new) if plan.style == "alpaca" else _more(shown, plan.new, image=bool(image))
             draw = replace(self.draw, seed=rng.getrandbits(31))
-            asked.append((Request(user(*([image] if image else []), text), draw, "instructions"), image))
-        return asked
+            request = Request(user(*([image] if image else []), text), draw, "instructions")
+            sent.append(_Asked(request, image, [task.id for task in shown]))
+        return sent
 
     def _filtered(self, text: str) -> str:
         low, high = self.plan.words
@@ -175,33 +217,36 @@ class SelfInstruct:
                 return "holds a keyword"
         return "too near to the pool (ROUGE-L)" if self._pool.nearest(text) > self.plan.rouge_l else ""
 
-    def _see(self, candidates: Sequence[tuple[str, Image | None, Reply]]) -> Iterator[Made | Dropped]:
+    def _see(self, candidates: Sequence[_Candidate]) -> Iterator[Made | Dropped]:
         """Answer questions about images; those answered alike without the image are dropped."""
         draw = Draw(max_tokens=self.draw.max_tokens)
-        seen = self.desk.ask(Request(user(image, text), draw, "answers") for text, image, _ in candidates if image)
-        blind = seen
+        requests = [Request(user(one.image, one.text), draw, "answers") for one in candidates if one.image]
+        seen = blind = self.desk.ask(requests)
         if self.plan.needs_picture:
-            blind = self.desk.ask(Request(user(text), draw, "without image") for text, _, _ in candidates)
-        for (text, image, written), reply, other in zip(candidates, seen, blind, strict=True):
-            reason = problem(reply, text)
+            blind = self.desk.ask(Request(user(one.text), draw, "without image") for one in candidates)
+        for one, request, reply, other in zip(candidates, requests, seen, blind, strict=True):
+            text = one.text
+            # What the teacher says without the image must be known to tell whether the question needs it.
+            reason = problem(reply, text) or (finish_problem(other) if other.finish == "unrecorded" else "")
             if not reason and self.plan.needs_picture and same_words(reply.text, other.text):
                 reason = "answered alike without the image"
             if reason:
                 yield _dropped(reply, reason, f"{text} -> {reply.text}")
             else:
-                yield self._accept(Task("", text, "", reply.text), written, reply, image)
+                yield self._accept(Task("", text, "", reply.text), one, request, reply)
 
-    def _instances(self, candidates: Sequence[tuple[str, Image | None, Reply]]) -> Iterator[Made | Dropped]:
+    def _instances(self, candidates: Sequence[_Candidate]) -> Iterator[Made | Dropped]:
         """Let the teacher write input and output; of classification tasks the output first, for all classes occur."""
         short = Draw(max_tokens=3)
-        kinds = self.desk.ask(Request(user(self._classify(text)), short, "classify") for text, *_ in candidates)
+        kinds = self.desk.ask(Request(user(self._classify(one.text)), short, "classify") for one in candidates)
         kinds_ = [reply.text.strip().lower().startswith("yes") for reply in kinds]
         draw = Draw(max_tokens=self.draw.max_tokens)
-        asked = [
-            Request(user(_output_first(text) if kind else _input_first(text)), draw, "instances")
-            for (text, *_), kind in zip(candidates, kinds_, strict=True)
+        sent = [
+            Request(user(_output_first(one.text) if kind else _input_first(one.text)), draw, "instances")
+            for one, kind in zip(candidates, kinds_, strict=True)
         ]
-        for (text, _, written), kind, reply in zip(candidates, kinds_, self.desk.ask(asked), strict=True):
+        for one, kind, request, reply in zip(candidates, kinds_, sent, self.desk.ask(sent), strict=True):
+            text = one.text
             made, refused = [], finish_problem(reply)
             found = [] if refused else instances(reply.text, classification=kind)
             for given, output, reason in found:
@@ -214,7 +259,7 @@ class SelfInstruct:
                 yield _dropped(reply, "the same input with different outputs", text)
             elif made:
                 given, output = made[0]
-                yield self._accept(Task("", text, given, output, kind), written, reply, None)
+                yield self._accept(Task("", text, given, output, kind), one, request, reply)
             elif not found:
                 yield _dropped(reply, refused or "no input and output found", f"{text} -> {reply.text}")
 
@@ -228,76 +273,48 @@ class SelfInstruct:
         head = "Is the task a classification task with a small set of possible outputs? Answer Yes or No."
         return "\n".join([head, "", *lines, f"Task: {text}\nClassification:"])
 
-    def _accept(self, task: Task, written: Reply, reply: Reply, image: Image | None) -> Made:
+    def _accept(self, task: Task, one: _Candidate, request: Request, reply: Reply) -> Made:
         name = f"grown-{len(self.grown)}"
         self.grown.append(replace(task, id=name))
         terms = {teacher.name: teacher.terms for teacher in self.desk.teachers}
-        build: dict[str, Any] = {"how": TASK, "teacher": reply.teacher, "request": reply.id, "parents": [written.id]}
+        replies = [reply] if reply is one.reply else [one.reply, reply]
+        style, parents, image = self.plan.style, one.asked.shown, one.image
+        build = asked(TASK, request, replies, template=style, parents=parents, seed=self.plan.seed)
         text = f"{task.instruction}\n\n{task.input}" if task.input else task.instruction
+        # Without an image the reply holds a whole example; its thought is about writing that, not about the answer.
+        answer = answer_turn(replace(reply, text=task.output), thought=bool(image) and self.desk.keep_thoughts)
         record = Record(
-            (Turn("user", (*([image] if image else []), Text(text))), Turn("assistant", (Text(task.output),))),
+            (Turn("user", (*([image] if image else []), Text(text))), answer),
             id=name,
             source=TASK,
-            licence=combined([*self.licences, terms[written.teacher], terms[reply.teacher]]),
-            meta={"task": TASK, "build": build | {"seed": self.plan.seed, "classification": task.classification}},
+            licence=combined([*self.licences, *(terms[reply.teacher] for reply in replies)]),
+            meta={"task": TASK, "build": build | {"classification": task.classification}},
         )
         return Made(TASK, record, False)
 
 
-def numbered(reply: Reply) -> list[tuple[str, str]]:
-    """Return the items of a numbered list as (text, reason it cannot be used or "")."""
-    if reply.finish == "refused":
-        return [(reply.text, finish_problem(reply))]
-    pieces = _ITEM.split(reply.text)
-    if len(pieces) < 3:
-        return [(reply.text, "empty" if not reply.text.strip() else "no numbered list")]
-    items: list[tuple[str, str]] = []
-    last = 0
-    for number, text in zip(pieces[1::2], pieces[2::2], strict=True):
-        value = int(number[:9])
-        reason = "" if value > last else "the list's numbers repeat"
-        items.append((text.strip(), reason or ("" if text.strip() else "empty")))
-        last = max(last, value)
-    if reply.finish == "length":
-        items[-1] = (items[-1][0], finish_problem(reply))
-    return items
+def _more(shown: Sequence[Task], new: int, *, image: bool) -> str:
+    listed = "\n".join(f"{n}. {' '.join(task.instruction.split())}" for n, task in enumerate(shown, 1))
+    about = "questions about images" if image else "tasks for an assistant that reads and writes text"
+    order = f"Write {new} new ones, different from these and from each other, numbered from {len(shown) + 1}."
+    if image:
+        order += " Ask about this image, and only what can be answered by looking at it."
+    return f"These are {about}:\n\n{listed}\n\n{order} Write the list and nothing else."
 
 
-def instances(text: str, *, classification: bool) -> list[tuple[str, str, str]]:
-    """Return (input, output, reason it cannot be used or "") for the instances in a teacher's text."""
-    pieces = _SIDE.split(text)
-    found: list[tuple[str, str, str]] = []
-    given = label = None
-    for side, body in zip(pieces[1::2], pieces[2::2], strict=True):
-        side, body = side.lower(), body.strip()
-        if side == "class label":
-            if label is not None:
-                found.append(("", label, "a class label without an input"))
-            label = body
-        elif side == "input":
-            if classification and label is not None:
-                found.append((body, label, _instance_problem(body, label)))
-                label = None
-            else:
-                if given is not None:
-                    found.append((given, "", "an input without an output"))
-                given = "" if re.fullmatch(r"(?i)<?(?:no ?input|none|n/a)>?\.?", body) else body
-        else:
-            found.append((given or "", body, _instance_problem(given or "", body)))
-            given = None
-    if label is not None:
-        found.append(("", label, "a class label without an input"))
-    if given is not None:
-        found.append((given, "", "an input without an output"))
-    return found
-
-
-def _instance_problem(given: str, output: str) -> str:
-    if not output:
-        return "empty"
-    if given and same_words(given, output):
-        return "input and output are the same"
-    return "the output ends with a colon" if output.endswith(":") else ""
+def _one_call(shown: Sequence[Task], new: int) -> str:
+    listed = "\n###\n".join(
+        f"{n}. Instruction: {' '.join(task.instruction.split())}\n{n}. Input: {task.input or '<noinput>'}\n"
+        f"{n}. Output: {task.output}"
+        for n, task in enumerate(shown, 1)
+    )
+    return (
+        f"Continue this list with {new} new tasks for an assistant that reads and writes text, numbered from "
+        f"{len(shown) + 1} and in exactly this form. The verbs, the topics and the kinds of tasks differ: questions, "
+        "classification, rewriting, planning, and others. An instruction has one or two sentences. An input is what "
+        "it works on, at most 100 words, or <noinput> where it needs none. The output does what is asked. "
+        f"Write the list and nothing else.\n\n{listed}\n###"
+    )
 
 
 def _input_first(text: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.build.write import Counts, write_build
+from mmit.data.thoughts import split_thought
 from mmit.errors import ConfigError, nearest
 from mmit.processes import only_one
 from mmit.teachers import Desk, Draw, Journal, Request, Teacher, open_teachers
@@ -24,16 +25,33 @@ if TYPE_CHECKING:
     from mmit.build.annotated import Dropped, Made
 
 JOURNAL = "journal.jsonl"
-SHARED = ("base", "seed", "teacher", "choose", "draw", "budget", "cap", "allow_licences")
-_FREE = ("base", "budget", "cap", "allow_licences", "target", "patience")  # may change between two runs of one build
+SHARED = ("base", "seed", "teacher", "choose", "draw", "budget", "thoughts", "cap", "allow_licences")
+THOUGHTS = ("drop", "keep")
+_FREE = (
+    "base",
+    "budget",
+    "cap",
+    "allow_licences",
+    "target",
+    "patience",
+    "thoughts",
+)  # may change between two runs of one build
 _DRAW = ("temperature", "top_p", "max_tokens", "presence_penalty")
 
 
 @contextmanager
 def session(
-    settings: Mapping[str, Any], out: Path, *, folder: str, progress: Callable[[int], None] | None = None
+    settings: Mapping[str, Any],
+    out: Path,
+    *,
+    folder: str,
+    progress: Callable[[int], None] | None = None,
+    lenient: bool = False,
 ) -> Iterator[Desk]:
     """Open the desk of a build's folder and hold the folder's lock.
+
+    Args:
+        folder: what a relative journal of a replay starts from. lenient: replays drop what they do not hold.
 
     Raises ConfigError: another process holds it, it holds something else, or its journal is of another config.
     """
@@ -41,12 +59,16 @@ def session(
     if out.exists() and any(path.name != ".lock" for path in out.iterdir()) and not journal.is_file():
         problem = "the folder is not empty and holds no journal"
         raise ConfigError(problem, where=str(out), remedy="Give --out a new folder, or remove this one.")
-    teachers = open_teachers(settings.get("teacher"), folder=folder)
+    teachers = open_teachers(settings.get("teacher"), folder=folder, lenient=lenient)
+    thoughts = settings.get("thoughts", "drop")
+    if thoughts not in THOUGHTS:
+        raise ConfigError(f"is {thoughts!r}", where="thoughts", remedy="Write drop or keep.")
     weights = _weights(settings.get("choose"), teachers)
     budget = check_budget(settings.get("budget"))
     with only_one(out / ".lock", "build", folder=out):
         opened = Journal(journal, _decisive(settings))
-        yield Desk(teachers, opened, weights=weights, budget=budget, progress=progress)
+        keep = thoughts == "keep"
+        yield Desk(teachers, opened, weights=weights, budget=budget, progress=progress, keep_thoughts=keep)
 
 
 def write_session(
@@ -68,8 +90,15 @@ def write_session(
         cap=settings.get("cap"),
         allow_licences=settings.get("allow_licences"),
         resumed=True,
-        facts=lambda: {"ledger": ledger(desk.journal.entries.values()), **facts()},
+        facts=lambda: {"ledger": ledger(desk.journal.entries.values()), **thought_facts(desk), **facts()},
     )
+
+
+def thought_facts(desk: Desk) -> dict[str, Any]:
+    """Return what a report says of thoughts: in how many replies, and what became of them; {} without any."""
+    replies = (entry.reply for entry in desk.journal.entries.values())
+    count = sum(bool(reply.thought or split_thought(reply.text)[0]) for reply in replies)
+    return {"thoughts": {"replies": count, "kept": desk.keep_thoughts}} if count else {}
 
 
 def draw_of(settings: Mapping[str, Any], **default: Any) -> Draw:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.cli.build_config import check_keys, read_config
-from mmit.cli.build_teachers import Config, DryRun, Out, finish, opened, show_forecast
+from mmit.cli.build_teachers import Config, DryRun, Lenient, Out, finish, opened, show_forecast
 from mmit.errors import ConfigError
 from mmit.text import echo
 
@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from mmit.build.self_instruct import Task
     from mmit.records import Image
 
-KEYS = ("seeds", "pictures", "prompt", "filters", "target", "requests", "patience", "licence")
+KEYS = ("seeds", "pictures", "prompt", "filters", "target", "requests", "patience", "licence", "style")
 FILTERS = ("words", "rouge_l", "keywords", "needs_picture")
+# Defaults of Self-Instruct and of Alpaca.
+_DRAWS: dict[str, dict[str, Any]] = {
+    "steps": {"temperature": 0.7, "top_p": 0.5, "max_tokens": 1024},
+    "alpaca": {"temperature": 1.0, "max_tokens": 3072},
+}
+_PROMPTS: dict[str, dict[str, int]] = {"steps": {}, "alpaca": {"human": 3, "machine": 0, "new": 20}}
 
 
-def self_instruct(config: Config, *, out: Out, dry_run: DryRun = False) -> None:
+def self_instruct(config: Config, *, out: Out, dry_run: DryRun = False, lenient: Lenient = False) -> None:
     """Let a teacher grow instructions from seeds, about images where `pictures` names some."""
     from mmit.build.self_instruct import SelfInstruct
     from mmit.build.session import SHARED, draw_of
@@ -29,7 +35,7 @@ def self_instruct(config: Config, *, out: Out, dry_run: DryRun = False) -> None:
     seeds = read_seeds(settings, config)
     pictures, licences = _pictures(settings, config)
     plan = _plan(settings, pictures=bool(pictures))
-    draw = draw_of(settings, temperature=0.7, top_p=0.5, max_tokens=1024)
+    draw = draw_of(settings, **_DRAWS[plan.style])
     licences.append(settings.get("licence"))
     if dry_run:
         build = SelfInstruct(seeds, None, plan, draw=draw, pictures=pictures)  # type: ignore[arg-type]
@@ -37,10 +43,11 @@ def self_instruct(config: Config, *, out: Out, dry_run: DryRun = False) -> None:
         show_forecast(build.first_round(), settings, config)
         more = "an answer with the image and one without" if pictures else "its class, its input and output"
         least = -(-plan.target // (plan.requests * plan.new))
-        echo(f"each instruction that passes the filters takes 2 requests more ({more})")
+        if plan.style != "alpaca":
+            echo(f"each instruction that passes the filters takes 2 requests more ({more})")
         echo(f"{plan.target:,} records take {least:,} rounds or more")
         return
-    with opened(settings, out, config) as desk:
+    with opened(settings, out, config, lenient=lenient) as desk:
         made = SelfInstruct(seeds, desk, plan, draw=draw, pictures=pictures, licences=licences)
         finish(made.run(), desk, out, settings, config)
 
@@ -93,7 +100,8 @@ def _pictures(settings: Mapping[str, Any], config: Path) -> tuple[list[Image], l
 def _plan(settings: Mapping[str, Any], *, pictures: bool) -> Any:
     from mmit.build.self_instruct import KEYWORDS, Plan
 
-    prompt, filters = settings.get("prompt") or {}, settings.get("filters") or {}
+    style, filters = settings.get("style", "steps"), settings.get("filters") or {}
+    prompt = _PROMPTS.get(style, {}) | (settings.get("prompt") or {})
     check_keys(filters, FILTERS, "filters")
     words = filters.get("words", [4, 150])
     if not isinstance(words, list) or len(words) != 2 or not all(isinstance(n, int) for n in words):
@@ -101,6 +109,7 @@ def _plan(settings: Mapping[str, Any], *, pictures: bool) -> Any:
     return Plan(
         **{key: settings[key] for key in ("target", "requests", "patience", "seed") if settings.get(key) is not None},
         **prompt,
+        style=style,
         words=(words[0], words[1]),
         rouge_l=filters.get("rouge_l", 0.7),
         # With images, words such as `image` are what a question is made of.

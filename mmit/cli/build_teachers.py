@@ -21,6 +21,7 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write; a stopped build goes on.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first so many rows.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the number of requests, tokens and the price.")]
+Lenient = Annotated[bool, typer.Option("--lenient", help="Drop and count requests that a replayed journal lacks.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -29,7 +30,9 @@ def add_to(app: typer.Typer) -> None:
     app.command("status")(status)
 
 
-def outputs(config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = False) -> None:
+def outputs(
+    config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = False, lenient: Lenient = False
+) -> None:
     """Let teachers write outputs for given instructions."""
     from mmit.build.annotated import Dropped
     from mmit.build.outputs import from_records, from_rows, requests
@@ -59,7 +62,7 @@ def outputs(config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = 
         asked = requests([item for item in items if not isinstance(item, Dropped)], draw, seed=seed, system=system)
         show_forecast(asked, settings, config, every=every)
         return
-    with opened(settings, out, config) as desk:
+    with opened(settings, out, config, lenient=lenient) as desk:
         made = stage(items, desk, draw, seed=seed, system=system, all_teachers=every)
         finish(made, desk, out, settings, config)
 
@@ -89,7 +92,7 @@ def account_line(account: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def opened(settings: Mapping[str, Any], out: Path, config: Path) -> Iterator[Desk]:
+def opened(settings: Mapping[str, Any], out: Path, config: Path, *, lenient: bool = False) -> Iterator[Desk]:
     """Open the desk of a build with a line of progress."""
     from mmit.build.session import session
 
@@ -97,7 +100,7 @@ def opened(settings: Mapping[str, Any], out: Path, config: Path) -> Iterator[Des
         if count % 100 == 0:
             echo(f"{count:,} replies", err=True)
 
-    with session(settings, out, folder=str(config.parent), progress=progress) as desk:
+    with session(settings, out, folder=str(config.parent), progress=progress, lenient=lenient) as desk:
         if desk.journal.entries:
             echo(f"{out}: going on, {len(desk.journal.entries):,} replies are there already")
         yield desk
@@ -112,13 +115,17 @@ def finish(
     facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> Counts:
     """Write the folder of a build and say what is in it."""
-    from mmit.build.session import write_session
+    from mmit.build.session import thought_facts, write_session
 
     counts = write_session(made, desk, out, settings, folder=config.parent, facts=facts)
     for task, number in sorted(counts.accepted.items()):
         echo(f"{task}: {number:,} records")
     for reason, number in counts.dropped.most_common(8):
         echo(f"dropped {number:,}: {reason}")
+    if held := thought_facts(desk).get("thoughts"):
+        echo(f"{held['replies']:,} replies held thoughts, {'kept' if held['kept'] else 'left out'}")
+    if desk.unrecorded:
+        echo(f"{len(desk.unrecorded):,} requests are not in the replayed journal")
     for key, value in facts().items():
         echo(f"{key}: {value}")
     echo(f"wrote {out}/mixture.yaml ({counts.summary}, {desk.fetched:,} requests)")

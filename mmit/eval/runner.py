@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import PIL.Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmit.data.thoughts import split_thought
 from mmit.errors import MmitError, ModelError
 from mmit.eval.answers import ASKED, FORMAT, NUMBERS, Row, kept_settings, lines, open_answers, rank_file, read_answers
 from mmit.eval.answers import merge as merge_answers
 from mmit.eval.metrics import METRICS, Score, by_cluster, get_metric
 from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.tasks import Item, Task, task_items
-from mmit.eval.thoughts import split_thought
 from mmit.io import append, write_atomic
 from mmit.text import terminal
 

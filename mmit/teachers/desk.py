@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from mmit.data.thoughts import split_thought
 from mmit.errors import ConfigError, MmitError
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class Desk:
         budget: {"tokens", "cost", "requests"}: no further request is sent once one of them is reached; those in flight
             end. It covers everything in the journal.
         progress: called after each new reply with the number of replies that this desk has fetched.
+        keep_thoughts: whether records keep the thoughts of their answers; stages read it.
+
+    Attributes:
+        unrecorded: replies of lenient replays to what they do not hold. They are not journalled: a later, fuller
+            recording may answer.
     """
 
     def __init__(
@@ -72,10 +78,13 @@ class Desk:
         weights: Sequence[float] | None = None,
         budget: Mapping[str, float] | None = None,
         progress: Callable[[int], None] | None = None,
+        keep_thoughts: bool = False,
     ) -> None:
+        self.keep_thoughts = keep_thoughts
         self.teachers, self.journal, self.weights = list(teachers), journal, weights
         self.budget = dict(budget or {})
         self.fetched = 0
+        self.unrecorded: dict[str, Reply] = {}
         self._progress = progress
         self._turn = 0
         self._tokens, self._cost = 0, 0.0
@@ -98,11 +107,14 @@ class Desk:
             missing = {name: r for name, r in wanted.items() if name not in self.journal.entries}
             if missing:
                 self._fetch(one, missing)
-        return [self.journal.entries[reply_id(one, request)].reply for request, one in asked]
+        return [self._reply(reply_id(one, request)) for request, one in asked]
 
-    def terms(self) -> list[str | None]:
-        """Return the terms of the outputs of all teachers."""
-        return [teacher.terms for teacher in self.teachers]
+    def _reply(self, name: str) -> Reply:
+        entry = self.journal.entries.get(name)
+        if entry is None:
+            return self.unrecorded[name]
+        thought, answer = split_thought(entry.reply.text)
+        return replace(entry.reply, text=answer, thought=thought) if thought or not answer else entry.reply
 
     def _choose(self, request: Request) -> Teacher:
         if len(self.teachers) == 1:
@@ -129,20 +141,27 @@ class Desk:
                 yield request
 
         for request, reply in teacher.ask(feed()):
+            name = reply_id(teacher, request)
+            if reply.finish == "unrecorded":
+                self.unrecorded[name] = replace(reply, id=name, teacher=teacher.name)
+                continue
             cost = priced(reply, teacher.price)
-            self.journal.add(request, replace(reply, id=reply_id(teacher, request), teacher=teacher.name, cost=cost))
+            self.journal.add(request, replace(reply, id=name, teacher=teacher.name, cost=cost))
             self._tokens += reply.tokens
             self._cost += cost or 0.0
             self.fetched += 1
             if self._progress is not None:
                 self._progress(self.fetched)
         if spent:
-            left = sum(name not in self.journal.entries for name in missing)
+            left = sum(not self._has(name) for name in missing)
             problem = f"the budget is spent: {spent}; {left:,} requests are not asked yet"
             raise BudgetError(problem, where="budget", remedy="Raise it and run the same command: it goes on.")
-        if lost := [r for name, r in missing.items() if name not in self.journal.entries]:
+        if lost := [r for name, r in missing.items() if not self._has(name)]:
             problem = f"{len(lost)} requests got no reply, the first for '{lost[0].purpose}'"
             raise MmitError(problem, where=teacher.name, remedy="Run the command again.")
+
+    def _has(self, name: str) -> bool:
+        return name in self.journal.entries or name in self.unrecorded
 
     def _spent(self) -> str:
         found = {"tokens": self._tokens, "cost": self._cost, "requests": len(self.journal.entries)}

@@ -122,14 +122,16 @@ class Endpoint:
         seconds = round(time.monotonic() - began, 3)
         if status != 200:
             return Reply("", self.name, "", "refused" if status == 403 else "length", 0, 0, seconds, attempts)
-        usage = answer.get("usage") or {}
-        used = {key: usage.get(key) for key in ("prompt_tokens", "completion_tokens")}
-        counts = [value if isinstance(value, int) else None for value in used.values()]
+        usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
+        used = [usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+        counts = [value if isinstance(value, int) else None for value in used]
         self._pace.used(sum(count or 0 for count in counts))
         try:
             choice = answer["choices"][0]
             text, reason = choice["message"].get("content"), choice.get("finish_reason")
             refusal = choice["message"].get("refusal")
+            # vLLM and DeepSeek send a thought in a field of its own, under either name.
+            thought = choice["message"].get("reasoning_content") or choice["message"].get("reasoning")
         except (KeyError, IndexError, TypeError, AttributeError):
             problem = f"the reply holds no answer: {json.dumps(answer)[:200]}"
             raise MmitError(
@@ -139,7 +141,8 @@ class Endpoint:
         if refusal:
             finish = "refused"
         text = text if isinstance(text, str) else ""
-        return Reply("", self.name, text.strip(), finish, counts[0], counts[1], seconds, attempts)
+        thought = thought.strip() if isinstance(thought, str) else ""
+        return Reply("", self.name, text.strip(), finish, *counts, seconds, attempts, thought=thought)
 
     def _post(self, body: bytes, end: float) -> tuple[int, Any, int]:
         """Return (200, the reply, attempts), or 403 or 413 where the server will not answer this one request."""

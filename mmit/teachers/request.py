@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from mmit.errors import ImageError
 from mmit.records import Image, Text, Turn
 
-Finish = Literal["stop", "length", "refused"]
+Finish = Literal["stop", "length", "refused", "unrecorded"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """A teacher's answer. Token counts are the server's own; None where it does not state them."""
+    """A teacher's answer. Token counts are the server's own; None where it does not state them.
+
+    `thought` is the reasoning before the answer, "" where there is none or where it stands in `text` still.
+    """
 
     id: str
     teacher: str
@@ -71,6 +74,7 @@ class Reply:
     seconds: float = 0.0
     attempts: int = 1
     cost: float | None = None
+    thought: str = ""
 
     @property
     def tokens(self) -> int:

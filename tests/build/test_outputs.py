@@ -79,6 +79,38 @@ def test_a_full_budget_exits_with_3_and_the_build_goes_on(tmp_path):
         assert "another config" in run("outputs", config, "--out", tmp_path / "out", code=2)
 
 
+def test_a_lenient_replay_drops_and_counts_what_is_not_recorded(tmp_path):
+    with Server(lambda body: "A " + body["messages"][-1]["content"]) as server:
+        run("outputs", write(tmp_path, 5, teacher=teacher(server)), "--out", tmp_path / "out")
+        live = write(tmp_path, 8, teacher=teacher(server))
+        assert "--lenient is for replayed teachers" in run(
+            "outputs", live, "--out", tmp_path / "x", "--lenient", code=2
+        )
+    config = write(tmp_path, 8, teacher={"open": "replay:out/journal.jsonl", "terms": "MIT"})
+    assert "is not in the journal" in run("outputs", config, "--out", tmp_path / "again", code=2)
+    said = run("outputs", config, "--out", tmp_path / "again", "--lenient")
+    assert "outputs-replay: 5 records" in said and "dropped 3: not in the replayed journal" in said
+    assert "3 requests are not in the replayed journal" in said
+    journal = (tmp_path / "again/journal.jsonl").read_text().splitlines()
+    assert len(journal) == 1 + 5  # a fuller recording may answer the rest later
+
+
+@pytest.mark.parametrize("thoughts", ["drop", "keep"])
+def test_thoughts_are_told_from_answers_and_kept_on_request(tmp_path, thoughts):
+    def answer(body):
+        text = body["messages"][-1]["content"]
+        return {"Say 0.": "<think>\nhm\n</think>\n\nzero", "Say 1.": "only </think> one", "Say 2.": "<think>lost"}[text]
+
+    with Server(answer) as server:
+        said = run("outputs", write(tmp_path, 3, teacher=teacher(server), thoughts=thoughts), "--out", tmp_path / "out")
+    turns = [record.turns[-1] for record in read_jsonl(tmp_path / "out/records/outputs-m.jsonl")]
+    assert [turn.text for turn in turns] == ["zero", "one"]
+    assert [turn.thinking for turn in turns] == (["hm", "only"] if thoughts == "keep" else [None, None])
+    stated = json.loads((tmp_path / "out/build.json").read_text())
+    assert stated["thoughts"] == {"replies": 3, "kept": thoughts == "keep"}
+    assert stated["dropped"] == {"a thought without an answer": 1} and "3 replies held thoughts" in said
+
+
 def test_kill_9_loses_at_most_what_is_in_flight_and_a_second_process_is_refused(tmp_path):
     with Server(lambda body: "A " + body["messages"][-1]["content"]) as server:
         server.pause = 0.15

@@ -6,40 +6,12 @@ import json
 from pathlib import Path
 
 import PIL.Image
-import pytest
 from typer.testing import CliRunner
 
-from mmit.build.self_chat import parse_transcript
 from mmit.cli import app
 from mmit.records import read_jsonl
-from mmit.teachers import Reply
 from mmit.yamlio import dump_yaml
 from tests.teachers.server import Server
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("[Human] Hi.\n[AI] Hello.", ""),
-        ("[Human]: Hi: a: b\n[AI]: Hello.\n[Human] Why?\n[AI] Because.", ""),
-        ("", "empty"),
-        ("Hi there.", "no [Human] and [AI] tags"),
-        ("Sure!\n[Human] Hi.\n[AI] Hello.", "text before the first tag"),
-        ("[AI] Hello.\n[Human] Hi.", "the assistant speaks first"),
-        ("[Human] Hi.\n[Human] You?\n[AI] Hello.", "one side speaks twice in a row"),
-        ("[Human] Hi.\n[AI] Hello.\n[AI] More.", "one side speaks twice in a row"),
-        ("[Human] Hi.\n[AI] Hello.\n[Human] Bye.", "the last turn has no answer"),
-        ("[Human] Hi.\n[AI]", "an empty turn"),
-        ("[Human] Say [AI] twice.\n[AI] Hello.", "a tag inside a turn"),
-        ("[Human] Hi.\n[AI] Hello.<|im_end|>", "role tags or control tokens"),
-        ("[Human] Hi.\n[AI] Hello.\nUser: more", "role tags or control tokens"),
-        ("[Mensch] Hi.\n[KI] Hallo.", "no [Human] and [AI] tags"),
-    ],
-)
-def test_transcripts(text, reason):
-    texts, found = parse_transcript(Reply("", "t", text))
-    assert found == reason and bool(texts) == (not reason)
-    assert parse_transcript(Reply("", "t", text, "length")) == ([], "cut off by length")
 
 
 def build(folder: Path, server: Server, topics, **settings) -> str:

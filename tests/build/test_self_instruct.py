@@ -11,11 +11,11 @@ import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
-from mmit.build.self_instruct import Plan, SelfInstruct, Task, instances, numbered
+from mmit.build.self_instruct import Plan, SelfInstruct, Task
 from mmit.cli import app
 from mmit.data.diversity import RougePool, nearest_rouge_l
 from mmit.records import Record, read_jsonl, write_jsonl
-from mmit.teachers import Draw, Reply
+from mmit.teachers import Draw
 from mmit.yamlio import dump_yaml
 from tests.teachers.server import Server
 
@@ -35,6 +35,8 @@ def answer(body) -> str:
     content = body["messages"][0]["content"]
     text = content if isinstance(content, str) else content[-1]["text"]
     key = json.dumps(body, sort_keys=True)
+    if "Continue this list" in text:
+        return one_call(key, int(re.search(r"numbered from (\d+)", text).group(1)))
     if "numbered from" in text:
         first = int(re.search(r"numbered from (\d+)", text).group(1))
         lines = [f"{first + n}. {pick(key, 9, n).capitalize()}" for n in range(5)]
@@ -48,6 +50,19 @@ def answer(body) -> str:
         return ["Output: an answer", "Input: a\nOutput: b\nInput: a\nOutput: c", "nothing"][way]
     image = not isinstance(content, str)
     return f"seen {pick(text, 2, 1)}" if image and len(text) % 2 else "always the same"
+
+
+def one_call(key: str, first: int) -> str:
+    """A reply in Alpaca's form, with a fault of each kind."""
+    made = [f"{first + n}. Instruction: {pick(key, 9, n)}\n{first + n}. Input: <noinput>\n" for n in range(4)]
+    made = [text + f"{first + n}. Output: {pick(key, 3, -n)}" for n, text in enumerate(made)]
+    bad = [
+        f"{first + 4}. Instruction: {pick(key, 8, 90)}\n{first + 4}. Output: without an input",
+        f"{first + 2}. Instruction: {pick(key, 8, 91)}\n{first + 2}. Input: a\n{first + 2}. Output: b",
+        f"{first + 5}. Instruction: {pick(key, 8, 92)}\n{first + 5}. Input: a b\n{first + 5}. Output: A b.",
+        f"{first + 6}. Instruction: Too short\n{first + 6}. Input: a\n{first + 6}. Output: b",
+    ]
+    return "\n###\n".join([*made, *bad])
 
 
 @pytest.fixture
@@ -94,6 +109,30 @@ def test_the_loop_gives_the_same_with_1_and_8_at_a_time_and_after_a_stop(folder)
     assert stated["dropped"].keys() >= rules | {"the same input with different outputs"}
 
 
+def test_alpacas_style_takes_one_call_for_whole_tasks(folder):
+    with Server(answer) as server:
+        run(folder, server, "one", target=10, style="alpaca", in_flight=1)
+        asked = server.served
+        texts = [body["messages"][0]["content"] for body in server.bodies]
+        run(folder, server, "two", target=10, style="alpaca", in_flight=8)
+        assert server.served == 2 * asked
+    assert all("with 20 new tasks" in text and "numbered from 4" in text for text in texts)
+    one = (folder / "one/records/self-instruct.jsonl").read_bytes()
+    assert one == (folder / "two/records/self-instruct.jsonl").read_bytes()
+    stated = json.loads((folder / "one/build.json").read_text())
+    assert stated["dropped"].keys() >= {
+        "not one instruction, one input and one output",
+        "the list's numbers repeat",
+        "input and output are the same",
+        "the instruction is too short",
+    }
+    build = json.loads(one.splitlines()[0])["meta"]["build"]
+    assert build["template"] == "alpaca" and len(build["parents"]) == 3 and len(build["requests"]) == 1
+    with Server(answer) as server:
+        said = run(folder, server, "x", style="alpaka", code=2)
+    assert "did you mean 'alpaca'" in said
+
+
 def test_questions_about_images_that_need_none_are_dropped(folder):
     path = folder / "a.png"
     PIL.Image.new("RGB", (4, 4), (255, 0, 0)).save(path)
@@ -132,25 +171,6 @@ def test_filters(text, reason):
     seeds = [Task(str(n), t) for n, t in enumerate(["a b c d e f g h i j", "one two three four"])]
     build = SelfInstruct(seeds, None, Plan(human=2), draw=Draw())  # type: ignore[arg-type]
     assert build._filtered(text) == reason
-
-
-def test_lists_and_instances_that_are_malformed_have_a_reason():
-    assert numbered(Reply("", "t", "9. a b\n10) c d")) == [("a b", ""), ("c d", "")]
-    assert numbered(Reply("", "t", "9. a\n10. b", "length"))[1] == ("b", "cut off by length")
-    assert numbered(Reply("", "t", "9. a\n9. b"))[1] == ("b", "the list's numbers repeat")
-    assert numbered(Reply("", "t", "9. \n10. b"))[0] == ("", "empty")
-    assert numbered(Reply("", "t", "Sure!"))[0][1] == "no numbered list"
-    assert instances("Input: <noinput>\nOutput: x", classification=False) == [("", "x", "")]
-    assert instances("Input: a\nOutput: A.", classification=False)[0][2] == "input and output are the same"
-    assert instances("Input: a\nInput: b\nOutput: c:", classification=False) == [
-        ("a", "", "an input without an output"),
-        ("b", "c:", "the output ends with a colon"),
-    ]
-    assert instances("Class label: x\nClass label: y\nInput: z", classification=True) == [
-        ("", "x", "a class label without an input"),
-        ("z", "y", ""),
-    ]
-    assert instances("nothing", classification=True) == []
 
 
 def test_the_pool_agrees_with_the_pairwise_measure():

@@ -20,8 +20,8 @@ from mmit.data.chat import ChatFormat, TemplateFormat, chat_format, encode, has_
 from mmit.data.chat_builtin import Piece
 from mmit.data.chat_check import difference
 from mmit.data.loss import Loss
+from mmit.data.thoughts import split_thought
 from mmit.errors import ConfigError, RecordError
-from mmit.eval.thoughts import split_thought
 from mmit.records import Image, Record, Text, Turn
 
 TOKENS = [

@@ -147,6 +147,15 @@ def test_images_and_draws_reach_the_server(tmp_path):
     assert Request(request.messages, request.draw).digest != request.digest  # another image is another request
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_a_thought_in_a_field_of_its_own_is_kept_apart(tmp_path, field):
+    message = {"content": "Red.", field: " first, ... "}
+    with Server() as server:
+        server.faults = [("raw", json.dumps({"choices": [{"message": message}], "usage": [1]}).encode())]
+        (reply,) = desk(tmp_path, endpoint(server)).ask(requests(1))
+    assert (reply.text, reply.thought, reply.prompt_tokens) == ("Red.", "first, ...", None)
+
+
 def test_bad_addresses_are_refused():
     for url, model in (("ftp://x", "m"), ("http://x/v1", "")):
         with pytest.raises(ConfigError):

@@ -1,4 +1,4 @@
-"""Thoughts in answers: what a model thinks before it answers is no part of what is scored."""
+"""Thoughts in answers: what a model thinks before it answers is no part of what is scored or learnt."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def split_thought(answer: str) -> tuple[str, str]:
-    """Split an answer into (thought, what is scored).
+    """Split an answer into (thought, the answer proper).
 
     A prompt may end in <think>, so the answer then begins inside the thought. One that does not end before the last
-    token leaves nothing to score.
+    token leaves no answer.
     """
     before, found, after = answer.rpartition(CLOSE)
     if found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mmit.eval.thoughts import split_thought
+from mmit.data.thoughts import split_thought
 
 
 @pytest.mark.parametrize(
