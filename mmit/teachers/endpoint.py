@@ -142,7 +142,8 @@ class Endpoint:
             finish = "refused"
         text = text if isinstance(text, str) else ""
         thought = thought.strip() if isinstance(thought, str) else ""
-        return Reply("", self.name, text.strip(), finish, *counts, seconds, attempts, thought=thought)
+        read, written = counts
+        return Reply("", self.name, text.strip(), finish, read, written, seconds, attempts, thought=thought)
 
     def _post(self, body: bytes, end: float) -> tuple[int, Any, int]:
         """Return (200, the reply, attempts), or 403 or 413 where the server will not answer this one request."""
