@@ -29,6 +29,10 @@ class RecordError(MmitError):
     """A record breaks the rules of the record format, or does not fit the model."""
 
 
+class TooLong(RecordError):
+    """A record that a model's context has no room for."""
+
+
 class ImageError(RecordError):
     """A picture is missing, unreadable, of a refused format or too large."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli import build_chat, build_grow, build_scenes, build_teachers
+from mmit.cli import build_chat, build_grow, build_scenes, build_select, build_teachers
 from mmit.cli.build_config import read_config
 from mmit.errors import ConfigError
 from mmit.text import echo
@@ -26,6 +26,7 @@ build_teachers.add_to(app)
 app.command("self-instruct")(build_grow.self_instruct)
 app.command("self-chat")(build_chat.self_chat)
 app.command("conversations")(build_scenes.conversations)
+app.command("select")(build_select.select)
 
 BankArgument = Annotated[str, typer.Argument(metavar="BANK", help="A file, promptsource:FILE or flan:FILE#KEY.")]
 KEYS = tuple("base rows bank templates inversion options shots cap holdout allow_licences seed".split())

@@ -118,10 +118,7 @@ def finish(
     from mmit.build.session import thought_facts, write_session
 
     counts = write_session(made, desk, out, settings, folder=config.parent, facts=facts)
-    for task, number in sorted(counts.accepted.items()):
-        echo(f"{task}: {number:,} records")
-    for reason, number in counts.dropped.most_common(8):
-        echo(f"dropped {number:,}: {reason}")
+    show_counts(counts)
     if held := thought_facts(desk).get("thoughts"):
         echo(f"{held['replies']:,} replies held thoughts, {'kept' if held['kept'] else 'left out'}")
     if desk.unrecorded:
@@ -132,12 +129,20 @@ def finish(
     return counts
 
 
+def show_counts(counts: Counts) -> None:
+    """Print the records by task and what was dropped by reason."""
+    for task, number in sorted(counts.accepted.items()):
+        echo(f"{task}: {number:,} records")
+    for reason, number in counts.dropped.most_common(8):
+        echo(f"dropped {number:,}: {reason}")
+
+
 def show_forecast(asked: list[Request], settings: Mapping[str, Any], config: Path, *, every: bool = False) -> None:
     """Print what the requests would take."""
     from mmit.build.session import forecast
     from mmit.teachers import open_teachers
 
-    teachers = open_teachers(settings.get("teacher"), folder=str(config.parent))
+    teachers = open_teachers(settings.get("teacher"), folder=str(config.parent)) if asked else []
     found = forecast(asked * (len(teachers) if every else 1), teachers)
     price = "no price given" if found["cost"] is None else f"at most {found['cost']:.4f}"
     echo(

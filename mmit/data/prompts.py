@@ -15,7 +15,7 @@ from mmit.data.chat import ChatFormat, Encoded, encode
 from mmit.data.dataset import image_key
 from mmit.data.messages import history_turns, is_messages, turns_of
 from mmit.data.packing import Sample
-from mmit.errors import ConfigError, RecordError
+from mmit.errors import ConfigError, RecordError, TooLong
 from mmit.records import Image, Record, Text, Turn
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class PromptMaker:
         # The last token is only predicted, never run.
         length = max((sample.length - 1 for sample in made), default=0)
         if self.context is not None and length >= self.context:
-            raise RecordError(
+            raise TooLong(
                 f"takes {length} tokens ({sum(widths)} of them for {len(keys)} images), and the model's context "
                 f"of {self.context} leaves no room for an answer",
                 where=where,

@@ -109,6 +109,9 @@ class Endpoint:
 
     def _reply(self, request: Request) -> Reply:
         draw = request.draw
+        if not draw.max_tokens:
+            remedy = "Ask a local model: open: local:FOLDER."
+            raise ConfigError("an endpoint does not tell the likelihood of an answer", where=self.url, remedy=remedy)
         body: dict[str, Any] = {"model": self.model, "messages": openai_messages(request.messages)}
         body |= {"temperature": draw.temperature, "max_tokens": draw.max_tokens, "seed": draw.seed}
         if draw.top_p != 1.0:

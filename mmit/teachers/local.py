@@ -6,15 +6,16 @@ batch nor on the order. The model is loaded with the first request.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.data.chat import chat_format
-from mmit.errors import ConfigError
+from mmit.errors import ConfigError, TooLong
 from mmit.generate import Model, load
 from mmit.interop.foreign import is_foreign
 from mmit.models.hub import model_folder
@@ -22,6 +23,9 @@ from mmit.models.llm import load_llm, load_tokenizer, usable_device
 from mmit.models.vlm import VLM
 from mmit.records import Record
 from mmit.teachers.request import Reply, Request
+
+if TYPE_CHECKING:
+    from mmit.data.prompts import Prompt
 
 
 @dataclass
@@ -42,7 +46,10 @@ class Local:
         self.identity = f"local:{self.path}"
 
     def ask(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
-        """Yield replies batch by batch. Raises MmitError: the model cannot be loaded or the prompt does not fit."""
+        """Yield replies batch by batch; a prompt that does not fit is answered by a cut reply.
+
+        Raises MmitError: the model cannot be loaded.
+        """
         left = iter(requests)
         while taken := list(islice(left, self.window)):
             groups: dict[object, list[Request]] = {}
@@ -55,9 +62,24 @@ class Local:
         if self.model is None:
             self.model = load_teacher(self.path, device=self.device)
         draw = group[0].draw
+        if not draw.max_tokens:
+            yield from self._likelihoods(group, self.model)
+            return
         if draw.presence_penalty:
             remedy = "Leave it at 0, or ask an endpoint."
             raise ConfigError("a local teacher has no presence penalty", where="teacher.draw", remedy=remedy)
+        maker = self.model.prompt_maker()
+        fitting = []
+        for number, request in enumerate(group):
+            try:
+                maker.question(Record(request.messages, id=request.digest), number)
+            except TooLong:  # this one request gets no answer, as from an endpoint; the others do
+                yield request, Reply("", self.name, "", "length", 0, 0)
+            else:
+                fitting.append(request)
+        group = fitting
+        if not group:
+            return
         records = [Record(request.messages, id=request.digest) for request in group]
         began = time.monotonic()
         found = self.model.complete(
@@ -74,6 +96,27 @@ class Local:
             finish = "length" if done.cut else "stop"
             used = (done.prompt_tokens, done.new_tokens)
             yield group[number], Reply("", self.name, done.text, finish, *used, seconds)  # type: ignore[arg-type]
+
+    def _likelihoods(self, group: list[Request], model: Model) -> Iterator[tuple[Request, Reply]]:
+        """Yield how likely the last turns of requests are."""
+        maker = model.prompt_maker()
+        prompts: list[Prompt] = []
+        asked: list[Request] = []
+        for request in group:
+            record = Record(request.messages, id=request.digest)
+            try:
+                prompt = maker.choices(record, len(prompts), answers=[request.messages[-1].text], with_end=True)
+            except TooLong:
+                yield request, Reply("", self.name, "", "length", 0, 0)
+                continue
+            prompts.append(prompt)
+            asked.append(request)
+        began = time.monotonic()
+        found = model.likelihoods(prompts, batch_size=self.batch_size)
+        for request, prompt, (likelihood,) in zip(asked, prompts, found, strict=True):
+            text = {"loss": round(-likelihood.log_probability / likelihood.tokens, 6), "tokens": likelihood.tokens}
+            seconds = round((time.monotonic() - began) / len(asked), 3)
+            yield request, Reply("", self.name, json.dumps(text), "stop", prompt.length, 0, seconds)
 
 
 def load_teacher(path: str, *, device: str = "auto") -> Model:

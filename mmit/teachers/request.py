@@ -22,7 +22,11 @@ Finish = Literal["stop", "length", "refused", "unrecorded"]
 
 @dataclass(frozen=True)
 class Draw:
-    """How the tokens of an answer are drawn; `seed` makes two draws of one prompt differ."""
+    """How the tokens of an answer are drawn; `seed` makes two draws of one prompt differ.
+
+    `max_tokens` 0 draws nothing: the request's last turn is an answer, and what is asked is its likelihood. The reply's
+    text is then {"loss": mean over the tokens, in nats, "tokens": number} as JSON.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
