@@ -70,6 +70,21 @@ def end_with_parent(parent: int, *, at_once: bool = False) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def ended_by_kernel_with_parent(number: int) -> Callable[[], None]:
+    """Return what a child calls before it becomes another program: signal `number` comes when the parent is gone.
+
+    The kernel does it (Linux), so that it holds for programs that know nothing of it. It goes by the thread that
+    started the child, which has to live as long. Elsewhere nothing is done.
+    """
+
+    def ask() -> None:
+        if sys.platform == "linux":
+            with suppress(OSError, AttributeError):
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+    return ask
+
+
 @contextmanager
 def only_one(path: Path, what: str, *, folder: Path) -> Iterator[None]:
     """Hold the lock file `path` while the block runs, in which `what` ("run", "build") writes into `folder`.

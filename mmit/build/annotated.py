@@ -35,6 +35,7 @@ class Recipe:
         seed: decides wordings, options, examples and their order.
         split: which wordings of the banks: train, held_out or all.
         per_row: wordings a row gets from each bank.
+        count: use only so many wordings of each bank, drawn by the seed; a smaller number is a part of a larger.
         inversion: share of rows whose wording is turned around, where the bank has such (Flan 2022 takes 0.3).
         options: how choices are listed.
         shots: share of records by their number of solved examples.
@@ -46,6 +47,7 @@ class Recipe:
     seed: int = 0
     split: str = "train"
     per_row: int = 1
+    count: int | None = None
     inversion: float = 0.0
     options: OptionStyle = OptionStyle()
     shots: Mapping[int, float] = field(default_factory=lambda: {0: 1.0})
@@ -58,8 +60,22 @@ class Recipe:
             raise ConfigError(f"is {self.inversion}", where="inversion", remedy="Give a number from 0 to 1.")
         if not 0 < self.set_aside < 1:
             raise ConfigError(f"is {self.set_aside}", where="holdout.images", remedy="Give a share between 0 and 1.")
-        if self.per_row < 1:
-            raise ConfigError(f"is {self.per_row}", where="templates.per_row", remedy="Give 1 or more.")
+        for name, value in (("per_row", self.per_row), ("count", self.count)):
+            if value is not None and value < 1:
+                raise ConfigError(f"is {value}", where=f"templates.{name}", remedy="Give 1 or more.")
+
+    def wordings(self, bank: Bank) -> list[Template]:
+        """Return the wordings of a bank that records are drawn from. Raises ConfigError: it has fewer than `count`."""
+        chosen = bank.of_split(self.split)
+        plain = [template.id for template in chosen if not template.inverted]
+        if self.count is None:
+            return list(chosen)
+        if self.count > len(plain):
+            problem = f"{self.count} wordings, but task '{bank.task}' has {len(plain)} that are not inverted"
+            raise ConfigError(problem, where="templates.count", remedy="Lower it, or add templates.")
+        random.Random(f"{self.seed}|wordings|{bank.task}").shuffle(plain)
+        kept = set(plain[: self.count])
+        return [template for template in chosen if template.inverted or template.id in kept]
 
 
 @dataclass(frozen=True)
@@ -110,7 +126,7 @@ def check_banks(banks: Sequence[Bank], recipe: Recipe) -> None:
         problem = "every task is held out, nothing is left to train on"
         raise ConfigError(problem, where="holdout.clusters", remedy=f"Hold fewer of {', '.join(clusters)} out.")
     for bank in banks:
-        chosen = bank.of_split(recipe.split)
+        chosen = recipe.wordings(bank)
         if recipe.per_row > len(chosen):
             problem = f"{recipe.per_row} wordings per row, but task '{bank.task}' has {len(chosen)}"
             raise ConfigError(problem, where="templates.per_row", remedy="Lower it, or add templates.")
@@ -181,7 +197,7 @@ def _of_row(
     at: _Place,
 ) -> Iterator[Made | Dropped]:
     rng = random.Random(f"{recipe.seed}|{bank.task}|{at.number}")
-    templates = draw(bank.of_split(recipe.split), rng=rng, inversion=recipe.inversion, count=recipe.per_row)
+    templates = draw(recipe.wordings(bank), rng=rng, inversion=recipe.inversion, count=recipe.per_row)
     for template in templates:
         try:
             asked = render(template, row, rng=rng, options=recipe.options, row=at.where)

@@ -1,4 +1,4 @@
-"""The command line: `mmit train | eval | compare | chat | data import | inspect | run-status | report | env | config`.
+"""The command line: `mmit train | eval | chat | data | build | analyse | inspect | export | env | config` and more.
 
 Each command reads like a table of contents and lives in a module of its own; what it needs of torch and the rest
 is imported when it runs, so that help is instant. A user's mistake ends with one message and exit code 2.
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from mmit import __version__
-from mmit.cli import build, chat, config, data, env, evaluate, export, harness, inspect, train, watch
+from mmit.cli import analyse, build, chat, config, data, env, evaluate, export, harness, inspect, train, watch
 from mmit.cli.errors import Commands
 from mmit.cores import wait_asleep
 from mmit.text import echo
@@ -34,6 +34,7 @@ app.command("compare")(evaluate.compare)
 app.command("chat")(chat.chat)
 app.add_typer(data.app, name="data")
 app.add_typer(build.app, name="build")
+app.add_typer(analyse.app, name="analyse")
 app.add_typer(harness.app, name="harness")
 app.command("export")(export.export)
 app.command("import-model")(export.import_model)

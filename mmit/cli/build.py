@@ -31,7 +31,7 @@ app.command("select")(build_select.select)
 BankArgument = Annotated[str, typer.Argument(metavar="BANK", help="A file, promptsource:FILE or flan:FILE#KEY.")]
 KEYS = tuple("base rows bank templates inversion options shots cap holdout allow_licences seed".split())
 INNER = {
-    "templates": ("split", "per_row"),
+    "templates": ("split", "per_row", "count"),
     "options": ("share", "styles", "answer"),
     "holdout": ("clusters", "images"),
 }
@@ -147,6 +147,7 @@ def _recipe(settings: Mapping[str, Any]) -> Any:
         seed=settings.get("seed", 0),
         split=wordings.get("split", "train"),
         per_row=wordings.get("per_row", 1),
+        count=wordings.get("count"),
         inversion=settings.get("inversion", 0.0),
         options=OptionStyle(
             options.get("share", 0.0), tuple(options.get("styles") or ("dashes",)), options.get("answer", "text")

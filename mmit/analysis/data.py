@@ -1,0 +1,97 @@
+"""The files of a study: an arm's records with its training config, and the questions with their task.
+
+In: records of a build's folder or of one file. Out: folders that `mmit train` and `mmit eval` read as they are.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmit.analysis.transform import Transform, task_of, transformed
+from mmit.errors import ConfigError, nearest
+from mmit.io import write_atomic
+from mmit.records import Record, read_jsonl, write_jsonl
+from mmit.yamlio import dump_yaml
+
+if TYPE_CHECKING:
+    from mmit.analysis.config import QuestionsConfig
+
+
+def base_records(source: Path) -> list[Record]:
+    """Return the records of a build's folder, in the order of its tasks, or of one file. Raises ConfigError."""
+    if source.is_dir():
+        files = sorted((source / "records").glob("*.jsonl")) or sorted(source.glob("*.jsonl"))
+    else:
+        files = [source] if source.is_file() else []
+    if not files:
+        raise ConfigError("there are no records", where=str(source), remedy="Give mmit records, or a build's folder.")
+    return [record for file in files for record in read_jsonl(file)]
+
+
+def write_arm(
+    records: Sequence[Record],
+    given: Mapping[str, Any],
+    folder: Path,
+    *,
+    seed: int,
+    base: str,
+    keys: Mapping[str, Any],
+    where: str,
+) -> int:
+    """Write records/TASK.jsonl and train.yaml, the latter last; returns the number of records.
+
+    Args:
+        given: keys of a `Transform`. keys: dotted keys of the training config, over those of `base`.
+        where: place of the arm, for messages.
+
+    Raises:
+        ConfigError: the transform does not suit the records.
+    """
+    made = transformed(records, Transform.of(given, where=where), seed=seed, where=where)
+    by_task: dict[str, list[Record]] = {}
+    for record in made:
+        by_task.setdefault(task_of(record, where=where), []).append(record)
+    sources = []
+    for number, (task, own) in enumerate(sorted(by_task.items())):
+        file = folder / "records" / f"{number:02d}.jsonl"
+        write_jsonl(own, file)
+        sources.append({"path": str(file.resolve()), "name": task})
+    config: dict[str, Any] = {"base": base, "data": {"train": sources}}
+    for key, value in keys.items():
+        *path, last = key.split(".")
+        section = config
+        for part in path:
+            section = section.setdefault(part, {})
+        section[last] = value
+    write_atomic(folder / "train.yaml", dump_yaml(config))
+    return len(made)
+
+
+def write_questions(records: Iterable[Record], asked: QuestionsConfig, folder: Path, *, name: str) -> None:
+    """Write questions.jsonl, a fixed sample with as many of each task as can be, and task.yaml. Raises ConfigError."""
+    by_task: dict[str, list[Record]] = {}
+    where = f"questions '{name}'"
+    for record in records:
+        by_task.setdefault(task_of(record, where=where), []).append(record)
+    for task in asked.tasks:
+        if task not in by_task:
+            raise ConfigError(f"no question is of the task '{task}'", where=where, remedy=nearest(task, by_task))
+    chosen = {task: own for task, own in sorted(by_task.items()) if not asked.tasks or task in asked.tasks}
+    kept: list[Record] = []
+    left = asked.limit
+    for number, (task, own) in enumerate(sorted(chosen.items(), key=lambda item: len(item[1]))):
+        share = min(len(own), left // (len(chosen) - number))
+        kept += sorted(random.Random(f"0|{task}").sample(own, share), key=lambda record: record.row or 0)
+        left -= share
+    write_jsonl(kept, folder / "questions.jsonl")
+    task = {
+        "name": name,
+        "records": "questions.jsonl",
+        "metric": asked.metric,
+        "group_by": "task",
+        "max_new_tokens": asked.max_new_tokens,
+    }
+    write_atomic(folder / "task.yaml", dump_yaml(task))

@@ -1,0 +1,210 @@
+"""Reports of a study: report.json, report.md and report.html with one plot.
+
+In: the findings of a study. Out: three files that say the same. Every mean has its number of seeds, images and
+questions; every verdict its numbers; baselines stand in every table, "not known" where they are.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmit.analysis.findings import findings
+from mmit.eval.page import page
+from mmit.io import write_atomic
+
+if TYPE_CHECKING:
+    from mmit.analysis.study import Study
+
+
+def write_report(study: Study) -> str:
+    """Write all three files and return the Markdown."""
+    found = findings(study)
+    text = markdown(found)
+    write_atomic(study.out / "report.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(study.out / "report.md", text)
+    write_atomic(study.out / "report.html", html(found))
+    return text
+
+
+def sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the report as (heading, text or table or list), whatever it is written in."""
+    parts: list[tuple[str, Any]] = [("", found["question"])]
+    varies = found["varies"]
+    told = f"The arms differ in `{varies}`." if varies else "The arms differ in several shares or in nothing."
+    margin = found["margin"]
+    parts.append(
+        ("", f"{told} Seeds: {', '.join(map(str, found['seeds']))}. Differences below {margin:g} count as none.")
+    )
+    for name, asked in found["questions"].items():
+        if not asked["arms"]:
+            parts.append((f"Questions: {name}", "No arm has answered them yet."))
+            continue
+        heading = f"Questions: {name} ({asked['n']:,} about {asked['images']:,} images)"
+        parts.append((heading, _arms(asked)))
+        if asked["by_task"]:
+            parts.append((f"{name}, by task", _by_task(asked)))
+        if asked["sensitivity"]:
+            parts.append((f"{name}, by wording", _wordings(asked["sensitivity"])))
+        if asked["trend"]:
+            parts.append((f"{name}, trend", _trend(asked["trend"])))
+        if asked["style"]:
+            parts.append((f"{name}, style", _style(asked["style"])))
+    parts.append(("Contrasts", _contrasts(found["contrasts"]) if found["contrasts"] else "None can be made yet."))
+    if found["failed"]:
+        lines = [f"{f['arm']}, seed {f['seed']}: {f['error']} (`{f['command']}`)" for f in found["failed"]]
+        parts.append(("Failed", lines))
+    if found["waiting"]:
+        parts.append(("Not run yet", found["waiting"]))
+    if costs := _costs(found["arms"]):
+        parts.append(("What the runs took", costs))
+    parts.append(("What this cannot tell", found["cannot_tell"]))
+    parts.append(("Commands", [f"`{command}`" for command in found["commands"]]))
+    return parts
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(ci: Sequence[float] | None) -> str:
+    return "none" if ci is None else f"{ci[0]:.3f} to {ci[1]:.3f}"
+
+
+def _arms(asked: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["arm", "score", "95 % interval", "seeds", "lowest and highest seed"]]
+    for arm, one in asked["arms"].items():
+        span = f"{min(one['by_seed']):.3f} to {max(one['by_seed']):.3f}"
+        rows.append([arm, _number(one["mean"]), _interval(one["ci95"]), str(one["seeds"]), span])
+    for name, value in asked["baselines"].items():
+        rows.append([name, "not known" if value is None else _number(value), "", "", ""])
+    return rows
+
+
+def _by_task(asked: Mapping[str, Any]) -> list[list[str]]:
+    columns = [*asked["arms"], "random in label space"]
+    rows = [["task", *columns]]
+    return rows + [[task, *(_number(values[c]) for c in columns)] for task, values in asked["by_task"].items()]
+
+
+def _wordings(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["arm", "sensitivity (deviation / mean)", "lowest wording", "highest wording"]]
+    for arm, one in found.items():
+        ends = [f"{name} {value:.3f}" for name, value in (one["lowest"], one["highest"])]
+        rows.append([arm, _number(one["sensitivity"]), *ends])
+    return rows
+
+
+def _trend(found: Mapping[str, Any]) -> str:
+    slope = found["slope_per_doubling"]
+    told = f"Each doubling of `{found['key']}` changes the score by {slope['slope']:+.3f}"
+    told += f" (95 % interval over seeds {_interval(slope['ci95'])})." if slope["ci95"] else " (one seed, no interval)."
+    if "curve" in found:
+        curve = found["curve"]
+        if curve is None:
+            told += " No saturating curve fits: give four sizes or more."
+        else:
+            told += f" Saturating curve: {curve['a']:.3f} - {curve['b']:.3f} n^-{curve['c']:.2f}; {curve['verdict']}"
+            told += f" ({_interval(curve['ci95'])})."
+    return told
+
+
+def _style(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["arm", "median words", "with lists", "in the frame", "learned style", "commonest opening", "empty"]]
+    for arm, one in found.items():
+        opening = f"{one['opening']} ({one['opening_share']:.2f})" if "opening" in one else "-"
+        shares = [_number(one.get(key), 2) for key in ("lists", "in_frame", "learned")]
+        rows.append([arm, str(one.get("median_words", "-")), *shares, opening, str(one["empty"])])
+    return rows
+
+
+def _contrasts(found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    rows = [["questions", "contrast", "difference", "95 % interval", "p (Holm)", "verdict", "smallest detectable"]]
+    for one in found:
+        d = one["difference"]
+        p = "-" if one["holm"] is None else ("< .001" if one["holm"] < 0.001 else f"{one['holm']:.3f}")
+        told = [one["questions"], f"{one['a']} - {one['b']}", f"{d['mean']:+.3f}", _interval(d["ci95"]), p]
+        rows.append([*told, one["verdict"], _number(d["detectable"])])
+    return rows
+
+
+def _costs(arms: Mapping[str, Any]) -> list[list[str]]:
+    keys = ("steps", "epochs", "records", "tokens", "seconds")
+    known = [key for key in keys if any(key in arm["cost"] for arm in arms.values())]
+    if not known:
+        return []
+    rows = [["arm", *known]]
+    for name, arm in arms.items():
+        rows.append([name, *(f"{arm['cost'][key]:,.4g}" if key in arm["cost"] else "-" for key in known)])
+    return rows
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Return the report as Markdown."""
+    lines = [f"# Study: {found['study']}", ""]
+    for heading, content in sections(found):
+        if heading:
+            lines += [f"## {heading}", ""]
+        if isinstance(content, str):
+            lines += [content, ""]
+        elif content and isinstance(content[0], list):
+            head, *rows = content
+            lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows] + [""]
+        else:
+            lines += [f"- {line}" for line in content] + [""]
+    return "\n".join(lines)
+
+
+def html(found: Mapping[str, Any]) -> str:
+    """Return the report as one HTML page with its plot inside."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    body = environment.from_string(_BODY).render(parts=sections(found), plot=plot(found))
+    return page(f"Study: {found['study']}", body)
+
+
+_BODY = """\
+{% for heading, content in parts %}
+{% if heading %}<h2>{{ heading }}</h2>{% endif %}
+{% if content is string %}<p>{{ content }}</p>
+{% elif content and content[0] is not string %}
+<table><tr>{% for cell in content[0] %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in content[1:] %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% else %}<ul>{% for line in content %}<li>{{ line }}</li>{% endfor %}</ul>{% endif %}
+{% if loop.index == 2 and plot %}<figure>{{ plot | safe }}</figure>{% endif %}
+{% endfor %}
+"""
+
+
+def plot(found: Mapping[str, Any]) -> str:
+    """Return an SVG: a panel for each set of questions, every seed a dot, means with intervals, baselines as lines."""
+    asked = {name: one for name, one in found["questions"].items() if one["arms"]}
+    if not asked:
+        return ""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.hashsalt": "mmit", "svg.fonttype": "path"}):
+        width = 1.5 + 0.8 * len(found["arms"])
+        figure = Figure(figsize=(width * len(asked), 3.6), layout="constrained")
+        for axis, (name, one) in zip(figure.subplots(1, len(asked), squeeze=False)[0], asked.items(), strict=True):
+            for place, arm in enumerate(one["arms"].values()):
+                axis.plot([place] * len(arm["by_seed"]), arm["by_seed"], "o", color="tab:blue", alpha=0.5)
+                low, high = arm["ci95"] or (arm["mean"], arm["mean"])
+                axis.plot([place + 0.2] * 2, [low, high], color="black")
+                axis.plot([place + 0.2], [arm["mean"]], "_", color="black", markersize=12)
+            for number, (label, value) in enumerate(one["baselines"].items()):
+                if value is not None:
+                    axis.axhline(value, linestyle=("--", ":", "-.")[number % 3], color=f"C{number + 1}", label=label)
+            axis.set_xticks(range(len(one["arms"])), list(one["arms"]), rotation=30, ha="right")
+            axis.set_title(name)
+            axis.set_ylim(-0.02, 1.02)
+            axis.legend(fontsize=6)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()[file.getvalue().index("<svg") :]

@@ -1,0 +1,405 @@
+"""The steps of a study: data, training and evaluation of every arm and seed, each an ordinary command of mmit.
+
+In: a `StudyConfig` and a folder. Out: in that folder
+
+    study.json               the resolved config and the digests of what it reads
+    builds/DIGEST/           records made by templates, shared by the arms and seeds that need the same
+    questions/NAME/          questions.jsonl and task.yaml, the same for all arms
+    arms/NAME/seed-S/        data/, run/, eval/NAME/, commands.txt, and failed.json where a step failed
+    controls/NAME/           the first arm and the untuned model: without images, with other images
+
+A step is done when its last file is there, so that a study that was killed goes on and repeats no finished step. An arm
+that fails is reported and stops no other. Refuses a folder of another study, or whose base configs changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmit.analysis.config import QuestionsConfig, StudyConfig, overrides, transforms
+from mmit.analysis.data import base_records, write_arm, write_questions
+from mmit.configs import shipped_banks
+from mmit.errors import ConfigError
+from mmit.io import append, write_atomic
+from mmit.processes import ended_by_kernel_with_parent, only_one
+from mmit.yamlio import dump_yaml, merge, parse_yaml
+
+STUDY, FAILED, COMMANDS, TIMES = "study.json", "failed.json", "commands.txt", "times.jsonl"
+Say = Callable[[str], None]
+Execute = Callable[["Step", Path, Mapping[str, str]], int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command. `kind` is build, data, train or eval; it is done when the file `done` is there."""
+
+    kind: str
+    name: str
+    command: tuple[str, ...]
+    done: Path
+    folder: Path
+
+    @property
+    def shown(self) -> str:
+        """The command as one would type it."""
+        return " ".join(["mmit", *(f"'{word}'" if " " in word else word for word in self.command)])
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One arm with one seed: its folder and its steps in order."""
+
+    arm: str
+    seed: int
+    folder: Path
+    steps: tuple[Step, ...]
+
+    @property
+    def failed(self) -> dict[str, Any] | None:
+        """What went wrong, None if nothing did."""
+        path = self.folder / FAILED
+        return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+    @property
+    def done(self) -> bool:
+        """Whether all of it is there."""
+        return all(step.done.is_file() for step in self.steps)
+
+
+class Study:
+    """A study in its folder.
+
+    Args:
+        config: the study. path: its YAML, whose folder relative paths start from. out: the folder of results.
+        execute: runs a step with a log and an environment, and returns its exit code.
+    """
+
+    def __init__(self, config: StudyConfig, path: Path, out: Path, *, execute: Execute | None = None) -> None:
+        self.config, self.path, self.out = config, path, out
+        self._execute = execute or in_process_of_its_own
+        self.cells = [self._cell(arm, seed) for seed in config.seeds for arm in config.arms]
+        self.controls = self._controls() if config.controls else []
+
+    def at(self, given: str) -> str:
+        """Return a path of the YAML as this process sees it."""
+        return os.path.abspath(self.path.parent / given)
+
+    def folder_of(self, arm: str, seed: int) -> Path:
+        """Return the folder of an arm with one seed."""
+        return self.out / "arms" / arm / f"seed-{seed}"
+
+    def answers_of(self, arm: str, seed: int, questions: str) -> Path:
+        """Return the folder of the answers of an arm with one seed to a set of questions."""
+        return self.folder_of(arm, seed) / "eval" / questions
+
+    def build_of(self, keys: Mapping[str, Any], seed: int) -> Path:
+        """Return the folder of the records that a build with these keys and this seed makes."""
+        settings = self._build_settings(keys, seed)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        return self.out / "builds" / digest
+
+    def _build_settings(self, keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        assert self.config.build is not None
+        file = Path(self.at(self.config.build))
+        settings, _ = parse_yaml(_text(file), where=str(file))
+        for key, value in keys.items():
+            branch: Any = value
+            for part in reversed(key.split(".")):
+                branch = {part: branch}
+            settings = merge(settings, branch)
+        settings["seed"] = seed
+        settings.pop("base", None)  # the arm's own training config has it
+        rows = dict(settings.get("rows") or {})
+        if rows.get("path"):
+            rows["path"] = os.path.abspath(file.parent / rows["path"])
+        if rows.get("image_root"):
+            rows["image_root"] = os.path.abspath(file.parent / rows["image_root"])
+        banks = settings.get("bank")
+        settings["bank"] = [_bank(name, file.parent) for name in (banks if isinstance(banks, list) else [banks])]
+        return {**settings, "rows": rows}
+
+    def _build_step(self, keys: Mapping[str, Any], seed: int) -> Step:
+        folder = self.build_of(keys, seed)
+        command = ("build", "annotated", str(folder / "build.yaml"), "--out", str(folder / "data"))
+        return Step("build", f"build {folder.name}", command, folder / "data" / "build.json", folder)
+
+    def _cell(self, arm: str, seed: int) -> Cell:
+        folder = self.folder_of(arm, seed)
+        steps = []
+        if self.config.build is not None:
+            steps.append(self._build_step(overrides(self.config.arms[arm], "build"), seed))
+        name = f"{arm}, seed {seed}"
+        data, run = folder / "data", folder / "run"
+        command = ("analyse", "arm", str(self.path), arm, str(seed), "--out", str(self.out))
+        steps.append(Step("data", f"{name}: data", command, data / "train.yaml", folder))
+        command = ("train", "--config", str(data / "train.yaml"), "run.resume=auto")
+        steps.append(Step("train", f"{name}: train", command, run / "finished.json", folder))
+        steps += [
+            Step(
+                "eval",
+                f"{name}: {asked}",
+                ("eval", str(run), "--task", self.task_of(asked), "--no-baselines", *self._limit(asked))
+                + ("--out", str(self.answers_of(arm, seed, asked))),
+                self.answers_of(arm, seed, asked) / "report.json",
+                folder,
+            )
+            for asked in self.config.questions
+        ]
+        return Cell(arm, seed, folder, tuple(steps))
+
+    def _controls(self) -> list[Step]:
+        """The first arm on the same questions without its images and with others, and the model before tuning."""
+        arm, seed = next(iter(self.config.arms)), self.config.seeds[0]
+        run = self.folder_of(arm, seed) / "run"
+        found = []
+        for asked, settings in self.config.questions.items():
+            folder = self.out / "controls" / asked
+            command = ("eval", str(run), "--task", self.task_of(asked), *self._limit(asked), "--probe", "blank,swap")
+            command = (*command, "--baseline-n", str(settings.limit), "--out", str(folder))
+            found.append(Step("eval", f"controls: {asked}", command, folder / "report.json", folder))
+        return found
+
+    def task_of(self, asked: str) -> str:
+        """Return the task of a set of questions: its YAML, or the name of a shipped one."""
+        settings = self.config.questions[asked]
+        if settings.task is None:
+            return str(self.out / "questions" / asked / "task.yaml")
+        own = self.path.parent / settings.task
+        return os.path.abspath(own) if own.is_file() else settings.task
+
+    def _limit(self, asked: str) -> tuple[str, ...]:
+        settings = self.config.questions[asked]
+        return ("--limit", str(settings.limit)) if settings.task is not None else ()
+
+    def question_build(self, asked: QuestionsConfig) -> Step:
+        """Return the build of the records that questions are made of; their seed is that of no arm."""
+        return self._build_step(asked.build, 0)
+
+    # -- what a run of the study does
+
+    def run(self, *, jobs: int, say: Say) -> None:
+        """Do what is left. Raises ConfigError: the folder is of another study, or questions cannot be made."""
+        with only_one(self.out / ".lock", "study", folder=self.out):
+            self._claim()
+            for name, asked in self.config.questions.items():
+                self._make_questions(name, asked, say)
+            builds = {step.folder: step for cell in self.cells for step in cell.steps if step.kind == "build"}
+            for step in builds.values():
+                self._do(step, say, threads=0)
+            self._run_cells(say, jobs)
+            first = self.cells[0]
+            for step in self.controls if first.done else []:
+                self._do(step, say, threads=0)
+
+    def _run_cells(self, say: Say, jobs: int) -> None:
+        if jobs == 1:
+            for cell in self.cells:
+                self._run_cell(cell, say, jobs)
+            return
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for one in as_completed([pool.submit(self._run_cell, cell, say, jobs) for cell in self.cells]):
+                    one.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _claim(self) -> None:
+        stated = self._stated()
+        path = self.out / STUDY
+        if path.is_file():
+            found = json.loads(path.read_text("utf-8"))
+            changed = [key for key in stated if found.get(key) != stated[key]]
+            # More seeds and other contrasts leave what was run as it is.
+            for key in ("seeds", "contrasts", "question", "margin"):
+                found.get("config", {}).pop(key, None)
+            now = {**stated, "config": {k: v for k, v in stated["config"].items() if k in found.get("config", {})}}
+            changed = [key for key in changed if found.get(key) != now[key]]
+            if changed:
+                was, is_ = _difference(found, now, changed[0])
+                problem = f"the folder holds a study with another {changed[0]}: {was} was, {is_} is now"
+                raise ConfigError(problem, where=str(self.out), remedy="Give --out another folder.")
+        write_atomic(path, json.dumps(stated, indent=1, ensure_ascii=False) + "\n")
+
+    def _stated(self) -> dict[str, Any]:
+        files = {"base": self.config.base, "build": self.config.build, "records": self.config.records}
+        digests = {key: _digest(Path(self.at(file))) for key, file in files.items() if file is not None}
+        return {"config": self.config.model_dump(), **digests}
+
+    def _make_questions(self, name: str, asked: QuestionsConfig, say: Say) -> None:
+        folder = self.out / "questions" / name
+        if asked.task is not None or (folder / "task.yaml").is_file():
+            return
+        if asked.records is not None:
+            source = Path(self.at(asked.records))
+        elif self.config.build is not None:
+            step = self.question_build(asked)
+            self._do(step, say, threads=0)
+            source = step.folder / "data"
+        write_questions(base_records(source), asked, folder, name=name)
+
+    def make_arm(self, arm: str, seed: int) -> int:
+        """Write the records and the training config of an arm; returns the number of records."""
+        settings = self.config.arms[arm]
+        if self.config.build is not None:
+            source = self.build_of(overrides(settings, "build"), seed) / "data"
+        else:
+            source = Path(self.at(self.config.records or ""))
+        keys = {**self.config.config, **overrides(settings, "config")}
+        folder = self.folder_of(arm, seed)
+        keys |= {"run.dir": str(folder / "run"), "run.seed": seed}
+        if self.config.start_from is not None:
+            keys["run.init_from"] = self.at(self.config.start_from)
+        base = os.path.relpath(self.at(self.config.base), folder / "data")
+        where = f"{self.path}: arms.{arm}"
+        return write_arm(
+            base_records(source),
+            transforms(self.config, settings),
+            folder / "data",
+            seed=seed,
+            base=base,
+            keys=keys,
+            where=where,
+        )
+
+    def _run_cell(self, cell: Cell, say: Say, jobs: int) -> None:
+        if cell.done:
+            return
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        (cell.folder / FAILED).unlink(missing_ok=True)
+        for step in cell.steps:
+            try:
+                self._do(step, say, threads=0 if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs))
+            except StepFailed as failure:
+                say(f"{step.name} FAILED: {failure}")
+                told = {"step": step.name, "command": step.shown, "error": str(failure)}
+                write_atomic(cell.folder / FAILED, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+                return
+
+    def _do(self, step: Step, say: Say, *, threads: int) -> None:
+        """Run a command unless it is done; what it prints goes to a log beside it."""
+        if step.done.is_file():
+            return
+        step.folder.mkdir(parents=True, exist_ok=True)
+        if step.kind == "build":
+            self._write_build(step)
+        append(step.folder / COMMANDS, step.shown + "\n")
+        environment = dict(os.environ)
+        if threads:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        say(step.name)
+        began = time.monotonic()
+        log = step.folder / f"{step.kind}.log"
+        code = self._execute(step, log, environment)
+        if code != 0 or not step.done.is_file():
+            raise StepFailed(_last_words(log) or f"it ended with code {code}", step=step, code=code)
+        took = {"kind": step.kind, "name": step.name, "seconds": round(time.monotonic() - began, 1)}
+        append(self.out / TIMES, json.dumps(took) + "\n")
+
+    def _write_build(self, step: Step) -> None:
+        for cell in self.cells:
+            keys = overrides(self.config.arms[cell.arm], "build")
+            if self.build_of(keys, cell.seed) == step.folder:
+                write_atomic(step.folder / "build.yaml", dump_yaml(self._build_settings(keys, cell.seed)))
+                return
+        for asked in self.config.questions.values():
+            if asked.task is None and asked.records is None and self.build_of(asked.build, 0) == step.folder:
+                write_atomic(step.folder / "build.yaml", dump_yaml(self._build_settings(asked.build, 0)))
+
+    def left(self) -> Iterator[Step]:
+        """Yield the steps that are not done, each once."""
+        seen: set[Path] = set()
+        for step in [*(step for cell in self.cells for step in cell.steps), *self.controls]:
+            if step.done not in seen and not step.done.is_file():
+                seen.add(step.done)
+                yield step
+
+    def hours_left(self) -> float | None:
+        """Return how long the rest takes by the steps that were run here, None where a kind never was."""
+        found: dict[str, list[float]] = {}
+        path = self.out / TIMES
+        for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+            took = json.loads(line)
+            found.setdefault(took["kind"], []).append(took["seconds"])
+        kinds = [step.kind for step in self.left()]
+        if any(kind not in found for kind in kinds if kind in ("train", "eval")):
+            return None
+        return sum(sum(found[kind]) / len(found[kind]) for kind in kinds if kind in found) / 3600
+
+
+def in_process_of_its_own(step: Step, log: Path, environment: Mapping[str, str]) -> int:
+    """Run a step's command as a user would; what it prints is added to the log. Ends with this process."""
+    with open(log, "ab") as file:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "mmit", *step.command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
+            preexec_fn=ended_by_kernel_with_parent(signal.SIGTERM),
+        )
+        try:
+            return child.wait()
+        except BaseException:  # Ctrl-C: the child heard it too, and saves what it has
+            child.wait()
+            raise
+
+
+class StepFailed(ConfigError):
+    """A command of a study ended badly; the message is its own last words."""
+
+    def __init__(self, problem: str, *, step: Step, code: int) -> None:
+        super().__init__(problem, where=step.name, remedy=f"Run it alone to see more: {step.shown}")
+        self.code = code
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read: {error}", where=str(path), remedy="Check the path in the study.") from None
+
+
+def _digest(path: Path) -> str:
+    if path.is_dir():
+        return hashlib.sha256("\n".join(sorted(str(p) for p in path.rglob("*"))).encode()).hexdigest()[:16]
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise ConfigError(f"cannot read: {error}", where=str(path), remedy="Check the path in the study.") from None
+
+
+def _bank(name: Any, folder: Path) -> Any:
+    """Make the path of a bank one that can be read from elsewhere."""
+    if not isinstance(name, str) or name in shipped_banks():
+        return name
+    kind, colon, rest = name.partition(":")
+    return f"{kind}:{os.path.abspath(folder / rest)}" if colon else os.path.abspath(folder / name)
+
+
+def _difference(found: Mapping[str, Any], now: Mapping[str, Any], key: str) -> tuple[Any, Any]:
+    if key != "config":
+        return found.get(key), now[key]
+    was, is_ = found.get("config", {}), now["config"]
+    first = next(k for k in is_ if was.get(k) != is_[k])
+    return f"{first}={was.get(first)!r}", f"{first}={is_[first]!r}"
+
+
+def _last_words(log: Path) -> str:
+    """Return the error that a command printed, at most 500 characters of it."""
+    lines = log.read_text("utf-8", "replace").strip().splitlines()
+    for place in range(len(lines) - 1, max(-1, len(lines) - 40), -1):
+        if lines[place].startswith("error:"):
+            return " ".join(lines[place:])[7:507]
+    return lines[-1][:500] if lines else ""

@@ -1,0 +1,85 @@
+"""`mmit analyse`: what the data taught, as studies of arms and seeds with honest intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmit.analysis.kinds import STUDIES
+from mmit.errors import ConfigError, nearest
+from mmit.text import echo
+
+app = typer.Typer(help="Studies: arms that differ in one thing, several seeds, intervals.", no_args_is_help=True)
+Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the study.")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder of the study.")]
+
+
+def _command(kind: str) -> Callable[..., None]:
+    def run(
+        config: Config,
+        *,
+        out: Out,
+        jobs: Annotated[int, typer.Option(min=1, help="Arms that train at once.")] = 1,
+        plan: Annotated[bool, typer.Option("--plan", help="List what is left to do, and run nothing.")] = False,
+    ) -> None:
+        from mmit.analysis.config import load_study
+        from mmit.analysis.study import Study
+
+        loaded = load_study(config)
+        if loaded.study != kind:
+            remedy = f"Run it with: mmit analyse {loaded.study} {config}"
+            raise ConfigError(f"is a study of kind {loaded.study}, not {kind}", where=str(config), remedy=remedy)
+        study = Study(loaded, config, out)
+        if plan:
+            _plan(study)
+            return
+        study.run(jobs=jobs, say=echo)
+        _report(study)
+
+    return run
+
+
+for _kind, _about in STUDIES.items():
+    app.command(_kind, help=f"Run a study of {_about}, or what is left of it, and write its report.")(_command(_kind))
+
+
+@app.command("arm", hidden=True)
+def arm(config: Config, name: str, seed: int, *, out: Out) -> None:
+    """Write the records and the training config of one arm with one seed."""
+    from mmit.analysis.config import load_study
+    from mmit.analysis.study import Study
+
+    study = load_study(config)
+    if name not in study.arms:
+        raise ConfigError(f"there is no arm '{name}'", where=str(config), remedy=nearest(name, study.arms))
+    echo(f"{Study(study, config, out).make_arm(name, seed):,} records")
+
+
+@app.command("report")
+def report(config: Config, *, out: Out) -> None:
+    """Write the report of what has run so far."""
+    from mmit.analysis.config import load_study
+    from mmit.analysis.study import Study
+
+    _report(Study(load_study(config), config, out))
+
+
+def _plan(study: object) -> None:
+    left = list(study.left())  # type: ignore[attr-defined]
+    for step in left:
+        echo(step.shown)
+    hours = study.hours_left()  # type: ignore[attr-defined]
+    told = "its time is known once the first arm has run"
+    if hours is not None:
+        told = f"about {hours:.1f} hours by the steps that ran here"
+    echo(f"{len(left)} steps left; {told}")
+
+
+def _report(study: object) -> None:
+    from mmit.analysis.report import write_report
+
+    echo(write_report(study))  # type: ignore[arg-type]
+    echo(f"wrote {study.out}/report.html, report.md and report.json")  # type: ignore[attr-defined]

@@ -1,0 +1,96 @@
+"""A whole study in miniature: its steps are mmit's own commands, and none of them is repeated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmit.analysis.config import load_study
+from mmit.analysis.report import write_report
+from mmit.analysis.study import TIMES, Study
+from mmit.errors import ConfigError
+from mmit.records import read_jsonl
+from tests.analysis.worlds import here, write_world
+
+
+def ran(out: Path) -> list[str]:
+    return [json.loads(line)["name"] for line in (out / TIMES).read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Study:
+    folder = tmp_path_factory.mktemp("study")
+    path = write_world(folder)
+    study = Study(load_study(path), path, folder / "out", execute=here)
+    study.run(jobs=1, say=lambda text: None)
+    return study
+
+
+def test_every_arm_answers_the_same_questions(finished):
+    assert not list(finished.left())
+    report = json.loads((finished.out / "arms/one/seed-0/eval/unseen/report.json").read_text())
+    assert report["n"] == 8
+    write_report(finished)
+    found = json.loads((finished.out / "report.json").read_text())
+    assert set(found["questions"]["unseen"]["arms"]) == {"one", "two"}
+    assert found["questions"]["unseen"]["arms"]["one"]["seeds"] == 2
+    assert found["questions"]["unseen"]["baselines"]["random in label space"] == 0.25
+    assert found["contrasts"][0]["a"] == "two" and found["contrasts"][0]["holm"] is not None
+    html = (finished.out / "report.html").read_text()
+    assert "<svg" in html and "What this cannot tell" in html and "mmit train --config" in html
+
+
+def test_arms_differ_in_their_wordings_alone(finished):
+    texts = {}
+    for arm in ("one", "two"):
+        folder = finished.folder_of(arm, 0) / "data" / "records"
+        texts[arm] = {r.turns[0].text for file in folder.glob("*.jsonl") for r in read_jsonl(file)}
+    assert len(texts["one"]) == 1 and len(texts["two"]) == 2 and texts["one"] < texts["two"]
+    configs = [(finished.folder_of(arm, 0) / "data" / "train.yaml").read_text() for arm in ("one", "two")]
+    assert configs[0].replace("/one/", "/two/") == configs[1]
+
+
+def test_a_finished_study_runs_nothing_again_and_a_lost_step_alone(finished):
+    before = ran(finished.out)
+    finished.run(jobs=1, say=lambda text: None)
+    assert ran(finished.out) == before
+    (finished.answers_of("two", 1, "unseen") / "report.json").unlink()
+    finished.run(jobs=1, say=lambda text: None)
+    assert ran(finished.out) == [*before, "two, seed 1: unseen"]
+
+
+def test_another_study_or_base_in_the_folder_is_refused(finished):
+    path = finished.path
+    text = path.read_text()
+    try:
+        path.write_text(text.replace("train.steps: 2", "train.steps: 3"))
+        with pytest.raises(ConfigError, match=r"config=\{'train.steps': 2\} was, config=\{'train.steps': 3\} is now"):
+            Study(load_study(path), path, finished.out, execute=here).run(jobs=1, say=print)
+        path.write_text(text)
+        base = path.parent / "base.yaml"
+        base.write_text(base.read_text() + "\n# changed\n")
+        with pytest.raises(ConfigError, match="another base"):
+            Study(load_study(path), path, finished.out, execute=here).run(jobs=1, say=print)
+    finally:
+        path.write_text(text)
+        base.write_text(base.read_text().replace("\n# changed\n", ""))
+
+
+def test_a_failed_arm_is_told_and_stops_no_other(tmp_path):
+    arms = {"all": {}, "too many": {"data.size": 1000}}
+    path = write_world(tmp_path, study="size", arms=arms, seeds=[0])
+    study = Study(load_study(path), path, tmp_path / "out", execute=here)
+    study.run(jobs=1, say=lambda text: None)
+    report = write_report(study)
+    assert "1000 records are asked for, but there are 24" in report
+    assert "| all |" in report and "One seed: there is no interval" in report
+
+
+def test_the_plan_lists_commands_and_runs_nothing(tmp_path):
+    path = write_world(tmp_path)
+    study = Study(load_study(path), path, tmp_path / "out", execute=here)
+    shown = [step.shown for step in study.left()]
+    assert len(shown) == 4 * 4 and shown[0].startswith("mmit build annotated") and study.hours_left() is None
+    assert not (tmp_path / "out").exists()
