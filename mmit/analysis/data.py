@@ -87,11 +87,11 @@ def write_questions(records: Iterable[Record], asked: QuestionsConfig, folder: P
         kept += sorted(random.Random(f"0|{task}").sample(own, share), key=lambda record: record.row or 0)
         left -= share
     write_jsonl(kept, folder / "questions.jsonl")
-    task = {
+    settings = {
         "name": name,
         "records": "questions.jsonl",
         "metric": asked.metric,
         "group_by": "task",
         "max_new_tokens": asked.max_new_tokens,
     }
-    write_atomic(folder / "task.yaml", dump_yaml(task))
+    write_atomic(folder / "task.yaml", dump_yaml(settings))

@@ -82,7 +82,7 @@ def _arm(study: Study, arm: str) -> dict[str, Any]:
 
 
 def _cost(run: Path) -> dict[str, float]:
-    from mmit.train.run_files import METRICS, read_rows
+    from mmit.train.monitor.run_files import METRICS, read_rows
 
     steps = [row for row in read_rows(run / METRICS) if "loss" in row]
     if not steps:

@@ -141,7 +141,7 @@ class Study:
             steps.append(self._build_step(overrides(self.config.arms[arm], "build"), seed))
         name = f"{arm}, seed {seed}"
         data, run = folder / "data", folder / "run"
-        command = ("analyse", "arm", str(self.path), arm, str(seed), "--out", str(self.out))
+        command: tuple[str, ...] = ("analyse", "arm", str(self.path), arm, str(seed), "--out", str(self.out))
         steps.append(Step("data", f"{name}: data", command, data / "train.yaml", folder))
         command = ("train", "--config", str(data / "train.yaml"), "run.resume=auto")
         steps.append(Step("train", f"{name}: train", command, run / "finished.json", folder))
@@ -165,8 +165,8 @@ class Study:
         found = []
         for asked, settings in self.config.questions.items():
             folder = self.out / "controls" / asked
-            command = ("eval", str(run), "--task", self.task_of(asked), *self._limit(asked), "--probe", "blank,swap")
-            command = (*command, "--baseline-n", str(settings.limit), "--out", str(folder))
+            words = ["eval", str(run), "--task", self.task_of(asked), *self._limit(asked), "--probe", "blank,swap"]
+            command = (*words, "--baseline-n", str(settings.limit), "--out", str(folder))
             found.append(Step("eval", f"controls: {asked}", command, folder / "report.json", folder))
         return found
 

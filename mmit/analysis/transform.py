@@ -64,7 +64,7 @@ class Transform:
             problem = _problem(key, value)
             if problem:
                 raise ConfigError(f"data.{key} is {value!r}", where=where, remedy=problem)
-        listed = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+        listed: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
         made = cls(**listed)
         if made.shares and made.size is None:
             raise ConfigError("data.shares without data.size", where=where, remedy="Say how many records: data.size.")

@@ -64,18 +64,18 @@ class Recipe:
             if value is not None and value < 1:
                 raise ConfigError(f"is {value}", where=f"templates.{name}", remedy="Give 1 or more.")
 
-    def wordings(self, bank: Bank) -> list[Template]:
+    def wordings(self, bank: Bank) -> tuple[Template, ...]:
         """Return the wordings of a bank that records are drawn from. Raises ConfigError: it has fewer than `count`."""
         chosen = bank.of_split(self.split)
         plain = [template.id for template in chosen if not template.inverted]
         if self.count is None:
-            return list(chosen)
+            return chosen
         if self.count > len(plain):
             problem = f"{self.count} wordings, but task '{bank.task}' has {len(plain)} that are not inverted"
             raise ConfigError(problem, where="templates.count", remedy="Lower it, or add templates.")
         random.Random(f"{self.seed}|wordings|{bank.task}").shuffle(plain)
         kept = set(plain[: self.count])
-        return [template for template in chosen if template.inverted or template.id in kept]
+        return tuple(template for template in chosen if template.inverted or template.id in kept)
 
 
 @dataclass(frozen=True)
