@@ -8,7 +8,7 @@ off, resumed or spread over processes without a difference. Refuses a bank that 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -149,26 +149,61 @@ def annotated(
     Raises:
         ConfigError: a bank does not suit the rows, or the recipe cannot be followed.
     """
+    stage = renderer(open_rows, banks, recipe, source=source, licence=licence)
+    for row in checked(open_rows(), banks):
+        yield from stage([row])
+
+
+def renderer(
+    open_rows: Callable[[], Rows], banks: Sequence[Bank], recipe: Recipe, *, source: str, licence: str | None = None
+) -> Renderer:
+    """Return the stage of a build. Arguments and errors as `annotated`."""
     check_banks(banks, recipe)
     pools = {}
     if any(count and share for count, share in recipe.shots.items()):
         for aside in {False, bool(recipe.held_out)}:
             pools[aside] = _Examples(open_rows, recipe, aside=aside)
+    return Renderer(tuple(banks), recipe, pools, source, licence)
+
+
+def checked(rows: Rows, banks: Sequence[Bank]) -> Rows:
+    """Yield the rows after a look at the first one that can be read: it tells what the fields are.
+
+    A later row that lacks some is dropped by itself. Raises ConfigError.
+    """
     known = False
-    for number, row in open_rows():
-        place = f"{source}:{number}"
-        if isinstance(row, RecordError):
-            for bank in banks:
-                yield Dropped(bank.task, place, "", str(row))
-            continue
-        if not known:
+    for number, row in rows:
+        if not known and not isinstance(row, RecordError):
             _check_fields(banks, row)
             known = True
-        aside = _is_aside(row, number, recipe)
-        for bank in banks:
-            if (bank.cluster in recipe.held_out) == aside:
-                where = _Place(place, number, source, licence)
-                yield from _of_row(bank, row, recipe, pools.get(aside), where)
+        yield number, row
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """The stage of a build: a batch of (row number, fields) -> what they become. It can be pickled."""
+
+    banks: tuple[Bank, ...]
+    recipe: Recipe
+    pools: Mapping[bool, _Examples]
+    source: str
+    licence: str | None
+
+    def __call__(self, rows: Iterable[tuple[int, dict[str, Any] | RecordError]]) -> list[Made | Dropped]:
+        """Return the records of the rows, and what gave none, in their order. Raises ConfigError."""
+        return [item for number, row in rows for item in self._of(number, row)]
+
+    def _of(self, number: int, row: dict[str, Any] | RecordError) -> Iterator[Made | Dropped]:
+        place = f"{self.source}:{number}"
+        if isinstance(row, RecordError):
+            for bank in self.banks:
+                yield Dropped(bank.task, place, "", row.problem)
+            return
+        aside = _is_aside(row, number, self.recipe)
+        for bank in self.banks:
+            if (bank.cluster in self.recipe.held_out) == aside:
+                where = _Place(place, number, self.source, self.licence)
+                yield from _of_row(bank, row, self.recipe, self.pools.get(aside), where)
 
 
 def _is_aside(row: Mapping[str, Any], number: int, recipe: Recipe) -> bool:
@@ -181,7 +216,6 @@ def _is_aside(row: Mapping[str, Any], number: int, recipe: Recipe) -> bool:
 
 
 def _check_fields(banks: Sequence[Bank], row: Mapping[str, Any]) -> None:
-    """The first row tells what the fields are; a later one that lacks some is dropped by itself."""
     for bank in banks:
         for name in bank.fields:
             if name not in row:

@@ -18,6 +18,7 @@ import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +30,8 @@ from mmit.build.package_data import image_format
 from mmit.data.lint.images import image_name
 from mmit.errors import ConfigError
 from mmit.io import unwritable, write_atomic
-from mmit.records import Image, Record, record_line
+from mmit.processes import only_one
+from mmit.records import Image, Part, Record, record_line
 from mmit.yamlio import dump_yaml
 
 
@@ -54,8 +56,28 @@ class Counts:
         return f"{sum(self.accepted.values()):,} records, {sum(self.dropped.values()):,} dropped"
 
 
+@dataclass(frozen=True)
+class Line:
+    """A record as its line in a file of the build, with what is counted; `files` are its images by their names."""
+
+    task: str
+    held_out: bool
+    template: str
+    licence: str
+    text: str
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def line_of(made: Made, out: Path) -> Line:
+    """Return the line of a record in the folder `out`. Raises RecordError."""
+    folder = os.path.abspath(out / _folder(made.held_out))
+    record, files = _with_files(made.record, folder)
+    wording, licence = _wording(made.record.meta["build"]), made.record.licence or ""  # type: ignore[arg-type]
+    return Line(made.task, made.held_out, wording, licence, record_line(record, folder), files)
+
+
 def write_build(  # noqa: PLR0913
-    made: Iterable[Made | Dropped],
+    made: Iterable[Made | Line | Dropped],
     out: Path,
     *,
     config: Mapping[str, Any],
@@ -79,37 +101,44 @@ def write_build(  # noqa: PLR0913
     Raises:
         ConfigError: the folder is taken, a licence is not allowed, or nothing was accepted. WriteError: the disk.
     """
-    if not resumed and out.exists() and any(out.iterdir()):
-        problem = "the folder is not empty"
-        raise ConfigError(problem, where=str(out), remedy="Give --out a new folder, or remove this one.")
-    draft = out.with_name(f".{out.name}.{os.getpid()}.draft")
-    try:
-        draft.mkdir(parents=True)
-        counts = _write_records(made, draft, out)
-        if not counts.accepted:
-            first = next(iter(counts.dropped), "there are no rows")
-            raise ConfigError(f"no row gave a record: {first}", where=str(out), remedy="Fix the rows or the bank.")
-        check_allowed(counts.licences, allow_licences, where="allow_licences")
-        _write_mixture(counts, draft, out, base=base, cap=cap)
-        stated = {"mmit": __version__, "config": dict(config), "inputs": dict(inputs), "in": counts.total}
-        stated |= vars(counts) | {"held_out": sorted(counts.held_out)} | dict(facts())
-        write_atomic(draft / "build.json", json.dumps(stated, indent=1, ensure_ascii=False) + "\n")
-        write_atomic(draft / "card.md", _card(counts, config))
-        if resumed:
+    # A build that asks teachers holds the lock of its folder already.
+    lock = nullcontext() if resumed else only_one(out.with_name(f".{out.name}.lock"), "build", folder=out)
+    with lock:
+        if not resumed and out.exists() and any(out.iterdir()):
+            problem = "the folder is not empty"
+            raise ConfigError(problem, where=str(out), remedy="Give --out a new folder, or remove this one.")
+        draft = out.with_name(f".{out.name}.draft")
+        try:
+            shutil.rmtree(draft, ignore_errors=True)  # of a build that was killed
+            draft.mkdir(parents=True)
+            counts = _write_records(made, draft, out)
+            if not counts.accepted:
+                first = next(iter(counts.dropped), "there are no rows")
+                raise ConfigError(f"no row gave a record: {first}", where=str(out), remedy="Fix the rows or the bank.")
+            check_allowed(counts.licences, allow_licences, where="allow_licences")
+            _write_mixture(counts, draft, out, base=base, cap=cap)
+            stated = {"mmit": __version__, "config": dict(config), "inputs": dict(inputs), "in": counts.total}
+            stated |= vars(counts) | {"held_out": sorted(counts.held_out)} | dict(facts())
+            write_atomic(draft / "build.json", json.dumps(stated, indent=1, ensure_ascii=False) + "\n")
+            write_atomic(draft / "card.md", _card(counts, config))
             _move_into(draft, out)
-        else:
-            if out.exists():
-                out.rmdir()
-            os.replace(draft, out)
-    except OSError as error:
-        raise unwritable(out, error) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        except OSError as error:
+            raise unwritable(out, error) from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     return counts
 
 
 def _move_into(draft: Path, out: Path) -> None:
-    """Replace what a build wrote before; build.json goes last, so that it stands for a whole folder."""
+    """Put the draft in place, instead of what a build wrote before.
+
+    Into a folder that holds a journal, build.json goes last, so that it stands for a whole folder.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        if out.exists():
+            out.rmdir()
+        os.replace(draft, out)
+        return
     (out / "build.json").unlink(missing_ok=True)
     for name in ("records", "held_out"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -117,7 +146,7 @@ def _move_into(draft: Path, out: Path) -> None:
         os.replace(entry, out / entry.name)
 
 
-def _write_records(made: Iterable[Made | Dropped], draft: Path, out: Path) -> Counts:
+def _write_records(made: Iterable[Made | Line | Dropped], draft: Path, out: Path) -> Counts:
     counts = Counts()
     files: dict[str, IO[str]] = {}
     try:
@@ -127,18 +156,22 @@ def _write_records(made: Iterable[Made | Dropped], draft: Path, out: Path) -> Co
                 counts.dropped[item.reason] += 1
                 dropped.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
                 continue
-            folder = "held_out" if item.held_out else "records"
-            name = f"{folder}/{_file_name(item.task)}.jsonl"
+            line = line_of(item, out) if isinstance(item, Made) else item
+            folder = _folder(line.held_out)
+            name = f"{folder}/{_file_name(line.task)}.jsonl"
             if name not in files:
                 (draft / folder).mkdir(exist_ok=True)
                 files[name] = open(draft / name, "w", encoding="utf-8", newline="\n")
-            record = _with_files(item.record, draft / folder, out / folder)
-            files[name].write(record_line(record, os.path.abspath(out / folder)))
-            counts.accepted[item.task] += 1
-            counts.templates[item.task][_wording(item.record.meta["build"])] += 1
-            counts.licences[item.record.licence or ""] += 1
-            if item.held_out:
-                counts.held_out.add(item.task)
+            for image, data in line.files.items():
+                if not (draft / folder / image).exists():
+                    (draft / folder / image).parent.mkdir(exist_ok=True)
+                    (draft / folder / image).write_bytes(data)
+            files[name].write(line.text)
+            counts.accepted[line.task] += 1
+            counts.templates[line.task][line.template] += 1
+            counts.licences[line.licence] += 1
+            if line.held_out:
+                counts.held_out.add(line.task)
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -148,26 +181,25 @@ def _write_records(made: Iterable[Made | Dropped], draft: Path, out: Path) -> Co
     return counts
 
 
-def _with_files(record: Record, draft: Path, out: Path) -> Record:
-    """Write images that are bytes to files of `draft`, and name them as they will be in `out`."""
+def _with_files(record: Record, folder: str) -> tuple[Record, dict[str, bytes]]:
+    """Return the record with its images as files of `folder`, and the bytes of those that are no files yet."""
+    files: dict[str, bytes] = {}
     if not any(isinstance(image.source, bytes) for image in record.images):
-        return record
-    turns = []
-    for turn in record.turns:
-        parts = [
-            _filed(p, draft, out) if isinstance(p, Image) and isinstance(p.source, bytes) else p for p in turn.parts
-        ]
-        turns.append(replace(turn, parts=tuple(parts)))
-    return replace(record, turns=tuple(turns))
+        return record, files
+
+    def filed(part: Part) -> Part:
+        if not isinstance(part, Image) or not isinstance(part.source, bytes):
+            return part
+        name = f"images/{image_name(part).rpartition(':')[2][:20]}.{image_format(part.source)}"
+        files[name] = part.source
+        return Image(os.path.join(folder, name))
+
+    turns = [replace(turn, parts=tuple(filed(part) for part in turn.parts)) for turn in record.turns]
+    return replace(record, turns=tuple(turns)), files
 
 
-def _filed(image: Image, draft: Path, out: Path) -> Image:
-    assert isinstance(image.source, bytes)
-    name = f"images/{image_name(image).rpartition(':')[2][:20]}.{image_format(image.source)}"
-    if not (draft / name).exists():
-        (draft / "images").mkdir(exist_ok=True)
-        (draft / name).write_bytes(image.source)
-    return Image(str(out / name))
+def _folder(held_out: bool) -> str:
+    return "held_out" if held_out else "records"
 
 
 def _wording(build: Mapping[str, Any]) -> str:

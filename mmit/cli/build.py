@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,11 +44,12 @@ def annotated(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many rows.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that render; 0 for none besides this one.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show some records and write nothing.")] = False,
 ) -> None:
     """Turn annotated rows into instruction records by templates."""
-    from mmit.build.annotated import Made
-    from mmit.build.annotated import annotated as records
+    from mmit.build.annotated import Made, checked, renderer
+    from mmit.build.executor import Lines, run
     from mmit.build.rows import open_rows
     from mmit.build.write import write_build
 
@@ -58,14 +60,16 @@ def annotated(
     opened = partial(open_rows, described, folder=str(folder), limit=limit)
     _, licence, source = opened()
     recipe = _recipe(settings)
-    made = records(lambda: opened()[0], banks, recipe, source=source, licence=licence)
+    stage = renderer(lambda: opened()[0], banks, recipe, source=source, licence=licence)
+    rows = _counted(checked(opened()[0], banks))
     if dry_run:
-        for item, _ in zip((m for m in made if isinstance(m, Made)), range(5), strict=False):
+        made = (item for row in rows for item in stage([row]) if isinstance(item, Made))
+        for item in islice(made, 5):
             user, answer = item.record.turns
             echo(f"[{item.task}] {user.text!r} -> {answer.text!r}")
         return
     counts = write_build(
-        made,
+        run(Lines(stage, out), rows, workers=workers),
         out,
         config=settings,
         inputs={bank.where: _digest(bank) for bank in banks},
@@ -79,6 +83,14 @@ def annotated(
     for reason, number in counts.dropped.most_common(5):
         echo(f"dropped {number:,}: {reason}")
     echo(f"wrote {out}/mixture.yaml ({counts.summary})")
+
+
+def _counted(rows: Iterator[Any]) -> Iterator[Any]:
+    """Say how far a long build is."""
+    for count, row in enumerate(rows, 1):
+        if count % 100_000 == 0:
+            echo(f"{count:,} rows", err=True)
+        yield row
 
 
 @templates_app.command("check")

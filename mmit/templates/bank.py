@@ -62,6 +62,10 @@ class Template:
     strip: bool = False
     where: str = ""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: it compiles for itself."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
     @cached_property
     def compiled(self) -> Compiled:
         """The template, compiled. Raises ConfigError."""

@@ -233,3 +233,19 @@ def test_the_shipped_shapes_are_what_the_pixels_and_the_package_say(tmp_path):
         assert record.turns[-1].text in ("yes", "no")
     answers = collections.Counter(r.turns[-1].text for r in read_jsonl(out / "records" / "match.jsonl"))
     assert 0.3 < answers["yes"] / answers.total() < 0.7  # no answer can be had without looking
+
+
+def test_workers_do_not_show_in_what_is_written(made):
+    config = {"rows": {"path": "rows.csv", "licence": "CC-BY-4.0"}, "bank": "bank.yaml", "shots": {0: 0.5, 2: 0.5}}
+    (made / "rows.csv").write_text("text,label\n" + "".join(f"text {i},{'bad' if i % 3 else 'x'}\n" for i in range(450)))
+    (made / "build.yaml").write_text(dump_yaml(config | {"options": {"share": 0.5}}))
+    written = []
+    for workers in (0, 2):
+        out = made / f"out{workers}"
+        result = mmit("build", "annotated", made / "build.yaml", "--out", out, "--workers", workers)
+        assert result.exit_code == 0, result.output
+        facts = json.loads((out / "build.json").read_text())
+        assert facts["in"] == 450 == facts["accepted"]["mood"] + sum(facts["dropped"].values())
+        assert len((out / "dropped.jsonl").read_text().splitlines()) == sum(facts["dropped"].values()) > 0
+        written.append([(out / name).read_text() for name in ("records/mood.jsonl", "dropped.jsonl")])
+    assert written[0] == written[1]
