@@ -10,11 +10,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from mmit.errors import MmitError
@@ -103,9 +103,8 @@ def _begin(job: Callable[[Any], Any]) -> None:
     _job = job
     gc.freeze()  # what was there before the fork is the parent's to collect: looking through it would copy its pages
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # their threads were not forked with this process
-    with suppress(ImportError):
-        import torch
-
+    os.environ["OMP_NUM_THREADS"] = "1"  # for a job that loads torch; loading it here would take seconds
+    if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
