@@ -7,7 +7,7 @@ many it is run does not show in what a build writes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmit.build.annotated import Dropped, Made
@@ -33,7 +33,7 @@ class Lines:
         return [line_of(item, self.out) if isinstance(item, Made) else item for item in self.stage(batch)]
 
 
-def run(stage: Callable[[list[A]], list[B]], rows: Iterable[A], *, workers: int = 0) -> Iterator[B]:
+def run(stage: Callable[[list[A]], Sequence[B]], rows: Iterable[A], *, workers: int = 0) -> Iterator[B]:
     """Yield the results of a stage in the order of its rows.
 
     Args:

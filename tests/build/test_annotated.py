@@ -237,7 +237,8 @@ def test_the_shipped_shapes_are_what_the_pixels_and_the_package_say(tmp_path):
 
 def test_workers_do_not_show_in_what_is_written(made):
     config = {"rows": {"path": "rows.csv", "licence": "CC-BY-4.0"}, "bank": "bank.yaml", "shots": {0: 0.5, 2: 0.5}}
-    (made / "rows.csv").write_text("text,label\n" + "".join(f"text {i},{'bad' if i % 3 else 'x'}\n" for i in range(450)))
+    lines = [f"text {i},{'bad' if i % 3 else 'x'}\n" for i in range(450)]
+    (made / "rows.csv").write_text("text,label\n" + "".join(lines))
     (made / "build.yaml").write_text(dump_yaml(config | {"options": {"share": 0.5}}))
     written = []
     for workers in (0, 2):
