@@ -110,6 +110,8 @@ class VisionConfig(Section):
     """number format of the tower; null follows train.precision when frozen, fp32 when trained"""
     cache: Literal["off", "memory", "disk"] = "off"
     """keep the features of a frozen tower instead of computing them in every epoch"""
+    cache_dir: str | None = None
+    """with cache disk: a folder for the features that several runs share; null: the run's own"""
 
     @model_validator(mode="after")
     def _named(self) -> VisionConfig:

@@ -56,6 +56,9 @@ class StudyConfig(Section):
     """mmit records to train on, with `task` in meta, in place of a build"""
     start_from: str | None = None
     """run or checkpoint whose weights every arm starts from; null: each starts as the training config says"""
+    start: dict[str, Any] | None = None
+    """in place of start_from: keys, as an arm has them, of a run that is trained first and that every arm starts from,
+    such as one that aligns the projector"""
     config: dict[str, Any] = {}
     """keys of the training config that are others in every arm, such as train.steps"""
     data: dict[str, Any] = {}
@@ -124,18 +127,15 @@ def _check(study: StudyConfig, where: str) -> None:
             problem = f"questions '{name}' have no source" if not given else "task and records are both given"
             raise ConfigError(problem, where=f"{where}: questions", remedy="Give task, or records, or build.")
     _check_selection(study, where)
+    if study.start is not None and study.start_from is not None:
+        problem = "start and start_from are both given"
+        raise ConfigError(problem, where=where, remedy="Give the run there is, or the keys of one to be trained.")
+    _check_keys(study, study.start or {}, f"{where}: start")
 
 
 def _check_arm(study: StudyConfig, name: str, arm: Mapping[str, Any], where: str) -> None:
     place = f"{where}: arms.{name}"
-    for key in arm:
-        space, _, rest = key.partition(".")
-        if space not in SPACES or not rest:
-            remedy = "Begin with build. (its build config), data. (its records) or config. (its training config)."
-            raise ConfigError(f"unknown key '{key}'", where=place, remedy=remedy)
-        if space == "build" and study.build is None:
-            raise ConfigError(f"'{key}', but the study has no build", where=place, remedy="Give build, or data. keys.")
-    Transform.of(transforms(study, arm), where=place)
+    _check_keys(study, arm, place)
     first, base = next(iter(study.arms.items()))
     changed = [key for key in {**base, **arm} if base.get(key) != arm.get(key)]
     if len(changed) > 1 and study.study != "mixture":  # the shares of a mixture are one thing
@@ -145,6 +145,17 @@ def _check_arm(study: StudyConfig, name: str, arm: Mapping[str, Any], where: str
     if not changed and name != first and study.study != "custom":
         remedy = f"Change one key of it. For a control of equal arms (A/A), take study: custom, not {study.study}."
         raise ConfigError(f"is the same as '{first}'", where=place, remedy=remedy)
+
+
+def _check_keys(study: StudyConfig, arm: Mapping[str, Any], place: str) -> None:
+    for key in arm:
+        space, _, rest = key.partition(".")
+        if space not in SPACES or not rest:
+            remedy = "Begin with build. (its build config), data. (its records) or config. (its training config)."
+            raise ConfigError(f"unknown key '{key}'", where=place, remedy=remedy)
+        if space == "build" and study.build is None:
+            raise ConfigError(f"'{key}', but the study has no build", where=place, remedy="Give build, or data. keys.")
+    Transform.of(transforms(study, arm), where=place)
 
 
 def _check_selection(study: StudyConfig, where: str) -> None:

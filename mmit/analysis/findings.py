@@ -51,7 +51,7 @@ def findings(study: Study) -> dict[str, Any]:
         ],
         "failed": [{"arm": c.arm, "seed": c.seed, **c.failed} for c in study.cells if c.failed],
         "waiting": [f"{c.arm}, seed {c.seed}" for c in study.cells if not c.done and not c.failed],
-        "commands": [step.shown for cell in study.cells for step in cell.steps] + [s.shown for s in study.controls],
+        "commands": [step.shown for step in study.steps],
         "cannot_tell": [*_few_seeds(config.seeds), LIMITS[config.study], *ALWAYS],
     }
 

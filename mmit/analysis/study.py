@@ -3,6 +3,7 @@
 In: a `StudyConfig` and a folder. Out: in that folder
 
     study.json               the resolved config and the digests of what it reads
+    features/                vision features, shared by all arms (model.vision.cache: disk)
     builds/DIGEST/           records made by templates, shared by the arms and seeds that need the same
     questions/NAME/          questions.jsonl and task.yaml, the same for all arms
     arms/NAME/seed-S/        data/, run/, eval/NAME/, commands.txt, and failed.json where a step failed
@@ -21,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from mmit.io import append, write_atomic
 from mmit.processes import ended_by_kernel_with_parent, only_one
 from mmit.yamlio import dump_yaml, merge, parse_yaml
 
+START = "start"  # the arm that is trained first, and that all others start from
 STUDY, FAILED, COMMANDS, TIMES = "study.json", "failed.json", "commands.txt", "times.jsonl"
 Say = Callable[[str], None]
 Execute = Callable[["Step", Path, Mapping[str, str]], int]
@@ -88,6 +90,7 @@ class Study:
     def __init__(self, config: StudyConfig, path: Path, out: Path, *, execute: Execute | None = None) -> None:
         self.config, self.path, self.out = config, path, out
         self._execute = execute or in_process_of_its_own
+        self.start = None if config.start is None else self._cell(START, config.seeds[0])
         self.cells = [self._cell(arm, seed) for seed in config.seeds for arm in config.arms]
         self.controls = self._controls() if config.controls else []
 
@@ -97,7 +100,11 @@ class Study:
 
     def folder_of(self, arm: str, seed: int) -> Path:
         """Return the folder of an arm with one seed."""
-        return self.out / "arms" / arm / f"seed-{seed}"
+        return self.out / START if arm == START else self.out / "arms" / arm / f"seed-{seed}"
+
+    def keys_of(self, arm: str) -> dict[str, Any]:
+        """Return the keys of an arm."""
+        return (self.config.start or {}) if arm == START else self.config.arms[arm]
 
     def answers_of(self, arm: str, seed: int, questions: str) -> Path:
         """Return the folder of the answers of an arm with one seed to a set of questions."""
@@ -138,7 +145,7 @@ class Study:
         folder = self.folder_of(arm, seed)
         steps = []
         if self.config.build is not None:
-            steps.append(self._build_step(overrides(self.config.arms[arm], "build"), seed))
+            steps.append(self._build_step(overrides(self.keys_of(arm), "build"), seed))
         name = f"{arm}, seed {seed}"
         data, run = folder / "data", folder / "run"
         command: tuple[str, ...] = ("analyse", "arm", str(self.path), arm, str(seed), "--out", str(self.out))
@@ -154,7 +161,7 @@ class Study:
                 self.answers_of(arm, seed, asked) / "report.json",
                 folder,
             )
-            for asked in self.config.questions
+            for asked in (self.config.questions if arm != START else ())
         ]
         return Cell(arm, seed, folder, tuple(steps))
 
@@ -194,6 +201,8 @@ class Study:
             self._claim()
             for name, asked in self.config.questions.items():
                 self._make_questions(name, asked, say)
+            for step in self.start.steps if self.start else ():
+                self._do(step, say, threads=0)
             builds = {step.folder: step for cell in self.cells for step in cell.steps if step.kind == "build"}
             for step in builds.values():
                 self._do(step, say, threads=0)
@@ -251,7 +260,7 @@ class Study:
 
     def make_arm(self, arm: str, seed: int) -> int:
         """Write the records and the training config of an arm; returns the number of records."""
-        settings = self.config.arms[arm]
+        settings = self.keys_of(arm)
         if self.config.build is not None:
             source = self.build_of(overrides(settings, "build"), seed) / "data"
         else:
@@ -259,7 +268,11 @@ class Study:
         keys = {**self.config.config, **overrides(settings, "config")}
         folder = self.folder_of(arm, seed)
         keys |= {"run.dir": str(folder / "run"), "run.seed": seed}
-        if self.config.start_from is not None:
+        # What all arms compute alike is computed once; `model.vision.cache` says whether features are kept at all.
+        keys = {"model.vision.cache_dir": str(self.out / "features"), **keys}
+        if self.start is not None and arm != START:
+            keys["run.init_from"] = str(self.start.folder / "run")
+        elif self.config.start_from is not None:
             keys["run.init_from"] = self.at(self.config.start_from)
         base = os.path.relpath(self.at(self.config.base), folder / "data")
         where = f"{self.path}: arms.{arm}"
@@ -308,8 +321,8 @@ class Study:
         append(self.out / TIMES, json.dumps(took) + "\n")
 
     def _write_build(self, step: Step) -> None:
-        for cell in self.cells:
-            keys = overrides(self.config.arms[cell.arm], "build")
+        for cell in [*([self.start] if self.start else []), *self.cells]:
+            keys = overrides(self.keys_of(cell.arm), "build")
             if self.build_of(keys, cell.seed) == step.folder:
                 write_atomic(step.folder / "build.yaml", dump_yaml(self._build_settings(keys, cell.seed)))
                 return
@@ -317,13 +330,16 @@ class Study:
             if asked.task is None and asked.records is None and self.build_of(asked.build, 0) == step.folder:
                 write_atomic(step.folder / "build.yaml", dump_yaml(self._build_settings(asked.build, 0)))
 
-    def left(self) -> Iterator[Step]:
-        """Yield the steps that are not done, each once."""
-        seen: set[Path] = set()
-        for step in [*(step for cell in self.cells for step in cell.steps), *self.controls]:
-            if step.done not in seen and not step.done.is_file():
-                seen.add(step.done)
-                yield step
+    @property
+    def steps(self) -> list[Step]:
+        """All steps in order, each once."""
+        cells = [self.start, *self.cells] if self.start else self.cells
+        every = [*(step for cell in cells for step in cell.steps), *self.controls]
+        return list({step.done: step for step in every}.values())
+
+    def left(self) -> list[Step]:
+        """Return the steps that are not done."""
+        return [step for step in self.steps if not step.done.is_file()]
 
     def hours_left(self) -> float | None:
         """Return how long the rest takes by the steps that were run here, None where a kind never was."""

@@ -40,6 +40,7 @@ class Transform:
         corrupt: share of records whose answer is replaced by another answer of the same task.
         style: words around the answer, with {answer}; of style_tasks alone where these are named.
         definition: full, simplified, empty. images: right, blank, swapped.
+        draw: another number draws other records with the same seed, for a control of equal arms.
     """
 
     tasks: tuple[str, ...] = ()
@@ -53,6 +54,7 @@ class Transform:
     style_tasks: tuple[str, ...] = ()
     definition: str = "full"
     images: str = "right"
+    draw: int = 0
 
     @classmethod
     def of(cls, given: Mapping[str, Any], *, where: str) -> Transform:
@@ -76,6 +78,8 @@ def _problem(key: str, value: Any) -> str:
     number = isinstance(value, int) and not isinstance(value, bool)
     if key in ("tasks", "style_tasks"):
         return "" if isinstance(value, list) and all(isinstance(v, str) for v in value) else "Give a list of tasks."
+    if key == "draw":
+        return "" if number and value >= 0 else "Give a whole number."
     if key in ("size", "task_count"):
         return "" if number and value > 0 else "Give a whole number above 0."
     if key == "corrupt":
@@ -111,6 +115,7 @@ def transformed(records: Sequence[Record], transform: Transform, *, seed: int, w
     Raises:
         ConfigError: a task that no record has, more records asked for than there are, or a change that cannot be made.
     """
+    seed += 1_000_003 * transform.draw
     tasks = [task_of(record, where=where) for record in records]
     names = sorted(set(tasks))
     for name in (*transform.tasks, *transform.caps, *transform.shares, *transform.style_tasks):

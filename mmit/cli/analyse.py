@@ -50,10 +50,10 @@ for _kind, _about in STUDIES.items():
 def arm(config: Config, name: str, seed: int, *, out: Out) -> None:
     """Write the records and the training config of one arm with one seed."""
     from mmit.analysis.config import load_study
-    from mmit.analysis.study import Study
+    from mmit.analysis.study import START, Study
 
     study = load_study(config)
-    if name not in study.arms:
+    if name not in study.arms and (name != START or study.start is None):
         raise ConfigError(f"there is no arm '{name}'", where=str(config), remedy=nearest(name, study.arms))
     echo(f"{Study(study, config, out).make_arm(name, seed):,} records")
 
@@ -68,7 +68,7 @@ def report(config: Config, *, out: Out) -> None:
 
 
 def _plan(study: object) -> None:
-    left = list(study.left())  # type: ignore[attr-defined]
+    left = study.left()  # type: ignore[attr-defined]
     for step in left:
         echo(step.shown)
     hours = study.hours_left()  # type: ignore[attr-defined]

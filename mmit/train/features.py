@@ -1,9 +1,10 @@
 """Features of a frozen vision tower, computed once and kept.
 
 Owns the cache keyed by what decides a feature: the picture's bytes, its preparation, and the tower's fingerprint
-(weights, layer, number format). Forecasts its size before writing it and evicts nothing. Cached features are bitwise
-those the tower gives, batch by batch; of several ranks each computes every so-manieth batch and gets the others', so
-that what is in a batch, and with it every bit, does not depend on their number.
+(weights, layer, number format). Forecasts its size before writing it. Cached features are bitwise those the tower
+gives, batch by batch. Each of R ranks computes every R-th batch and receives the rest, so that what is in a batch, and
+with it every bit, does not depend on their number. Runs can share a folder: an image then has the bits that the first
+of them computed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -53,6 +54,12 @@ class FeatureCache:
 
     def __len__(self) -> int:
         return len(self._number)
+
+
+def features_folder(vision: Any, run_dir: Path) -> Path:
+    """Return where features are kept on disk: the folder that `model.vision.cache_dir` names, else the run's own."""
+    shared = None if vision is None else vision.cache_dir
+    return Path(shared) if shared else run_dir / "cache"
 
 
 def forecast_bytes(tower: VisionTower, crops: int) -> int:
@@ -122,7 +129,7 @@ def compute_features(  # noqa: PLR0913
     table = torch.cat(rows) if rows else torch.empty(0, tower.tokens, tower.dim, dtype=dtype)
     crops = [len(row) for row in rows]
     if store and distinct.new and world.keeper:
-        store.save(dict(zip(distinct.place, crops, strict=True)), table, rank=world.rank)
+        store.save(dict(zip(distinct.place, rows, strict=True)), max_bytes=max_bytes)
     return FeatureCache(table, distinct.number, [0, *accumulate(crops)])
 
 
@@ -227,7 +234,11 @@ def _checksum(text: str) -> int:
 
 
 class _Store:
-    """`index.json` (digest -> crops, in order) and `features.bin` in a folder named after the tower."""
+    """Features on disk, in a folder named after the tower: `index.json` names the file that holds them, and which.
+
+    Runs may share the folder, also at once: a file of features never changes under its name, and the index is replaced
+    as a whole. Of two runs that write at the same time one is kept; the other's features are computed again next time.
+    """
 
     def __init__(self, folder: Path, tower: VisionTower, preparation: ImagePreparation, dtype: torch.dtype) -> None:
         key = json.dumps([tower.fingerprint(), asdict(preparation), *tower.own_code], sort_keys=True)
@@ -241,21 +252,40 @@ class _Store:
         return known if all(theirs == [mine] for theirs in world.gather(mine)) else {}
 
     def _read(self) -> dict[str, torch.Tensor]:
-        index = self.folder / "index.json"
-        if not index.exists():
+        index = self._index()
+        crops: dict[str, int] = index.get("crops", {})
+        try:
+            raw = np.fromfile(self.folder / index.get("file", ""), dtype=DISK_TYPES[self.dtype])
+        except OSError:  # nothing is there yet, or another run has just put a newer file in its place
             return {}
-        crops: dict[str, int] = json.loads(index.read_text())
-        raw = np.fromfile(self.folder / "features.bin", dtype=DISK_TYPES[self.dtype])
         count = sum(crops.values())
-        if raw.size != count * self.shape[0] * self.shape[1]:  # a write that was cut off: compute again
+        if raw.size != count * self.shape[0] * self.shape[1]:
             return {}
         rows = torch.from_numpy(raw).view(self.dtype).view(count, *self.shape)
         return dict(zip(crops, rows.split(list(crops.values())), strict=True))
 
-    def save(self, crops: Mapping[str, int], rows: torch.Tensor, *, rank: int) -> None:
-        """Write features first, the index last; nodes that share the folder write the same at once."""
-        numbers = rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows
-        with whole_file(self.folder / "features.bin") as file:
+    def _index(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.folder / "index.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) and {"file", "crops"} <= found.keys() else {}
+
+    def save(self, rows: Mapping[str, torch.Tensor], *, max_bytes: int) -> None:
+        """Write these features beside those that other runs kept, as far as all of them take no more than `max_bytes`.
+
+        Features first, the index last, then the file that it named before is removed; nodes that share the folder
+        write the same at once.
+        """
+        others = {digest: kept for digest, kept in self._read().items() if digest not in rows}
+        size = sum(kept.nbytes for part in (others, rows) for kept in part.values())
+        every = {**others, **rows} if size <= max_bytes else dict(rows)
+        crops = {digest: len(kept) for digest, kept in every.items()}
+        table = torch.cat(list(every.values()))
+        numbers = table.view(torch.int16) if table.dtype == torch.bfloat16 else table
+        before, name = self._index().get("file"), f"features-{_checksum(json.dumps(crops)):014x}.bin"
+        with whole_file(self.folder / name) as file:
             file.write(numbers.contiguous().numpy().data)
-            (self.folder / "index.json").unlink(missing_ok=True)
-        write_atomic(self.folder / "index.json", json.dumps(dict(crops)))
+        write_atomic(self.folder / "index.json", json.dumps({"file": name, "crops": crops}))
+        if before not in (None, name):
+            (self.folder / str(before)).unlink(missing_ok=True)

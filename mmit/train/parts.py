@@ -39,6 +39,7 @@ from mmit.train.data.setup import Say, cache_folder, chat_of, check_lengths, ima
 from mmit.train.engines.deepspeed_engine import DeepSpeedEngine, check_deepspeed
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.engines.zero import complete, deepspeed_options, zero_stage
+from mmit.train.features import features_folder
 from mmit.train.memory.estimate import least_recompute
 from mmit.train.monitor.describe import describe, note_start
 from mmit.train.monitor.echo import echo
@@ -143,7 +144,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         scan,
         kind=config.model.vision.cache if config.model.vision else "off",
         frozen=config.tune.vision.mode == "frozen",
-        folder=run_dir / "cache",
+        folder=features_folder(config.model.vision, run_dir),
         preparation=preparation,
         world=world,
         begin=begin_phase,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mmit.analysis.config import load_study, pairs, varied
@@ -56,3 +58,13 @@ def test_numbers_are_names_of_arms(tmp_path):
     path = write_world(tmp_path)
     path.write_text(path.read_text().replace("one:", "1:").replace("two:", "2:") + "contrasts: [[2, 1]]\n")
     assert pairs(load_study(path)) == [("2", "1")]
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs/analyse").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_study_can_be_read(path):
+    if path.stem.endswith("_build"):
+        pytest.skip("a build config")
+    study = load_study(path)
+    assert len(study.arms) > 1 and study.study in path.read_text()
+    for file in (study.base, study.build):
+        assert (path.parent / str(file)).is_file()

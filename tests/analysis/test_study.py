@@ -29,7 +29,7 @@ def finished(tmp_path_factory) -> Study:
 
 
 def test_every_arm_answers_the_same_questions(finished):
-    assert not list(finished.left())
+    assert not finished.left()
     report = json.loads((finished.out / "arms/one/seed-0/eval/unseen/report.json").read_text())
     assert report["n"] == 8
     write_report(finished)
@@ -94,3 +94,12 @@ def test_the_plan_lists_commands_and_runs_nothing(tmp_path):
     shown = [step.shown for step in study.left()]
     assert len(shown) == 4 * 4 and shown[0].startswith("mmit build annotated") and study.hours_left() is None
     assert not (tmp_path / "out").exists()
+
+
+def test_all_arms_start_from_one_run(tmp_path):
+    path = write_world(tmp_path, start={"config.train.steps": 1}, seeds=[0])
+    study = Study(load_study(path), path, tmp_path / "out", execute=here)
+    study.run(jobs=1, say=lambda text: None)
+    for arm in ("one", "two"):
+        assert f"init_from: {study.out}/start/run" in (study.folder_of(arm, 0) / "data" / "train.yaml").read_text()
+    assert not any(cell.failed for cell in study.cells) and ran(study.out).count("start, seed 0: train") == 1

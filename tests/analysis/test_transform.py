@@ -45,6 +45,11 @@ def test_a_smaller_size_is_a_part_of_a_larger_one_and_another_seed_draws_others(
         changed({"size": 61})
 
 
+def test_another_draw_has_other_records_with_the_same_seed():
+    first, other = ({r.id for r in changed({"size": 20, "draw": draw})} for draw in (0, 1))
+    assert first != other and len(other) == 20
+
+
 def test_shares_and_caps_count_by_task():
     found = Counter(r.meta["task"] for r in changed({"shares": {"colour": 0.75, "shape": 0.25}, "size": 20}))
     assert found == {"colour": 15, "shape": 5}

@@ -87,3 +87,26 @@ def test_a_cache_that_would_be_too_large_is_refused_before_anything_is_computed(
             folder=tmp_path,
             max_bytes=10,
         )
+
+
+def test_runs_share_a_folder_and_lose_nothing_of_each_other(pictures, tmp_path):
+    tower = build_vision("hf", CLIP)
+    names = list(pictures)
+    arguments = {"kind": "disk", "folder": tmp_path / "cache", "count": 5}
+    first = {name: pictures[name] for name in names[:3]}
+    second = {name: pictures[name] for name in names[2:]}
+    kept = compute_features(tower, first.items(), EYE, **arguments).get(names[:3])
+    compute_features(tower, second.items(), EYE, **arguments)
+    seen.clear()
+    again = compute_features(tower, pictures.items(), EYE, **arguments)
+    assert not seen and torch.equal(again.get(names[:3]), kept)
+    assert len(list((tmp_path / "cache").glob("*/*.bin"))) == 1
+
+
+def test_an_index_whose_features_are_gone_is_computed_again(pictures, tmp_path):
+    tower = build_vision("hf", CLIP)
+    arguments = {"kind": "disk", "folder": tmp_path / "cache", "count": 5}
+    direct = compute_features(tower, pictures.items(), EYE, **arguments).get(list(pictures))
+    for file in (tmp_path / "cache").glob("*/*.bin"):
+        file.unlink()
+    assert torch.equal(compute_features(tower, pictures.items(), EYE, **arguments).get(list(pictures)), direct)

@@ -55,7 +55,8 @@ ROLES: dict[str, Role] = {
     ),
     **dict.fromkeys(
         (
-            "run.on_bad_record", "run.max_bad_fraction", "run.stall_seconds", "model.vision.cache", "export*",
+            "run.on_bad_record", "run.max_bad_fraction", "run.stall_seconds", "model.vision.cache",
+            "model.vision.cache_dir", "export*",
             "data.train.*.name", "data.eval*", "data.workers", "data.prefetch_mb", "data.cache_dir",
             "train.save_every", "train.keep_last", "train.keep_best*", "train.save_in_background",
             "train.eval_every", "train.log_every", "train.report_to*", "train.spike_sigma", "train.spike_window",
