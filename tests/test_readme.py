@@ -8,11 +8,13 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
+from mmit.analysis.transform import Transform
 from mmit.config import Config, load_config
 from mmit.data.formats import FORMATS
 from mmit.sections import describe
@@ -75,6 +77,7 @@ def test_the_readme_can_be_read_at_one_sitting():
 def test_files_and_keys_that_the_pages_name_exist():
     keys = {re.sub(r"\.\d+(?=\.|$)", "", entry.key) for entry in describe(Config)}
     sections = {key.split(".")[0] for key in keys}
+    keys |= {f"data.{item.name}" for item in fields(Transform)}  # of a study's arms
     for span in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)):
         if re.fullmatch(r"(mmit|configs|scripts|tests|assets|docs)/[\w/.]+", span):
             assert (ROOT / span).exists(), span
