@@ -102,8 +102,8 @@ class VisionConfig(Section):
     """options of fit any_resolution (pinpoints, thumbnail, unpad, line_ends) or dynamic (min_tiles, max_tiles,
     thumbnail)"""
     native: dict[str, Any] = {}
-    """of fit native: min_pixels and max_pixels of a picture in place of the published ones, and for SigLIP 2 NaFlex
-    merge, the side in patches of what a projector may join"""
+    """of fit native: min_pixels and max_pixels of a picture (Pixtral: max_edge) in place of the published ones, and for
+    SigLIP 2 NaFlex merge, the side in patches of what a projector may join"""
     key_order: bool = False
     """timm: match the tensors of a weights file to the model by their order instead of by their names"""
     dtype: Literal["bf16", "fp32"] | None = None

@@ -1,8 +1,8 @@
 """Pictures at their own size: what a vision encoder of native resolution makes of a width and a height.
 
-Owns the published rules by which such encoders bring a picture to whole patches: Qwen-VL's, SigLIP 2 NaFlex's and
-MoonViT's. In: (W, H) in pixels and the rule's options. Out: a `Layout`: the size the picture is scaled to and its grid
-of units. A header is enough. Knows no model; never cuts content away.
+Owns the published rules by which such encoders bring a picture to whole patches: Qwen-VL's, SigLIP 2 NaFlex's,
+MoonViT's and Pixtral's. In: (W, H) in pixels and the rule's options. Out: a `Layout`: the size the picture is scaled to
+and its grid of units. A header is enough. Knows no model; never cuts content away.
 
 A unit is a block of `merge` x `merge` patches, the least that the encoder or the projector keeps together.
 """
@@ -80,9 +80,24 @@ def moonvit(size: Size, *, unit: int, patch: int, max_pixels: int, max_side: int
     return Layout((scaled[0], scaled[1]), (-(-scaled[0] // unit), -(-scaled[1] // unit)))
 
 
-RULES: dict[str, Callable[..., Layout]] = {"qwen": qwen, "naflex": naflex, "moonvit": moonvit}
+def pixtral(size: Size, *, unit: int, patch: int, max_edge: int) -> Layout:
+    """Pixtral (arXiv:2410.07073): never enlarged but to whole units, the longer side `max_edge` pixels at most."""
+    width, height = size
+    ratio = max(width, height) / max_edge
+    if ratio > 1:
+        width, height = max(1, math.floor(width / ratio)), max(1, math.floor(height / ratio))
+    rows, columns = -(-height // unit), -(-width // unit)
+    return Layout((rows * unit, columns * unit), (rows, columns))
+
+
+RULES: dict[str, Callable[..., Layout]] = {"qwen": qwen, "naflex": naflex, "moonvit": moonvit, "pixtral": pixtral}
 # What a rule takes besides a size.
-LIMITS = {"qwen": ("min_pixels", "max_pixels"), "naflex": ("max_pixels",), "moonvit": ("max_pixels", "max_side")}
+LIMITS = {
+    "qwen": ("min_pixels", "max_pixels"),
+    "naflex": ("max_pixels",),
+    "moonvit": ("max_pixels", "max_side"),
+    "pixtral": ("max_edge",),
+}
 
 
 def check_native(options: Mapping[str, Any]) -> None:
@@ -98,6 +113,11 @@ def check_native(options: Mapping[str, Any]) -> None:
         if name != "rule" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ConfigError(f"{name} is {value!r}", where=where, remedy="Give a whole number, 1 or more.")
     unit = options["patch"] * options["merge"]
+    if rule == "pixtral":
+        if options["max_edge"] < unit:
+            problem, remedy = f"max_edge is {options['max_edge']}", f"Allow at least one unit, {unit} pixels."
+            raise ConfigError(problem, where=where, remedy=remedy)
+        return
     least, most = options.get("min_pixels", 0), options["max_pixels"]
     if most < unit**2 or least > most:
         problem = f"max_pixels is {most}" + (f" and min_pixels {least}" if least else "")

@@ -36,7 +36,8 @@ from mmit.models.vision_encoder import (
     quiet_loading,
     triple,
 )
-from mmit.models.vision_native import NATIVE, NATIVE_TYPES, native_encoder
+from mmit.models.vision_native import native_encoder
+from mmit.models.vision_native_kinds import NATIVE, NATIVE_TYPES
 
 # A whole CLIP or SigLIP model is read through its vision part. NaFlex SigLIP 2 ("siglip2") has no fixed grid and
 # is read by `vision_native`; fixed-size SigLIP 2 checkpoints say "siglip".
@@ -216,7 +217,8 @@ def _config(name: str | Mapping[str, Any]) -> tuple[Any, str]:
             remedy=nearest(model_type, classes),
         )
     if not isinstance(name, str):
-        if not model_type.endswith(("_vision_model", "_vision")) and not model_type.startswith("dino"):
+        part = model_type.endswith(("_vision_model", "_vision")) or model_type == "pixtral"
+        if not part and not model_type.startswith("dino"):
             raise ModelError(
                 f"a config dict describes the vision part alone, not a whole '{model_type}'",
                 where=where,

@@ -9,7 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from transformers.image_utils import ChannelDimension
 from transformers.models.kimi_k25.image_processing_kimi_k25 import navit_resize
+from transformers.models.pixtral.image_processing_pixtral import get_resize_output_image_size
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.models.siglip2.image_processing_siglip2 import get_image_size_for_max_num_patches
 
@@ -22,6 +24,7 @@ QWEN = {"rule": "qwen", "patch": 14, "merge": 2, "min_pixels": 56 * 56, "max_pix
 QWEN3 = {"rule": "qwen", "patch": 16, "merge": 2, "min_pixels": 256 * 256, "max_pixels": 1024 * 1024}
 NAFLEX = {"rule": "naflex", "patch": 16, "merge": 1, "max_pixels": 256 * 256}
 MOONVIT = {"rule": "moonvit", "patch": 14, "merge": 2, "max_pixels": 4096 * 196, "max_side": 128}
+PIXTRAL = {"rule": "pixtral", "patch": 14, "merge": 2, "max_edge": 1540}
 
 
 def published(size: tuple[int, int], options: dict[str, Any]) -> tuple[int, int]:
@@ -33,6 +36,9 @@ def published(size: tuple[int, int], options: dict[str, Any]) -> tuple[int, int]
     elif options["rule"] == "naflex":
         most = options["max_pixels"] // unit**2
         rows, columns = get_image_size_for_max_num_patches(height, width, unit, most)
+    elif options["rule"] == "pixtral":
+        picture = torch.empty(3, height, width, device="meta")
+        rows, columns = get_resize_output_image_size(picture, options["max_edge"], unit, ChannelDimension.FIRST)
     else:
         most = options["max_pixels"] // options["patch"] ** 2
         _, (rows, columns) = navit_resize(height, width, options["patch"], options["merge"], most, options["max_side"])
@@ -50,7 +56,9 @@ def sizes(count: int, seed: int = 0) -> list[tuple[int, int]]:
     return found
 
 
-@pytest.mark.parametrize("options", [QWEN, QWEN3, NAFLEX, MOONVIT], ids=["qwen2.5", "qwen3", "naflex", "moonvit"])
+@pytest.mark.parametrize(
+    "options", [QWEN, QWEN3, NAFLEX, MOONVIT, PIXTRAL], ids=["qwen2.5", "qwen3", "naflex", "moonvit", "pixtral"]
+)
 def test_ten_thousand_sizes_are_laid_out_as_the_processor_does(options: dict[str, Any]) -> None:
     for size in sizes(10_000):
         assert layout(size, options).grid == published(size, options), size
@@ -61,7 +69,7 @@ def noise(width: int, height: int) -> PIL.Image.Image:
     return PIL.Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-@pytest.mark.parametrize("options", [QWEN, NAFLEX, MOONVIT], ids=["qwen", "naflex", "moonvit"])
+@pytest.mark.parametrize("options", [QWEN, NAFLEX, MOONVIT, PIXTRAL], ids=["qwen", "naflex", "moonvit", "pixtral"])
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_a_spread_counts_what_the_pixels_hold(options: dict[str, Any], tokens: int) -> None:
     unit = options["patch"] * options["merge"]

@@ -13,7 +13,8 @@ import transformers
 from mmit.data.preparation import ImagePreparation, grids_of
 from mmit.errors import ModelError
 from mmit.models.vision import VisionTower, build_vision
-from mmit.models.vision_native import _apart, batches, native_class
+from mmit.models.vision_native import native_class
+from mmit.models.vision_native_reader import _apart, batches
 from mmit.records import Image
 
 DIMS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24}
@@ -54,14 +55,41 @@ NAFLEX: dict[str, Any] = {
     "num_patches": 36,
     **DIMS,
 }
-KINDS = {"qwen2.5": QWEN2, "qwen3": QWEN3, "moonvit": MOONVIT, "naflex": NAFLEX}
+QWEN: dict[str, Any] = {
+    "model_type": "qwen2_vl_vision",
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "hidden_size": 20,
+    "mlp_ratio": 2,
+}
+PIXTRAL: dict[str, Any] = {
+    "model_type": "pixtral",
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+    "image_size": 64,
+    **DIMS,
+}
+KINDS = {
+    "qwen2": QWEN,
+    "qwen2.5": QWEN2,
+    "qwen3": QWEN3,
+    "moonvit": MOONVIT,
+    "naflex": NAFLEX,
+    "pixtral": PIXTRAL,
+}
 CLASSES = {
+    "qwen2": "Qwen2VisionTransformerPretrainedModel",
+    "pixtral": "PixtralVisionModel",
     "qwen2.5": "Qwen2_5_VisionTransformerPretrainedModel",
     "qwen3": "Qwen3VLVisionModel",
     "moonvit": "Kimi_K25VisionModel",
     "naflex": "Siglip2VisionModel",
 }
-LIMITS = {"qwen2.5": {"min_pixels": 256, "max_pixels": 4096}, "qwen3": {"min_pixels": 256, "max_pixels": 4096}}
+RANGE = {"min_pixels": 256, "max_pixels": 4096}
+LIMITS = {"qwen2": RANGE, "qwen2.5": RANGE, "qwen3": RANGE, "pixtral": {"max_edge": 60}}
 PICTURES = [(40, 24), (16, 90), (8, 8), (33, 47)]
 
 
@@ -89,13 +117,17 @@ def pictures() -> list[Image]:
 
 def prepared(tower: VisionTower, images: list[Image]) -> tuple[torch.Tensor, torch.Tensor]:
     """Units and grids of pictures."""
-    assert tower.native is not None
-    common: dict[str, Any] = {"mode": "native", "interpolation": tower.interpolation, "fill": (0, 0, 0)}
-    common |= {"native": tower.native}
-    preparation = ImagePreparation(tower.image_size, tokens=tower.tokens, grid=tower.grid, **common)
+    preparation = preparation_of(tower)
     grids = grids_of(preparation.spread(image) for image in images)
     assert grids is not None
     return torch.cat([preparation.pixels(image) for image in images]), grids
+
+
+def preparation_of(tower: VisionTower) -> ImagePreparation:
+    assert tower.native is not None
+    common: dict[str, Any] = {"mode": "native", "interpolation": tower.interpolation, "fill": (0, 0, 0)}
+    common |= {"native": tower.native}
+    return ImagePreparation(tower.image_size, tokens=tower.tokens, grid=tower.grid, **common)
 
 
 @torch.no_grad()
@@ -113,6 +145,8 @@ def reference(kind: str, model: Any, tower: VisionTower, units: torch.Tensor, gr
         shape = torch.tensor([[high, wide]])
         out = model(flat, torch.ones(1, high * wide, dtype=torch.long), shape, output_hidden_states=True)
         return out.hidden_states[-2][0]
+    if kind == "pixtral":
+        return model(pixels[None]).last_hidden_state[0]
     if kind == "moonvit":
         return model(cut.permute(1, 3, 0, 2, 4).reshape(-1, 3, patch, patch), grid_thw=frame).last_hidden_state
     blocks = pixels.view(3, rows, f, patch, columns, f, patch).permute(1, 4, 2, 5, 0, 3, 6)
@@ -194,6 +228,29 @@ def test_the_vision_part_of_a_whole_model_is_read(kind: str, tmp_path: Any) -> N
     part = whole.model.visual
     part.save_pretrained(tmp_path / "part")
     torch.testing.assert_close(own, tower_of(kind, tmp_path / "part")(units, grids), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("count", [24, pytest.param(10_000, marks=pytest.mark.long)])
+def test_a_header_tells_the_tokens_that_the_tower_gives(kind: str, count: int, tmp_path: Any) -> None:
+    tower = tower_of(kind)
+    assert tower.native is not None
+    preparation = preparation_of(tower)
+    draw = np.random.default_rng(5)
+    for first in range(0, count, 25):
+        told, units, grids = [], [], []
+        for n in range(first, min(first + 25, count)):
+            width, height = (int(2 ** draw.uniform(1, 8)) for _ in range(2))
+            path = tmp_path / f"{n % 25}.png"
+            PIL.Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+            spread = preparation.spread(Image(str(path)))  # opens the header alone
+            told.append(spread.crops * tower.tokens)
+            pixels = preparation.pixels(Image(str(path)))
+            units.append(pixels)
+            grids.append(spread.grid)
+            assert len(pixels) == spread.crops, (width, height)
+        features = tower(torch.cat(units), torch.tensor(grids))
+        assert features.isfinite().all() and features.shape[:2].numel() == sum(told)
 
 
 def test_frequencies_stay_float32_in_a_half_precision_tower() -> None:

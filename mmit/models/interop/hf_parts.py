@@ -66,8 +66,11 @@ def write_tower_config(folder: Path, name: str, tower: VisionTower | Encoder) ->
         path, rule = folder / "preprocessor_config.json", tower.native
         stated = json.loads(path.read_text(encoding="utf-8"))
         stated |= {key: rule[key] for key in ("min_pixels", "max_pixels") if key in rule}
-        stated["max_patches"] = rule["max_pixels"] // rule["patch"] ** 2
         stated["size"] = {"max_height": rule["max_side"]} if "max_side" in rule else {}
+        if "max_edge" in rule:
+            stated["size"] = {"longest_edge": rule["max_edge"]}
+        else:
+            stated["max_patches"] = rule["max_pixels"] // rule["patch"] ** 2
         path.write_text(json.dumps(stated, indent=1), encoding="utf-8")
 
 
