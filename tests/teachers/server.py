@@ -10,7 +10,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = Callable[[dict[str, Any]], str]
+Answer = Callable[[dict[str, Any]], "str | tuple[str, str]"]  # the text, or the text and how it ends
 
 
 class Server:
@@ -67,8 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self, body: dict[str, Any], *, text: str | None = None) -> None:
         owner = self.owner
         said = owner.answer(body) if text is None else text
+        said, finish = said if isinstance(said, tuple) else (said, owner.finish)
         whole: dict[str, Any] = {"choices": [{"message": {"role": "assistant", "content": said}}]}
-        whole["choices"][0]["finish_reason"] = owner.finish
+        whole["choices"][0]["finish_reason"] = finish
         used = {"prompt_tokens": len(json.dumps(body["messages"])) // 4, "completion_tokens": len(said.split())}
         if owner.usage:
             whole["usage"] = used
