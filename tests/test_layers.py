@@ -37,6 +37,7 @@ def test_the_walls_hold() -> None:
         ("data/chat.py", "def f():\n    from transformers import AutoTokenizer", "transformers only"),
         ("train/step.py", "import deepspeed", "deepspeed only"),
         ("data/mixture.py", "import webdataset", "webdataset only"),
+        ("data/mixture.py", "import ray", "ray only"),
         ("train/loop.py", "from mmit.config import Config", "Config objects"),
     ],
 )

@@ -8,11 +8,14 @@ the same then; budgets, rates, prices and allowed licences may change.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmit.build.cluster import Asker, Spread
+from mmit.build.executor import RayPool, cluster_of
 from mmit.build.write import Counts, write_build
 from mmit.data.thoughts import split_thought
 from mmit.errors import ConfigError, nearest
@@ -47,11 +50,14 @@ def session(
     folder: str,
     progress: Callable[[int], None] | None = None,
     lenient: bool = False,
+    executor: str = "local",
+    workers: int = 0,
 ) -> Iterator[Desk]:
     """Open the desk of a build's folder and hold the folder's lock.
 
     Args:
         folder: what a relative journal of a replay starts from. lenient: replays drop what they do not hold.
+        executor: who asks: this process (local), or `workers` actors of Ray; see `mmit.build.executor`.
 
     Raises ConfigError: another process holds it, it holds something else, or its journal is of another config.
     """
@@ -65,9 +71,17 @@ def session(
         raise ConfigError(f"is {thoughts!r}", where="thoughts", remedy="Write drop or keep.")
     weights = _weights(settings.get("choose"), teachers)
     budget = check_budget(settings.get("budget"))
-    with only_one(out / ".lock", "build", folder=out):
+    cluster = cluster_of(executor)
+    if cluster is None and workers:
+        remedy = "Add --executor ray, or set the teacher's in_flight or batch_size."
+        raise ConfigError("counts the actors of --executor ray", where="--workers", remedy=remedy)
+    with only_one(out / ".lock", "build", folder=out), ExitStack() as held:
         opened = Journal(journal, _decisive(settings))
         keep = thoughts == "keep"
+        if cluster is not None:
+            asker = Asker(settings.get("teacher"), os.path.abspath(folder), lenient=lenient)
+            pool = held.enter_context(RayPool(asker, cluster, workers))
+            teachers = [Spread(teacher, number, pool) for number, teacher in enumerate(teachers)]
         yield Desk(teachers, opened, weights=weights, budget=budget, progress=progress, keep_thoughts=keep)
 
 

@@ -44,12 +44,15 @@ def annotated(
     *,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Read only the first so many rows.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that render; 0 for none besides this one.")] = 0,
+    executor: build_teachers.Executor = "local",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that render; 0: none besides this one, on Ray one a core.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show some records and write nothing.")] = False,
 ) -> None:
     """Turn annotated rows into instruction records by templates."""
     from mmit.build.annotated import Made, checked, renderer
-    from mmit.build.executor import Lines, run
+    from mmit.build.executor import Lines, cluster_of, run
     from mmit.build.rows import open_rows
     from mmit.build.write import write_build
 
@@ -69,7 +72,7 @@ def annotated(
             echo(f"[{item.task}] {user.text!r} -> {answer.text!r}")
         return
     counts = write_build(
-        run(Lines(stage, out), rows, workers=workers),
+        run(Lines(stage, out), rows, workers=workers, cluster=cluster_of(executor)),
         out,
         config=settings,
         inputs={bank.where: _digest(bank) for bank in banks},

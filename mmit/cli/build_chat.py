@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.cli.build_config import read_config
-from mmit.cli.build_teachers import Config, DryRun, Lenient, Limit, Out, finish, opened, show_forecast
+from mmit.cli.build_teachers import (
+    Config,
+    DryRun,
+    Executor,
+    Lenient,
+    Limit,
+    Out,
+    Workers,
+    finish,
+    opened,
+    show_forecast,
+)
 from mmit.errors import ConfigError, RecordError, nearest
 
 if TYPE_CHECKING:
@@ -17,7 +28,14 @@ STYLES = ("turns", "transcript")
 
 
 def self_chat(
-    config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = False, lenient: Lenient = False
+    config: Config,
+    *,
+    out: Out,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    lenient: Lenient = False,
+    executor: Executor = "local",
+    workers: Workers = 0,
 ) -> None:
     """Let a teacher play both sides of conversations about topics, with images or without."""
     from mmit.build.self_chat import self_chat as stage
@@ -37,7 +55,7 @@ def self_chat(
         first = [user_request(t, (), draw) if style == "turns" else transcript_request(t, draw, rounds) for t in topics]
         show_forecast(first * (2 * rounds if style == "turns" else 1), settings, config)
         return
-    with opened(settings, out, config, lenient=lenient) as desk:
+    with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
 
         def made() -> Any:
             yield from dropped

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.cli.build_config import check_keys, read_config
-from mmit.cli.build_teachers import Config, DryRun, Lenient, Out, finish, opened, show_forecast
+from mmit.cli.build_teachers import Config, DryRun, Executor, Lenient, Out, Workers, finish, opened, show_forecast
 from mmit.errors import ConfigError
 from mmit.text import echo
 
@@ -25,7 +25,15 @@ _DRAWS: dict[str, dict[str, Any]] = {
 _PROMPTS: dict[str, dict[str, int]] = {"steps": {}, "alpaca": {"human": 3, "machine": 0, "new": 20}}
 
 
-def self_instruct(config: Config, *, out: Out, dry_run: DryRun = False, lenient: Lenient = False) -> None:
+def self_instruct(
+    config: Config,
+    *,
+    out: Out,
+    dry_run: DryRun = False,
+    lenient: Lenient = False,
+    executor: Executor = "local",
+    workers: Workers = 0,
+) -> None:
     """Let a teacher grow instructions from seeds, about images where `pictures` names some."""
     from mmit.build.self_instruct import SelfInstruct
     from mmit.build.session import SHARED, draw_of
@@ -47,7 +55,7 @@ def self_instruct(config: Config, *, out: Out, dry_run: DryRun = False, lenient:
             echo(f"each instruction that passes the filters takes 2 requests more ({more})")
         echo(f"{plan.target:,} records take {least:,} rounds or more")
         return
-    with opened(settings, out, config, lenient=lenient) as desk:
+    with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
         made = SelfInstruct(seeds, desk, plan, draw=draw, pictures=pictures, licences=licences)
         finish(made.run(), desk, out, settings, config)
 

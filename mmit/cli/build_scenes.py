@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.cli.build_config import check_keys, read_config
-from mmit.cli.build_teachers import Config, DryRun, Lenient, Limit, Out, finish, opened, show_forecast
+from mmit.cli.build_teachers import (
+    Config,
+    DryRun,
+    Executor,
+    Lenient,
+    Limit,
+    Out,
+    Workers,
+    finish,
+    opened,
+    show_forecast,
+)
 from mmit.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -15,7 +26,14 @@ if TYPE_CHECKING:
 
 
 def conversations(
-    config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = False, lenient: Lenient = False
+    config: Config,
+    *,
+    out: Out,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    lenient: Lenient = False,
+    executor: Executor = "local",
+    workers: Workers = 0,
 ) -> None:
     """Let a teacher write conversations, descriptions and reasoning about images from their captions and boxes."""
     from mmit.build.conversations import KINDS, requests
@@ -44,7 +62,7 @@ def conversations(
         show_forecast(requests(usable, draw, **options), settings, config)
         return
     check = FactCheck(scene.facts for scene in usable) if facts else None
-    with opened(settings, out, config, lenient=lenient) as desk:
+    with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
         made = stage(items, desk, draw, check=check, **options)
         finish(made, desk, out, settings, config, (lambda: {"facts": check.report()}) if check else dict)
 

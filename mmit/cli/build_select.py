@@ -7,7 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.cli.build_config import read_config
-from mmit.cli.build_teachers import Config, DryRun, Lenient, Limit, Out, finish, opened, show_counts, show_forecast
+from mmit.cli.build_teachers import (
+    Config,
+    DryRun,
+    Executor,
+    Lenient,
+    Limit,
+    Out,
+    Workers,
+    finish,
+    opened,
+    show_counts,
+    show_forecast,
+)
 from mmit.errors import ConfigError, nearest
 from mmit.text import echo
 
@@ -28,7 +40,16 @@ BY = ("judge", "loss", "none")
 ORDERS = ("highest", "lowest")
 
 
-def select(config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = False, lenient: Lenient = False) -> None:
+def select(
+    config: Config,
+    *,
+    out: Out,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    lenient: Lenient = False,
+    executor: Executor = "local",
+    workers: Workers = 0,
+) -> None:
     """Keep the best records by a judge's score or a model's loss, unlike each other; a random control beside them."""
     from mmit.build.select import select as chosen
     from mmit.build.session import SHARED, draw_of
@@ -47,7 +68,7 @@ def select(config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = F
     if by == "none":
         counts, scored = _unscored(settings, config, out, dropped, records, keep)
     else:
-        with opened(settings, out, config, lenient=lenient) as desk:
+        with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
             scored = _scored(records, desk, by, draw, scale)
             counts = finish([*dropped, *chosen(scored, keep)], desk, out, settings, config)
     if control:

@@ -21,6 +21,8 @@ Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder to write; a stopped build goes on.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only the first so many rows.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the number of requests, tokens and the price.")]
+Executor = Annotated[str, typer.Option(help="Who works: local, ray (this machine's cores) or ray:ADDRESS.")]
+Workers = Annotated[int, typer.Option(min=0, help="Actors of --executor ray; 0 for one a core.")]
 Lenient = Annotated[bool, typer.Option("--lenient", help="Drop and count requests that a replayed journal lacks.")]
 
 
@@ -31,7 +33,14 @@ def add_to(app: typer.Typer) -> None:
 
 
 def outputs(
-    config: Config, *, out: Out, limit: Limit = None, dry_run: DryRun = False, lenient: Lenient = False
+    config: Config,
+    *,
+    out: Out,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+    lenient: Lenient = False,
+    executor: Executor = "local",
+    workers: Workers = 0,
 ) -> None:
     """Let teachers write outputs for given instructions."""
     from mmit.build.annotated import Dropped
@@ -62,7 +71,7 @@ def outputs(
         asked = requests([item for item in items if not isinstance(item, Dropped)], draw, seed=seed, system=system)
         show_forecast(asked, settings, config, every=every)
         return
-    with opened(settings, out, config, lenient=lenient) as desk:
+    with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
         made = stage(items, desk, draw, seed=seed, system=system, all_teachers=every)
         finish(made, desk, out, settings, config)
 
@@ -92,15 +101,15 @@ def account_line(account: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def opened(settings: Mapping[str, Any], out: Path, config: Path, *, lenient: bool = False) -> Iterator[Desk]:
-    """Open the desk of a build with a line of progress."""
+def opened(settings: Mapping[str, Any], out: Path, config: Path, **options: Any) -> Iterator[Desk]:
+    """Open the desk of a build with a line of progress; `options` are those of `mmit.build.session.session`."""
     from mmit.build.session import session
 
     def progress(count: int) -> None:
         if count % 100 == 0:
             echo(f"{count:,} replies", err=True)
 
-    with session(settings, out, folder=str(config.parent), progress=progress, lenient=lenient) as desk:
+    with session(settings, out, folder=str(config.parent), progress=progress, **options) as desk:
         if desk.journal.entries:
             echo(f"{out}: going on, {len(desk.journal.entries):,} replies are there already")
         yield desk

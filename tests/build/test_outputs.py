@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -129,6 +131,41 @@ def test_kill_9_loses_at_most_what_is_in_flight_and_a_second_process_is_refused(
         run("outputs", config, "--out", tmp_path / "out")
         assert 40 <= server.served <= 42
         assert len(list(read_jsonl(tmp_path / "out/records/outputs-m.jsonl"))) == 40
+
+
+def test_a_full_disk_is_one_error_and_the_build_goes_on_once_there_is_room(tmp_path):
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
+
+    with Server(lambda body: "A " + body["messages"][-1]["content"]) as server:
+        config = write(tmp_path, 30, teacher=teacher(server, in_flight=1))
+        command = [sys.executable, "-m", "mmit", "build", "outputs", str(config), "--out", str(tmp_path / "out")]
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, check=False)
+        assert done.returncode not in (0, 3) and "Traceback" not in done.stderr
+        assert "The disk is full" in done.stderr and "journal.jsonl" in done.stderr
+        journal = (tmp_path / "out/journal.jsonl").read_bytes()
+        kept = journal.count(b"\n") - 1
+        assert journal.endswith(b"\n") and 3 <= kept < 30
+        before = server.served
+        assert before - kept <= 1
+        run("outputs", config, "--out", tmp_path / "out")
+        assert server.served == before + 30 - kept
+    assert len(list(read_jsonl(tmp_path / "out/records/outputs-m.jsonl"))) == 30
+
+
+def test_the_terms_of_the_teacher_are_held_against_the_list(tmp_path):
+    with Server(lambda body: "A " + body["messages"][-1]["content"]) as server:
+        for terms, said in (("CC-BY-NC-4.0", r"CC-BY-NC-4.0 \(3 rows\)"), (None, r"LicenseRef-unknown \(3 rows\)")):
+            config = write(tmp_path, 3, teacher=teacher(server, terms=terms), allow_licences=["MIT"])
+            assert re.search(said, run("outputs", config, "--out", tmp_path / f"{terms}", code=2))
+        allowed = ["MIT", "CC-BY-NC-4.0"]
+        config = write(tmp_path, 3, teacher=teacher(server, terms="CC-BY-NC-4.0"), allow_licences=allowed)
+        run("outputs", config, "--out", tmp_path / "CC-BY-NC-4.0")  # the replies of the refused build are there
+        assert server.served == 6
+    (record, *_) = read_jsonl(tmp_path / "CC-BY-NC-4.0/records/outputs-m.jsonl")
+    assert record.licence == "CC-BY-NC-4.0 AND MIT"
+    stated = {"how", "template", "teacher", "request", "requests", "prompt", "parents", "seed", "score"}
+    assert record.meta["build"].keys() == stated and record.meta["task"] == "outputs-m"
 
 
 def test_pictures_of_records_are_shown_and_their_own_answers_are_not(tmp_path):
