@@ -17,6 +17,7 @@ from mmit.analysis.config import pairs, transforms, varied
 from mmit.analysis.curves import saturating, slope_per_doubling
 from mmit.analysis.data import base_records
 from mmit.analysis.kinds import ALWAYS, AMOUNTS, LIMITS
+from mmit.analysis.mixture import proposal
 from mmit.analysis.statistics import contrast, estimate, judged
 from mmit.analysis.style import StyleScore, features, in_frame
 
@@ -111,6 +112,7 @@ def _of_table(study: Study, table: Table) -> dict[str, Any]:
         },
         "sensitivity": {arm: found for arm in table.scores if (found := sensitivity(table, arm))},
         "trend": _trend(study, table),
+        "mixture": _mixture(study, table) if study.config.study == "mixture" else None,
         "style": _style(study, table) if study.config.style == "rules" else {},
     }
 
@@ -167,6 +169,16 @@ def _trend(study: Study, table: Table) -> dict[str, Any] | None:
     if study.config.study == "size":
         found["curve"] = saturating(amounts, margin=study.config.margin)
     return found
+
+
+def _mixture(study: Study, table: Table) -> dict[str, Any] | None:
+    """Return the surface over the arms' shares, None where arms have none or are too few."""
+    given = {arm: transforms(study.config, study.config.arms[arm]) for arm in table.scores}
+    sizes = {keys.get("size") for keys in given.values()}
+    if len(sizes) != 1 or not all(keys.get("shares") for keys in given.values()):
+        return None
+    scores = {arm: {seed: float(row.mean()) for seed, row in by.items()} for arm, by in table.scores.items()}
+    return proposal({arm: keys["shares"] for arm, keys in given.items()}, scores, size=sizes.pop())
 
 
 def _style(study: Study, table: Table) -> dict[str, Any]:

@@ -50,6 +50,8 @@ def sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
             parts.append((f"{name}, by wording", _wordings(asked["sensitivity"])))
         if asked["trend"]:
             parts.append((f"{name}, trend", _trend(asked["trend"])))
+        if asked["mixture"]:
+            parts.append((f"{name}, mixture", _mixture(asked["mixture"])))
         if asked["style"]:
             parts.append((f"{name}, style", _style(asked["style"])))
     parts.append(("Contrasts", _contrasts(found["contrasts"]) if found["contrasts"] else "None can be made yet."))
@@ -109,6 +111,24 @@ def _trend(found: Mapping[str, Any]) -> str:
             told += f" Saturating curve: {curve['a']:.3f} - {curve['b']:.3f} n^-{curve['c']:.2f}; {curve['verdict']}"
             told += f" ({_interval(curve['ci95'])})."
     return told
+
+
+def _mixture(found: Mapping[str, Any]) -> list[str]:
+    shares = ", ".join(f"{source}: {share:g}" for source, share in found["proposed"].items())
+    worth = ", ".join(f"{source} {b:+.3f}" for source, b in found["coefficients"].items())
+    told = f"Proposed: `proposed: {{data.shares: {{{shares}}}}}`, fitted score {found['predicted']:.3f}, one run of it "
+    told += (
+        f"{_interval(found['ci95'])}. The best mix that was run is {found['best_run']} with {found['best_seen']:.3f}."
+    )
+    lines = [
+        f"Fitted gain for e times the records of a source: {worth}.",
+        told,
+        "The proposal is a guess until it has been run: add it as an arm and run the study again.",
+    ]
+    if (left := found["left_out"]) is not None:
+        told = f"Each mix predicted from the others: rank correlation {left['rank_correlation']:.2f}"
+        lines.append(f"{told}; {left['held']} of {left['runs']} runs within their interval.")
+    return lines
 
 
 def _style(found: Mapping[str, Any]) -> list[list[str]]:

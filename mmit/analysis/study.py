@@ -37,6 +37,7 @@ from mmit.processes import ended_by_kernel_with_parent, only_one
 from mmit.yamlio import dump_yaml, merge, parse_yaml
 
 START = "start"  # the arm that is trained first, and that all others start from
+FREE = ("seeds", "contrasts", "question", "margin", "controls", "style")  # leave what was run as it is
 STUDY, FAILED, COMMANDS, TIMES = "study.json", "failed.json", "commands.txt", "times.jsonl"
 Say = Callable[[str], None]
 Execute = Callable[["Step", Path, Mapping[str, str]], int]
@@ -230,10 +231,9 @@ class Study:
         if path.is_file():
             found = json.loads(path.read_text("utf-8"))
             changed = [key for key in stated if found.get(key) != stated[key]]
-            # More seeds and other contrasts leave what was run as it is.
-            for key in ("seeds", "contrasts", "question", "margin"):
+            now = {**stated, "config": _kept(stated["config"], found.get("config", {}))}
+            for key in FREE:
                 found.get("config", {}).pop(key, None)
-            now = {**stated, "config": {k: v for k, v in stated["config"].items() if k in found.get("config", {})}}
             changed = [key for key in changed if found.get(key) != now[key]]
             if changed:
                 was, is_ = _difference(found, now, changed[0])
@@ -402,6 +402,14 @@ def _bank(name: Any, folder: Path) -> Any:
         return name
     kind, colon, rest = name.partition(":")
     return f"{kind}:{os.path.abspath(folder / rest)}" if colon else os.path.abspath(folder / name)
+
+
+def _kept(now: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a config that must be as it was: new arms and questions leave the old ones as they are."""
+    kept = {key: value for key, value in now.items() if key not in FREE}
+    for key in ("arms", "questions"):
+        kept[key] = {name: value for name, value in now[key].items() if name in found.get(key, {})}
+    return kept
 
 
 def _difference(found: Mapping[str, Any], now: Mapping[str, Any], key: str) -> tuple[Any, Any]:

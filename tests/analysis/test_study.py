@@ -78,6 +78,20 @@ def test_another_study_or_base_in_the_folder_is_refused(finished):
         base.write_text(base.read_text().replace("\n# changed\n", ""))
 
 
+def test_arms_seeds_and_contrasts_can_be_added(finished):
+    path = finished.path
+    text = path.read_text()
+    try:
+        added = text.replace("seeds:", "contrasts:\n- [two, one]\nseeds:").replace("- 1\n", "- 1\n- 2\n", 1)
+        path.write_text(added)
+        study = Study(load_study(path), path, finished.out, execute=here)
+        new = [step.name for step in study.left() if step.kind == "train"]
+        assert new == ["one, seed 2: train", "two, seed 2: train"]
+        study._claim()
+    finally:
+        path.write_text(text)
+
+
 def test_a_failed_arm_is_told_and_stops_no_other(tmp_path):
     arms = {"all": {}, "too many": {"data.size": 1000}}
     path = write_world(tmp_path, study="size", arms=arms, seeds=[0])
