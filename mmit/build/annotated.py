@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mmit.build.licences import combined
-from mmit.data.lint.images import image_name
+from mmit.data.image_identity import image_name
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, Text, Turn
 from mmit.templates.options import OptionStyle

@@ -7,7 +7,6 @@ of its question-answer pairs as fit a row. Takes an `encode` callable; knows no 
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from mmit.data.chat import Encoded
 from mmit.data.formats.boxes import WRITTEN
+from mmit.data.image_identity import image_key
 from mmit.data.measure import Progress, Scan, scan
 from mmit.data.packing import Sample
 from mmit.errors import RecordError
@@ -37,15 +37,6 @@ class Shown:
 
     image: Image
     spread: Spread
-
-
-def image_key(image: Image) -> Hashable:
-    """What identifies a picture: its path, or the hash of its bytes."""
-    if isinstance(image.source, str):
-        return image.source
-    if isinstance(image.source, bytes):
-        return hashlib.sha256(image.source).hexdigest()
-    return ("pil", id(image.source))
 
 
 def split_pairs(record: Record) -> list[Record]:

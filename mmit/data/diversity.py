@@ -11,6 +11,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+import numpy as np
+from rapidfuzz import process
+from rapidfuzz.distance import LCSseq
+
 _POLITE = re.compile(
     r"^(?:please|kindly|now|then|so|hi|hello|hey|i(?: want| need|'d like| would like) you to|help me(?: to)?|let's|"
     r"(?:can|could|would|will) you(?: please)?|your (?:task|job) is to|you (?:are|have) (?:asked |tasked )?to|try to)"
@@ -56,62 +60,42 @@ def rouge_words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def nearest_rouge_l(texts: Sequence[str]) -> list[float]:
-    """Return for each text the highest ROUGE-L F-measure (Lin 2004) with any of the others; one text alone gives 0.
-
-    The longest common subsequence is bit-parallel (Hyyro 2004); pairs whose lengths forbid a better value are left
-    out, which changes no result.
-    """
-    words = [rouge_words(text) for text in texts]
-    best = [0.0] * len(words)
-    order = sorted(range(len(words)), key=lambda row: len(words[row]))
-    for at, one in enumerate(order):
-        first = words[one]
-        where: dict[str, int] = {}
-        for place, word in enumerate(first):
-            where[word] = where.get(word, 0) | 1 << place
-        full = (1 << len(first)) - 1
-        for other in order[at + 1 :]:
-            second = words[other]
-            total = len(first) + len(second)
-            # The shorter text's length bounds what they can share; skip if neither could gain.
-            if not first or 2 * len(first) <= min(best[one], best[other]) * total:
-                continue
-            value = 2 * _common(where, full, second) / total
-            best[one], best[other] = max(best[one], value), max(best[other], value)
-    return best
-
-
-def _common(where: dict[str, int], full: int, second: Sequence[str]) -> int:
-    state = full
-    for word in second:
-        if match := where.get(word):
-            match &= state
-            state = ((state + match) | (state - match)) & full
-    return full.bit_length() - state.bit_count()
-
-
 class RougePool:
-    """Texts that new ones are held against, one by one."""
+    """Texts that new ones are held against, one by one: ROUGE-L F-measure (Lin 2004) over words."""
 
     def __init__(self) -> None:
-        self._words: list[list[str]] = []
+        self._numbers: dict[str, int] = {}
+        self._texts: list[list[int]] = []
+        self._lengths: list[int] = []
 
     def add(self, text: str) -> None:
         """Put a text into the pool."""
-        self._words.append(rouge_words(text))
+        self._texts.append(self._coded(text))
+        self._lengths.append(len(self._texts[-1]))
+
+    def values(self, text: str) -> np.ndarray:
+        """Return the F-measure of a text with each of the pool, in the order they were added."""
+        if not self._texts:
+            return np.zeros(0)
+        coded = self._coded(text)
+        common = process.cdist([coded], self._texts, scorer=LCSseq.similarity, dtype=np.int32)[0]
+        return 2 * common / np.maximum(np.asarray(self._lengths) + len(coded), 1)  # two empty texts share nothing
 
     def nearest(self, text: str) -> float:
-        """Return the highest ROUGE-L F-measure of a text with one of the pool; 0 where the pool is empty."""
-        first = rouge_words(text)
-        where: dict[str, int] = {}
-        for place, word in enumerate(first):
-            where[word] = where.get(word, 0) | 1 << place
-        full = (1 << len(first)) - 1
-        best = 0.0
-        for second in self._words:
-            total = len(first) + len(second)
-            # The shorter text's length bounds what they can share.
-            if total and 2 * min(len(first), len(second)) > best * total:
-                best = max(best, 2 * _common(where, full, second) / total)
-        return best
+        """Return the highest F-measure of a text with one of the pool; 0 where the pool is empty."""
+        return float(self.values(text).max(initial=0.0))
+
+    def _coded(self, text: str) -> list[int]:
+        # Numbers for words: rapidfuzz would hash each word again for each comparison.
+        return [self._numbers.setdefault(word, len(self._numbers)) for word in rouge_words(text)]
+
+
+def nearest_rouge_l(texts: Sequence[str]) -> list[float]:
+    """Return for each text the highest ROUGE-L F-measure with any of the others; one text alone gives 0."""
+    best, pool = np.zeros(len(texts)), RougePool()
+    for at, text in enumerate(texts):
+        values = pool.values(text)
+        np.maximum(best[:at], values, out=best[:at])
+        best[at] = values.max(initial=0.0)
+        pool.add(text)
+    return [float(value) for value in best]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mmit.data.chat import ChatFormat, Encoded, encode
-from mmit.data.dataset import image_key
+from mmit.data.image_identity import image_key
 from mmit.data.messages import history_turns, is_messages, turns_of
 from mmit.data.packing import Sample
 from mmit.errors import ConfigError, RecordError, TooLong

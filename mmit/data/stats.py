@@ -16,8 +16,8 @@ import numpy as np
 
 from mmit.data.chat import IMAGE_SLOT, Encoded
 from mmit.data.diversity import nearest_rouge_l, root_and_object
+from mmit.data.image_identity import image_name
 from mmit.data.images import image_size
-from mmit.data.lint.images import image_name
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record
 

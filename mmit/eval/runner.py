@@ -7,7 +7,6 @@ of another model or other settings are refused, never mixed in.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import PIL.Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mmit.data.image_identity import inside_name
 from mmit.data.thoughts import split_thought
 from mmit.errors import MmitError, ModelError
 from mmit.eval.answers import ASKED, FORMAT, NUMBERS, Row, kept_settings, lines, open_answers, rank_file, read_answers
@@ -244,7 +243,7 @@ def _asked(item: Item) -> Row:
         "id": item.id,
         "group": item.group,
         "prompt": item.text,
-        "images": [_image_name(image) for image in item.prompt.images],
+        "images": [_name(image) for image in item.prompt.images],
         "reference": item.reference,
     }
     try:
@@ -255,12 +254,9 @@ def _asked(item: Item) -> Row:
         raise MmitError(problem, where=item.id, remedy=remedy) from error
 
 
-def _image_name(image: Image) -> str:
-    """Return the path of a picture, or the hash of one that has none."""
-    source = image.source
-    if isinstance(source, PIL.Image.Image):
-        source = f"{source.mode} {source.size} ".encode() + source.tobytes()
-    return source if isinstance(source, str) else f"sha256:{hashlib.sha256(source).hexdigest()}"
+def _name(image: Image) -> str:
+    # The path as given: a file of answers stays valid where the working directory is another.
+    return image.source if isinstance(image.source, str) else inside_name(image)
 
 
 def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:

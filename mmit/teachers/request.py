@@ -11,10 +11,9 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from io import BytesIO
 from typing import Any, Literal, Protocol
 
-from mmit.errors import ImageError
+from mmit.data.image_identity import image_digest
 from mmit.records import Image, Text, Turn
 
 Finish = Literal["stop", "length", "refused", "unrecorded"]
@@ -111,23 +110,7 @@ def user(*parts: Image | str) -> tuple[Turn, ...]:
     return (Turn("user", tuple(Text(part) if isinstance(part, str) else part for part in parts)),)
 
 
-def image_bytes(image: Image) -> bytes:
-    """Return the bytes that identify an image: its file's, or those of its PNG. Raises ImageError."""
-    source = image.source
-    if isinstance(source, bytes):
-        return source
-    if isinstance(source, str):
-        try:
-            with open(source, "rb") as file:
-                return file.read()
-        except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror}", where=source, remedy="Check the path.") from None
-    out = BytesIO()
-    source.save(out, "PNG")
-    return out.getvalue()
-
-
 def _part(part: Image | Text) -> dict[str, str]:
     if isinstance(part, Text):
         return {"text": part.text}
-    return {"image": hashlib.sha256(image_bytes(part)).hexdigest()}
+    return {"image": image_digest(part)}

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from mmit.data.image_identity import image_digest
 from mmit.data.preparation import ImagePreparation, grids_of
 from mmit.errors import ConfigError, ImageError
 from mmit.io import whole_file, write_atomic
@@ -168,7 +169,7 @@ class _Distinct:
         for key, image in self._pictures:
             if key in self.number:
                 continue
-            digest = _digest(image)
+            digest = image_digest(image, remedy="check the path and data.train.N.image_root")
             if digest not in self.place:
                 self.place[digest] = len(self.rows)
                 self.rows.append(self._known.get(digest, torch.empty(0)))
@@ -188,17 +189,6 @@ class _Distinct:
         """Keep the (sum of crops, N, D) features of a batch."""
         for digest, seen in zip(batch.digests, features.split(batch.crops), strict=True):
             self.rows[self.place[digest]] = seen
-
-
-def _digest(image: Image) -> str:
-    if isinstance(image.source, bytes):
-        return hashlib.sha256(image.source).hexdigest()
-    assert isinstance(image.source, str)
-    try:
-        return hashlib.sha256(Path(image.source).read_bytes()).hexdigest()
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
-        raise ImageError(problem, where=image.source, remedy="check the path and data.train.N.image_root") from None
 
 
 def _compute(tower: VisionTower, batch: _Batch, preparation: ImagePreparation) -> torch.Tensor:

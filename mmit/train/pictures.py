@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmit.data.dataset import InstructionData, Scan, image_key
+from mmit.data.image_identity import image_key
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError, located
 from mmit.models.partition import shape, whole
@@ -21,6 +21,7 @@ from mmit.train.align import align_words
 from mmit.train.features import FeatureCache, compute_features
 
 if TYPE_CHECKING:
+    from mmit.data.dataset import InstructionData, Scan
     from mmit.data.preparation import ImagePreparation
     from mmit.models.vlm import VLM
     from mmit.records import Record

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
+from mmit.data.image_identity import image_name
 from mmit.data.images import image_size, load_rgb
 from mmit.data.lint.near_duplicates import picture_hash, similar_pictures
 from mmit.errors import ImageError
@@ -21,19 +21,6 @@ Add = Callable[[str, str, str], None]
 
 _MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WEBP"}
 _SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".gif": "GIF", ".bmp": "BMP", ".webp": "WEBP"}
-
-
-@lru_cache(maxsize=1 << 16)
-def _absolute(path: str) -> str:
-    return os.path.abspath(path)
-
-
-def image_name(image: Image) -> str:
-    """Return what identifies a picture without opening it: its absolute path, or the hash of its bytes."""
-    if isinstance(image.source, str):
-        return _absolute(image.source)
-    data = image.source if isinstance(image.source, bytes) else image.source.tobytes()
-    return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
 class _Seen(NamedTuple):

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from mmit.data.lint.images import ImageChecks, image_name
+from mmit.data.image_identity import image_name
+from mmit.data.lint.images import ImageChecks
 from mmit.data.lint.near_duplicates import TextSignatures
 from mmit.data.lint.rules import RECORD_RULES, RULES, SEVERITIES, Check, control_check, rule_of
 from mmit.errors import RecordError

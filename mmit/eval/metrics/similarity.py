@@ -1,64 +1,19 @@
 """Metrics that give part of a point, or allow a tolerance: ANLS, relaxed accuracy, ROUGE-L.
 
-In: predictions and references, one per question. Out: a Score. Edit distance and longest common subsequence
-are bit-parallel (one machine-word operation per character), so a million answers need no compiled
-extension.
+In: predictions and references, one per question. Out: a Score. Edit distance and longest common subsequence are
+rapidfuzz's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from rapidfuzz.distance.LCSseq import similarity as common_subsequence
+from rapidfuzz.distance.Levenshtein import distance as edit_distance
+
 from mmit.eval.metrics.score import Score, check_lengths, mean_score, options_of, pick
-
-
-def edit_distance(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """Return the Levenshtein distance of two strings or token lists (Myers 1999, Hyyro 2003)."""
-    if first == second:
-        return 0
-    if len(first) < len(second):
-        first, second = second, first
-    # What both begin and end with never costs an edit, and answers near their reference share most of it.
-    start = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
-    first, second = first[start:], second[start:]
-    back = zip(reversed(first), reversed(second), strict=False)
-    end = next((i for i, (a, b) in enumerate(back) if a != b), len(second))
-    first, second = first[: len(first) - end], second[: len(second) - end]
-    if not second:
-        return len(first)
-    where: dict[Hashable, int] = {}
-    for i, item in enumerate(second):
-        where[item] = where.get(item, 0) | 1 << i
-    full, last = (1 << len(second)) - 1, 1 << (len(second) - 1)
-    up, down, distance = full, 0, len(second)
-    for item in first:
-        match = where.get(item, 0)
-        zero = (((match & up) + up) ^ up) | match | down
-        more = down | ~(zero | up)
-        less = up & zero
-        if more & last:
-            distance += 1
-        elif less & last:
-            distance -= 1
-        more = more << 1 | 1
-        up = (less << 1 | ~(zero | more)) & full
-        down = more & zero & full
-    return distance
-
-
-def common_subsequence(first: Sequence[Hashable], second: Sequence[Hashable]) -> int:
-    """Return the length of the longest common subsequence (Hyyro 2004)."""
-    where: dict[Hashable, int] = {}
-    for i, item in enumerate(first):
-        where[item] = where.get(item, 0) | 1 << i
-    full = (1 << len(first)) - 1
-    state = full
-    for item in second:
-        match = state & where.get(item, 0)
-        state = ((state + match) | (state - match)) & full
-    return len(first) - state.bit_count()
 
 
 def _collapse(text: str) -> str:
