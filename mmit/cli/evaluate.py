@@ -118,7 +118,7 @@ def evaluate(
     ranks = from_environment()
     device = _own_device(device) if ranks.world > 1 else device
     told: dict[str, Any] = {"endpoint_model": endpoint_model, "key_env": key_env, "chat": chat, "base": base}
-    told |= {"template_args": template_args_of(template_arg), "allow_code": allow_code}
+    told |= {"template_args": template_args_of(template_arg), "allow_code": allow_code, "batch_size": batch_size}
     where, options = _model(run, device=device, dtype=dtype, out=out, **told)
     alone = len(tasks) == 1
     run_tasks(
@@ -165,6 +165,7 @@ def _model(
     base: str | None,
     template_args: dict[str, Any],
     allow_code: bool,
+    batch_size: int,
     out: Path | None,
 ) -> tuple[Path, dict[str, Any]]:
     """Return where results go by default, and the model with what `run_task` wants to know of it."""
@@ -173,11 +174,13 @@ def _model(
     if run.startswith(("http://", "https://")):
         if template_args:
             raise ConfigError("an endpoint writes its prompts itself", where="--template-arg", remedy="Leave it out.")
-        from mmit.eval.endpoint import Endpoint, EndpointModel
+        from mmit.eval.endpoint import EndpointModel
+        from mmit.teachers.endpoint import Endpoint
 
         if out is None:
             raise ConfigError("no folder for the results", where="--out", remedy="An endpoint has none: give --out.")
-        endpoint = Endpoint(run, endpoint_model or "", key_env)
+        # The server's own batching is as good as ours: so many questions at a time, at most 16.
+        endpoint = Endpoint(run, endpoint_model or "", key_env=key_env, in_flight=min(batch_size, 16))
         name = f"{endpoint.model} at {run}"
         return out, {
             "model": EndpointModel(endpoint),
@@ -278,10 +281,10 @@ def _judges(
     def metric(one: Task, folder: Path) -> Any:
         if one.metric not in JUDGES:
             return None
-        from mmit.eval.endpoint import Endpoint
+        from mmit.teachers.endpoint import Endpoint
 
-        judge = Endpoint(url or "", model or "", key_env)
-        return Judge(one.metric, judge.chat, path=folder / "judgements.jsonl", judge=judge.model, prompt=wording)
+        judge = Endpoint(url or "", model or "", key_env=key_env)
+        return Judge(one.metric, judge, path=folder / "judgements.jsonl", judge=judge.model, prompt=wording)
 
     return metric
 

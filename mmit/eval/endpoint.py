@@ -1,95 +1,39 @@
-"""OpenAI-compatible endpoints: one that judges answers, and one that is evaluated as if it were a model of mmit's.
+"""A model behind an OpenAI-compatible URL, evaluated as if it were a model of mmit's.
 
-In: a base URL, a model's name, and the name of the environment variable that holds the key. Out: texts. Speaks
-`POST <base>/chat/completions` through the standard library, tries again when the server is busy, and never writes
-the key anywhere.
+In: a teacher (`mmit.teachers.endpoint.Endpoint`, which owns retries, pace and deadline) and records. Out: one answer
+per record, and an account of what was sent and received. A question that the server refuses is an error, never a wrong
+answer.
 """
 
 from __future__ import annotations
 
-import http.client
-import json
-import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+import PIL.Image
+
+from mmit.data.images import image_size
 from mmit.errors import ConfigError, MmitError
-from mmit.teachers.messages import openai_messages
+from mmit.records import Image
+from mmit.teachers.desk import Account, priced
+from mmit.teachers.request import Draw, Request
 
 if TYPE_CHECKING:
-    from mmit.records import Record
-
-BUSY = (408, 409, 429, 500, 502, 503, 504)
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a chat model is served; `key_env` names the variable of its key ("" or unset: none is sent)."""
-
-    url: str
-    model: str
-    key_env: str = "OPENAI_API_KEY"
-    timeout: float = 120.0
-    tries: int = 4
-    pause: float = 1.0
-    """seconds before the second try; doubled each time"""
-
-    def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            remedy = "Give the base URL of an OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1"
-            raise ConfigError(f"'{self.url}' is no address of a server", where="url", remedy=remedy)
-        if not self.model:
-            raise ConfigError("no model named", where="model", remedy="Name the model that the server should use.")
-
-    def chat(self, messages: Sequence[dict[str, Any]], *, max_tokens: int = 512, stop: Sequence[str] = ()) -> str:
-        """Return the answer to messages, greedily. Raises MmitError if the server does not give one."""
-        body: dict[str, Any] = {"model": self.model, "messages": list(messages), "temperature": 0}
-        body["max_tokens"] = max_tokens
-        if stop:
-            body["stop"] = list(stop)
-        reply = self._post(json.dumps(body).encode("utf-8"))
-        try:
-            text = reply["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            problem = f"the reply holds no answer: {json.dumps(reply)[:200]}"
-            raise MmitError(problem, where=self.url, remedy="The server must speak OpenAI's chat completions.")
-        return text.strip()
-
-    def _post(self, body: bytes) -> Any:
-        address = self.url.rstrip("/") + "/chat/completions"
-        headers = {"Content-Type": "application/json"}
-        key = os.environ.get(self.key_env) if self.key_env else None
-        if key:
-            headers["Authorization"] = f"Bearer {key}"
-        for attempt in range(1, self.tries + 1):
-            request = urllib.request.Request(address, data=body, headers=headers, method="POST")
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return json.loads(reply.read().decode("utf-8"))
-            except urllib.error.HTTPError as error:
-                problem = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
-                if error.code not in BUSY or attempt == self.tries:
-                    remedy = f"Check the URL, the model's name and the key in {self.key_env or 'no variable'}."
-                    raise MmitError(problem, where=address, remedy=remedy) from None
-            except (OSError, ValueError, http.client.HTTPException) as error:
-                if attempt == self.tries:
-                    raise MmitError(f"no answer: {error}", where=address, remedy="Is the server running?") from None
-            time.sleep(self.pause * 2 ** (attempt - 1))
-        raise AssertionError("unreachable")
+    from mmit.records import Record, Turn
+    from mmit.teachers.request import Teacher
 
 
 class EndpointModel:
-    """A served model that answers records as `mmit.generate.Model` does; `batch_size` requests run at once."""
+    """A teacher that answers records as `mmit.generate.Model` does.
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
+    Attributes:
+        account: requests, attempts and tokens so far.
+    """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+        self.account = Account()
 
     def generate(
         self,
@@ -101,18 +45,40 @@ class EndpointModel:
         temperature: float = 0.0,
         stop: Sequence[str] = (),
     ) -> list[str]:
-        """Return one answer per record, in their order. Raises MmitError, ImageError."""
+        """Return one answer per record, in their order.
+
+        Args:
+            batch_size: not used; the teacher knows how many requests it may have in flight.
+
+        Raises:
+            MmitError: no answer after all attempts, or the server refuses a question. ImageError: an unreadable image.
+        """
         if temperature:
             raise ConfigError("only greedy answers", where="temperature", remedy="Leave temperature at 0.")
+        draw = Draw(max_tokens=max_new_tokens, stop=tuple(stop))
+        requests = [Request(_turns(record, blank=blank_images), draw, "answer") for record in records]
+        place = {id(request): n for n, request in enumerate(requests)}  # two questions may have the same content
+        answers = [""] * len(records)
+        for request, reply in self.teacher.ask(requests):
+            n = place[id(request)]
+            if reply.finish == "refused" or (reply.finish == "length" and reply.new_tokens == 0):
+                reason = "refuses the question" if reply.finish == "refused" else "says that the question is too long"
+                remedy = "Leave the question out, or evaluate another model."
+                raise MmitError(f"{self.teacher.name} {reason}", where=records[n].where, remedy=remedy)
+            self.account.add(replace(reply, cost=priced(reply, self.teacher.price)))
+            answers[n] = reply.text
+        return answers
 
-        def answer(record: Record) -> str:
-            sent = messages(record, blank=blank_images)
-            return self.endpoint.chat(sent, max_tokens=max_new_tokens, stop=stop)
 
-        with ThreadPoolExecutor(max_workers=min(batch_size, 16)) as pool:
-            return list(pool.map(answer, records))
+def _turns(record: Record, *, blank: bool) -> tuple[Turn, ...]:
+    """The turns of a record; `blank` replaces each image by a grey one of its size."""
+    if not blank:
+        return record.turns
+    return tuple(
+        replace(turn, parts=tuple(_grey(p, record.where) if isinstance(p, Image) else p for p in turn.parts))
+        for turn in record.turns
+    )
 
 
-def messages(record: Record, *, blank: bool = False) -> list[dict[str, Any]]:
-    """Return a record's turns as OpenAI messages, its pictures as data URLs; `blank` makes them grey."""
-    return openai_messages(record.turns, where=record.where, blank=blank)
+def _grey(image: Image, where: str) -> Image:
+    return Image(PIL.Image.new("RGB", image_size(image, where=where), (127, 127, 127)))

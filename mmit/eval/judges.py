@@ -1,9 +1,9 @@
 """Metrics that need a judge: MM-Vet (a share of the reference per answer), LLaVA-Bench (two answers compared).
 
-In: answers, references, and anything that answers a prompt (`mmit.eval.endpoint.Endpoint.chat`). Out: a Score; every
-judgement is appended to a file with its prompt, and one on file is not asked for again. The wording is mmit's own:
-give the published one as `prompt` for comparison with published numbers. A judgement without a number is asked for
-again and then an error, never a zero.
+In: answers, references, and a teacher (`mmit.teachers`), which owns retries and pace. Out: a Score; every judgement is
+appended to a file with its prompt, and one on file is not asked for again. The wording is mmit's own: give the
+published one as `prompt` for comparison with published numbers. A judgement without a number is asked for again and
+then an error, never a zero.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,11 @@ from mmit.errors import ConfigError, MmitError
 from mmit.eval.metrics.score import Score, check_lengths, mean_score, need, split
 from mmit.io import append
 from mmit.records import json_lines
+from mmit.teachers.desk import Account, priced
+from mmit.teachers.request import Draw, Request, user
+
+if TYPE_CHECKING:
+    from mmit.teachers.request import Teacher
 
 TRIES = 3
 _NUMBER = re.compile(r"(?<![\d.])(?:0(?:\.\d+)?|1(?:\.0+)?)(?![\d.])")
@@ -91,17 +96,19 @@ class Judge:
 
     Args:
         name: which of JUDGES.
-        chat: gives the reply to messages, e.g. the method of an Endpoint.
+        teacher: who judges.
         path: JSONL file of the judgements.
         judge: the judge's name, kept with each judgement; another's judgements are not taken.
         prompt: wording in place of JUDGES' own, with {question}, {answer}, {prediction} (and {context}).
+
+    Attributes:
+        account: requests, attempts and tokens of the judge so far.
     """
 
-    def __init__(
-        self, name: str, chat: Callable[..., str], *, path: Path, judge: str, prompt: str | None = None
-    ) -> None:
-        self.name, self.chat, self.path, self.judge = name, chat, path, judge
+    def __init__(self, name: str, teacher: Teacher, *, path: Path, judge: str, prompt: str | None = None) -> None:
+        self.name, self.teacher, self.path, self.judge = name, teacher, path, judge
         self.rubric, self.prompt = JUDGES[name], prompt or JUDGES[name].prompt
+        self.account = Account()
         if "{prediction}" not in self.prompt:
             raise ConfigError("the judge's prompt has no {prediction}", where=name, remedy="Say where it goes.")
 
@@ -115,15 +122,16 @@ class Judge:
     ) -> Score:
         """Judge what is not on file, and score. Raises MmitError."""
         check_lengths(self.name, predictions, references=references)
-        done = self._on_file()
-        given = []
+        keys: list[str] = []
+        prompts: dict[str, str] = {}
         for prediction, reference in zip(predictions, references, strict=True):
             need(reference, self.rubric.keys, where=self.name)
             asked = self._asked(prediction, reference)
-            key = hashlib.sha256(f"{self.judge}\0{asked}".encode()).hexdigest()[:24]
-            if key not in done:
-                done[key] = self._ask(asked, key)
-            given.append(done[key])
+            keys.append(hashlib.sha256(f"{self.judge}\0{asked}".encode()).hexdigest()[:24])
+            prompts[keys[-1]] = asked
+        done = self._on_file()
+        done |= self._ask({key: asked for key, asked in prompts.items() if key not in done})
+        given = [done[key] for key in keys]
         if self.name == "judge:llava_bench":
             return _ratio(np.asarray(given), groups=groups, seed=seed)
         return _mean(given, references, seed=seed)
@@ -136,15 +144,24 @@ class Judge:
             r"\{(question|answer|context|prediction)\}", lambda place: str(fields.get(place[1], place[0])), text
         )
 
-    def _ask(self, asked: str, key: str) -> list[float]:
+    def _ask(self, prompts: Mapping[str, str]) -> dict[str, list[float]]:
+        """Ask for the judgements of prompts by key. Raises MmitError if one has no score after TRIES replies."""
+        done: dict[str, list[float]] = {}
         reply = ""
-        for _ in range(TRIES):
-            reply = self.chat([{"role": "user", "content": asked}], max_tokens=512)
-            scores = self.rubric.read(reply)
-            row = {"key": key, "judge": self.judge, "prompt": asked, "reply": reply, "scores": scores}
-            self._keep(row)
-            if scores is not None:
-                return scores
+        for attempt in range(TRIES):
+            # Another seed, or a server that caches would repeat the reply that could not be read.
+            draw = Draw(max_tokens=512, seed=attempt)
+            keys = {Request(user(asked), draw, "judge"): key for key, asked in prompts.items() if key not in done}
+            for request, said in self.teacher.ask(keys):
+                self.account.add(replace(said, cost=priced(said, self.teacher.price)))
+                reply, key = said.text, keys[request]
+                scores = self.rubric.read(reply)
+                row = {"key": key, "judge": self.judge, "prompt": prompts[key], "reply": reply, "scores": scores}
+                self._keep(row)
+                if scores is not None:
+                    done[key] = scores
+            if len(done) == len(prompts):
+                return done
         problem = f"the judge gave no score in {TRIES} replies, the last being {reply[:80]!r}"
         raise MmitError(problem, where=self.judge, remedy="Take another judge; judgements so far are kept.")
 

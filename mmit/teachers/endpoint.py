@@ -175,7 +175,7 @@ class Endpoint:
                     wait = max(wait, told)
                     self._pace.hold(told)
             except (OSError, ValueError, http.client.HTTPException) as error:
-                problem = f"no whole reply: {error or type(error).__name__}"
+                problem = f"no answer: {error or type(error).__name__}"
             if time.monotonic() + wait >= end:
                 problem += f" (no answer within {self.deadline:g} s)"
                 break

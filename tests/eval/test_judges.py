@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from mmit.errors import ConfigError, MmitError
-from mmit.eval.endpoint import Endpoint, EndpointModel, messages
+from mmit.eval.endpoint import EndpointModel
 from mmit.eval.judges import JUDGES, Judge
 from mmit.eval.runner import evaluate
 from mmit.eval.tasks import load_task, task_items
 from mmit.records import Record
+from mmit.teachers.endpoint import Endpoint
+from mmit.teachers.messages import openai_messages
+from mmit.teachers.request import Request, user
 from tests.eval.benchmarks import CASES, picture
 from tests.teachers.server import Server
 
@@ -64,8 +67,13 @@ def prompt_of(body: dict[str, Any]) -> str:
 
 
 def judge(stub: Stub, path: Path, name: str = "judge:mmvet", **options: Any) -> Judge:
-    endpoint = Endpoint(stub.url, "big", "TEST_KEY", pause=0.0)
-    return Judge(name, endpoint.chat, path=path, judge="big", **options)
+    endpoint = Endpoint(stub.url, "big", key_env="TEST_KEY", pause=0.0, in_flight=1)
+    return Judge(name, endpoint, path=path, judge="big", **options)
+
+
+def reply_of(endpoint: Endpoint) -> str:
+    [(_, reply)] = endpoint.ask([Request(user("q"))])
+    return reply.text
 
 
 REFERENCES = [
@@ -90,7 +98,7 @@ def test_mmvet(stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert metric(["{question}", "Ada"], REFERENCES) == score and len(stub.requests) == 2
     metric(["{question}", "Bob"], REFERENCES)
     assert len(stub.requests) == 3
-    Judge("judge:mmvet", metric.chat, path=tmp_path / "j.jsonl", judge="other")(["Ada"], REFERENCES[1:])
+    Judge("judge:mmvet", metric.teacher, path=tmp_path / "j.jsonl", judge="other")(["Ada"], REFERENCES[1:])
     assert len(stub.requests) == 4
 
 
@@ -154,17 +162,17 @@ def test_a_judged_task_from_files_to_report(stub: Stub, tmp_path: Path) -> None:
 def test_a_busy_server_is_asked_again(stub: Stub) -> None:
     waiting = [503, 429]
     stub.reply = lambda body: (waiting.pop(), "busy") if waiting else (200, " done ")
-    assert Endpoint(stub.url, "m", pause=0.0).chat([{"role": "user", "content": "q"}]) == "done"
+    assert reply_of(Endpoint(stub.url, "m", pause=0.0)) == "done"
     assert len(stub.requests) == 3
 
 
 def test_a_reply_that_is_cut_off_is_asked_for_again() -> None:
     with Server(lambda body: "done") as server:
         server.faults = [("cut",), ("hang up",)]
-        assert Endpoint(server.url, "m", pause=0.0).chat([{"role": "user", "content": "q"}]) == "done"
+        assert reply_of(Endpoint(server.url, "m", pause=0.0)) == "done"
         server.faults = [("cut",)] * 2
         with pytest.raises(MmitError, match="no answer"):
-            Endpoint(server.url, "m", pause=0.0, tries=2).chat([{"role": "user", "content": "q"}])
+            reply_of(Endpoint(server.url, "m", pause=0.0, tries=2))
 
 
 def test_what_a_server_does_wrong_is_told(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,10 +181,10 @@ def test_what_a_server_does_wrong_is_told(stub: Stub, monkeypatch: pytest.Monkey
     for status, said, wanted in ((401, "bad key", "HTTP 401"), (500, "oops", "HTTP 500"), (200, {}, "holds no answer")):
         stub.reply = lambda body, status=status, said=said: (status, said)  # type: ignore[misc]
         with pytest.raises(MmitError, match=wanted) as caught:
-            endpoint.chat([{"role": "user", "content": "q"}])
+            reply_of(endpoint)
         assert "s3cret" not in str(caught.value)
     with pytest.raises(MmitError, match="Is the server running"):
-        Endpoint("http://127.0.0.1:9/v1", "m", pause=0.0, tries=2).chat([])
+        reply_of(Endpoint("http://127.0.0.1:9/v1", "m", pause=0.0, tries=2))
     for url, model in (("ftp://x", "m"), ("file:///etc/passwd", "m"), (stub.url, "")):
         with pytest.raises(ConfigError):
             Endpoint(url, model)
@@ -202,5 +210,30 @@ def test_an_endpoint_is_evaluated_like_a_model(stub: Stub, tmp_path: Path) -> No
 
 def test_turns_as_messages() -> None:
     record = Record.triple("what?", "this", images=[])
-    assert messages(record) == [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "this"}]
+    assert openai_messages(record.turns) == [
+        {"role": "user", "content": "what?"},
+        {"role": "assistant", "content": "this"},
+    ]
     assert len(picture()) > 0
+
+
+def test_an_evaluated_endpoint_waits_as_told_and_keeps_an_account() -> None:
+    records = [Record.triple(f"question {n}", "", images=[]) for n in (0, 1, 1)]
+    with Server(lambda body: prompt_of(body)) as server:
+        server.faults = [("status", 429, "slow down", {"Retry_After": "0.3"})]
+        model = EndpointModel(Endpoint(server.url, "m", pause=0.0, in_flight=1, price={"input": 1.0}))
+        assert model.generate(records) == ["question 0", "question 1", "question 1"]
+        assert server.times[1] - server.times[0] >= 0.29
+        assert (model.account.requests, model.account.attempts) == (3, 4)
+        assert model.account.prompt_tokens == server.prompt_tokens and model.account.cost > 0
+
+
+def test_a_refused_question_is_an_error_not_a_wrong_answer() -> None:
+    refusal = {"error": {"code": "content_filter", "message": "no"}}
+    too_long = {"error": {"code": "context_length_exceeded", "message": "too many tokens"}}
+    with Server() as server:
+        model = EndpointModel(Endpoint(server.url, "m", pause=0.0))
+        for error, problem in ((refusal, "refuses the question"), (too_long, "too long")):
+            server.faults = [("status", 400, json.dumps(error))]
+            with pytest.raises(MmitError, match=problem):
+                model.generate([Record.triple("q", "", images=[])])
