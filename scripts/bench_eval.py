@@ -24,7 +24,7 @@ import torch
 
 from mmit.data.chat import encode
 from mmit.errors import MmitError, ModelError
-from mmit.eval.runner import CHUNK, evaluate
+from mmit.eval.runner import CHUNK, Arm, How, evaluate
 from mmit.eval.tasks import Item, load_task, task_items
 from mmit.generate import Model, as_prompt, load
 
@@ -61,8 +61,8 @@ def at_once(model: Model, task: Any, items: Sequence[Item], batch_size: int) -> 
     """Evaluate questions as `mmit eval` does, files and score included; return the answers and the seconds."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        given: dict[str, Any] = {"batch_size": batch_size, "progress": False, "fingerprint": "bench"}
-        result = evaluate(model, task, out_dir=folder, items=items, **given)
+        how = How(batch_size=batch_size, progress=False)
+        result = evaluate(model, task, Arm("bench"), out_dir=folder, items=items, how=how)
         seconds = time.perf_counter() - start
         rows = [json.loads(line) for line in Path(result.path).read_text("utf-8").splitlines()[1:]]
     return {row["id"]: row["answer"] for row in rows}, seconds

@@ -15,6 +15,7 @@ from mmit.cli.config import AllowCode, template_args_of
 from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
+    from mmit.eval.baselines import Subject
     from mmit.eval.tasks import Task
 
 DEFAULT_TASK = "easy_vqa"
@@ -112,29 +113,25 @@ def evaluate(
     for one, items in asked:
         check_installed(one.metric, [item.reference for item in items])
 
+    from mmit.eval.baselines import Beside
     from mmit.eval.ranks import from_environment
+    from mmit.eval.runner import How
     from mmit.eval.summary import run_tasks
 
     ranks = from_environment()
     device = _own_device(device) if ranks.world > 1 else device
     told: dict[str, Any] = {"endpoint_model": endpoint_model, "key_env": key_env, "chat": chat, "base": base}
     told |= {"template_args": template_args_of(template_arg), "allow_code": allow_code, "batch_size": batch_size}
-    where, options = _model(run, device=device, dtype=dtype, out=out, **told)
+    where, subject = _model(run, device=device, dtype=dtype, out=out, **told)
     alone = len(tasks) == 1
     run_tasks(
-        options.pop("model"),
+        subject,
         asked,
         folder_of=lambda one: results_folder(where, one.name, out, alone=alone),
         summary_in=None if alone else out or results_folder(where, DEFAULT_TASK, None, alone=True),
         metric_of=metric_of,
-        ranks=ranks,
-        sample=limit,
-        baseline_n=baseline_n if baselines else 0,
-        probes=probes,
-        templates=templates,
-        batch_size=batch_size,
-        overwrite=overwrite,
-        **options,
+        beside=Beside(baseline_n if baselines else 0, probes, templates),
+        how=How(sample=limit, batch_size=batch_size, ranks=ranks, overwrite=overwrite),
     )
 
 
@@ -167,9 +164,10 @@ def _model(
     allow_code: bool,
     batch_size: int,
     out: Path | None,
-) -> tuple[Path, dict[str, Any]]:
-    """Return where results go by default, and the model with what `run_task` wants to know of it."""
+) -> tuple[Path, Subject]:
+    """Return where results go by default, and the model with what a report says of it."""
     from mmit.errors import ConfigError
+    from mmit.eval.baselines import Subject
 
     if run.startswith(("http://", "https://")):
         if template_args:
@@ -182,12 +180,7 @@ def _model(
         # The server's own batching is as good as ours: so many questions at a time, at most 16.
         endpoint = Endpoint(run, endpoint_model or "", key_env=key_env, in_flight=min(batch_size, 16))
         name = f"{endpoint.model} at {run}"
-        return out, {
-            "model": EndpointModel(endpoint),
-            "untuned_factory": None,
-            "model_name": name,
-            "fingerprint": name,
-        }
+        return out, Subject(EndpointModel(endpoint), name, name)
     from mmit.eval.runner import Lazy
     from mmit.generate import load
     from mmit.interop.foreign import is_foreign
@@ -202,24 +195,13 @@ def _model(
     options: dict[str, Any] = {"device": device, "dtype": dtype, "template_args": template_args}
     if is_foreign(folder):
         other = _told(load(folder, chat=chat, base=base, **options))
-        return folder, {
-            "model": other,
-            "untuned_factory": None,
-            "model_name": run,
-            "fingerprint": _content(folder) + told,
-            "number_format": other.number_format,
-        }
+        return folder, Subject(other, run, _content(folder) + told, other.number_format)
     checkpoint = find(folder, warn=lambda text: echo(text, err=True))
     options["allow_code"] = allow_code
     model = _told(load(checkpoint, **options))
     untuned = Lazy(lambda: load(checkpoint, untuned=True, **options))  # one for all tasks
-    return Path(run), {
-        "model": model,
-        "untuned_factory": lambda: untuned,
-        "model_name": str(checkpoint),
-        "fingerprint": hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16] + told,
-        "number_format": model.number_format,
-    }
+    fingerprint = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16] + told
+    return Path(run), Subject(model, str(checkpoint), fingerprint, model.number_format, lambda: untuned)
 
 
 def _told(model: Any) -> Any:

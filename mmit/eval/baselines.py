@@ -10,18 +10,16 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mmit.errors import MmitError
 from mmit.eval.judges import JUDGES
 from mmit.eval.probes import chance, sensitivity, swapped, wordings
-from mmit.eval.ranks import ALONE, Ranks
-from mmit.eval.runner import Generates, Lazy, Result, evaluate
+from mmit.eval.runner import Arm, Generates, How, Lazy, Result, evaluate
 from mmit.eval.tasks import Item, Task, prompt_text, sample_items, task_items, training_items
 
 if TYPE_CHECKING:
-    from mmit.eval.metrics import Score
     from mmit.records import Record
 
 LABELS = {"majority": "majority answer", "untuned": "untuned model", "blank_image": "blank image"}
@@ -96,89 +94,126 @@ def _texts(reference: Any) -> list[str]:
     return [text for text in reference if isinstance(text, str)] if isinstance(reference, list) else []
 
 
-def run_baselines(  # noqa: PLR0913
-    tuned: Generates,
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model that is evaluated.
+
+    Attributes:
+        model: answers the questions.
+        name: the model in reports, e.g. its folder.
+        fingerprint, number_format: as in `Arm`.
+        untuned: builds the untuned model, called only if its answers are missing; None leaves it out.
+    """
+
+    model: Generates
+    name: str
+    fingerprint: str
+    number_format: str | None = None
+    untuned: Callable[[], Generates] | None = None
+
+    def arm(self, prefix: str = "", **facts: Any) -> Arm:
+        """Return what its answers are filed under; `prefix` says what was changed."""
+        return Arm(prefix + self.fingerprint, number_format=self.number_format, **facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What stands beside a score.
+
+    Attributes:
+        n: questions the untuned and the blind model are asked; 0 leaves all baselines out.
+        probes: those of PROBES that are wanted.
+        templates: wordings that are tried on the same questions, the task's own first; 0: none.
+    """
+
+    n: int = 500
+    probes: Sequence[str] = ("blank",)
+    templates: int = 0
+
+
+USUAL = Beside()
+
+
+def run_baselines(
+    subject: Subject,
     task: Task,
     *,
-    untuned_factory: Callable[[], Generates] | None,
     items: Sequence[Item],
     asked: Sequence[Item],
     out_dir: str | os.PathLike[str],
-    fingerprint: str,
-    number_format: str | None = None,
-    baseline_n: int,
-    seed: int,
-    batch_size: int,
-    probes: Sequence[str] = ("blank",),
-    templates: int = 0,
-    metric: Callable[..., Score] | None = None,
-    ranks: Ranks = ALONE,
-    overwrite: bool = False,
-    progress: bool = True,
+    beside: Beside,
+    how: How,
 ) -> Baselines:
     """Evaluate the baselines of a task.
 
-    Chance and the majority answer all `items`. The untuned model and the blind one answer `baseline_n` of the questions
-    `asked` of the tuned model, or of all if that are fewer. The untuned model is built only if answers of it
-    are missing; None leaves it out. `probes` are those of PROBES that are wanted; `templates` wordings are tried
-    on the same questions (0: none). Raises what `evaluate` does.
+    Chance and the majority answer all `items`. The untuned model and the blind one answer `beside.n` of the questions
+    `asked` of the tuned model, or of all if that are fewer. Raises what `evaluate` does.
     """
-    pool = asked if len(asked) >= baseline_n else items
-    some = sample_items(pool, baseline_n, seed)
+    seed = task.seed if how.seed is None else how.seed
+    pool = asked if len(asked) >= beside.n else items
+    some = sample_items(pool, beside.n, seed)
     results: dict[str, Result | None] = dict.fromkeys([*LABELS, *MORE])
     notes: dict[str, str] = {}
-    common: dict[str, Any] = {"out_dir": out_dir, "seed": seed, "batch_size": batch_size, "progress": progress}
-    common |= {"metric": metric, "overwrite": overwrite, "ranks": ranks, "number_format": number_format}
 
-    def run(key: str, model: Generates, of: Sequence[Item], *, of_task: Task = task, **options: Any) -> None:
-        results[key] = evaluate(model, of_task, label=key, items=of, **(common | options))
+    def run(key: str, model: Generates, of: Sequence[Item], *, prefix: str, **facts: Any) -> None:
+        arm = subject.arm(prefix, label=key, **facts)
+        results[key] = evaluate(model, task, arm, items=of, out_dir=out_dir, how=how)
 
-    _thoughtless(run, task, items, notes, seed=seed)
+    def run_thoughtless(key: str, model: Generates) -> None:
+        # Made in a moment, so answers on file are never worth keeping.
+        written, anew = task.model_copy(update={"answer_by": "generate", "stop": []}), replace(how, overwrite=True)
+        results[key] = evaluate(model, written, Arm(key, key), items=items, out_dir=out_dir, how=anew)
+
+    _thoughtless(run_thoughtless, task, items, notes, seed=seed)
     has_pictures = any(item.prompt.images for item in some)
-    if "blank" not in probes:
+    if "blank" not in beside.probes:
         notes["blank_image"] = "not asked for"
     elif has_pictures:
-        run("blank_image", tuned, some, fingerprint=f"blank images, {fingerprint}", blank_images=True)
+        run("blank_image", subject.model, some, prefix="blank images, ", blank_images=True)
     else:
         notes["blank_image"] = "the questions have no pictures"
-    if "swap" in probes:
+    if "swap" in beside.probes:
         changed = swapped(some, seed=seed)
         if changed:
-            run("swapped_images", tuned, changed, fingerprint=f"swapped images {seed}, {fingerprint}")
+            run("swapped_images", subject.model, changed, prefix=f"swapped images {seed}, ")
         else:
             notes["swapped_images"] = "there are no two different pictures"
-    if untuned_factory is None:
+    if subject.untuned is None:
         notes["untuned"] = "not asked for"
     else:
-        run("untuned", Lazy(untuned_factory), some, fingerprint=f"untuned, {fingerprint}")
+        run("untuned", Lazy(subject.untuned), some, prefix="untuned, ")
     tried = None
-    if templates:
+    if beside.templates:
         names = {item.id for item in some}
-        tried = run_wordings(tuned, task, templates, names=names, fingerprint=fingerprint, **common)
+        tried = run_wordings(subject, task, beside.templates, names=names, out_dir=out_dir, how=how)
     return Baselines(results, notes, tried)
 
 
 def _thoughtless(
-    run: Callable[..., None], task: Task, items: Sequence[Item], notes: dict[str, str], *, seed: int
+    run: Callable[[str, Generates], None], task: Task, items: Sequence[Item], notes: dict[str, str], *, seed: int
 ) -> None:
-    """Run the answers that need no model: made in a moment, so those on file are never worth keeping."""
+    """Run the answers that need no model."""
     if task.metric in JUDGES:
         notes["majority"] = "a judge grades the answers"
         return
-    written = task.model_copy(update={"answer_by": "generate", "stop": []})
-    anew: dict[str, Any] = {"overwrite": True, "number_format": None}
     table, note = majority(task, items)
     if note:
         notes["majority"] = note
     if table is not None:
-        run("majority", table, items, of_task=written, fingerprint="majority", **anew)
+        run("majority", table)
     guesser = chance(task, items, seed=seed)
     if guesser is not None:
-        run("chance", guesser, items, of_task=written, fingerprint="chance", **anew)
+        run("chance", guesser)
 
 
 def run_wordings(
-    model: Generates, task: Task, n: int, *, names: Container[str], fingerprint: str, **common: Any
+    subject: Subject,
+    task: Task,
+    n: int,
+    *,
+    names: Container[str],
+    out_dir: str | os.PathLike[str],
+    how: How,
 ) -> dict[str, Any]:
     """Ask the questions of the ids `names` in n wordings, the task's own first.
 
@@ -193,8 +228,8 @@ def run_wordings(
         if pictures is None:
             pictures = any(item.prompt.images for item in items)
             tasks = wordings(whole, n, pictures=pictures)
-        mark = f"wording {tasks[number].prompt!r}, {fingerprint}"
-        found = evaluate(model, tasks[number], items=items, label=f"wording-{number + 1}", fingerprint=mark, **common)
+        arm = subject.arm(f"wording {tasks[number].prompt!r}, ", label=f"wording-{number + 1}")
+        found = evaluate(subject.model, tasks[number], arm, items=items, out_dir=out_dir, how=how)
         numbers = {"accuracy": found.score.value, "ci95": list(found.score.ci95), "n": found.score.n}
         each.append({"prompt": tasks[number].prompt, **numbers, "invalid_rate": found.invalid_rate})
     return {**sensitivity([one["accuracy"] for one in each]), "each": each}

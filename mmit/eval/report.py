@@ -11,6 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -20,97 +21,73 @@ from rich.table import Table
 from rich.text import Text
 
 import mmit
-from mmit.eval.baselines import LABELS, MORE, Baselines, no_baselines, run_baselines
+from mmit.eval.baselines import LABELS, MORE, USUAL, Baselines, Beside, Subject, no_baselines, run_baselines
 from mmit.eval.metrics.score import PER_ANSWER
 from mmit.eval.page import page, section
-from mmit.eval.ranks import ALONE, Ranks
-from mmit.eval.runner import Generates, Result, evaluate
+from mmit.eval.runner import AS_STATED, How, Result, evaluate
 from mmit.eval.tasks import Item, Task, sample_items, task_items
 from mmit.io import write_atomic
 from mmit.text import terminal
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from mmit.eval.metrics import Score
 
 COLUMNS = ("answers by", "score", "95 % interval", "questions", "invalid")
 
 
-def run_task(  # noqa: PLR0913
-    model_tuned: Generates,
-    *,
-    untuned_factory: Callable[[], Generates] | None,
+def run_task(
+    subject: Subject,
     task: Task,
+    *,
     out_dir: str | os.PathLike[str],
-    model_name: str,
-    fingerprint: str,
-    number_format: str | None = None,
-    sample: int | None = None,
-    seed: int | None = None,
-    baseline_n: int = 500,
-    batch_size: int = 64,
-    probes: Sequence[str] = ("blank",),
-    templates: int = 0,
-    metric: Callable[..., Score] | None = None,
-    ranks: Ranks = ALONE,
     items: Sequence[Item] | None = None,
-    flat: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-    console: Console | None = None,
+    beside: Beside = USUAL,
+    how: How = AS_STATED,
 ) -> dict[str, Any]:
-    """Evaluate the tuned model, then the baselines, write the report, print it, and return it.
+    """Evaluate a model, then the baselines, write the report, print it, and return it.
 
     Args:
-        model_tuned: what is evaluated.
-        untuned_factory: builds the untuned model, called only if its answers are missing; None leaves it out.
+        subject: what is evaluated.
         task: what is asked.
-        out_dir: results go to <out_dir>/<task name>, with `flat` to out_dir itself.
-        model_name: the model in the report, e.g. its folder.
-        fingerprint: tells this model's answers from another's, e.g. a checkpoint's hash.
-        number_format: as in `evaluate`.
-        sample: number of questions; None takes the task's own sample, or all.
-        seed: of the samples and of resampled intervals; None takes the task's.
-        baseline_n: questions the untuned and the blind model are asked; 0 leaves all baselines out.
-        batch_size, metric, ranks, progress: as in `evaluate`.
-        probes, templates: as in `run_baselines`.
+        out_dir: folder of the results.
         items: all questions of the task, if they have been read already.
-        flat: no folder per task.
-        overwrite: drop answers on file and start anew; otherwise they are kept.
-        console: where the table is printed; None is standard output.
+        beside: which baselines, probes and wordings stand beside the score.
+        how: how questions are asked and scored.
 
     Raises what `task_items` and `evaluate` do.
     """
     start = time.monotonic()
-    seed = task.seed if seed is None else seed
-    folder = Path(out_dir) if flat else Path(out_dir, task.name)
+    seed = task.seed if how.seed is None else how.seed
+    folder = Path(out_dir)
     items = task_items(task.model_copy(update={"sample": None})) if items is None else list(items)
-    n = task.sample.n if sample is None and task.sample else sample
+    n = task.sample.n if how.sample is None and task.sample else how.sample
     asked = sample_items(items, n, seed)
-    console = console or terminal(quiet=ranks.rank > 0)
+    console = how.console or terminal(quiet=how.ranks.rank > 0)
     count = f"{len(asked):,} of {len(items):,} questions"
     console.print(Text(f"{task.name}: {count}, the first asked as: {asked[0].text!r}"))
-    common: dict[str, Any] = {"out_dir": folder, "fingerprint": fingerprint, "seed": seed}
-    common |= {"batch_size": batch_size, "overwrite": overwrite, "progress": progress, "metric": metric}
-    common |= {"ranks": ranks, "number_format": number_format}
-    tuned = evaluate(model_tuned, task, items=asked, **common)
-    questions: dict[str, Any] = {"items": items, "asked": asked, "baseline_n": baseline_n}
-    questions |= {"probes": probes, "templates": templates}
-    if baseline_n == 0:
-        beside = no_baselines()
-    else:
-        beside = run_baselines(model_tuned, task, untuned_factory=untuned_factory, **questions, **common)
+    tuned = evaluate(subject.model, task, subject.arm(), items=asked, out_dir=folder, how=how)
+    found = no_baselines()
+    if beside.n:
+        found = run_baselines(subject, task, items=items, asked=asked, out_dir=folder, beside=beside, how=how)
     seconds = time.monotonic() - start
-    report = build_report(task, tuned, beside, model=model_name, seed=seed, seconds=seconds)
-    report |= {"fingerprint": fingerprint, "number_format": number_format}
-    report |= {"first_question": asked[0].text, "n_asked": len(asked)}
-    if ranks.rank == 0:
+    report = build_report(task, tuned, found, model=subject.name, seed=seed, seconds=seconds)
+    report |= {"fingerprint": subject.fingerprint, "number_format": subject.number_format}
+    report |= {"first_question": asked[0].text, "n_asked": len(asked)} | ledger_of(subject.model, how.metric)
+    if how.ranks.rank == 0:
         write_report(report, folder, notes=report["notes"])
-        write_atomic(folder / "report.html", page(f"{task.name}: {model_name}", section_of(report, folder, asked)))
+        write_atomic(folder / "report.html", page(f"{task.name}: {subject.name}", section_of(report, folder, asked)))
     console.print(console_table(report, notes=report["notes"]))
     console.print(Text(f"Written to {folder}"))
     return report
+
+
+def ledger_of(*askers: Any) -> dict[str, Any]:
+    """Return {"ledger": teacher -> account} of an endpoint and a judge, {} where neither was asked.
+
+    It counts what this process sent: answers on file cost nothing again.
+    """
+    accounts = {one.teacher.name: asdict(one.account) for one in askers if hasattr(one, "account")}
+    return {"ledger": accounts} if accounts else {}
 
 
 def build_report(

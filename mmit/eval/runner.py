@@ -30,6 +30,8 @@ from mmit.io import append, write_atomic
 from mmit.text import terminal
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mmit.records import Image, Record
 
 CHUNK = 8  # batches handed to the model at once, for it to sort and to share pictures among
@@ -100,55 +102,82 @@ class Result:
     thoughts: int = 0  # answers that began with a thought, which is not scored
 
 
-def evaluate(  # noqa: PLR0913
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """Whose answers a file holds: answers of another arm are refused there, never mixed in.
+
+    Attributes:
+        fingerprint: tells this model's answers from another's, e.g. a checkpoint's hash.
+        label: names the file of answers.
+        number_format: what the model computes in, e.g. "bf16"; None where that is not known.
+        blank_images: the model sees a blank image in place of each.
+    """
+
+    fingerprint: str
+    label: str = "tuned"
+    number_format: str | None = None
+    blank_images: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """How questions are asked and scored: the same for a model and all its baselines.
+
+    Attributes:
+        sample: number of questions of a task, drawn with `seed`; None takes the task's own sample, or all.
+        seed: of samples and of resampled intervals; None takes the task's.
+        batch_size: questions per call of the model.
+        metric: what scores the answers; None takes METRICS[task.metric].
+        ranks: the processes that share the questions; all of them get the same result.
+        overwrite: drop the answers on file and start anew.
+        progress: show a progress bar.
+        console: where tables are printed; None is standard output.
+    """
+
+    sample: int | None = None
+    seed: int | None = None
+    batch_size: int = 64
+    metric: Callable[..., Score] | None = None
+    ranks: Ranks = ALONE
+    overwrite: bool = False
+    progress: bool = True
+    console: Console | None = None
+
+
+AS_STATED = How()
+
+
+def evaluate(
     model: Generates,
     task: Task,
+    arm: Arm,
     *,
     out_dir: str | os.PathLike[str],
-    fingerprint: str,
-    number_format: str | None = None,
-    limit: int | None = None,
-    seed: int | None = None,
     items: Sequence[Item] | None = None,
-    batch_size: int = 64,
-    blank_images: bool = False,
-    label: str = "tuned",
-    metric: Callable[..., Score] | None = None,
-    ranks: Ranks = ALONE,
-    overwrite: bool = False,
-    progress: bool = True,
+    how: How = AS_STATED,
 ) -> Result:
     """Ask `model` the task's questions, greedily, and score the answers.
 
     Args:
         model: what answers.
         task: what is asked and how it is scored.
+        arm: whose answers these are.
         out_dir: folder of answers-<label>.jsonl; made if need be.
-        fingerprint: tells this model's answers from another's, e.g. a checkpoint's hash.
-        number_format: what the model computes in, e.g. "bf16"; None where that is not known.
-        limit: number of questions, drawn with `seed`; None takes the task's own sample.
-        seed: of the sample and of resampled intervals; None takes the task's.
-        items: ask exactly these instead.
-        batch_size: questions per call of the model.
-        blank_images: have the model see a blank picture in place of each.
-        label: names the file of answers.
-        metric: what scores the answers; None takes METRICS[task.metric].
-        ranks: the processes that share the questions; all return the same Result.
-        overwrite, progress: drop the answers on file and start anew; show a progress bar.
+        items: ask exactly these; None asks the task's, or the sample of `how`.
+        how: how they are asked.
 
     Raises:
         MmitError: the answers on file are of another model, task or setting, or damaged; or the model does
             not give one text per question.
     """
+    seed, ranks = task.seed if how.seed is None else how.seed, how.ranks
     start = time.monotonic()
-    seed = task.seed if seed is None else seed
-    items = task_items(task, limit, seed) if items is None else list(items)
-    settings = _settings(task, label=label, fingerprint=fingerprint, blank_images=blank_images)
-    settings |= {} if number_format is None else {NUMBERS: number_format}
-    path = Path(out_dir) / f"answers-{label}.jsonl"
+    items = task_items(task, how.sample, seed) if items is None else list(items)
+    settings = _settings(task, arm)
+    path = Path(out_dir) / f"answers-{arm.label}.jsonl"
     asked = {item.id: _asked(item) for item in items}
     if ranks.rank == 0:
-        open_answers(path, settings, asked, overwrite=overwrite)
+        open_answers(path, settings, asked, overwrite=how.overwrite)
     ranks.barrier()
     settings = kept_settings(path, settings)
     rows = read_answers(path, settings, asked)
@@ -156,22 +185,23 @@ def evaluate(  # noqa: PLR0913
     target = path if ranks.world == 1 else rank_file(path, ranks.rank)
     if target != path:
         write_atomic(target, lines([settings]))
-    with _bar(f"{task.name} {label}", len(items), done=len(items) - missing, show=progress and not ranks.rank) as bar:
-        for batch in _chunks(items, batch_size)[ranks.rank :: ranks.world]:
+    title, show = f"{task.name} {arm.label}", how.progress and not ranks.rank
+    with _bar(title, len(items), done=len(items) - missing, show=show) as bar:
+        for batch in _chunks(items, how.batch_size)[ranks.rank :: ranks.world]:
             if all(item.id in rows for item in batch):
                 continue
-            answers = _answers(model, task, batch, batch_size=batch_size, blank_images=blank_images)
+            answers = _answers(model, task, batch, batch_size=how.batch_size, blank_images=arm.blank_images)
             pairs = zip(batch, answers, strict=True)
             new = [asked[item.id] | answer for item, answer in pairs if item.id not in rows]
             append(target, lines(new))
             rows |= {row["id"]: row for row in new}
             bar(len(new))
     rows = _gather(path, settings, asked, ranks=ranks) if ranks.world > 1 else rows
-    score = _score_and_keep(path, settings, rows, items=items, ranks=ranks, score=_scorer_of(task, metric, seed))
+    score = _score_and_keep(path, settings, rows, items=items, ranks=ranks, score=_scorer_of(task, how.metric, seed))
     ordered = [rows[item.id] for item in items]
     invalid = invalid_rate(task, score, [row["answer"] for row in ordered])
     thoughts = sum("thought" in row for row in ordered)
-    return Result(label, score, invalid, path, time.monotonic() - start, missing, thoughts)
+    return Result(arm.label, score, invalid, path, time.monotonic() - start, missing, thoughts)
 
 
 def _gather(path: Path, settings: Row, asked: Mapping[str, Row], *, ranks: Ranks) -> dict[str, Row]:
@@ -212,16 +242,19 @@ def _score_and_keep(
     return found
 
 
-def _settings(task: Task, **more: Any) -> Row:
+def _settings(task: Task, arm: Arm) -> Row:
     """Return the first line of a file of answers: what must be equal for them to be kept.
 
     Neither metric nor sample: a metric can score answers that another asked for, and a sample can grow.
     """
-    settings = {"format": FORMAT, "task": task.name, "max_new_tokens": task.max_new_tokens, **more}
+    settings: Row = {"format": FORMAT, "task": task.name, "max_new_tokens": task.max_new_tokens}
+    settings |= {"label": arm.label, "fingerprint": arm.fingerprint, "blank_images": arm.blank_images}
     if task.stop:
         settings["stop"] = task.stop
     if task.answer_by != "generate":
         settings["answer_by"] = task.answer_by
+    if arm.number_format is not None:
+        settings[NUMBERS] = arm.number_format
     return settings
 
 

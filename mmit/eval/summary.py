@@ -8,63 +8,55 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.text import Text
 
+from mmit.eval.baselines import USUAL, Beside, Subject
 from mmit.eval.page import page, table
-from mmit.eval.ranks import ALONE, Ranks
 from mmit.eval.report import run_task, section_of
+from mmit.eval.runner import AS_STATED, How
 from mmit.eval.tasks import Item, Task, sample_items
 from mmit.io import write_atomic
 from mmit.text import escape, terminal
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from mmit.eval.runner import Generates
 
 HEAD = ("task", "metric", "score", "95 % interval", "n", "majority", "chance", "blank", "swapped", "valid", "wordings")
 
 
 def run_tasks(
-    model: Generates,
+    subject: Subject,
     tasks: Sequence[tuple[Task, Sequence[Item]]],
     *,
     folder_of: Callable[[Task], Path],
     summary_in: Path | None,
     metric_of: Callable[[Task, Path], Any] = lambda task, folder: None,
-    ranks: Ranks = ALONE,
-    console: Console | None = None,
-    **options: Any,
+    beside: Beside = USUAL,
+    how: How = AS_STATED,
 ) -> list[dict[str, Any]]:
     """Evaluate a model on tasks and return their reports.
 
     Args:
-        model: what is evaluated.
+        subject: what is evaluated.
         tasks: each task with all its questions.
         folder_of: says where a task's results go.
         summary_in: folder of the summary; None writes none.
         metric_of: gives the metric of a task that a judge grades, None for the task's own.
-        ranks: as in `evaluate`.
-        console: where tables are printed; None is standard output.
-        options: of `run_task`.
+        beside, how: as in `run_task`.
     """
-    console = console or terminal(quiet=ranks.rank > 0)
-    options["ranks"] = ranks
+    console = how.console or terminal(quiet=how.ranks.rank > 0)
+    summarise = summary_in is not None and how.ranks.rank == 0
     reports, sections = [], []
     for task, items in tasks:
         folder = folder_of(task)
-        metric = metric_of(task, folder)
-        report = run_task(
-            model, task=task, items=items, out_dir=folder, flat=True, metric=metric, console=console, **options
-        )
+        own = replace(how, metric=metric_of(task, folder), console=console)
+        report = run_task(subject, task, items=items, out_dir=folder, beside=beside, how=own)
         reports.append(report)
-        if summary_in is not None and ranks.rank == 0:
+        if summarise:
             asked = sample_items(items, report["n_asked"], report["seed"])
             sections.append(section_of(report, folder, asked))
-    if summary_in is not None and ranks.rank == 0:
+    if summary_in is not None and summarise:
         write_summary(reports, sections, summary_in)
         # As Markdown, unbroken: a table that a terminal folds cannot be pasted.
         console.print(Text(f"\n{markdown(reports)}"), soft_wrap=True)

@@ -14,13 +14,13 @@ import pytest
 from mmit.errors import ConfigError, MmitError
 from mmit.eval.endpoint import EndpointModel
 from mmit.eval.judges import JUDGES, Judge
-from mmit.eval.runner import evaluate
 from mmit.eval.tasks import load_task, task_items
 from mmit.records import Record
 from mmit.teachers.endpoint import Endpoint
 from mmit.teachers.messages import openai_messages
 from mmit.teachers.request import Request, user
 from tests.eval.benchmarks import CASES, picture
+from tests.eval.loose import answered
 from tests.teachers.server import Server
 
 Reply = Callable[[dict[str, Any]], "tuple[int, Any]"]
@@ -155,7 +155,7 @@ def test_a_judged_task_from_files_to_report(stub: Stub, tmp_path: Path) -> None:
             return ["because"] * len(records)
 
     metric = judge(stub, tmp_path / "out" / "judgements.jsonl")
-    result = evaluate(Says(), task, out_dir=tmp_path / "out", fingerprint="f", metric=metric, progress=False)
+    result = answered(Says(), task, out_dir=tmp_path / "out", metric=metric)
     assert result.score.value == pytest.approx(0.4) and (tmp_path / "out" / "judgements.jsonl").exists()
 
 
@@ -201,7 +201,7 @@ def test_an_endpoint_is_evaluated_like_a_model(stub: Stub, tmp_path: Path) -> No
     task = load_task("pope", data_root=tmp_path)
     CASES["pope"][0](tmp_path / "pope")
     model = EndpointModel(Endpoint(stub.url, "m", pause=0.0))
-    result = evaluate(model, task, out_dir=tmp_path / "out", fingerprint="f", batch_size=4, progress=False)
+    result = answered(model, task, out_dir=tmp_path / "out", batch_size=4)
     assert (result.score.value, result.score.n, len(stub.requests)) == (0.5, 6, 6)
     blank = model.generate([task_items(task)[0].prompt], blank_images=True)
     urls = [request[2]["messages"][0]["content"][0]["image_url"]["url"] for request in stub.requests[-2:]]

@@ -13,9 +13,10 @@ import pytest
 from mmit.errors import MmitError
 from mmit.eval import runner
 from mmit.eval.ranks import ALONE, Ranks, from_environment
-from mmit.eval.runner import Result, evaluate
+from mmit.eval.runner import Result
 from mmit.eval.tasks import Item, Task
 from mmit.records import Record
+from tests.eval.loose import answered
 
 TASK = Task(name="t", records="r", metric="exact")
 
@@ -45,7 +46,7 @@ def together(folder: Path, world: int, models: Sequence[Echo]) -> list[Result | 
 
     def rank(number: int) -> None:
         try:
-            results[number] = evaluate(
+            results[number] = answered(
                 models[number],
                 TASK,
                 out_dir=folder,
@@ -68,7 +69,7 @@ def together(folder: Path, world: int, models: Sequence[Echo]) -> list[Result | 
 
 def alone(folder: Path) -> Result:
     given: dict[str, Any] = {"items": items(), "batch_size": 2, "fingerprint": "f", "progress": False}
-    return evaluate(Echo(), TASK, out_dir=folder, **given)
+    return answered(Echo(), TASK, out_dir=folder, **given)
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +107,8 @@ def test_leftovers_of_another_model_are_refused_or_dropped(tmp_path: Path) -> No
     together(tmp_path, 2, [Echo(2), Echo(2)])
     given: dict[str, Any] = {"items": items(), "batch_size": 2, "fingerprint": "g", "progress": False}
     with pytest.raises(MmitError, match="fingerprint was 'f'"):
-        evaluate(Echo(), TASK, out_dir=tmp_path, **given)
-    assert evaluate(Echo(), TASK, out_dir=tmp_path, overwrite=True, **given).generated == 23
+        answered(Echo(), TASK, out_dir=tmp_path, **given)
+    assert answered(Echo(), TASK, out_dir=tmp_path, overwrite=True, **given).generated == 23
     assert len(list(tmp_path.iterdir())) == 1
 
 

@@ -14,9 +14,10 @@ from rich.console import Console
 from mmit.errors import MmitError
 from mmit.eval.baselines import Majority, majority
 from mmit.eval.metrics import METRICS, clustered
-from mmit.eval.report import markdown, run_task
+from mmit.eval.report import markdown
 from mmit.eval.tasks import Task, load_task, task_items
 from mmit.records import Image, Record, write_jsonl
+from tests.eval.loose import reported
 
 KEYS = sorted(
     "accuracy baselines by_type chance ci95 created details fingerprint first_question images interval_by invalid_rate "
@@ -68,19 +69,19 @@ def task(tmp_path: Path) -> Task:
 def run(task: Task, folder: Path, **options: Any) -> tuple[dict[str, Any], str]:
     shown = StringIO()
     defaults: dict[str, Any] = {
-        "model_tuned": Model(tuned=True),
-        "untuned_factory": lambda: Model(tuned=False),
-        "model_name": "runs/[bold]x",
+        "model": Model(tuned=True),
+        "untuned": lambda: Model(tuned=False),
+        "name": "runs/[bold]x",
         "fingerprint": "m",
-        "progress": False,
         "console": Console(file=shown, width=100),
     }
-    report = run_task(task=task, out_dir=folder, **(defaults | options))
+    options = defaults | options
+    report = reported(options.pop("model"), task, folder, **options)
     return report, shown.getvalue()
 
 
 def test_the_whole(task: Task, tmp_path: Path) -> None:
-    report, shown = run(task, tmp_path / "out", baseline_n=30)
+    report, shown = run(task, tmp_path / "out", n=30)
     assert sorted(report) == KEYS
     # All 40 colours right, and the half of the others that is yes.
     assert (report["accuracy"], report["n"], report["invalid_rate"]) == (0.75, 80, 0.0)
@@ -106,7 +107,7 @@ def test_the_whole(task: Task, tmp_path: Path) -> None:
     )
     assert arms["blank_image"]["n"] == 30 and 0 < arms["blank_image"]["accuracy"] < 0.75
     assert report["versions"]["mmit"] and report["created"].endswith("+00:00")
-    folder = tmp_path / "out" / "t"
+    folder = tmp_path / "out"
     assert json.loads((folder / "report.json").read_text("utf-8")) == report
     names = {"report.json", "report.md", "report.html"}
     names |= {f"answers-{key}.jsonl" for key in ("tuned", "chance", *arms)}
@@ -123,11 +124,11 @@ def test_baselines_ask_the_tuned_models_questions_or_more(task: Task, tmp_path: 
         rows = (tmp_path / "out" / f"answers-{label}.jsonl").read_text("utf-8").splitlines()[1:]
         return {json.loads(row)["id"] for row in rows}
 
-    report, _ = run(task, tmp_path / "out", sample=40, baseline_n=20, flat=True)
+    report, _ = run(task, tmp_path / "out", sample=40, n=20)
     assert report["n"] == 40 and report["baselines"]["majority"]["n"] == 80
     assert asked("blank_image") == asked("untuned") < asked("tuned") and len(asked("untuned")) == 20
     # A sample that is too small for the baselines does not make them smaller.
-    report, _ = run(task, tmp_path / "out", sample=10, baseline_n=20, flat=True, overwrite=True)
+    report, _ = run(task, tmp_path / "out", sample=10, n=20, overwrite=True)
     assert (report["n"], report["baselines"]["untuned"]["n"]) == (10, 20)
 
 
@@ -137,7 +138,7 @@ def test_running_again_repeats_nothing(task: Task, tmp_path: Path) -> None:
     def build() -> Model:
         raise AssertionError("built")
 
-    second, _ = run(task, tmp_path / "out", untuned_factory=build)
+    second, _ = run(task, tmp_path / "out", untuned=build)
     volatile = {"created", "seconds"}
     assert {k: v for k, v in first.items() if k not in volatile} == {
         k: v for k, v in second.items() if k not in volatile
@@ -163,7 +164,7 @@ def test_what_cannot_be_is_null_and_says_why(tmp_path: Path) -> None:
         def generate(self, records: Sequence[Record], **options: Any) -> list[str]:
             return ["a"] * len(records)
 
-    report, shown = run(task, tmp_path / "out", model_tuned=Reader(), untuned_factory=None)
+    report, shown = run(task, tmp_path / "out", model=Reader(), untuned=None)
     assert report["baselines"]["untuned"] is None and report["baselines"]["blank_image"] is None
     assert report["baselines"]["majority"]["accuracy"] == 0.75
     for note in ("no training split", "not asked for", "no pictures"):
@@ -218,9 +219,9 @@ class Thinks(Model):
 
 def test_thoughts_are_not_scored_and_the_reader_is_told(task: Task, tmp_path: Path) -> None:
     plain, _ = run(task, tmp_path / "plain")
-    report, shown = run(task, tmp_path / "thoughts", model_tuned=Thinks(tuned=True))
+    report, shown = run(task, tmp_path / "thoughts", model=Thinks(tuned=True))
     assert report["accuracy"] == plain["accuracy"] and report["n"] == plain["n"]
     note = f"{report['n']} of {report['n']} answers began with a thought, which is not scored"
     assert report["notes"]["thoughts"] == note and note in " ".join(shown.split())
-    assert f"Thoughts: {note}." in (tmp_path / "thoughts" / "t" / "report.md").read_text("utf-8")
+    assert f"Thoughts: {note}." in (tmp_path / "thoughts" / "report.md").read_text("utf-8")
     assert "thoughts" not in plain["notes"]

@@ -12,9 +12,10 @@ import pytest
 
 from mmit.errors import MmitError, ModelError
 from mmit.eval import runner
-from mmit.eval.runner import Lazy, Result, evaluate, invalid_rate
+from mmit.eval.runner import Lazy, Result, invalid_rate
 from mmit.eval.tasks import Item, Task
 from mmit.records import Image, Record
+from tests.eval.loose import answered
 
 
 class Echo:
@@ -51,8 +52,8 @@ def questions(count: int = 10) -> list[Item]:
 
 
 def run(model: Any, folder: Path, items: list[Item] | None = None, **options: Any) -> Result:
-    options = {"fingerprint": "m1", "batch_size": 3, "progress": False} | options
-    return evaluate(model, TASK, out_dir=folder, items=items or questions(), **options)
+    options = {"fingerprint": "m1", "batch_size": 3} | options
+    return answered(model, TASK, out_dir=folder, items=items or questions(), **options)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

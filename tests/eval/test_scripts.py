@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from mmit.eval.runner import evaluate
 from mmit.eval.tasks import load_task
 from mmit.records import Record
 from tests.eval.benchmarks import CASES
+from tests.eval.loose import answered
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts" / "eval"
 
@@ -42,8 +42,7 @@ def converted(name: str, task_name: str, folder: Path) -> Path:
         def metric(answers: Any, references: Any, **options: Any) -> Any:
             return METRICS["exact"](answers, ["x"] * len(answers))
 
-    given: dict[str, Any] = {"out_dir": folder / "out", "fingerprint": "f", "metric": metric, "progress": False}
-    answers = evaluate(Says(), task, **given).path
+    answers = answered(Says(), task, out_dir=folder / "out", metric=metric).path
     assert script("convert").main([name, str(answers), str(folder / "made")]) == 0
     return folder / "made"
 

@@ -16,15 +16,16 @@ import pytest
 from rich.console import Console
 
 from mmit.errors import ConfigError, ModelError
+from mmit.eval.baselines import Beside, Subject
 from mmit.eval.page import mistakes, words_of, worst_answers
 from mmit.eval.probes import GENERAL, chance, possible_answers, sensitivity, swapped, wordings
 from mmit.eval.questions import Item
-from mmit.eval.report import run_task
-from mmit.eval.runner import Lazy, evaluate
+from mmit.eval.runner import How, Lazy
 from mmit.eval.summary import latex, run_tasks
 from mmit.eval.tasks import Task, load_task, task_items
 from mmit.records import Image, Record, Text, Turn, write_jsonl
 from tests.eval.benchmarks import CASES
+from tests.eval.loose import answered, reported
 
 
 class Sees:
@@ -63,9 +64,7 @@ def colours(tmp_path: Path) -> Path:
 
 
 def report_of(colours: Path, out: Path, **options: Any) -> dict[str, Any]:
-    given: dict[str, Any] = {"untuned_factory": None, "model_name": "m", "fingerprint": "f", "progress": False}
-    given |= {"console": Console(file=StringIO()), "flat": True}
-    return run_task(Sees(), task=load_task(colours), out_dir=out, **(given | options))
+    return reported(Sees(), load_task(colours), out, console=Console(file=StringIO()), **options)
 
 
 def test_blank_and_swapped_pictures(colours: Path, tmp_path: Path) -> None:
@@ -164,11 +163,10 @@ def test_the_page_names_frequent_mistakes_and_marks_pictures_between_words(tmp_p
 def test_a_metrics_further_numbers_are_in_the_table_s_caption(tmp_path: Path) -> None:
     for name in ("pope", "mme"):
         CASES[name][0](tmp_path / name)
-    given: dict[str, Any] = {"untuned_factory": None, "model_name": "m", "fingerprint": "f", "progress": False}
     said_of = {"pope": "precision 50.0 %, recall 100.0 %, F1 66.7 %", "mme": "perception 100, cognition 50"}
     for name, said in said_of.items():
         task = load_task(name, data_root=tmp_path)
-        run_task(Sees(), task=task, out_dir=tmp_path, console=Console(file=StringIO()), **given)
+        reported(Sees(), task, tmp_path / name, console=Console(file=StringIO()))
         assert said in (tmp_path / name / "report.md").read_text()
 
 
@@ -190,16 +188,12 @@ def test_several_tasks_make_one_table(colours: Path, tmp_path: Path) -> None:
     tasks.append(load_task(colours))
     out, shown = tmp_path / "out", StringIO()
     reports = run_tasks(
-        Sees(),
+        Subject(Sees(), "runs/a_b", "f", untuned=lambda: Sees()),
         [(task, task_items(task)) for task in tasks],
         folder_of=lambda task: out / task.name,
         summary_in=out,
-        console=Console(file=shown, width=200),
-        untuned_factory=lambda: Sees(),
-        model_name="runs/a_b",
-        fingerprint="f",
-        probes=("blank", "swap"),
-        progress=False,
+        beside=Beside(probes=("blank", "swap")),
+        how=How(console=Console(file=shown, width=200), progress=False),
     )
     by_name = {report["task"]: report for report in reports}
     assert by_name["pope"]["accuracy"] == 0.5 and by_name["mme"]["accuracy"] == 150  # half right, none in pairs
@@ -231,8 +225,8 @@ def test_likelihood_tasks_need_a_model_that_tells_them(tmp_path: Path) -> None:
             return [""] * len(records)
 
     with pytest.raises(ModelError, match="likelihoods of choices"):
-        evaluate(Writes(), task, out_dir=tmp_path / "a", fingerprint="f", progress=False)
-    result = evaluate(Lazy(lambda: Sees()), task, out_dir=tmp_path / "b", fingerprint="f", progress=False)
+        answered(Writes(), task, out_dir=tmp_path / "a")
+    result = answered(Lazy(lambda: Sees()), task, out_dir=tmp_path / "b")
     assert result.score.n == 1
 
 
@@ -245,5 +239,5 @@ def test_likelihood_per_character(tmp_path: Path) -> None:
 
     for kind, right in (("likelihood", 0), ("likelihood_per_character", 1)):
         task = Task(name="t", records=str(tmp_path / "r"), metric="exact:strict", answer_by=kind)  # type: ignore[arg-type]
-        result = evaluate(Scores(), task, out_dir=tmp_path / kind, fingerprint="f", progress=False)
+        result = answered(Scores(), task, out_dir=tmp_path / kind)
         assert result.score.value == right
