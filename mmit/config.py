@@ -25,8 +25,9 @@ from pydantic import (
     model_validator,
 )
 
-from mmit import sections
+from mmit import kinds, sections
 from mmit.errors import ConfigError, nearest
+from mmit.kinds import OWN, listed
 from mmit.sections import Entry, Section, brief
 from mmit.yamlio import Keys, dump_yaml, flatten, inline_yaml, merge, parse_override, parse_yaml, set_key
 
@@ -77,9 +78,7 @@ class TowerConfig(Section):
 class VisionConfig(Section):
     """The eye: which encoder, which layer of it, and how pictures are fitted to it."""
 
-    kind: str
-    """library the encoder comes from: open_clip, timm or hf; fused for several, listed under towers; or
-    my_pkg.my_mod:name of a builder of your own"""
+    kind: str = Field(description=f"where the encoder comes from: {listed(kinds.ENCODERS, OWN)}")
     name: str = ""
     """model name in that library, hub id, or folder; required unless kind is fused"""
     towers: list[TowerConfig] = []
@@ -125,9 +124,7 @@ class VisionConfig(Section):
 class ProjectorConfig(Section):
     """The bridge from vision features to LLM embeddings."""
 
-    kind: str = "mlp"
-    """linear, mlp, fused_mlp, pixel_shuffle_mlp, avg_pool_mlp, resampler, deepstack_mlp (features of several layers,
-    added inside the LLM), or my_pkg.my_mod:Name of your own"""
+    kind: str = Field("mlp", description=listed(kinds.PROJECTORS, OWN))
     options: dict[str, Any] = {}
     """arguments of that projector (depth, factor, queries, ...), checked by the projector itself"""
 
@@ -150,8 +147,7 @@ class LlmConfig(Section):
 class ChatConfig(Section):
     """How turns become text."""
 
-    format: str = "hf"
-    """hf (the tokenizer's own template), plain, vicuna_v1, chatml, the path of a .jinja file, or my_pkg.my_mod:name"""
+    format: str = Field("hf", description=listed(kinds.CHAT_FORMATS, "the path of a .jinja file", OWN))
     template_args: dict[str, Any] = {}
     """variables of the template, such as enable_thinking, in training and afterwards"""
     image_token: str | None = None
@@ -204,15 +200,13 @@ class ComponentTune(Section):
 class VisionTune(ComponentTune):
     """Training of the vision encoder."""
 
-    mode: str = "frozen"
-    """frozen, full, layernorm, bitfit or lora"""
+    mode: str = Field("frozen", description=listed(kinds.TUNING["vision"]))
 
 
 class ProjectorTune(ComponentTune):
     """Training of the projector."""
 
-    mode: str = "full"
-    """frozen or full"""
+    mode: str = Field("full", description=listed(kinds.TUNING["projector"]))
     lr: PositiveFloat | None = 1e-3
     """peak learning rate; null when frozen"""
 
@@ -220,8 +214,7 @@ class ProjectorTune(ComponentTune):
 class LlmTune(ComponentTune):
     """Training of the language model."""
 
-    mode: str = "lora"
-    """frozen, full, lora, qlora, ia3, houlsby, soft_prompt, prefix, bitfit, layernorm, or my_pkg.my_mod:name"""
+    mode: str = Field("lora", description=listed(kinds.TUNING["llm"], OWN))
     lr: PositiveFloat | None = 2e-4
     """peak learning rate; null when frozen"""
     options: dict[str, Any] = {}
@@ -441,8 +434,7 @@ class EngineConfig(Section):
 
     kind: Literal["torch", "deepspeed", "auto"] = "auto"
     """auto: deepspeed when started by its launcher, else plain torch on one device"""
-    deepspeed: str = "zero2"
-    """zero0, zero1, zero2, zero3, or the path of a DeepSpeed JSON"""
+    deepspeed: str = Field("zero2", description=listed(kinds.ZERO, "the path of a DeepSpeed JSON"))
 
 
 class Config(Section):

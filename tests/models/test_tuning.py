@@ -15,7 +15,7 @@ from mmit.data.chat import chat_format
 from mmit.errors import CheckpointError, ModelError
 from mmit.models import llm as models_llm
 from mmit.models.assemble import assemble
-from mmit.models.tuning import apply_tuning, merge, parameter_table, quantization
+from mmit.models.tuning import MODES, apply_tuning, merge, parameter_table, quantization
 from mmit.train.checkpoint import folders
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import run
@@ -65,12 +65,19 @@ VISION = {
     "lora targets": ("lora", {"r": 2, "targets": ["q_proj"]}, r"q_proj\.lora_[AB]", 0.0, True),
 }
 CASES = {f"llm {k}": ("llm", *v) for k, v in LLM.items()} | {f"vision {k}": ("vision", *v) for k, v in VISION.items()}
+UNTESTED = {"frozen", "qlora"}  # nothing to train; needs bitsandbytes and has tests of its own below
 CASES["projector full"] = ("projector", "full", {}, "", 0.0, True)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tuning")
+
+
+def test_every_method_is_tested_here():
+    for component, modes in MODES.items():
+        tested = {mode for part, mode, *_ in CASES.values() if part == component}
+        assert tested == set(modes) - UNTESTED, component
 
 
 def write(config, vlm, tokenizer, target):

@@ -168,15 +168,6 @@ def _mme_official(text: str) -> str:
 MME: dict[str, Callable[[str], str]] = {"official": _mme_official, "lmms": _mme_lmms}
 
 
-def parse_mme(text: str, *, profile: str = "lmms") -> str:
-    """Return "yes", "no" or "other".
-
-    Raises:
-        MmitError: unknown profile.
-    """
-    return pick(MME, profile, where="mme")(text)
-
-
 def _mme_points(pairs: np.ndarray) -> np.ndarray:
     """Return accuracy + accuracy+ in points of (..., 3) counts of images with 0, 1, 2 right answers."""
     pairs = np.asarray(pairs, float)

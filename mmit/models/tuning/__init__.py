@@ -1,11 +1,8 @@
 """Which parameters are trained, and how: one mode per component.
 
 Owns freezing, the tuning methods and the parameter groups. Takes a composite and plain modes, changes the composite
-in place, gives groups. Refuses a plan that trains nothing, or next to nothing.
-
-    vision      frozen, full, layernorm, bitfit, lora
-    projector   frozen, full
-    llm         frozen, full, lora, qlora, ia3, houlsby, soft_prompt, prefix, bitfit, layernorm, or one of your own
+in place, gives groups. Refuses a plan that trains nothing, or next to nothing. The modes of each component are `MODES`;
+`mmit.kinds.TUNING` has a line on each.
 """
 
 from __future__ import annotations

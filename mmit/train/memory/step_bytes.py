@@ -30,7 +30,6 @@ class Bytes:
     llm: int  # weights of the LLM, adapters included
     rest: int  # weights of tower and projector, buffers
     trained: int  # number of trained parameters
-    trained_bytes: int
     masters: int  # float32 copies of trained weights that are not float32 themselves
     moments: int
     passing: int  # activations, gradients, logits
@@ -90,7 +89,6 @@ def measure_bytes(
         llm=llm,
         rest=_bytes(vlm) - llm,
         trained=sum(p.numel() for p in trained),
-        trained_bytes=sum(p.numel() * p.element_size() for p in trained),
         masters=4 * sum(m.numel() for m in masters),
         moments=8 * sum(p.numel() for p in trained),
         passing=passing,

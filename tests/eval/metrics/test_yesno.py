@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mmit.errors import MmitError
 from mmit.eval.metrics import METRICS, wilson
-from mmit.eval.metrics.yesno import MME_COGNITION, MME_PERCEPTION, parse_mme
+from mmit.eval.metrics.yesno import MME, MME_COGNITION, MME_PERCEPTION
 
 answers = st.lists(st.tuples(st.sampled_from(["yes", "no"]), st.sampled_from(["yes", "no"])), min_size=1)
 
@@ -86,12 +86,12 @@ def test_pope_refuses_other_references():
     ],
 )
 def test_mme_parsing(text, lmms, official):
-    assert (parse_mme(text, profile="lmms"), parse_mme(text, profile="official")) == (lmms, official)
+    assert (MME["lmms"](text), MME["official"](text)) == (lmms, official)
 
 
 @given(st.text("yesno aYN", min_size=2, max_size=8).map(str.strip).filter(lambda t: len(t) != 1))
 def test_mme_profiles_agree_without_periods_spaces_and_lone_letters(text):
-    assert parse_mme(text, profile="lmms") == parse_mme(text, profile="official")
+    assert MME["lmms"](text) == MME["official"](text)
 
 
 def question(answer, category="color", image=0):
