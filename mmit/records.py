@@ -365,9 +365,10 @@ def _check_keys(obj: Any, keys: Sequence[str], *, where: str) -> None:
 
 
 def _list(obj: dict[str, Any], key: str, where: str) -> list[Any]:
-    if not isinstance(obj.get(key), list):
+    value = obj.get(key)
+    if not isinstance(value, list):
         raise RecordError(f"'{key}' is missing or not a list", where=where, remedy=_EXAMPLE)
-    return obj[key]
+    return value
 
 
 def _part(obj: Any, where: str, root: str) -> Part:

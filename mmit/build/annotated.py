@@ -238,8 +238,8 @@ def _of_row(
             shots = pool.of(row, at.number, template, asked, rng) if pool else []
             rendered = with_shots(asked, [shot for _, shot in shots])
             record = _record(rendered, bank, template, row, at)
-            record.meta["build"]["shots"] = [name for name, _ in shots]  # type: ignore[index]
-            record.meta["build"]["seed"] = recipe.seed  # type: ignore[index]
+            record.meta["build"]["shots"] = [name for name, _ in shots]
+            record.meta["build"]["seed"] = recipe.seed
             record.validate()
         except RecordError as error:
             yield Dropped(bank.task, at.where, template.id, error.problem)

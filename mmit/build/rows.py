@@ -13,7 +13,8 @@ from typing import Any
 
 from mmit.build.package_data import image_format
 from mmit.build.packages import package_rows
-from mmit.data.formats.common import image_part, json_rows
+from mmit.data.formats.common import json_rows
+from mmit.data.formats.pictures import image_part
 from mmit.data.formats.tabular import csv_rows, hf_rows, is_parquet, is_table, parquet_rows
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image

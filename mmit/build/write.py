@@ -27,7 +27,7 @@ from mmit import __version__
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import check_allowed
 from mmit.build.package_data import image_format
-from mmit.data.lint.images import image_name
+from mmit.data.image_identity import image_name
 from mmit.errors import ConfigError
 from mmit.io import unwritable, write_atomic
 from mmit.processes import only_one

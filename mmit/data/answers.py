@@ -96,7 +96,8 @@ class AnswerText:
         return ids[: len(ids) - begun]
 
     def _decoded(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
 
 def _last(ids: list[int], wanted: list[int]) -> int:

@@ -181,7 +181,7 @@ class TemplateFormat(ChatFormat):
         named = piece_tokenizer(tokenizer).named_in(template)
         self.content_tokens = self._given_tokens | named - {self._template.image_token or ""}
 
-    @property  # type: ignore[override]
+    @property
     def thinks(self) -> bool:
         """Whether prompts end as the template's own generation prompt does, before a thought."""
         return self._template.thinks
@@ -271,7 +271,8 @@ class BuiltInFormat(ChatFormat):
                 problem = f"the record has {key}, for which the chat format '{self.name}' has no place"
                 raise RecordError(problem, remedy="Use a chat template, or leave them or the record out.")
         said = [flat(turn, number) for number, turn in enumerate(record.turns)]
-        return self._bos + self._write(said, self.end, generate)
+        pieces: list[Piece] = self._bos + self._write(said, self.end, generate)
+        return pieces
 
     def to_json(self) -> dict[str, Any]:
         """Return the name, and the content tokens where there are some."""

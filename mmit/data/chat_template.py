@@ -518,7 +518,7 @@ class ChatTemplate:
         turn = Outline(cast("Any", role), "t")
         shape: Shape = (turn, *TALK) if role == "system" else (*TALK, turn, ANSWER)
         for style in (assistant, "string" if assistant == "list" else "list"):
-            self._renderer.styles[role] = cast("Style", style)
+            self._renderer.styles[role] = style
             try:
                 self._check_style(shape)
                 return

@@ -103,7 +103,7 @@ class PieceTokenizer:
 
     def _encode_template(self, text: str, after: After) -> list[int]:
         if self._own_start(after):
-            ids = self._full.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._full.encode(text, add_special_tokens=False).ids
         else:
             # Only the part before the first added token continues the text on the left.
             head = text[: next((start for start, _ in self._spans(text, self._added_ids)), len(text))]
@@ -125,7 +125,7 @@ class PieceTokenizer:
             return self.content_with_offsets(text, after)[0]
         encoder = self._start if self._own_start(after) else self._middle
         # A batch of one: `encode` finds offsets too, which takes a third of its time.
-        ids = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
         self._check(text, ids)
         return ids
 
@@ -189,7 +189,8 @@ class PieceTokenizer:
         return after == "start" or (after == "control" and self._prefix_each_section)
 
     def _alone(self, text: str) -> list[int]:
-        return self._middle.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self._middle.encode(text, add_special_tokens=False).ids
+        return ids
 
     def _symbols(self, text: str) -> set[str]:
         """Return the characters `text` is spelled with before merging, stand-ins for bytes if byte-level."""
@@ -273,9 +274,9 @@ def _rename(spec: dict[str, Any], ids: frozenset[int]) -> None:
 
 def _unknown_id(model: dict[str, Any]) -> int | None:
     """Return the id a model writes for text it cannot spell, None if it has none."""
-    if model["type"] == "Unigram":
-        return model["unk_id"]
-    return model["vocab"].get(model.get("unk_token"))
+    unigram = model["type"] == "Unigram"
+    number: int | None = model["unk_id"] if unigram else model["vocab"].get(model.get("unk_token"))
+    return number
 
 
 def _alphabet(spec: dict[str, Any]) -> frozenset[str] | None:

@@ -61,7 +61,8 @@ def _decode_jpeg(data: bytes) -> torch.Tensor | None:
     # A copy, since torch warns of bytes that cannot be written to.
     encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     try:
-        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+        pixels: torch.Tensor = decode_jpeg(encoded, mode=ImageReadMode.RGB)
+        return pixels
     except RuntimeError:
         return None
 

@@ -79,7 +79,9 @@ class RougePool:
             return np.zeros(0)
         coded = self._coded(text)
         common = process.cdist([coded], self._texts, scorer=LCSseq.similarity, dtype=np.int32)[0]
-        return 2 * common / np.maximum(np.asarray(self._lengths) + len(coded), 1)  # two empty texts share nothing
+        lengths = np.maximum(np.asarray(self._lengths) + len(coded), 1)  # two empty texts share nothing
+        values: np.ndarray = 2 * common / lengths
+        return values
 
     def nearest(self, text: str) -> float:
         """Return the highest F-measure of a text with one of the pool; 0 where the pool is empty."""

@@ -20,7 +20,8 @@ from mmit.errors import RecordError
 from mmit.records import Image
 
 if TYPE_CHECKING:
-    from mmit.data.dataset import InstructionData, Scan
+    from mmit.data.dataset import InstructionData
+    from mmit.data.measure import Scan
 
 LoadImage = Callable[[Image, str], torch.Tensor]  # picture, place -> its crops (C, 3, H, W) uint8
 

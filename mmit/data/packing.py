@@ -146,6 +146,10 @@ def trie_length(samples: Sequence[Sample], *, share: bool = True) -> int:
     return total
 
 
+def _integers(values: Sequence[object]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
 def build_row(samples: Sequence[Sample], *, share: bool = True) -> Row:
     """Lay samples into one row.
 
@@ -204,16 +208,15 @@ def build_row(samples: Sequence[Sample], *, share: bool = True) -> Row:
                 targets.append(s.ids[i])
                 owners.append(s.record)
                 weights.append(float(s.weights[i]))
-    tensor = lambda x: torch.tensor(x, dtype=torch.int64)  # noqa: E731
     return Row(
-        input_ids=tensor(ids),
-        positions=tensor(positions),
-        image_positions=tensor(image_positions),
-        nodes=tensor(nodes).reshape(-1, 3),
-        predict_at=tensor(predict_at),
-        targets=tensor(targets),
+        input_ids=_integers(ids),
+        positions=_integers(positions),
+        image_positions=_integers(image_positions),
+        nodes=_integers(nodes).reshape(-1, 3),
+        predict_at=_integers(predict_at),
+        targets=_integers(targets),
         weights=torch.tensor(weights, dtype=torch.float32),
-        target_records=tensor(owners),
+        target_records=_integers(owners),
         images=images,
         records=[s.record for s in samples],
         unshared_tokens=sum(-t if t < 0 else 1 for symbols in symbol_lists for t, _ in symbols),

@@ -162,7 +162,8 @@ class ImagePreparation:
         below, beside = rows * high - laid.scaled[0], columns * wide - laid.scaled[1]
         pixels = torch.nn.functional.pad(pixels, (0, beside, 0, below))
         units = pixels.unflatten(2, (columns, wide)).unflatten(1, (rows, high)).permute(1, 3, 0, 2, 4)
-        return units.flatten(0, 1).contiguous()
+        crops: torch.Tensor = units.flatten(0, 1).contiguous()
+        return crops
 
     def whole(self) -> ImagePreparation:
         """The same tower looking at whole pictures, one crop each. Raises ConfigError where it has no such size."""

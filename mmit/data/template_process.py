@@ -65,7 +65,8 @@ class _Server:
         with self._lock:
             process = self._started()
             try:
-                return json.loads(_exchange(process, request))
+                answer: dict[str, str] = json.loads(_exchange(process, request))
+                return answer
             except (TimeoutError, OSError, EOFError):
                 self._stop()
                 problem = f"it takes more than {SECONDS:g} s of processor time, or more memory than 512 MiB"

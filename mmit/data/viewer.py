@@ -159,7 +159,8 @@ def _decode_each(ids: Sequence[int], groups: Sequence[Any], tokenizer: Any) -> I
 
 
 def _decode(ids: Sequence[int], tokenizer: Any) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _visible(text: str) -> str:

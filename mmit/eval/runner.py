@@ -82,7 +82,8 @@ class Lazy:
 
     def generate(self, records: Sequence[Record], **options: Any) -> list[str]:
         """Build the model if need be, and let it answer."""
-        return self._built().generate(records, **options)
+        answers: list[str] = self._built().generate(records, **options)
+        return answers
 
     def score(self, records: Sequence[Record], choices: Any, **options: Any) -> list[list[float]]:
         """Build the model if need be, and let it say how likely the choices are."""
@@ -280,7 +281,8 @@ def _asked(item: Item) -> Row:
         "reference": item.reference,
     }
     try:
-        return json.loads(json.dumps(row, allow_nan=False))
+        plain: Row = json.loads(json.dumps(row, allow_nan=False))
+        return plain
     except (TypeError, ValueError) as error:
         problem = f"a reference that JSON cannot keep: {error}"
         remedy = "References are text, numbers, lists and mappings of these."
@@ -330,10 +332,11 @@ def _without_thought(answer: str) -> Row:
 
 
 def _scorer(model: Any) -> Scores:
+    scores: Scores = model
     if not hasattr(model, "score"):
         problem = "the task compares likelihoods of choices, which this model does not tell"
         raise ModelError(problem, where="answer_by", remedy="Set answer_by: generate, or evaluate an mmit model.")
-    return model
+    return scores
 
 
 def _likeliest(task: Task, item: Item, likelihoods: Sequence[float]) -> Row:

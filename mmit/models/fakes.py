@@ -12,4 +12,4 @@ class CpuFakes(FakeTensorMode):
     starts a thread for it at the first backward pass, and a process with that thread cannot train in a fork.
     """
 
-    avoid_device_init = False  # type: ignore[assignment]
+    avoid_device_init = False

@@ -92,7 +92,7 @@ def _planned(
 ) -> tuple[torch.Tensor, None]:
     """mmit's attention over the current plan, or what a fused kernel would keep of it."""
     if _current.flash and getattr(module, PREFIX, None) is None:
-        return _Flash.apply(query, key, value), None  # type: ignore[no-untyped-call]
+        return _Flash.apply(query, key, value), None
     with running(_current.row):
         return attention._attention(module, query, key, value, None, **options)
 

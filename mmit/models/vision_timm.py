@@ -67,7 +67,7 @@ class TimmReader(Reader):
         # pass in that layout can corrupt memory (torch 2.15, fastvit_t8 on CPU), so training avoids it.
         self.channels_last = frozen and self.stages
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        self.model.to(memory_format=layout)  # type: ignore[call-overload]
+        self.model.to(memory_format=layout)
 
     def features(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the layers as a map (B, D, h, w), and their CLS token (B, 1, D) where that is read."""
@@ -134,7 +134,7 @@ def timm_encoder(
         identity=json.dumps(["timm", model.default_cfg.get("architecture") or name.split(".")[0]]),
         layer=layer,
         select=select,
-        built_size=tuple(facts["input_size"][1:]),  # type: ignore[arg-type]
+        built_size=tuple(facts["input_size"][1:]),
         image_size=image_size,
         normalize=normalize,
         constants=facts,

@@ -31,7 +31,7 @@ from mmit.models.virtual import virtual_tokens, with_prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from mmit.models.projectors import Projector
+    from mmit.models.projector_base import Projector
     from mmit.models.routers import Routers
     from mmit.models.vision import VisionTower
 
@@ -81,7 +81,7 @@ class VLM(nn.Module):
     @property
     def word_embeddings(self) -> nn.Parameter:
         """(V, D) input embeddings of the LLM."""
-        return self.llm.get_input_embeddings().weight  # type: ignore[operator, return-value]
+        return self.llm.get_input_embeddings().weight  # type: ignore[return-value]
 
     def see(self, pixels: torch.Tensor, grids: torch.Tensor | None = None) -> torch.Tensor:
         """Features of crops: (C, 3, H, W) uint8 -> (C, N, D_v); `grids` as for `VisionTower.forward`."""

@@ -83,7 +83,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        return _Bounded().visit(tree)
+        bounded: nodes.Template = _Bounded().visit(tree)
+        return bounded
 
     def compiled(self, source: str, *, where: str) -> Compiled:
         """Compile a template. Raises ConfigError, placed at `where`."""
@@ -222,8 +223,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self._check_size(size)
         return str(separator).join(parts)
 
-    def _replace(self, text: Any, old: str, new: str, count: int = -1) -> str:
-        text = str(text)
+    def _replace(self, given: Any, old: str, new: str, count: int = -1) -> str:
+        text = str(given)
         self._check_size(len(text) + text.count(old) * max(0, len(str(new)) - len(old)))
         return text.replace(old, str(new), count)
 
@@ -306,7 +307,7 @@ def _round(value: float, precision: int = 0, method: str = "common") -> float:
     if method == "common":
         return round(value, precision)
     function = math.ceil if method == "ceil" else math.floor
-    return function(value * 10**precision) / 10**precision
+    return float(function(value * 10**precision) / 10**precision)
 
 
 def _format(text: str, *values: Any) -> str:

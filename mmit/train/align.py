@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from mmit.errors import RecordError
 
 if TYPE_CHECKING:
-    from mmit.models.projectors import Projector
+    from mmit.models.projector_base import Projector
 
 SHARPNESS = 20.0  # factor on the cosine: 1 / temperature of the softmax
 NORM_WEIGHT = 0.1  # weight of the size penalty

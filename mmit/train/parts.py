@@ -49,8 +49,9 @@ from mmit.train.settle import check_divided, settled, with_whole_paths
 if TYPE_CHECKING:
     from mmit.config import Config
     from mmit.data.chat import ChatFormat
-    from mmit.data.dataset import InstructionData, Scan
+    from mmit.data.dataset import InstructionData
     from mmit.data.loader import LoadImage
+    from mmit.data.measure import Scan
     from mmit.data.walk import Walk
     from mmit.models.vlm import VLM
     from mmit.train.engines.base import Engine

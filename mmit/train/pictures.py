@@ -21,7 +21,8 @@ from mmit.train.align import align_words
 from mmit.train.features import FeatureCache, compute_features
 
 if TYPE_CHECKING:
-    from mmit.data.dataset import InstructionData, Scan
+    from mmit.data.dataset import InstructionData
+    from mmit.data.measure import Scan
     from mmit.data.preparation import ImagePreparation
     from mmit.models.vlm import VLM
     from mmit.records import Record
@@ -99,7 +100,7 @@ def align_to_captions(  # noqa: PLR0913
     with whole(vlm.word_embeddings):
         ids = torch.arange(shape(vlm.word_embeddings)[0], device=vlm.device)
         # What the LLM gets for a word: some scale the table's rows inside the embedding module.
-        embeddings = vlm.llm.get_input_embeddings()(ids).detach()  # type: ignore[operator]
+        embeddings = vlm.llm.get_input_embeddings()(ids).detach()
 
         def align(alive: Callable[[], None]) -> None:
             options: dict[str, Any] = {"epochs": epochs, "lr": lr, "seed": seed, "alive": alive}

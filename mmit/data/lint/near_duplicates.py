@@ -81,8 +81,9 @@ class TextSignatures:
         signatures, keys = signatures[order], keys[order]
 
         def same(one: int, others: np.ndarray) -> np.ndarray:
-            agree = (signatures[others] == signatures[one]).mean(axis=1) >= SIMILAR
-            return agree & (keys[others] == keys[one])
+            agree: np.ndarray = (signatures[others] == signatures[one]).mean(axis=1) >= SIMILAR
+            agree &= keys[others] == keys[one]
+            return agree
 
         found: Pairs = {}
         width = FUNCTIONS // BANDS
@@ -103,8 +104,9 @@ def shingles(text: str) -> np.ndarray:
     if len(codes) < SHINGLE:
         # A text of one or two words is alike only to itself, and one without any (such as "?!") by its characters.
         return np.array([crc32(b" ".join(words) or text.encode("utf-8", "replace"))], dtype=np.uint64)
-    mixed = codes[:-2] * _MIX[0] ^ codes[1:-1] * _MIX[1] ^ codes[2:] * _MIX[2]
-    return mixed ^ (mixed >> np.uint64(31))
+    mixed: np.ndarray = codes[:-2] * _MIX[0] ^ codes[1:-1] * _MIX[1] ^ codes[2:] * _MIX[2]
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
 
 
 def _minhash(texts: Sequence[np.ndarray]) -> np.ndarray:
@@ -138,7 +140,7 @@ def similar_pictures(hashes: Sequence[tuple[int, bytes]]) -> Pairs:
 
     def same(one: int, others: np.ndarray) -> np.ndarray:
         differing = np.unpackbits((codes[others] ^ codes[one]).view(np.uint8).reshape(-1, 8), axis=1).sum(axis=1)
-        alike = differing <= HASH_DISTANCE
+        alike: np.ndarray = differing <= HASH_DISTANCE
         # Small things on a plain ground hardly change the hash, nor the mean: the largest difference tells them.
         apart = np.abs(colours[others[alike]].astype(np.int16) - colours[one])
         alike[alike] = (apart.mean(axis=1) <= COLOUR_MEAN) & (apart.max(axis=1) <= COLOUR_MAX)

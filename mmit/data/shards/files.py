@@ -148,7 +148,7 @@ def _fetch(files: Any, path: str, start: int, size: int) -> bytes:
     """Fetch a range; a passing fault of the network is tried again."""
     for attempt in range(1, _TRIES + 1):
         try:
-            data = files.cat_file(path, start=start, end=start + size)
+            data: bytes = files.cat_file(path, start=start, end=start + size)
             break
         except Exception as error:
             if attempt == _TRIES or isinstance(error, FileNotFoundError):

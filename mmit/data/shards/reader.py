@@ -29,6 +29,7 @@ from mmit.io import write_atomic
 from mmit.records import Image, Part, Record, short
 
 # Members of a sample that lie this close are fetched with one read.
+Member = tuple[Any, ...]  # a row of the index, see _START and the rest below
 _GAP = 1 << 16
 _CHANGED = "The shard changed since it was indexed: restore it, or index it again if the change was meant."
 _REBUILD = "Build or index the folder again."
@@ -150,7 +151,7 @@ class ShardSource:
         shard, place, wanted = self._wanted(number)
         return self._read(self._path(shard), wanted, place)
 
-    def _wanted(self, number: int) -> tuple[str, str, list[tuple]]:
+    def _wanted(self, number: int) -> tuple[str, str, list[Member]]:
         """Return shard, place for messages, and the index rows of the members of a sample."""
         row = self._row(number)
         shard = self._shard(row)
@@ -164,7 +165,7 @@ class ShardSource:
         check_members(sizes, where=place, limits=self._limits)
         return shard, place, wanted
 
-    def _read(self, path: str, wanted: list[tuple], place: str) -> dict[str, bytes]:
+    def _read(self, path: str, wanted: list[Member], place: str) -> dict[str, bytes]:
         found = {}
         for start, data, group in self._spans(path, wanted):
             for m in group:
@@ -196,20 +197,21 @@ class ShardSource:
     def _row(self, number: int) -> np.void:
         if not 0 <= number < len(self):
             raise IndexError(f"record {number} of {len(self)}")
-        return self.index.samples[number]
+        row: np.void = self.index.samples[number]
+        return row
 
     def _shard(self, row: np.void) -> str:
         shard = int(row["shard"])
         if shard >= len(self.index.header["shards"]):
             raise RecordError("the index is damaged", where=self.origin, remedy=_REBUILD)
-        return self.index.header["shards"][shard]["name"]
+        return str(self.index.header["shards"][shard]["name"])
 
     def _path(self, shard: str) -> str:
         return _join(self.origin, shard)
 
-    def _spans(self, path: str, members: list[tuple]) -> Iterator[tuple[int, memoryview, list[tuple]]]:
+    def _spans(self, path: str, members: list[Member]) -> Iterator[tuple[int, memoryview, list[Member]]]:
         """Read neighbouring members together; yield (start, bytes, members)."""
-        group: list[tuple] = []
+        group: list[Member] = []
         end = 0
         for m in members:
             if group and not 0 <= m[_START] - end <= _GAP:
@@ -219,7 +221,7 @@ class ShardSource:
             end = m[_START] + _span(m)
         yield self._span(path, group, end)
 
-    def _span(self, path: str, group: list[tuple], end: int) -> tuple[int, memoryview, list[tuple]]:
+    def _span(self, path: str, group: list[Member], end: int) -> tuple[int, memoryview, list[Member]]:
         start = group[0][_START]
         return start, memoryview(self._ranges.read(path, start, end - start)), group
 
@@ -228,8 +230,8 @@ class ShardSource:
 _START, _LEAD, _SIZE, _CRC, _WIDTH, _HEIGHT, _SUFFIX, _INLINE = range(8)
 
 
-def _span(member: tuple) -> int:
-    return member[_LEAD] + padded(member[_SIZE])
+def _span(member: Member) -> int:
+    return int(member[_LEAD]) + padded(member[_SIZE])
 
 
 def open_shards(

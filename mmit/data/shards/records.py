@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import PIL.Image
 
@@ -27,6 +27,8 @@ from mmit.data.images import FORMATS as PICTURES
 from mmit.data.images import without_png_text
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record, Text, Turn, short
+
+T = TypeVar("T")
 
 TEXTS = ("json", "txt")
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
@@ -259,7 +261,7 @@ def _with_bytes(record: Record, key: str, images: Mapping[str, bytes], *, where:
     return replace(record, turns=turns)
 
 
-def _placed(work: Callable[[], Any], where: str) -> Any:
+def _placed(work: Callable[[], T], where: str) -> T:
     """What `work` returns; its error gets the place of the sample."""
     try:
         return work()

@@ -23,6 +23,7 @@ from mmit.data.content import piece_tokenizer
 from mmit.errors import ConfigError
 from mmit.eval.harness import requests as asking
 from mmit.eval.harness import scoring
+from mmit.eval.runner import CHUNK
 from mmit.models.llm import context_length
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ class TextModel(TemplateLM):
     ) -> list[Scored]:
         pairs = [(begin, end) for _, begin, end in requests]
         out: list[Likelihood] = []
-        size = scoring.CHUNK * self.batch_size
+        size = CHUNK * self.batch_size
         for start in tqdm(range(0, len(pairs), size), desc="mmit", disable=disable_tqdm):
             out += scoring.score_tokens(self.model, pairs[start : start + size], batch_size=self.batch_size)
         return [_scored(one) for one in out]

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.eval.harness import requests as asking
 from mmit.eval.harness import scoring
+from mmit.eval.runner import CHUNK
 
 if TYPE_CHECKING:
     from mmit.records import Record
@@ -101,12 +102,12 @@ class _Adapter(lmms):
             key, record, text = self._continued(request, last)
             pairs.append((record, text))
             last = (key, record)
-            if len(pairs) >= scoring.CHUNK * self.batch_size:
+            if len(pairs) >= CHUNK * self.batch_size:
                 found += scoring.score_answers(self.model, pairs, batch_size=self.batch_size)
                 pairs = []
         found += scoring.score_answers(self.model, pairs, batch_size=self.batch_size)
         losses = [-one.log_probability / (one.tokens if self.loss == "mean" else 1) for one in found]
-        return [GenerationResult((loss, one.greedy)) for loss, one in zip(losses, found, strict=True)]  # type: ignore[arg-type]
+        return [GenerationResult((loss, one.greedy)) for loss, one in zip(losses, found, strict=True)]
 
     def _continued(self, request: Instance, last: tuple[Any, Record | None]) -> tuple[Any, Record, str]:
         """Return a key of the question, its record (that of the last request if it has the same key), the answer."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from mmit.data.formats.common import image_part, json_object, json_rows
+from mmit.data.formats.common import json_object, json_rows
+from mmit.data.formats.pictures import image_part
 from mmit.data.formats.tabular import csv_rows, parquet_rows
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, Turn

@@ -66,7 +66,8 @@ def _java_on_path() -> Iterator[None]:
 
 def _ptb(captions: Tokenised) -> Tokenised:
     rows = {i: [{"caption": text} for text in texts] for i, texts in captions.items()}
-    return _load("tokenizer.ptbtokenizer", "PTBTokenizer")().tokenize(rows)
+    tokenised: Tokenised = _load("tokenizer.ptbtokenizer", "PTBTokenizer")().tokenize(rows)
+    return tokenised
 
 
 def _simple(captions: Tokenised) -> Tokenised:

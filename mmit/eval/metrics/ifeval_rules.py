@@ -101,7 +101,7 @@ def language(text: str) -> str | None:
     # Its detector is random unless seeded.
     langdetect.DetectorFactory.seed = 0
     try:
-        return langdetect.detect(text)
+        return str(langdetect.detect(text))
     except langdetect.LangDetectException:
         return None
 
@@ -133,7 +133,8 @@ def _forbidden(text: str, a: Arguments, words: Words) -> bool:
 def _letter_frequency(text: str, a: Arguments, words: Words) -> bool:
     count = text.lower().count(a["letter"].strip().lower())
     # Anything but "less than" counts as "at least" here, and for capital words.
-    return count < a["let_frequency"] if a["let_relation"] == "less than" else count >= a["let_frequency"]
+    wanted: int = a["let_frequency"]
+    return count < wanted if a["let_relation"] == "less than" else count >= wanted
 
 
 def _response_language(text: str, a: Arguments, words: Words) -> bool:
@@ -150,7 +151,7 @@ def _number_paragraphs(text: str, a: Arguments, words: Words) -> bool:
         return False
     # Only the outermost parts may be empty, and a lone empty part counts once.
     ends = {0, len(parts) - 1}
-    return len(parts) - sum(not parts[i].strip() for i in ends) == a["num_paragraphs"]
+    return bool(len(parts) - sum(not parts[i].strip() for i in ends) == a["num_paragraphs"])
 
 
 def _number_words(text: str, a: Arguments, words: Words) -> bool:
@@ -164,11 +165,11 @@ def _nth_paragraph_first_word(text: str, a: Arguments, words: Words) -> bool:
         return False
     word = parts[nth - 1].split()[0].lstrip("'").lstrip('"')
     first = re.split("[.,?!'\"]", word)[0].lower()
-    return count == a["num_paragraphs"] and first == a["first_word"].lower()
+    return bool(count == a["num_paragraphs"] and first == a["first_word"].lower())
 
 
 def _placeholders(text: str, a: Arguments, words: Words) -> bool:
-    return len(re.findall(r"\[.*?\]", text)) >= a["num_placeholders"]
+    return bool(len(re.findall(r"\[.*?\]", text)) >= a["num_placeholders"])
 
 
 def _postscript(text: str, a: Arguments, words: Words) -> bool:
@@ -181,7 +182,7 @@ def _postscript(text: str, a: Arguments, words: Words) -> bool:
 def _bullets(text: str, a: Arguments, words: Words) -> bool:
     stars = re.findall(r"^\s*\*[^\*].*$", text, flags=re.MULTILINE)
     dashes = re.findall(r"^\s*-.*$", text, flags=re.MULTILINE)
-    return len(stars) + len(dashes) == a["num_bullets"]
+    return bool(len(stars) + len(dashes) == a["num_bullets"])
 
 
 def _constrained(text: str, a: Arguments, words: Words) -> bool:
@@ -191,12 +192,12 @@ def _constrained(text: str, a: Arguments, words: Words) -> bool:
 def _highlights(text: str, a: Arguments, words: Words) -> bool:
     single = sum(bool(h.strip("*").strip()) for h in re.findall(r"\*[^\n\*]*\*", text))
     double = sum(bool(h[2:-2].strip()) for h in re.findall(r"\*\*[^\n\*]*\*\*", text))
-    return single + double >= a["num_highlights"]
+    return bool(single + double >= a["num_highlights"])
 
 
 def _sections(text: str, a: Arguments, words: Words) -> bool:
     heads = re.split(rf"\s?{a['section_spliter'].strip()}\s?\d+\s?", text)
-    return len(heads) - 1 >= a["num_sections"]
+    return bool(len(heads) - 1 >= a["num_sections"])
 
 
 def _json(text: str, a: Arguments, words: Words) -> bool:
@@ -233,7 +234,8 @@ def _end(text: str, a: Arguments, words: Words) -> bool:
 def _capital_words(text: str, a: Arguments, words: Words) -> bool:
     count = sum(w.isupper() for w in words.tokens(text))
     below = a["capital_relation"] == "less than"
-    return count < a["capital_frequency"] if below else count >= a["capital_frequency"]
+    wanted: int = a["capital_frequency"]
+    return count < wanted if below else count >= wanted
 
 
 def _all_capitals(text: str, a: Arguments, words: Words) -> bool:

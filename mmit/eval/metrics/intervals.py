@@ -61,7 +61,8 @@ def _resampled_means(values: np.ndarray, *, seed: int, resamples: int) -> np.nda
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= _MAX_DISTINCT:
         # How often each distinct value is drawn is multinomial: the same distribution without n positions.
-        return rng.multinomial(n, counts / n, size=resamples) @ distinct / n
+        means: np.ndarray = rng.multinomial(n, counts / n, size=resamples) @ distinct / n
+        return means
     rows = max(1, _CHUNK // n)
     means = [
         values[rng.integers(0, n, size=(min(rows, resamples - done), n), dtype=np.int32)].mean(axis=1)
@@ -135,7 +136,7 @@ def t_quantile(df: int) -> float:
         (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
         (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
     )
-    return z + sum(term / df ** (power + 1) for power, term in enumerate(terms))
+    return float(z + sum(term / df ** (power + 1) for power, term in enumerate(terms)))
 
 
 def cluster_error(values: np.ndarray, clusters: Sequence[str]) -> tuple[float, int]:

@@ -10,10 +10,12 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from rapidfuzz.distance.LCSseq import similarity as common_subsequence
-from rapidfuzz.distance.Levenshtein import distance as edit_distance
+from rapidfuzz.distance import LCSseq, Levenshtein
 
 from mmit.eval.metrics.score import Score, check_lengths, mean_score, options_of, pick
+
+edit_distance = Levenshtein.distance
+common_subsequence = LCSseq.similarity
 
 
 def _collapse(text: str) -> str:

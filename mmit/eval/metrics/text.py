@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mmit.eval.metrics.score import Score, check_lengths, each, mean_score, memo, options_of, pick
 
@@ -110,7 +111,7 @@ def _formula(text: str) -> str:
 
 def ocrbench(
     predictions: Sequence[str],
-    references: Sequence[dict],
+    references: Sequence[dict[str, Any]],
     *,
     profile: str = "lmms",
     groups: Sequence[str] | None = None,

@@ -149,7 +149,7 @@ def normalise(text: str, *, profile: str = "official") -> str:
     Raises:
         MmitError: unknown profile.
     """
-    return pick(PROFILES, profile, where="vqa").answers(text)
+    return str(pick(PROFILES, profile, where="vqa").answers(text))
 
 
 def _leave_one_out(matches: tuple[bool, ...], average: Callable[[list[float]], float]) -> float:

@@ -172,11 +172,12 @@ def _mme_points(pairs: np.ndarray) -> np.ndarray:
     """Return accuracy + accuracy+ in points of (..., 3) counts of images with 0, 1, 2 right answers."""
     pairs = np.asarray(pairs, float)
     images = pairs.sum(axis=-1)
-    return 100.0 * ((pairs[..., 1] + 2 * pairs[..., 2]) / (2 * images) + pairs[..., 2] / images)
+    points: np.ndarray = 100.0 * ((pairs[..., 1] + 2 * pairs[..., 2]) / (2 * images) + pairs[..., 2] / images)
+    return points
 
 
 def _mme_categories(
-    right: Sequence[float], references: Sequence[dict], *, seed: int
+    right: Sequence[float], references: Sequence[dict[str, Any]], *, seed: int
 ) -> tuple[dict[str, dict[str, float]], tuple[float, float]]:
     """Return each category's points, and the interval of their sum (images resampled per category)."""
     images: dict[str, dict[Any, list[float]]] = {}
@@ -202,7 +203,7 @@ def _mme_categories(
 
 def mme(
     predictions: Sequence[str],
-    references: Sequence[dict],
+    references: Sequence[dict[str, Any]],
     *,
     profile: str = "lmms",
     groups: Sequence[str] | None = None,

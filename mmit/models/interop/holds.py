@@ -92,7 +92,8 @@ def beyond_body_and_head(model: Any) -> str | None:
         return "its layers take the embeddings of the token ids themselves"
     if isinstance(model.get_input_embeddings(), ScaledWords) and model.get_input_embeddings().embed_scale != 1:
         return "its body scales only the embeddings that it looks up itself"
-    if AutoModel._model_mapping.get(type(config), None) not in type(body).__mro__:
+    built: Any = AutoModel._model_mapping.get(type(config), None)
+    if built not in type(body).__mro__:
         return f"transformers builds another body for its config than {type(body).__name__}"
     embeddings = torch.empty(1, 2, config.hidden_size, dtype=torch.float32, device="meta")
     hidden = torch.empty_like(embeddings)

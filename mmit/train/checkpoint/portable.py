@@ -78,7 +78,7 @@ def save_imported(found: Foreign, folder: Path, config: Config) -> None:
 
     def fill(draft: Path) -> None:
         write_model(draft, found.vlm, config=config, tokenizer=found.tokenizer, chat=found.chat, step=0)
-        found.vlm.llm.save_pretrained(str(draft / "llm"))  # type: ignore[operator]
+        found.vlm.llm.save_pretrained(str(draft / "llm"))
         found.tokenizer.save_pretrained(draft / "llm")
         folders = _tower_folders(draft / "vision", len(encoders))
         for place, tower, encoder in zip(folders, towers, encoders, strict=True):

@@ -23,7 +23,8 @@ from mmit.models.hub import is_hub_id
 from mmit.yamlio import inline_yaml
 
 if TYPE_CHECKING:
-    from mmit.data.dataset import InstructionData, Scan
+    from mmit.data.dataset import InstructionData
+    from mmit.data.measure import Scan
     from mmit.models.vision import VisionTower
 
 Say = Callable[[str], None]

@@ -19,7 +19,8 @@ from mmit.models.partition import shape
 from mmit.models.vlm import VLM, same_logits
 
 if TYPE_CHECKING:
-    from mmit.data.dataset import InstructionData, Scan
+    from mmit.data.dataset import InstructionData
+    from mmit.data.measure import Scan
 
 ADAPTERS = ("lora", "qlora", "ia3", "houlsby")
 LAST = 32  # targets of a record that are compared
@@ -60,11 +61,11 @@ def _logits(vlm: VLM, samples: list[Sample], *, share: bool) -> dict[int, torch.
     row = build_row(samples, share=share)
     device = vlm.device
     words = vlm.llm.get_input_embeddings()
-    embeddings = words(row.input_ids.to(device))  # type: ignore[operator]
+    embeddings = words(row.input_ids.to(device))
     ids = row.input_ids.index_fill(0, row.image_positions, -1).to(device)
     if len(row.image_positions):
         depth = row.positions[row.image_positions].float()[:, None] + 1
-        size = words(torch.arange(64, device=device)).float().std()  # type: ignore[operator]
+        size = words(torch.arange(64, device=device)).float().std()
         vectors = torch.sin(depth * torch.arange(1.0, embeddings.shape[1] + 1)).to(device) * size
         embeddings = embeddings.index_copy(0, row.image_positions.to(device), vectors.to(embeddings))
     places = {s.record: (row.target_records == s.record).nonzero()[-LAST:, 0] for s in samples}
@@ -81,7 +82,7 @@ def _words(vlm: VLM) -> dict[str, Any]:
     words = vlm.llm.get_input_embeddings()
     at = torch.arange(count, device=device)
     nodes = torch.tensor([[0, count, -1]])
-    embeddings = words(ids)  # type: ignore[operator]
+    embeddings = words(ids)
     return {"embeddings": embeddings, "positions": at, "nodes": nodes, "at": at, "ids": ids}
 
 

@@ -24,7 +24,7 @@ from mmit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mmit.config import Config
-    from mmit.data.dataset import Scan
+    from mmit.data.measure import Scan
     from mmit.models.vlm import VLM
 
 

@@ -203,7 +203,7 @@ def step_memory(
         vlm, groups, batches, precision=config.train.precision, accumulate=micros > 1, flash=flash, recompute=recompute
     )
     if config.tune.llm.mode == "qlora":  # half a byte a weight, and a scale of 8 bits per 64 weights
-        head = vlm.llm.get_output_embeddings()  # type: ignore[operator]
+        head = vlm.llm.get_output_embeddings()
         linear = [m.weight for m in vlm.llm.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         frozen = [w for w in linear if not w.requires_grad]
         saved = sum(w.numel() * (w.element_size() - 0.516) for w in frozen)

@@ -21,7 +21,8 @@ from mmit.train.data.setup import source_names
 from mmit.train.monitor.run_files import RUN, read_json, write_json
 
 if TYPE_CHECKING:
-    from mmit.data.dataset import InstructionData, Scan
+    from mmit.data.dataset import InstructionData
+    from mmit.data.measure import Scan
     from mmit.data.walk import Walk
     from mmit.models.vlm import VLM
     from mmit.train.engines.world import World

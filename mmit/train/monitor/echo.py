@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mmit.data.chat_check import difference
-from mmit.data.dataset import InstructionData, Scan, split_pairs
+from mmit.data.dataset import InstructionData, split_pairs
 from mmit.data.viewer import to_rich
 from mmit.models.tuning import parameter_table
 
 if TYPE_CHECKING:
     from mmit.data.chat import ChatFormat
+    from mmit.data.measure import Scan
     from mmit.data.walk import Walk
     from mmit.models.vlm import VLM
 
