@@ -124,7 +124,7 @@ class VisionConfig(Section):
 class ProjectorConfig(Section):
     """The bridge from vision features to LLM embeddings."""
 
-    kind: str = Field("mlp", description=listed(kinds.PROJECTORS, OWN))
+    kind: str = Field(default="mlp", description=listed(kinds.PROJECTORS, OWN))
     options: dict[str, Any] = {}
     """arguments of that projector (depth, factor, queries, ...), checked by the projector itself"""
 
@@ -147,7 +147,7 @@ class LlmConfig(Section):
 class ChatConfig(Section):
     """How turns become text."""
 
-    format: str = Field("hf", description=listed(kinds.CHAT_FORMATS, "the path of a .jinja file", OWN))
+    format: str = Field(default="hf", description=listed(kinds.CHAT_FORMATS, "the path of a .jinja file", OWN))
     template_args: dict[str, Any] = {}
     """variables of the template, such as enable_thinking, in training and afterwards"""
     image_token: str | None = None
@@ -200,13 +200,13 @@ class ComponentTune(Section):
 class VisionTune(ComponentTune):
     """Training of the vision encoder."""
 
-    mode: str = Field("frozen", description=listed(kinds.TUNING["vision"]))
+    mode: str = Field(default="frozen", description=listed(kinds.TUNING["vision"]))
 
 
 class ProjectorTune(ComponentTune):
     """Training of the projector."""
 
-    mode: str = Field("full", description=listed(kinds.TUNING["projector"]))
+    mode: str = Field(default="full", description=listed(kinds.TUNING["projector"]))
     lr: PositiveFloat | None = 1e-3
     """peak learning rate; null when frozen"""
 
@@ -214,7 +214,7 @@ class ProjectorTune(ComponentTune):
 class LlmTune(ComponentTune):
     """Training of the language model."""
 
-    mode: str = Field("lora", description=listed(kinds.TUNING["llm"], OWN))
+    mode: str = Field(default="lora", description=listed(kinds.TUNING["llm"], OWN))
     lr: PositiveFloat | None = 2e-4
     """peak learning rate; null when frozen"""
     options: dict[str, Any] = {}
@@ -434,7 +434,7 @@ class EngineConfig(Section):
 
     kind: Literal["torch", "deepspeed", "auto"] = "auto"
     """auto: deepspeed when started by its launcher, else plain torch on one device"""
-    deepspeed: str = Field("zero2", description=listed(kinds.ZERO, "the path of a DeepSpeed JSON"))
+    deepspeed: str = Field(default="zero2", description=listed(kinds.ZERO, "the path of a DeepSpeed JSON"))
 
 
 class Config(Section):

@@ -25,7 +25,7 @@ from typing import Any
 import PIL.Image
 
 from mmit.errors import ConfigError, MmitError, RecordError
-from mmit.eval.harness.columns import split_options
+from mmit.eval.layouts.common import split_options
 from mmit.eval.questions import CHOICES, QUESTION
 from mmit.eval.tasks import Task, load_task, task_items
 from mmit.records import Image, Text, Turn

@@ -82,7 +82,8 @@ class Task(Section):
     """package:easy-vqa, or a JSON/JSONL file, {split} standing for the split; a relative path is looked for in the
     data root, then in the folder of this YAML; null where the task has a layout"""
     layout: str | None = None
-    """layout of a benchmark's files, a name in mmit.eval.layouts.LAYOUTS, instead of records"""
+    """layout of a benchmark's files, a name in mmit.eval.layouts.LAYOUTS or my_pkg.my_mod:NAME of a Layout of your own,
+    instead of records"""
     folder: str | None = None
     """folder of a layout's files in the data root (by default data/), or hub:owner/name of a data set on the hub;
     null takes the task's name"""

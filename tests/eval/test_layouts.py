@@ -268,3 +268,33 @@ def test_the_custom_example_works() -> None:
     for item in items:
         for image in item.prompt.images:
             load_rgb(image)
+
+
+def test_a_layout_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "own_colours.py", OWN)
+    write(tmp_path / "colours.yaml", "name: colours\nlayout: own_colours:COLOURS\nmetric: exact\n")
+    write(tmp_path / "data" / "colours" / "test.json", [{"question": "Which?", "answer": "red"}])
+    (item,) = task_items(load_task("colours.yaml"))
+    assert (item.text, item.reference, item.id) == ("Which?", "red", "1")
+    (tmp_path / "data" / "colours" / "test.json").unlink()
+    with pytest.raises(ConfigError, match="one question a row"):
+        task_items(load_task("colours.yaml"))
+    write(tmp_path / "wrong.yaml", "name: wrong\nlayout: own_colours:NUMBER\nmetric: exact\n")
+    with pytest.raises(ConfigError, match="is a int; needed here is a mmit.eval.layouts.Layout"):
+        load_task("wrong.yaml")
+
+
+OWN = """
+from mmit.eval.layouts import Folder, Layout, Questions
+
+NUMBER = 3
+
+
+def colours(folder: Folder, split: str) -> Questions:
+    for number, row in folder.rows(f"{split}.json"):
+        yield folder.question(row["question"], id=number, reference=row["answer"])
+
+
+COLOURS = Layout(colours, {"{split}.json": "one question a row"}, "https://example.org/colours", ("test",))
+"""

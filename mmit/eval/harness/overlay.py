@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,49 +19,21 @@ import yaml
 
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.eval import layouts
-from mmit.eval.harness.columns import LMMS_COLUMNS
 from mmit.io import write_atomic
 
 if TYPE_CHECKING:
+    from mmit.eval.layouts.common import LmmsTask
     from mmit.records import Image, Record
 
 SUFFIX = "_local"
 
 
-@dataclass(frozen=True, slots=True)
-class Twin:
-    """A harness's task and the mmit layout that has its questions."""
-
-    yaml: str  # below the harness's tasks/
-    layout: str
-    data: str  # the folder in the data root
-    split: str | None = None
-    more: Mapping[str, Any] | None = None  # further keys of the YAML
-
-
-def _twin(path: str, layout: str, split: str | None = None, *, data: str | None = None, **more: Any) -> Twin:
-    return Twin(path, layout, data or layout, split, more)
-
-
-LMMS: dict[str, Twin] = {
-    "pope": _twin("pope/pope.yaml", "pope", "all"),
-    "pope_random": _twin("pope/pope_random.yaml", "pope", "random"),
-    "pope_pop": _twin("pope/pope_popular.yaml", "pope", "popular"),
-    "pope_adv": _twin("pope/pope_adv.yaml", "pope", "adversarial"),
-    "mme": _twin("mme/mme.yaml", "mme"),
-    "vqav2_val": _twin("vqav2/vqav2_val.yaml", "vqav2", "val2014"),
-    "vizwiz_vqa_val": _twin("vizwiz_vqa/vizwiz_vqa_val.yaml", "vizwiz", "val"),
-    "textvqa_val": _twin("textvqa/textvqa_val.yaml", "textvqa", "val"),
-    "gqa": _twin("gqa/gqa.yaml", "gqa", "testdev_balanced", process_docs=None),
-    "docvqa_val": _twin("docvqa/docvqa_val.yaml", "docvqa", "val"),
-    "chartqa": _twin("chartqa/chartqa.yaml", "chartqa", "test"),
-    "ocrbench": _twin("ocrbench/ocrbench.yaml", "ocrbench"),
-    "realworldqa": _twin("realworldqa/realworldqa.yaml", "realworldqa"),
-    "scienceqa_img": _twin("scienceqa/scienceqa_img.yaml", "scienceqa", "test"),
-    "ai2d": _twin("ai2d/ai2d.yaml", "ai2d", "test"),
-    "seedbench": _twin("seedbench/seedbench.yaml", "seedbench", "image"),
-    "seedbench_ppl": _twin("seedbench/seedbench_ppl.yaml", "seedbench", "image"),
-    "mmbench_en_dev_static": _twin("mmbench/mmbench_en_dev_static.yaml", "mmbench", "dev"),
+# Tasks of lmms-eval by name, with the layout that has their questions.
+LMMS: dict[str, tuple[str, LmmsTask]] = {
+    name: (layout, task)
+    for layout, entry in layouts.LAYOUTS.items()
+    if entry.lmms is not None
+    for name, task in entry.lmms.tasks.items()
 }
 TEXT = ("hellaswag", "gsm8k", "mmlu")
 HARNESSES = {"lmms-eval": "lmms_eval", "lm-eval": "lm_eval"}
@@ -101,7 +72,7 @@ def write_overlay(
     made: list[str] = []
     for name in names:
         if harness == "lmms-eval":
-            made += _write_lmms(name, LMMS[name], shipped, root, folder)
+            made += _write_lmms(name, shipped, root, folder)
         else:
             made += _TEXT[name](shipped, root / name, folder)
     return made
@@ -122,13 +93,15 @@ def _records(task: str, layout: str, folder: Path, split: str | None) -> list[Re
     return records
 
 
-def _write_lmms(name: str, twin: Twin, shipped: Path, root: Path, out: Path) -> list[str]:
-    columns = LMMS_COLUMNS[twin.layout]
-    rows = [columns(record) for record in _records(name, twin.layout, root / twin.data, twin.split)]
+def _write_lmms(name: str, shipped: Path, root: Path, out: Path) -> list[str]:
+    layout, task = LMMS[name]
+    lmms = layouts.LAYOUTS[layout].lmms
+    assert lmms is not None, "LMMS lists layouts that have one"
+    rows = [lmms.columns(record) for record in _records(name, layout, root / (task.data or layout), task.split)]
     data = out / "data" / f"{name}.parquet"
     write_parquet(rows, data)
-    own = {"dataset_name": None, "test_split": "test", **(twin.more or {})}
-    return [_write_yaml(name, shipped / twin.yaml, out, data={"test": data}, kind="parquet", **own)]
+    own = {"dataset_name": None, "test_split": "test", **task.more}
+    return [_write_yaml(name, shipped / task.yaml, out, data={"test": data}, kind="parquet", **own)]
 
 
 def write_parquet(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.eval.layouts import captions, choice, judged, text, vqa, yesno
-from mmit.eval.layouts.common import LETTER, SHORT, Folder, Layout
+from mmit.eval.layouts.common import LETTER, SHORT, Folder, Layout, Questions
+from mmit.plugins import FORM, is_spec, own_object
 
 if TYPE_CHECKING:
     from mmit.records import Record
 
-__all__ = ["LAYOUTS", "LETTER", "SHORT", "Folder", "Layout", "check_options", "read"]
+__all__ = ["LAYOUTS", "LETTER", "SHORT", "Folder", "Layout", "Questions", "check_options", "find_layout", "read"]
 
 LAYOUTS: dict[str, Layout] = {
     **vqa.LAYOUTS,
@@ -29,11 +30,24 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+def find_layout(name: str) -> Layout:
+    """Return `LAYOUTS[name]`, or the Layout that `module:NAME` of the user's own names. Raises ConfigError."""
+    if name in LAYOUTS:
+        return LAYOUTS[name]
+    if not is_spec(name):
+        remedy = f"{nearest(name, LAYOUTS)}, or {FORM} of your own"
+        raise ConfigError(f"unknown layout '{name}'", where="layout", remedy=remedy)
+    expects = "a mmit.eval.layouts.Layout"
+    found = own_object(name, where="layout", expects=expects)
+    if not isinstance(found, Layout):
+        problem = f"{name} is a {type(found).__name__}"
+        raise ConfigError(problem, where="layout", remedy=f"needed here is {expects}")
+    return found
+
+
 def check_options(layout: str, split: str | None, options: Mapping[str, Any]) -> None:
     """Raise ConfigError for an unknown layout, split or option; it lists the valid ones."""
-    if layout not in LAYOUTS:
-        raise ConfigError(f"unknown layout '{layout}'", where="layout", remedy=nearest(layout, LAYOUTS))
-    entry = LAYOUTS[layout]
+    entry = find_layout(layout)
     if split is not None and split not in entry.splits:
         problem = f"layout '{layout}' has no split '{split}'"
         raise ConfigError(problem, where="split", remedy=nearest(split, entry.splits))
@@ -54,7 +68,7 @@ def read(
     for a row that is not as expected.
     """
     check_options(layout, split, options)
-    entry = LAYOUTS[layout]
+    entry = find_layout(layout)
     place = Folder(folder, entry, task=task, split=split or entry.splits[0])
     seen: set[str] = set()
     if not place.path.is_dir():

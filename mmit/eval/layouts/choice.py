@@ -12,8 +12,23 @@ from string import ascii_uppercase
 from typing import Any
 
 from mmit.errors import RecordError
-from mmit.eval.layouts.common import LETTER, SHORT, Folder, Layout, Questions, by_letter, lettered, options_in
-from mmit.records import Image, Text
+from mmit.eval.layouts.common import (
+    LETTER,
+    SHORT,
+    Columns,
+    Folder,
+    Layout,
+    Lmms,
+    LmmsTask,
+    Questions,
+    asked,
+    by_letter,
+    lettered,
+    options_in,
+    split_options,
+)
+from mmit.eval.questions import REFERENCE
+from mmit.records import Image, Record, Text
 
 _PLACE = re.compile(r"<image (\d+)>")
 _ROTATION = 1_000_000
@@ -205,6 +220,37 @@ def _ai2d_question(folder: Folder, text: str, picture: Any, name: Any, *more: An
     return folder.question(body, [folder.picture(picture)], id=name, reference=letter, choices=options(texts))
 
 
+def _scienceqa_columns(record: Record) -> Columns:
+    # A hint stays in the question, where the prompt has it anyway.
+    question, choices = split_options(record)
+    answer = ascii_uppercase.index(record.meta[REFERENCE])
+    return asked(record) | {"question": question, "choices": choices, "hint": "", "answer": answer}
+
+
+def _ai2d_columns(record: Record) -> Columns:
+    question, choices = split_options(record)
+    answer = str(ascii_uppercase.index(record.meta[REFERENCE]))
+    return asked(record) | {"question": question, "options": choices, "answer": answer}
+
+
+def _seedbench_columns(record: Record) -> Columns:
+    # Its pictures come in a list.
+    question, choices = split_options(record)
+    named = {f"choice_{letter}": text for letter, text in zip("abcd", choices, strict=True)}
+    more = {"question": question, "answer": record.meta[REFERENCE], "data_type": "image"}
+    return asked(record) | {"image": list(record.images)} | named | more
+
+
+def _mmbench_columns(record: Record) -> Columns:
+    # A hint stays in the question, where the prompt has it anyway.
+    reference = record.meta[REFERENCE]
+    question = record.turns[-1].text.split(" There are several options:\n")[0]
+    options = {letter: reference["options"].get(letter, "nan") for letter in "ABCDE"}
+    named = {"index": reference["index"], "answer": reference["answer"], "category": reference["category"]}
+    unused = {"hint": "nan", "source": "", "split": "dev", "L2-category": reference["category"]}
+    return asked(record) | options | named | unused | {"question": question}
+
+
 LAYOUTS: dict[str, Layout] = {
     "scienceqa": Layout(
         _scienceqa,
@@ -216,6 +262,7 @@ LAYOUTS: dict[str, Layout] = {
         "https://github.com/lupantech/ScienceQA (tools/download.sh)",
         ("test", "val", "train", "minitest", "minival"),
         {"only_images": "false asks the questions without a picture too"},
+        lmms=Lmms(_scienceqa_columns, {"scienceqa_img": LmmsTask("scienceqa/scienceqa_img.yaml", "test")}),
     ),
     "mmbench": Layout(
         _mmbench,
@@ -223,6 +270,7 @@ LAYOUTS: dict[str, Layout] = {
         "https://github.com/open-compass/MMBench (mmbench_dev_20230712.tsv holds the rotated rows too)",
         ("dev", "dev_en", "dev_cn", "test"),
         {"rotate": "true makes the rotations of every question, for files that lack them"},
+        lmms=Lmms(_mmbench_columns, {"mmbench_en_dev_static": LmmsTask("mmbench/mmbench_en_dev_static.yaml", "dev")}),
     ),
     "seedbench": Layout(
         _seedbench,
@@ -233,6 +281,13 @@ LAYOUTS: dict[str, Layout] = {
         },
         "https://huggingface.co/datasets/AILab-CVC/SEED-Bench",
         ("image", "video", "all"),
+        lmms=Lmms(
+            _seedbench_columns,
+            {
+                "seedbench": LmmsTask("seedbench/seedbench.yaml", "image"),
+                "seedbench_ppl": LmmsTask("seedbench/seedbench_ppl.yaml", "image"),
+            },
+        ),
     ),
     "mmmu": Layout(
         _mmmu,
@@ -257,5 +312,6 @@ LAYOUTS: dict[str, Layout] = {
         },
         "https://prior.allenai.org/projects/diagram-understanding or https://huggingface.co/datasets/lmms-lab/ai2d",
         ("test", "all"),
+        lmms=Lmms(_ai2d_columns, {"ai2d": LmmsTask("ai2d/ai2d.yaml", "test")}),
     ),
 }

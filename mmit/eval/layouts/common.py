@@ -17,21 +17,48 @@ from mmit.data.formats.common import json_object, json_rows
 from mmit.data.formats.pictures import image_part
 from mmit.data.formats.tabular import csv_rows, parquet_rows
 from mmit.errors import ConfigError, RecordError
+from mmit.eval.questions import CHOICES, REFERENCE
 from mmit.records import Image, Record, Text, Turn
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 Questions = Iterator[Record]
+Columns = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LmmsTask:
+    """A task of lmms-eval that asks the same questions: its YAML below the harness's tasks/, the split of ours.
+
+    `data` is the folder in the data root, by default that of the layout's name; `more` are further keys of the YAML.
+    """
+
+    yaml: str
+    split: str | None = None
+    data: str | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Lmms:
+    """A benchmark in lmms-eval: its questions as the columns that the tasks read, and the tasks by name."""
+
+    columns: Callable[[Record], Columns]
+    tasks: Mapping[str, LmmsTask]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """One benchmark's files and how they are read.
+    """All that mmit knows of one benchmark but prompt and metric, which its task's YAML names.
 
-    `files` maps a path in the folder ({split} standing for the split) to what it is. `get` says where the files
-    come from. `options` says what each option of `read` does; `splits` are the splits there are, the first being
-    the default.
+    Attributes:
+        read: yields the questions: `(folder, split, **options)`.
+        files: a path in the folder ({split} standing for the split) -> what it is.
+        get: where the files come from.
+        splits: the splits there are, the first being the default.
+        options: what each option of `read` does.
+        lmms: the same questions in lmms-eval, for `mmit harness overlay`.
     """
 
     read: Callable[..., Questions]
@@ -39,6 +66,7 @@ class Layout:
     get: str
     splits: tuple[str, ...]
     options: Mapping[str, str] = field(default_factory=dict)
+    lmms: Lmms | None = None
 
 
 class Folder:
@@ -144,3 +172,36 @@ def options_in(row: Mapping[str, Any], names: Sequence[str] = "ABCDEFGH") -> lis
             break
         found.append(str(cell))
     return found
+
+
+# --- columns of lmms-eval: what its prompts and scoring read, an image as an mmit Image
+
+
+def asked(record: Record) -> Columns:
+    """Return what every task of lmms-eval reads: id, first image, question."""
+    return {"question_id": record.id, "image": record.images[0], "question": record.turns[-1].text}
+
+
+def with_answer(record: Record) -> Columns:
+    """Return the columns of tasks with one answer (GQA, RealWorldQA)."""
+    return asked(record) | {"answer": str(record.meta[REFERENCE])}
+
+
+def with_answers(record: Record) -> Columns:
+    """Return the columns of tasks with several people's answers (TextVQA, VizWiz, DocVQA)."""
+    return asked(record) | {"answers": list(map(str, record.meta[REFERENCE]))}
+
+
+def split_options(record: Record) -> tuple[str, list[str]]:
+    """Take the options off the end of a question: its text, and the options without their letters.
+
+    Raises RecordError if they are not there, one a line behind their letters.
+    """
+    rest, options = record.turns[-1].text, list[str]()
+    for letter in reversed(record.meta[CHOICES]):
+        rest, _, option = rest.rpartition(f"\n{letter}. ")
+        options.insert(0, option)
+    if f"{rest}\n{lettered(options)}" != record.turns[-1].text:
+        problem = "the question does not end with its options"
+        raise RecordError(problem, where=record.where, remedy="Choose a task that lists them one a line.")
+    return rest, options

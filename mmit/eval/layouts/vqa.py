@@ -6,9 +6,23 @@ which are the task's prompt; references as the metrics take them.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmit.eval.layouts.common import Folder, Layout, Questions
+from mmit.eval.layouts.common import (
+    Columns,
+    Folder,
+    Layout,
+    Lmms,
+    LmmsTask,
+    Questions,
+    asked,
+    with_answer,
+    with_answers,
+)
+from mmit.eval.questions import GROUP, REFERENCE
+
+if TYPE_CHECKING:
+    from mmit.records import Record
 
 
 def _vqav2(folder: Folder, split: str) -> Questions:
@@ -98,6 +112,23 @@ def _realworldqa(folder: Folder, split: str) -> Questions:
             yield folder.question(row["question"], [image], id=number, reference=row["answer"])
 
 
+def _vqav2_columns(record: Record) -> Columns:
+    # Human answers as numbered objects.
+    answers = [{"answer": text, "answer_id": number} for number, text in enumerate(record.meta[REFERENCE], 1)]
+    return asked(record) | {"answers": answers}
+
+
+def _chartqa_columns(record: Record) -> Columns:
+    return asked(record) | {"answer": str(record.meta[REFERENCE]), "type": f"{record.meta[GROUP]}_test"}
+
+
+def _ocrbench_columns(record: Record) -> Columns:
+    reference = record.meta[REFERENCE]
+    answers = reference["answers"]
+    kinds = {"dataset": reference["dataset"], "question_type": record.meta[GROUP]}
+    return asked(record) | kinds | {"answer": [answers] if isinstance(answers, str) else list(answers)}
+
+
 LAYOUTS: dict[str, Layout] = {
     "vqav2": Layout(
         _vqav2,
@@ -108,18 +139,21 @@ LAYOUTS: dict[str, Layout] = {
         },
         "https://visualqa.org/download.html (balanced real images: questions, annotations, images)",
         ("val2014", "train2014"),
+        lmms=Lmms(_vqav2_columns, {"vqav2_val": LmmsTask("vqav2/vqav2_val.yaml", "val2014")}),
     ),
     "gqa": Layout(
         _gqa,
         {"{split}_questions.json": "questions and answers", "images/": "pictures <imageId>.jpg"},
         "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions 1.2 and images)",
         ("testdev_balanced", "val_balanced", "train_balanced"),
+        lmms=Lmms(with_answer, {"gqa": LmmsTask("gqa/gqa.yaml", "testdev_balanced", more={"process_docs": None})}),
     ),
     "vizwiz": Layout(
         _vizwiz,
         {"{split}.json": "questions and answers, also found in Annotations/", "{split}/": "pictures"},
         "https://vizwiz.org/tasks-and-datasets/vqa/",
         ("val", "train"),
+        lmms=Lmms(with_answers, {"vizwiz_vqa_val": LmmsTask("vizwiz_vqa/vizwiz_vqa_val.yaml", "val")}),
     ),
     "textvqa": Layout(
         _textvqa,
@@ -131,12 +165,14 @@ LAYOUTS: dict[str, Layout] = {
         "https://textvqa.org/dataset/",
         ("val", "train"),
         {"ocr": "true shows the OCR tokens that come with the data set after the question"},
+        lmms=Lmms(with_answers, {"textvqa_val": LmmsTask("textvqa/textvqa_val.yaml", "val")}),
     ),
     "docvqa": Layout(
         _docvqa,
         {"{split}_v1.0.json": "questions, also found as {split}_v1.0_withQT.json", "documents/": "pages"},
         "https://rrc.cvc.uab.es/?ch=17 (registration; task 1, single page)",
         ("val", "train"),
+        lmms=Lmms(with_answers, {"docvqa_val": LmmsTask("docvqa/docvqa_val.yaml", "val")}),
     ),
     "chartqa": Layout(
         _chartqa,
@@ -147,6 +183,7 @@ LAYOUTS: dict[str, Layout] = {
         },
         "https://github.com/vis-nlp/ChartQA (folder 'ChartQA Dataset')",
         ("test", "val", "train"),
+        lmms=Lmms(_chartqa_columns, {"chartqa": LmmsTask("chartqa/chartqa.yaml", "test")}),
     ),
     "ocrbench": Layout(
         _ocrbench,
@@ -157,6 +194,7 @@ LAYOUTS: dict[str, Layout] = {
         },
         "https://github.com/Yuliang-Liu/MultimodalOCR",
         ("test",),
+        lmms=Lmms(_ocrbench_columns, {"ocrbench": LmmsTask("ocrbench/ocrbench.yaml")}),
     ),
     "realworldqa": Layout(
         _realworldqa,
@@ -167,5 +205,6 @@ LAYOUTS: dict[str, Layout] = {
         "https://huggingface.co/datasets/xai-org/RealworldQA "
         "(hf download --repo-type dataset xai-org/RealworldQA --local-dir <data-root>/realworldqa)",
         ("test",),
+        lmms=Lmms(with_answer, {"realworldqa": LmmsTask("realworldqa/realworldqa.yaml")}),
     ),
 }

@@ -7,10 +7,15 @@ the same names take them.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mmit.errors import RecordError
-from mmit.eval.layouts.common import Folder, Layout, Questions
+from mmit.eval.layouts.common import Columns, Folder, Layout, Lmms, LmmsTask, Questions, asked
 from mmit.eval.metrics.yesno import MME_COGNITION, MME_PERCEPTION
+from mmit.eval.questions import GROUP, REFERENCE
+
+if TYPE_CHECKING:
+    from mmit.records import Record
 
 _POPE = ("random", "popular", "adversarial")
 _PICTURES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG")
@@ -88,6 +93,17 @@ def _nlvr2(folder: Folder, split: str) -> Questions:
         yield folder.question(row["sentence"], images, id=name, reference=reference)
 
 
+def _pope_columns(record: Record) -> Columns:
+    return asked(record) | {"answer": record.meta[REFERENCE], "category": record.meta[GROUP]}
+
+
+def _mme_columns(record: Record) -> Columns:
+    # Both questions of a picture have its name as question_id.
+    reference = record.meta[REFERENCE]
+    more = {"answer": reference["answer"], "category": reference["category"], "question_id": reference["image"]}
+    return asked(record) | more
+
+
 LAYOUTS: dict[str, Layout] = {
     "pope": Layout(
         _pope,
@@ -99,6 +115,15 @@ LAYOUTS: dict[str, Layout] = {
         },
         "https://github.com/RUCAIBox/POPE (output/coco) and https://cocodataset.org/#download (val2014)",
         ("all", *_POPE),
+        lmms=Lmms(
+            _pope_columns,
+            {
+                "pope": LmmsTask("pope/pope.yaml", "all"),
+                "pope_random": LmmsTask("pope/pope_random.yaml", "random"),
+                "pope_pop": LmmsTask("pope/pope_popular.yaml", "popular"),
+                "pope_adv": LmmsTask("pope/pope_adv.yaml", "adversarial"),
+            },
+        ),
     ),
     "mme": Layout(
         _mme,
@@ -110,6 +135,7 @@ LAYOUTS: dict[str, Layout] = {
         "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation (on request)",
         ("test",),
         {"suffix": "true leaves 'Please answer yes or no.' in the questions"},
+        lmms=Lmms(_mme_columns, {"mme": LmmsTask("mme/mme.yaml")}),
     ),
     "nlvr": Layout(
         _nlvr,

@@ -12,8 +12,8 @@ import yaml
 from mmit.cli import main
 from mmit.errors import ConfigError, RecordError
 from mmit.eval import layouts
-from mmit.eval.harness.columns import LMMS_COLUMNS, split_options
 from mmit.eval.harness.overlay import LMMS, write_overlay
+from mmit.eval.layouts.common import split_options
 from mmit.eval.questions import CHOICES, REFERENCE
 from mmit.records import Record, Text, Turn
 from tests.eval.benchmarks import CASES
@@ -22,7 +22,9 @@ from tests.eval.benchmarks import CASES
 def first(layout: str, task: str, folder: Path) -> tuple[Record, dict[str, Any]]:
     CASES[task][0](folder)
     record = next(iter(layouts.read(layout, folder, task=task)))
-    return record, LMMS_COLUMNS[layout](record)
+    lmms = layouts.LAYOUTS[layout].lmms
+    assert lmms is not None
+    return record, lmms.columns(record)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,7 @@ def test_options_come_off_the_question_as_they_went_on() -> None:
 
 def shipped(folder: Path) -> Path:
     """A harness's tasks as far as an overlay reads them: the files are there."""
-    names = [twin.yaml for twin in LMMS.values()]
+    names = [task.yaml for _, task in LMMS.values()]
     names += ["hellaswag/hellaswag.yaml", "gsm8k/gsm8k.yaml", "mmlu/default/mmlu_anatomy.yaml"]
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +89,8 @@ def test_text_tasks_read_the_downloaded_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["seedbench", "mmbench_en_dev_static"])
 def test_pictures_are_named_or_kept(name: str, tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    twin = LMMS[name]
-    CASES[{"seedbench": "seedbench_img"}.get(name, "mmbench_dev")][0](tmp_path / "data" / twin.data)
+    layout, task = LMMS[name]
+    CASES[{"seedbench": "seedbench_img"}.get(name, "mmbench_dev")][0](tmp_path / "data" / (task.data or layout))
     options: dict[str, Any] = {"harness": "lmms-eval", "data_root": tmp_path / "data", "out": tmp_path / "out"}
     assert write_overlay([name], tasks_root=shipped(tmp_path / "own"), **options) == [f"{name}_local"]
     files = yaml.safe_load((tmp_path / "out" / f"{name}_local.yaml").read_text())["dataset_kwargs"]["data_files"]
