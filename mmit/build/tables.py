@@ -126,7 +126,8 @@ def _csv(name: str) -> list[dict[str, str]]:
 
 def _json(name: str) -> list[dict[str, Any]]:
     try:
-        return json.loads(_text(name))
+        rows: list[dict[str, Any]] = json.loads(_text(name))
+        return rows
     except ValueError as error:
         remedy = "pip install --force-reinstall vega-datasets"
         raise RecordError(f"is not JSON: {error}", where=name, remedy=remedy) from error

@@ -61,8 +61,8 @@ def _resampled_means(values: np.ndarray, *, seed: int, resamples: int) -> np.nda
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= _MAX_DISTINCT:
         # How often each distinct value is drawn is multinomial: the same distribution without n positions.
-        means: np.ndarray = rng.multinomial(n, counts / n, size=resamples) @ distinct / n
-        return means
+        drawn: np.ndarray = rng.multinomial(n, counts / n, size=resamples)
+        return np.asarray(drawn @ distinct / n)
     rows = max(1, _CHUNK // n)
     means = [
         values[rng.integers(0, n, size=(min(rows, resamples - done), n), dtype=np.int32)].mean(axis=1)

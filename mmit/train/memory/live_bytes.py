@@ -20,7 +20,7 @@ class LiveBytes(TorchDispatchMode):
     """A context that counts; `now` and `peak` are bytes. Tensors made before count once they are `add`ed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: dict[int, int] = {}  # address of a storage -> bytes
 
