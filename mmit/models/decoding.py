@@ -104,7 +104,7 @@ class _GrowingLayer(DynamicLayer):
     """Keys and values in buffers with room to spare, so that a step writes its token and copies nothing."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.lazy_initialization(keys, values)
         self._buffers = [keys, values]
         self._show(length)

@@ -43,7 +43,7 @@ class Reader(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         kept = self._buffers_of_float32() if self.exact_buffers else []
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, before in kept:
             now = module._buffers[name]
             if now is not None and now.dtype != before.dtype:
