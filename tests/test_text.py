@@ -22,7 +22,7 @@ from mmit.cli import app
 from mmit.cli.errors import show_error
 from mmit.data.show import Shown, to_page
 from mmit.errors import MmitError
-from mmit.eval.page import page as eval_page
+from mmit.pages import page
 from mmit.records import Image, Record, write_jsonl
 from mmit.text import echo, escape, plain, terminal
 from mmit.train.engines.world import speaker
@@ -117,7 +117,7 @@ def test_pages_show_it_too(tmp_path: Path) -> None:
     (tmp_path / "bad_records.jsonl").write_text(json.dumps({"where": EVIL, "problem": f"{EVIL}<b>", "remedy": ""}))
     report = write_report(tmp_path).read_text()
     shown = to_page([Shown(1, record)], title=f"{EVIL}<script>", notes=[EVIL])
-    for text in (report, shown, eval_page(f"{EVIL}<script>", "")):
+    for text in (report, shown, page(f"{EVIL}<script>", "", kind="evaluation")):
         assert not ACTING.search(text.replace("\r", "")) and SEEN in text
         assert text.count("<script") == text.count("<script>\nconst") + text.count("<script>\n//"), "only its own"
 

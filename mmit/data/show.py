@@ -7,8 +7,6 @@ Nothing a record holds reaches the page or the terminal as code.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from mmit.data.chat import IMAGE_SLOT, Encoded
 from mmit.data.images import image_size, load_rgb
 from mmit.data.viewer import html_tokens, legend, to_rich
 from mmit.errors import ImageError, RecordError
+from mmit.pages import inline_image, page
 from mmit.records import Image, Record, Text, Turn, short
 from mmit.text import escape, plain
 
@@ -29,54 +28,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 THUMBNAIL = 240  # pixels of the longer side
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #f6f7f9; --card: #fff; --line: #d9dee4; --dim: #626c78;
-  --learn: #c9efcf; --learn-ink: #05400f; --learn-line: #2f9e44; --eye: #d6e4ff; --eye-ink: #0b3a82; --ask: #eceff3;
-  --bad: #b42318; --bad-paper: #fff0ee }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --paper: #111418; --card: #1a1e24; --line: #333a43;
-  --dim: #97a1ad; --learn: #12401d; --learn-ink: #b9f2c4; --learn-line: #3fb950; --eye: #15305c; --eye-ink: #cfe0ff;
-  --ask: #262c34; --bad: #ff9b8f; --bad-paper: #3a1714 } }
-* { box-sizing: border-box }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
-main, header.page { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem 1rem }
-header.page { padding-top: 1.75rem; padding-bottom: .5rem }
-h1 { font-size: 1.35rem; margin: 0 0 .25rem; overflow-wrap: anywhere }
-header.page p { margin: .15rem 0; color: var(--dim) }
-.key { position: sticky; top: 0; background: var(--paper); border-bottom: 1px solid var(--line); padding: .6rem 0;
-  margin-bottom: 1rem; z-index: 1 }
-.key div { max-width: 68rem; margin: 0 auto; padding: 0 1.25rem; color: var(--dim); font-size: .9rem;
-  display: flex; flex-wrap: wrap; gap: .3rem 1.2rem }
-.key span { padding: 0 5px } .key .content { color: var(--ink) }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 0 0 1.1rem;
-  padding: .9rem 1.1rem 1rem }
-article.bad { border-color: var(--bad) }
-h2 { font-size: 1rem; margin: 0; overflow-wrap: anywhere }
-h2 small { color: var(--dim); font-weight: 400; margin-right: .35rem }
-.facts { color: var(--dim); font-size: .86rem; margin: .15rem 0 .6rem }
-.bar { display: flex; height: 6px; border-radius: 3px; overflow: hidden; background: var(--ask); margin: 0 0 .7rem }
-.bar i { display: block } .bar .supervised { background: var(--learn-line) } .bar .image { background: #4c86e8 }
-.pictures { display: flex; flex-wrap: wrap; gap: .8rem; margin: 0 0 .7rem }
-figure { margin: 0; max-width: 15rem }
-figure img { display: block; max-width: 100%; height: auto; border-radius: 4px; border: 1px solid var(--line) }
-figcaption { color: var(--dim); font-size: .78rem; overflow-wrap: anywhere; margin-top: .2rem }
-pre { font: 13.5px/1.85 ui-monospace, "DejaVu Sans Mono", Menlo, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; margin: 0 0 .4rem }
-pre + .facts { margin-top: .2rem }
-span.template, span.content, span.supervised, span.image { padding: 1px 0; border-radius: 2px;
-  border-right: 1px solid color-mix(in srgb, var(--dim) 28%, transparent) }
-span.template { color: var(--dim) }
-span.supervised { background: var(--learn); color: var(--learn-ink); box-shadow: inset 0 -2px var(--learn-line) }
-span.image { background: var(--eye); color: var(--eye-ink); padding: 1px 7px; border-radius: 9px }
-.turn { margin: 0 0 .5rem; padding: .45rem .7rem; border-radius: 6px; background: var(--ask); white-space: pre-wrap;
-  overflow-wrap: anywhere }
-.turn b { display: block; font-size: .75rem; color: var(--dim); font-weight: 600 }
-.turn.assistant, .turn.assistant b { background: var(--learn); color: var(--learn-ink) }
-.turn span.image { margin: 0 .3em }
-.problem { color: var(--bad); background: var(--bad-paper); border-radius: 6px; padding: .45rem .7rem;
-  margin: 0 0 .6rem; overflow-wrap: anywhere }
-details { color: var(--dim); font-size: .86rem } summary { cursor: pointer }
-"""
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +60,9 @@ def to_page(
     else:
         key = '<span class="supervised">answer</span><span class="image">image</span>'
         key += "<i>without a tokenizer, no tokens</i>"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>\n"
-        f'<body><header class="page"><h1>{escape(title)}</h1>{told}</header>\n'
-        f'<div class="key"><div>{key}</div></div>\n<main>\n{"".join(cards)}</main></body></html>\n'
-    )
+    header = f'<header class="page"><h1>{escape(title)}</h1>{told}</header>'
+    legend_line = f'<div class="key"><div>{key}</div></div>'
+    return page(title, header, legend_line, f"<main>{''.join(cards)}</main>", kind="records")
 
 
 def _card(item: Shown, tokenizer: Any, *, image_tokens: int | None) -> str:
@@ -196,13 +142,8 @@ def _figure(image: Image) -> str:
         return f'<div class="problem">{escape(error.where)}: {escape(error.problem)}</div>'
     size = f"{picture.width} × {picture.height}"
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=82)
-    data = base64.b64encode(out.getvalue()).decode("ascii")
-    return (
-        f'<figure><img alt="{escape(name)}" width="{picture.width}" height="{picture.height}" '
-        f'src="data:image/jpeg;base64,{data}"><figcaption>{escape(short(name))} · {size}</figcaption></figure>'
-    )
+    shown = inline_image(picture, alt=name, quality=82)
+    return f"<figure>{shown}<figcaption>{escape(short(name))} · {size}</figcaption></figure>"
 
 
 def _turn(turn: Turn) -> str:

@@ -15,20 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from mmit.data.chat import IMAGE_SLOT, Encoded
+from mmit.pages import page
 from mmit.text import escape
 
 if TYPE_CHECKING:
     from mmit.data.chat_builtin import Origin
 
 _VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
-_STYLE = """
-body { font: 15px/1.9 ui-monospace, monospace; color: #111; background: #fff; margin: 2em; max-width: 60em }
-pre { font: inherit; white-space: pre-wrap; overflow-wrap: anywhere; margin: 0 }
-span { border-left: 1px solid #0003; padding: 1px 0 }
-.template { color: #888 } .supervised { background: #9fdfa6; color: #063 }
-.image { background: #cfe0ff; color: #024; padding: 1px 6px; border-radius: 4px }
-.legend { color: #555; margin-top: 1em; border-top: 1px solid #ddd }
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +82,10 @@ def to_rich(encoded: Encoded, tokenizer: Any, *, image_tokens: int | None = None
 def to_html(encoded: Encoded, tokenizer: Any, *, title: str = "Record", image_tokens: int | None = None) -> str:
     """Return a record as an HTML page of its own; the id of a token shows when the mouse rests on it."""
     tokens = html_tokens(encoded, tokenizer, image_tokens=image_tokens)
-    note = f'{legend(encoded, image_tokens=image_tokens)}; <span class="supervised">supervised</span>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{_STYLE}</style></head>\n<body><pre>{tokens}</pre>\n"
-        f'<p class="legend">{note}, <span class="template">template</span>, '
-        f'<span class="content">content</span></p></body></html>\n'
-    )
+    counts = legend(encoded, image_tokens=image_tokens)
+    note = f'{counts}; <span class="supervised">supervised</span>, <span class="template">template</span>, '
+    note += '<span class="content">content</span>'
+    return page(title, f"<pre>{tokens}</pre>", f'<p class="small">{note}</p>', kind="record")
 
 
 def html_tokens(encoded: Encoded, tokenizer: Any, *, image_tokens: int | None = None) -> str:

@@ -6,11 +6,9 @@ pictures are small and inside. Everything that comes from data or models is esca
 
 from __future__ import annotations
 
-import base64
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ import PIL.Image
 
 from mmit.data.images import load_rgb
 from mmit.errors import ImageError
+from mmit.pages import inline_image, pre, table
 from mmit.records import Image, Text, json_lines
 from mmit.text import escape
 
@@ -27,41 +26,6 @@ if TYPE_CHECKING:
 EXAMPLES = 12
 MISTAKES = 8  # lines of the table of frequent mistakes
 SIDE = 220  # pixels of a picture's longer side
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --bad: #c0392b; --good: #1e8449; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 78rem; margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; min-width: 8rem; }
-table.words td { text-align: left; white-space: pre-wrap; } table.words td:last-child { text-align: right; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; font: 13px/1.4 ui-monospace, monospace; }
-h2 { border-top: 2px solid var(--line); padding-top: 1rem; margin-top: 2.5rem; }
-.example { display: flex; gap: 1rem; border-top: 1px solid var(--line); padding: 1rem 0; }
-.example .pictures { flex: 0 0 220px; display: flex; flex-wrap: wrap; gap: 4px; align-content: start; }
-.example img { max-width: 220px; border-radius: 4px; } .example .name { flex-basis: 100%; }
-.example dl { margin: 0; min-width: 0; } dt { font-size: 12px; opacity: .7; } dd { margin: 0 0 .4rem; }
-.bad { color: var(--bad); } .good { color: var(--good); } .small { font-size: 13px; opacity: .8; margin: .2rem 0; }
-@media (prefers-color-scheme: dark) { :root { --bad: #ff8a7a; --good: #6fcf97; } }
-"""
-
-
-def page(title: str, *sections: str) -> str:
-    """Return a whole HTML page."""
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    body = "\n".join(sections)
-    head = f"<head>{head}<style>{_STYLE}</style></head>"
-    return f'<!doctype html>\n<html lang="en">{head}\n<body>\n{body}\n</body></html>\n'
-
-
-def table(cells: Sequence[Sequence[str]], *, words: bool = False) -> str:
-    """Return a table; the first row is the header. `words`: all columns but the last are texts."""
-    lines = []
-    for number, row in enumerate(cells):
-        tag = "td" if number else "th"
-        lines.append("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>")
-    kind = ' class="words"' if words else ""
-    return f'<div class="wide"><table{kind}>\n' + "\n".join(lines) + "\n</table></div>"
 
 
 def section(
@@ -90,7 +54,7 @@ def section(
     worst, note = worst_answers(rows, shown, n=n)
     parts = [f'<section id="{escape(report["task"])}"><h2>{escape(report["task"])}</h2>', table(cells)]
     parts += [f'<p class="small">{escape(line)}</p>' for line in caption]
-    parts.append(f"<details open><summary>First question as asked</summary>{_pre(report['first_question'])}</details>")
+    parts.append(f"<details open><summary>First question as asked</summary>{pre(report['first_question'])}</details>")
     spread = report.get("wordings")
     if spread:
         each = [(one["prompt"], number(one["accuracy"]), f"{one['n']:,}") for one in spread["each"]]
@@ -98,11 +62,11 @@ def section(
     parts += [_numbers(name, content) for name, content in report["details"].items()]
     frequent = mistakes([row for row in rows if isinstance(row, dict) and row.get("id") in shown])
     if frequent:
-        parts += ["<h3>Frequent mistakes</h3>", table([("reference", "read as", "answers"), *frequent], words=True)]
+        parts += ["<h3>Frequent mistakes</h3>", table([("reference", "read as", "answers"), *frequent], kind="words")]
     parts.append(f"<h3>{escape(note)}</h3>")
     parts += [_example(row, shown[row["id"]]) for row in worst]
     settings = json.dumps(report["task_config"], indent=2, ensure_ascii=False)
-    parts.append(f"<details><summary>The task's settings</summary>{_pre(settings)}</details></section>")
+    parts.append(f"<details><summary>The task's settings</summary>{pre(settings)}</details></section>")
     return "\n".join(parts)
 
 
@@ -172,7 +136,7 @@ def _example(row: Mapping[str, Any], item: Item) -> str:
     if isinstance(verdict, float) and verdict not in (0, 1):
         entries.append(("credit", f"{verdict:.2f}"))
     listed = "".join(
-        f"<dt>{name}</dt><dd{' class=' + mark if name == 'answer' and mark else ''}>{_pre(text)}</dd>"
+        f"<dt>{name}</dt><dd{' class=' + mark if name == 'answer' and mark else ''}>{pre(text)}</dd>"
         for name, text in entries
     )
     name = escape(" ".join(filter(None, [row["id"], row.get("group")])))
@@ -199,11 +163,4 @@ def _picture(image: Image) -> str:
         picture = picture.resize([side * int(scale) for side in picture.size], PIL.Image.Resampling.NEAREST)
     else:
         picture.thumbnail((SIDE, SIDE), PIL.Image.Resampling.LANCZOS)
-    out = BytesIO()
-    picture.save(out, "JPEG", quality=85)
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode("ascii")}">'
-
-
-def _pre(text: str) -> str:
-    # Half of a surrogate pair, which a model may write, cannot be encoded.
-    return f"<pre>{escape(text.encode('utf-8', 'replace').decode('utf-8'))}</pre>"
+    return inline_image(picture)

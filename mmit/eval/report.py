@@ -23,10 +23,11 @@ from rich.text import Text
 import mmit
 from mmit.eval.baselines import LABELS, MORE, USUAL, Baselines, Beside, Subject, no_baselines, run_baselines
 from mmit.eval.metrics.score import PER_ANSWER
-from mmit.eval.page import page, section
+from mmit.eval.page import section
 from mmit.eval.runner import AS_STATED, How, Result, evaluate
 from mmit.eval.tasks import Item, Task, sample_items, task_items
 from mmit.io import write_atomic
+from mmit.pages import page
 from mmit.text import terminal
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def run_task(
     report |= {"first_question": asked[0].text, "n_asked": len(asked)} | ledger_of(subject.model, how.metric)
     if how.ranks.rank == 0:
         write_report(report, folder, notes=report["notes"])
-        write_atomic(folder / "report.html", page(f"{task.name}: {subject.name}", section_of(report, folder, asked)))
+        title = f"{task.name}: {subject.name}"
+        whole = page(title, section_of(report, folder, asked), kind="evaluation")
+        write_atomic(folder / "report.html", whole)
     console.print(console_table(report, notes=report["notes"]))
     console.print(Text(f"Written to {folder}"))
     return report

@@ -15,11 +15,11 @@ from typing import Any
 from rich.text import Text
 
 from mmit.eval.baselines import USUAL, Beside, Subject
-from mmit.eval.page import page, table
 from mmit.eval.report import run_task, section_of
 from mmit.eval.runner import AS_STATED, How
 from mmit.eval.tasks import Item, Task, sample_items
 from mmit.io import write_atomic
+from mmit.pages import page, table
 from mmit.text import escape, terminal
 
 HEAD = ("task", "metric", "score", "95 % interval", "n", "majority", "chance", "blank", "swapped", "valid", "wordings")
@@ -143,4 +143,6 @@ def write_summary(reports: Sequence[Mapping[str, Any]], sections: Sequence[str],
     lines = [f'<p class="small">{escape(line)}</p>' for line in _caption(reports)]
     links = " · ".join(f'<a href="#{escape(report["task"])}">{escape(report["task"])}</a>' for report in reports)
     top = "".join(["<h1>Evaluation</h1>", table([HEAD, *map(row, reports)]), *lines, f"<p>{links}</p>"])
-    write_atomic(folder / "summary.html", page(f"Evaluation of {reports[0]['model']}", top, *sections))
+    write_atomic(
+        folder / "summary.html", page(f"Evaluation of {reports[0]['model']}", top, *sections, kind="evaluation")
+    )

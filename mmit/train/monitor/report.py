@@ -13,27 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mmit.io import write_atomic
+from mmit.pages import page, table
 from mmit.text import escape
 from mmit.train.monitor.curves import Series, figure, smooth
 from mmit.train.monitor.run_files import BEST, EVENTS, METRICS, RUN, read_json, read_rows
 
 NAME = "report.html"
 SHOWN = 50  # rows of a long table
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --c0: #2f6fab; --c1: #c9702c; --c2: #2e8b57; --c3: #a0499f;
-  --c4: #b3942b; --c5: #6b7280; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: .2rem; } h2 { margin-top: 2rem; border-bottom: 1px solid var(--line); }
-.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); gap: 1rem; }
-figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
-svg text { font-size: 11px; fill: currentColor; opacity: .75; } .grid { stroke: var(--line); }
-polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round; } polyline.faint { opacity: .35; stroke-width: 1; }
-.legend span { margin-right: 1rem; font-size: 13px; } .legend span::before { content: "\\2014\\00a0"; }
-table { border-collapse: collapse; margin: .6rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-td { overflow-wrap: anywhere; }
-pre { font: 13px/1.4 ui-monospace, monospace; white-space: pre-wrap; } .small { font-size: 13px; opacity: .8; }
-""" + "".join(f"polyline.c{n} {{ stroke: var(--c{n}); }} .legend .c{n} {{ color: var(--c{n}); }}\n" for n in range(6))
 
 
 def write_report(run_dir: Path) -> Path:
@@ -54,10 +40,7 @@ def write_report(run_dir: Path) -> Path:
         _section("Hardware and versions", _pairs(run.get("hardware", {})) + _pairs(run.get("versions", {}))),
         _section("Config", _config(run_dir)),
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-    head += f"<title>{escape(run_dir.resolve().name)}</title><style>{_STYLE}</style>"
-    body = "\n".join(filter(None, sections))
-    text = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+    text = page(run_dir.resolve().name, *sections, kind="run")
     write_atomic(run_dir / NAME, text, sync=False)
     return run_dir / NAME
 
@@ -179,19 +162,16 @@ def _config(run_dir: Path) -> str:
 
 
 def _pairs(facts: Mapping[str, Any]) -> str:
-    lines = "".join(f"<tr><th>{escape(str(k))}</th><td>{escape(_number(v))}</td></tr>" for k, v in facts.items())
-    return f"<table>{lines}</table>" if lines else ""
+    rows = [(str(key), _number(value)) for key, value in facts.items()]
+    return table(rows, kind="left", head=False) if rows else ""
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    head = "".join(f"<th>{escape(str(name))}</th>" for name in names)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(_number(row.get(n, '')))}</td>" for n in names) + "</tr>" for row in rows
-    )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    cells = [[_number(row.get(name, "")) for name in names] for row in rows]
+    return table([list(map(str, names)), *cells], kind="left")
 
 
 def _number(value: Any) -> str:
