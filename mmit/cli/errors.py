@@ -25,8 +25,11 @@ class Commands(TyperGroup):
     """A group of commands that turns errors into messages, also where it is called from a test."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Find the command; `eval compare` is another way to write `compare`."""
-        return super().resolve_command(ctx, args[1:] if args[:2] == ["eval", "compare"] else args)
+        """Find the command; `eval compare` was `compare` once, and still is with a notice."""
+        if args[:2] == ["eval", "compare"]:
+            echo("notice: `mmit eval compare` is now `mmit compare`", err=True)
+            args = args[1:]
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

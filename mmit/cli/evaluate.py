@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,7 +118,6 @@ def evaluate(
     from mmit.eval.summary import run_tasks
 
     ranks = from_environment()
-    device = _own_device(device) if ranks.world > 1 else device
     told: dict[str, Any] = {"endpoint_model": endpoint_model, "key_env": key_env, "chat": chat, "base": base}
     told |= {"template_args": template_args_of(template_arg), "allow_code": allow_code, "batch_size": batch_size}
     where, subject = _model(run, device=device, dtype=dtype, out=out, **told)
@@ -219,15 +217,6 @@ def _content(folder: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _own_device(device: str) -> str:
-    """Return the device of this process among those of its launcher."""
-    import torch
-
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-    return device
 
 
 def _probes(given: str) -> list[str]:

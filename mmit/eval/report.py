@@ -57,7 +57,7 @@ def run_task(
 
     Raises what `task_items` and `evaluate` do.
     """
-    start = time.monotonic()
+    start, before = time.monotonic(), ledger_of(subject.model, how.metric)
     seed = task.seed if how.seed is None else how.seed
     folder = Path(out_dir)
     items = task_items(task.model_copy(update={"sample": None})) if items is None else list(items)
@@ -73,7 +73,9 @@ def run_task(
     seconds = time.monotonic() - start
     report = build_report(task, tuned, found, model=subject.name, seed=seed, seconds=seconds)
     report |= {"fingerprint": subject.fingerprint, "number_format": subject.number_format}
-    report |= {"first_question": asked[0].text, "n_asked": len(asked)} | ledger_of(subject.model, how.metric)
+    report |= {"first_question": asked[0].text, "n_asked": len(asked)}
+    if after := ledger_of(subject.model, how.metric):
+        report["ledger"] = {who: {key: n - before[who][key] for key, n in one.items()} for who, one in after.items()}
     if how.ranks.rank == 0:
         write_report(report, folder, notes=report["notes"])
         title = f"{task.name}: {subject.name}"
@@ -84,13 +86,12 @@ def run_task(
     return report
 
 
-def ledger_of(*askers: Any) -> dict[str, Any]:
-    """Return {"ledger": teacher -> account} of an endpoint and a judge, {} where neither was asked.
+def ledger_of(*askers: Any) -> dict[str, dict[str, float]]:
+    """Return teacher -> account of an endpoint and a judge as they stand now, {} where neither is asked.
 
     It counts what this process sent: answers on file cost nothing again.
     """
-    accounts = {one.teacher.name: asdict(one.account) for one in askers if hasattr(one, "account")}
-    return {"ledger": accounts} if accounts else {}
+    return {one.teacher.name: asdict(one.account) for one in askers if hasattr(one, "account")}
 
 
 def build_report(

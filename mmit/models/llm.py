@@ -10,6 +10,7 @@ import difflib
 import functools
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -305,11 +306,20 @@ def bits_config(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesC
 
 
 def usable_device(name: str) -> torch.device:
-    """Return the device, tried out before anything is loaded. Raises ConfigError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Return the device, tried out before anything is loaded.
+
+    Args:
+        name: auto, cpu, cuda or cuda:N. A process of a launcher takes the GPU of its LOCAL_RANK for auto and cuda.
+
+    Raises:
+        ConfigError: torch cannot compute there.
+    """
+    if name == "auto" and not torch.cuda.is_available():
+        return torch.device("cpu")
+    if name in ("auto", "cuda") and (rank := os.environ.get("LOCAL_RANK")) is not None and torch.cuda.is_available():
+        return torch.device("cuda", int(rank) % torch.cuda.device_count())
     try:
-        return torch.empty(0, device=name).device
+        return torch.empty(0, device="cuda" if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:
         problem = f"torch cannot compute on '{name}': {str(error).splitlines()[0]}"
         raise ConfigError(problem, where="device", remedy="Give auto, cpu, cuda or cuda:N.") from error

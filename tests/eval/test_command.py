@@ -51,9 +51,13 @@ def test_an_endpoint_on_two_tasks_with_a_judge_then_compared(stub: Stub, data: P
     summary = json.loads((out / "summary.json").read_text())
     pope, mmvet = summary["tasks"]
     assert (pope["accuracy"], pope["n"], pope["chance"]["n"]) == (0.5, 6, 6) and len(pope["wordings"]["each"]) == 2
+    # 6 questions, 6 without and 6 with another picture (of two), 6 in another wording; then those of the other task.
+    assert pope["ledger"]["m"]["requests"] == 24 and pope["ledger"]["m"]["cost"] == 0
+    assert mmvet["ledger"].keys() == {"m", "judge"} and mmvet["ledger"]["judge"]["attempts"] >= 1
     assert mmvet["accuracy"] == 0.5 and (out / "mmvet" / "judgements.jsonl").exists()
     assert "| pope " in result.output and (out / "pope" / "report.html").exists()
     result = mmit("eval", "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.json")
+    assert "is now `mmit compare`" in result.stderr
     assert result.exit_code == 0 and "paired, by image" in result.output
     found = json.loads((tmp_path / "c.json").read_text())["tasks"]
     assert {one["task"]: one["difference"]["difference"] for one in found} == {"pope": 0, "mmvet": 0}

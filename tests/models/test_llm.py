@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig
 
-from mmit.errors import ModelError
-from mmit.models.llm import config_keys, load_llm, recompute_activations
+from mmit.errors import ConfigError, ModelError
+from mmit.models.llm import config_keys, load_llm, recompute_activations, usable_device
 from tests.models.small_llms import FAMILIES, family
 from tests.models.test_attention import LLAMA
 
@@ -66,3 +66,27 @@ def test_every_argument_of_the_installed_classes_is_taken(kind):
     # LongCat's layers are pairs, which some versions count twice.
     keys = {key for key in small if key not in ("model_type", "num_hidden_layers") and hasattr(config, key)}
     assert {key: getattr(again, key) for key in keys} == {key: getattr(config, key) for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("name", "cuda", "rank", "found"),
+    [
+        ("auto", 0, None, "cpu"),
+        ("auto", 0, "1", "cpu"),
+        ("cpu", 4, "1", "cpu"),
+        ("auto", 4, "1", "cuda:1"),
+        ("cuda", 4, "6", "cuda:2"),
+    ],
+)
+def test_one_rule_says_which_device_a_process_takes(monkeypatch, name, cuda, rank, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cuda)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert str(usable_device(name)) == found
+
+
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ConfigError, match="torch cannot compute on 'cuda:77'"):
+        usable_device("cuda:77")
