@@ -76,7 +76,7 @@ class TowerConfig(Section):
 
 
 class VisionConfig(Section):
-    """The eye: which encoder, which layer of it, and how pictures are fitted to it."""
+    """The vision encoder: which one, which layer of it, and how images are fitted to it."""
 
     kind: str = Field(description=f"where the encoder comes from: {listed(kinds.ENCODERS, OWN)}")
     name: str = ""

@@ -15,7 +15,7 @@ import torch
 from mmit.data.preparation import ImagePreparation, Spread, grids_of
 
 if TYPE_CHECKING:
-    from mmit.data.prompts import Prompt, Shown
+    from mmit.data.prompts import Prompt, PromptImage
     from mmit.models.vlm import VLM
 
 CROPS_AT_ONCE = 32  # through the vision tower, but for a picture that has more
@@ -60,5 +60,5 @@ class Pictures:
         return {key: self._kept[key] if self._uses[key] else self._kept.pop(key) for key in pictures}
 
 
-def _shown(batch: Sequence[Prompt]) -> dict[Hashable, Shown]:
+def _shown(batch: Sequence[Prompt]) -> dict[Hashable, PromptImage]:
     return {key: shown for prompt in batch for key, shown in prompt.pictures.items()}

@@ -419,7 +419,7 @@ def _json_line(line: bytes, where: str, reader: JsonReader) -> Any:
     try:
         value, twice = reader.whole(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        remedy = "Each line must be one whole JSON value in UTF-8: mend or remove this line."
+        remedy = "Each line must be one whole JSON value in UTF-8: fix or remove this line."
         return RecordError(f"not JSON: {short(str(error))}", where=where, remedy=remedy)
     return key_twice(twice, where) if twice else value
 

@@ -269,7 +269,7 @@ def test_lines_that_are_not_json(tmp_path: Path, line: bytes) -> None:
     path.write_bytes(json.dumps(ROW).encode() + b"\n" + line + b"\n")
     with pytest.raises(RecordError, match="not JSON") as caught:
         list(read_jsonl(path))
-    assert caught.value.where == f"{path}:2" and "mend or remove" in caught.value.remedy
+    assert caught.value.where == f"{path}:2" and "fix or remove" in caught.value.remedy
 
 
 def test_reading_streams_and_fills_in_provenance(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from mmit.cli import app
 from mmit.cli.errors import show_error
-from mmit.data.show import Shown, to_page
+from mmit.data.show import SampledRow, to_page
 from mmit.errors import MmitError
 from mmit.pages import page
 from mmit.records import Image, Record, write_jsonl
@@ -116,7 +116,7 @@ def test_pages_show_it_too(tmp_path: Path) -> None:
     note_event(tmp_path, rows)
     (tmp_path / "bad_records.jsonl").write_text(json.dumps({"where": EVIL, "problem": f"{EVIL}<b>", "remedy": ""}))
     report = write_report(tmp_path).read_text()
-    shown = to_page([Shown(1, record)], title=f"{EVIL}<script>", notes=[EVIL])
+    shown = to_page([SampledRow(1, record)], title=f"{EVIL}<script>", notes=[EVIL])
     for text in (report, shown, page(f"{EVIL}<script>", "", kind="evaluation")):
         assert not ACTING.search(text.replace("\r", "")) and SEEN in text
         assert text.count("<script") == text.count("<script>\nconst") + text.count("<script>\n//"), "only its own"

@@ -12,10 +12,10 @@ from mmit.cli import sources
 from mmit.cli.sources import (
     ChatOption,
     ConfigOption,
-    Encoder,
     FormatOption,
     ImageRootOption,
     ImageTokensOption,
+    RecordEncoder,
     TokenizerOption,
 )
 from mmit.errors import MmitError, RecordError
@@ -23,7 +23,7 @@ from mmit.io import write_atomic
 from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
-    from mmit.data.show import Shown
+    from mmit.data.show import SampledRow
     from mmit.records import Record
 
 
@@ -74,20 +74,20 @@ def show(
     _write(page, out or Path("show.html"))
 
 
-def _shown(number: int, row: Record | RecordError, encoder: Encoder | None) -> Shown:
-    from mmit.data.show import Shown
+def _shown(number: int, row: Record | RecordError, encoder: RecordEncoder | None) -> SampledRow:
+    from mmit.data.show import SampledRow
 
     if isinstance(row, RecordError) or encoder is None:
-        return Shown(number, row)
+        return SampledRow(number, row)
     try:
         samples = tuple(encoded for _, encoded in encoder.samples(row))
     except RecordError as error:
-        return Shown(number, row, problem=f"training refuses it: {error.problem}. {error.remedy}")
+        return SampledRow(number, row, problem=f"training refuses it: {error.problem}. {error.remedy}")
     longest = encoder.length(row)
     if encoder.max_length is not None and longest > encoder.max_length:
         problem = f"training refuses it: {longest:,} tokens where {encoder.max_length:,} fit"
-        return Shown(number, row, samples, problem)
-    return Shown(number, row, samples)
+        return SampledRow(number, row, samples, problem)
+    return SampledRow(number, row, samples)
 
 
 def _write(page: str, path: Path) -> None:

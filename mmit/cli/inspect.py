@@ -35,7 +35,7 @@ SVG_WIDTH = 100
 
 
 @dataclass(frozen=True)
-class _Shown:
+class _Inspected:
     """One encoded conversation and what is said about it."""
 
     encoded: Any
@@ -104,7 +104,7 @@ def _encode(
     chat: str | None,
     image_token: str | None,
     image_tokens: int | None,
-) -> _Shown:
+) -> _Inspected:
     """Encode as training would; what is given on the command line goes before the config."""
     from mmit.data.chat import encode
     from mmit.data.chat_check import difference
@@ -132,7 +132,7 @@ def _encode(
         notes.append(f"image tokens: {', '.join(map(str, widths))}; {length} positions in the model")
     if settings is not None and length > settings.data.max_length:
         notes.append(f"training refuses it: {length} tokens, more than data.max_length={settings.data.max_length}")
-    return _Shown(encoded, tokens, record.where, notes, image_tokens)
+    return _Inspected(encoded, tokens, record.where, notes, image_tokens)
 
 
 def _conversation(record: Record, pair: int, *, split: bool) -> tuple[Record, str]:
@@ -161,7 +161,7 @@ def _pictures(record: Record) -> list[str]:
     return lines
 
 
-def _print(shown: _Shown, console: Any = None) -> None:
+def _print(shown: _Inspected, console: Any = None) -> None:
     from rich.text import Text
 
     from mmit.data.viewer import to_rich
@@ -172,14 +172,14 @@ def _print(shown: _Shown, console: Any = None) -> None:
     console.print(to_rich(shown.encoded, shown.tokenizer, image_tokens=shown.image_tokens))
 
 
-def _write_html(shown: _Shown, path: Path) -> None:
+def _write_html(shown: _Inspected, path: Path) -> None:
     from mmit.data.viewer import to_html
 
     page = to_html(shown.encoded, shown.tokenizer, title=shown.title, image_tokens=shown.image_tokens)
     _write(page, path)
 
 
-def _write_svg(shown: _Shown, path: Path) -> None:
+def _write_svg(shown: _Inspected, path: Path) -> None:
     import io
 
     console = terminal(record=True, width=SVG_WIDTH, file=io.StringIO(), force_terminal=True, highlight=False)

@@ -148,7 +148,7 @@ def config_files(sources: Sequence[SourceConfig], loss: Mapping[str, float] | No
 
 
 @dataclass(frozen=True)
-class Encoder:
+class RecordEncoder:
     """How records are tokenised; `image_tokens` is None where it is not known, or differs from picture to picture."""
 
     tokenizer: Any
@@ -208,7 +208,7 @@ def encoder_of(
     image_tokens: int | None,
     image_token: str | None = None,
     max_length: int | None = None,
-) -> Encoder | None:
+) -> RecordEncoder | None:
     """Build the tokenizer and chat format; None if neither a config nor --tokenizer names one."""
     if settings is None and tokenizer is None:
         given = {"--chat": chat, "--image-token": image_token, "--image-tokens": image_tokens}
@@ -227,7 +227,7 @@ def encoder_of(
         max_length = tokens.model_max_length
     split = settings is not None and settings.data.split_turns
     sees = settings is None or settings.model.vision is not None
-    return Encoder(tokens, form, image_tokens, preparation, max_length, split, sees, loss_of(settings))
+    return RecordEncoder(tokens, form, image_tokens, preparation, max_length, split, sees, loss_of(settings))
 
 
 def loss_of(settings: Config | None) -> Loss:

@@ -67,7 +67,7 @@ class PieceTokenizer:
         if renamed.keys() != added.keys():
             raise ConfigError(
                 "the tokenizer's added tokens change their ids when it is reloaded",
-                remedy="Save it with save_pretrained and load it again, or mend its tokenizer.json.",
+                remedy="Save it with save_pretrained and load it again, or fix its tokenizer.json.",
             )
         self._middle = _assemble(
             build.from_str(json.dumps(_without_prefix(spec))),

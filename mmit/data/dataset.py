@@ -32,7 +32,7 @@ Encode = Callable[[Record], Encoded]
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PlacedImage:
     """A picture of a record and the tokens it becomes."""
 
     image: Image
@@ -124,14 +124,14 @@ class InstructionData:
         """Which source record `number` belongs to."""
         return bisect_right(self._starts, number) - 1
 
-    def samples(self, number: int, *, outline: bool = False) -> tuple[list[Sample], dict[Hashable, Shown], str]:
+    def samples(self, number: int, *, outline: bool = False) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
         """Tokenise record `number`: its samples, its pictures, and its place for messages.
 
         Raises RecordError when it is invalid or longer than `max_length`.
         """
         return self.samples_of(self.record(number, outline=outline), number)
 
-    def samples_of(self, record: Record, number: int) -> tuple[list[Sample], dict[Hashable, Shown], str]:
+    def samples_of(self, record: Record, number: int) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
         """Tokenise a record that has been read already; see `samples`."""
         record.validate(for_training=True)
         images, where = record.images, record.where
@@ -163,11 +163,11 @@ class InstructionData:
             samples.append(sample)
         return samples, shown, where
 
-    def _show(self, image: Image, where: str) -> Shown:
+    def _show(self, image: Image, where: str) -> PlacedImage:
         assert self.preparation is not None
-        return Shown(image, self.preparation.spread(image, where=where))
+        return PlacedImage(image, self.preparation.spread(image, where=where))
 
-    def unit_samples(self, scan: Scan, unit: int) -> tuple[list[Sample], dict[Hashable, Shown], str]:
+    def unit_samples(self, scan: Scan, unit: int) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
         """Samples of one unit of a scan, as `samples` gives them."""
         samples, images, where = self.samples(int(scan.record[unit]))
         return samples[int(scan.first[unit]) : int(scan.last[unit])], images, where

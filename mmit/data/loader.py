@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmit.data.ahead import ahead
 from mmit.data.packing import Row, build_row
 from mmit.data.preparation import Spread, grids_of, splice_index
 from mmit.errors import RecordError
@@ -182,6 +181,6 @@ def micro_batches(
     make = _Maker(data, scan, load_image, skip_bad)
     if workers == 0:
         return (make(entry) for entry in units)
-    return ahead(
+    return prefetch(
         make, units, workers=workers, budget=prefetch, expected=make.most_bytes, size=lambda batch: batch.bytes
     )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from mmit.data.packing import Sample
 
 if TYPE_CHECKING:
-    from mmit.data.dataset import Shown
+    from mmit.data.dataset import PlacedImage
     from mmit.records import Image
 
 # What records say is added up as digits of a number: the same sum whatever pieces the records were measured in.
@@ -26,7 +26,7 @@ _FACTS = [f.name for f in fields(Sample) if f.name not in ("images", "record")]
 ENDS = 4096  # bytes at either end of a picture file that tell it from another
 
 
-def content_of(samples: Sequence[Sample], images: Mapping[Hashable, Shown]) -> bytes:
+def content_of(samples: Sequence[Sample], images: Mapping[Hashable, PlacedImage]) -> bytes:
     """Return 16 bytes that stand for every number of a record's samples and for its pictures.
 
     Pictures inside shards are left to the index of their shards, which has a checksum of every member.

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from mmit.data.ahead import in_order
 from mmit.data.chat import has_thought
 from mmit.data.formats.keys import kept_keys
 from mmit.data.marks import Contents, content_of
 from mmit.data.packing import Sample, trie_length
+from mmit.data.prefetch import in_order
 from mmit.data.store import Arrays, Store, code_version, key_of
 from mmit.errors import RecordError, from_facts
 

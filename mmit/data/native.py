@@ -1,8 +1,8 @@
 """Pictures at their own size: what a vision encoder of native resolution makes of a width and a height.
 
 Owns the published rules by which such encoders bring a picture to whole patches: Qwen-VL's, SigLIP 2 NaFlex's,
-MoonViT's and Pixtral's. In: (W, H) in pixels and the rule's options. Out: a `Layout`: the size the picture is scaled to
-and its grid of units. A header is enough. Knows no model; never cuts content away.
+MoonViT's and Pixtral's. In: (W, H) in pixels and the rule's options. Out: a `NativeLayout`: the size the picture is
+scaled to and its grid of units. A header is enough. Knows no model; never cuts content away.
 
 A unit is a block of `merge` x `merge` patches, the least that the encoder or the projector keeps together.
 """
@@ -22,7 +22,7 @@ Size = tuple[int, int]  # (W, H)
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class NativeLayout:
     """How one picture is laid out.
 
     Attributes:
@@ -39,7 +39,7 @@ class Layout:
         return self.grid[0] * self.grid[1]
 
 
-def qwen(size: Size, *, unit: int, patch: int, min_pixels: int, max_pixels: int) -> Layout:
+def qwen(size: Size, *, unit: int, patch: int, min_pixels: int, max_pixels: int) -> NativeLayout:
     """Qwen2-VL's `smart_resize` (arXiv:2409.12191): the nearest multiples of a unit, within a range of areas."""
     width, height = size
     rows, columns = round(height / unit), round(width / unit)
@@ -50,10 +50,10 @@ def qwen(size: Size, *, unit: int, patch: int, min_pixels: int, max_pixels: int)
     elif rows * columns * unit * unit < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
         rows, columns = math.ceil(height * grow / unit), math.ceil(width * grow / unit)
-    return Layout((rows * unit, columns * unit), (rows, columns))
+    return NativeLayout((rows * unit, columns * unit), (rows, columns))
 
 
-def naflex(size: Size, *, unit: int, patch: int, max_pixels: int) -> Layout:
+def naflex(size: Size, *, unit: int, patch: int, max_pixels: int) -> NativeLayout:
     """SigLIP 2 NaFlex (arXiv:2502.14786): the largest scale, found by bisection, whose units fit into the area."""
     width, height = size
     most = max_pixels // unit**2
@@ -67,30 +67,30 @@ def naflex(size: Size, *, unit: int, patch: int, max_pixels: int) -> Layout:
         rows, columns = units(middle)
         low, high = (middle, high) if rows * columns <= most else (low, middle)
     rows, columns = units(low)
-    return Layout((rows * unit, columns * unit), (rows, columns))
+    return NativeLayout((rows * unit, columns * unit), (rows, columns))
 
 
-def moonvit(size: Size, *, unit: int, patch: int, max_pixels: int, max_side: int = 512) -> Layout:
+def moonvit(size: Size, *, unit: int, patch: int, max_pixels: int, max_side: int = 512) -> NativeLayout:
     """MoonViT (arXiv:2504.07491): never enlarged; black is added up to whole units. `max_side` counts patches."""
     width, height = size
     count = max(1.0, height // patch) * max(1.0, width // patch)
     limit = max_side * patch
     scale = min(1.0, math.sqrt(max_pixels // patch**2 / count), limit / height, limit / width)
     scaled = tuple(min(max(1, int(side * scale)), limit) for side in (height, width))
-    return Layout((scaled[0], scaled[1]), (-(-scaled[0] // unit), -(-scaled[1] // unit)))
+    return NativeLayout((scaled[0], scaled[1]), (-(-scaled[0] // unit), -(-scaled[1] // unit)))
 
 
-def pixtral(size: Size, *, unit: int, patch: int, max_edge: int) -> Layout:
+def pixtral(size: Size, *, unit: int, patch: int, max_edge: int) -> NativeLayout:
     """Pixtral (arXiv:2410.07073): never enlarged but to whole units, the longer side `max_edge` pixels at most."""
     width, height = size
     ratio = max(width, height) / max_edge
     if ratio > 1:
         width, height = max(1, math.floor(width / ratio)), max(1, math.floor(height / ratio))
     rows, columns = -(-height // unit), -(-width // unit)
-    return Layout((rows * unit, columns * unit), (rows, columns))
+    return NativeLayout((rows * unit, columns * unit), (rows, columns))
 
 
-RULES: dict[str, Callable[..., Layout]] = {"qwen": qwen, "naflex": naflex, "moonvit": moonvit, "pixtral": pixtral}
+RULES: dict[str, Callable[..., NativeLayout]] = {"qwen": qwen, "naflex": naflex, "moonvit": moonvit, "pixtral": pixtral}
 # What a rule takes besides a size.
 LIMITS = {
     "qwen": ("min_pixels", "max_pixels"),
@@ -124,7 +124,7 @@ def check_native(options: Mapping[str, Any]) -> None:
         raise ConfigError(problem, where=where, remedy=f"Allow at least one unit, {unit**2} pixels, and min <= max.")
 
 
-def layout(size: Size, options: Mapping[str, Any], *, where: str = "") -> Layout:
+def layout(size: Size, options: Mapping[str, Any], *, where: str = "") -> NativeLayout:
     """Lay out a picture of (W, H) pixels. Raises ImageError for one that is absurdly long."""
     if min(size) < 1 or max(size) > MAX_ASPECT * min(size):
         problem = f"is {size[0]} x {size[1]} pixels, longer than {MAX_ASPECT} times its short side"
@@ -133,7 +133,7 @@ def layout(size: Size, options: Mapping[str, Any], *, where: str = "") -> Layout
 
 
 @lru_cache(maxsize=65536)
-def _layout(size: Size, options: tuple[tuple[str, Any], ...]) -> Layout:
+def _layout(size: Size, options: tuple[tuple[str, Any], ...]) -> NativeLayout:
     given = dict(options)
     patch = given["patch"]
     limits = {name: given[name] for name in LIMITS[given["rule"]] if name in given}

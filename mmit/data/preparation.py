@@ -21,7 +21,7 @@ import torch
 
 from mmit.data.decode import load_fast
 from mmit.data.images import FIT_MODES, INTERPOLATIONS, fit, image_size
-from mmit.data.native import Layout, check_native, layout
+from mmit.data.native import NativeLayout, check_native, layout
 from mmit.data.tiles import TILINGS, Size, Tiling, crops
 from mmit.errors import ConfigError, ImageError, nearest
 from mmit.records import Image
@@ -155,7 +155,7 @@ class ImagePreparation:
         )
         return torch.stack([torch.from_numpy(np.array(crop)).permute(2, 0, 1) for crop in cut])
 
-    def _units(self, picture: PIL.Image.Image, laid: Layout) -> torch.Tensor:
+    def _units(self, picture: PIL.Image.Image, laid: NativeLayout) -> torch.Tensor:
         """(C, 3, S, S) uint8: the units of a picture, row by row; what its grid has beyond it is black."""
         pixels = fit(picture, laid.scaled, mode="resize", interpolation=self.interpolation, fill=self.fill)
         (rows, columns), (high, wide) = laid.grid, self.size

@@ -30,7 +30,7 @@ BLANK = "blank"  # the key of the one picture that stands for all in the blank-i
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PromptImage:
     """A picture of a prompt, the tokens it becomes, and its place for messages."""
 
     image: Image
@@ -44,7 +44,7 @@ class Prompt:
 
     number: int  # its place among the caller's records
     samples: tuple[Sample, ...]
-    pictures: dict[Hashable, Shown]
+    pictures: dict[Hashable, PromptImage]
     length: int  # tokens of the longest sample
 
 
@@ -184,7 +184,7 @@ class PromptMaker:
         return Prompt(
             number,
             made,
-            {key: Shown(image, spreads[key], where) for key, image in zip(keys, images, strict=True)},
+            {key: PromptImage(image, spreads[key], where) for key, image in zip(keys, images, strict=True)},
             length,
         )
 

@@ -1,7 +1,7 @@
 """Rows for the tools that look at data: every record of a file in order, the bad ones as their errors.
 
 Takes any file that mmit reads, or a folder of shards; gives Records, and RecordErrors where a row is none, so that a
-tool can tell all of them in one pass. Leaves nothing out and mends nothing.
+tool can tell all of them in one pass. Leaves nothing out and fixes nothing.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ THUMBNAIL = 240  # pixels of the longer side
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class SampledRow:
     """A row to show: its number in the data from 1, its encoded samples if any, and why there are none if not."""
 
     number: int
@@ -41,7 +41,7 @@ class Shown:
 
 
 def to_page(
-    items: Sequence[Shown],
+    items: Sequence[SampledRow],
     *,
     title: str,
     notes: Sequence[str] = (),
@@ -65,7 +65,7 @@ def to_page(
     return page(title, header, legend_line, f"<main>{''.join(cards)}</main>", kind="records")
 
 
-def _card(item: Shown, tokenizer: Any, *, image_tokens: int | None) -> str:
+def _card(item: SampledRow, tokenizer: Any, *, image_tokens: int | None) -> str:
     if isinstance(item.row, RecordError):
         place = item.row.where or "bad row"
         remedy = f"<br>{escape(item.row.remedy)}" if item.row.remedy else ""
@@ -159,7 +159,7 @@ def _of(count: int, what: str) -> str:
 
 
 def to_terminal(
-    items: Sequence[Shown], *, tokenizer: Any = None, image_tokens: int | None = None
+    items: Sequence[SampledRow], *, tokenizer: Any = None, image_tokens: int | None = None
 ) -> Iterator[RenderableType]:
     """Yield what to print with rich, record by record."""
     for item in items:

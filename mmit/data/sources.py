@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mmit.data.ahead import allowed_cores, in_order
 from mmit.data.conversion import Verdicts, convert
 from mmit.data.formats import VERSION, find_format, format_code, row_reader
 from mmit.data.formats.common import json_rows
 from mmit.data.formats.keys import kept_keys
 from mmit.data.formats.packed import packing
+from mmit.data.prefetch import allowed_cores, in_order
 from mmit.data.row_table import RowFile, RowTable, row_table
 from mmit.data.shards.reader import has_index, open_shards
 from mmit.data.store import Store, code_version, digest, key_of
@@ -292,7 +292,7 @@ def _native_row(path: Path, origin: Path | None = None) -> Callable[[bytes, int,
         try:
             row = json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise RecordError(f"not JSON: {error}", where=where, remedy="mend or remove this line") from error
+            raise RecordError(f"not JSON: {error}", where=where, remedy="fix or remove this line") from error
         record = Record.from_json(row, where=where, root=root)
         if not record.source and record.row is None:
             record = replace(record, source=name, row=index + 1)
@@ -309,7 +309,7 @@ def _foreign_row(importer: Callable[[Any, int], Record]) -> Callable[[bytes, int
             row, twice = JsonReader().whole(data.decode("utf-8-sig"))
             row = key_twice(twice, "") if twice else row
         except (ValueError, RecursionError) as error:
-            remedy = "Each row must be one whole JSON value in UTF-8: mend or remove it."
+            remedy = "Each row must be one whole JSON value in UTF-8: fix or remove it."
             row = RecordError(f"not JSON: {error}", remedy=remedy)
         return _absolute(importer(row, number))
 

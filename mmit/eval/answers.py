@@ -21,7 +21,7 @@ FORMAT = "mmit answers 1"
 ASKED = ("prompt", "images", "reference", "group")
 NUMBERS = "number_format"  # of the model; low precision may answer otherwise
 
-Row = dict[str, Any]
+AnswerRow = dict[str, Any]
 
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -38,9 +38,11 @@ def _line(row: Mapping[str, Any]) -> str:
     return text
 
 
-def open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwrite: bool) -> dict[str, Row]:
+def open_answers(
+    path: Path, settings: AnswerRow, asked: Mapping[str, AnswerRow], *, overwrite: bool
+) -> dict[str, AnswerRow]:
     """Return the usable rows on file by id, and leave a file that ends with a whole line."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, AnswerRow] = {}
     parts = list(path.parent.glob(f"{path.stem}.rank*.jsonl"))
     if overwrite:
         for part in parts:
@@ -53,7 +55,7 @@ def open_answers(path: Path, settings: Row, asked: Mapping[str, Row], *, overwri
     return rows
 
 
-def kept_settings(path: Path, settings: Row) -> Row:
+def kept_settings(path: Path, settings: AnswerRow) -> AnswerRow:
     """Return the settings without the number format where the file says none, since its answers may have another."""
     found = next(json_lines(path))[1]
     return {key: value for key, value in settings.items() if key != NUMBERS or key in found}
@@ -64,7 +66,7 @@ def rank_file(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.stem}.rank{rank}.jsonl")
 
 
-def merge(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]:
+def merge(path: Path, settings: AnswerRow, asked: Mapping[str, AnswerRow]) -> dict[str, AnswerRow]:
     """Move the answers of all ranks' files, whole or cut off, into `path`; return all rows on file by id."""
     rows = read_answers(path, settings, asked)
     for part in sorted(path.parent.glob(f"{path.stem}.rank*.jsonl")):
@@ -77,9 +79,9 @@ def merge(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]
     return rows
 
 
-def read_answers(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[str, Row]:
+def read_answers(path: Path, settings: AnswerRow, asked: Mapping[str, AnswerRow]) -> dict[str, AnswerRow]:
     """Check every row on file against what is asked now. Raises MmitError for the first that does not fit."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, AnswerRow] = {}
     for place, (line, row) in enumerate(json_lines(path)):
         problem = _row_problem(row, rows, asked) if place else _settings_problem(row, settings)
         if problem:
@@ -92,7 +94,7 @@ def read_answers(path: Path, settings: Row, asked: Mapping[str, Row]) -> dict[st
     return rows
 
 
-def _settings_problem(found: Any, settings: Row) -> str:
+def _settings_problem(found: Any, settings: AnswerRow) -> str:
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         return "not a file of answers of this version of mmit"
     changed = [key for key in settings if found.get(key) != settings[key]]
@@ -104,7 +106,7 @@ def _settings_problem(found: Any, settings: Row) -> str:
     return f"the answers on file were made with another model or other settings: {listed}"
 
 
-def _row_problem(row: Any, rows: Mapping[str, Row], asked: Mapping[str, Row]) -> str:
+def _row_problem(row: Any, rows: Mapping[str, AnswerRow], asked: Mapping[str, AnswerRow]) -> str:
     if not isinstance(row, dict) or not {"id", *ASKED, "answer"} <= row.keys():
         return "not an answer, so the file is damaged"
     name = row["id"]

@@ -21,7 +21,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mmit.data.image_identity import inside_name
 from mmit.data.thoughts import split_thought
 from mmit.errors import MmitError, ModelError
-from mmit.eval.answers import ASKED, FORMAT, NUMBERS, Row, kept_settings, lines, open_answers, rank_file, read_answers
+from mmit.eval.answers import (
+    ASKED,
+    FORMAT,
+    NUMBERS,
+    AnswerRow,
+    kept_settings,
+    lines,
+    open_answers,
+    rank_file,
+    read_answers,
+)
 from mmit.eval.answers import merge as merge_answers
 from mmit.eval.metrics import METRICS, Score, by_cluster, get_metric
 from mmit.eval.ranks import ALONE, Ranks
@@ -205,7 +215,7 @@ def evaluate(
     return Result(arm.label, score, invalid, path, time.monotonic() - start, missing, thoughts)
 
 
-def _gather(path: Path, settings: Row, asked: Mapping[str, Row], *, ranks: Ranks) -> dict[str, Row]:
+def _gather(path: Path, settings: AnswerRow, asked: Mapping[str, AnswerRow], *, ranks: Ranks) -> dict[str, AnswerRow]:
     """Bring the answers of all ranks together; every rank gets all of them."""
     ranks.barrier()
     if ranks.rank == 0:
@@ -216,19 +226,19 @@ def _gather(path: Path, settings: Row, asked: Mapping[str, Row], *, ranks: Ranks
     return rows
 
 
-def _scorer_of(task: Task, metric: Callable[..., Score] | None, seed: int) -> Callable[[Sequence[Row]], Score]:
+def _scorer_of(task: Task, metric: Callable[..., Score] | None, seed: int) -> Callable[[Sequence[AnswerRow]], Score]:
     chosen = metric or get_metric(task.metric)
     return lambda rows: _score(chosen, rows, seed)
 
 
 def _score_and_keep(
     path: Path,
-    settings: Row,
-    rows: Mapping[str, Row],
+    settings: AnswerRow,
+    rows: Mapping[str, AnswerRow],
     *,
     items: Sequence[Item],
     ranks: Ranks,
-    score: Callable[[Sequence[Row]], Score],
+    score: Callable[[Sequence[AnswerRow]], Score],
 ) -> Score:
     """Score the answers; the first rank writes the file anew, with verdicts."""
     ordered, names = [rows[item.id] for item in items], {item.id for item in items}
@@ -243,12 +253,12 @@ def _score_and_keep(
     return found
 
 
-def _settings(task: Task, arm: Arm) -> Row:
+def _settings(task: Task, arm: Arm) -> AnswerRow:
     """Return the first line of a file of answers: what must be equal for them to be kept.
 
     Neither metric nor sample: a metric can score answers that another asked for, and a sample can grow.
     """
-    settings: Row = {"format": FORMAT, "task": task.name, "max_new_tokens": task.max_new_tokens}
+    settings: AnswerRow = {"format": FORMAT, "task": task.name, "max_new_tokens": task.max_new_tokens}
     settings |= {"label": arm.label, "fingerprint": arm.fingerprint, "blank_images": arm.blank_images}
     if task.stop:
         settings["stop"] = task.stop
@@ -271,7 +281,7 @@ def invalid_rate(task: Task, score: Score, answers: Sequence[str]) -> float:
     return sum(str(read) not in valid for read in score.details.get("parsed", answers)) / len(answers)
 
 
-def _asked(item: Item) -> Row:
+def _asked(item: Item) -> AnswerRow:
     """Return the row of a question without its answer, as it comes back from JSON."""
     row = {
         "id": item.id,
@@ -281,7 +291,7 @@ def _asked(item: Item) -> Row:
         "reference": item.reference,
     }
     try:
-        plain: Row = json.loads(json.dumps(row, allow_nan=False))
+        plain: AnswerRow = json.loads(json.dumps(row, allow_nan=False))
         return plain
     except (TypeError, ValueError) as error:
         problem = f"a reference that JSON cannot keep: {error}"
@@ -307,7 +317,7 @@ def _chunks(items: Sequence[Item], size: int) -> list[Sequence[Item]]:
 
 def _answers(
     model: Generates | Scores, task: Task, chunk: Sequence[Item], *, batch_size: int, blank_images: bool
-) -> list[Row]:
+) -> list[AnswerRow]:
     """Return {"answer": text} per question, with "likelihoods" of its choices where these decide."""
     records = [item.prompt for item in chunk]
     options: dict[str, Any] = {"batch_size": batch_size, "blank_images": blank_images}
@@ -326,7 +336,7 @@ def _answers(
     return [_likeliest(task, item, row) for item, row in zip(chunk, likelihoods, strict=True)]
 
 
-def _without_thought(answer: str) -> Row:
+def _without_thought(answer: str) -> AnswerRow:
     thought, said = split_thought(answer)
     return {"answer": said, "thought": thought} if said != answer else {"answer": answer}
 
@@ -339,7 +349,7 @@ def _scorer(model: Any) -> Scores:
     return scores
 
 
-def _likeliest(task: Task, item: Item, likelihoods: Sequence[float]) -> Row:
+def _likeliest(task: Task, item: Item, likelihoods: Sequence[float]) -> AnswerRow:
     """Return the choice of the highest log-likelihood, the first of equals."""
     per_character = task.answer_by == "likelihood_per_character"
     lengths = [len(choice) if per_character else 1 for choice in item.choices]
@@ -347,7 +357,7 @@ def _likeliest(task: Task, item: Item, likelihoods: Sequence[float]) -> Row:
     return {"answer": item.choices[best], "likelihoods": [float(value) for value in likelihoods]}
 
 
-def _score(metric: Callable[..., Score], rows: Sequence[Row], seed: int) -> Score:
+def _score(metric: Callable[..., Score], rows: Sequence[AnswerRow], seed: int) -> Score:
     some = any(row["group"] is not None for row in rows)
     groups = ["other" if row["group"] is None else row["group"] for row in rows] if some else None
     answers, references = [row["answer"] for row in rows], [row["reference"] for row in rows]
@@ -357,7 +367,7 @@ def _score(metric: Callable[..., Score], rows: Sequence[Row], seed: int) -> Scor
     return by_cluster(found, images, groups=groups, seed=seed)
 
 
-def _with_scores(rows: Sequence[Row], score: Score | None) -> Iterator[Row]:
+def _with_scores(rows: Sequence[AnswerRow], score: Score | None) -> Iterator[AnswerRow]:
     """Add what the metric read (`parsed`) and its verdict (`correct`: true, false, or partial credit).
 
     Metrics over more than single answers (captions, pairs of questions) have none of these: null.

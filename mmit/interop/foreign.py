@@ -97,12 +97,12 @@ def read_foreign(
             place["base"] = base
         vlm, tokenizer, image = read(folder, tower=tower, dtype=dtype, **place)
         read_generation(vlm.llm, folder)
-        eye = vlm.vision
-        assert eye is not None and chat is not None
-        select = "cls_patch" if eye.prefix else "patch"
+        vision = vlm.vision
+        assert vision is not None and chat is not None
+        select = "cls_patch" if vision.prefix else "patch"
         options = {"layer": -1, "select": select, "fit": image["mode"], "tiles": image.get("tiles", {})}
         try:
-            whole = held_towers(eye)
+            whole = held_towers(vision)
         except ModelError as error:
             whole = error  # of no consequence to a model that only answers
         return Foreign(vlm, tokenizer, chat_format(chat, tokenizer), image, whole, options, dtype)

@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmit.errors import ModelError
 from mmit.models import varlen
-from mmit.models.buckets import Layout, additive, make_layout, pick, place, small_attention
+from mmit.models.buckets import BucketLayout, additive, make_layout, pick, place, small_attention
 from mmit.models.calls import ELSEWHERE, call, takes
 from mmit.models.row_state import ATTENTION, RowState, current_row, running
 from mmit.models.varlen import Segments, make_segments
@@ -49,16 +49,16 @@ class Bucket:
 
 
 @dataclass(slots=True)
-class Plan:
+class AttentionPlan:
     """How to run attention over one row; made once, used by every layer."""
 
     buckets: list[Bucket]
     longest: int  # tokens on the longest path
     segments: Segments  # the same row for a variable-length kernel
-    layouts: dict[tuple[int, int], Layout] = field(default_factory=dict)  # by H and KV, made when first needed
+    layouts: dict[tuple[int, int], BucketLayout] = field(default_factory=dict)  # by H and KV, made when first needed
     masks: dict[tuple[int, Visibility], torch.Tensor] = field(default_factory=dict)  # by bucket and pattern
 
-    def to(self, device: torch.device | str) -> Plan:
+    def to(self, device: torch.device | str) -> AttentionPlan:
         """Copy the index tensors to a device."""
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ class Plan:
             )
             for b in self.buckets
         ]
-        return Plan(buckets, self.longest, self.segments.to(device))
+        return AttentionPlan(buckets, self.longest, self.segments.to(device))
 
     def visible(self, number: int, pattern: Visibility, device: torch.device) -> torch.Tensor:
         """Mask (G, 1, Lq, Lk) of a bucket under a layer's pattern; made once."""
@@ -83,7 +83,7 @@ class Plan:
         return self.masks[number, pattern]
 
 
-def make_plan(nodes: torch.Tensor) -> Plan:
+def make_plan(nodes: torch.Tensor) -> AttentionPlan:
     """Sort nodes into buckets.
 
     Args:
@@ -106,7 +106,7 @@ def make_plan(nodes: torch.Tensor) -> Plan:
             groups.append([n])
     buckets = [_bucket(table, paths, g) for g in groups]
     longest = max(len(p) + row[1] for p, row in zip(paths, table, strict=True))
-    return Plan(buckets, longest, make_segments(table, paths))
+    return AttentionPlan(buckets, longest, make_segments(table, paths))
 
 
 def _alike(table: list[list[int]], paths: list[list[int]], a: int, b: int) -> bool:
@@ -169,7 +169,7 @@ def forest_attention(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    plan: Plan,
+    plan: AttentionPlan,
     scale: float,
     *,
     prefix: Prefix | None = None,

@@ -28,7 +28,7 @@ class Indexed(Protocol):
 
 
 @dataclass(slots=True)
-class Layout:
+class BucketLayout:
     """A plan for given numbers of heads; made once, used by every layer."""
 
     queries: list[torch.Tensor]  # per bucket (G * H * Lq,) places in the table of queries; padded with 0
@@ -38,12 +38,12 @@ class Layout:
     masks: dict[tuple[Any, ...], torch.Tensor] = field(default_factory=dict)  # additive; by bucket and what it hides
 
 
-def make_layout(buckets: Sequence[Indexed], tokens: int, *, heads: int, kv: int) -> Layout:
+def make_layout(buckets: Sequence[Indexed], tokens: int, *, heads: int, kv: int) -> BucketLayout:
     """Spread a plan of (T,) row positions over heads."""
     device = buckets[0].queries.device
     head, kv_head = torch.arange(heads, device=device), torch.arange(kv, device=device)
     inverse = torch.empty(tokens, heads, dtype=torch.int64, device=device)
-    layout = Layout([], [], [], inverse.view(-1))
+    layout = BucketLayout([], [], [], inverse.view(-1))
     before = 0
     for b in buckets:
         g, lq, lk = b.size
@@ -60,12 +60,12 @@ def make_layout(buckets: Sequence[Indexed], tokens: int, *, heads: int, kv: int)
     return layout
 
 
-def pick(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
+def pick(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BucketLayout) -> tuple[torch.Tensor, ...]:
     """Tables of queries, keys and values -> each bucket's (G * heads * L, D), flat: q, k, v, q, k, v, ..."""
     return _Pick.apply(q, k, v, layout)
 
 
-def place(outs: Sequence[torch.Tensor], layout: Layout) -> torch.Tensor:
+def place(outs: Sequence[torch.Tensor], layout: BucketLayout) -> torch.Tensor:
     """The buckets' outputs, (G * H * Lq, D) each, -> table of outputs (T * H, D)."""
     return _Place.apply(layout, *outs)
 
@@ -89,7 +89,7 @@ class _Pick(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BucketLayout
     ) -> tuple[torch.Tensor, ...]:
         ctx.layout, ctx.rows = layout, len(k)
         picked: list[torch.Tensor] = []
@@ -107,7 +107,7 @@ class _Place(torch.autograd.Function):
     """Its backward gives padding nothing."""
 
     @staticmethod
-    def forward(ctx: Any, layout: Layout, *outs: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, layout: BucketLayout, *outs: torch.Tensor) -> torch.Tensor:
         ctx.layout = layout
         return _join(outs).index_select(0, layout.inverse)
 

@@ -242,7 +242,7 @@ def _count(
     if len(progress.bad) > plan.max_bad:
         raise MmitError(
             f"{len(progress.bad)} bad records were met while training, more than the {plan.max_bad} that are tolerated",
-            remedy="see bad_records.jsonl in the run folder; mend the data or raise run.max_bad_fraction",
+            remedy="see bad_records.jsonl in the run folder; fix the data or raise run.max_bad_fraction",
         )
     count = len(plan.sources)
     by = rest[:count], rest[count : 2 * count], rest[2 * count :]

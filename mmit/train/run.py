@@ -62,7 +62,7 @@ def run(config: Config, *, evaluate: Evaluate | None = None) -> int:
         evaluate: called every `train.eval_every` steps and after the last one, on every rank, with the live model in
             evaluation mode; the numbers it returns on rank 0 go to metrics.jsonl, and `train.keep_best` may name one.
 
-    Raises MmitError for anything a user can mend.
+    Raises MmitError for anything a user can fix.
     """
     require(config.train.report_to)
     _check_evaluation(config, evaluate)

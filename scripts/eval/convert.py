@@ -2,7 +2,7 @@
 
 In: answers-tuned.jsonl of `mmit eval`, or a LLaVA answer file (scripts/eval/answer.py writes one); MME and MMBench need
 the former, which holds right answers and options too. Out: one file (for MME a folder). No answer is left out or
-mended; VQAv2 and VizWiz get the normalised words that their servers expect.
+fixed; VQAv2 and VizWiz get the normalised words that their servers expect.
 
 python scripts/eval/convert.py vqav2 RUN/eval/vqav2/answers-tuned.jsonl vqav2_submission.json
 """

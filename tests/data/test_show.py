@@ -15,7 +15,7 @@ from rich.console import Console
 from small_tokenizers import family
 
 from mmit.data.chat import Encoded, chat_format, encode
-from mmit.data.show import Shown, to_page, to_terminal
+from mmit.data.show import SampledRow, to_page, to_terminal
 from mmit.errors import RecordError
 from mmit.records import Record, Text, Turn
 
@@ -29,7 +29,7 @@ def encoded(record: Record) -> tuple[Encoded, ...]:
     return (encode(record.turns, chat_format("qa", tokenizer), tokenizer),)
 
 
-def page(*items: Shown, image_tokens: int | None = 16) -> str:
+def page(*items: SampledRow, image_tokens: int | None = 16) -> str:
     return to_page(
         items, title="data.jsonl", notes=["3 of 9"], tokenizer=family("byte_level"), image_tokens=image_tokens
     )
@@ -53,7 +53,7 @@ class Tags(HTMLParser):
 
 
 def test_a_card_has_everything(pictured):
-    text = page(Shown(7, pictured, encoded(pictured)))
+    text = page(SampledRow(7, pictured, encoded(pictured)))
     for part in ("3 of 9", "record (x)", "licence MIT", "400 × 300", "30 × 60", "[image x16]", "2 turns", "2 images"):
         assert part in text, part
     images = [attrs for tag, attrs in Tags(text).found if tag == "img"]
@@ -66,19 +66,19 @@ def test_a_card_has_everything(pictured):
 
 
 def test_the_bar_adds_up(pictured):
-    text = page(Shown(1, pictured, encoded(pictured)))
+    text = page(SampledRow(1, pictured, encoded(pictured)))
     widths = [float(width) for width in re.findall(r'style="width:([\d.]+)%"', text)]
     assert len(widths) == 3 and abs(sum(widths) - 100) < 0.05 and all(widths)
 
 
 def test_several_samples_of_a_record():
     record = Record.triple("What?", "A.")
-    text = page(Shown(1, record, encoded(record) * 3))
+    text = page(SampledRow(1, record, encoded(record) * 3))
     assert "sample 3 of 3" in text and "3 samples" in text and text.count("<pre>") == 3
 
 
 def test_without_a_tokenizer_the_turns_are_shown(pictured):
-    text = to_page([Shown(1, pictured)], title="x")
+    text = to_page([SampledRow(1, pictured)], title="x")
     assert '<div class="turn assistant"><b>assistant</b>A red thing.</div>' in text
     assert text.count('<span class="image">image</span>') == 3  # two, and one in the key
     assert "characters" in text
@@ -87,7 +87,7 @@ def test_without_a_tokenizer_the_turns_are_shown(pictured):
 def test_what_is_wrong_is_said(pictured, tmp_path):
     bad = RecordError("the text has 2 <image>", where="rows.json:3", remedy="Write one.")
     gone = Record.triple("What?", "A.", images=[str(tmp_path / "gone.png")])
-    text = page(Shown(3, bad), Shown(4, gone), Shown(5, pictured, problem="training refuses it: no"))
+    text = page(SampledRow(3, bad), SampledRow(4, gone), SampledRow(5, pictured, problem="training refuses it: no"))
     assert "the text has 2 &lt;image&gt;" in text and "Write one." in text and "rows.json:3" in text
     assert "cannot open the image" in text and "training refuses it: no" in text
 
@@ -100,9 +100,9 @@ def test_the_page_stands_alone_and_runs_nothing():
     for samples in ((), encoded(record)):
         text = to_page(
             [
-                Shown(1, record, samples),
-                Shown(2, RecordError(evil, where=evil, remedy=evil)),
-                Shown(3, record, problem=evil),
+                SampledRow(1, record, samples),
+                SampledRow(2, RecordError(evil, where=evil, remedy=evil)),
+                SampledRow(3, record, problem=evil),
             ],
             title=evil,
             notes=[evil],
@@ -117,7 +117,12 @@ def test_the_page_stands_alone_and_runs_nothing():
 def test_the_terminal_has_the_same(pictured):
     gone = Record.triple("Hi\x1b[31m", "Ho", images=["gone.png"])
     bad = RecordError("no good\x1b[31m", where="rows.json:3")
-    items = [Shown(1, pictured, encoded(pictured)), Shown(2, gone), Shown(3, bad), Shown(4, gone, problem="too long")]
+    items = [
+        SampledRow(1, pictured, encoded(pictured)),
+        SampledRow(2, gone),
+        SampledRow(3, bad),
+        SampledRow(4, gone, problem="too long"),
+    ]
     console = Console(file=io.StringIO(), width=300, highlight=False)
     for line in to_terminal(items, tokenizer=family("byte_level"), image_tokens=16):
         console.print(line)
@@ -131,7 +136,7 @@ def test_the_terminal_has_the_same(pictured):
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium to draw the page with")
 @pytest.mark.parametrize("dark", [False, True])
 def test_a_browser_draws_it(pictured, tmp_path, dark):
-    items = [Shown(1, pictured, encoded(pictured)), Shown(2, RecordError("no record", where="rows.json:2"))]
+    items = [SampledRow(1, pictured, encoded(pictured)), SampledRow(2, RecordError("no record", where="rows.json:2"))]
     (tmp_path / "show.html").write_text(page(*items), encoding="utf-8")
     picture = screenshot(tmp_path / "show.html", dark=dark)
     colours = dict((colour, count) for count, colour in picture.getcolors(1 << 24))

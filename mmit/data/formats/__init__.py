@@ -2,7 +2,7 @@
 
 FORMATS has an entry for each format: how its file is cut into rows, and a small function row -> Record. `import_file`
 runs one over a file, `detect_format` tells which. Never opens a picture, but for the size in its header where boxes are
-in pixels; never mends a broken row. What a Record has no place for goes into its meta. Nothing is downloaded, except by
+in pixels; never fixes a broken row. What a Record has no place for goes into its meta. Nothing is downloaded, except by
 the format "hf", which is there to do it.
 """
 

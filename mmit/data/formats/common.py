@@ -1,7 +1,7 @@
 """What the importers share: the Format entry, files read row by row, pictures, and checks that name what is wrong.
 
 Takes paths and foreign JSON values; gives rows, text and image parts, or a RecordError whose problem names the
-key. Never opens a picture, never mends a value.
+key. Never opens a picture, never fixes a value.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def is_list(path: str) -> bool:
 
 def json_object(path: str, *needed: str) -> Row:
     """Read a file that is one JSON object with the keys `needed`; RecordError names the file and the keys."""
-    value = _json_file(path, "The file must be one JSON object: mend this line.")
+    value = _json_file(path, "The file must be one JSON object: fix this line.")
     if not isinstance(value, dict):
         problem = f"found a JSON {type(value).__name__}, not an object"
         raise RecordError(problem, where=path, remedy=f"The file needs the keys {', '.join(needed)}.")

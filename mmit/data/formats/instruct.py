@@ -167,14 +167,14 @@ def baize(row: Row, *, image_root: str = "") -> Record:
         expected = "Human" if number % 2 else "AI"
         if speaker != expected:
             problem = f"turn {number} of the transcript is [|{speaker}|] where [|{expected}|] belongs"
-            raise RecordError(problem, remedy="Mend the transcript, or leave the row out.")
+            raise RecordError(problem, remedy="Fix the transcript, or leave the row out.")
         if not text:
             problem = f"turn {number} of the transcript ([|{speaker}|]) is empty"
-            raise RecordError(problem, remedy="Mend the transcript, or leave the row out.")
+            raise RecordError(problem, remedy="Fix the transcript, or leave the row out.")
         dialogue.append(said("user" if speaker == "Human" else "assistant", text))
     if speakers[-1] == "Human":
         problem = f"the transcript ends with the human's words: '{short(spoken[-1])}'"
-        raise RecordError(problem, remedy="Mend the transcript, or leave the row out.")
+        raise RecordError(problem, remedy="Fix the transcript, or leave the row out.")
     return Record(place_images(dialogue, None), id=id_of(row), meta=rest(row, "input"))
 
 

@@ -20,7 +20,7 @@ from mmit.records import key_twice, short
 BLOCK = 4 << 20
 _NEAR = 16  # a value that is cut short is refused, or ends, within this of the cut, if not for an open string
 _SPACE = " \t\r\n"
-_REMEDY = "The file begins like a JSON list: mend this line, or write JSONL."
+_REMEDY = "The file begins like a JSON list: fix this line, or write JSONL."
 
 
 def list_items(path: str, *, block: int = BLOCK) -> Iterator[tuple[int, int, Any]]:

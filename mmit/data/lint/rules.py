@@ -31,7 +31,7 @@ class Rule:
 
 RULES: dict[str, Rule] = {
     # What training refuses.
-    "bad-row": Rule("error", "a row that is no record", "Mend or remove the row."),
+    "bad-row": Rule("error", "a row that is no record", "Fix or remove the row."),
     "alternation": Rule("error", "speakers that do not alternate", "Merge neighbouring turns, or add the missing one."),
     "empty-turn": Rule("error", "an empty question or answer", "Fill it in, or leave the record out."),
     "no-answer": Rule("error", "no answer to learn", "Add the assistant's turn, or leave the record out."),

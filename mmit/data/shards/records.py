@@ -356,7 +356,7 @@ def _interleaved(row: dict[str, Any], images: Mapping[str, bytes], where: str) -
             _fail(
                 f"picture {number + 1} matches no sentence of {len(sentences)}",
                 where,
-                "Mend matched_text_index.",
+                "Fix matched_text_index.",
             )
         at.setdefault(place, []).append(Image(_base64(info.get("image_base64"), number, where)))
     if not at:

@@ -79,7 +79,7 @@ def read_llava(
         raise ModelError("its config.json declares none of LLaVA's classes", where=where)
     fit = picture_fit(config, where)
     line_end = fit.get("tiles", {}).get("line_ends", False)
-    eye = build_vision(
+    vision = build_vision(
         "hf",
         tower or config["mm_vision_tower"],
         layer=config.get("mm_vision_select_layer", -2),
@@ -92,7 +92,7 @@ def read_llava(
         parts = split_by_prefix(folder_tensors(folder), prefixes, where=where)
         llm: Any = _whole_llm(config, parts["llm"], dtype=dtype, where=where, **place)
         if parts["vision"]:
-            own_tower(eye, parts["vision"], where)
+            own_tower(vision, parts["vision"], where)
         tokenizer = load_tokenizer(where)
     else:
         if base is None:
@@ -114,10 +114,10 @@ def read_llava(
     width = llm.get_input_embeddings().weight.shape[1]
     projector = build_projector(
         "mlp",
-        vision_dim=eye.dim,
+        vision_dim=vision.dim,
         llm_dim=width,
-        grid=eye.grid,
-        prefix=eye.prefix,
+        grid=vision.grid,
+        prefix=vision.prefix,
         depth=depth,
         line_end=line_end,
     )
@@ -128,8 +128,12 @@ def read_llava(
         if newline := parts.get("newline"):
             own["line_end"] = newline[""]
         fill_module(projector, own, where=f"{where}, mm_projector and image_newline (line_end)")
-    image = {"size": list(eye.image_size), "interpolation": eye.interpolation, "fill": [int(255 * m) for m in eye.mean]}
-    return VLM(llm, vision=eye, projector=projector.to(dtype)), tokenizer, {**image, **fit}
+    image = {
+        "size": list(vision.image_size),
+        "interpolation": vision.interpolation,
+        "fill": [int(255 * m) for m in vision.mean],
+    }
+    return VLM(llm, vision=vision, projector=projector.to(dtype)), tokenizer, {**image, **fit}
 
 
 def picture_fit(config: dict[str, Any], where: str) -> dict[str, Any]:
@@ -207,9 +211,9 @@ def _same_base(config: dict[str, Any], llm: Any, *, base: str, where: str) -> No
         raise ModelError(f"does not belong to {base}: it was trained with {', '.join(wrong)}", where=where)
 
 
-def own_tower(eye: VisionTower, tensors: dict[str, torch.Tensor], where: str) -> None:
+def own_tower(vision: VisionTower, tensors: dict[str, torch.Tensor], where: str) -> None:
     """Put the folder's own tower, which may be fine-tuned, in place of the stock one."""
-    core = getattr(eye.encoder.model, "vision_model", eye.encoder.model)
+    core = getattr(vision.encoder.model, "vision_model", vision.encoder.model)
     needed = core.state_dict()
     complain("its vision tower is not whole", missing=needed.keys() - tensors.keys(), where=where)
     load_needed(core, tensors, full={key: value.shape for key, value in tensors.items()}, where=where)

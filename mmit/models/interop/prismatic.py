@@ -108,11 +108,11 @@ def read_prismatic(
             remedy="name the folder or hub id of that model with --base",
         )
     parts = _checkpoint(folder)
-    own_eye = parts.get("vision_backbone")
+    own_vision = parts.get("vision_backbone")
     if backbone in FUSED_TOWERS:
-        eye = _fused(backbone, tower, own_eye, dtype=dtype, where=where)
+        vision = _fused(backbone, tower, own_vision, dtype=dtype, where=where)
     else:
-        eye = _tower(name, tower, own_eye, dtype=dtype, where=where, image_size=SIZES.get(backbone))
+        vision = _tower(name, tower, own_vision, dtype=dtype, where=where, image_size=SIZES.get(backbone))
     tokenizer = load_tokenizer(base)
     llm: Any
     if "llm_backbone" in parts:
@@ -120,13 +120,17 @@ def read_prismatic(
     else:
         llm = load_llm(base, dtype=dtype, **place)
     width = llm.get_input_embeddings().weight.shape[1]
-    shape = {"vision_dim": eye.dim, "llm_dim": width, "grid": eye.grid, "prefix": eye.prefix}
+    shape = {"vision_dim": vision.dim, "llm_dim": width, "grid": vision.grid, "prefix": vision.prefix}
     projector = build_projector(kind, **shape, **options)
     front = f"layers.{'0.' if options.get('depth') == 1 else ''}"
     own = split_by_prefix(parts["projector"], (("projector.", "own", front),), where=f"{where}, projector")["own"]
     fill_module(projector, own, where=f"{where}, projector ({config['arch_specifier']})")
-    image = {"size": list(eye.image_size), "interpolation": eye.interpolation, "fill": [int(255 * m) for m in eye.mean]}
-    return VLM(llm, vision=eye, projector=projector.to(dtype)), tokenizer, {**image, "mode": mode}
+    image = {
+        "size": list(vision.image_size),
+        "interpolation": vision.interpolation,
+        "fill": [int(255 * m) for m in vision.mean],
+    }
+    return VLM(llm, vision=vision, projector=projector.to(dtype)), tokenizer, {**image, "mode": mode}
 
 
 def _fit(config: Mapping[str, Any], where: str) -> str:
@@ -223,8 +227,8 @@ def _tower(
 ) -> VisionTower:
     """timm's tower at the second-to-last block, without class token and final norm; the file's own if it has one."""
     weights, size = own is None, None if given else image_size
-    eye = build_vision("timm", given or name, weights=weights, layer=-2, image_size=size, dtype=dtype)
-    architecture = json.loads(eye.identity)[1]
+    vision = build_vision("timm", given or name, weights=weights, layer=-2, image_size=size, dtype=dtype)
+    architecture = json.loads(vision.identity)[1]
     if architecture != name.split(".")[0]:
         raise ModelError(
             f"the tower {given} is a {architecture}, and the model was trained with {name.split('.')[0]}",
@@ -233,8 +237,8 @@ def _tower(
         )
     if own is not None:
         where = f"{where}, vision_backbone"
-        own_tower(eye, split_by_prefix(own, (("featurizer.", "own", ""),), where=where)["own"], where)
-    return eye
+        own_tower(vision, split_by_prefix(own, (("featurizer.", "own", ""),), where=where)["own"], where)
+    return vision
 
 
 def _own_llm(

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from mmit.data.ahead import allowed_cores, in_order
 from mmit.data.mixture import WINDOW, mixing_weights, mixture_order, units_in_epoch
 from mmit.data.packing import plan_rows
+from mmit.data.prefetch import allowed_cores, in_order
 from mmit.data.store import Store, code_version, key_of
 from mmit.data.walk import Walk
 from mmit.errors import CheckpointError

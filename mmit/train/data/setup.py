@@ -15,11 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmit.data.ahead import allowed_cores
 from mmit.data.chat import ChatFormat, Encoded, chat_format, encode
 from mmit.data.dataset import InstructionData
 from mmit.data.loader import LoadImage, MicroBatch, micro_batches
 from mmit.data.loss import Loss
+from mmit.data.prefetch import allowed_cores
 from mmit.data.sources import Source, open_source
 from mmit.data.store import Store, key_of
 from mmit.errors import ConfigError, RecordError, located, nearest
@@ -198,7 +198,7 @@ def judge(
             f"{len(scan.bad)} of {scan.records} records are bad, more than run.max_bad_fraction="
             f"{max_bad_fraction:g} allows; the first: {scan.bad[0]}",
             where=key if run_dir is None else str(run_dir / name),
-            remedy="mend the data, or raise run.max_bad_fraction",
+            remedy="fix the data, or raise run.max_bad_fraction",
         )
     if scan.bad:
         say(f"{len(scan.bad)} bad records are left out{listed}")

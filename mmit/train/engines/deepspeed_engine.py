@@ -61,10 +61,10 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([WHERE, *map(str, first["loc"])])
-        raise ConfigError(first["msg"], where=where, remedy="mend it in the DeepSpeed JSON") from error
+        raise ConfigError(first["msg"], where=where, remedy="fix it in the DeepSpeed JSON") from error
     except (ValueError, TypeError, AssertionError) as error:
         problem = str(error).split("\n")[0] or "DeepSpeed refuses it"
-        raise ConfigError(problem, where=WHERE, remedy="mend the DeepSpeed JSON") from error
+        raise ConfigError(problem, where=WHERE, remedy="fix the DeepSpeed JSON") from error
     if options["fp16"]["enabled"] and not get_accelerator().is_fp16_supported():
         problem = f"DeepSpeed does not train in fp16 on this {get_accelerator().device_name()}"
         raise ConfigError(problem, where="train.precision", remedy="set train.precision=bf16 or fp32")

@@ -54,9 +54,9 @@ def deepspeed_options(name: str) -> dict[str, Any]:
             f"no DeepSpeed config '{name}'", where=WHERE, remedy=f"give the path of a JSON; {nearest(name, names)}"
         ) from None
     except (ValueError, OSError) as error:
-        raise ConfigError(f"is not JSON: {error}", where=str(path), remedy="mend the file") from None
+        raise ConfigError(f"is not JSON: {error}", where=str(path), remedy="fix the file") from None
     if not isinstance(options, dict):
-        raise ConfigError("is not a JSON object", where=str(path), remedy="mend the file")
+        raise ConfigError("is not a JSON object", where=str(path), remedy="fix the file")
     return options
 
 

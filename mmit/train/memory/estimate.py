@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from mmit.data.ahead import allowed_cores
 from mmit.data.formats.keys import told
 from mmit.data.loader import MicroBatch, micro_batches
 from mmit.data.measure import Scan, is_kept
+from mmit.data.prefetch import allowed_cores
 from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.store import Store
 from mmit.errors import MmitError, RecordError, located

@@ -70,7 +70,7 @@ def random_edits(rng: np.random.Generator) -> list[Edit]:
 
 
 def mutate(data: bytes, edits: list[Edit]) -> bytes:
-    """Damage `data`; "field" writes into a tar header and mends its checksum, so that the damage gets further."""
+    """Damage `data`; "field" writes into a tar header and fixes its checksum, so that the damage gets further."""
     out = bytearray(data)
     for kind, where, much, value in edits:
         at = min(int(where * len(out)), max(len(out) - 1, 0))

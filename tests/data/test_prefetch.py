@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
-from mmit.data.ahead import ahead
+from mmit.data.prefetch import prefetch
 from mmit.errors import MmitError, RecordError
 
 
 def given(job: Callable[[int], bytes], sizes: list[int], **options: int):
-    return ahead(job, sizes, expected=lambda n: n, size=len, **{"workers": 2, "budget": 1000, **options})
+    return prefetch(job, sizes, expected=lambda n: n, size=len, **{"workers": 2, "budget": 1000, **options})
 
 
 def test_results_come_in_order() -> None:
@@ -50,14 +50,14 @@ def test_what_waits_never_passes_the_budget(budget: int) -> None:
 def test_errors_keep_their_type_and_place() -> None:
     def job(n: int) -> bytes:
         if n == 3:
-            raise RecordError("is bad", where="record 3", remedy="mend it")
+            raise RecordError("is bad", where="record 3", remedy="fix it")
         return bytes(n)
 
     results = given(job, [1, 2, 3, 4])
     assert len(next(results)) == 1 and len(next(results)) == 2
     with pytest.raises(RecordError, match="record 3: is bad") as error:
         next(results)
-    assert error.value.remedy == "mend it"
+    assert error.value.remedy == "fix it"
 
 
 def test_a_killed_worker_is_an_error_not_a_hang() -> None:

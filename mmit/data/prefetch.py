@@ -41,14 +41,14 @@ def allowed_cores() -> int:
 def in_order(job: Callable[[A], T], arguments: Iterable[A], *, workers: int) -> Generator[T]:
     """Yield `job(argument)` for each argument, in order, made by `workers` forked processes, or here for less than two.
 
-    For small results, of which each worker may have 64 waiting. Closing, signals and errors as `ahead`.
+    For small results, of which each worker may have 64 waiting. Closing, signals and errors as `prefetch`.
     """
     if workers < 2:
         return (job(argument) for argument in arguments)
-    return ahead(job, arguments, workers=workers, budget=0, expected=lambda _: 0, size=lambda _: 0)
+    return prefetch(job, arguments, workers=workers, budget=0, expected=lambda _: 0, size=lambda _: 0)
 
 
-def ahead(
+def prefetch(
     job: Callable[[A], T],
     arguments: Iterable[A],
     *,
