@@ -20,15 +20,16 @@ from mmit.build.annotated import Dropped, Made
 from mmit.build.parsers import COLON
 from mmit.build.replies import finish_problem
 from mmit.data.diversity import RougePool
+from mmit.data.image_identity import image_name
 from mmit.data.lint.near_duplicates import TextSignatures
 from mmit.errors import ConfigError
 from mmit.teachers import Desk, Draw, Reply, Request
-from mmit.teachers.request import image_bytes, user
+from mmit.teachers.request import user
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from mmit.records import Image, Record
+    from mmit.records import Record
 
 _SCORE = re.compile(rf"(?i)\b(?:score|rating)\s*{COLON}?\s*\**\s*(-?\d+(?:\.\d+)?)")
 _BARE = re.compile(r"^\W*(-?\d+(?:\.\d+)?)\b")
@@ -201,11 +202,7 @@ class _Unlike:
 
 
 def _image_key(record: Record) -> str:
-    return "|".join(_image_name(image) for image in record.images)
-
-
-def _image_name(image: Image) -> str:
-    return image.source if isinstance(image.source, str) else hashlib.sha256(image_bytes(image)).hexdigest()
+    return "|".join(image_name(image) for image in record.images)
 
 
 def _out_of_bounds(score: float | None, keep: Keep) -> str:
