@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmit.analysis.findings import findings
-from mmit.eval.page import page
 from mmit.io import write_atomic
+from mmit.pages import page
 
 if TYPE_CHECKING:
     from mmit.analysis.study import Study
@@ -184,7 +184,7 @@ def html(found: Mapping[str, Any]) -> str:
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     body = environment.from_string(_BODY).render(parts=sections(found), plot=plot(found))
-    return page(f"Study: {found['study']}", body)
+    return page(f"Study: {found['study']}", body, kind="evaluation")
 
 
 _BODY = """\

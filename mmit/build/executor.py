@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmit.build.annotated import Dropped, Made
 from mmit.build.write import Line, line_of
-from mmit.data.ahead import in_order
+from mmit.data.prefetch import in_order
 from mmit.errors import ConfigError, MmitError, nearest
 
 if TYPE_CHECKING:
