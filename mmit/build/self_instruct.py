@@ -44,7 +44,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Plan:
+class InstructPlan:
     """How a pool grows.
 
     Attributes:
@@ -111,7 +111,7 @@ class SelfInstruct:
         self,
         seeds: Sequence[Task],
         desk: Desk,
-        plan: Plan,
+        plan: InstructPlan,
         *,
         draw: Draw,
         pictures: Sequence[Image] = (),

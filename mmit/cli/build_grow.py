@@ -106,7 +106,7 @@ def _pictures(settings: Mapping[str, Any], config: Path) -> tuple[list[Image], l
 
 
 def _plan(settings: Mapping[str, Any], *, pictures: bool) -> Any:
-    from mmit.build.self_instruct import KEYWORDS, Plan
+    from mmit.build.self_instruct import KEYWORDS, InstructPlan
 
     style, filters = settings.get("style", "steps"), settings.get("filters") or {}
     prompt = _PROMPTS.get(style, {}) | (settings.get("prompt") or {})
@@ -114,7 +114,7 @@ def _plan(settings: Mapping[str, Any], *, pictures: bool) -> Any:
     words = filters.get("words", [4, 150])
     if not isinstance(words, list) or len(words) != 2 or not all(isinstance(n, int) for n in words):
         raise ConfigError(f"is {words!r}", where="filters.words", remedy="Write words: [4, 150]")
-    return Plan(
+    return InstructPlan(
         **{key: settings[key] for key in ("target", "requests", "patience", "seed") if settings.get(key) is not None},
         **prompt,
         style=style,

@@ -1,4 +1,4 @@
-"""`mmit inspect`: one record as the model will see it, token by token, its mask plain to the eye.
+"""`mmit inspect`: one record as the model will see it, token by token, with its mask.
 
 In: a data file or a training config. Out: the terminal, an HTML page, an SVG picture. Loads a tokenizer and, to
 count image tokens, builds a vision encoder without its weights; never loads a language model.

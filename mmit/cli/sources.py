@@ -258,7 +258,7 @@ def tokenizer_and_chat(
 
 
 def model_preparation(model: ModelConfig) -> ImagePreparation:
-    """Find out what a picture becomes by building the eye and the projector of a config without their weights."""
+    """Find out what a picture becomes by building vision encoder and projector of a config without their weights."""
     import torch
 
     from mmit.data.preparation import ImagePreparation

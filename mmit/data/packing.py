@@ -240,22 +240,22 @@ def _paths(root: _Node, symbol_lists: Sequence[list[Symbol]], share: bool) -> li
 def plan_rows(
     lengths: np.ndarray, *, capacity: int, order: np.ndarray, shared: int = 0, window: int = 4096
 ) -> list[list[int]]:
-    """Decide which bundles share a row: a pure function of its arguments.
+    """Decide which units share a row: a pure function of its arguments.
 
-    The next `window` bundles of the order lie in a pool. A row starts with the oldest, goes on with the next oldest
-    while it is far from full, and is then closed by the single bundle or the pair that leaves the least room: with
+    The next `window` units of the order lie in a pool. A row starts with the oldest, goes on with the next oldest
+    while it is far from full, and is then closed by the single unit or the pair that leaves the least room: with
     thousands to choose from, some pair almost always fits to the token. So rows keep the shuffle's order, and no
-    bundle waits for more than a pool's length.
+    unit waits for more than a pool's length.
 
     Args:
-        lengths: (B,) tokens of each bundle; a bundle is never split.
+        lengths: (B,) tokens of each unit; a unit is never split.
         capacity: tokens per row.
-        order: bundle numbers, each as often as it is wanted.
-        shared: tokens that every bundle begins with and that a row holds once (the system prompt).
-        window: bundles looked at together.
+        order: unit numbers, each as often as it is wanted.
+        shared: tokens that every unit begins with and that a row holds once (the system prompt).
+        window: units looked at together.
 
     Returns:
-        rows as lists of bundle numbers.
+        rows as lists of unit numbers.
     """
     sizes = np.maximum(lengths[order] - shared, 0).tolist()  # by place in the order
     room = capacity - shared
@@ -275,7 +275,7 @@ def plan_rows(
 
 
 class _Pool:
-    """Bundles waiting for a row, found by age or by size."""
+    """Units waiting for a row, found by age or by size."""
 
     def __init__(self, sizes: list[int], room: int, window: int) -> None:
         self.sizes, self.room, self.window = sizes, room, window
@@ -295,7 +295,7 @@ class _Pool:
             self.waiting += 1
 
     def oldest(self, at_most: int | None = None) -> int | None:
-        """Place of the bundle that has waited longest; with `at_most`, among those that old or a little younger."""
+        """Place of the unit that has waited longest; with `at_most`, among those that old or a little younger."""
         while self.first < self.filled and self.taken[self.first]:
             self.first += 1
         if at_most is None:
@@ -306,7 +306,7 @@ class _Pool:
         return None
 
     def take(self, place: int) -> int:
-        """Remove a bundle; returns its size."""
+        """Remove a unit; returns its size."""
         size = self.sizes[place]
         self.taken[place] = 1
         self.waiting -= 1
@@ -321,7 +321,7 @@ class _Pool:
         return size
 
     def best(self, left: int) -> tuple[int, ...]:
-        """Places of the bundle, or of the two, that fill `left` best; () when none fits."""
+        """Places of the unit, or of the two, that fill `left` best; () when none fits."""
         count = self.count[: left + 1]
         present = np.flatnonzero(count)
         if not len(present):

@@ -1,4 +1,4 @@
-"""From image features to image tokens: the only part between the eye and the language model.
+"""From image features to image tokens: the only part between vision encoder and language model.
 
 Owns the projector kinds and their options. Goes in: features (B, N, D_v) over a grid of h x w patches; comes
 out: M image tokens (B, M, D_llm), with M stated before anything runs. Knows no encoder and no language model.

@@ -1,4 +1,4 @@
-"""The eye: uint8 pictures in, features of one layer of a vision encoder out.
+"""The vision tower: uint8 images in, features of one layer of a vision encoder out.
 
 Owns the one interface over open_clip, timm and transformers encoders: normalisation with the encoder's own
 constants, freezing, and the fingerprint that keys a feature cache. Runs nothing above the layer that is read.

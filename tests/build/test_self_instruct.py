@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
-from mmit.build.self_instruct import Plan, SelfInstruct, Task
+from mmit.build.self_instruct import InstructPlan, SelfInstruct, Task
 from mmit.cli import app
 from mmit.data.diversity import RougePool, nearest_rouge_l
 from mmit.records import Record, read_jsonl, write_jsonl
@@ -169,7 +169,7 @@ def test_a_teacher_that_only_repeats_itself_ends_the_build(folder):
 )
 def test_filters(text, reason):
     seeds = [Task(str(n), t) for n, t in enumerate(["a b c d e f g h i j", "one two three four"])]
-    build = SelfInstruct(seeds, None, Plan(human=2), draw=Draw())  # type: ignore[arg-type]
+    build = SelfInstruct(seeds, None, InstructPlan(human=2), draw=Draw())  # type: ignore[arg-type]
     assert build._filtered(text) == reason
 
 

@@ -1,7 +1,7 @@
 """Curves as inline SVG: a few lines over steps, with axes, a legend and gaps where a value is missing.
 
 In: named series of (step, value). Out: SVG text that takes its colours from the page's style. Draws no more points
-than the eye can see, and always the highest and the lowest of those it leaves out.
+than a reader can tell apart, and always the highest and the lowest of those it leaves out.
 """
 
 from __future__ import annotations
