@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mmit.models.partition import shape
 from mmit.train.engines.state import read_state, write_state
 
 
@@ -83,7 +84,7 @@ class Engine(ABC):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the trained parameters, partitioned or not."""
         # ZeRO-3 leaves an empty tensor and keeps the shape beside it.
-        return {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in zip(self.names, self.parameters, strict=True)}
+        return {n: tuple(shape(p)) for n, p in zip(self.names, self.parameters, strict=True)}
 
     def all_sum(self, values: Sequence[float]) -> list[float]:
         """Sum numbers over ranks, in float64."""

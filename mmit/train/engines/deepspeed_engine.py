@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from mmit.errors import ConfigError, nearest
+from mmit.models.partition import shape
 from mmit.train.engines.base import Engine, poisoned, weighted
 from mmit.train.engines.state import placed, placed_step
 from mmit.train.engines.zero import WHERE, complete, zero_stage
@@ -193,9 +194,8 @@ class DeepSpeedEngine(Engine):
                 yield name, dict(inner.state.get(p, {}))
             else:
                 state = {k: safe_get_full_optimizer_state(p, k) for k in ("exp_avg", "exp_avg_sq")}
-                shape = getattr(p, "ds_shape", p.shape)
                 state["master"] = safe_get_full_fp32_param(p)
-                yield name, {"step": torch.tensor(max(steps)), **{k: v.reshape(shape) for k, v in state.items()}}
+                yield name, {"step": torch.tensor(max(steps)), **{k: v.reshape(shape(p)) for k, v in state.items()}}
 
     def take_states(self, states: Iterable[tuple[str, dict[str, torch.Tensor]]]) -> None:
         """Each rank keeps its part of every tensor."""
