@@ -569,7 +569,7 @@ MUTANTS = [
     Mutant(
         "build: one question about two images is one",
         "mmit/build/select.py",
-        '    return "|".join(_image_name(image) for image in record.images)',
+        '    return "|".join(image_name(image) for image in record.images)',
         '    return ""',
         "tests/build/test_select.py",
     ),
@@ -614,6 +614,48 @@ MUTANTS = [
         "while failed is None and (taken",
         "while (taken",
         "tests/build/test_cluster.py",
+    ),
+    Mutant(
+        "evaluated endpoint: a refused question counts as a wrong answer",
+        "mmit/eval/endpoint.py",
+        'if reply.finish == "refused" or',
+        'if reply.finish == "never" or',
+        "tests/eval/test_judges.py",
+    ),
+    Mutant(
+        "judge: a reply without a score is asked for with the same seed and taken as nothing",
+        "mmit/eval/judges.py",
+        "if len(done) == len(prompts):",
+        "if attempt:",
+        "tests/eval/test_judges.py",
+    ),
+    Mutant(
+        "devices: every process of a launcher takes the first GPU",
+        "mmit/models/llm.py",
+        'torch.device("cuda", int(rank) % torch.cuda.device_count())',
+        'torch.device("cuda", 0)',
+        "tests/models/test_llm.py",
+    ),
+    Mutant(
+        "help leaves out a tuning method",
+        "mmit/kinds.py",
+        '        "houlsby": "bottleneck adapters",\n',
+        "",
+        "tests/test_kinds.py",
+    ),
+    Mutant(
+        "ROUGE-L: two texts without words are alike",
+        "mmit/data/diversity.py",
+        "values: np.ndarray = 2 * common / lengths",
+        "values: np.ndarray = (2 * common + (lengths == 1)) / lengths",
+        "tests/data/test_stats.py",
+    ),
+    Mutant(
+        "pages: a title is HTML",
+        "mmit/pages/page.html",
+        "<title>{{ title }}</title>",
+        "<title>{{ title | safe }}</title>",
+        "tests/data/test_viewer.py",
     ),
 ]
 
