@@ -175,10 +175,11 @@ def _mixture(study: Study, table: Table) -> dict[str, Any] | None:
     """Return the surface over the arms' shares, None where arms have none or are too few."""
     given = {arm: transforms(study.config, study.config.arms[arm]) for arm in table.scores}
     sizes = {keys.get("size") for keys in given.values()}
-    if len(sizes) != 1 or not all(keys.get("shares") for keys in given.values()):
+    size = sizes.pop() if len(sizes) == 1 else None
+    if not isinstance(size, int) or not all(keys.get("shares") for keys in given.values()):
         return None
     scores = {arm: {seed: float(row.mean()) for seed, row in by.items()} for arm, by in table.scores.items()}
-    return proposal({arm: keys["shares"] for arm, keys in given.items()}, scores, size=sizes.pop())
+    return proposal({arm: keys["shares"] for arm, keys in given.items()}, scores, size=size)
 
 
 def _style(study: Study, table: Table) -> dict[str, Any]:
