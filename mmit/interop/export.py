@@ -164,27 +164,35 @@ def export_llava_hf(
     model, processor = reload(folder)
     preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
     pixels, seen = 0.0, []
-    assert vlm.vision is not None
     for talk, scores in zip(fixed_talks(chat), merged, strict=True):
         own = encode(talk, chat, tokenizer, generate=True).ids
         theirs = processed(processor, talk)
         slots = iter([preparation.spread(Image(p)).tokens for p in pictures_of(talk)] if preparation else [])
-        mark = model.config.image_token_id
-        ids = [token for i in own for token in ([mark] * next(slots) if i == IMAGE_SLOT else [i])]
+        ids = [t for i in own for t in ([model.config.image_token_id] * next(slots) if i == IMAGE_SLOT else [i])]
         _compare_ids(ids, theirs["input_ids"][0].tolist(), processor.tokenizer)
-        shown: dict[str, torch.Tensor] = {}
-        if raw := pixels_of(talk, preparation):
-            shown = {"pixel_values": vlm.vision._normalise(torch.cat(raw).to(vlm.device)).float().cpu()}
-            other = theirs["pixel_values"].float()
-            if "image_sizes" in theirs:  # crops of all pictures, those with fewer filled up
-                other = torch.cat([crops[: len(mine)] for crops, mine in zip(other, raw, strict=True)])
-                shown["image_sizes"] = theirs["image_sizes"]
-            pixels = max(pixels, float((shown["pixel_values"] - other).abs().max()))
+        shown, apart = _shown(vlm, talk, preparation, theirs)
+        pixels = max(pixels, apart)
         with torch.no_grad():
             found = model(input_ids=torch.tensor([ids]), **shown).logits[0]
         seen.append(compare_logits(scores, found, tolerance=TOLERANCE[dtype]))
     worst = max(seen, key=lambda difference: difference.logits / difference.limit)
     return Difference(worst.logits, worst.limit, pixels)
+
+
+def _shown(
+    vlm: VLM, talk: Talk, preparation: ImagePreparation | None, theirs: Any
+) -> tuple[dict[str, torch.Tensor], float]:
+    """What the exported model is shown: mmit's own pixels, and how far the processor's are from them at most."""
+    raw = pixels_of(talk, preparation)
+    if not raw:
+        return {}, 0.0
+    assert vlm.vision is not None
+    shown = {"pixel_values": vlm.vision._normalise(torch.cat(raw).to(vlm.device)).float().cpu()}
+    other = theirs["pixel_values"].float()
+    if "image_sizes" in theirs:  # crops of all images, those with fewer filled up
+        other = torch.cat([crops[: len(mine)] for crops, mine in zip(other, raw, strict=True)])
+        shown["image_sizes"] = theirs["image_sizes"]
+    return shown, float((shown["pixel_values"] - other).abs().max())
 
 
 def compare_logits(

@@ -81,6 +81,16 @@ def check(references: Sequence[Mapping[str, Any]], *, profile: str = "strict", t
 PROFILES: dict[str, str] = {"strict": "strict", "loose": "loose"}
 
 
+def _levels(kind: str, per_prompt: Sequence[bool], per_instruction: Sequence[bool]) -> dict[str, Any]:
+    """Return the accuracies of prompts and of instructions, strict or loose."""
+    right, total = sum(per_instruction), len(per_instruction)
+    return {
+        f"prompt_level_{kind}": sum(per_prompt) / len(per_prompt),
+        f"instruction_level_{kind}": right / max(1, total),
+        f"instruction_level_{kind}_ci95": list(wilson(right, total)),
+    }
+
+
 def ifeval(
     predictions: Sequence[str],
     references: Sequence[Mapping[str, Any]],
@@ -129,17 +139,13 @@ def ifeval(
             per_prompt[kind].append(all(flags))
             per_instruction[kind].extend(flags)
         parsed.append(obeyed[mode])
-    total = len(per_instruction["strict"])
     details: dict[str, Any] = {
         "by_instruction": {name: right / asked for name, (right, asked) in sorted(counts.items())},
         "tokeniser": tokeniser,
-        "instructions": total,
+        "instructions": len(per_instruction["strict"]),
     }
     for kind in ("strict", "loose"):
-        right = sum(per_instruction[kind])
-        details[f"prompt_level_{kind}"] = sum(per_prompt[kind]) / len(per_prompt[kind])
-        details[f"instruction_level_{kind}"] = right / max(1, total)
-        details[f"instruction_level_{kind}_ci95"] = list(wilson(right, total))
+        details |= _levels(kind, per_prompt[kind], per_instruction[kind])
     return mean_score(
         "ifeval",
         profile,
