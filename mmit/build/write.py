@@ -72,7 +72,7 @@ def line_of(made: Made, out: Path) -> Line:
     """Return the line of a record in the folder `out`. Raises RecordError."""
     folder = os.path.abspath(out / _folder(made.held_out))
     record, files = _with_files(made.record, folder)
-    wording, licence = _wording(made.record.meta["build"]), made.record.licence or ""  # type: ignore[arg-type]
+    wording, licence = _wording(made.record.meta["build"]), made.record.licence or ""
     return Line(made.task, made.held_out, wording, licence, record_line(record, folder), files)
 
 

@@ -181,6 +181,6 @@ def micro_batches(
     make = _Maker(data, scan, load_image, skip_bad)
     if workers == 0:
         return (make(entry) for entry in units)
-    return prefetch(
+    return prefetched(
         make, units, workers=workers, budget=prefetch, expected=make.most_bytes, size=lambda batch: batch.bytes
     )

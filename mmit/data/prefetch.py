@@ -41,14 +41,14 @@ def allowed_cores() -> int:
 def in_order(job: Callable[[A], T], arguments: Iterable[A], *, workers: int) -> Generator[T]:
     """Yield `job(argument)` for each argument, in order, made by `workers` forked processes, or here for less than two.
 
-    For small results, of which each worker may have 64 waiting. Closing, signals and errors as `prefetch`.
+    For small results, of which each worker may have 64 waiting. Closing, signals and errors as `prefetched`.
     """
     if workers < 2:
         return (job(argument) for argument in arguments)
-    return prefetch(job, arguments, workers=workers, budget=0, expected=lambda _: 0, size=lambda _: 0)
+    return prefetched(job, arguments, workers=workers, budget=0, expected=lambda _: 0, size=lambda _: 0)
 
 
-def prefetch(
+def prefetched(
     job: Callable[[A], T],
     arguments: Iterable[A],
     *,

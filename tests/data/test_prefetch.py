@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
-from mmit.data.prefetch import prefetch
+from mmit.data.prefetch import prefetched
 from mmit.errors import MmitError, RecordError
 
 
 def given(job: Callable[[int], bytes], sizes: list[int], **options: int):
-    return prefetch(job, sizes, expected=lambda n: n, size=len, **{"workers": 2, "budget": 1000, **options})
+    return prefetched(job, sizes, expected=lambda n: n, size=len, **{"workers": 2, "budget": 1000, **options})
 
 
 def test_results_come_in_order() -> None:
