@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mmit.data.packing import Row, build_row
+from mmit.data.prefetch import prefetched
 from mmit.data.preparation import Spread, grids_of, splice_index
 from mmit.errors import RecordError
 from mmit.records import Image
