@@ -173,6 +173,9 @@ def test_a_run_with_a_projector_of_ones_own_resumes_and_loads_only_when_allowed(
     assert model.vlm.projector.tokens == 8 and isinstance(model.chat(str(tmp_path / "data/0.png"), "What?"), str)
     more = config.model_copy(update={"run": config.run.model_copy(update={"resume": "auto"})})
     run(more)  # one's own run, whose config names the code
+    own("bridges_d", PROJECTOR.replace("bias=bias", "bias=bias or True"))
+    with pytest.raises(CheckpointError, match="the code behind model.projector.kind has changed"):
+        run(more)
 
 
 def test_a_dry_run_and_the_commands_on_data_build_it_without_weights(own, tmp_path):

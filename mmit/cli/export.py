@@ -15,7 +15,7 @@ import typer
 from mmit.cli.config import AllowCode
 from mmit.errors import ConfigError, nearest
 from mmit.io import write_atomic
-from mmit.text import echo
+from mmit.text import echo, plain
 
 if TYPE_CHECKING:
     from mmit.train.checkpoint.model import Loaded
@@ -102,7 +102,7 @@ def _card(found: Loaded, folder: Path, *, format: str, licence: str | None) -> N
 
     told: dict[str, Any] = {"step": found.meta.get("step", 0), "checkpoint": found.folder, "licence": licence}
     text = model_card(found.config.model_dump(), format=format, **told)
-    write_atomic(folder / "README.md", text)
+    write_atomic(folder / "README.md", plain(text))
 
 
 def _push(folder: Path, name: str | None, *, private: bool, dry_run: bool) -> None:
@@ -246,7 +246,7 @@ def make_start(source: str, out: Path, **options: Any) -> None:
     refuse_existing(out)
     found = read_foreign(model_folder(source), **options)
     length = min(2048, context_length(found.vlm.llm) or 2048)
-    precision = "fp32" if found.dtype == torch.float32 else "bf16"
+    precision = "fp32" if found.dtype == torch.float32 else "auto"  # what the machine that trains from it is good at
     raw = {
         **imported_sections(found, out),
         "data": {"train": [{"path": "train.jsonl"}], "max_length": length, "pack_tokens": length},

@@ -14,12 +14,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmit import precision
 from mmit.data.chat import chat_format
 from mmit.errors import ConfigError, TooLong
 from mmit.generate import Model, load
 from mmit.interop.foreign import is_foreign
 from mmit.models.hub import model_folder
-from mmit.models.llm import load_llm, load_tokenizer, usable_device
+from mmit.models.llm import DTYPES, load_llm, load_tokenizer, usable_device
 from mmit.models.vlm import VLM
 from mmit.records import Record
 from mmit.teachers.request import Reply, Request
@@ -126,9 +127,9 @@ def load_teacher(path: str, *, device: str = "auto") -> Model:
     if not plain or (folder is not None and (folder / "mmit.json").is_file()):
         return load(path, device=device)
     tokenizer = load_tokenizer(path)
-    llm: Any = load_llm(path)
     place = usable_device(device)
-    if place.type == "cpu":
-        llm.float()
+    name, reason = precision.choose(place)
+    llm: Any = load_llm(path, dtype=DTYPES[name])
     llm.to(place)
-    return Model(VLM(llm, vision=None, projector=None), tokenizer, chat_format("hf", tokenizer))
+    notes = [f"loaded in {name}: {reason}"]
+    return Model(VLM(llm, vision=None, projector=None), tokenizer, chat_format("hf", tokenizer), notes=notes)

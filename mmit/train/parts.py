@@ -127,7 +127,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     plan: dict[str, Any] = {"known": resume.order_of(begin)}
     plan["store"] = Store(cache_folder(config.data.cache_dir, run_dir=run_dir))
     with world.together():
-        same = _contents(config, vlm, chat, data, scan, tower=tower, begin=begin, say=say, main=world.main, **plan)
+        same = _contents(config, vlm, chat, data, scan, tower=tower, begin=begin, say=say, world=world, **plan)
     if world.size > 1:  # the others read what rank 0 planned
         world.first(lambda alive: _plan(config, scan, plan))
     walk, order = walk_of(config, scan, costs=costs, **plan)
@@ -170,7 +170,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     progress = resume.restore(engine, begin, seed=seed, say=say)
     if world.main:
         resume.set_aside_later(run_dir, progress.step, say=say)
-        resume.settle_best(run_dir, progress, say=say)
+        keep = config.train.keep_best
+        resume.settle_best(run_dir, progress, metric=keep.metric if keep else None, say=say)
         note_start(run_dir, describe(vlm, data, scan, walk=walk, held_out=held_out, world=world), step=progress.step)
         write_atomic(run_dir / "config.yaml", config.to_yaml())
     vlm.train()
@@ -227,12 +228,12 @@ def _contents(  # noqa: PLR0913
     store: Store,
     begin: Path | None,
     say: Say,
-    main: bool,
+    world: World,
 ) -> dict[str, Any] | None:
     """What this run learns from and builds on, compared with what the checkpoint `begin` did; rank 0 alone."""
-    if not main:
+    if not world.main:
         return None
-    llm, told = config.model.llm, chat.to_json()
+    llm, told, zero = config.model.llm, chat.to_json(), config.engine.deepspeed
     commit = getattr(vlm.llm.config, "_commit_hash", None)
     # A language model that is tuned as a whole is in every checkpoint: nothing hangs on where it began.
     unused = llm.random_init is not None or config.tune.llm.mode == "full"
@@ -242,6 +243,9 @@ def _contents(  # noqa: PLR0913
         "llm": identity.base_content(llm.name, commit=commit, unused=unused, store=store),
         # `thinks` follows from the sources.
         "chat": {k: v for k, v in told.items() if k != "thinks" and (k != "name" or "template" not in told)},
+        # Of a chat format and a data format the tokens tell.
+        "code": identity.code_content(checkpoint.own_code(config, {})),
+        "deepspeed": {"name": zero, "options": deepspeed_options(zero)} if world.deepspeed else None,
     }
     if begin is not None and known is not None:
         held = {"llm": begin / "llm", "vision": begin / "vision.safetensors"}

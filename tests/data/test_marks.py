@@ -41,6 +41,17 @@ def test_a_longer_file_of_equal_ends_is_another(tmp_path: Path) -> None:
     assert len(marks) == 3
 
 
+def test_painting_in_the_middle_of_a_picture_that_is_not_compressed_is_seen(tmp_path: Path) -> None:
+    picture = PIL.Image.new("RGB", (80, 80))
+    marks = set()
+    for colour in ((0, 0, 0), (0, 0, 1)):
+        picture.putpixel((40, 40), colour)
+        picture.save(tmp_path / "a.bmp")
+        assert (tmp_path / "a.bmp").stat().st_size > 4 * ENDS
+        marks.add(picture_mark(Image(str(tmp_path / "a.bmp"))))
+    assert len(marks) == 2
+
+
 def test_pictures_in_memory_are_told_by_all_of_their_bytes() -> None:
     content = bytes(5 * ENDS)
     other = bytearray(content)

@@ -135,18 +135,34 @@ def course(small: Small, name: str, folder: Path) -> Path:
     return killed
 
 
+SIZES = {
+    *("run.dir", "run.init_from", "run.resume", "model.llm.name", "model.vision.name", "data.max_length"),
+    *("data.pack_tokens", "train.epochs", "train.steps", "train.save_every", "train.rows_per_step", "device"),
+    *("model.projector.options.queries", "model.projector.options.depth", "align.captions"),
+}
+
+
+def changed_settings(name: str, small: Config) -> set[str]:
+    """Keys in which a config is more than the recipe with other sizes, names and paths."""
+    told, ran = load_config(FOLDER / f"{name}.yaml").flat(), small.flat()
+    changed = {k for k in told.keys() | ran.keys() if told.get(k) != ran.get(k)}
+    return {k for k in changed - SIZES if not k.endswith((".path", ".image_root"))}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_made_small_in_its_sizes_alone(small, tmp_path, name):
+    given = small.overrides(name, tmp_path / "run", init_from=None)
+    assert changed_settings(name, load_config(FOLDER / f"{name}.yaml", given)) == set()
+    other = load_config(FOLDER / f"{name}.yaml", [*given, "train.clip=7.5"])
+    assert changed_settings(name, other) == {"train.clip"}
+
+
 def settings_stay(name: str, run_dir: Path) -> None:
-    """What ran is the recipe in all but its sizes."""
-    told, ran = load_config(FOLDER / f"{name}.yaml").flat(), None
+    """What ran is the recipe in all but its sizes, and what `auto` came to here."""
     folder = folders.newest(run_dir)
     assert folder is not None
-    ran = load_config(folder / "config.yaml").flat()
-    sizes = ("run.dir", "run.init_from", "run.resume", "model.llm.name", "model.vision.name", "data.max_length")
-    sizes += ("data.pack_tokens", "train.epochs", "train.steps", "train.save_every", "train.rows_per_step", "device")
-    sizes += ("model.projector.options.queries", "model.projector.options.depth", "align.captions")
-    sizes += tuple(key for key, value in told.items() if value == "auto")  # what it came to here is written down
-    changed = {k for k in told.keys() | ran.keys() if told.get(k) != ran.get(k)}
-    assert {k for k in changed if k not in sizes and not k.endswith((".path", ".image_root"))} == set()
+    automatic = {k for k, value in load_config(FOLDER / f"{name}.yaml").flat().items() if value == "auto"}
+    assert changed_settings(name, load_config(folder / "config.yaml")) <= automatic
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n == FAST else pytest.mark.slow, id=n) for n in RECIPES])

@@ -141,8 +141,15 @@ def _restore_random(engine: Engine, trainer: Path, ranks: int, say: Say) -> None
         torch.cuda.set_rng_state(state["cuda"], engine.device)
 
 
-def settle_best(run_dir: Path, progress: Progress, *, say: Say) -> None:
-    """Make best.json agree with the checkpoint the run goes on from; forget a best whose folder is gone."""
+def settle_best(run_dir: Path, progress: Progress, *, metric: str | None, say: Say) -> None:
+    """Make best.json agree with the checkpoint the run goes on from.
+
+    Forgets a best whose folder is gone, and one by another metric than `metric` (None: no further best is looked for).
+    """
+    if progress.best is not None and metric not in (None, progress.best["metric"]):
+        by, value = progress.best["metric"], progress.best["value"]
+        say(f"the best checkpoint so far was so by {by} ({value:.4g}): the next evaluation sets a new one by {metric}")
+        progress.best = None
     if progress.best is not None and not checkpoint_folder(run_dir, progress.best["step"]).is_dir():
         say(f"the best checkpoint so far, of step {progress.best['step']}, is gone: the next evaluation sets a new one")
         progress.best = None

@@ -1,9 +1,10 @@
 """Is it the same run? What a resumed run may change, and what it may not.
 
 Owns the role of every config key on resume, and the facts about contents that are kept in a checkpoint beside its data
-order: of each source, of the vision encoder, of the LLM's base weights. A run that goes on with other contents or
-another setting that decides its result is refused with both values, since its curve would look like one run and be two.
-What changes nothing but speed, rounding, files or measurements is allowed, and each such change is said.
+order: of each source, of the vision encoder, of the LLM's base weights, of a user's own code. A run that goes on with
+other contents or another setting that decides its result is refused with both values, since its curve would look like
+one run and be two. What changes nothing but speed, rounding, files or measurements is allowed, and each such change
+is said.
 
 Takes flat configs and plain facts. Contents are compared, never paths: data and models may be moved.
 """
@@ -20,7 +21,8 @@ from mmit.data.store import Store, digest
 from mmit.errors import CheckpointError
 from mmit.models.files import resolve_file
 from mmit.models.hub import is_hub_id
-from mmit.yamlio import inline_yaml
+from mmit.plugins import is_spec, source_hash
+from mmit.yamlio import flatten, inline_yaml
 
 if TYPE_CHECKING:
     from mmit.data.dataset import InstructionData
@@ -169,6 +171,11 @@ def tower_content(tower: VisionTower | None) -> str | None:
     return None if tower is None else tower.fingerprint()[:32]
 
 
+def code_content(named: Mapping[str, object]) -> dict[str, str]:
+    """Hash of the code behind each own part of a config: {config key: its value}. Raises ConfigError: there is none."""
+    return {key: source_hash(str(spec), where=key) for key, spec in named.items() if is_spec(spec)}
+
+
 def base_content(name: str, *, commit: str | None, unused: bool, store: Store) -> dict[str, Any]:
     """What the base weights of an LLM are.
 
@@ -198,8 +205,8 @@ def check_contents(
     """Compare the facts of a checkpoint with those of the run which goes on from it.
 
     Args:
-        then, now: {"sources": [...], "vision": ..., "llm": {...}, "chat": {...}}; None for a checkpoint of a version
-            that kept none.
+        then, now: {"sources": [...], "vision": ..., "llm": {...}, "chat": {...}, "code": {...}, "deepspeed": {...}};
+            None for a checkpoint of a version that kept none.
         whole: parts ("vision", "llm") that the checkpoint holds whole, so that nothing of their base is used.
 
     Raises:
@@ -211,7 +218,7 @@ def check_contents(
             "of its run cannot be told"
         )
         return
-    problems = [*_other_chat(then, now), *_other_sources(then["sources"], now["sources"])]
+    problems = [*_other_chat(then, now), *_other_sources(then["sources"], now["sources"]), *_other_code(then, now)]
     for part, name in (("vision", "vision encoder"), ("llm", "language model")):
         if part not in whole:
             problems += _other_part(then[part], now[part], name=name, say=say)
@@ -221,6 +228,27 @@ def check_contents(
             where=f"run.resume: {folder}",
             remedy=REMEDY.format(folder=folder).replace("set it back", "bring back what the run began with"),
         )
+    _say_deepspeed(then.get("deepspeed"), now.get("deepspeed"), say)
+
+
+def _say_deepspeed(then: Mapping[str, Any] | None, now: Mapping[str, Any] | None, say: Say) -> None:
+    """What differs in a DeepSpeed JSON of the same name; that of another name is said as the setting it is."""
+    if then is None or now is None or then["name"] != now["name"]:
+        return
+    old, new = (dict(flatten(found["options"])) for found in (then, now))
+    for key in (k for k in dict.fromkeys([*old, *new]) if old.get(k) != new.get(k)):
+        told = f"{key} was {_shown(old, key)} and is {_shown(new, key)}"
+        say(f"resume: engine.deepspeed ({now['name']}): {told}{SAID['rounding']}")
+
+
+def _other_code(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Of a user's own parts; a checkpoint of an earlier version keeps none of it. Another spec is another setting."""
+    old, new = then.get("code", {}), now.get("code", {})
+    return [
+        f"the code behind {key} has changed (fingerprint {_short(old[key])} then, {_short(new[key])} now)"
+        for key in old
+        if key in new and old[key] != new[key]
+    ]
 
 
 def _other_chat(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmit.config import Config, describe
+from mmit.config import Config, describe, load_config
 from mmit.data.marks import ENDS, picture_mark
 from mmit.data.shards.writer import build_shards
 from mmit.data.store import Store
@@ -38,6 +38,20 @@ def test_every_line_of_the_table_is_about_a_key():
 
 def test_what_a_new_key_has_to_be_given():
     assert identity.role("weather.tomorrow") is None
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_key_changes_without_a_word(flat, key):
+    """Refused, or said, in either case with both values; but for two that say themselves that this is another start."""
+    said: list[str] = []
+    told = f"{key} was 5 and is 7"
+    try:
+        identity.check_config({**flat, key: 5}, {**flat, key: 7}, folder=Path("ckpt"), say=said.append)
+    except CheckpointError as error:
+        assert identity.role(key) in ("decides", "length") and told in error.problem
+    else:
+        assert identity.role(key) not in ("decides", "length")
+        assert len(said) == (key not in ("run.dir", "run.resume")) and all(told in line for line in said)
 
 
 @pytest.fixture(scope="module")
@@ -256,6 +270,42 @@ def test_a_run_that_was_moved_with_its_data_and_models_goes_on(finished, stopped
     assert "resume: model.llm.name was" in said and "resume: data.train.0.path was" in said
 
 
+# Another value of each key that changes no weight; a new one of that kind has to be tried here too.
+FREE = {
+    "run.on_bad_record": "skip",
+    "run.max_bad_fraction": 0.5,
+    "run.stall_seconds": None,
+    "model.vision.cache": "disk",
+    "model.vision.cache_dir": "{data}/features",
+    "export": ["mmit"],
+    "data.train.0.name": "other",
+    "data.eval": [{"path": "{data}/captions.jsonl"}],
+    "data.workers": 1,
+    "data.prefetch_mb": 1,
+    "data.cache_dir": "{data}/cache",
+    "train.save_every": 5,
+    "train.keep_last": 1,
+    "train.keep_best": {"metric": "eval_loss"},
+    "train.save_in_background": True,
+    "train.eval_every": 5,
+    "train.log_every": 2,
+    "train.report_to": [],
+    "train.spike_sigma": 0.1,
+    "train.spike_window": 2,
+}
+
+
+def test_what_is_said_to_change_no_weight_changes_none(finished, stopped):
+    free = {key for key in KEYS if identity.role(key) == "free"}
+    assert {key for key in free if not key.startswith(("data.eval.", "train.keep_best."))} == FREE.keys()
+    world = json.dumps(FREE).replace("{data}", str(stopped.folder / "data"))
+    overrides = [f"{key}={json.dumps(value)}" for key, value in json.loads(world).items()]
+    (stopped.folder / "c.yaml").write_text(stopped.config().to_yaml())
+    assert run(load_config(stopped.folder / "c.yaml", overrides)) == 0
+    assert all(torch.equal(stopped.trained[k], v) for k, v in finished.trained.items())
+    assert (stopped.folder / "run" / "best.json").exists()
+
+
 def test_a_checkpoint_without_fingerprints_goes_on_and_says_what_cannot_be_told(finished, stopped, capsys):
     folder = folders.newest(stopped.folder / "run")
     path = folder / "trainer" / "progress.json"
@@ -327,3 +377,26 @@ def test_base_weights_of_the_hub_are_known_by_their_commit(tmp_path):
         identity.check_contents(
             {**facts, "llm": {"commit": "abc"}}, {**facts, "llm": {"commit": "def"}}, folder=tmp_path, say=said.append
         )
+
+
+def test_changed_code_is_refused_and_a_changed_deepspeed_json_is_said(tmp_path):
+    facts = {"sources": [], "vision": None, "llm": {}, "chat": {}}
+    json_of = {"name": "mine.json", "options": {"zero_optimization": {"stage": 2}, "prescale_gradients": True}}
+    then = {**facts, "code": {"model.projector.kind": "a" * 40, "tune.llm.mode": "c" * 40}, "deepspeed": json_of}
+    said: list[str] = []
+
+    def compare(**changed):
+        identity.check_contents(then, {**then, **changed}, folder=tmp_path, say=said.append)
+
+    compare()
+    compare(deepspeed=None)
+    compare(deepspeed={"name": "zero3", "options": {}})  # said as the setting it is
+    identity.check_contents(facts, then, folder=tmp_path, say=said.append)  # a version that kept neither
+    assert said == []
+    with pytest.raises(CheckpointError, match="code behind tune.llm.mode .* c{12} then, d{12} now"):
+        compare(code={**then["code"], "tune.llm.mode": "d" * 40})
+    compare(deepspeed={"name": "mine.json", "options": {"zero_optimization": {"stage": 3}}})
+    assert [line.split("; ")[0].partition(": ")[2] for line in said] == [
+        "engine.deepspeed (mine.json): zero_optimization.stage was 2 and is 3",
+        "engine.deepspeed (mine.json): prescale_gradients was true and is not given",
+    ]

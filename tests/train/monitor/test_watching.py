@@ -22,8 +22,9 @@ from mmit.generate import Model
 from mmit.records import Record, write_jsonl
 from mmit.train.checkpoint import folders
 from mmit.train.checkpoint import model as checkpoint
+from mmit.train.checkpoint.resume import settle_best
 from mmit.train.data.setup import image_loader, open_data
-from mmit.train.loop import sum_by_source
+from mmit.train.loop import Progress, sum_by_source
 from mmit.train.monitor import trackers
 from mmit.train.monitor.run_files import read_rows
 from mmit.train.run import EXIT_STOPPED, run
@@ -130,6 +131,16 @@ def test_the_best_checkpoint_is_kept_and_written_down(straight):
     assert best == {"metric": "score", "value": 0.9, "step": 4, "checkpoint": "checkpoints/step-000004"}
     assert [p.name for p in folders.checkpoints(run_dir)] == ["step-000004", "step-000008"]
     folders.verify(run_dir / best["checkpoint"])
+
+
+def test_a_best_by_another_metric_is_no_measure(straight, tmp_path):
+    """A score of 0.9 is no loss that an evaluation could beat."""
+    (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
+    for metric, kept in (("score", True), (None, True), ("eval_loss", False)):
+        progress, said = Progress(best={"metric": "score", "value": 0.9, "step": 4}), []
+        settle_best(tmp_path, progress, metric=metric, say=said.append)
+        assert (progress.best is not None) == kept == (tmp_path / "best.json").exists() == (not said)
+    assert "by score (0.9)" in said[0] and "by eval_loss" in said[0]
 
 
 @pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.slow), True])
