@@ -6,11 +6,13 @@ import ast
 import io
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.progress import Progress, TextColumn
@@ -18,6 +20,7 @@ from rich.table import Table
 from rich.text import Text as RichText
 from typer.testing import CliRunner
 
+from mmit.analysis.kinds import STUDIES
 from mmit.cli import app
 from mmit.cli.errors import show_error
 from mmit.data.show import SampledRow, to_page
@@ -133,29 +136,171 @@ def evil_data(folder: Path) -> Path:
     return place / "rows[y].jsonl"
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["data", "check"],
-        ["data", "stats"],
-        ["data", "show", "--text"],
-        ["data", "import"],
-        ["data", "build"],
-        ["data", "nosuch"],
-    ],
-    ids=lambda words: words[1],
-)
-def test_commands_on_evil_data(tmp_path: Path, command: list[str]) -> None:
-    data = evil_data(tmp_path)
-    more = {
-        "import": ["--out", str(tmp_path / EVIL_NAME / "out.jsonl")],
-        "build": ["--out", str(tmp_path / "b" / EVIL_NAME)],
-    }
-    done = CliRunner().invoke(app, [*command, str(data), *more.get(command[1], [])])
+def evil_name(folder: Path) -> str:
+    """Make the records; their path from `folder`."""
+    return str(evil_data(folder).relative_to(folder))
+
+
+def evil_yaml(folder: Path, **settings: Any) -> str:
+    path = folder / f"{EVIL_NAME}.yaml"
+    path.write_text(json.dumps(settings))
+    return str(path)
+
+
+def evil_bank(folder: Path) -> tuple[str, str]:
+    """A table and a bank of templates: names, fields and wordings are evil, and one of them does not suit a row."""
+    (folder / "rows.jsonl").write_text(json.dumps({"a": EVIL}) + "\n" + json.dumps({"a": None}) + "\n")
+    templates = [{"id": EVIL, "input": f"{EVIL}{{{{ a }}}}", "target": "{{ a }}"}]
+    bank = evil_yaml(folder, task=EVIL, cluster=EVIL, licence=EVIL, fields=["a"], templates=templates)
+    return str(folder / "rows.jsonl"), bank
+
+
+def annotated(folder: Path, *more: str) -> list[str]:
+    _, bank = evil_bank(folder)
+    (folder / "c").mkdir()
+    rows = {"path": "../rows.jsonl", "licence": EVIL}
+    config = evil_yaml(folder / "c", rows=rows, bank=f"../{Path(bank).name}")
+    return [config, "--out", str(folder / EVIL_NAME), *more]
+
+
+def replayed(folder: Path, **settings: Any) -> list[str]:
+    """A build whose teacher, a journal of another, is asked for what the journal does not hold."""
+    draw = {"messages": [{"role": "user", "parts": [{"text": EVIL}]}], "draw": {}}
+    reply = {"id": EVIL, "teacher": EVIL, "text": EVIL}
+    lines = [{"journal": 1, "settings": {"x": EVIL}}, {"digest": "0", "purpose": "outputs", **draw, "reply": reply}]
+    journal = folder / f"{EVIL_NAME}.jsonl"
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    evil_bank(folder)
+    teacher = {"open": f"replay:{journal.name}", "name": EVIL, "terms": EVIL}
+    return [evil_yaml(folder, teacher=teacher, **settings), "--out", str(folder / f"out{EVIL_NAME}")]
+
+
+def built(folder: Path) -> list[str]:
+    replayed(folder)
+    out = folder / f"out{EVIL_NAME}"
+    out.mkdir()
+    (folder / f"{EVIL_NAME}.jsonl").rename(out / "journal.jsonl")
+    (out / "build.json").write_text(json.dumps({"in": 2, "accepted": {EVIL: 1}, "dropped": {EVIL: 1}}))
+    return [str(out)]
+
+
+def evil_run(folder: Path) -> list[str]:
+    run = folder / EVIL_NAME
+    (run / "heartbeats").mkdir(parents=True)
+    columns = "loss tokens_per_s seconds lr tokens memory_gib grad_norm skipped_steps bad_records eval_seconds"
+    row = dict.fromkeys(columns.split(), 1.0) | {"step": 1}
+    (run / "metrics.jsonl").write_text(
+        json.dumps(row) + "\n" + json.dumps({"step": 1, "eval": {EVIL: 1.0}, "eval_seconds": 1.0}) + "\n"
+    )
+    (run / "run.json").write_text(json.dumps({"steps": 2, EVIL: EVIL}))
+    beat = {"rank": 0, "step": 1, "phase": EVIL, "since": 0.0, "moves": 1, "time": 0.0, "host": EVIL, "pid": 1}
+    (run / "heartbeats" / "rank-00000.json").write_text(json.dumps(beat))
+    best = {"metric": EVIL, "value": 1.0, "step": 1, "checkpoint": EVIL}
+    (run / "best.json").write_text(json.dumps(best))
+    return [str(run)]
+
+
+def evil_answers(folder: Path) -> list[str]:
+    """Two evaluations of one task, of which one lacks a question."""
+    found = []
+    for name, count in (("a", 3), ("b", 2)):
+        place = folder / f"{name}{EVIL_NAME}"
+        place.mkdir()
+        rows = [
+            {"id": f"{EVIL}{n}", "prompt": EVIL, "answer": EVIL, "reference": EVIL, "group": EVIL, "correct": n % 2}
+            for n in range(count)
+        ]
+        settings = {"task": EVIL, "settings": True}
+        lines = [json.dumps(row) for row in (settings, *rows)]
+        (place / "answers-tuned.jsonl").write_text("\n".join(lines) + "\n")
+        (place / "report.json").write_text(json.dumps({"task": EVIL, "model": EVIL}))
+        found.append(str(place))
+    return found
+
+
+def inspected(folder: Path) -> list[str]:
+    data = evil_data(folder)
+    train = [{"path": str(data), "name": EVIL}]
+    config = tiny_config(folder, run={"dir": EVIL}, data={"train": train, "max_length": 400, "pack_tokens": 400})
+    (folder / "c.yaml").write_text(config.to_yaml())
+    return [str(data), "--config", str(folder / "c.yaml")]
+
+
+def missing(*more: str) -> Callable[[Path], list[str]]:
+    """A folder that is not there, under an evil name."""
+    return lambda folder: [str(folder / EVIL_NAME), *more]
+
+
+# Arguments of every command, made in a folder, in which whatever a user can put there is evil.
+CALLS: dict[str, Callable[[Path], list[str]]] = {
+    "train": lambda folder: ["--config", evil_yaml(folder, run={EVIL: EVIL}, **{EVIL: EVIL})],
+    "eval": missing("--task", EVIL),
+    "compare": evil_answers,
+    "chat": missing("--prompt", EVIL),
+    "data pack": lambda folder: [str(evil_data(folder)), "--out", str(folder / "b" / EVIL_NAME)],
+    "data build": lambda folder: [str(evil_data(folder)), "--out", str(folder / "b" / EVIL_NAME)],
+    "data index": lambda folder: [str(evil_data(folder)), "--out", str(folder / EVIL_NAME / "b")],
+    "data check": lambda folder: [str(evil_data(folder))],
+    "data show": lambda folder: [str(evil_data(folder)), "--text"],
+    "data stats": lambda folder: [str(evil_data(folder))],
+    "data import": lambda folder: ["auto", str(evil_data(folder)), "--out", str(folder / EVIL_NAME / "out.jsonl")],
+    "build annotated": annotated,
+    "build outputs": lambda folder: replayed(folder, rows={"path": "rows.jsonl"}, fields={"instruction": "a"}),
+    "build self-instruct": lambda folder: replayed(folder, seeds=f"{EVIL_NAME}.jsonl"),
+    "build self-chat": lambda folder: replayed(folder, rows={"path": "rows.jsonl"}, topic="a"),
+    "build conversations": lambda folder: replayed(folder, records=evil_name(folder)),
+    "build select": lambda folder: replayed(
+        folder, records=f"{evil_data(folder).relative_to(folder)}", select={EVIL: 1}
+    ),
+    "build status": built,
+    "build templates check": lambda folder: [evil_bank(folder)[1]],
+    "build templates show": lambda folder: [evil_bank(folder)[1], "--row", f"{evil_bank(folder)[0]}#1"],
+    "harness overlay": lambda folder: ["--tasks", EVIL, "--out", str(folder / EVIL_NAME)],
+    "export": missing("--out", EVIL_NAME),
+    "import-model": missing(EVIL_NAME),
+    **{
+        f"analyse {name}": lambda folder, name=name: [evil_yaml(folder, study=name, **{EVIL: EVIL}), "--out", EVIL_NAME]
+        for name in STUDIES
+    },
+    "analyse arm": lambda folder: [evil_yaml(folder, **{EVIL: EVIL}), EVIL, "0", "--out", EVIL_NAME],
+    "analyse report": lambda folder: [evil_yaml(folder, **{EVIL: EVIL}), "--out", EVIL_NAME],
+    "inspect": inspected,
+    "run-status": evil_run,
+    "report": evil_run,
+    "config": lambda folder: ["--resolve", evil_yaml(folder, run={"dir": EVIL}), f"x.{EVIL}=1"],
+}
+# Their output holds nothing that a user has put anywhere, or is another program's.
+ELSEWHERE = {"env", "harness lm-eval"}
+
+
+def commands(group: Any, *before: str) -> Iterator[str]:
+    for name, one in group.commands.items():
+        if hasattr(one, "commands"):
+            yield from commands(one, *before, name)
+        else:
+            yield " ".join((*before, name))
+
+
+def test_every_command_is_tried() -> None:
+    assert set(commands(typer.main.get_command(app))) == CALLS.keys() | ELSEWHERE
+
+
+@pytest.mark.parametrize("command", [*CALLS, "data nosuch"])
+def test_what_a_command_says_about_evil_text(tmp_path: Path, command: str) -> None:
+    arguments = CALLS.get(command, lambda folder: [EVIL])(tmp_path)
+    done = CliRunner().invoke(app, [*command.split(), *arguments])
     assert not ACTING.search(done.output), ascii(done.output)
     assert isinstance(done.exception, (SystemExit, type(None))), done.exception
-    if command[1] != "nosuch":
-        assert squeezed(SEEN_NAME) in squeezed(done.output) or squeezed(SEEN) in squeezed(done.output)
+    if command != "data nosuch":
+        assert squeezed(SEEN_NAME) in squeezed(done.output) or squeezed(SEEN) in squeezed(done.output), done.output
+    for path in tmp_path.rglob("*.md"):
+        assert not ACTING.search(path.read_text()), path
+
+
+def test_records_that_a_build_would_make_are_shown(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["build", "annotated", *annotated(tmp_path, "--dry-run")])
+    assert done.exit_code == 0 and not ACTING.search(done.output), ascii(done.output)
+    assert not list(tmp_path.rglob("card.md"))
 
 
 def test_a_run_in_an_evil_folder_on_evil_data(tmp_path: Path) -> None:
@@ -200,6 +345,9 @@ def past_the_helper(source: str) -> list[str]:
             found.append(called)
         if called.endswith(("from_markup", "traceback.print_exception", "get_console")) or keys.get("markup") == "True":
             found.append(called)
+        if called == "write_atomic" and re.search(r"\.(md|tex)'$", ast.unparse(node.args[0])):
+            if not ast.unparse(node.args[1]).startswith("plain("):
+                found.append("a page of text that is not plain")
         if called == "Progress" and "*columns" in map(ast.unparse, node.args) and "console" not in keys:
             found.append("Progress without console")
         if called == "TextColumn" and keys.get("markup") != "False" and "{" in ast.unparse(node.args[0]):
@@ -229,6 +377,7 @@ def test_nothing_goes_past_it() -> None:
         "Text.from_markup(x)",
         "c.print(x, markup=True)",
         "Progress(*columns)",
+        "write_atomic(folder / 'report.md', markdown(x))",
         "TextColumn('{task.description}')",
     ],
 )

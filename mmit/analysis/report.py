@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmit.analysis.findings import findings
 from mmit.io import write_atomic
 from mmit.pages import page
+from mmit.text import plain
 
 if TYPE_CHECKING:
     from mmit.analysis.study import Study
@@ -24,7 +25,7 @@ def write_report(study: Study) -> str:
     found = findings(study)
     text = markdown(found)
     write_atomic(study.out / "report.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(study.out / "report.md", text)
+    write_atomic(study.out / "report.md", plain(text))
     write_atomic(study.out / "report.html", html(found))
     return text
 
@@ -182,7 +183,12 @@ def html(found: Mapping[str, Any]) -> str:
     """Return the report as one HTML page with its plot inside."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: plain(value) if type(value) is str else value,
+    )
     body = environment.from_string(_BODY).render(parts=sections(found), plot=plot(found))
     return page(f"Study: {found['study']}", body, kind="evaluation")
 

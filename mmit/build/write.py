@@ -32,6 +32,7 @@ from mmit.errors import ConfigError
 from mmit.io import unwritable, write_atomic
 from mmit.processes import only_one
 from mmit.records import Image, Part, Record, record_line
+from mmit.text import plain
 from mmit.yamlio import dump_yaml
 
 
@@ -99,15 +100,17 @@ def write_build(  # noqa: PLR0913
         facts: what build.json states besides, asked when the records are made.
 
     Raises:
-        ConfigError: the folder is taken, a licence is not allowed, or nothing was accepted. WriteError: the disk.
+        ConfigError: the folder is taken, or another process writes it; a licence is not allowed; nothing was accepted.
+        WriteError: the disk.
     """
     # A build that asks teachers holds the lock of its folder already.
-    lock = nullcontext() if resumed else only_one(out.with_name(f".{out.name}.lock"), "build", folder=out)
+    beside = Path(os.path.abspath(out))  # `--out .` has no name of its own
+    lock = nullcontext() if resumed else only_one(beside.with_name(f".{beside.name}.lock"), "build", folder=out)
     with lock:
         if not resumed and out.exists() and any(out.iterdir()):
             problem = "the folder is not empty"
             raise ConfigError(problem, where=str(out), remedy="Give --out a new folder, or remove this one.")
-        draft = out.with_name(f".{out.name}.draft")
+        draft = beside.with_name(f".{beside.name}.draft")
         try:
             shutil.rmtree(draft, ignore_errors=True)  # of a build that was killed
             draft.mkdir(parents=True)
@@ -120,7 +123,7 @@ def write_build(  # noqa: PLR0913
             stated = {"mmit": __version__, "config": dict(config), "inputs": dict(inputs), "in": counts.total}
             stated |= vars(counts) | {"held_out": sorted(counts.held_out)} | dict(facts())
             write_atomic(draft / "build.json", json.dumps(stated, indent=1, ensure_ascii=False) + "\n")
-            write_atomic(draft / "card.md", _card(counts, config))
+            write_atomic(draft / "card.md", plain(_card(counts, config)))
             _move_into(draft, out)
         except OSError as error:
             raise unwritable(out, error) from error

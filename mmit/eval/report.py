@@ -28,7 +28,7 @@ from mmit.eval.runner import AS_STATED, How, Result, evaluate
 from mmit.eval.tasks import Item, Task, sample_items, task_items
 from mmit.io import write_atomic
 from mmit.pages import page
-from mmit.text import terminal
+from mmit.text import plain, terminal
 
 if TYPE_CHECKING:
     from mmit.eval.metrics import Score
@@ -160,7 +160,7 @@ def section_of(report: Mapping[str, Any], folder: Path, items: Sequence[Item]) -
 def write_report(report: Mapping[str, Any], folder: Path, *, notes: Mapping[str, str] | None = None) -> None:
     """Write report.json and report.md into `folder`, each whole or not at all. Raises MmitError."""
     write_atomic(folder / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(folder / "report.md", markdown(report, notes=notes))
+    write_atomic(folder / "report.md", plain(markdown(report, notes=notes)))
 
 
 def rows(report: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:

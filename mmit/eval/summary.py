@@ -20,7 +20,7 @@ from mmit.eval.runner import AS_STATED, How
 from mmit.eval.tasks import Item, Task, sample_items
 from mmit.io import write_atomic
 from mmit.pages import page, table
-from mmit.text import escape, terminal
+from mmit.text import escape, plain, terminal
 
 HEAD = ("task", "metric", "score", "95 % interval", "n", "majority", "chance", "blank", "swapped", "valid", "wordings")
 
@@ -138,8 +138,8 @@ def write_summary(reports: Sequence[Mapping[str, Any]], sections: Sequence[str],
     """Write summary.json, .md, .tex and .html, each whole or not at all. Raises MmitError."""
     content = {"model": reports[0]["model"], "tasks": list(reports)}
     write_atomic(folder / "summary.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    write_atomic(folder / "summary.md", markdown(reports))
-    write_atomic(folder / "summary.tex", latex(reports))
+    write_atomic(folder / "summary.md", plain(markdown(reports)))
+    write_atomic(folder / "summary.tex", plain(latex(reports)))
     lines = [f'<p class="small">{escape(line)}</p>' for line in _caption(reports)]
     links = " · ".join(f'<a href="#{escape(report["task"])}">{escape(report["task"])}</a>' for report in reports)
     top = "".join(["<h1>Evaluation</h1>", table([HEAD, *map(row, reports)]), *lines, f"<p>{links}</p>"])
