@@ -59,6 +59,7 @@ T_LIFE, T_SHARDS, T_TILES = (
 MEASURE, MARKS = "mmit/data/measure.py", "mmit/data/marks.py"
 T_MEASURE, T_MARKS = "tests/data/test_measure.py", "tests/data/test_marks.py"
 KEYS = "mmit/data/formats/keys.py"
+IDENTITY, T_IDENTITY = "mmit/train/checks/identity.py", "tests/train/checks/test_identity.py"
 T_KEYS, T_MEMBERS = "tests/data/formats/test_keys.py", "tests/data/shards/test_members.py"
 T_FUSED, T_METRICS = "tests/models/test_fused_lora.py", "tests/eval/metrics"
 
@@ -656,6 +657,71 @@ MUTANTS = [
         "<title>{{ title }}</title>",
         "<title>{{ title | safe }}</title>",
         "tests/data/test_viewer.py",
+    ),
+    # the same run, or another
+    Mutant(
+        "identity: changed code of an own part goes on",
+        IDENTITY,
+        "if key in new and old[key] != new[key]",
+        "if key in new and old[key] != old[key]",
+        T_IDENTITY,
+    ),
+    Mutant(
+        "identity: a changed DeepSpeed JSON is not said",
+        IDENTITY,
+        'then["name"] != now["name"]',
+        'then["name"] == now["name"]',
+        T_IDENTITY,
+    ),
+    Mutant(
+        "identity: what differs is allowed without a word",
+        IDENTITY,
+        'elif kind != "silent":',
+        'elif kind not in ("silent", "free"):',
+        T_IDENTITY,
+    ),
+    Mutant(
+        "identity: alpha counts as changing rounding alone",
+        IDENTITY,
+        '"train.micro_rows", "train.checkpointing",',
+        '"train.micro_rows", "tune.*.options*", "train.checkpointing",',
+        T_IDENTITY,
+    ),
+    Mutant(
+        "best: one by another metric stays",
+        RESUME,
+        'metric not in (None, progress.best["metric"])',
+        "metric in ()",
+        "tests/train/monitor/test_watching.py",
+    ),
+    Mutant(
+        "pictures: the middle of a BMP is not read",
+        MARKS,
+        'ends.startswith(b"BM")',
+        'ends.startswith(b"--")',
+        T_MARKS,
+    ),
+    # builds
+    Mutant(
+        "build: two at a time in one folder",
+        "mmit/build/write.py",
+        "lock = nullcontext() if resumed else",
+        "lock = nullcontext() if out.name else",
+        "tests/build/test_lifetimes.py",
+    ),
+    Mutant(
+        "build: a draft of a killed one stays",
+        "mmit/build/write.py",
+        "shutil.rmtree(draft, ignore_errors=True)  # of a build that was killed",
+        "draft = draft.with_name(f'{draft.name}{os.getpid()}')",
+        "tests/build/test_lifetimes.py",
+    ),
+    Mutant(
+        "text: a data card as it came",
+        "mmit/build/write.py",
+        "plain(_card(counts, config))",
+        "str(_card(counts, config))",
+        "tests/test_text.py",
     ),
 ]
 

@@ -5,7 +5,6 @@ They run where Ray is installed (`pip install '.[ray]'`), and are skipped with t
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import re
@@ -88,7 +87,6 @@ def double(batch: list[int]) -> list[int]:
 
 @needs_ray
 def test_a_stage_keeps_its_order_and_its_errors(ray):
-    double = importlib.import_module("tests.build.test_cluster").double  # by a name that the actors can import
     assert list(run(double, range(450), cluster="", workers=2)) == [2 * n for n in range(450)]
     with pytest.raises(ConfigError, match=r"row: is 500(.|\n)*Leave it out"):
         list(run(double, range(1000), cluster="", workers=1))
@@ -97,7 +95,7 @@ def test_a_stage_keeps_its_order_and_its_errors(ray):
 @needs_ray
 def test_more_actors_than_cores_are_refused_with_the_numbers(ray):
     with pytest.raises(ConfigError, match="3 workers, but the cluster has 2 cores"):
-        RayPool(len, "", 3)
+        RayPool(double, "", 3)
 
 
 def build(*arguments: object, code: int = 0) -> str:
