@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
+from yaml.composer import Composer
 
 from mmit.errors import ConfigError
 
@@ -29,7 +30,18 @@ _SCALARS = [
 ]
 
 
-class _Loader(yaml.SafeLoader):
+# libyaml, where PyYAML was built with it, finds and writes tokens several times as fast. Nodes are composed here either
+# way: libyaml's own composer cannot be told to refuse aliases.
+_LOADERS: Any = (Composer, yaml.CSafeLoader) if yaml.__with_libyaml__ else (yaml.SafeLoader,)
+_DUMPER: Any = yaml.CSafeDumper if yaml.__with_libyaml__ else yaml.SafeDumper
+ONE_LINE = 2**31 - 1  # libyaml counts the columns of a line in 32 bits
+
+
+class _Loader(*_LOADERS):  # type: ignore[misc]
+    def __init__(self, text: str) -> None:
+        _LOADERS[-1].__init__(self, text)
+        Composer.__init__(self)
+
     yaml_implicit_resolvers: dict[str, Any] = {}
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
@@ -51,7 +63,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(_DUMPER):  # type: ignore[misc]
     yaml_implicit_resolvers: dict[str, Any] = {}
 
     def ignore_aliases(self, data: Any) -> bool:
@@ -115,7 +127,7 @@ def dump_yaml(data: Any) -> str:
 
 def inline_yaml(value: Any) -> str:
     """Return `value` as one line of YAML, as it can stand after `key=`."""
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=float("inf"))
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, default_flow_style=True, width=ONE_LINE)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -13,7 +13,7 @@ import jinja2
 import pytest
 import typer.testing
 
-from tests import examples
+from tests import examples, fresh
 
 gc.disable()  # until everything is imported, see pytest_collection_finish
 # typer builds the commands of the whole tree again at every invoke; one build serves all tests.
@@ -30,7 +30,8 @@ def _compiled(self: jinja2.Environment, source: Any, *args: Any, **kwargs: Any) 
 
 jinja2.Environment.compile = _compiled  # type: ignore[method-assign]
 # Where there is no device, torch looks for the driver's library again at every operation on fake tensors.
-if not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()):
+NO_DEVICE = not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists())
+if NO_DEVICE:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
@@ -68,12 +69,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
     if not getattr(config.option, "numprocesses", None):  # the process that hands out tests runs none
         examples.load("all" if config.option.markexpr == "slow" else "few")
+        if "PYTEST_XDIST_WORKER" in os.environ or config.option.markexpr == "slow":  # tests of all kinds, not one file
+            fresh.prepare()
 
 
 def pytest_collection_finish() -> None:
     """Collect garbage again, less often, and without looking at the modules that are loaded by now."""
     gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    gc.set_threshold(50_000, 20, 40)
     gc.enable()
 
 
@@ -99,6 +102,18 @@ def _one_thread_where_tests_fork(request: pytest.FixtureRequest) -> Iterator[Non
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _seeds_of_the_cpu_alone() -> Iterator[None]:
+    """Where there is no device, torch keeps each seed for three kinds of them, with a printed stack."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        if NO_DEVICE:
+            own = torch.default_generator.manual_seed
+            patch.setattr(torch.random, "_manual_seed_impl", lambda seed: own(int(seed)), raising=False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,6 +41,7 @@ def formats(run_dir: Path) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """Train with auto and with bf16, load both."""
     found: dict[str, Any] = {"choice": precision.choose(torch.device("cpu")).name}
+    found["units"] = torch.backends.cpu.get_cpu_capability()
     found["waiting"] = [os.environ.get(name) for name in cores.WAITING]
     found["auto"], found["bf16"] = trained_in(folder, "auto"), trained_in(folder, "bf16")
     with warnings.catch_warnings(record=True) as told:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,10 @@ from mmit.errors import ConfigError
 from mmit.train.engines.world import World
 from mmit.train.run import run
 from mmit.train.settle import planned, settle_precision
+from tests import fresh
 from tests.tiny_run import tiny_config
-from tests.train.launch import uncollected
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, *, fast: bool) -> None:
@@ -101,12 +98,11 @@ def test_what_is_trained_and_loaded_without_bf16_units(tmp_path: Path) -> None:
     """oneDNN and ATen are told that the CPU has AVX2 alone, as most laptops and desktops."""
     bounds = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
     clean = {k: v for k, v in os.environ.items() if k not in cores.WAITING}
-    case = [sys.executable, *uncollected("tests.precision_case"), str(tmp_path)]
-    done = subprocess.run(case, cwd=ROOT, env=clean | bounds, capture_output=True, text=True)
+    done = fresh.run_module("tests.precision_case", tmp_path, env=clean | bounds)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["waiting"] == [None] * len(cores.WAITING)  # set by programs alone, see test_cores.py
-    assert found["choice"] == "fp32"
+    assert found["units"] == "AVX2" and found["choice"] == "fp32"
     assert found["auto"]["config"] == found["auto"]["run"] == "fp32"
     assert found["bf16"]["config"] == found["bf16"]["run"] == "bf16"
     assert found["auto"]["features"] != found["bf16"]["features"]

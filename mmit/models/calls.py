@@ -7,6 +7,7 @@ signature, gives the model's output. Refuses a keyword that nobody reads, unless
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -114,8 +115,14 @@ def cache_of(out: Any) -> Cache | None:
     return next((held[name] for name in CACHE_NAMES if held.get(name) is not None), None)
 
 
-def _parameters(module: Any) -> tuple[set[str], bool]:
+def _parameters(module: Any) -> tuple[frozenset[str], bool]:
     """Names that a forward takes, and whether it takes any other name too."""
-    found = inspect.signature(module.forward).parameters.values()
+    forward = module.forward
+    return _names(getattr(forward, "__func__", forward))
+
+
+@functools.lru_cache(maxsize=64)  # reading a signature takes as long as a step of a small model's decoding
+def _names(forward: Any) -> tuple[frozenset[str], bool]:
+    found = inspect.signature(forward).parameters.values()
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {p.name for p in found if p.kind in named}, any(p.kind is p.VAR_KEYWORD for p in found)
+    return frozenset(p.name for p in found if p.kind in named), any(p.kind is p.VAR_KEYWORD for p in found)

@@ -7,6 +7,7 @@ names and configuration stay.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from typing import Any
@@ -40,6 +41,7 @@ def scale_words(model: Any) -> None:
     setattr(body, key, 1.0)
 
 
+@functools.cache
 def lookup_factor(kind: type[nn.Module]) -> str | None:
     """Attribute by which bodies of this class multiply the rows that they look up, and no others."""
     found = OWN_LOOKUP.search(inspect.getsource(kind.forward))

@@ -11,11 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def uncollected(module: str) -> list[str]:
-    """Arguments of Python that run a module as `-m` does, without collecting garbage while everything is imported."""
-    return ["-c", f"import gc, runpy; gc.disable(); runpy.run_module({module!r}, run_name='__main__')"]
-
-
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.socket() as s:

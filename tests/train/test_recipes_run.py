@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 
@@ -23,7 +21,7 @@ import mmit.train.run as run_module
 from mmit.cli import app
 from mmit.config import Config, load_config
 from mmit.train.checkpoint import folders
-from tests.train.launch import ROOT, uncollected
+from tests import fresh
 from tests.train.small_recipes import FOLDER, STEPS, Small, ranks_of, stage_one, why_not, write_task
 from tests.train.test_kill import end, losses
 from tests.train.test_kill_matrix import finish, import_deepspeed, start_all
@@ -107,9 +105,8 @@ def mmit(*arguments: str | Path) -> str:
 
 
 def loaded_elsewhere(folder: Path) -> dict[str, str]:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-W", "ignore", *uncollected("tests.train.load_elsewhere"), str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    env = os.environ | {"PYTHONPATH": str(fresh.ROOT), "HF_HUB_OFFLINE": "1"}
+    done = fresh.run_module("tests.train.load_elsewhere", folder, env=env)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
