@@ -45,20 +45,20 @@ os.fsync = _no_sync
 # Their tests fork and train in the child. A child cannot use the threads its parent had: it would wait for OpenMP's or
 # autograd's without end. So these files run first, and compute with one thread until they are done.
 FORKING = (
-    *(f"train/test_{name}.py" for name in ("kill", "recipes_run", "saving", "folders", "heartbeat", "lock_of_ranks")),
-    "train/test_kill_matrix.py",
+    *(f"train/test_{name}.py" for name in ("kill", "recipes_run", "lock_of_ranks", "kill_matrix")),
+    *(f"train/{name}.py" for name in ("checkpoint/test_saving", "checkpoint/test_folders", "monitor/test_heartbeat")),
     "test_new_user.py",
 )
 # The files that take longest, by what they were measured to take. One of them begun last would leave a core idle.
 FIRST = (
     "models/test_tuning.py", "train/test_native_runs.py", "test_cli.py", "train/test_run.py", "test_precision.py",
-    "train/test_forecast.py", "test_plugins.py", "test_generate.py", "data/shards/test_shards.py",
+    "forecast/test_forecast.py", "test_plugins.py", "test_generate.py", "data/shards/test_shards.py",
     "models/test_decoding.py", "interop/test_read_prismatic.py", "interop/test_export_llava_hf.py",
-    "models/test_vision_fused.py", "interop/test_llava_next.py", "train/test_identity.py", "test_recipes.py",
+    "models/test_vision_fused.py", "interop/test_llava_next.py", "train/checks/test_identity.py", "test_recipes.py",
     "interop/test_placement.py", "interop/test_portable.py", "train/test_settle.py", "models/test_vision.py",
     "train/test_tiled_runs.py", "data/test_content.py", "interop/test_read_tinyllava.py",
-    "interop/test_read_llava_hf.py", "models/test_vision_layers.py", "test_layers.py", "train/test_dry_run.py",
-    "train/test_watching.py", "data/test_template_families.py", "data/test_template_process.py",
+    "interop/test_read_llava_hf.py", "models/test_vision_layers.py", "test_layers.py", "forecast/test_dry_run.py",
+    "train/monitor/test_watching.py", "data/test_template_families.py", "data/test_template_process.py",
     "train/test_warm_start.py", "train/test_lifetimes.py", "train/test_loss_weights.py", "data/test_measure.py",
     "eval/metrics/test_table.py", "data/test_ahead.py",
 )  # fmt: skip
@@ -89,6 +89,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker("slow")
     folder = Path(__file__).parent
     rank = {folder / name: number for number, name in enumerate((*FORKING, *FIRST))}
+    if gone := [str(path) for path in rank if not path.exists()]:
+        raise pytest.UsageError(f"tests/conftest.py names files that are not there: {', '.join(gone)}")
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
