@@ -8,11 +8,14 @@ USUAL = 100  # hypothesis's own number
 
 
 def load(profile: str) -> None:
-    """Load the profile `few` or `all`; it holds for properties that ask for no number too."""
+    """Load the profile `few` or `all`; it holds for properties that ask for no number too.
+
+    No example has a time to keep to: on a busy machine the first one of a file, which imports, would miss it.
+    """
     import hypothesis
 
-    hypothesis.settings.register_profile("all", max_examples=USUAL)
-    hypothesis.settings.register_profile("few", max_examples=_few(USUAL))
+    hypothesis.settings.register_profile("all", max_examples=USUAL, deadline=None)
+    hypothesis.settings.register_profile("few", max_examples=_few(USUAL), deadline=None)
     hypothesis.settings.load_profile(profile)
 
 
