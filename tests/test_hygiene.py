@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import conftest
+
 ROOT = Path(__file__).parents[1]
 # (file, rule): the reason why it is safe there.
 ALLOWED: dict[tuple[str, str], str] = {
@@ -286,3 +288,9 @@ def test_no_machine_path_in_tracked_files() -> None:
             if MACHINE_PATH.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line[:120]!r}")
     assert not found, "\n".join(found)
+
+
+def test_files_that_come_first_exist() -> None:
+    """A file that moved would lose its place, and one that forks its single thread."""
+    named = [name for name in (*conftest.FORKING, *conftest.FIRST) if not (ROOT / "tests" / name).is_file()]
+    assert not named, f"tests/conftest.py names {', '.join(named)}"
