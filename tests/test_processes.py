@@ -84,6 +84,15 @@ def _sleep(place: str) -> None:
     time.sleep(60)
 
 
+def test_a_folder_under_another_name_is_the_same_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with only_one(tmp_path / "run" / "lock", "run", folder=tmp_path / "run"):
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+            with only_one(tmp_path / "link" / "lock", "run", folder=tmp_path / "link"):
+                pass
+
+
 def test_workers_started_by_a_thread_end_too_and_not_with_the_thread(tmp_path: Path) -> None:
     def parent() -> None:
         def start() -> None:

@@ -135,11 +135,10 @@ def write_build(  # noqa: PLR0913
 def _move_into(draft: Path, out: Path) -> None:
     """Put the draft in place, instead of what a build wrote before.
 
-    Into a folder that holds a journal, build.json goes last, so that it stands for a whole folder.
+    Into a folder that is there, which may be somebody's working directory, build.json goes last, so that it stands for
+    a whole folder.
     """
-    if not out.exists() or not any(out.iterdir()):
-        if out.exists():
-            out.rmdir()
+    if not out.exists():
         os.replace(draft, out)
         return
     (out / "build.json").unlink(missing_ok=True)

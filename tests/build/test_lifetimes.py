@@ -119,6 +119,16 @@ def test_a_second_build_is_refused_at_once_and_drafts_of_killed_ones_go(build, t
     assert (tmp_path / "out" / "build.json").exists() and beside(tmp_path) == [".out.x.draft"]
 
 
+def test_the_working_directory_may_be_the_folder(tmp_path, monkeypatch):
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "in" / "c.yaml").write_text(dump_yaml(annotated(tmp_path / "in")))
+    monkeypatch.chdir(tmp_path / "out")
+    done = CliRunner().invoke(app, ["build", "annotated", "../in/c.yaml", "--out", "."])
+    assert done.exit_code == 0, done.output
+    assert Path("records/t.jsonl").exists() and not beside(tmp_path)
+
+
 @pytest.mark.parametrize("limit", [150, 2500])
 def test_a_full_disk_ends_with_one_message_and_the_build_goes_on(build, tmp_path, limit):
     command, server = build
