@@ -32,7 +32,8 @@ def scale_words(model: Any) -> None:
     """Move the factor of a body that scales only what it looks up into its table, in place."""
     body: Any = model.base_model
     words: Any = model.get_input_embeddings()
-    key = lookup_factor(type(body))
+    kind: Any = type(body)
+    key = lookup_factor(kind)
     if key is None or type(words) is not nn.Embedding:
         return
     table: Any = words
