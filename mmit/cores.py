@@ -94,13 +94,12 @@ def _busy(cores: list[int]) -> int:
 def _per_process() -> dict[int, tuple[str, int, int]]:
     """Of every process that can be seen: name, process group, clock ticks it has used."""
     found = {}
-    for path in PROC.iterdir():
-        if not path.name.isdigit():
-            continue
+    for number in filter(str.isdigit, os.listdir(PROC)):
         try:
-            head, _, rest = (path / "stat").read_text(errors="replace").rpartition(")")
+            with open(f"{PROC}/{number}/stat", "rb", buffering=0) as file:  # a machine may have thousands
+                head, _, rest = file.read(4096).rpartition(b")")
         except OSError:  # it has ended meanwhile
             continue
-        fields = rest.split()
-        found[int(path.name)] = (head.partition("(")[2], int(fields[2]), int(fields[11]) + int(fields[12]))
+        name, fields = head.partition(b"(")[2].decode(errors="replace"), rest.split(None, 13)
+        found[int(number)] = (name, int(fields[2]), int(fields[11]) + int(fields[12]))
     return found

@@ -11,6 +11,7 @@ if [ "${MMIT_ENV:-}" != lowest ]; then # types and style are those of the newest
   NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir "$(mktemp -d)"
 fi
 
+unset PYTHONDONTWRITEBYTECODE # else every process compiles mmit and rewrites the asserts of all tests anew
 case " $* " in
   *" -m "*) pytest "$@" ;; # the marked ones start ranks of their own, on ports of their own
   *)

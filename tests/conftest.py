@@ -117,6 +117,20 @@ def _seeds_of_the_cpu_alone() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_numbers_for_tensors_without_data() -> Iterator[None]:
+    """torch works out in Python what random numbers would do to a tensor on the meta device, which holds none."""
+    import torch
+
+    def unless_meta(fill: Any) -> Any:
+        return lambda tensor, *args, **rest: tensor if tensor.is_meta else fill(tensor, *args, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_uniform_", "uniform_", "normal_", "trunc_normal_", "xavier_uniform_"):
+            patch.setattr(torch.nn.init, name, unless_meta(getattr(torch.nn.init, name)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_extension_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compile torch extensions into a folder of this session.
 

@@ -12,14 +12,17 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = ("torch", "transformers.modeling_utils", "peft")
@@ -44,62 +47,121 @@ def prepare() -> None:
     _ours.append(mine)
 
 
-def run_module(
-    module: str, *arguments: str | Path, env: Mapping[str, str], timeout: int = 300
-) -> subprocess.CompletedProcess[str]:
-    """Run a module as `python -m` does, in the root of the repository."""
+class Forked:
+    """A child, with what `subprocess.Popen` has for it."""
+
+    def __init__(self, request: Mapping[str, Any]) -> None:
+        self._out, self._err = tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")
+        self._told, tell = os.pipe()
+        handles = [self._out.fileno(), self._err.fileno(), tell]
+        socket.send_fds(_ours[0], [json.dumps(request).encode()], handles)
+        os.close(tell)
+        self.args, self.returncode = [request["module"], *request["arguments"]], None
+        self.pid = int(self._line(time.monotonic() + 120))
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Wait for its end. Raises TimeoutExpired."""
+        if self.returncode is None:
+            self.returncode = int(self._line(time.monotonic() + timeout))
+            os.close(self._told)
+        for file in (self._out, self._err):
+            file.seek(0)
+        return self._out.read(), self._err.read()
+
+    def kill(self) -> None:
+        """End it now, if it has not ended."""
+        if self.returncode is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def _line(self, until: float) -> bytes:
+        text = b""
+        while not text.endswith(b"\n"):
+            if not select.select([self._told], [], [], max(until - time.monotonic(), 0))[0]:
+                raise subprocess.TimeoutExpired(self.args, until)
+            got = os.read(self._told, 1)
+            assert got, f"the process that ran {self.args} is gone"
+            text += got
+        return text
+
+
+def start(module: str, *arguments: str | Path, env: Mapping[str, str], imports: Sequence[str] = ()) -> Any:
+    """Start a module as `python -m` does, in the root of the repository. `imports` may be imported before."""
     given = [str(a) for a in arguments]
-    if not _ours:
-        command = [sys.executable, "-W", "ignore", *uncollected(module), *given]
-        return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        asked = json.dumps({"module": module, "arguments": given, "env": dict(env), "timeout": timeout}).encode()
-        socket.send_fds(_ours[0], [asked], [out.fileno(), err.fileno()])
-        code = int(_ours[0].recv(64))
-        out.seek(0)
-        err.seek(0)
-        return subprocess.CompletedProcess([module, *given], code, out.read(), err.read())
+    if _ours:
+        return Forked({"module": module, "arguments": given, "env": dict(env), "imports": list(imports)})
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Without collecting garbage while everything is imported.
+    code = f"import gc, runpy; gc.disable(); runpy.run_module({module!r}, run_name='__main__')"
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *given], cwd=ROOT, env=dict(env), **pipes)
 
 
-def uncollected(module: str) -> list[str]:
-    """Arguments of Python that run a module as `-m` does, without collecting garbage while everything is imported."""
-    return ["-c", f"import gc, runpy; gc.disable(); runpy.run_module({module!r}, run_name='__main__')"]
+def run_module(
+    module: str, *arguments: str | Path, env: Mapping[str, str], timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run a module to its end."""
+    process = start(module, *arguments, env=env)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def _serve(asked: socket.socket) -> None:
-    """Fork a child for each request, and answer with its exit code."""
-    kept = asked.fileno()
+    """Fork for each request; the fork tells the child's number and exit code."""
     null = os.open(os.devnull, os.O_RDWR)
     for number in range(3):
         os.dup2(null, number)
-    os.closerange(3, kept)
-    os.closerange(kept + 1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 1 << 16 else 1 << 16)
+    os.closerange(3, asked.fileno())
+    os.closerange(asked.fileno() + 1, 4096)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
-        message, handles, *_ = socket.recv_fds(asked, LARGEST, 2)
+        message, handles, *_ = socket.recv_fds(asked, LARGEST, 3)
         if not message:
             os._exit(0)
-        child = os.fork()
-        if child == 0:
+        request = json.loads(message)
+        _import(request.pop("imports"), request["env"])
+        if os.fork() == 0:
             asked.close()
-            _become(handles, **json.loads(message))
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            child = os.fork()
+            if child == 0:
+                _become(handles, **request)
+            os.write(handles[2], b"%d\n" % child)
+            os.write(handles[2], b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            os._exit(0)
         for handle in handles:
             os.close(handle)
-        asked.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
 
 
-def _become(handles: list[int], *, module: str, arguments: list[str], env: dict[str, str], timeout: int) -> None:
+def _import(names: list[str], env: dict[str, str]) -> None:
+    before = dict(os.environ)
+    os.environ.update(env)
+    for name in names:
+        importlib.import_module(name)
+    gc.freeze()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def _become(handles: list[int], *, module: str, arguments: list[str], env: dict[str, str]) -> None:
     code = None
     try:
-        signal.alarm(timeout)
-        for number, handle in enumerate(handles, 1):
+        for number, handle in enumerate(handles[:2], 1):
             os.dup2(handle, number)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        for handle in handles:
+            os.close(handle)
         os.environ.clear()
         os.environ.update(env)
         os.chdir(ROOT)
         sys.path.insert(0, str(ROOT))
         sys.argv[:] = [module, *arguments]
-        runpy.run_module(module, run_name="__main__")
+        if (threads := env.get("OMP_NUM_THREADS", "")).isdigit() and "torch" in sys.modules:  # read when it is loaded
+            sys.modules["torch"].set_num_threads(int(threads))
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
