@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +49,19 @@ def make_llava_hf(
 ) -> Any:
     """Save a random model with its processor; `options` go to its config. Returns the model, in float32.
 
-    `tiled` makes it a LLaVA-NEXT.
+    `tiled` makes it a LLaVA-NEXT. What was made once is copied.
     """
+    model, files = _made(tower, tokens, width, tiled, json.dumps(options, sort_keys=True))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    torch.manual_seed(0)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _made(tower: str, tokens: str, width: int, tiled: bool, more: str) -> tuple[Any, dict[str, bytes]]:
+    """The model and its files."""
     tokenizer = FAMILIES[tokens]()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     tokenizer.pad_token = tokenizer.eos_token
@@ -76,7 +91,7 @@ def make_llava_hf(
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default" if clip else "full",
         "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
-        **options,
+        **json.loads(more),
     }
     torch.manual_seed(0)
     if tiled:
@@ -88,16 +103,18 @@ def make_llava_hf(
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 or "vision" in name or "projector" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
     edge: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
     if tiled:
         edge["image_grid_pinpoints"] = CANVASES
-    (LlavaNextProcessor if tiled else LlavaProcessor)(
+    processor = (LlavaNextProcessor if tiled else LlavaProcessor)(
         (LlavaNextImageProcessor if tiled else CLIPImageProcessor)(**edge),
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy=settings["vision_feature_select_strategy"],
         num_additional_image_tokens=int(clip),
         chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-    return model
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        return model, {path.name: path.read_bytes() for path in Path(folder).iterdir()}

@@ -199,21 +199,37 @@ def test_vision_methods_and_resume(folder, tmp_path, precision):
     assert "tune.llm" in error.value.remedy
 
 
+FEW_STEPS = {
+    "steps": 2,
+    "rows_per_step": 2,
+    "micro_rows": 2,
+    "precision": "fp32",
+    "schedule": "constant",
+    "warmup": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def trained_whole(folder, tmp_path_factory):
+    """A run that trained everything and was resumed."""
+    place = tmp_path_factory.mktemp("whole")
+    full = {"llm": {"mode": "full", "lr": 0.1}, "vision": {"mode": "full", "lr": 0.1}}
+    assert run(tiny_config(folder, run={"dir": str(place)}, tune=full, train=FEW_STEPS)) == 0
+    again = {"dir": str(place), "resume": "auto"}
+    assert run(tiny_config(folder, run=again, tune=full, train={**FEW_STEPS, "steps": 3})) == 0
+    return place
+
+
 @pytest.mark.parametrize(
     "llm, vision",
     [pytest.param("frozen", "frozen", marks=pytest.mark.slow), ("lora", "lora"), ("houlsby", "layernorm")],
 )
-def test_a_second_stage_keeps_what_the_first_trained_whole(folder, tmp_path, llm, vision):
-    train = {"steps": 2, "rows_per_step": 2, "micro_rows": 2, "precision": "fp32"}
-    train |= {"schedule": "constant", "warmup": 0.0}
-    full = {"llm": {"mode": "full", "lr": 0.1}, "vision": {"mode": "full", "lr": 0.1}}
-    assert run(tiny_config(folder, run={"dir": str(tmp_path / "a")}, tune=full, train=train)) == 0
-    again = {"dir": str(tmp_path / "a"), "resume": "auto"}
-    assert run(tiny_config(folder, run=again, tune=full, train={**train, "steps": 3})) == 0
-    second = {"dir": str(tmp_path / "b"), "init_from": str(tmp_path / "a")}
+def test_a_second_stage_keeps_what_the_first_trained_whole(folder, trained_whole, tmp_path, llm, vision):
+    train = FEW_STEPS
+    second = {"dir": str(tmp_path / "b"), "init_from": str(trained_whole)}
     little = {"llm": {"mode": llm, "lr": 1e-9}, "vision": {"mode": vision, "lr": 1e-9}, "projector": {"lr": 1e-9}}
     assert run(tiny_config(folder, run=second, tune=little, train=train)) == 0
-    a, b = (checkpoint.load_model(tmp_path / x, device="cpu").vlm for x in "ab")
+    a, b = (checkpoint.load_model(place, device="cpu").vlm for place in (trained_whole, tmp_path / "b"))
     torch.testing.assert_close(logits(b), logits(a), atol=1e-4, rtol=0)
     with pytest.raises(ModelError, match="changes the base"):
         pissa = {"llm": {"mode": "lora", "options": {"init": "pissa"}}}
