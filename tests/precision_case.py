@@ -30,7 +30,7 @@ def trained_in(folder: Path, asked: str, *, resume: str | None = None) -> dict[s
 
 def formats(run_dir: Path) -> dict[str, Any]:
     """What is written about a run's number format."""
-    (features,) = {path.parent.name for path in (run_dir / "cache").rglob("features.bin")}
+    (features,) = {path.parent.name for path in (run_dir / "cache").rglob("features-*.bin")}
     return {
         "config": checkpoint.read_config(checkpoint.find(run_dir)).train.precision,
         "run": checkpoint.read_config(run_dir).train.precision,

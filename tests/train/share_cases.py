@@ -133,7 +133,7 @@ def main(folder: Path) -> None:
     report("disk, lost on one node", decoded=sorted(decoded), same=torch.equal(lost, memory))
     kept = bench.features("disk").get(keys)
     report("disk, kept on every node", decoded=sorted(decoded), same=torch.equal(kept, memory))
-    file = next(bench.own.glob("features-*/features.bin"))
+    file = next(bench.own.glob("features-*/features-*.bin"))
     world.barrier()
     if rank == size - 1:
         os.truncate(file, file.stat().st_size - 8)
