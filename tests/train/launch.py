@@ -7,9 +7,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
-
-from tests import fresh
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,14 +26,16 @@ def start_ranks(
     own = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     own |= env or {}
     own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = []
-    for rank in range(ranks):
-        env = os.environ | own | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        if arguments[0] == "-m":
-            processes.append(fresh.start(*arguments[1:], env=env, imports=["deepspeed"]))
-        else:
-            processes.append(subprocess.Popen([sys.executable, *arguments], env=env, **pipes))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | own | {"RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(ranks)
+    ]
     try:
         said = [p.communicate(timeout=timeout) for p in processes]
     finally:
