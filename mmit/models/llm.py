@@ -7,11 +7,8 @@ code is an error, not an execution.
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib.util
-import inspect
 import os
-import re
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -28,7 +25,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -36,6 +32,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmit.errors import ConfigError, ModelError, nearest
 from mmit.models import attention
+from mmit.models.config_keys import config_keys
 from mmit.models.files import resolve_file
 from mmit.models.partition import partitioned
 from mmit.models.per_record import run_per_record
@@ -47,28 +44,6 @@ from mmit.models.words import scale_words
 if not sys.stderr.isatty():  # a progress bar in a log file is noise
     disable_progress_bar()
 
-# Of published config files: transformers translates the first three, some models read a head_dim they do not declare.
-FORMER_KEYS = ("rope_theta", "rope_scaling", "torch_dtype", "head_dim")
-# Written by training code or former versions, read by no class: what a key says is in another one or in the weights.
-PUBLISHED = (
-    "auto_map", "architectures", "transformers_version", "_name_or_path", "quantization_config", "use_cache",
-    "pretraining_tp", "tie_word_embeddings", "torch_dtype", "_attn_implementation", "_attn_implementation_autoset",
-    "attn_implementation", "unsloth_fixed", "unsloth_version", "model_name", "cache_implementation",
-    "ep_size", "moe_layer_freq", "aux_loss_alpha", "seq_aux", "scoring_func", "topk_method", "num_nextn_predict_layers",
-    "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor",  # DeepSeek
-    "sliding_window", "use_sliding_window", "max_window_layers", "sliding_window_pattern", "_sliding_window_pattern",
-    "layer_types", "no_rope_layers", "no_rope_layer_interval", "full_attention_interval", "mlp_only_layers",
-    "hybrid_override_pattern", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype",
-    "use_mamba_kernels", "rescale_prenorm_residual", "residual_in_fp32", "attn_output_gate",
-    "initial_context_length", "experts_per_token", "swiglu_limit", "output_router_logits", "router_aux_loss_coef",
-    "block_dim", "block_ff_dim", "conv_dim", "conv_use_xavier_init", "block_use_swiglu", "block_norm_eps",
-    "full_attn_idxs", "block_mlp_init_scale", "block_out_init_scale", "block_multiple_of", "block_ffn_dim_multiplier",
-    "block_auto_adjust_ff_dim", "use_pos_enc", "num_heads", "theta", "tie_embedding",  # LFM2
-    "attn_pdrop", "embd_pdrop", "resid_pdrop", "embedding_dropout", "interpolate_factor", "lm_head_bias",
-    "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "hidden_activation", "hidden_act",
-    "rope_theta", "rope_scaling", "rope_local_base_freq", "global_rope_theta", "partial_rotary_factor", "rope_type",
-    "attention_bias", "mlp_bias", "use_qk_norm", "qk_norm", "clip_qkv", "rms_norm_eps", "layer_norm_eps",
-)  # fmt: skip
 BNB_ON_CPU = (0, 50)  # the first release whose 4-bit layers were trained on a CPU
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -191,23 +166,6 @@ def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **implementation)
     _forget_quantization(model)
     return ready(model)
-
-
-@functools.cache
-def config_keys(kind: str, *, published: bool = True) -> frozenset[str]:
-    """Return the keys that describe a model of this `model_type`, with those that only published files have."""
-    known = CONFIG_MAPPING[kind]
-    names = {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS}
-    names |= set(PUBLISHED if published else ())
-    return frozenset(names.union(*map(_popped_keys, known.__mro__)))
-
-
-@functools.cache  # the base class of all configs has a long source, which takes a tenth of a second to parse
-def _popped_keys(kind: type) -> frozenset[str]:
-    """Keys of older files that a config class takes out of its keyword arguments."""
-    if not issubclass(kind, PreTrainedConfig):
-        return frozenset()
-    return frozenset(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", inspect.getsource(kind)))
 
 
 def _described(options: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mmit.models.llm import config_keys
+from mmit.models.config_keys import config_keys
 
 WINDOW = 8  # of sliding windows and chunks, and where longrope changes its factors: records get three times as long
 VOCABULARY = 64
