@@ -230,6 +230,14 @@ def forest_attention(
     return place(outs, layout).view(1, tokens, heads, -1)
 
 
+# Arguments of attention functions that change what is computed -> what they mean.
+NOT_COMPUTED = {
+    "position_bias": "adds a bias to its scores",
+    "indices": "chooses the keys that a query sees",
+    "block_indices": "chooses the keys that a query sees",
+}
+
+
 def _join(before: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
     """(KV, P, D) in front of every one of (G, KV, L, D)."""
     return torch.cat([before.to(states)[None].expand(len(states), -1, -1, -1), states], dim=2)
@@ -286,11 +294,12 @@ def layer_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer over a packed row, or over an ordinary batch where there is no row."""
-    if kwargs.get("position_bias") is not None:
-        raise ModelError(
-            f"{type(module).__name__} adds a bias to its scores, which packed attention does not compute",
-            remedy="set data.packing=false",
-        )
+    for name, what in NOT_COMPUTED.items():
+        if kwargs.get(name) is not None:
+            raise ModelError(
+                f"{type(module).__name__} {what}, which packed attention does not compute",
+                remedy="set data.packing=false",
+            )
     given = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if given is None else given
     dropout = (kwargs.get("dropout") or 0.0) if module.training else 0.0

@@ -37,7 +37,7 @@ from mmit.models.files import resolve_file
 from mmit.models.partition import partitioned
 from mmit.models.per_record import run_per_record
 from mmit.models.row_state import checkpoint_contexts
-from mmit.models.rules import DROPOUT_KEYS, takes_attention
+from mmit.models.rules import DROPOUT_KEYS, chosen_keys, takes_attention
 from mmit.models.virtual import virtual_tokens
 from mmit.models.words import scale_words
 
@@ -327,7 +327,7 @@ def _attention_of(config: Any, packed: bool) -> dict[str, str]:
     """Arguments that choose the attention function; none for a model that has its own."""
     kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     kind = kind[0] if isinstance(kind, (tuple, list)) else kind
-    if not packed or kind is None or not takes_attention(kind):
+    if not packed or kind is None or not takes_attention(kind) or chosen_keys(config.get_text_config()):
         return {}
     return {"attn_implementation": attention.NAME}
 

@@ -30,6 +30,8 @@ LOGIT_KEYS = {
     "final_logit_softcapping": None,
     "logits_soft_cap": None,
 }
+# Keys by which layers see, of all keys before a query, only so many (or blocks of them) that score best with it.
+CHOICE_KEYS = ("index_topk", "index_topk_blocks")
 # Keys by which bodies scale the embeddings they are given; a table that scales its own rows has `embed_scale`.
 EMBEDDING_KEYS = ("embedding_multiplier",)
 
@@ -44,6 +46,7 @@ class Rules:
     chunk: int | None  # keys of a chunk, in layers with chunked attention
     sinks: bool  # a learned score per head that takes part in every softmax
     softcap: float | None  # of attention scores
+    choice: tuple[str, int] | None  # key of the config by which a query sees its best keys alone, and their number
     logits: tuple[str, float] | None  # key of the config that changes logits after the head, and its value
     embeddings: float  # factor between a row of the table and what the first layer gets of it
     end_ids: tuple[int, ...]  # that end an answer, as generation_config.json lists them
@@ -58,6 +61,11 @@ class Rules:
     @property
     def why_not_packed(self) -> str | None:
         """Why records of one row cannot be kept apart, or None."""
+        if self.choice:
+            return (
+                f"its layers choose the keys that a query sees among all of a sequence ({self.choice[0]} "
+                f"{self.choice[1]}), which knows no boundaries between records"
+            )
         if self.attention or self.mixers:
             return None
         return (
@@ -76,6 +84,8 @@ class Rules:
             yield "attention sinks"
         if self.softcap:
             yield f"attention scores capped at {self.softcap:g}"
+        if self.choice:
+            yield f"attention to the {self.choice[1]} best keys or blocks ({self.choice[0]})"
         if self.logits:
             yield f"logits changed after the head ({self.logits[0]} {self.logits[1]:g})"
         if self.embeddings != 1:
@@ -106,6 +116,7 @@ def read_rules(llm: Any) -> Rules:
         chunk=getattr(config, "attention_chunk_size", None) if "chunked_attention" in kinds else None,
         sinks=any(isinstance(getattr(m, "sinks", None), nn.Parameter) for m in inner.modules()),
         softcap=getattr(config, "attn_logit_softcapping", None),
+        choice=chosen_keys(config),
         logits=changed_logits(config),
         embeddings=_embedding_scale(inner, config),
         end_ids=generation_facts(inner).end_ids,
@@ -122,6 +133,12 @@ def read_rules(llm: Any) -> Rules:
 def takes_attention(kind: type[nn.Module]) -> bool:
     """Whether models of this class hand their queries, keys and values to transformers' table of functions."""
     return hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS")
+
+
+def chosen_keys(config: Any) -> tuple[str, int] | None:
+    """Key and value of a config by which a query sees only the keys that score best with it, None where it sees all."""
+    stated = ((key, getattr(config, key, None)) for key in CHOICE_KEYS)
+    return next(((key, value) for key, value in stated if value), None)
 
 
 def changed_logits(config: Any) -> tuple[str, float] | None:

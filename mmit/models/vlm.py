@@ -305,9 +305,11 @@ class VLM(nn.Module):
                     both = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at)
                     apart = _apart(both, embeddings, border=6)
                 both = both.detach()
-        except (TypeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise ModelError(
-                f"{type(self.llm).__name__} cannot run packed rows: {str(error)[:200]}",
+                f"{type(self.llm).__name__} cannot run packed rows: {type(error).__name__}: {str(error)[:200]}",
                 remedy="set data.packing=false",
             ) from error
         untouched = same_logits(changed_second[:6], both[:6]) and same_logits(changed_first[6:], both[6:])

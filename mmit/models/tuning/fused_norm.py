@@ -91,7 +91,12 @@ def _epsilon(module: nn.Module) -> float | None:
         with torch.no_grad():
             try:
                 expected = type(module).forward(twin, x)  # without whatever hooks the module has
-            except (TypeError, ValueError, RuntimeError):  # it takes more than one tensor, or another shape
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                AttributeError,
+            ):  # it takes more than one tensor, or another shape
                 return None
             found = [v for v in found if _same(expected, _Fused.apply(x, twin.weight, v))]
     return found[0] if found else None

@@ -105,7 +105,16 @@ def check_embeddings(vlm: VLM) -> None:
         ids, at = row["ids"][None], row["positions"]
         given = {"input_ids": ids, "position_ids": at[None], "use_cache": False, "logits_to_keep": at}
         by_ids = call(vlm.llm, **given, optional=("use_cache", "position_ids")).logits[0]
-        if not same_logits(vlm.row_logits(**row), by_ids):
+        try:
+            by_embeddings = vlm.row_logits(**row)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ModelError(
+                f"{type(vlm.llm).__name__} answers token ids and not their embeddings "
+                f"({type(error).__name__}: {str(error)[:200]}), and pictures can only be given as embeddings",
+                where="model.llm",
+                remedy="use another language model",
+            ) from error
+        if not same_logits(by_embeddings, by_ids):
             raise ModelError(
                 f"{type(vlm.llm).__name__} answers token ids differently than their embeddings, and pictures can only "
                 "be given as embeddings",
