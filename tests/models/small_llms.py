@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import CONFIG_MAPPING
+
 from mmit.models.config_keys import config_keys
 
 WINDOW = 8  # of sliding windows and chunks, and where longrope changes its factors: records get three times as long
@@ -250,6 +252,38 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "xglm": {},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"], "mamba_headdim": 16, "n_mamba_heads": 4, "num_mem_blocks": 1},
 }
+MLA: dict[str, Any] = {"head_dim": 4, "num_key_value_heads": 4}  # latent attention
+# Families that not every supported version of transformers has.
+NEWER: dict[str, dict[str, Any]] = {
+    "afmoe": {},
+    "apertus1p5_text": {},
+    "aria_text": {},
+    "axk2": {**MLA, "index_topk": WINDOW},
+    "beam": {},
+    "cohere2_moe": {},
+    "deepseek_v32": {**MLA, "index_topk": WINDOW},
+    "exaone": {},
+    "flint": {},
+    "glm_moe_dsa": {**MLA, "index_topk": WINDOW},
+    "gpt_neox_japanese": {},
+    "granite_swa": {},
+    "granitemoe_swa": {},
+    "hy_v3": {},
+    "hyperclovax": {},
+    "jais2": {},
+    "kolibri1": {},
+    "lara_mini": {},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "mellum": {},
+    "mimo_v2_flash": {},
+    "minicpm3": MLA,
+    "minimax_m3_vl_text": {},
+    "sarvam_mla": MLA,
+    "sarvam_moe": {},
+    "youtu": MLA,
+    "zaya": {"num_experts_per_tok": 1},
+}
+FAMILIES |= {name: options for name, options in NEWER.items() if name in CONFIG_MAPPING}
 FIRST_LIST = tuple(FAMILIES)[:35]  # what users lead with
 
 

@@ -9,9 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmit.data.packing import Sample, build_row
 from mmit.errors import ModelError
+from mmit.models.attention import layer_attention
 from mmit.models.llm import load_llm, recompute_activations
+from mmit.models.rules import read_rules
 from mmit.models.vlm import VLM
-from tests.models.small_llms import VOCABULARY, WINDOW, family
+from tests.models.small_llms import FAMILIES, VOCABULARY, WINDOW, family
 
 # One of each kind of rule; scripts/matrix.py asks all families.
 KINDS = [
@@ -164,3 +166,27 @@ def test_attention_dropout_is_computed_in_packed_rows():
     assert (dropped - wanted).abs().max() > 0.01
     torch.manual_seed(0)
     assert torch.equal(in_a_row(vlm, records())[0], dropped)
+
+
+@pytest.mark.skipif("deepseek_v32" not in FAMILIES, reason="this transformers has no DeepSeek-V3.2")
+def test_layers_that_choose_their_keys_are_run_by_their_own_attention():
+    """More keys than the layers choose: mmit's attention would see them all, alone and in rows."""
+    theirs, vlm = pair("deepseek_v32")
+    rules = read_rules(vlm.llm)
+    assert rules.choice == ("index_topk", WINDOW) and "index_topk 8" in str(rules.why_not_packed)
+    with pytest.raises(ModelError, match="packed"):
+        vlm.check_isolation()
+    samples = records()
+    vlm.run_padded()
+    ours, _, _, _ = in_a_row(vlm, samples)
+    torch.testing.assert_close(ours, alone(theirs, samples), atol=1e-4, rtol=0)
+    ids = torch.randint(1, VOCABULARY, (1, 3 * WINDOW), generator=torch.Generator().manual_seed(2))
+    words = vlm.llm.get_input_embeddings()(ids[0])
+    one = vlm.row_logits(words, positions=torch.arange(24), nodes=torch.tensor([[0, 24, -1]]), at=torch.arange(24))
+    torch.testing.assert_close(one, theirs(ids).logits[0], atol=1e-4, rtol=0)
+
+
+def test_an_argument_that_attention_does_not_compute_is_refused():
+    module, states = torch.nn.Linear(1, 1), torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ModelError, match="Linear chooses the keys"):
+        layer_attention(module, states, states, states, None, None, indices=torch.zeros(1))

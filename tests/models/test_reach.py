@@ -38,6 +38,9 @@ def test_layers_of_all_linear():
     vlm, _ = tuned("llama", layers=[1])
     names = [n for n, _ in vlm.llm.named_parameters() if ".lora_A" in n]
     assert names and all(".layers.1." in n for n in names) and len(adapted(vlm)) == 7
+    with pytest.raises(ModelError, match="no layer 5; the model has 2") as refused:
+        tuned("llama", layers=[0, 5])
+    assert refused.value.where.endswith("options.layers")
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_prj"], "v_prj"])

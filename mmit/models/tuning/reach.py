@@ -43,9 +43,10 @@ def find_targets(model: nn.Module, given: Any, *, layers: Sequence[int] | None, 
         layers: restricts names to these decoder layers, which PEFT does for lists alone.
 
     Raises:
-        ModelError: a name or the expression matches nothing.
+        ModelError: a name or the expression matches nothing, or there is no such layer.
     """
     names = [n for n, _ in model.named_modules()]
+    _check_layers(model, layers or ())
     if given == ALL_LINEAR:
         return sorted({n.rpartition(".")[2] for n in linear_names(model)}) if layers else given
     if isinstance(given, str):
@@ -61,6 +62,15 @@ def find_targets(model: nn.Module, given: Any, *, layers: Sequence[int] | None, 
         if not any(_ends(n, target) for n in names):
             raise _unknown(model, target, where)
     return list(given)
+
+
+def _check_layers(model: nn.Module, layers: Sequence[int]) -> None:
+    config: Any = getattr(model, "config", None)
+    count = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None
+    beyond = [] if count is None else [n for n in layers if not 0 <= n < count]
+    if beyond:
+        problem, where = f"there is no layer {beyond[0]}; the model has {count}", "tune.llm.options.layers"
+        raise ModelError(problem, where=where, remedy=f"count them from 0 to {count - 1}")
 
 
 def _ends(name: str, target: str) -> bool:
