@@ -723,6 +723,28 @@ MUTANTS = [
         "str(_card(counts, config))",
         "tests/test_text.py",
     ),
+    # models of others
+    Mutant(
+        "layers that choose their keys: run by packed attention",
+        "mmit/models/llm.py",
+        " or chosen_keys(config.get_text_config()):",
+        ":",
+        "tests/models/test_families.py",
+    ),
+    Mutant(
+        "fused towers: all with the constants of the first",
+        "mmit/train/checkpoint/portable.py",
+        '"mean": encoder.mean, "std": encoder.std',
+        '"mean": vision.mean, "std": vision.std',
+        "tests/interop/test_read_prismatic_fused.py",
+    ),
+    Mutant(
+        "Pixtral: smaller pictures are enlarged",
+        "mmit/data/native.py",
+        "    if ratio > 1:",
+        "    if ratio != 1:",
+        "tests/data/test_native.py",
+    ),
 ]
 
 

@@ -66,9 +66,10 @@ def find_targets(model: nn.Module, given: Any, *, layers: Sequence[int] | None, 
 
 def _check_layers(model: nn.Module, layers: Sequence[int]) -> None:
     config: Any = getattr(model, "config", None)
-    count = getattr(config.get_text_config(), "num_hidden_layers", None) if config is not None else None
-    beyond = [] if count is None else [n for n in layers if not 0 <= n < count]
-    if beyond:
+    count = getattr(config and config.get_text_config(), "num_hidden_layers", None)
+    if count is None:
+        return
+    if beyond := [n for n in layers if not 0 <= n < count]:
         problem, where = f"there is no layer {beyond[0]}; the model has {count}", "tune.llm.options.layers"
         raise ModelError(problem, where=where, remedy=f"count them from 0 to {count - 1}")
 
