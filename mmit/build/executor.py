@@ -177,5 +177,6 @@ class RayPool:
                 raise error.cause from None
             raise
         except self._ray.exceptions.RayActorError as error:
-            problem = f"a worker of the cluster was lost: {str(error).splitlines()[0]}"
+            # Ray's text ends with the cause where there is one, such as a module that a node lacks.
+            problem = f"a worker of the cluster was lost: {str(error).strip().splitlines()[-1]}"
             raise MmitError(problem, where="--executor ray", remedy="Run the same command again.") from None

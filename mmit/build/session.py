@@ -48,7 +48,7 @@ def session(
     out: Path,
     *,
     folder: str,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
     lenient: bool = False,
     executor: str = "local",
     workers: int = 0,

@@ -11,7 +11,7 @@ import typer
 
 from mmit.cli.build_config import check_keys, read_config
 from mmit.errors import ConfigError
-from mmit.text import echo
+from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
     from mmit.build.write import Counts
@@ -102,17 +102,29 @@ def account_line(account: Mapping[str, Any]) -> str:
 
 @contextmanager
 def opened(settings: Mapping[str, Any], out: Path, config: Path, **options: Any) -> Iterator[Desk]:
-    """Open the desk of a build with a line of progress; `options` are those of `mmit.build.session.session`."""
+    """Open the desk of a build with a bar of its replies; `options` are those of `mmit.build.session.session`."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     from mmit.build.session import session
 
-    def progress(count: int) -> None:
-        if count % 100 == 0:
-            echo(f"{count:,} replies", err=True)
+    columns = (TextColumn("replies"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = terminal(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("", total=None)
 
-    with session(settings, out, folder=str(config.parent), progress=progress, **options) as desk:
-        if desk.journal.entries:
-            echo(f"{out}: going on, {len(desk.journal.entries):,} replies are there already")
-        yield desk
+        def progress(count: int, total: int) -> None:
+            bar.update(shown, completed=count, total=total)
+            if not console.is_terminal and count % 100 == 0:
+                echo(f"{count:,} replies", err=True)
+
+        with session(settings, out, folder=str(config.parent), progress=progress, **options) as desk:
+            if desk.journal.entries:
+                echo(f"{out}: going on, {len(desk.journal.entries):,} replies are there already")
+            try:
+                yield desk
+            except KeyboardInterrupt:
+                echo(f"{out}: stopped with {len(desk.journal.entries):,} replies; the same command goes on", err=True)
+                raise
 
 
 def finish(

@@ -62,7 +62,8 @@ class Desk:
         weights: shares of the requests by teacher; None hands them out in turn.
         budget: {"tokens", "cost", "requests"}: no further request is sent once one of them is reached; those in flight
             end. It covers everything in the journal.
-        progress: called after each new reply with the number of replies that this desk has fetched.
+        progress: called after each new reply with the number of replies that this desk has fetched, and the number when
+            all that is asked now are there.
         keep_thoughts: whether records keep the thoughts of their answers; stages read it.
 
     Attributes:
@@ -77,7 +78,7 @@ class Desk:
         *,
         weights: Sequence[float] | None = None,
         budget: Mapping[str, float] | None = None,
-        progress: Callable[[int], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
         keep_thoughts: bool = False,
     ) -> None:
         self.keep_thoughts = keep_thoughts
@@ -131,7 +132,7 @@ class Desk:
         return self.teachers[-1]
 
     def _fetch(self, teacher: Teacher, missing: Mapping[str, Request]) -> None:
-        spent = ""
+        spent, total = "", self.fetched + len(missing)
 
         def feed() -> Iterator[Request]:
             nonlocal spent
@@ -151,7 +152,7 @@ class Desk:
             self._cost += cost or 0.0
             self.fetched += 1
             if self._progress is not None:
-                self._progress(self.fetched)
+                self._progress(self.fetched, total)
         if spent:
             left = sum(not self._has(name) for name in missing)
             problem = f"the budget is spent: {spent}; {left:,} requests are not asked yet"

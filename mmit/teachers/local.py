@@ -6,6 +6,7 @@ batch nor on the order. The model is loaded with the first request.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,9 +25,12 @@ from mmit.models.llm import DTYPES, load_llm, load_tokenizer, usable_device
 from mmit.models.vlm import VLM
 from mmit.records import Record
 from mmit.teachers.request import Reply, Request
+from mmit.train.checkpoint.folders import newest
 
 if TYPE_CHECKING:
     from mmit.data.prompts import Prompt
+
+_END = 1 << 16
 
 
 @dataclass
@@ -44,7 +48,7 @@ class Local:
 
     def __post_init__(self) -> None:
         self.name = self.name or Path(self.path).name or "local"
-        self.identity = f"local:{self.path}"
+        self.identity = f"local:{self.path}{_digest(Path(self.path))}"
 
     def ask(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
         """Yield replies batch by batch; a prompt that does not fit is answered by a cut reply.
@@ -118,6 +122,23 @@ class Local:
             text = {"loss": round(-likelihood.log_probability / likelihood.tokens, 6), "tokens": likelihood.tokens}
             seconds = round((time.monotonic() - began) / len(asked), 3)
             yield request, Reply("", self.name, json.dumps(text), "stop", prompt.length, 0, seconds)
+
+
+def _digest(path: Path) -> str:
+    """Return what tells a model from an earlier one at the same path, "" where there is no such path.
+
+    It covers the names and sizes of the files and the ends of each: training changes weights everywhere.
+    """
+    if not path.exists():
+        return ""
+    folder = newest(path) or path if path.is_dir() else path
+    found = hashlib.sha256()
+    for file in sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else [folder]:
+        with open(file, "rb") as opened:
+            found.update(f"{file.name}\0{file.stat().st_size}\0".encode() + opened.read(_END))
+            opened.seek(max(0, file.stat().st_size - _END))
+            found.update(opened.read())
+    return f"#{found.hexdigest()[:16]}"
 
 
 def load_teacher(path: str, *, device: str = "auto") -> Model:

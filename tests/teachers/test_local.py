@@ -55,3 +55,14 @@ def test_a_plain_llm_folder_is_a_teacher(tmp_path):
     model = load_teacher(str(tmp_path), device="cpu")
     (_, done), *_ = model.complete([Record(user("hello"))], seeds=[0], max_new_tokens=4)
     assert 1 <= done.new_tokens <= 4 and done.prompt_tokens > 5
+
+
+def test_another_model_at_the_same_path_is_another_teacher(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = tmp_path / "model.safetensors"
+    names = set()
+    for content in (bytes(200_000), bytes(199_999) + b"x", bytes(199_999), b"x" + bytes(199_998)):
+        weights.write_bytes(content)
+        names |= {Local(str(tmp_path)).identity, Local(str(tmp_path)).identity}
+    assert len(names) == 4
+    assert Local("package:no/such.gguf").identity == "local:package:no/such.gguf"
