@@ -321,7 +321,7 @@ class DataConfig(Section):
     """without packing: records of a step that are alike in length, with pictures or not, share a micro-batch, which is
     padded (train.micro_rows > 1); which records a step holds does not change"""
     share_prefix: bool = True
-    """let records that begin alike (the same image) share that beginning in a row"""
+    """let records with a common prefix (system prompt, image) share it in a row"""
     shuffle: Literal["auto", "global", "block"] = "auto"
     """global: every order of all records is possible, 16 bytes of memory a record; block: blocks of neighbours lie
     anywhere, records are mixed within shuffle_window; auto: global up to 100,000,000 records in an epoch"""
