@@ -34,7 +34,7 @@ from mmit.train.monitor.report import write_report
 from mmit.train.monitor.run_files import note_event
 from mmit.train.monitor.trackers import open_trackers, require
 from mmit.train.parts import BAD_RECORDS, Parts, build
-from mmit.train.settle import settle_precision
+from mmit.train.settle import check_zero3, settle_precision
 from mmit.train.signals import EXIT_STOPPED, Leave, Stop, stop_asked
 from mmit.train.spikes import Spikes
 
@@ -71,6 +71,7 @@ def run(config: Config, *, evaluate: Evaluate | None = None) -> int:
     say = speaker(world.main)
     check_options(config.tune.model_dump())
     check_exports(config)
+    check_zero3(config, world=world)
     for note in config.notes:
         say(note)
     with ExitStack() as held:

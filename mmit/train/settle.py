@@ -14,13 +14,15 @@ import torch
 
 from mmit import precision
 from mmit.errors import ConfigError, ModelError, located
+from mmit.models.llm import load_llm
 from mmit.models.rules import check_vocabulary, read_rules
+from mmit.models.vlm import VLM
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checks.probes import check_embeddings
+from mmit.train.engines.zero import deepspeed_options, zero_stage
 
 if TYPE_CHECKING:
     from mmit.config import Config
-    from mmit.models.vlm import VLM
     from mmit.train.data.setup import Say
     from mmit.train.engines.world import World
 
@@ -42,6 +44,17 @@ def check_divided(vlm: VLM) -> None:
             where="engine.deepspeed",
             remedy="set engine.deepspeed=zero2, under which each rank holds the LLM whole",
         )
+
+
+def check_zero3(config: Config, *, world: World) -> None:
+    """Ask `check_divided` of a config's LLM by its shapes, before any weight is read; nothing without ZeRO-3."""
+    if not world.deepspeed or zero_stage(deepspeed_options(config.engine.deepspeed)) != 3:
+        return
+    llm = config.model.llm
+    if llm.random_init is None and Path(llm.name).is_absolute() and not Path(llm.name).exists():
+        return  # its base is gone, and a checkpoint holds the LLM whole
+    given: dict[str, Any] = {"revision": llm.revision, "random_init": llm.random_init}
+    check_divided(VLM(load_llm(llm.name, **given, dtype=torch.float32, empty=True), vision=None, projector=None))
 
 
 def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> dict[str, Any]:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from typer.testing import CliRunner
 
+from mmit.cli import app
 from mmit.errors import ConfigError
 from mmit.models.llm import why_not_4bit
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import run
-from mmit.train.settle import check_divided
+from mmit.train.settle import check_divided, check_zero3
 from tests.models.small_llms import family
 from tests.models.test_families import pair
 from tests.test_plugins import PROJECTOR
@@ -53,6 +58,18 @@ def test_what_zero3_cannot_divide_is_refused(name, told):
     with pytest.raises(ConfigError, match=told) as error:
         check_divided(vlm)
     assert "zero2" in error.value.remedy
+
+
+def test_it_is_refused_before_weights_are_read(tmp_path):
+    config = tiny_config(tmp_path, engine={"deepspeed": "zero3"})
+    raw = config.model_dump()
+    raw["model"]["llm"] |= {"name": str(tmp_path / "described"), "random_init": None}
+    AutoConfig.for_model(**family("qwen3_moe")).save_pretrained(tmp_path / "described")  # and no weights
+    described = type(config).from_dict(raw)
+    with pytest.raises(ConfigError, match="experts") as refused:
+        check_zero3(described, world=SimpleNamespace(deepspeed=True))
+    assert "zero2" in refused.value.remedy
+    check_zero3(described, world=SimpleNamespace(deepspeed=False))
 
 
 @pytest.mark.slow
@@ -98,3 +115,36 @@ def test_weights_of_4_bits_train_on_two_ranks(tmp_path):
     for place, ranks in (("one", 1), ("two", 2)):
         start_ranks(["-m", "tests.train.run_many", str(tmp_path / f"{place}.yaml")], ranks=ranks, timeout=300)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_adapted_experts_are_saved_resumed_and_merged_under_zero2(tmp_path):
+    """PEFT's target_parameters: one adapter for all experts of a layer, on two ranks."""
+    pytest.importorskip("deepspeed")
+    options = {"r": 2, "alpha": 4, "experts": True}
+    sections = {
+        "train": {**TRAIN, "steps": 4, "save_every": 2},
+        "tune": {"projector": {"mode": "full", "lr": 1e-2}, "llm": {"mode": "lora", "lr": 1e-2, "options": options}},
+    }
+    assert run(tiny(tmp_path, "one", "qwen3_moe", sections)) == 0
+    two = tiny(tmp_path, "two", "qwen3_moe", sections, engine={"deepspeed": "zero2"})
+    (tmp_path / "two.yaml").write_text(two.to_yaml())
+    (tmp_path / "again.yaml").write_text(
+        two.model_copy(update={"run": two.run.model_copy(update={"resume": "auto"})}).to_yaml()
+    )
+    env = {"PYTHONPATH": checkpoint.__file__.rpartition("/mmit/")[0]}
+    start_ranks(["-m", "tests.train.run_many", str(tmp_path / "two.yaml")], ranks=2, timeout=300, env=env)
+    whole = losses(tmp_path / "two")
+    assert whole == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    before = checkpoint.load_model(tmp_path / "two", device="cpu").vlm.llm.state_dict()
+    adapted = [name for name in before if "experts" in name and "lora_B" in name]
+    assert adapted and all(before[name].abs().sum() > 0 for name in adapted)
+    shutil.rmtree(checkpoint.checkpoints(tmp_path / "two")[-1])
+    (tmp_path / "two" / "finished.json").unlink(missing_ok=True)
+    start_ranks(["-m", "tests.train.run_many", str(tmp_path / "again.yaml")], ranks=2, timeout=300, env=env)
+    assert losses(tmp_path / "two")[-2:] == whole[-2:]
+    after = checkpoint.load_model(tmp_path / "two", device="cpu").vlm.llm.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    for form in ("llava-hf", "mmit", "peft"):
+        done = CliRunner().invoke(app, ["export", str(tmp_path / "two"), "-f", form, "--out", str(tmp_path / form)])
+        assert done.exit_code == 0, (form, done.output, done.exception)
