@@ -73,7 +73,7 @@ def line_of(made: Made, out: Path) -> Line:
     """Return the line of a record in the folder `out`. Raises RecordError."""
     folder = os.path.abspath(out / _folder(made.held_out))
     record, files = _with_files(made.record, folder)
-    wording, licence = _wording(made.record.meta["build"]), made.record.licence or ""
+    wording, licence = _wording(made.record.meta.get("build")), made.record.licence or ""
     return Line(made.task, made.held_out, wording, licence, record_line(record, folder), files)
 
 
@@ -204,8 +204,8 @@ def _folder(held_out: bool) -> str:
     return "held_out" if held_out else "records"
 
 
-def _wording(build: Mapping[str, Any]) -> str:
-    return str(build.get("template") or build["how"])
+def _wording(build: Any) -> str:
+    return str(build.get("template") or build.get("how") or "") if isinstance(build, Mapping) else ""
 
 
 def _file_name(task: str) -> str:

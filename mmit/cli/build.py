@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli import build_chat, build_grow, build_scenes, build_select, build_teachers
+from mmit.cli import build_chat, build_grow, build_holdout, build_scenes, build_select, build_teachers
 from mmit.cli.build_config import read_config
 from mmit.errors import ConfigError
 from mmit.text import echo
@@ -26,6 +26,7 @@ app.add_typer(templates_app, name="templates")
 build_teachers.add_to(app)
 app.command("self-instruct")(build_grow.self_instruct)
 app.command("self-chat")(build_chat.self_chat)
+app.command("holdout")(build_holdout.holdout)
 app.command("conversations")(build_scenes.conversations)
 app.command("select")(build_select.select)
 

@@ -29,7 +29,7 @@ from mmit.errors import ConfigError, RecordError, nearest
 MAX_CHARACTERS = 50_000  # of one rendered text
 MAX_VALUE = 200_000  # characters or elements of any value in between
 MAX_STEPS = 100_000  # loop rounds, calls and filters of one render
-MAX_SECONDS = 1.0
+MAX_SECONDS = 1.0  # of the thread's CPU time
 MAX_SOURCE = 50_000
 _MAX_BITS = 4096  # of a whole number
 _FIELD = re.compile(r"%%|%[-+0 ]?[0-9]{0,2}(?:\.[0-9]{1,2})?[sdif]")
@@ -45,6 +45,10 @@ _STRING_METHODS = frozenset(
     "isupper join lower lstrip partition removeprefix removesuffix replace rfind rindex rpartition rsplit rstrip split "
     "splitlines startswith strip swapcase title upper".split()
 )
+
+
+_CONTAINERS = (list, tuple, Mapping, set)
+_HELPERS = (jinja2.utils.Namespace, jinja2.utils.Cycler, jinja2.utils.Joiner)
 
 
 class Exceeded(Exception):
@@ -113,7 +117,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             raise Exceeded(f"it takes more than {MAX_STEPS:,} steps")
         if budget.characters < 0:
             raise Exceeded(f"it writes more than {MAX_CHARACTERS:,} characters")
-        if time.monotonic() > budget.end:
+        if time.thread_time() > budget.end:
             raise Exceeded(f"it takes longer than {MAX_SECONDS:g} s")
 
     def bounded_loop(self, items: Iterable[Any], characters: int = 0) -> Iterator[Any]:
@@ -124,6 +128,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def bounded_concat(self, *values: Any) -> str:
         """Jinja's `~`."""
+        for value in values:
+            self._text_only(value)
         self._check_size(sum(len(v) if isinstance(v, str) else 20 for v in values))
         return "".join(map(str, values))
 
@@ -143,7 +149,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, int) and result.bit_length() > _MAX_BITS:
             raise Exceeded("a whole number grows out of bounds")
-        return result
+        return self.weighed(result)
 
     def call(self, context: Any, callee: Any, *args: Any, **kwargs: Any) -> Any:
         """Call what a template calls: macros, methods of its values, the few global functions."""
@@ -157,7 +163,26 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 return self._join(args[0], str(owner))
             if name == "replace":
                 return self._replace(owner, *args)
-        return super().call(context, callee, *args, **kwargs)
+        return self.weighed(super().call(context, callee, *args, **kwargs))
+
+    def weighed(self, value: Any) -> Any:
+        """Refuse a value that holds too many others, counting each as often as it is held.
+
+        A list that holds one list twice, and so on, is small in memory and endless to whoever walks through it. Such
+        values can only grow where a list, a tuple or a mapping is made, and all of these places are weighed.
+        """
+        if not isinstance(value, _CONTAINERS):
+            return value
+        size = 0
+        waiting: list[Any] = [value]
+        while waiting:
+            held = waiting.pop()
+            inside = [*held, *held.values()] if isinstance(held, Mapping) else held
+            size += len(held) + sum(len(v) for v in inside if isinstance(v, str))
+            self._check_size(size)
+            self.spend(1 + len(held) // 100)
+            waiting += [v for v in inside if isinstance(v, _CONTAINERS)]
+        return value
 
     def wrap_str_format(self, value: Any) -> Any:
         """Refuse str.format, which Jinja would otherwise run whole, widths of a gigabyte included."""
@@ -178,6 +203,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return bounded
 
     def _walked(self, value: Any) -> Any:
+        if isinstance(value, _HELPERS):
+            raise Exceeded(f"a filter takes values, here is a {type(value).__name__.lower()}")
+        self.weighed(value)
         if isinstance(value, Sized) and not isinstance(value, jinja2.Undefined):
             self._check_size(len(value))
             self.spend(1 + (len(value) // 100 if isinstance(value, str) else len(value)))
@@ -192,13 +220,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(value, str):
             self.spend(0, len(value))
             return value
-        if value is None or isinstance(value, (list, tuple, Mapping, set)):
-            raise Exceeded(f"it prints a {'null' if value is None else type(value).__name__}, which is no text")
+        self._text_only(value)
         if isinstance(value, float) and not math.isfinite(value):
             raise Exceeded("it prints a number that is not finite")
         if not isinstance(value, jinja2.Undefined):  # which raises when it is printed
             self.spend(0, len(str(value)))
         return value
+
+    def _text_only(self, value: Any) -> None:
+        if value is None or isinstance(value, (*_CONTAINERS, *_HELPERS)):
+            raise Exceeded(f"it prints a {'null' if value is None else type(value).__name__}, which is no text")
 
     # ---- filters
 
@@ -243,7 +274,8 @@ class Compiled:
         """
         budget = self._sandbox.budget
         budget.steps, budget.characters = MAX_STEPS, MAX_CHARACTERS
-        budget.end, budget.rng = time.monotonic() + MAX_SECONDS, rng
+        # This thread's own time: a busy machine must not decide what a template gives.
+        budget.end, budget.rng = time.thread_time() + MAX_SECONDS, rng
         try:
             return self._template.render(fields)
         except jinja2.UndefinedError as error:
@@ -284,6 +316,14 @@ class _Bounded(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return nodes.Call(nodes.EnvironmentAttribute("bounded_concat"), node.nodes, [], None, None, lineno=node.lineno)
+
+    def _weighed(self, node: Any) -> nodes.Node:
+        self.generic_visit(node)
+        if getattr(node, "ctx", "load") != "load":  # the names that a loop or a set fills
+            return node
+        return nodes.Call(nodes.EnvironmentAttribute("weighed"), [node], [], None, None, lineno=node.lineno)
+
+    visit_List = visit_Tuple = visit_Dict = _weighed
 
     def _refuse(self, node: nodes.Node) -> NoReturn:
         what = type(node).__name__.lower()
