@@ -31,9 +31,9 @@ def packaged() -> dict[str, str]:
     """{config: its set} of the shipped builds over sets of packages."""
     found = {}
     for path in sorted(CONFIGS.glob("*.yaml")):
-        rows = parse_yaml(path.read_text("utf-8"), where=str(path))[0].get("rows") or {}
-        if "package" in rows:
-            found[path.name] = rows["package"]
+        settings = parse_yaml(path.read_text("utf-8"), where=str(path))[0]
+        if "bank" in settings and "package" in settings["rows"]:
+            found[path.name] = settings["rows"]["package"]
     return found
 
 

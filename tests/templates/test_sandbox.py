@@ -12,6 +12,10 @@ from mmit.errors import MmitError
 from mmit.templates.sandbox import MAX_SECONDS, Sandbox
 
 SANDBOX = Sandbox()
+GROW = (
+    "{% set n = namespace(l=[0], m=[0]) %}{% for i in range(99) %}{% set n.l = [n.l, n.l] %}{% set n.m = [n.m, n.m] %}"
+)
+GROW += "{% endfor %}"
 NESTED = "{% for i in range(9999) %}" * 3 + "{% endfor %}" * 3
 HOSTILE = {
     "class": "{{ ''.__class__.__mro__ }}",
@@ -43,10 +47,9 @@ HOSTILE = {
     "attribute by filter": "{{ ''|attr('__class__') }}",
     "attribute by map": "{{ ['a']|map(attribute='__class__')|list }}",
     "namespace": "{% set n = namespace() %}{% set n.a = n %}{{ n ~ '' }}",
-    "list of lists": "{% set n = namespace(l=[0]) %}{% for i in range(99) %}{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l|tojson }}",
-    "tuple of tuples": "{% set n = namespace(l=(0,)) %}{% for i in range(99) %}{% set n.l = (n.l, n.l) %}{% endfor %}{{ {n.l: 1} }}",
-    "equal lists": "{% set n = namespace(a=[0], b=[0]) %}{% for i in range(99) %}{% set n.a = [n.a, n.a] %}"
-    "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
+    "list of lists": GROW + "{{ n.l|tojson }}",
+    "tuple of tuples": "{% set n = namespace(l=(0,)) %}{% for i in range(99) %}{% set n.l = (n.l, n.l) %}{% endfor %}x",
+    "equal lists": GROW + "{{ n.l == n.m }}",
     "one long text many times": "{{ dict.fromkeys(range(9999), 'a' * 190000)|string|length }}",
     "cycler": "{% set c = cycler(*range(9999)) %}" + NESTED.replace("{% endfor %}", "{{ c.next() }}{% endfor %}", 1),
     "joiner": "{{ joiner('a').__init__.__globals__ }}",
