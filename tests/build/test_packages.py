@@ -74,7 +74,7 @@ def test_shipped_builds_run_and_account_for_every_row(tmp_path, config, name):
                 opened(image)
 
 
-@pytest.mark.parametrize("name", shipped_banks())
+@pytest.mark.parametrize("name", [name for name in shipped_banks() if name != "wordings"])  # of a study of wordings
 def test_shipped_tasks_have_several_wordings_in_both_splits(name):
     banks = [load(str(path)) for path in shipped_banks()[name]]
     assert any(template.inverted for bank in banks for template in bank.templates)
