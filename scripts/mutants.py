@@ -252,8 +252,8 @@ MUTANTS = [
     Mutant(
         "bad records: ceiling plus one",
         LOOP,
-        "if len(progress.bad) > plan.max_bad:",
-        "if len(progress.bad) > plan.max_bad + 1:",
+        "if len(progress.bad) > data.max_bad:",
+        "if len(progress.bad) > data.max_bad + 1:",
         T_LIFE,
     ),
     Mutant(
@@ -412,7 +412,7 @@ MUTANTS = [
     ),
     Mutant(
         "loss: summed into the wrong source",
-        LOOP,
+        "mmit/train/data/batches.py",
         "torch.tensor(starts[1:], dtype=torch.int64), right=True)",
         "torch.tensor(starts[1:], dtype=torch.int64), right=False)",
         "tests/train/monitor/test_watching.py",

@@ -78,18 +78,18 @@ def test_a_recipe_is_built_and_stepped_once(small, tmp_path, monkeypatch, name):
 
     def note(function, key):
         def noting(*args, **kwargs):
-            seen[key] = function(*args, **kwargs) if key == "groups" else kwargs["plan"]
+            seen[key] = function(*args, **kwargs) if key == "groups" else args[2]
             return seen[key] if key == "groups" else function(*args, **kwargs)
 
         return noting
 
     monkeypatch.setattr(parts, "apply_tuning", note(parts.apply_tuning, "groups"))
-    monkeypatch.setattr(training, "train", note(training.train, "plan"))
+    monkeypatch.setattr(training, "train", note(training.train, "schedule"))
     assert training.run(config) == 0
     rates = {c: getattr(told.tune, c).lr for c in ("vision", "projector", "llm")}
     assert {g.name: g.lr for g in seen["groups"]} == {c: lr for c, lr in rates.items() if lr is not None}
-    plan = seen["plan"]
-    assert (plan.schedule, plan.warmup, plan.min_lr_ratio) == (
+    schedule = seen["schedule"]
+    assert (schedule.shape, schedule.warmup, schedule.min_ratio) == (
         told.train.schedule,
         told.train.warmup,
         told.train.min_lr_ratio,

@@ -58,7 +58,8 @@ class VLM(nn.Module):
         self.routers: Routers | None = None
         # Per component the parameters that a tuning method chose or added, which a checkpoint keeps by name.
         self.partly: dict[str, tuple[str, ...]] = {}
-        # Components that came whole out of a checkpoint: no hub id leads to them, so the next one keeps them whole.
+        # Components that checkpoints hold whole: every weight is trained, or they came whole out of a checkpoint, so
+        # that no hub id leads to them.
         self.whole: set[str] = set()
         # Found at the first loss, or before by whoever must not meet a forward of its own there (ZeRO-3).
         self._split: tuple[Split | None] | None = None

@@ -6,28 +6,41 @@ the caption's words out of the LLM's input embeddings: a softmax over cosine sim
 bag of words from its features (Joulin et al., arXiv:1511.02251), with the embedding matrix as the classifier. Their
 size is held at that of real word embeddings, so that the LLM meets vectors of the kind it knows.
 
-Owns the loss and its small loop. Takes features and token ids; leaves everything but the projector alone.
+Owns the loss, its small loop, and the captions it takes; leaves everything but the projector alone. One short
+training, so rank 0 does it alone and the others get its projector. Refuses records that are not captions.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from mmit.errors import RecordError
+from mmit.data.image_identity import image_key
+from mmit.data.sources import open_source
+from mmit.errors import ConfigError, RecordError, located
+from mmit.models.partition import shape, whole
+from mmit.train.features import FeatureCache, compute_features
 
 if TYPE_CHECKING:
+    from mmit.data.preparation import ImagePreparation
     from mmit.models.projector_base import Projector
+    from mmit.models.vlm import VLM
+    from mmit.records import Record
+    from mmit.train.engines.world import World
 
 SHARPNESS = 20.0  # factor on the cosine: 1 / temperature of the softmax
 NORM_WEIGHT = 0.1  # weight of the size penalty
+BATCH = 64  # captions
+NEGATIVES = 4096  # random vocabulary entries that compete with the words of all captions
 
 
-def align_words(  # noqa: PLR0913
+def align_words(
     projector: Projector,
     features: torch.Tensor,
     words: Sequence[Sequence[int]],
@@ -35,8 +48,6 @@ def align_words(  # noqa: PLR0913
     *,
     epochs: int,
     lr: float,
-    batch: int = 64,
-    negatives: int = 4096,
     seed: int = 0,
     alive: Callable[[], None] = lambda: None,
 ) -> float:
@@ -47,7 +58,6 @@ def align_words(  # noqa: PLR0913
         features: (P, N, D_v) of P pictures.
         words: for each picture the token ids of its caption.
         embeddings: (V, D) input embeddings of the LLM.
-        negatives: random vocabulary entries that compete with the words of all captions.
         alive: called after each step.
 
     Raises:
@@ -57,7 +67,7 @@ def align_words(  # noqa: PLR0913
     if not used:
         raise RecordError("no caption has a word", where="align.captions", remedy="check the caption records")
     generator = torch.Generator().manual_seed(seed)
-    others = torch.randperm(len(embeddings), generator=generator)[:negatives]
+    others = torch.randperm(len(embeddings), generator=generator)[:NEGATIVES]
     kept = torch.tensor(used)
     kept = torch.cat([kept, others[~torch.isin(others, kept)]]).to(embeddings.device)
     number = {int(w): i for i, w in enumerate(kept.tolist())}
@@ -68,12 +78,12 @@ def align_words(  # noqa: PLR0913
     projector.float().train()
     device = next(projector.parameters()).device
     optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.01)
-    steps = epochs * -(-len(words) // batch)
+    steps = epochs * -(-len(words) // BATCH)
     step, last = 0, math.nan
     for _ in range(epochs):
         total = 0.0
         order = torch.randperm(len(words), generator=generator)
-        for chunk in order.split(batch):
+        for chunk in order.split(BATCH):
             tokens = projector(features[chunk].to(device, torch.float32))
             logits = SHARPNESS * F.normalize(tokens.mean(1), dim=-1) @ classes.T
             pairs = [(i, number[w]) for i, p in enumerate(chunk.tolist()) for w in words[p]]
@@ -93,3 +103,79 @@ def align_words(  # noqa: PLR0913
     for name, parameter in projector.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     return last
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What to align with, and how long."""
+
+    captions: str  # an mmit JSONL
+    epochs: int
+    lr: float
+    seed: int
+
+
+def align_to_captions(
+    vlm: VLM,
+    tokenizer: Any,
+    preparation: ImagePreparation | None,
+    plan: Alignment,
+    *,
+    features: FeatureCache | None,
+    run_dir: Path,
+    world: World,
+    begin: Callable[[str], None],
+) -> str:
+    """Align the projector with the words of captions; all ranks come here, rank 0 trains. Returns what rank 0 found.
+
+    A model that reads tiles is aligned on whole images: a word has no tile of its own. `features` of the run are used
+    where they have all images. Raises ConfigError, RecordError.
+    """
+    if vlm.projector is None or vlm.vision is None or preparation is None:
+        raise ConfigError("there is no projector to align", where="align", remedy="set model.vision, or align=null")
+    projector = vlm.projector
+    if projector.deep:
+        problem = "a projector for DeepStack gives more than word embeddings, and only these can be aligned"
+        raise ConfigError(problem, where="align", remedy="set align=null, or projector kind mlp")
+    with world.together():  # rank 0 converts a foreign format first, the others then find the result
+        records = _captions(plan.captions, run_dir / "data") if world.main else []
+    with world.together():
+        records = records or _captions(plan.captions, run_dir / "data")
+    words = [tokenizer(" " + r.turns[-1].text, add_special_tokens=False)["input_ids"] for r in records]
+    keys = [image_key(r.images[0]) for r in records]
+    if features is None or preparation.tiled or any(k not in features for k in keys):
+        pictures = zip(keys, (r.images[0] for r in records), strict=True)
+        options: dict[str, Any] = {"kind": "memory", "folder": run_dir / "cache", "world": world, "begin": begin}
+        features = compute_features(vlm.vision, pictures, preparation.whole(), count=len(set(keys)), **options)
+    seen, result = features.get(keys), ""
+    begin("word alignment")
+    with whole(vlm.word_embeddings):
+        ids = torch.arange(shape(vlm.word_embeddings)[0], device=vlm.device)
+        # What the LLM gets for a word: some scale the table's rows inside the embedding module.
+        embeddings = vlm.llm.get_input_embeddings()(ids).detach()
+
+        def align(alive: Callable[[], None]) -> None:
+            nonlocal result
+            options: dict[str, Any] = {"epochs": plan.epochs, "lr": plan.lr, "seed": plan.seed, "alive": alive}
+            loss = align_words(projector, seen, words, embeddings, **options)
+            result = f"word alignment: {len(records)} captions, {plan.epochs} epochs, loss {loss:.3f}"
+            begin("sharing the projector")
+
+        if not world.main:  # this far ahead: who looks at the heartbeats sees that rank 0 is waited for
+            begin("sharing the projector")
+        world.first(align)
+    for tensor in projector.state_dict().values():
+        world.share(tensor, source=0)
+    return result
+
+
+def _captions(path: str, cache: Path) -> list[Record]:
+    with located("align.captions"):
+        source = open_source(path, cache=cache)
+    return [_caption(source[i]) for i in range(len(source))]
+
+
+def _caption(record: Record) -> Record:
+    if len(record.images) != 1 or record.turns[-1].role != "assistant":
+        raise RecordError("is not a caption (one image, one answer)", where=record.where, remedy="check align.captions")
+    return record

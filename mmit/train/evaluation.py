@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,11 @@ from torch import nn
 from mmit.errors import ConfigError, RecordError
 from mmit.models.modes import evaluation_mode
 from mmit.train.engines.base import Engine, weighted
-from mmit.train.loop import Progress, sources_of, sum_by_source
+from mmit.train.loop import Progress, sum_by_source
 from mmit.train.signals import Leave
 
 if TYPE_CHECKING:
-    from mmit.data.loader import MicroBatch
+    from mmit.train.data.batches import TrainData
     from mmit.train.monitor.metrics_log import RunLog
 
 LOSS = "eval_loss"
@@ -50,35 +50,24 @@ class HeldOut:
     """Mean loss on held-out rows, exact over ranks.
 
     Args:
-        batches: gives this rank's micro-batches anew; every rank gets equally many.
-        prepare: a micro-batch -> model arguments on the device.
-        names, starts: of the sources, and the number of the first record of each.
+        data: its rows; every rank gets equally many micro-batches.
         on_bad: receives each record that has to be left out, once.
         should_stop: asked before each micro-batch; on several ranks they leave together.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        batches: Callable[[], AbstractContextManager[Iterable[MicroBatch]]],
-        *,
-        prepare: Callable[[MicroBatch], dict[str, torch.Tensor]],
-        names: Sequence[str],
-        starts: Sequence[int],
-        on_bad: Callable[[RecordError], None],
-        should_stop: Callable[[], bool],
+        self, engine: Engine, data: TrainData, *, on_bad: Callable[[RecordError], None], should_stop: Callable[[], bool]
     ) -> None:
-        self.engine, self.batches, self.prepare = engine, batches, prepare
-        self.names, self.starts, self.should_stop = names, starts, should_stop
-        self.on_bad = on_bad
+        self.engine, self.data, self.on_bad, self.should_stop = engine, data, on_bad, should_stop
         self._noted: set[int] = set()
 
     def __call__(self, step: int) -> dict[str, float]:
         """{"eval_loss": weighted mean over targets, and "eval_loss/NAME" of each source where there are several}."""
-        count = len(self.names)
+        names = self.data.names
+        count = len(names)
         sums = torch.zeros(count, dtype=torch.float64, device=self.engine.device)
         weights = torch.zeros(count, dtype=torch.float64)
-        with self.batches() as batches:
+        with closing(self.data.batches()) as batches:
             for batch in batches:
                 if self.engine.all_sum([float(self.should_stop())])[0]:
                     raise Leave
@@ -86,16 +75,16 @@ class HeldOut:
                     if record not in self._noted:
                         self._noted.add(record)
                         self.on_bad(error)
-                losses = self.engine.losses(self.prepare(batch))
+                losses = self.engine.losses(self.data.prepare(batch))
                 if batch.weight:
-                    sources = sources_of(batch.target_records, self.starts)
+                    sources = self.data.sources_of(batch.target_records)
                     weights += torch.bincount(sources, batch.target_weights.double(), minlength=count)
                     sums += sum_by_source(weighted(losses, batch.uneven_weights), sources, count=count)
         both = self.engine.all_sum([*sums.tolist(), *weights.tolist()])
         total, whole = both[:count], both[count:]
         results = {LOSS: sum(total) / (sum(whole) or 1.0)}
         if count > 1:
-            results |= {f"{LOSS}/{k}": s / n for k, s, n in zip(self.names, total, whole, strict=True) if n}
+            results |= {f"{LOSS}/{k}": s / n for k, s, n in zip(names, total, whole, strict=True) if n}
         return results
 
 

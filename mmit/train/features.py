@@ -27,7 +27,10 @@ from mmit.io import whole_file, write_atomic
 from mmit.train.engines.world import World
 
 if TYPE_CHECKING:
+    from mmit.data.dataset import InstructionData
+    from mmit.data.measure import Scan
     from mmit.models.vision import VisionTower
+    from mmit.models.vlm import VLM
     from mmit.records import Image
 
 ALONE = World(0, 1, torch.device("cpu"), deepspeed=False)
@@ -279,3 +282,31 @@ class _Store:
         write_atomic(self.folder / "index.json", json.dumps({"file": name, "crops": crops}))
         if before not in (None, name):
             (self.folder / str(before)).unlink(missing_ok=True)
+
+
+def cache_features(
+    vlm: VLM,
+    data: InstructionData,
+    scan: Scan,
+    preparation: ImagePreparation,
+    *,
+    kind: str,
+    folder: Path,
+    world: World,
+    begin: Callable[[str], None],
+) -> FeatureCache:
+    """Features of all images of a run. Raises ConfigError where the vision encoder is trained.
+
+    Args:
+        kind: "memory", "disk" (see `compute_features`). begin: told what this rank begins to do.
+    """
+    assert vlm.vision is not None, "without a vision encoder no record has an image"
+    if vlm.vision.trainable:
+        raise ConfigError(
+            "features of a tower that is trained cannot be cached",
+            where="model.vision.cache",
+            remedy="set model.vision.cache=off or tune.vision.mode=frozen",
+        )
+    pictures = data.pictures(scan.illustrated)
+    options: dict[str, Any] = {"count": scan.crops, "kind": kind, "folder": folder, "world": world, "begin": begin}
+    return compute_features(vlm.vision, pictures, preparation, **options)

@@ -26,37 +26,45 @@ from mmit.models.llm import DTYPES, context_length
 from mmit.models.partition import partitioned
 from mmit.models.recompute import MODES, set_recompute
 from mmit.models.routers import read_routers
-from mmit.models.tuning import Group, apply_tuning, quantization
+from mmit.models.tuning import Group, apply_tuning, method_of, quantization
 from mmit.models.tuning.own import changes_layout
 from mmit.models.virtual import virtual_tokens
+from mmit.train.align import Alignment, align_to_captions
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checkpoint import resume
 from mmit.train.checks import identity
 from mmit.train.checks.init_from import check_start
-from mmit.train.checks.probes import ADAPTERS, answers, check_records, check_start_of_adapter, without_gradient
-from mmit.train.data.order import unit_costs, walk_of
-from mmit.train.data.setup import Say, cache_folder, chat_of, check_lengths, image_loader, judge, measure, open_data
+from mmit.train.checks.probes import answers, check_records, check_start_of_adapter, without_gradient
+from mmit.train.data.batches import TrainData
+from mmit.train.data.order import make_walk, unit_costs, walk_of
+from mmit.train.data.setup import (
+    Say,
+    cache_folder,
+    chat_of,
+    check_lengths,
+    image_loader,
+    judge,
+    measure,
+    most_bad,
+    open_data,
+)
 from mmit.train.engines.deepspeed_engine import DeepSpeedEngine, check_deepspeed
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.engines.zero import complete, deepspeed_options, zero_stage
-from mmit.train.features import features_folder
+from mmit.train.features import FeatureCache, cache_features, features_folder
 from mmit.train.memory.estimate import least_recompute
 from mmit.train.monitor.describe import describe, note_start
 from mmit.train.monitor.echo import echo
-from mmit.train.pictures import align_to_captions, cache_features
 from mmit.train.settle import check_divided, settled, with_whole_paths
 
 if TYPE_CHECKING:
     from mmit.config import Config
-    from mmit.data.chat import ChatFormat
     from mmit.data.dataset import InstructionData
-    from mmit.data.loader import LoadImage
     from mmit.data.measure import Scan
     from mmit.data.walk import Walk
     from mmit.models.vlm import VLM
     from mmit.train.engines.base import Engine
     from mmit.train.engines.world import World
-    from mmit.train.features import FeatureCache
     from mmit.train.loop import Progress
     from mmit.train.monitor.heartbeat import Heartbeat
 
@@ -67,38 +75,100 @@ BAD_RECORDS = {"train": "bad_records.jsonl", "eval": "bad_records_eval.jsonl"}
 class Parts:
     """What is ready before the first step."""
 
-    config: Config  # with what the model decided
-    vlm: VLM
-    tokenizer: Any
-    chat: ChatFormat
-    image: dict[str, Any]  # see `checkpoint.image_preparation`
-    load_image: LoadImage | None
-    data: InstructionData
-    scan: Scan
-    walk: Walk
-    order: dict[str, Any]  # what decides it
-    held_out: tuple[InstructionData, Scan] | None
-    features: FeatureCache | None
+    model: checkpoint.Loaded  # with the config as the model settled it
     groups: list[Group]
+    data: TrainData
+    held_out: TrainData | None
+    order: dict[str, Any]  # what decides the order of the data, kept in checkpoints
     engine: Engine
     progress: Progress
 
 
 def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: Heartbeat) -> Parts:
-    """Model, data, engine, and the state of the checkpoint `begin`."""
-    run_dir, seed = Path(config.run.dir), config.run.seed
+    """Model, data, engine, and the state of the checkpoint `begin`, in this order: each step can refuse the run."""
+    run_dir = Path(config.run.dir)
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-
     config = with_whole_paths(config)
     heart.phase("building the model", 0)
+    start = _start(config, begin, say=say)
+    divided = _partition(config) if world.deepspeed else None
+    model, preparation, tower = _model(config, start, begin, divided=divided, world=world, say=say)
+    config, vlm = model.config, model.vlm
+    with partitioned(divided):
+        groups = _tune(vlm, config, probe=divided is None and start is None, say=say)
+        if config.train.router_loss is not None:
+            vlm.routers = read_routers(vlm.llm, config.train.router_loss)
+        if start is not None:
+            checkpoint.read_weights(vlm, start)
+
+    heart.phase("measuring the data", 0)
+    read = partial(_read_data, model, preparation=preparation, world=world, say=say)
+    data, scan = read("train")
+    if scan.thoughts:
+        model.chat.thinks = True  # in the checkpoint's format too: whether to think is left to the model
+    walk, order = _order(model, data, scan, begin, tower=tower, world=world, say=say)
+    feed: dict[str, Any] = {"load_image": image_loader(preparation) if preparation else None}
+    held_out = _held_out(config, *read("eval"), world=world, **feed) if config.data.eval else None
+
+    heart.phase("preparing the model", 0)
+    vlm.to(world.device)
+    if divided is None:
+        _try_forward(vlm, data, scan)
+    features = _features(model, data, scan, preparation, world=world, heart=heart, say=say)
+    if config.align is not None and begin is None:
+        _align(model, preparation, features, divided=divided, world=world, heart=heart, say=say)
+    if world.main:
+        rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
+        echo(vlm, data, scan, walk=walk, tokenizer=model.tokenizer, lr=rates, say=say, chat=model.chat)
+
+    heart.phase("preparing the engine", 0)
+    engine = _engine(config, vlm, groups, world=world, recompute=_recompute(config, world, say))
+    if divided is not None:  # only the engine brings its weights
+        _try_forward(vlm, data, scan)
+    if config.train.compile:
+        _compile(vlm, engine)
+    progress = resume.restore(engine, begin, seed=config.run.seed, say=say)
+    if world.main:  # last, when nothing can refuse the run any more: the folder is still as it was found
+        resume.set_aside_later(run_dir, progress.step, say=say)
+        keep = config.train.keep_best
+        resume.settle_best(run_dir, progress, metric=keep.metric if keep else None, say=say)
+        note_start(run_dir, describe(vlm, data, scan, walk=walk, held_out=held_out, world=world), step=progress.step)
+        write_atomic(run_dir / "config.yaml", config.to_yaml())
+    vlm.train()
+    return Parts(
+        model=model,
+        groups=groups,
+        data=_train_data(config, data, scan, walk, world=world, features=features, **feed),
+        held_out=held_out,
+        order=order,
+        engine=engine,
+        progress=progress,
+    )
+
+
+def _start(config: Config, begin: Path | None, *, say: Say) -> Path | None:
+    """The checkpoint that weights come from: `begin`, or that of run.init_from; its config fits this one."""
     if begin is not None:
         identity.check_config(checkpoint.read_config(begin).flat(), config.flat(), folder=begin, say=say)
-    init_from = config.run.init_from
-    start = begin or (checkpoint.find(model_folder(init_from), warn=say) if init_from else None)
-    if start is not None and begin is None:
-        check_start(start, then=checkpoint.read_config(start).model_dump(), now=config.model_dump(), say=say)
-    divided = _partition(config) if world.deepspeed else None
+        return begin
+    if not config.run.init_from:
+        return None
+    start = checkpoint.find(model_folder(config.run.init_from), warn=say)
+    check_start(start, then=checkpoint.read_config(start).model_dump(), now=config.model_dump(), say=say)
+    return start
+
+
+def _model(
+    config: Config,
+    start: Path | None,
+    begin: Path | None,
+    *,
+    divided: dict[str, Any] | None,
+    world: World,
+    say: Say,
+) -> tuple[checkpoint.Loaded, ImagePreparation | None, str | None]:
+    """The composite without its tuning, how images are prepared for it, and what identifies its vision encoder."""
     vlm, tokenizer = _assemble(config, start, divided)
     if world.deepspeed and zero_stage(deepspeed_options(config.engine.deepspeed)) == 3:
         check_divided(vlm)
@@ -109,89 +179,122 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     with located("model.vision"):
         image = checkpoint.image_preparation(vlm.vision, config.model.vision)
         preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
-    load_image = image_loader(preparation) if preparation else None
+    model = checkpoint.Loaded(vlm, tokenizer, chat, image, Path(config.run.dir), {}, config)
+    return model, preparation, tower
 
-    with partitioned(divided):
-        groups = _tune(vlm, config, probe=divided is None and start is None, say=say)
-        if config.train.router_loss is not None:
-            vlm.routers = read_routers(vlm.llm, config.train.router_loss)
-        if start is not None:
-            checkpoint.read_weights(vlm, start)
-    heart.phase("measuring the data", 0)
-    read: Any = partial(_read_data, config, vlm, tokenizer, chat, preparation=preparation, world=world, say=say)
-    data, scan = read()
-    if scan.thoughts:
-        chat.thinks = True  # in the checkpoint's format too: whether to think is left to the model
-    cached = config.model.vision is not None and config.model.vision.cache != "off"
-    costs = unit_costs(vlm, scan, cached=cached) if world.size > 1 else None
-    plan: dict[str, Any] = {"known": resume.order_of(begin)}
-    plan["store"] = Store(cache_folder(config.data.cache_dir, run_dir=run_dir))
+
+def _order(
+    model: checkpoint.Loaded,
+    data: InstructionData,
+    scan: Scan,
+    begin: Path | None,
+    *,
+    tower: str | None,
+    world: World,
+    say: Say,
+) -> tuple[Walk, dict[str, Any]]:
+    """The rows in their order, and what decides it; refuses to go on from `begin` with other contents."""
+    config, known = model.config, resume.order_of(begin)
+    store = Store(cache_folder(config.data.cache_dir, run_dir=Path(config.run.dir)))
+    same: dict[str, Any] | None = None
     with world.together():
-        same = _contents(config, vlm, chat, data, scan, tower=tower, begin=begin, say=say, world=world, **plan)
-    if world.size > 1:  # the others read what rank 0 planned
-        world.first(lambda alive: _plan(config, scan, plan))
-    walk, order = walk_of(config, scan, costs=costs, **plan)
-    order |= {"content": same}
-    held_out = read(part="eval") if config.data.eval else None
+        if world.main:
+            same = _contents(model, data, scan, tower=tower, store=store, world=world)
+            if begin is not None and known is not None:
+                held = {"llm": begin / "llm", "vision": begin / "vision.safetensors"}
+                whole = [part for part, path in held.items() if path.exists()]
+                identity.check_contents(known.get("content"), same, folder=begin, whole=whole, say=say)
+    # Why twice: the first call plans all rows, which takes a while for millions of records, and keeps their number in
+    # the store. Rank 0 does so alone, kept alive by `first`; the others then read it there.
+    if world.size > 1:
+        world.first(lambda alive: _plan_rows(config, scan, known, store))
+    costs = unit_costs(model.vlm, scan, cached=_cached(config)) if world.size > 1 else None
+    walk, order = walk_of(config, scan, costs=costs, known=known, store=store)
+    return walk, order | {"content": same}
 
+
+def _plan_rows(config: Config, scan: Scan, known: dict[str, Any] | None, store: Store) -> None:
+    walk_of(config, scan, known=known, store=store)
+
+
+def _cached(config: Config) -> bool:
+    return config.model.vision is not None and config.model.vision.cache != "off"
+
+
+def _features(
+    model: checkpoint.Loaded,
+    data: InstructionData,
+    scan: Scan,
+    preparation: ImagePreparation | None,
+    *,
+    world: World,
+    heart: Heartbeat,
+    say: Say,
+) -> FeatureCache | None:
+    """Features of all images of the run where a frozen encoder's are cached."""
+    vision, vlm = model.config.model.vision, model.vlm
+    if vision is None or preparation is None or not _cached(model.config) or not len(scan.illustrated):
+        return None
+    say(f"computing features of {scan.pictures} pictures once")
+    folder, begin = features_folder(vision, model.folder), partial(heart.phase, step=0)
+    return cache_features(vlm, data, scan, preparation, kind=vision.cache, folder=folder, world=world, begin=begin)
+
+
+def _align(
+    model: checkpoint.Loaded,
+    preparation: ImagePreparation | None,
+    features: FeatureCache | None,
+    *,
+    divided: dict[str, Any] | None,
+    world: World,
+    heart: Heartbeat,
+    say: Say,
+) -> None:
+    """Word alignment of the projector before the first step."""
+    align = model.config.align
+    assert align is not None, "only a config with the section align comes here"
+    plan = Alignment(**align.model_dump(), seed=model.config.run.seed)
+    where: dict[str, Any] = {"run_dir": model.folder, "world": world, "begin": partial(heart.phase, step=0)}
+    with partitioned(divided):
+        result = align_to_captions(model.vlm, model.tokenizer, preparation, plan, features=features, **where)
+    say(result)
     heart.phase("preparing the model", 0)
-    vlm.to(world.device)
-    if divided is None:
-        _try_forward(vlm, data, scan)
-    begin_phase = partial(heart.phase, step=0)
-    features = cache_features(
-        vlm,
-        data,
-        scan,
-        kind=config.model.vision.cache if config.model.vision else "off",
-        frozen=config.tune.vision.mode == "frozen",
-        folder=features_folder(config.model.vision, run_dir),
-        preparation=preparation,
-        world=world,
-        begin=begin_phase,
-        say=say,
-    )
-    if config.align is not None and begin is None:
-        given: dict[str, Any] = {**config.align.model_dump(), "run_dir": run_dir, "seed": seed, "say": say}
-        given |= {"world": world, "begin": begin_phase}
-        with partitioned(divided):
-            align_to_captions(vlm, tokenizer, preparation, features=features, **given)
-        heart.phase("preparing the model", 0)
-    if world.main:
-        rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
-        echo(vlm, data, scan, walk=walk, tokenizer=tokenizer, lr=rates, say=say, chat=chat)
 
-    heart.phase("preparing the engine", 0)
-    engine = _engine(config, vlm, groups, world=world, recompute=_recompute(config, world, say))
-    if divided is not None:  # only the engine brings its weights
-        _try_forward(vlm, data, scan)
-    if config.train.compile:
-        _compile(vlm, engine)
-    progress = resume.restore(engine, begin, seed=seed, say=say)
-    if world.main:
-        resume.set_aside_later(run_dir, progress.step, say=say)
-        keep = config.train.keep_best
-        resume.settle_best(run_dir, progress, metric=keep.metric if keep else None, say=say)
-        note_start(run_dir, describe(vlm, data, scan, walk=walk, held_out=held_out, world=world), step=progress.step)
-        write_atomic(run_dir / "config.yaml", config.to_yaml())
-    vlm.train()
-    return Parts(
-        config,
-        vlm,
-        tokenizer,
-        chat,
-        image,
-        load_image,
+
+def _train_data(
+    config: Config, data: InstructionData, scan: Scan, walk: Walk, *, world: World, **feed: Any
+) -> TrainData:
+    return TrainData(
         data,
         scan,
         walk,
-        order,
-        held_out,
-        features,
-        groups,
-        engine,
-        progress,
+        rank=world.rank,
+        world=world.size,
+        device=world.device,
+        micro_rows=config.train.micro_rows,
+        row_tokens=config.data.pack_tokens,
+        skip_bad=config.run.on_bad_record == "skip",
+        max_bad=most_bad(config.run.max_bad_fraction, scan.records),
+        workers=config.data.workers,
+        prefetch=config.data.prefetch_mb << 20,
+        **feed,
     )
+
+
+def _held_out(config: Config, data: InstructionData, scan: Scan, *, world: World, **feed: Any) -> TrainData:
+    """The records of data.eval once each, in rows as in training; their images go through the tower each time."""
+    walk, _ = make_walk(
+        scan,
+        [1.0] * len(data.sources),
+        mixing={"scheme": "weights"},
+        seed=0,
+        capacity=config.data.pack_tokens if config.data.packing else None,
+        rows_per_step=world.size * config.train.micro_rows,
+        epochs=1.0,
+        steps=None,
+        group=config.data.group,
+    )
+    return _train_data(config, data, scan, walk, world=world, **feed)
 
 
 def _plan(config: Config, scan: Scan, plan: dict[str, Any]) -> None:
@@ -201,7 +304,9 @@ def _plan(config: Config, scan: Scan, plan: dict[str, Any]) -> None:
 def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
     """Apply the tuning methods; with `probe` see that an adapter starts where the base is, and reaches the loss."""
     tune = config.tune.model_dump()
-    adapter = probe and tune["llm"]["mode"] in ADAPTERS and tune["llm"]["options"].get("init") is not False
+    adapter = (
+        probe and method_of(tune["llm"]["mode"]).starts_at_base and tune["llm"]["options"].get("init") is not False
+    )
     before = answers(vlm) if adapter else None
     groups = apply_tuning(vlm, tune, say=say)
     if {"llava-hf", "llava"} & set(config.export) and (added := changes_layout(vlm.llm)) is not None:
@@ -216,28 +321,16 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
     return groups
 
 
-def _contents(  # noqa: PLR0913
-    config: Config,
-    vlm: VLM,
-    chat: ChatFormat,
-    data: InstructionData,
-    scan: Scan,
-    *,
-    tower: str | None,
-    known: dict[str, Any] | None,
-    store: Store,
-    begin: Path | None,
-    say: Say,
-    world: World,
-) -> dict[str, Any] | None:
-    """What this run learns from and builds on, compared with what the checkpoint `begin` did; rank 0 alone."""
-    if not world.main:
-        return None
-    llm, told, zero = config.model.llm, chat.to_json(), config.engine.deepspeed
-    commit = getattr(vlm.llm.config, "_commit_hash", None)
+def _contents(
+    model: checkpoint.Loaded, data: InstructionData, scan: Scan, *, tower: str | None, store: Store, world: World
+) -> dict[str, Any]:
+    """What this run learns from and builds on, by hashes: two runs with the same go on from each other."""
+    config, llm, told = model.config, model.config.model.llm, model.chat.to_json()
+    zero = config.engine.deepspeed
+    commit = getattr(model.vlm.llm.config, "_commit_hash", None)
     # A language model that is tuned as a whole is in every checkpoint: nothing hangs on where it began.
-    unused = llm.random_init is not None or config.tune.llm.mode == "full"
-    now = {
+    unused = llm.random_init is not None or method_of(config.tune.llm.mode).whole
+    return {
         "sources": identity.contents(data, scan),
         "vision": tower,
         "llm": identity.base_content(llm.name, commit=commit, unused=unused, store=store),
@@ -247,11 +340,6 @@ def _contents(  # noqa: PLR0913
         "code": identity.code_content(checkpoint.own_code(config, {})),
         "deepspeed": {"name": zero, "options": deepspeed_options(zero)} if world.deepspeed else None,
     }
-    if begin is not None and known is not None:
-        held = {"llm": begin / "llm", "vision": begin / "vision.safetensors"}
-        whole = [part for part, path in held.items() if path.exists()]
-        identity.check_contents(known.get("content"), now, folder=begin, whole=whole, say=say)
-    return now
 
 
 def _try_forward(vlm: VLM, data: InstructionData, scan: Scan) -> None:
@@ -275,7 +363,7 @@ def _partition(config: Config) -> dict[str, Any] | None:
                 where=f"tune.{name}.options.dora",
                 remedy="set engine.deepspeed=zero2, or dora: false",
             )
-    if divided and config.tune.llm.mode == "qlora":
+    if divided and method_of(config.tune.llm.mode).four_bit:
         raise ConfigError(
             "weights of 4 bits are not divided among ranks",
             where="tune.llm.mode",
@@ -308,20 +396,18 @@ def _assemble(config: Config, start: Path | None, divided: dict[str, Any] | None
 
 
 def _read_data(
-    config: Config,
-    vlm: VLM,
-    tokenizer: Any,
-    chat: ChatFormat,
+    model: checkpoint.Loaded,
+    part: Literal["train", "eval"],
     *,
     preparation: ImagePreparation | None,
     world: World,
     say: Say,
-    part: Literal["train", "eval"] = "train",
 ) -> tuple[InstructionData, Scan]:
     """Open, measure and judge the records. Rank 0 measures; then what it kept is read by all.
 
     Nodes that do not see its files measure for themselves, one rank of each.
     """
+    config, vlm = model.config, model.vlm
     options, run_dir = config.data, Path(config.run.dir)
     skip = config.run.on_bad_record == "skip"
     check_lengths(
@@ -338,8 +424,8 @@ def _read_data(
     def work(alive: Callable[[], None]) -> None:
         data = open_data(
             [s.model_dump() for s in getattr(options, part)],
-            chat,
-            tokenizer,
+            model.chat,
+            model.tokenizer,
             cache=cache,
             on_bad=unreadable.append if skip else None,
             key=f"data.{part}",
@@ -405,6 +491,6 @@ def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World, reco
     set_recompute(vlm, recompute)
     if not world.deepspeed:
         return TorchEngine(vlm, groups, **common)
-    frozen = ["vision"] if vlm.vision is not None and config.tune.vision.mode == "frozen" else []
+    frozen = ["vision"] if vlm.vision is not None and not vlm.vision.trainable else []
     options = deepspeed_options(config.engine.deepspeed)
     return DeepSpeedEngine(vlm, groups, config=options, replicated=frozen, **common)

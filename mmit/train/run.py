@@ -7,47 +7,40 @@ Here and in `parts.py` config sections are taken apart; what they call takes pla
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.cores import Watch
-from mmit.errors import ConfigError
+from mmit.errors import ConfigError, RecordError
 from mmit.io import unless_failing, write_atomic
-from mmit.models.tuning import Group, check_options
+from mmit.models.tuning import check_options
 from mmit.processes import only_one
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checkpoint import resume
 from mmit.train.checkpoint.saving import Saves
 from mmit.train.checks.exporting import check_exports
-from mmit.train.data.order import make_walk
-from mmit.train.data.setup import Say, batches_of_rank, most_bad, note_bad, record_names, source_names
-from mmit.train.data.upload import Upload
+from mmit.train.data.setup import Say, note_bad
 from mmit.train.engines.world import World, join_ranks, speaker
 from mmit.train.evaluation import LOSS, Best, Evaluations, HeldOut, Measure
-from mmit.train.loop import Plan, train
+from mmit.train.loop import Hooks, Progress, train
 from mmit.train.monitor.heartbeat import Heartbeat
-from mmit.train.monitor.metrics_log import RunLog
+from mmit.train.monitor.metrics_log import RunLog, memory_gib
 from mmit.train.monitor.report import write_report
 from mmit.train.monitor.run_files import note_event
 from mmit.train.monitor.trackers import open_trackers, require
 from mmit.train.parts import BAD_RECORDS, Parts, build
+from mmit.train.schedule import Schedule, Spikes
 from mmit.train.settle import check_zero3, settle_precision
 from mmit.train.signals import EXIT_STOPPED, Leave, Stop, stop_asked
-from mmit.train.spikes import Spikes
 
 if TYPE_CHECKING:
     from mmit.config import Config
-    from mmit.data.chat import ChatFormat
-    from mmit.data.dataset import InstructionData
-    from mmit.data.loader import LoadImage, MicroBatch
-    from mmit.data.measure import Scan
-    from mmit.data.walk import Walk
     from mmit.models.vlm import VLM
     from mmit.train.engines.base import Engine
-    from mmit.train.features import FeatureCache
 
 __all__ = ["EXIT_STOPPED", "Evaluate", "run"]
 
@@ -97,7 +90,7 @@ def _run(config: Config, evaluate: Evaluate | None, run_dir: Path, *, world: Wor
                 parts = build(config, begin, world=world, say=say, heart=heart)
                 if (others := watch.crowd()) is not None:
                     say(f"warning: {others}: steps take longer, and their times say little")
-            finished = _train(parts.config, evaluate, parts, world=world, log=log, heart=heart, stopped=stopped)
+            finished = _train(evaluate, parts, world=world, log=log, heart=heart, stopped=stopped)
         last = "finished" if finished else "stopped"
     except Leave:
         last = "stopped"
@@ -111,52 +104,28 @@ def _run(config: Config, evaluate: Evaluate | None, run_dir: Path, *, world: Wor
 
 
 def _train(
-    config: Config,
-    evaluate: Evaluate | None,
-    parts: Parts,
-    *,
-    world: World,
-    log: RunLog,
-    heart: Heartbeat,
-    stopped: Stop,
+    evaluate: Evaluate | None, parts: Parts, *, world: World, log: RunLog, heart: Heartbeat, stopped: Stop
 ) -> bool:
     """The loop and the last save; True when the run came to its end."""
-    run_dir, micro_rows = Path(config.run.dir), config.train.micro_rows
-    data, scan, walk, engine, progress = parts.data, parts.scan, parts.walk, parts.engine, parts.progress
-    log.begin(total=walk.steps, start=progress.step)
+    model, config, progress = parts.model, parts.model.config, parts.progress
+    run_dir, schedule = Path(config.run.dir), _schedule(config, parts)
+    log.begin(total=schedule.steps, start=progress.step)
     saves = Saves(
         run_dir,
-        engine,
-        parts.vlm,
-        write_model=partial(_write_model, config, parts.tokenizer, parts.chat),
-        everything=config.tune.llm.mode == "full" or "llm" in parts.vlm.whole,
-        order=lambda step: {**parts.order, **walk.state(step * walk.rows_per_step)},
+        parts.engine,
+        model.vlm,
+        write_model=partial(_write_model, model),
+        order=lambda step: {**parts.order, **parts.data.order_after(step)},
         keep_last=config.train.keep_last,
         background=config.train.save_in_background,
         say=log.say,
     )
-    load_image = None if parts.features else parts.load_image
-    batches = _batches(config, data, scan, walk, engine=engine, start=progress.step, load_image=load_image)
-    # Closed here: workers that outlive the loop keep the process from ending, since they ignore its signals.
-    with closing(saves), closing(batches):
-        finished = train(
-            engine,
-            walk,
-            batches,
-            plan=_plan(config, data, scan, parts.groups),
-            progress=progress,
-            log=log,
-            prepare=partial(_prepare, upload=Upload(world.device), features=parts.features),
-            save=saves,
-            on_bad=partial(note_bad, run_dir, world.rank),
-            name_records=lambda step, places: record_names(
-                data, scan, walk, world=world.size, micro_rows=micro_rows, step=step, places=places
-            ),
-            evaluate=_evaluations(config, evaluate, parts, log=log, stopped=stopped, heart=heart),
-            should_stop=stopped,
-            save_failed=saves.failed,
-            phase=heart.phase,
-        )
+    # Closed in this order when the loop fails: first the save under way, which must not be lost with the process.
+    with closing(saves):
+        evaluations = _evaluations(evaluate, parts, log=log, stopped=stopped, heart=heart)
+        hooks = RunHooks(parts.engine, schedule, run_dir, log, heart, saves, evaluations, stopped)
+        hooks.catch_up(progress)
+        finished = train(parts.engine, parts.data, schedule, hooks, progress=progress)
         heart.phase("the last save", progress.step)
         saves.wait()
     newest = checkpoint.checkpoints(run_dir)[-1]
@@ -168,6 +137,65 @@ def _train(
         best = progress.best
         log.say(f"best: step {best['step']}, {best['metric']} {best['value']:.4f}")
     return finished
+
+
+@dataclass
+class RunHooks(Hooks):
+    """What a run does around its steps: its log and heartbeat, evaluations, saves, and leaving after a signal."""
+
+    engine: Engine
+    schedule: Schedule
+    run_dir: Path
+    log: RunLog
+    heart: Heartbeat
+    save: Saves
+    evaluate: Evaluations | None
+    stopped: Stop
+    saved: int = -1  # the step of the last save
+
+    def phase(self, name: str, step: int) -> None:
+        """For whoever looks at the heartbeats."""
+        self.heart.phase(name, step)
+
+    def on_bad(self, error: RecordError) -> None:
+        """List it in the run folder."""
+        note_bad(self.run_dir, self.engine.rank, error)
+
+    def on_event(self, step: int, kind: str, message: str, **facts: Any) -> None:
+        """Say it, and keep its facts in events.jsonl."""
+        self.log.say(message)
+        self.log.event(step, kind, **facts)
+
+    def catch_up(self, progress: Progress) -> None:
+        """Evaluate what a signal cut short before; a new run has nothing to evaluate yet."""
+        if progress.step and self._evaluate(progress):
+            self._save(progress)
+
+    def after_step(self, progress: Progress, row: dict[str, Any]) -> None:
+        """Log, then evaluate, then save: a checkpoint knows the evaluation of its own step, and whether it is best."""
+        row["memory_gib"] = memory_gib(self.engine.device)
+        self.log.step(row, write=self.schedule.logs(progress.step))
+        better = self._evaluate(progress)
+        if better or self.schedule.saves(progress.step):
+            self._save(progress)
+
+    def should_stop(self, progress: Progress) -> bool:
+        """Whether a signal came on any rank, which the checkpoint of this step then precedes."""
+        self.heart.phase("sums over ranks", progress.step)
+        # After the save, which may take long. One sum for both questions, since each costs a wait for all ranks.
+        asked, failed = self.engine.all_sum([float(self.stopped()), float(self.save.failed())])
+        if (asked or failed) and self.saved != progress.step:
+            self._save(progress)  # after a failed save in the background this raises why
+        return bool(asked)
+
+    def _evaluate(self, progress: Progress) -> bool:
+        """Evaluate if it is due and not done; True when this is the best model so far."""
+        due = self.schedule.evaluates(progress.step) and progress.evaluated != progress.step
+        return self.evaluate is not None and due and self.evaluate(progress)
+
+    def _save(self, progress: Progress) -> None:
+        self.save(progress)
+        self.saved = progress.step
 
 
 def _check_evaluation(config: Config, evaluate: Evaluate | None) -> None:
@@ -200,44 +228,39 @@ def _make(run_dir: Path) -> None:
         raise ConfigError(problem, where=f"run.dir: {run_dir}", remedy="choose another folder") from None
 
 
-def _plan(config: Config, data: InstructionData, scan: Scan, groups: list[Group]) -> Plan:
+def _schedule(config: Config, parts: Parts) -> Schedule:
     t = config.train
-    rates = {g.name: g.lr for g in groups}
+    rates = {g.name: g.lr for g in parts.groups}
     order = sorted(rates, key=lambda name: not name.startswith("llm"))  # the progress line shows the first
-    return Plan(
-        schedule=t.schedule,
-        warmup=t.warmup,
-        min_lr_ratio=t.min_lr_ratio,
+    return Schedule(
+        steps=parts.data.walk.steps,
         rates={name: rates[name] for name in order},
-        capacity=config.data.pack_tokens,
-        micro_rows=t.micro_rows,
+        shape=t.schedule,
+        warmup=t.warmup,
+        min_ratio=t.min_lr_ratio,
         log_every=t.log_every,
         save_every=t.save_every,
-        max_bad=most_bad(config.run.max_bad_fraction, scan.records),
-        sources=source_names(data),
-        starts=data.starts,
-        spikes=Spikes(t.spike_sigma, t.spike_window),
         eval_every=t.eval_every,
+        spikes=Spikes(t.spike_sigma, t.spike_window),
     )
 
 
 def _evaluations(
-    config: Config, evaluate: Evaluate | None, parts: Parts, *, log: RunLog, stopped: Stop, heart: Heartbeat
+    evaluate: Evaluate | None, parts: Parts, *, log: RunLog, stopped: Stop, heart: Heartbeat
 ) -> Evaluations | None:
     """What is measured while training; None for nothing."""
+    model, engine, keep = parts.model, parts.engine, parts.model.config.train.keep_best
     measures: list[Measure] = []
     if parts.held_out is not None:
-        measures.append(_held_out_loss(config, *parts.held_out, parts=parts, stopped=stopped))
+        on_bad = partial(note_bad, model.folder, engine.rank, name=BAD_RECORDS["eval"])
+        measures.append(HeldOut(engine, parts.held_out, on_bad=on_bad, should_stop=stopped))
     if evaluate is not None:
-        folder = Path(config.run.dir)
-        live = checkpoint.Loaded(parts.vlm, parts.tokenizer, parts.chat, parts.image, folder, {}, config)
-        measures.append(partial(evaluate, live))
-    keep = config.train.keep_best
+        measures.append(partial(evaluate, model))
     if not measures:
         return None
     return Evaluations(
-        parts.engine,
-        parts.vlm,
+        engine,
+        model.vlm,
         measures,
         best=Best(keep.metric, higher=keep.better == "higher") if keep else None,
         log=log,
@@ -246,56 +269,6 @@ def _evaluations(
     )
 
 
-def _held_out_loss(config: Config, data: InstructionData, scan: Scan, *, parts: Parts, stopped: Stop) -> HeldOut:
-    """The loss on data.eval, in rows as in training; its pictures go through the tower each time."""
-    engine, load_image = parts.engine, parts.load_image
-    rows = engine.world * config.train.micro_rows
-    packing = config.data.pack_tokens if config.data.packing else None
-    even: dict[str, Any] = {"mixing": {"scheme": "weights"}, "seed": 0, "epochs": 1.0, "steps": None}
-    even["group"] = config.data.group
-    walk, _ = make_walk(scan, [1.0] * len(data.sources), capacity=packing, rows_per_step=rows, **even)
-    return HeldOut(
-        engine,
-        lambda: closing(_batches(config, data, scan, walk, engine=engine, start=0, load_image=load_image)),
-        prepare=partial(_prepare, upload=Upload(engine.device), features=None),
-        names=source_names(data),
-        starts=data.starts,
-        on_bad=partial(note_bad, Path(config.run.dir), engine.rank, name=BAD_RECORDS["eval"]),
-        should_stop=stopped,
-    )
-
-
-def _batches(
-    config: Config,
-    data: InstructionData,
-    scan: Scan,
-    walk: Walk,
-    *,
-    engine: Engine,
-    start: int,
-    load_image: LoadImage | None,
-) -> Generator[MicroBatch]:
-    return batches_of_rank(
-        data,
-        scan,
-        walk,
-        rank=engine.rank,
-        world=engine.world,
-        micro_rows=config.train.micro_rows,
-        start=start,
-        load_image=load_image,
-        skip_bad=config.run.on_bad_record == "skip",
-        workers=config.data.workers,
-        prefetch=config.data.prefetch_mb << 20,
-    )
-
-
-def _prepare(batch: MicroBatch, *, upload: Upload, features: FeatureCache | None) -> dict[str, Any]:
-    tensors = {**batch.tensors, "records": batch.target_records}
-    if features is not None and batch.image_keys:
-        tensors["features"] = features.get(batch.image_keys)
-    return upload(tensors)
-
-
-def _write_model(config: Config, tokenizer: Any, chat: ChatFormat, draft: Path, vlm: VLM, step: int) -> None:
-    checkpoint.write_model(draft, vlm, config=config, tokenizer=tokenizer, chat=chat, step=step)
+def _write_model(model: checkpoint.Loaded, draft: Path, vlm: VLM, step: int) -> None:
+    # Not `model.vlm`: a save in the background hands over its copy.
+    checkpoint.write_model(draft, vlm, config=model.config, tokenizer=model.tokenizer, chat=model.chat, step=step)

@@ -1,9 +1,14 @@
-"""Learning-rate schedules as pure functions of the step."""
+"""What a run does at which step: learning rates, log lines, evaluations, saves; and which loss is a spike.
+
+Pure functions of the step, and of a list of losses that the caller keeps, so that a resumed run decides alike.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 
 def _cosine(progress: float) -> float:
@@ -31,3 +36,64 @@ def lr_factor(step: int, *, steps: int, schedule: str, warmup: float, min_ratio:
         return (step + 1) / warm
     progress = (step - warm) / max(steps - warm, 1)
     return min_ratio + (1 - min_ratio) * SCHEDULES[schedule](progress)
+
+
+LEAST = 16  # losses that a mean and a deviation are taken from
+
+
+@dataclass(frozen=True)
+class Spikes:
+    """A loss is a spike above mean + sigma * standard deviation of the last `window` losses; None never.
+
+    Reports only: a spike whose numbers are finite is trained on, since which records are bad is the user's to judge.
+    """
+
+    sigma: float | None
+    window: int
+
+    def bound(self, recent: list[float]) -> float:
+        """Largest loss that is no spike."""
+        if self.sigma is None or len(recent) < min(LEAST, self.window):
+            return math.inf
+        return statistics.fmean(recent) + self.sigma * statistics.pstdev(recent)
+
+    def remember(self, recent: list[float], loss: float) -> None:
+        """Add a finite loss. A spike counts too, so that a level that rose for good is told once, not for ever."""
+        if self.sigma is not None:
+            recent.append(loss)
+            del recent[: -self.window]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A run of `steps` steps."""
+
+    steps: int
+    rates: Mapping[str, float]  # peak learning rate of each trained component, the one that is shown first
+    shape: str = "cosine"  # of SCHEDULES
+    warmup: float = 0.03  # see `lr_factor`, as min_ratio
+    min_ratio: float = 0.0
+    log_every: int = 1
+    save_every: int | None = None  # None only at the end
+    eval_every: int | None = None
+    spikes: Spikes = Spikes(None, 128)
+
+    def lr_factor(self, step: int) -> float:
+        """Factor on every peak learning rate at `step`, counted from 0."""
+        return lr_factor(step, steps=self.steps, schedule=self.shape, warmup=self.warmup, min_ratio=self.min_ratio)
+
+    def logs(self, step: int) -> bool:
+        """Whether the step that makes `step` steps is written to metrics.jsonl; so below."""
+        return self._due(step, self.log_every)
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due."""
+        return self._due(step, self.save_every)
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due."""
+        return self._due(step, self.eval_every)
+
+    def _due(self, step: int, every: int | None) -> bool:
+        """Every so many steps, and after the last whatever that is."""
+        return step == self.steps or (every is not None and step % every == 0)

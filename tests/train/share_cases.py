@@ -24,9 +24,9 @@ from mmit.errors import ConfigError, ImageError, MmitError, RecordError
 from mmit.models.projectors import build_projector
 from mmit.models.vision import VisionTower, build_vision
 from mmit.records import Image, Record, Text, Turn, write_jsonl
+from mmit.train.align import Alignment, align_to_captions
 from mmit.train.engines.world import World
 from mmit.train.features import FeatureCache, compute_features
-from mmit.train.pictures import align_to_captions
 
 CLIP = {
     "model_type": "clip_vision_model",
@@ -93,11 +93,15 @@ class Bench:
         return compute_features(tower or self.model.vision, self.pictures.items(), EYE, **given | options)
 
     def align(self, captions: str, phases: list[str]) -> None:
-        options: dict[str, Any] = {"features": None, "run_dir": self.folder, "epochs": 3, "lr": 1e-2, "seed": 1}
-        options |= {"world": self.world, "begin": phases.append, "say": lambda text: None}
-        path = str(self.folder / "pictures" / captions)
+        options: dict[str, Any] = {
+            "features": None,
+            "run_dir": self.folder,
+            "world": self.world,
+            "begin": phases.append,
+        }
+        plan = Alignment(str(self.folder / "pictures" / captions), epochs=3, lr=1e-2, seed=1)
         tokenizer = lambda text, add_special_tokens: {"input_ids": [ord(text[1]) % 40]}  # noqa: E731
-        align_to_captions(self.model, tokenizer, EYE, captions=path, **options)  # type: ignore[arg-type]
+        align_to_captions(self.model, tokenizer, EYE, plan, **options)  # type: ignore[arg-type]
 
 
 def refused(kind: type[MmitError], work: Any) -> str:

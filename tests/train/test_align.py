@@ -7,6 +7,7 @@ import torch
 
 from mmit.errors import RecordError
 from mmit.models.projectors import build_projector
+from mmit.train import align
 from mmit.train.align import align_words
 
 
@@ -20,10 +21,11 @@ def setting(dtype=torch.float32):
     return projector, features, words, embeddings
 
 
-def test_the_words_of_a_picture_become_its_nearest_embeddings():
+def test_the_words_of_a_picture_become_its_nearest_embeddings(monkeypatch):
+    monkeypatch.setattr(align, "BATCH", 16)
     projector, features, words, embeddings = setting()
     before = embeddings.clone()
-    align_words(projector, features, words, embeddings, epochs=40, lr=1e-2, batch=16)
+    align_words(projector, features, words, embeddings, epochs=40, lr=1e-2)
     pooled = torch.nn.functional.normalize(projector(features).mean(1), dim=-1)
     nearest = (pooled @ torch.nn.functional.normalize(embeddings, dim=-1).T).topk(2).indices
     assert [sorted(n) for n in nearest.tolist()] == [sorted(w) for w in words]

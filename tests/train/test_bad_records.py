@@ -14,6 +14,7 @@ from mmit.data.shards.reader import open_shards
 from mmit.data.shards.writer import build_shards
 from mmit.errors import MmitError
 from mmit.records import Record, write_jsonl
+from mmit.train.data.batches import TrainData
 from tests.tiny_run import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -58,13 +59,13 @@ def test_skipped_equals_injected_and_the_rest_is_read_once(tmp_path, monkeypatch
         data[int(member["start"]) + int(member["lead"]) + int(member["size"]) // 2] ^= 4
         shard.write_bytes(data)
     seen: Counter[int] = Counter()
-    real = run_module._prepare
+    real = TrainData.prepare
 
-    def prepare(batch, **rest):
+    def prepare(self, batch):
         seen.update(batch.records)
-        return real(batch, **rest)
+        return real(self, batch)
 
-    monkeypatch.setattr(run_module, "_prepare", prepare)
+    monkeypatch.setattr(TrainData, "prepare", prepare)
     assert run(tmp_path, tmp_path / "shards", fraction=0.1, workers=workers) == 0
     assert len(listed(tmp_path)) == len(hurt)
     assert {source.key(number) for number in hurt} == {row["where"].split(": ")[1] for row in listed(tmp_path)}

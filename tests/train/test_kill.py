@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 
 import mmit.train.run as run_module
 from mmit.config import Config
-from mmit.train.checkpoint import folders
+from mmit.train.checkpoint import folders, resume
 from mmit.train.checkpoint import model as checkpoint
+from mmit.train.data.batches import TrainData
 from mmit.train.monitor.metrics_log import _empty_curve
 from mmit.train.run import EXIT_STOPPED
 from tests.tiny_run import DROPOUT, tiny_config
@@ -56,19 +57,19 @@ def start(config: Config, *, before: Callable[[], None] = lambda: None) -> int:
 
 
 def trace(path: Path) -> None:
-    real_prepare, real_restore = run_module._prepare, run_module.resume.restore
+    real_prepare, real_restore = TrainData.prepare, resume.restore
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
-    def prepare(batch, **rest):
+    def prepare(self, batch):
         os.write(file, (json.dumps(batch.records) + "\n").encode())
-        return real_prepare(batch, **rest)
+        return real_prepare(self, batch)
 
     def restore(*args, **rest):
         progress = real_restore(*args, **rest)
         os.write(file, (json.dumps({"step": progress.step}) + "\n").encode())
         return progress
 
-    run_module._prepare, run_module.resume.restore = prepare, restore
+    TrainData.prepare, resume.restore = prepare, restore
 
 
 def consumed(folder: Path, micros: int) -> dict[int, list[list[int]]]:

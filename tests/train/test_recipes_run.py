@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-import mmit.train.run as run_module
 from mmit.cli import app
 from mmit.config import Config, load_config
 from mmit.train.checkpoint import folders
+from mmit.train.data.batches import TrainData
 from tests import fresh
 from tests.train.small_recipes import FOLDER, STEPS, Small, ranks_of, stage_one, why_not, write_task
 from tests.train.test_kill import end, losses
@@ -38,15 +38,15 @@ def small(tmp_path_factory):
 
 def die_in_step(number: int) -> None:
     """In a forked child: end as kill -9 does, when the micro-batch of that number is about to be computed."""
-    real, seen = run_module._prepare, []
+    real, seen = TrainData.prepare, []
 
-    def prepare(batch, **rest):
+    def prepare(self, batch):
         seen.append(1)
         if len(seen) > number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(batch, **rest)
+        return real(self, batch)
 
-    run_module._prepare = prepare
+    TrainData.prepare = prepare
 
 
 def log(run_dir: str | Path) -> str:

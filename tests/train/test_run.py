@@ -14,9 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import mmit.train.run as run_module
 from mmit.errors import CheckpointError, ConfigError, ImageError, RecordError
 from mmit.train.checkpoint import model as checkpoint
+from mmit.train.data.batches import TrainData
 from mmit.train.run import EXIT_STOPPED, run
 from tests.tiny_run import DROPOUT, tiny_config
 
@@ -134,7 +134,7 @@ def test_sigterm_saves_and_leaves_with_its_code(straight, tmp_path, monkeypatch)
     for part in ("data", "tokenizer", "vision"):
         os.symlink(straight / part, tmp_path / part)
     config = tiny_config(tmp_path, train={"steps": 5000, "rows_per_step": 2, "precision": "fp32"})
-    real, seen = run_module._prepare, []
+    real, seen = TrainData.prepare, []
 
     def prepare(*given, **more):
         seen.append(1)
@@ -142,7 +142,7 @@ def test_sigterm_saves_and_leaves_with_its_code(straight, tmp_path, monkeypatch)
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*given, **more)
 
-    monkeypatch.setattr(run_module, "_prepare", prepare)
+    monkeypatch.setattr(TrainData, "prepare", prepare)
     assert run(config) == EXIT_STOPPED
     folder = checkpoint.newest(tmp_path / "run")
     assert folder is not None

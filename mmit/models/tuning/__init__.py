@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from mmit.errors import ModelError, nearest
 from mmit.models.partition import numel
 from mmit.models.tuning.fused_norm import fuse_norms
-from mmit.models.tuning.llm import METHODS, biases, norm_parameters
-from mmit.models.tuning.lora import LORA, quantization, trained_b, tune_vision_lora
+from mmit.models.tuning.llm import METHODS, Method, biases, norm_parameters
+from mmit.models.tuning.lora import LORA, trained_b, tune_vision_lora
 from mmit.models.tuning.merge import base_name, is_added, merge
 from mmit.models.tuning.options import Option, Options, read_options
 from mmit.models.tuning.own import apply_own, read_own_options
@@ -36,6 +36,7 @@ __all__ = [
     "check_options",
     "is_added",
     "merge",
+    "method_of",
     "parameter_table",
     "quantization",
     "unquantised",
@@ -83,10 +84,10 @@ def apply_tuning(
     vlm.requires_grad_(False)
     vlm.partly.clear()
     mode = tune["llm"]["mode"]
-    if is_spec(mode):
-        apply_own(mode, vlm, options["llm"])
-    else:
-        METHODS[mode].apply(vlm, options["llm"])
+    method = method_of(mode)
+    method.apply(vlm, options["llm"])
+    if method.whole:
+        vlm.whole.add("llm")
     for line in left_out(vlm, mode=mode):
         say(line)
     if vlm.vision is not None and vlm.projector is not None:
@@ -113,8 +114,24 @@ def check_options(tune: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
     return {component: _options(component, plan) for component, plan in tune.items()}
 
 
+def method_of(mode: str) -> Method:
+    """What mmit knows of `tune.llm.mode`; of a method of the user's own that is how to apply it."""
+    if is_spec(mode):
+        return Method(lambda vlm, options: apply_own(mode, vlm, options))
+    return METHODS[mode]
+
+
+def quantization(mode: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Arguments of 4-bit loading for `load_llm`, or None for modes that need none."""
+    if not method_of(mode).four_bit:
+        return None
+    return {"quant": options.get("quant") or "nf4", "double_quant": options.get("double_quant") is not False}
+
+
 def unquantised(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan of a QLoRA run for a machine without 4-bit weights: the same adapter, on plain weights."""
+    """The plan for a machine without 4-bit weights: of a QLoRA run the same adapter on plain weights."""
+    if not method_of(plan["mode"]).four_bit:
+        return dict(plan)
     options = {k: v for k, v in (plan.get("options") or {}).items() if k in LORA}
     return {**plan, "mode": "lora", "options": options}
 
@@ -136,6 +153,7 @@ def _tune_vision(vlm: VLM, tower: VisionTower, mode: str, options: Mapping[str, 
     choose: dict[str, Callable[[nn.Module], list[str]]] = {"layernorm": norm_parameters, "bitfit": biases}
     if mode == "full":
         tower.unfreeze()
+        vlm.whole.add("vision")
     elif mode == "lora":
         tower.encoder = tune_vision_lora(tower.encoder, options)
         tower.adapt([])

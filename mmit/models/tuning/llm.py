@@ -32,10 +32,14 @@ INSERTED = "mmit_inserted_bias"  # marks a linear layer whose bias the architect
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """How to set one mode up, and the options it takes."""
+    """How to set one mode up, the options it takes, and all that the rest of mmit has to know of it."""
 
     apply: Callable[[VLM, Mapping[str, Any]], None]
     options: Options = field(default_factory=dict)
+    whole: bool = False  # every weight changes: checkpoints hold the LLM itself, and nothing hangs on its base
+    four_bit: bool = False  # the base is loaded in 4 bits; elsewhere `unquantised` has its twin on plain weights
+    adapter: str | None = None  # the kind of PEFT adapter that a checkpoint holds; another mode of it can go on
+    starts_at_base: bool = False  # before the first step the model answers as its base does
 
 
 def _frozen(vlm: VLM, options: Mapping[str, Any]) -> None:
@@ -187,10 +191,10 @@ def _layernorm(vlm: VLM, options: Mapping[str, Any]) -> None:
 
 METHODS: dict[str, Method] = {
     "frozen": Method(_frozen),
-    "full": Method(_full),
-    "lora": Method(_lora, LORA),
-    "qlora": Method(_qlora, QLORA),
-    "ia3": Method(_ia3, IA3),
+    "full": Method(_full, whole=True),
+    "lora": Method(_lora, LORA, adapter="lora", starts_at_base=True),
+    "qlora": Method(_qlora, QLORA, four_bit=True, adapter="lora", starts_at_base=True),
+    "ia3": Method(_ia3, IA3, adapter="ia3", starts_at_base=True),
     "houlsby": Method(
         _houlsby,
         {
@@ -199,6 +203,7 @@ METHODS: dict[str, Method] = {
             "norms": Option(True, "flag"),  # the paper trains the layers' norms as well
             "after": Option(None, "names"),
         },
+        starts_at_base=True,
     ),
     "soft_prompt": Method(
         _soft_prompt,

@@ -196,13 +196,6 @@ def tune_vision_lora(encoder: nn.Module, options: Mapping[str, Any]) -> PeftMode
     return adapted
 
 
-def quantization(mode: str, options: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Arguments of 4-bit loading for `load_llm`, or None for modes that need none."""
-    if mode != "qlora":
-        return None
-    return {"quant": options.get("quant") or "nf4", "double_quant": options.get("double_quant") is not False}
-
-
 def trained_b(names: Sequence[str]) -> list[str]:
     """The LoRA B matrices among parameter names, which LoRA+ trains faster."""
     return [n for n in names if ".lora_B." in n or ".lora_embedding_B." in n]

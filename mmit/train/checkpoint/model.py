@@ -37,7 +37,7 @@ from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble, with_own_towers, without_weights
 from mmit.models.llm import bring_adapters, multiplied_out, usable_device, why_not_4bit
 from mmit.models.partition import shape, whole
-from mmit.models.tuning import apply_tuning, base_name, is_added, quantization, unquantised
+from mmit.models.tuning import apply_tuning, base_name, is_added, method_of, quantization, unquantised
 from mmit.models.tuning.lora import quietly
 from mmit.plugins import refuse_own_code
 from mmit.precision import fast_half
@@ -140,10 +140,10 @@ def write_model(
     for part, names in vlm.partly.items():
         tensors = {n: getattr(vlm, part).get_parameter(n).detach().cpu().contiguous() for n in names}
         save_file(tensors, folder / f"{part}_tuned.safetensors")
-    if config.tune.llm.mode == "full" or "llm" in vlm.whole or include_base:
+    if "llm" in vlm.whole or include_base:
         _refuse_residual(vlm.llm)
         _base_llm(vlm).save_pretrained(folder / "llm", state_dict=_plain_state(_base_llm(vlm)))
-    if vlm.vision is not None and (config.tune.vision.mode == "full" or "vision" in vlm.whole or include_base):
+    if vlm.vision is not None and ("vision" in vlm.whole or include_base):
         tower = {k: v.detach().cpu().contiguous() for k, v in _tower_state(vlm.vision).items()}
         save_file(tower, folder / "vision.safetensors")
 
@@ -331,7 +331,7 @@ def load_model(  # noqa: PLR0913
     meta = json.loads((path / "mmit.json").read_text())
     refuse_own_code(own_code(config, meta), where=str(path), allowed=allow_code)
     model = config.model.model_dump()
-    if (path / "llm").exists() and not (untuned and config.tune.llm.mode == "full"):
+    if (path / "llm").exists() and not (untuned and method_of(config.tune.llm.mode).whole):
         model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
     model["vision"] = model["vision"] and with_own_towers(model["vision"], path)
     whole = model["vision"] and (path / "vision.safetensors").exists() and not untuned
@@ -375,7 +375,7 @@ def load_model(  # noqa: PLR0913
         vlm.whole.add("llm")
     if not untuned:
         tune = config.tune.model_dump()
-        if tune["llm"]["mode"] == "qlora" and four_bits is None:
+        if four_bits is None:
             tune["llm"] = unquantised(tune["llm"])
         with _placed(device_map):
             apply_tuning(vlm, tune)

@@ -94,25 +94,23 @@ class Saves:
 
     Args:
         write_model: puts everything but the trainer's state into a folder.
-        everything: the frozen LLM is written too, so all of it has to be whole (ZeRO-3).
         order: step -> what decides the data order and the place in it, kept beside the progress.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         run_dir: Path,
         engine: Engine,
         vlm: VLM,
         *,
         write_model: WriteModel,
-        everything: bool,
         order: Callable[[int], dict[str, Any]],
         keep_last: int,
         background: bool,
         say: Callable[[str], None],
     ) -> None:
         self.run_dir, self.engine, self.vlm = run_dir, engine, vlm
-        self.write_model, self.everything, self.keep_last, self.say = write_model, everything, keep_last, say
+        self.write_model, self.keep_last, self.say = write_model, keep_last, say
         self._order = order
         self._writer = Writer() if background else None
         self._twin: Twin | None = None
@@ -202,8 +200,9 @@ class Saves:
         return hand_over
 
     def _model_fill(self, step: int) -> Callable[[Path], None]:
-        named = self.vlm.named_parameters()
-        written = [p for n, p in named if self.everything or p.requires_grad or not n.startswith("llm.")]
+        # Under ZeRO-3 only what is written is gathered: a frozen LLM is not, and may not fit into one rank's memory.
+        named, everything = self.vlm.named_parameters(), "llm" in self.vlm.whole
+        written = [p for n, p in named if everything or p.requires_grad or not n.startswith("llm.")]
 
         def model(draft: Path) -> None:
             with self.engine.whole(written):

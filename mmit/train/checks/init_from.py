@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mmit.errors import ConfigError
+from mmit.models.tuning import method_of
 
 COMPARED = {
     "vision": ("kind", "name", "weights", "layer", "select", "image_size"),
     "projector": ("kind", "options"),
     "llm": ("name", "revision"),
 }
-ADAPTERS = ("lora", "qlora", "ia3")  # modes whose tensors are an adapter around the LLM
 Sections = Mapping[str, Any]
 
 
@@ -59,8 +59,9 @@ def differences(then: Sections, now: Sections) -> list[tuple[str, Any, Any]]:
 def _check_adapter(folder: Path, then: str, now: str) -> None:
     if not (folder / "adapter").exists() or now == "frozen":
         return
-    same = now in ADAPTERS and (then == "frozen" or (then == "ia3") == (now == "ia3"))
-    if not same:
+    kind = method_of(now).adapter
+    # Of a method of the user's own nothing is known: its tensors are compared when they are read.
+    if kind is None or method_of(then).adapter not in (None, kind):
         raise ConfigError(
             f"it holds an adapter around the LLM (tune.llm.mode={then}), from which mode '{now}' cannot go on",
             where=f"run.init_from: {folder}",

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mmit.data.dataset import InstructionData
     from mmit.data.measure import Scan
 
-ADAPTERS = ("lora", "qlora", "ia3", "houlsby")
 LAST = 32  # targets of a record that are compared
 SAMPLES = 3
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from mmit.data.chat import ChatFormat, Encoded, chat_format, encode
 from mmit.data.dataset import InstructionData
-from mmit.data.loader import LoadImage, MicroBatch, micro_batches
 from mmit.data.loss import Loss
 from mmit.data.prefetch import allowed_cores
 from mmit.data.sources import Source, open_source
@@ -30,9 +29,9 @@ from mmit.text import terminal
 if TYPE_CHECKING:
     import torch
 
+    from mmit.data.loader import LoadImage
     from mmit.data.measure import Scan
     from mmit.data.preparation import ImagePreparation
-    from mmit.data.walk import Walk
     from mmit.records import Image, Record
 
 Say = Callable[[Any], None]
@@ -240,49 +239,3 @@ def image_loader(preparation: ImagePreparation) -> LoadImage:
 
 def _load_image(preparation: ImagePreparation, image: Image, where: str) -> torch.Tensor:
     return preparation.pixels(image, where=where)
-
-
-def batches_of_rank(  # noqa: PLR0913
-    data: InstructionData,
-    scan: Scan,
-    walk: Walk,
-    *,
-    rank: int,
-    world: int,
-    micro_rows: int,
-    start: int,
-    load_image: LoadImage | None,
-    skip_bad: bool,
-    workers: int,
-    prefetch: int,
-) -> Generator[MicroBatch]:
-    """This rank's micro-batches from step `start` on; `prefetch` bytes of them may wait."""
-
-    def units() -> Iterator[list[int]]:
-        for step in range(start, walk.steps):
-            for positions in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
-                rows = [walk.row(p) for p in positions]
-                yield [u for row in rows if row for u in row]
-
-    return micro_batches(
-        data, scan, units(), load_image=load_image, skip_bad=skip_bad, workers=workers, prefetch=prefetch
-    )
-
-
-def record_names(
-    data: InstructionData,
-    scan: Scan,
-    walk: Walk,
-    *,
-    world: int,
-    micro_rows: int,
-    step: int,
-    places: Sequence[tuple[int, int]],
-    most: int = 5,
-) -> str:
-    """Say which records are in micro-batches of a step, given as (rank, micro-batch); any rank can tell for all."""
-    positions = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows)[i] for r, i in places]
-    units = [u for place in positions for p in place for u in walk.row(p) or ()]
-    numbers = list(dict.fromkeys(int(scan.record[u]) for u in units))
-    names = ", ".join(data.record(n).where for n in numbers[:most])
-    return f"{names} and {len(numbers) - most} more" if len(numbers) > most else names or "no record"

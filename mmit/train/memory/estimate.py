@@ -25,7 +25,7 @@ from mmit.errors import MmitError, RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
 from mmit.models.recompute import MODES
-from mmit.models.tuning import Group, apply_tuning, unquantised
+from mmit.models.tuning import Group, apply_tuning, method_of, unquantised
 from mmit.models.virtual import virtual_tokens
 from mmit.train.checkpoint.model import image_preparation
 from mmit.train.data.order import walk_of
@@ -80,8 +80,7 @@ def empty_model(config: Config, *, say: Say = lambda _: None) -> tuple[VLM, list
     dtype = DTYPES[config.train.precision]
     vlm, tokenizer = assemble(model, dtype=dtype, packed=config.data.packing is not False, empty=True)
     tune = config.tune.model_dump()
-    if tune["llm"]["mode"] == "qlora":
-        tune["llm"] = unquantised(tune["llm"])
+    tune["llm"] = unquantised(tune["llm"])
     for plan in tune.values():  # starts that need the numbers in the weights have the shapes of the usual one
         if plan["options"].get("init") in ("pissa", "olora", "orthogonal"):
             plan["options"]["init"] = True
@@ -202,7 +201,7 @@ def step_memory(
     memory = measure_bytes(
         vlm, groups, batches, precision=config.train.precision, accumulate=micros > 1, flash=flash, recompute=recompute
     )
-    if config.tune.llm.mode == "qlora":  # half a byte a weight, and a scale of 8 bits per 64 weights
+    if method_of(config.tune.llm.mode).four_bit:  # half a byte a weight, and a scale of 8 bits per 64 weights
         head = vlm.llm.get_output_embeddings()
         linear = [m.weight for m in vlm.llm.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         frozen = [w for w in linear if not w.requires_grad]

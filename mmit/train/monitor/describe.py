@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mmit.data.measure import Scan
     from mmit.data.walk import Walk
     from mmit.models.vlm import VLM
+    from mmit.train.data.batches import TrainData
     from mmit.train.engines.world import World
 
 LIBRARIES = ("torch", "transformers", "peft", "open_clip_torch", "timm", "deepspeed")
@@ -36,7 +37,7 @@ def describe(
     scan: Scan,
     *,
     walk: Walk,
-    held_out: tuple[InstructionData, Scan] | None,
+    held_out: TrainData | None,
     world: World,
 ) -> dict[str, Any]:
     """Facts of a run as JSON values."""
@@ -48,7 +49,7 @@ def describe(
         "rows_per_step": walk.rows_per_step,
         "row_tokens": data.capacity,
         "train": _data(data, scan),
-        "eval": _data(*held_out) if held_out is not None else None,
+        "eval": _data(held_out.data, held_out.scan) if held_out is not None else None,
     }
 
 

@@ -55,7 +55,7 @@ def bench(tmp_path_factory):
     real = run_module.train
 
     def train(*args, **kwargs):
-        kept.update(save=kwargs["save"], progress=kwargs["progress"])
+        kept.update(save=args[3].save, progress=kwargs["progress"])
         return real(*args, **kwargs)
 
     run_module.train = train

@@ -24,8 +24,8 @@ from mmit.models.assemble import assemble
 from mmit.models.tuning import apply_tuning
 from mmit.records import Image, Record, Text, Turn, read_jsonl, write_jsonl
 from mmit.train.checkpoint.model import image_preparation
+from mmit.train.data.batches import Upload
 from mmit.train.data.setup import image_loader, open_data
-from mmit.train.data.upload import Upload
 from mmit.train.engines.base import Engine
 from mmit.train.engines.deepspeed_engine import DeepSpeedEngine
 from mmit.train.engines.torch_engine import TorchEngine

@@ -28,7 +28,7 @@ from mmit.train.loop import Progress, sum_by_source
 from mmit.train.monitor import trackers
 from mmit.train.monitor.run_files import read_rows
 from mmit.train.run import EXIT_STOPPED, run
-from mmit.train.spikes import Spikes
+from mmit.train.schedule import Spikes
 from tests.tiny_run import tiny_config
 
 STEPS = 8

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmit.train.data.upload import Upload
+from mmit.train.data.batches import Upload
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 
