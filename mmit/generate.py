@@ -442,6 +442,37 @@ class Model:
         return [[likelihood.log_probability for likelihood in row] for row in found]
 
     @torch.inference_mode()
+    def logits(
+        self, input_ids: Sequence[int] | torch.Tensor, images: Picture | Sequence[Picture] | None = None
+    ) -> torch.Tensor:
+        """Logits of the next token after every token of one sequence.
+
+        Args:
+            input_ids: (T,) token ids as they are, no template around them; a negative id is the slot of an image.
+            images: for the slots, in their order: a path, encoded bytes, a PIL picture, or a list of them.
+
+        Returns:
+            (T', V) on the model's device; T' is T with every slot widened to the tokens of its image.
+
+        Raises:
+            ConfigError: other than one dimension, an id outside of the vocabulary, or more or fewer images than slots.
+        """
+        ids = torch.as_tensor(input_ids)
+        vocabulary = len(self.vlm.word_embeddings)
+        if ids.dim() != 1 or not len(ids) or ids.is_floating_point() or int(ids.max()) >= vocabulary:
+            problem = (
+                f"input_ids is a {ids.dtype} tensor of shape {tuple(ids.shape)}, or has ids of {vocabulary} or more"
+            )
+            raise ConfigError(problem, remedy="Give the ids of one sequence, (T,).")
+        prompt = self.prompt_maker().tokens(ids.tolist(), images)
+        features = self._see(Pictures(self.vlm, self.preparation, [[prompt]]), [prompt])
+        row, prompts = self._row(list(prompt.samples), features)
+        at = torch.arange(len(row.input_ids), device=self.vlm.device)
+        tokens = row.input_ids.index_fill(0, row.image_positions, -1).to(self.vlm.device)
+        placed = {"positions": prompts.positions, "nodes": prompts.nodes}
+        return self.vlm.row_logits(prompts.embeddings, **placed, at=at, ids=tokens)
+
+    @torch.inference_mode()
     def likelihoods(self, prompts: Sequence[Prompt], *, batch_size: int) -> list[list[Likelihood]]:
         """Say for each prompt how likely its samples' targets are; `prompts` are numbered by their place."""
         plan = batches([prompt for prompt in prompts if prompt.samples], batch_size)

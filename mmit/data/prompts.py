@@ -154,6 +154,19 @@ class PromptMaker:
             samples.append((encoded.ids, _last_answer(encoded, with_end)))
         return self._prompt(record, number, samples)
 
+    def tokens(self, ids: Sequence[int], images: Picture | Sequence[Picture] | None) -> Prompt:
+        """Make the prompt of token ids as they are; each negative one is the slot of the next image.
+
+        Raises:
+            ConfigError: the slots and images differ in number. RecordError: too long, or the model sees no images.
+        """
+        shown, slots = _shown(images), sum(token < 0 for token in ids)
+        if slots != len(shown):
+            problem = f"input_ids has {slots} image slots (negative ids) for {len(shown)} images"
+            raise ConfigError(problem, remedy="Put one negative id where each image goes.")
+        record = Record((Turn("user", (*shown, Text(""))),))
+        return self._prompt(record, 0, [((*ids, 0), (False,) * len(ids) + (True,))])
+
     def _encode(self, record: Record, number: int, *, generate: bool) -> Encoded:
         try:
             return encode(record, self.chat, self.tokenizer, generate=generate)
