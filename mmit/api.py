@@ -115,7 +115,8 @@ def config_of(
         sources.append({"path": str(Path(dir) / RECORDS), "format": "mmit"})
     raw["data"] = {**raw.get("data", {}), "train": sources}
     for key, value in (settings or {}).items():
-        raw = set_key(raw, [int(k) if k.isdigit() else k for k in key.split(".")], value, where=f"{WHERE}: settings")
+        keys = tuple(int(k) if k.isdigit() else k for k in key.split("."))
+        raw = set_key(raw, keys, value, where=f"{WHERE}: settings")
     config = Config.from_dict(raw, where=WHERE)
     if records:
         _write(records, Path(dir))
@@ -130,7 +131,7 @@ def _start(model: Any) -> dict[str, Any]:
         raise _wrong("model", model, 'a folder, or a section such as {"llm": {"name": ...}}')
     from mmit.train.checkpoint.model import find, read_config
 
-    folder = find(model)
+    folder = find(Path(model))
     raw = read_config(folder).model_dump()
     # The weights go on, in a run of its own: what belonged to the other run alone starts anew.
     del raw["export"], raw["align"]
