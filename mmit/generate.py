@@ -153,14 +153,16 @@ def _adapt(found: Foreign, place: torch.device) -> list[str]:
 
 
 class Answering(TypedDict, total=False):
-    """How an answer is written; what each means and its default are `Model.generate`'s."""
+    """How an answer is written. Where one of the three ways to draw is None or left out, the model's
+    generation_config.json says it (`Model.generation`); greedy decoding where it asks for no sampling.
+    """
 
-    max_new_tokens: int
-    temperature: float | None
+    max_new_tokens: int  # most tokens of an answer, by default 256; the end of the model's context ends it sooner
+    temperature: float | None  # see `Sampling`
     top_p: float | None
     top_k: int | None
-    seed: int
-    stop: Sequence[str] | None
+    seed: int  # of the draws, by default 0; a record's depend on its place in the list
+    stop: Sequence[str] | None  # texts that end an answer and are left out of it
 
 
 class Model:
@@ -219,7 +221,7 @@ class Model:
             images, text, history, system: see `ask`.
             messages: in their place the whole conversation, [{"role", "content"}, ...] as OpenAI's API and
                 transformers take it; see `data.messages.turns_of`.
-            answering: max_new_tokens, temperature, top_p, top_k, seed, stop; see `generate`.
+            answering: max_new_tokens, temperature, top_p, top_k, seed, stop; see `Answering`.
 
         Returns:
             the answer without surrounding whitespace.
@@ -264,19 +266,14 @@ class Model:
             yield rest
 
     @torch.inference_mode()
-    def generate(  # noqa: PLR0913
+    def generate(
         self,
         records: Sequence[Record],
         *,
         batch_size: int = 32,
-        max_new_tokens: int = 256,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int = 0,
-        stop: Sequence[str] | None = (),
         blank_images: bool = False,
         progress: Callable[[int], None] | None = None,
+        **answering: Unpack[Answering],
     ) -> list[str]:
         """Answer many records, in their order.
 
@@ -286,13 +283,9 @@ class Model:
         Args:
             records: what is asked.
             batch_size: most prompts decoded at a time.
-            max_new_tokens: most tokens of an answer; the end of the model's context ends it sooner.
-            temperature, top_p, top_k: see `Sampling`; None takes what the model's generation_config.json says
-                (`generation`), greedy decoding where it asks for no sampling.
-            seed: of the draws; a record's depend on its place in the list.
-            stop: texts that end an answer and are left out of it.
             blank_images: show a picture of the encoder's mean colour in place of every picture.
             progress: called after each batch with the number of records it answered.
+            answering: see `Answering`.
 
         Returns:
             the answers, without surrounding whitespace.
@@ -302,12 +295,15 @@ class Model:
             ConfigError: an option is out of its range.
         """
         check_records(records)
+        options: dict[str, Any] = dict(answering)
+        max_new_tokens, stop = options.pop("max_new_tokens", 256), options.pop("stop", ())
         _check_count("max_new_tokens", max_new_tokens)
         _check_count("batch_size", batch_size)
+        if progress is not None and not callable(progress):
+            raise ConfigError(f"progress is {progress!r}", remedy="Give a function of the number of records answered.")
+        sampling, reader = self._sampling(**options), self._reader(stop)
         maker = self.prompt_maker(blank=blank_images)
         prompts = [maker.question(record, n) for n, record in enumerate(records)]
-        sampling = self._sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        reader = self._reader(stop)
         return self.answer(
             prompts,
             reader,
@@ -422,6 +418,8 @@ class Model:
         """
         check_records(records)
         _check_count("batch_size", batch_size)
+        if not isinstance(with_end, bool):
+            raise ConfigError(f"with_end is {with_end!r}", remedy="Give True or False.")
         if isinstance(choices, (str, bytes)) or not isinstance(choices, Sequence):
             problem = f"choices is a {type(choices).__name__}, not a list of texts"
             raise ConfigError(problem, remedy="Give one list of texts, or one list per record.")
@@ -430,7 +428,8 @@ class Model:
             problem = f"{len(per_record)} lists of choices for {len(records)} records"
             raise ConfigError(problem, remedy="Give one list of texts, or one list per record.")
         for number, answers in enumerate(per_record, 1):
-            if isinstance(answers, (str, bytes)) or not all(isinstance(answer, str) for answer in answers):
+            texts = isinstance(answers, Sequence) and not isinstance(answers, (str, bytes))
+            if not texts or not all(isinstance(answer, str) for answer in answers):
                 problem = f"the choices of record {number} are no list of texts"
                 raise ConfigError(problem, remedy="Give one list of texts, or one list per record.")
         maker = self.prompt_maker(blank=blank_images)

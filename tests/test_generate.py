@@ -389,6 +389,10 @@ def test_messages_are_answered_as_the_same_question_in_parts(model: Model) -> No
         (lambda m: m.score([ask(None, "hi")], "yes"), "choices is a str"),
         (lambda m: m.score([ask(None, "hi")], [["yes", 3]]), "choices of record 1"),
         (lambda m: m.score("hi", ["yes"]), "records is a str"),
+        (lambda m: m.score([ask(None, "hi")], [3]), "choices of record 1"),
+        (lambda m: m.score([ask(None, "hi")], ["yes"], with_end="no"), "with_end is 'no'"),
+        (lambda m: m.generate([ask(None, "hi")], do_sample=True), "unknown option 'do_sample'"),
+        (lambda m: m.generate([ask(None, "hi")], progress=3), "progress is 3"),
         (lambda m: m.chat(None, "hi", system=3), "system is a int"),
     ],
 )
