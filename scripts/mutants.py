@@ -319,6 +319,20 @@ MUTANTS = [
     Mutant("pictures: size left out of the mark", MARKS, 'b"%d " % size + ends', "ends", T_MARKS),
     Mutant("pictures: the end is not looked at", MARKS, "ends += file.read(ENDS)", "pass", T_MARKS),
     Mutant(
+        "thoughts: one that does not end is an answer",
+        "mmit/data/formats/thoughts.py",
+        "    if not end:",
+        "    if False:",
+        "tests/data/formats/test_thoughts.py",
+    ),
+    Mutant(
+        "thoughts: the mark of a question is read",
+        "mmit/data/formats/thoughts.py",
+        'if turn.role == "assistant" else turn',
+        "",
+        "tests/data/formats/test_thoughts.py",
+    ),
+    Mutant(
         "pictures: those of a record do not count",
         MARKS,
         "digest.update(picture_mark(images[key].image))",

@@ -250,7 +250,7 @@ def no_root(row):
 
 def test_a_data_format_of_ones_own(own, tmp_path):
     from mmit.data.formats import find_format, format_options, import_file
-    from mmit.data.formats.boxes import OPTIONS as SHARED_OPTIONS
+    from mmit.data.formats.common import SHARED_OPTIONS
     from mmit.errors import RecordError
 
     own("rows_a", FORMATS)

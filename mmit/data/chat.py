@@ -514,12 +514,16 @@ def _checked_tokens(tokens: Sequence[str], tokenizer: Any) -> frozenset[str]:
 def _merged(pieces: list[Piece], answers: Set[int]) -> list[Piece]:
     """Drop empty pieces and join neighbouring template pieces of one part of a turn."""
     out: list[Piece] = []
+    last: Piece | None = None
     for piece in pieces:
         if not piece.text and piece.kind != "image":
             if piece.kind == "content" and piece.turn in answers:
                 raise RecordError("the chat template strips the answer to nothing", remedy="Give it some text.")
-        elif piece.kind == "template" and out and out[-1]._replace(text=piece.text) == piece:
-            out[-1] = piece._replace(text=out[-1].text + piece.text)
+            continue
+        same = last is not None and last.kind == "template" and (last.turn, last.part) == (piece.turn, piece.part)
+        if last is not None and same and piece.kind == "template":
+            out[-1] = last = piece._replace(text=last.text + piece.text)
         else:
             out.append(piece)
+            last = piece
     return out

@@ -153,7 +153,7 @@ class PieceTokenizer:
             _refuse(text)
         if not self.control_ids.isdisjoint(ids):
             _refuse(next((char for char in text if self._unknown_id in self._alone(char)), text))
-        if self._alphabet is not None:
+        if self._alphabet is not None and not self._spellable.issuperset(text):
             for char in set(text) - self._spellable:
                 if not self._alphabet.issuperset(self._symbols(char)):
                     _refuse(char)

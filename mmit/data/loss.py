@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mmit.errors import ConfigError, nearest
-from mmit.records import ROLES, Record
+from mmit.records import ROLES, Record, Turn
 
 if TYPE_CHECKING:
     from mmit.data.chat_builtin import Piece, Spans
@@ -44,29 +44,33 @@ class Loss:
 
     def weigher(self, record: Record) -> Callable[[Piece], float | Spans]:
         """Return a function that gives the weight of a piece, or (end, weight) pairs where it changes inside."""
-        turns = record.turns
+        turns, scale = record.turns, record.weight
         last_user = max((n for n, turn in enumerate(turns) if turn.role == "user"), default=0)
-
-        def of_turn(number: int) -> float:
-            turn = turns[number]
-            if turn.weight is not None:
-                return float(turn.weight)
-            return float(self.roles.get(turn.role, 1.0 if turn.role == "assistant" else self.prompt_weight))
+        # Asked for every piece of every record: what does not depend on the piece is found once.
+        bases = [self._of_turn(turn) for turn in turns]
+        learnt = [not self.last_turn or turn.role != "assistant" or n >= last_user for n, turn in enumerate(turns)]
+        factors = {"thought": self.think, "calls": self.tool_calls}
+        between = self.prompt_weight * scale
 
         def weigh(piece: Piece) -> float | Spans:
-            if piece.kind == "image":
+            turn = piece.turn
+            if turn < 0:
+                return 0.0 if piece.kind == "image" else between
+            if piece.kind == "image" or not learnt[turn]:
                 return 0.0
-            if piece.turn < 0:
-                return self.prompt_weight * record.weight
-            if self.last_turn and turns[piece.turn].role == "assistant" and piece.turn < last_user:
-                return 0.0
-            base = of_turn(piece.turn)
-            base *= {"thought": self.think, "calls": self.tool_calls}.get(piece.part, 1.0)
+            base = bases[turn]
+            if piece.part in factors:
+                base *= factors[piece.part]
             if not piece.spans:
-                return base * record.weight
-            return tuple((end, (base if w is None else float(w)) * record.weight) for end, w in piece.spans)
+                return base * scale
+            return tuple((end, (base if w is None else float(w)) * scale) for end, w in piece.spans)
 
         return weigh
+
+    def _of_turn(self, turn: Turn) -> float:
+        if turn.weight is not None:
+            return float(turn.weight)
+        return float(self.roles.get(turn.role, 1.0 if turn.role == "assistant" else self.prompt_weight))
 
 
 ANSWERS = Loss()

@@ -48,7 +48,7 @@ class Spread:
     @property
     def tokens(self) -> int:
         """W."""
-        return len(self.index)
+        return self.index.numel()  # len() of a tensor goes through Python
 
 
 @dataclass(frozen=True)

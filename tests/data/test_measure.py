@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from mmit.data import measure
+from mmit.data import marks, measure, preparation
 from mmit.data.chat import chat_format, encode
 from mmit.data.dataset import InstructionData
 from mmit.data.preparation import ImagePreparation
@@ -127,6 +127,20 @@ def test_what_is_measured_again_and_what_is_not(folder, coded, monkeypatch):
     text = (folder / "b.jsonl").read_text()
     (folder / "b.jsonl").write_text(text.replace("cat", "cow"))
     assert again() == [1]
+
+
+def test_a_warm_start_opens_no_picture(folder, coded, monkeypatch):
+    """Where sizes decide the tokens, they are read from the files' headers once, not at every start."""
+    store = Store(folder / "cache")
+    cold = data_of(folder, coded, store=store, shown=TILED).scan(store=store)
+    opened = []
+    monkeypatch.setattr(preparation, "image_size", lambda image, **_: opened.append(image) or (20, 90))
+    monkeypatch.setattr(marks, "picture_mark", lambda image: opened.append(image) or b"")
+    warm = data_of(folder, coded, store=store, shown=TILED).scan(store=store)
+    same(cold, warm)
+    assert len(cold.illustrated) and not opened
+    data_of(folder, coded, shown=TILED).scan()
+    assert opened  # what is watched is what a cold start opens pictures with
 
 
 def test_damage_is_noticed_and_mended(folder, coded):

@@ -15,9 +15,8 @@ from dataclasses import replace
 from typing import Any
 
 from mmit.data.formats import captions, chat, instruct, mimicit, multimodal, pairs, tabular, vqa
-from mmit.data.formats.boxes import OPTIONS as SHARED_OPTIONS
 from mmit.data.formats.chat import llava, messages, mmit_row, sharegpt
-from mmit.data.formats.common import Format, Rows
+from mmit.data.formats.common import SHARED_OPTIONS, Format, Rows
 from mmit.data.formats.detect import detect
 from mmit.data.formats.easyvqa import easy_vqa, easy_vqa_captions
 from mmit.data.formats.instruct import alpaca

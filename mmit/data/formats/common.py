@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmit.data.formats.boxes import OPTIONS as SHARED_OPTIONS
-from mmit.data.formats.boxes import with_boxes
+from mmit.data.formats import boxes, thoughts
 from mmit.data.formats.json_stream import list_items
 from mmit.data.formats.keys import with_meaning
 from mmit.data.formats.pictures import image_part
@@ -24,6 +23,7 @@ from mmit.records import Image, Part, Record, Text, Turn, json_lines, short
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[int, Any]]
+SHARED_OPTIONS = {**boxes.OPTIONS, **thoughts.OPTIONS}  # of all formats but mmit's own
 
 
 def json_rows(path: str) -> Rows:
@@ -103,7 +103,9 @@ class Format:
         if self.own:
             return self.row(row, image_root=image_root)
         shared = {key: options.pop(key) for key in SHARED_OPTIONS if key in options and key not in self.options}
-        return with_boxes(with_meaning(self.row(row, image_root=image_root, **options)), **shared)
+        marks = shared.pop("thoughts", None)
+        record = thoughts.with_thoughts(with_meaning(self.row(row, image_root=image_root, **options)), marks)
+        return boxes.with_boxes(record, **shared)
 
 
 # --- options ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Literal
 
 from mmit.data.formats.boxes import NAME, PLACE
 from mmit.data.formats.pictures import foreign_marker
+from mmit.data.formats.thoughts import COMMON
 from mmit.errors import ImageError, RecordError
 from mmit.records import Image, Record, short
 
@@ -71,6 +72,11 @@ RULES: dict[str, Rule] = {
     "licence-mix": Rule("warning", "records under different licences", "Check that they may be used together."),
     # What is worth a look.
     "duplicate-answer": Rule("info", "a long answer given to another prompt", "Look for refusals and boilerplate."),
+    "thought-mark": Rule(
+        "warning",
+        "an answer that opens with another model's mark of a thought, as text",
+        "Import it with --option thoughts='OPENING...CLOSING', if it is a thought.",
+    ),
     "role-marker": Rule("info", "a speaker's name as in a chat log", "Check that turns were cut apart."),
     "duplicate-image": Rule("info", "the same image under another name", "Use one file, so that it is read once."),
     "near-duplicate-image": Rule("info", "looks like another image", "Look at some; remove what adds nothing."),
@@ -151,6 +157,14 @@ def box_marker(record: Record) -> str:
     return ""
 
 
+def thought_mark(record: Record) -> str:
+    """The mark of a thought that no option named, which would be learnt as the beginning of the answer."""
+    for number, turn in enumerate(record.turns, 1):
+        if turn.role == "assistant" and (match := COMMON.match(turn.text)):
+            return f"{match[1]} in turn {number} (assistant)"
+    return ""
+
+
 def role_marker(record: Record) -> str:
     """A line that begins like a turn of a chat log."""
     for number, turn in enumerate(record.turns, 1):
@@ -187,6 +201,7 @@ RECORD_RULES: dict[str, Check] = {
     "image-marker": image_marker,
     "foreign-marker": foreign_mark,
     "box-marker": box_marker,
+    "thought-mark": thought_mark,
     "role-marker": role_marker,
     "repeats-prompt": repeats_prompt,
     "repeated-pair": repeated_pair,
