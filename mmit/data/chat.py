@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
@@ -20,19 +19,18 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
-from mmit.data.chat_builtin import BUILT_IN, Origin, Piece, Said, Spans, Words
+from mmit.data.chat_builtin import BUILT_IN, Origin, Piece, Said, Words
 from mmit.data.chat_own import own_writer
-from mmit.data.chat_render import Extras, Outline, Shape, writes_date
+from mmit.data.chat_render import Extras, Shape, writes_date
 from mmit.data.chat_template import ChatTemplate
-from mmit.data.content import After, PieceTokenizer, cut_tokens, piece_tokenizer
+from mmit.data.chat_turns import Talk, as_record, extras_of, flat, outline_of
+from mmit.data.chat_writer import Writer
+from mmit.data.content import piece_tokenizer
 from mmit.data.loss import ANSWERS, Loss
 from mmit.errors import ConfigError, MmitError, RecordError, nearest
 from mmit.plugins import FORM, is_spec
-from mmit.records import Image, Record, Text, Turn, is_plain
+from mmit.records import Record, Text, Turn
 
-IMAGE_SLOT = -200  # LLaVA's IMAGE_TOKEN_INDEX; no tokenizer has a negative id
-Talk = Record | Sequence[Turn]
-_THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
 _KEYS = ("name", "template", "image_token", "template_args", "as_processor", "content_tokens", "date", "thinks")
 
 
@@ -198,7 +196,7 @@ class TemplateFormat(ChatFormat):
     def outline(self, record: Record) -> tuple[Shape, Extras, list[Said]]:
         """A record as the template reads it: its turns without words, its tools and arguments, its turns."""
         said = [flat(turn, number) for number, turn in enumerate(record.turns)]
-        return tuple(map(_outline, said)), _extras(record), said
+        return tuple(map(outline_of, said)), extras_of(record), said
 
     def _lay_out(self, record: Record, generate: bool) -> list[Piece]:
         shape, extras, said = self.outline(record)
@@ -350,7 +348,7 @@ def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = Fal
     """
     record = as_record(talk)
     tokens = piece_tokenizer(tokenizer)
-    out = _Writer(tokens, as_processor=chat.as_processor, allowed=chat.content_tokens)
+    out = Writer(tokens, as_processor=chat.as_processor, allowed=chat.content_tokens)
     weigh = loss.weigher(record)
     runs = [list(run) for _, run in groupby(chat.pieces(record, generate=generate), key=attrgetter("kind"))]
     if chat.as_processor and tokens.bos and not runs[0][0].text.startswith(tokens.bos):
@@ -372,134 +370,6 @@ def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = Fal
         remedy = "Leave the record out, or give an answer a weight." if silent else "Give the assistant turn some text."
         raise RecordError("no token of the record is supervised: nothing would be learnt", remedy=remedy)
     return Encoded(tuple(out.ids), tuple(out.weights), tuple(out.origin))
-
-
-def as_record(talk: Talk) -> Record:
-    """A record, or bare turns as one."""
-    return talk if isinstance(talk, Record) else Record(tuple(talk))
-
-
-class _Writer:
-    """Collects ids, weights and origin, and remembers what stands to the left of the next piece."""
-
-    def __init__(self, tokens: PieceTokenizer, *, as_processor: bool, allowed: frozenset[str]) -> None:
-        self.ids: list[int] = []
-        self.weights: list[float] = []
-        self.origin: list[Origin] = []
-        self._tokens, self._allowed = tokens, allowed
-        # As LLaVA does: the text after an image is tokenised like a text of its own.
-        self._after_image: After = "control" if as_processor else "start"
-        self._after: After = "start"
-        self._space = ""
-
-    def bos(self) -> None:
-        """Add the token that the tokenizer puts before every text by itself; the text still begins after it."""
-        self._add(self._tokens.template(self._tokens.bos, "start"), 0.0, "template")
-
-    def images(self, count: int) -> None:
-        self._add([IMAGE_SLOT] * count, 0.0, "image")
-        self._after = self._after_image
-
-    def content(self, piece: Piece, weight: float | Spans, *, named: bool) -> None:
-        """Add a text; `named`: it may hold the control tokens that content may hold."""
-        text = self._space + piece.text
-        allowed = self._allowed if named else frozenset()
-        at = 0
-        for part, is_token in cut_tokens(text, allowed):
-            offsets = None
-            if is_token:
-                ids = list(self._tokens.template(part, self._after))
-            elif isinstance(weight, tuple):
-                ids, offsets = self._tokens.content_with_offsets(part, self._after)
-            else:
-                ids = self._tokens.content(part, self._after)
-            if isinstance(weight, tuple):
-                shift = at - len(self._space)
-                for token, (start, end) in zip(ids, offsets or [(0, len(part))] * len(ids), strict=True):
-                    self._add([token], _least(weight, start + shift, end + shift), "content")
-            else:
-                self._add(ids, weight, "content")
-            at += len(part)
-            self._after = "control" if is_token else "text"
-        self._after, self._space = self._after if text else "text", ""
-
-    def template(self, run: Sequence[tuple[Piece, float]], *, lend_space: bool) -> None:
-        """Add neighbouring template pieces, encoded as one text; a token takes the weight of the piece it begins in."""
-        texts = [piece.text for piece, _ in run]
-        if lend_space and texts[-1].endswith(" "):
-            texts[-1], self._space = texts[-1][:-1], " "
-        if not any(texts):
-            return
-        ids: tuple[int, ...] = ()
-        for ids_of_piece, (_, weight) in zip(self._tokens.template_run(tuple(texts), self._after), run, strict=True):
-            self._add(ids_of_piece, weight, "template")
-            ids = ids_of_piece or ids
-        self._after = "control" if ids and ids[-1] in self._tokens.control_ids else "text"
-
-    def _add(self, ids: Sequence[int], weight: float, origin: Origin) -> None:
-        self.ids += ids
-        self.weights += [weight] * len(ids)
-        self.origin += [origin] * len(ids)
-
-
-def has_thought(record: Record) -> bool:
-    """Tell whether an answer of a record begins with a thought that says something."""
-    answers = (turn for turn in record.turns if turn.role == "assistant")
-    return any((turn.thinking or ("<think>" in turn.text and flat(turn, 0).thought) or "").strip() for turn in answers)
-
-
-def _least(spans: Spans, start: int, end: int) -> float:
-    """The least weight of the characters of a token: what is masked is never learnt."""
-    begin, found = 0, []
-    for stop, weight in spans:
-        if begin < max(end, start + 1) and stop > start:
-            found.append(cast("float", weight))
-        begin = stop
-    return min(found, default=cast("float", spans[-1][1]))
-
-
-def flat(turn: Turn, number: int) -> Said:
-    """Join neighbouring texts, so that how a text was cut into parts makes no difference; drop empty ones.
-
-    A thought at the beginning of an assistant's text, between <think> and </think>, is taken for what it is.
-    """
-    only = turn.parts[0] if len(turn.parts) == 1 else None
-    if isinstance(only, Text) and only.weight is None and is_plain(turn) and "<think>" not in only.text:
-        return Said(turn.role, (Words(only.text),) if only.text else (), number)
-    parts: list[Words | None] = []
-    for part in turn.parts:
-        if isinstance(part, Image):
-            parts.append(None)
-        elif part.text:
-            before = parts.pop() if parts and parts[-1] is not None else Words("")
-            assert before is not None
-            text = before.text + part.text
-            parts.append(Words(text, (*before.spans, (len(text), part.weight))))
-    for place, words in enumerate(parts):
-        if words is not None and all(weight is None for _, weight in words.spans):
-            parts[place] = Words(words.text)
-    thought, inline = turn.thinking, None
-    first = parts[0] if parts and turn.role == "assistant" and thought is None else None
-    found = _THOUGHT.match(first.text) if first is not None else None
-    if found is not None and first is not None and not first.spans:
-        thought, inline = found[2], (found[1], found[3])
-        rest = first.text[found.end() :]
-        parts[:1] = [Words(rest)] if rest else []
-    more = tuple((key, value) for key in ("name", "tool_call_id") if (value := getattr(turn, key)) is not None)
-    return Said(turn.role, tuple(parts), number, thought, inline, tuple(turn.tool_calls), more)
-
-
-def _outline(said: Said) -> Outline:
-    """What of a turn a template is shown; a thought of nothing but whitespace is shown as it is."""
-    thought = said.thought if said.thought is None or not said.thought.strip() else "k"
-    kinds = "".join("i" if part is None else "t" for part in said.parts)
-    calls = json.dumps([dict(call) for call in said.calls], ensure_ascii=False) if said.calls else ""
-    return Outline(said.role, kinds, thought, said.inline, calls, said.more)
-
-
-def _extras(record: Record) -> Extras:
-    tools = json.dumps([dict(tool) for tool in record.tools], ensure_ascii=False) if record.tools else ""
-    return Extras(tools, json.dumps(dict(record.template_args)) if record.template_args else "")
 
 
 def _checked_tokens(tokens: Sequence[str], tokenizer: Any) -> frozenset[str]:

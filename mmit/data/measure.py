@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from mmit.data.chat import has_thought
+from mmit.data.chat_turns import has_thought
 from mmit.data.formats.keys import kept_keys
 from mmit.data.marks import Contents, content_of
 from mmit.data.packing import Sample, trie_length

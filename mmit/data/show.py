@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.rule import Rule
 from rich.text import Text as RichText
 
-from mmit.data.chat import IMAGE_SLOT, Encoded
+from mmit.data.chat_writer import IMAGE_SLOT
 from mmit.data.images import image_size, load_rgb
 from mmit.data.viewer import html_tokens, legend, to_rich
 from mmit.errors import ImageError, RecordError
@@ -26,6 +26,8 @@ from mmit.text import escape, plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from mmit.data.chat import Encoded
 
 THUMBNAIL = 240  # pixels of the longer side
 

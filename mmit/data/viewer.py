@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from mmit.data.chat import IMAGE_SLOT, Encoded
+from mmit.data.chat_writer import IMAGE_SLOT
 from mmit.pages import page
 from mmit.text import escape
 
 if TYPE_CHECKING:
+    from mmit.data.chat import Encoded
     from mmit.data.chat_builtin import Origin
 
 _VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "⇥"}

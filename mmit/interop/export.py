@@ -18,7 +18,8 @@ import numpy as np
 import PIL.Image
 import torch
 
-from mmit.data.chat import IMAGE_SLOT, ChatFormat, encode
+from mmit.data.chat import ChatFormat, encode
+from mmit.data.chat_writer import IMAGE_SLOT
 from mmit.data.content import piece_tokenizer
 from mmit.data.preparation import ImagePreparation, Spread, grids_of, prepare_images, splice_index
 from mmit.errors import ModelError

@@ -16,9 +16,10 @@ from small_tokenizers import byte_level
 from template_families import FAMILIES
 
 from mmit.data.answers import AnswerText
-from mmit.data.chat import ChatFormat, TemplateFormat, chat_format, encode, has_thought
+from mmit.data.chat import ChatFormat, TemplateFormat, chat_format, encode
 from mmit.data.chat_builtin import Piece
 from mmit.data.chat_check import difference
+from mmit.data.chat_turns import has_thought
 from mmit.data.loss import Loss
 from mmit.data.thoughts import split_thought
 from mmit.errors import ConfigError, RecordError

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import mmit
 from mmit.cli import app
 from mmit.cli.export import make_start
-from mmit.data.chat import IMAGE_SLOT
+from mmit.data.chat_writer import IMAGE_SLOT
 from mmit.data.preparation import prepare_images
 from mmit.errors import ModelError
 from mmit.interop.export import logits_of

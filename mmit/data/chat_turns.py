@@ -1,0 +1,73 @@
+"""Turns as the chat formats read them: texts joined, a thought in the text taken for what it is, words left out.
+
+In: records or bare turns. Out: `Said` for the formats, `Outline` and `Extras` for templates. Knows no tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+from mmit.data.chat_builtin import Said, Words
+from mmit.data.chat_render import Extras, Outline
+from mmit.records import Image, Record, Text, Turn, is_plain
+
+Talk = Record | Sequence[Turn]
+_THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
+
+
+def as_record(talk: Talk) -> Record:
+    """A record, or bare turns as one."""
+    return talk if isinstance(talk, Record) else Record(tuple(talk))
+
+
+def has_thought(record: Record) -> bool:
+    """Tell whether an answer of a record begins with a thought that says something."""
+    answers = (turn for turn in record.turns if turn.role == "assistant")
+    return any((turn.thinking or ("<think>" in turn.text and flat(turn, 0).thought) or "").strip() for turn in answers)
+
+
+def flat(turn: Turn, number: int) -> Said:
+    """Join neighbouring texts, so that how a text was cut into parts makes no difference; drop empty ones.
+
+    A thought at the beginning of an assistant's text, between <think> and </think>, is taken for what it is.
+    """
+    only = turn.parts[0] if len(turn.parts) == 1 else None
+    if isinstance(only, Text) and only.weight is None and is_plain(turn) and "<think>" not in only.text:
+        return Said(turn.role, (Words(only.text),) if only.text else (), number)
+    parts: list[Words | None] = []
+    for part in turn.parts:
+        if isinstance(part, Image):
+            parts.append(None)
+        elif part.text:
+            before = parts.pop() if parts and parts[-1] is not None else Words("")
+            assert before is not None
+            text = before.text + part.text
+            parts.append(Words(text, (*before.spans, (len(text), part.weight))))
+    for place, words in enumerate(parts):
+        if words is not None and all(weight is None for _, weight in words.spans):
+            parts[place] = Words(words.text)
+    thought, inline = turn.thinking, None
+    first = parts[0] if parts and turn.role == "assistant" and thought is None else None
+    found = _THOUGHT.match(first.text) if first is not None else None
+    if found is not None and first is not None and not first.spans:
+        thought, inline = found[2], (found[1], found[3])
+        rest = first.text[found.end() :]
+        parts[:1] = [Words(rest)] if rest else []
+    more = tuple((key, value) for key in ("name", "tool_call_id") if (value := getattr(turn, key)) is not None)
+    return Said(turn.role, tuple(parts), number, thought, inline, tuple(turn.tool_calls), more)
+
+
+def outline_of(said: Said) -> Outline:
+    """What of a turn a template is shown; a thought of nothing but whitespace is shown as it is."""
+    thought = said.thought if said.thought is None or not said.thought.strip() else "k"
+    kinds = "".join("i" if part is None else "t" for part in said.parts)
+    calls = json.dumps([dict(call) for call in said.calls], ensure_ascii=False) if said.calls else ""
+    return Outline(said.role, kinds, thought, said.inline, calls, said.more)
+
+
+def extras_of(record: Record) -> Extras:
+    """What a record has besides turns, as a template is given it."""
+    tools = json.dumps([dict(tool) for tool in record.tools], ensure_ascii=False) if record.tools else ""
+    return Extras(tools, json.dumps(dict(record.template_args)) if record.template_args else "")

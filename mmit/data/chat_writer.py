@@ -1,0 +1,92 @@
+"""The ids, loss weights and origins of a conversation, written piece by piece.
+
+Owns what stands to the left of the next piece (nothing, a control token, text) and the space that a template lends to
+the text after it. In: pieces with their weights. Out: three lists of one length. Which weight a piece has is not
+decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+from mmit.data.content import After, PieceTokenizer, cut_tokens
+
+if TYPE_CHECKING:
+    from mmit.data.chat_builtin import Origin, Piece, Spans
+
+IMAGE_SLOT = -200  # LLaVA's IMAGE_TOKEN_INDEX; no tokenizer has a negative id
+
+
+class Writer:
+    """Collects ids, weights and origin, and remembers what stands to the left of the next piece."""
+
+    def __init__(self, tokens: PieceTokenizer, *, as_processor: bool, allowed: frozenset[str]) -> None:
+        self.ids: list[int] = []
+        self.weights: list[float] = []
+        self.origin: list[Origin] = []
+        self._tokens, self._allowed = tokens, allowed
+        # As LLaVA does: the text after an image is tokenised like a text of its own.
+        self._after_image: After = "control" if as_processor else "start"
+        self._after: After = "start"
+        self._space = ""
+
+    def bos(self) -> None:
+        """Add the token that the tokenizer puts before every text by itself; the text still begins after it."""
+        self._add(self._tokens.template(self._tokens.bos, "start"), 0.0, "template")
+
+    def images(self, count: int) -> None:
+        """Add the slots of images that stand side by side."""
+        self._add([IMAGE_SLOT] * count, 0.0, "image")
+        self._after = self._after_image
+
+    def content(self, piece: Piece, weight: float | Spans, *, named: bool) -> None:
+        """Add a text; `named`: it may hold the control tokens that content may hold."""
+        text = self._space + piece.text
+        allowed = self._allowed if named else frozenset()
+        at = 0
+        for part, is_token in cut_tokens(text, allowed):
+            offsets = None
+            if is_token:
+                ids = list(self._tokens.template(part, self._after))
+            elif isinstance(weight, tuple):
+                ids, offsets = self._tokens.content_with_offsets(part, self._after)
+            else:
+                ids = self._tokens.content(part, self._after)
+            if isinstance(weight, tuple):
+                shift = at - len(self._space)
+                for token, (start, end) in zip(ids, offsets or [(0, len(part))] * len(ids), strict=True):
+                    self._add([token], _least(weight, start + shift, end + shift), "content")
+            else:
+                self._add(ids, weight, "content")
+            at += len(part)
+            self._after = "control" if is_token else "text"
+        self._after, self._space = self._after if text else "text", ""
+
+    def template(self, run: Sequence[tuple[Piece, float]], *, lend_space: bool) -> None:
+        """Add neighbouring template pieces, encoded as one text; a token takes the weight of the piece it begins in."""
+        texts = [piece.text for piece, _ in run]
+        if lend_space and texts[-1].endswith(" "):
+            texts[-1], self._space = texts[-1][:-1], " "
+        if not any(texts):
+            return
+        ids: tuple[int, ...] = ()
+        for ids_of_piece, (_, weight) in zip(self._tokens.template_run(tuple(texts), self._after), run, strict=True):
+            self._add(ids_of_piece, weight, "template")
+            ids = ids_of_piece or ids
+        self._after = "control" if ids and ids[-1] in self._tokens.control_ids else "text"
+
+    def _add(self, ids: Sequence[int], weight: float, origin: Origin) -> None:
+        self.ids += ids
+        self.weights += [weight] * len(ids)
+        self.origin += [origin] * len(ids)
+
+
+def _least(spans: Spans, start: int, end: int) -> float:
+    """The least weight of the characters of a token: what is masked is never learnt."""
+    begin, found = 0, []
+    for stop, weight in spans:
+        if begin < max(end, start + 1) and stop > start:
+            found.append(cast("float", weight))
+        begin = stop
+    return min(found, default=cast("float", spans[-1][1]))
