@@ -250,3 +250,31 @@ def test_workers_do_not_show_in_what_is_written(made):
         assert len((out / "dropped.jsonl").read_text().splitlines()) == sum(facts["dropped"].values()) > 0
         written.append([(out / name).read_text() for name in ("records/mood.jsonl", "dropped.jsonl")])
     assert written[0] == written[1]
+
+
+@pytest.mark.slow
+def test_shares_over_fifty_thousand_draws():
+    """Shots, options and inversion within 1 %, letters uniform (chi-squared, p > .001), no example that leaks."""
+    recipe = Recipe(
+        inversion=0.3,
+        shots={0: 0.7, 2: 0.3},
+        options=OptionStyle(0.5, ("letters",), "mark"),
+        held_out=("place",),
+        set_aside=0.1,
+    )
+    made = [item for item in build(recipe, (COLOUR, PLACE), rows(56_000)) if isinstance(item, Made)]
+    kept = {image.source for item in made if item.held_out for image in item.record.images}
+    trained = [item.record for item in made if not item.held_out]
+    assert len(trained) > 50_000 and kept
+    builds = [record.meta["build"] for record in trained]
+    plain = [record for record in trained if not record.meta["build"]["inverted"]]
+    assert abs(len(plain) / len(trained) - 0.7) < 0.01
+    assert abs(sum(len(b["shots"]) == 2 for b in builds) / len(builds) - 0.3) < 0.01
+    listed = [record for record in plain if record.meta["build"]["options"]]
+    assert abs(len(listed) / len(plain) - 0.5) < 0.01
+    letters = collections.Counter(record.turns[-1].text for record in listed)
+    expected = len(listed) / 3
+    assert set(letters) == set("ABC") and sum((n - expected) ** 2 / expected for n in letters.values()) < 13.8
+    for record in trained:
+        images = [image.source for image in record.images]
+        assert len(set(images)) == len(images) and kept.isdisjoint(images)
