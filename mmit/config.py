@@ -403,6 +403,10 @@ class TrainConfig(Section):
     """write checkpoints while training goes on, from a copy in host memory; false: on the disk when a save returns"""
     eval_every: PositiveInt | None = None
     """steps between evaluations (data.eval, or a callable); null evaluates after the last step only"""
+    eval_tasks: list[str] = []
+    """tasks of `mmit eval` that are scored too, on the weights as they are; keep_best.metric can be the name of one"""
+    eval_questions: PositiveInt = 500
+    """questions asked of each of these tasks, the same ones every time"""
     log_every: PositiveInt = 1
     """steps between lines of metrics"""
     report_to: list[Literal["tensorboard", "wandb"]] = []

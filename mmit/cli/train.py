@@ -93,7 +93,12 @@ def train(
 
     from mmit.train.run import run  # after the config has been read, so that its errors come at once
 
-    code = run(settings)
+    measured = None
+    if settings.train.eval_tasks:
+        from mmit.eval.while_training import task_scores
+
+        measured = task_scores(settings.train.eval_tasks, settings.train.eval_questions)
+    code = run(settings, evaluate=measured)
     if code == 0 and int(os.environ.get("RANK", "0")) == 0:
         _write_exports(settings)
     raise typer.Exit(code)

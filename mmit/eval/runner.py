@@ -269,6 +269,13 @@ def _settings(task: Task, arm: Arm) -> AnswerRow:
     return settings
 
 
+def answers_to(model: Generates | Scores, task: Task, items: Sequence[Item], *, batch_size: int) -> list[str]:
+    """Return one answer per question, thoughts left out; nothing is written. Raises what the model raises."""
+    chunks = _chunks(items, batch_size)
+    rows = [_answers(model, task, chunk, batch_size=batch_size, blank_images=False) for chunk in chunks]
+    return [row["answer"] for chunk in rows for row in chunk]
+
+
 def invalid_rate(task: Task, score: Score, answers: Sequence[str]) -> float:
     """Return the share of answers outside the task's closed set as the metric reads them.
 

@@ -1,0 +1,79 @@
+"""Benchmarks on the live weights of a run: what `train.eval_tasks` measures every `train.eval_every` steps.
+
+In: names of tasks and how many questions of each. Out: a callable for `mmit.train.run.run` that gives one score a task,
+under the task's name. Ranks share the questions, and every rank gets all scores; under ZeRO-3, where a layer's weights
+are gathered by all ranks at once, each rank answers all of them. Writes no answers: `mmit eval` does that with a
+checkpoint. Refuses tasks that need a judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from mmit.errors import ConfigError
+from mmit.eval.judges import JUDGES
+from mmit.eval.metrics import check_installed, get_metric
+from mmit.eval.questions import sample_items
+from mmit.eval.runner import answers_to
+from mmit.eval.tasks import load_task, task_items
+from mmit.generate import Model
+from mmit.models.partition import is_part
+
+if TYPE_CHECKING:
+    from mmit.train.checkpoint.model import Loaded
+
+BATCH = 32  # questions at once; beside a training step there is less room than in `mmit eval`
+
+
+def task_scores(names: Sequence[str], questions: int) -> Callable[[Loaded, int], Mapping[str, float]]:
+    """Read the tasks now, so that a missing file ends the command at once, and return what measures them.
+
+    Args:
+        names: names or YAMLs of tasks, as `mmit eval --task` takes them.
+        questions: asked of each task, the same seeded sample every time.
+
+    Raises:
+        ConfigError: a task needs a judge, or two have one name. What `load_task` and `task_items` raise.
+    """
+    tasks = [load_task(name) for name in names]
+    for task in tasks:
+        if task.metric in JUDGES:
+            problem, remedy = (
+                f"task '{task.name}' needs a judge",
+                "Measure it on a checkpoint: mmit eval RUN --task ...",
+            )
+            raise ConfigError(problem, where="train.eval_tasks", remedy=remedy)
+    if len({task.name for task in tasks}) < len(tasks):
+        raise ConfigError("two tasks have one name", where="train.eval_tasks", remedy="Name each task once.")
+    asked = []
+    for task in tasks:
+        items = sample_items(task_items(task.model_copy(update={"sample": None})), questions, task.seed)
+        check_installed(task.metric, [item.reference for item in items])
+        asked.append((task, items))
+
+    def measure(live: Loaded, step: int) -> Mapping[str, float]:
+        model = Model(live.vlm, live.tokenizer, live.chat, image=live.image)
+        rank, world = _share(live)
+        scores = {}
+        for task, items in asked:
+            mine = items[rank::world]
+            said = answers_to(model, task, mine, batch_size=BATCH) if mine else []
+            if world > 1:
+                parts: list[list[str]] = [[] for _ in range(world)]
+                dist.all_gather_object(parts, said)
+                said = [parts[place % world][place // world] for place in range(len(items))]
+            references = [item.reference for item in items]
+            scores[task.name] = get_metric(task.metric)(said, references).value
+        return scores
+
+    return measure
+
+
+def _share(live: Loaded) -> tuple[int, int]:
+    """Return this rank's number and how many ranks share the questions."""
+    if not dist.is_initialized() or any(map(is_part, live.vlm.parameters())):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
