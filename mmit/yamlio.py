@@ -46,14 +46,15 @@ class _Loader(*_LOADERS):  # type: ignore[misc]
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         try:
-            return super().construct_yaml_int(node)
+            number: int = super().construct_yaml_int(node)
+            return number
         except ValueError:  # Python reads no number of more than some thousand digits
             problem = f"a whole number of {len(node.value):,} digits"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            event = self.get_event()  # type: ignore[no-untyped-call]
+            event = self.get_event()
             raise yaml.composer.ComposerError(
                 None, None, f"alias *{event.anchor} is not supported, write the value again", event.start_mark
             )
@@ -73,7 +74,8 @@ class _Dumper(_DUMPER):  # type: ignore[misc]
 def _text(dumper: _Dumper, value: str) -> yaml.Node:
     # Plain and single-quoted text folds line breaks; escapes keep them, and keep a key on one line.
     style = '"' if any(c in value for c in "\n\x85\u2028\u2029") else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+    scalar: yaml.Node = dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+    return scalar
 
 
 _Dumper.add_representer(str, _text)

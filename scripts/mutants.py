@@ -323,14 +323,14 @@ MUTANTS = [
         "mmit/data/formats/thoughts.py",
         "    if not end:",
         "    if False:",
-        "tests/data/formats/test_thoughts.py",
+        "tests/data/formats/test_format_thoughts.py",
     ),
     Mutant(
         "thoughts: the mark of a question is read",
         "mmit/data/formats/thoughts.py",
         'if turn.role == "assistant" else turn',
         "",
-        "tests/data/formats/test_thoughts.py",
+        "tests/data/formats/test_format_thoughts.py",
     ),
     Mutant(
         "pictures: those of a record do not count",

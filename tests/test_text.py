@@ -252,6 +252,13 @@ CALLS: dict[str, Callable[[Path], list[str]]] = {
     "build select": lambda folder: replayed(
         folder, records=f"{evil_data(folder).relative_to(folder)}", select={EVIL: 1}
     ),
+    "build holdout": lambda folder: [
+        *(
+            evil_yaml(folder, records=str(evil_data(folder)), holdout={"clusters": [EVIL]}),
+            "--out",
+            str(folder / EVIL_NAME),
+        ),
+    ],
     "build status": built,
     "build templates check": lambda folder: [evil_bank(folder)[1]],
     "build templates show": lambda folder: [evil_bank(folder)[1], "--row", f"{evil_bank(folder)[0]}#1"],

@@ -1,9 +1,8 @@
 """Benchmarks on the live weights of a run: what `train.eval_tasks` measures every `train.eval_every` steps.
 
 In: names of tasks and how many questions of each. Out: a callable for `mmit.train.run.run` that gives one score a task,
-under the task's name. Ranks share the questions, and every rank gets all scores; under ZeRO-3, where a layer's weights
-are gathered by all ranks at once, each rank answers all of them. Writes no answers: `mmit eval` does that with a
-checkpoint. Refuses tasks that need a judge.
+under the task's name. Ranks share the questions, and every rank gets all scores. Writes no answers: `mmit eval` does
+that with a checkpoint. Refuses tasks that need a judge; a run refuses ZeRO-3 (`train.settle.check_zero3`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from mmit.eval.questions import sample_items
 from mmit.eval.runner import answers_to
 from mmit.eval.tasks import load_task, task_items
 from mmit.generate import Model
-from mmit.models.partition import is_part
 
 if TYPE_CHECKING:
     from mmit.train.checkpoint.model import Loaded
@@ -56,7 +54,7 @@ def task_scores(names: Sequence[str], questions: int) -> Callable[[Loaded, int],
 
     def measure(live: Loaded, step: int) -> Mapping[str, float]:
         model = Model(live.vlm, live.tokenizer, live.chat, image=live.image)
-        rank, world = _share(live)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         scores = {}
         for task, items in asked:
             mine = items[rank::world]
@@ -70,10 +68,3 @@ def task_scores(names: Sequence[str], questions: int) -> Callable[[Loaded, int],
         return scores
 
     return measure
-
-
-def _share(live: Loaded) -> tuple[int, int]:
-    """Return this rank's number and how many ranks share the questions."""
-    if not dist.is_initialized() or any(map(is_part, live.vlm.parameters())):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()

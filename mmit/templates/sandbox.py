@@ -317,7 +317,7 @@ class _Bounded(NodeTransformer):
         self.generic_visit(node)
         return nodes.Call(nodes.EnvironmentAttribute("bounded_concat"), node.nodes, [], None, None, lineno=node.lineno)
 
-    def _weighed(self, node: Any) -> nodes.Node:
+    def _weighed(self, node: Any) -> Any:
         self.generic_visit(node)
         if getattr(node, "ctx", "load") != "load":  # the names that a loop or a set fills
             return node

@@ -47,9 +47,17 @@ def check_divided(vlm: VLM) -> None:
 
 
 def check_zero3(config: Config, *, world: World) -> None:
-    """Ask `check_divided` of a config's LLM by its shapes, before any weight is read; nothing without ZeRO-3."""
+    """Refuse what ZeRO-3 cannot do before any weight is read: `check_divided` of the LLM by its shapes, and benchmarks.
+
+    Answers are written in inference mode, and weights that were gathered there could not be trained any more. Nothing
+    to refuse without ZeRO-3. Raises ConfigError.
+    """
     if not world.deepspeed or zero_stage(deepspeed_options(config.engine.deepspeed)) != 3:
         return
+    if config.train.eval_tasks:
+        problem = "benchmarks cannot be asked while ranks divide the weights (ZeRO-3)"
+        remedy = "set engine.deepspeed=zero2, or run mmit eval on the checkpoints"
+        raise ConfigError(problem, where="train.eval_tasks", remedy=remedy)
     llm = config.model.llm
     if llm.random_init is None and Path(llm.name).is_absolute() and not Path(llm.name).exists():
         return  # its base is gone, and a checkpoint holds the LLM whole

@@ -60,10 +60,11 @@ def test_numbers_are_names_of_arms(tmp_path):
     assert pairs(load_study(path)) == [("2", "1")]
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/analyse").glob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = [path for path in sorted(Path("configs/analyse").glob("*.yaml")) if not path.stem.endswith("_build")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_study_can_be_read(path):
-    if path.stem.endswith("_build"):
-        pytest.skip("a build config")
     study = load_study(path)
     assert len(study.arms) > 1 and study.study in path.read_text()
     for file in (study.base, study.build):

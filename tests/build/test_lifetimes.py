@@ -68,6 +68,13 @@ def select(folder: Path) -> dict[str, object]:
     return {"records": "rows.jsonl", "licence": "MIT", "score": {"by": "none"}, "keep": {"number": 20}}
 
 
+def holdout(folder: Path) -> dict[str, object]:
+    told = [{"task": task, "cluster": task} for task in ("a", "b")]
+    records = [Record.triple(f"Say {n}.", f"It is {n}.", id=str(n), licence="MIT", meta=told[n % 2]) for n in range(30)]
+    write_jsonl(records, folder / "rows.jsonl")
+    return {"records": "rows.jsonl", "holdout": {"clusters": ["a"]}, "check": ["image", "source"]}
+
+
 # command -> the settings of a build whose files are in a folder, without its teacher
 BUILDS: dict[str, Callable[[Path], dict[str, object]]] = {
     "annotated": annotated,
@@ -75,11 +82,12 @@ BUILDS: dict[str, Callable[[Path], dict[str, object]]] = {
     "self-instruct": self_instruct,
     "conversations": conversations,
     "select": select,
+    "holdout": holdout,
     "self-chat": lambda folder: {"rows": rows(folder, topic="About"), "rounds": 2},
 }
 
 
-ALONE = ("annotated", "select")  # they ask no teacher, so they have no journal to go on from
+ALONE = ("annotated", "select", "holdout")  # they ask no teacher, so they have no journal to go on from
 
 
 def test_every_command_that_builds_is_tried() -> None:

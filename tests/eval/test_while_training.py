@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from mmit.cli import main
 from mmit.errors import ConfigError
 from mmit.eval.while_training import task_scores
 from mmit.train.run import run
+from mmit.train.settle import check_zero3
 from mmit.yamlio import dump_yaml
 from tests.tiny_run import DROPOUT, tiny_config
 from tests.train.launch import ROOT, start_ranks
@@ -63,9 +65,14 @@ def test_tasks_that_cannot_be_measured_here(tmp_path):
         task_scores([task, task], 5)
 
 
+def test_zero3_is_refused_before_anything_is_loaded(tmp_path):
+    config = tiny_config(tmp_path, train={"eval_tasks": ["pope"]}, engine={"deepspeed": "zero3"})
+    with pytest.raises(ConfigError, match="ZeRO-3"):
+        check_zero3(config, world=SimpleNamespace(deepspeed=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_two_ranks_find_the_scores_of_one(tmp_path, stage):
+def test_two_ranks_find_the_scores_of_one(tmp_path):
     pytest.importorskip("deepspeed")
     train = {"steps": 3, "rows_per_step": 2, "eval_every": 1, "eval_questions": 11}
     task = write_task(tmp_path)
@@ -73,7 +80,7 @@ def test_two_ranks_find_the_scores_of_one(tmp_path, stage):
     found = {}
     for name, ranks in (("one", 1), ("two", 2)):
         place = {"dir": str(tmp_path / name)}
-        config = tiny_config(tmp_path, run=place, train=train, engine={"deepspeed": stage})
+        config = tiny_config(tmp_path, run=place, train=train, engine={"deepspeed": "zero2"})
         (tmp_path / f"{name}.yaml").write_text(config.to_yaml())
         arguments = [str(ROOT / "scripts" / "train.py"), "--config", str(tmp_path / f"{name}.yaml")]
         start_ranks(arguments, ranks=ranks, timeout=240)
