@@ -181,3 +181,17 @@ def test_import_and_check_say_what_was_read_and_what_was_not(tmp_path: Path) -> 
         output = " ".join(output.split())
         assert "'videos' is a video" in output and "'label' is False" in output
     assert (imported.exit_code, checked.exit_code) == (0, 1)
+
+
+def test_a_mixture_without_a_model_is_read_as_data(made, tmp_path):
+    """What `mmit build` writes where its config names no `base`."""
+    paths = {name: str(made / "data" / f"{name}.jsonl") for name in ("train", "test")}
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text(dump_yaml({"data": {"train": [{"path": paths["train"]}], "eval": [{"path": paths["test"]}]}}))
+    assert "test-image" in mmit("data", "check", mixture).stdout
+    assert "train" in good("data", "show", mixture, "--text").stdout
+    assert "12 different images" in good("data", "stats", mixture, "--out", tmp_path / "stats").stdout
+    with_model = mmit("data", "check", mixture, "--config", made / "config.yaml")
+    assert "no tokenizer was given" not in with_model.stdout and "test-image" in with_model.stdout
+    mixture.write_text(dump_yaml({"data": {"train": [{"paths": paths["train"]}]}}))
+    assert_one_message(mmit("data", "check", mixture), "mixture.yaml:3", "paths: unknown key", "path")

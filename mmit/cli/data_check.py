@@ -111,8 +111,9 @@ def check(
 
 def _held_out(data: Path, settings: Config | None, test: list[Path]) -> list[File]:
     given = [File(path) for path in test]
-    if settings is not None and sources.is_config(data):
-        given += sources.config_files(settings.data.eval)
+    if sources.is_config(data):
+        section = sources.mixture_of(data) or (settings.data if settings is not None else None)
+        given += sources.config_files(section.eval) if section is not None else []
     return given
 
 

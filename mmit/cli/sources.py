@@ -18,7 +18,7 @@ from mmit.errors import ConfigError, RecordError, located
 from mmit.text import echo
 
 if TYPE_CHECKING:
-    from mmit.config import Config, ModelConfig, SourceConfig
+    from mmit.config import Config, DataConfig, ModelConfig, SourceConfig
     from mmit.data.chat import ChatFormat, Encoded
     from mmit.data.loss import Loss
     from mmit.data.preparation import ImagePreparation
@@ -93,26 +93,49 @@ def is_config(path: Path) -> bool:
 
 
 def settings_of(data: Path, config: Path | None) -> Config | None:
-    """Return the config that DATA is or that --config names; None without one."""
+    """Return the config that DATA is or that --config names; None without one, or where it is of data alone."""
     from mmit.config import load_config
 
-    if is_config(data):
+    if is_config(data) and mixture_of(data) is None:
         if config is not None:
             raise typer.BadParameter("the data is a config already", param_hint="--config")
         config = data
     return None if config is None else load_config(config)
 
 
+def mixture_of(data: Path) -> DataConfig | None:
+    """Return the section of a YAML that holds data and no model, as `mmit build` writes without a base; else None."""
+    from pydantic import ValidationError
+
+    from mmit.config import DataConfig
+    from mmit.sections import config_error
+    from mmit.yamlio import parse_yaml
+
+    try:
+        raw, lines = parse_yaml(data.read_text("utf-8"), where=str(data))
+    except (OSError, UnicodeDecodeError):
+        return None  # load_config says what is wrong
+    if not isinstance(raw, dict) or set(raw) != {"data"}:
+        return None
+    try:
+        return DataConfig.model_validate(raw["data"])
+    except ValidationError as error:
+        origins = {keys[1:]: f"{data}:{line}" for keys, line in lines.items() if keys[:1] == ("data",)}
+        raise config_error(error, DataConfig, raw["data"], where=str(data), origins=origins) from None
+
+
 def files_of(
     data: Path, settings: Config | None, *, format: str | None = None, image_root: Path | None = None
 ) -> list[File]:
     """Return the file, its format found out (and said on stderr) if not given, or the config's training sources."""
-    if settings is None or not is_config(data):
+    mixture = mixture_of(data) if is_config(data) else None
+    section = mixture or (settings.data if settings is not None and is_config(data) else None)
+    if section is None:
         return [File(data, format or _told_format(data), image_root)]
     for option, value in (("--format", format), ("--image-root", image_root)):
         if value is not None:
             raise typer.BadParameter("the config says so for each of its sources", param_hint=option)
-    return config_files(settings.data.train, settings.data.loss.sources)
+    return config_files(section.train, section.loss.sources)
 
 
 def _told_format(path: Path) -> str:
