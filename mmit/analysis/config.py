@@ -7,6 +7,7 @@ it acts: `build.KEY` in the build config that makes the arm's records, `data.KEY
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from mmit.errors import ConfigError, nearest
 from mmit.sections import Section, config_error
 from mmit.yamlio import parse_yaml
 
+START = "start"  # the folder of the run that all arms start from
+_NAME = {"arms": re.compile(r"\w[\w .+%-]*"), "questions": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")}
 SPACES = ("build", "data", "config")
 
 
@@ -113,6 +116,14 @@ def _check(study: StudyConfig, where: str) -> None:
         raise ConfigError(problem, where=f"{where}: seeds", remedy="A repeated seed adds no information: give another.")
     if not study.arms or not study.questions:
         raise ConfigError("has no arms or no questions", where=where, remedy="Give at least one of each.")
+    for kind, names in (("arms", study.arms), ("questions", study.questions)):
+        for name in names:
+            if not _NAME[kind].fullmatch(name) or name == START:
+                problem = f"'{name}' cannot be a name: a folder has it, and '{START}' is taken"
+                remedy = "Use letters, digits, dots, dashes" + (
+                    " and spaces." if kind == "arms" else " and underscores."
+                )
+                raise ConfigError(problem, where=f"{where}: {kind}", remedy=remedy)
     for name, arm in study.arms.items():
         _check_arm(study, name, arm, where)
     for pair in study.contrasts:

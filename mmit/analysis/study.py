@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmit.analysis.config import QuestionsConfig, StudyConfig, overrides, transforms
+from mmit.analysis.config import START, QuestionsConfig, StudyConfig, overrides, transforms
 from mmit.analysis.data import base_records, write_arm, write_questions
 from mmit.configs import shipped_banks
 from mmit.errors import ConfigError
@@ -36,7 +36,6 @@ from mmit.io import append, write_atomic
 from mmit.processes import ended_by_kernel_with_parent, only_one
 from mmit.yamlio import dump_yaml, merge, parse_yaml
 
-START = "start"  # the arm that is trained first, and that all others start from
 FREE = ("seeds", "contrasts", "question", "margin", "controls", "style")  # leave what was run as it is
 STUDY, FAILED, COMMANDS, TIMES = "study.json", "failed.json", "commands.txt", "times.jsonl"
 Say = Callable[[str], None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mmit.build.licences import combined
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmit.build.rows import Rows
     from mmit.templates.bank import Bank, Template
 
+SHOT_ANSWERS = ("right", "wrong")
 POOL = 5_000  # rows that examples are drawn from; a sample of all rows where there are more
 
 
@@ -39,6 +40,8 @@ class Recipe:
         inversion: share of rows whose wording is turned around, where the bank has such (Flan 2022 takes 0.3).
         options: how choices are listed.
         shots: share of records by their number of solved examples.
+        shot_answers: right, or wrong: each example then shows another answer of its label space, never the right one
+            (the delusive examples of Kung and Peng, arXiv:2305.11383).
         held_out: clusters that are kept for evaluation.
         set_aside: share of the images (of the rows, where they have none) that held-out clusters ask about, and no
             other does: a held-out question about a trained image would measure memory.
@@ -51,11 +54,15 @@ class Recipe:
     inversion: float = 0.0
     options: OptionStyle = OptionStyle()
     shots: Mapping[int, float] = field(default_factory=lambda: {0: 1.0})
+    shot_answers: str = "right"
     held_out: tuple[str, ...] = ()
     set_aside: float = 0.1
 
     def __post_init__(self) -> None:
         check_shots(self.shots)
+        if self.shot_answers not in SHOT_ANSWERS:
+            remedy = nearest(str(self.shot_answers), SHOT_ANSWERS)
+            raise ConfigError(f"is '{self.shot_answers}'", where="shot_answers", remedy=remedy)
         if not 0 <= self.inversion <= 1:
             raise ConfigError(f"is {self.inversion}", where="inversion", remedy="Give a number from 0 to 1.")
         if not 0 < self.set_aside < 1:
@@ -305,8 +312,19 @@ class _Examples:
         shots = []
         for at in self._pool.draw(count, rng=rng, images=_image_names(row), skip=self._at.get(number)):
             shown, fields = self._pool.rows[at]
-            shots.append((str(fields.get("id", shown)), render(template, fields, rng=rng, options=style)))
+            example = render(template, fields, rng=rng, options=style)
+            if self._recipe.shot_answers == "wrong":
+                example = _wrong(example, rng)
+            shots.append((str(fields.get("id", shown)), example))
         return shots
+
+
+def _wrong(example: Rendered, rng: random.Random) -> Rendered:
+    others = [choice for choice in example.choices or () if choice != example.target]
+    if not others or example.target not in (example.choices or ()):
+        remedy = "Give the template choices, and let options.answer be text."
+        raise RecordError("an example has no wrong answer", remedy=remedy)
+    return replace(example, target=rng.choice(others))
 
 
 def _image_names(row: Mapping[str, Any]) -> tuple[str, ...]:

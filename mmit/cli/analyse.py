@@ -49,8 +49,8 @@ for _kind, _about in STUDIES.items():
 @app.command("arm", hidden=True)
 def arm(config: Config, name: str, seed: int, *, out: Out) -> None:
     """Write the records and the training config of one arm with one seed."""
-    from mmit.analysis.config import load_study
-    from mmit.analysis.study import START, Study
+    from mmit.analysis.config import START, load_study
+    from mmit.analysis.study import Study
 
     study = load_study(config)
     if name not in study.arms and (name != START or study.start is None):

@@ -31,7 +31,7 @@ app.command("conversations")(build_scenes.conversations)
 app.command("select")(build_select.select)
 
 BankArgument = Annotated[str, typer.Argument(metavar="BANK", help="A file, promptsource:FILE or flan:FILE#KEY.")]
-KEYS = tuple("base rows bank templates inversion options shots cap holdout allow_licences seed".split())
+KEYS = tuple("base rows bank templates inversion options shots shot_answers cap holdout allow_licences seed".split())
 INNER = {
     "templates": ("split", "per_row", "count"),
     "options": ("share", "styles", "answer"),
@@ -169,6 +169,7 @@ def _recipe(settings: Mapping[str, Any]) -> Any:
             options.get("share", 0.0), tuple(options.get("styles") or ("dashes",)), options.get("answer", "text")
         ),
         shots=settings.get("shots") or {0: 1.0},
+        shot_answers=settings.get("shot_answers", "right"),
         held_out=tuple(aside.get("clusters") or ()),
         set_aside=aside.get("images", 0.1),
     )

@@ -27,6 +27,9 @@ def test_a_study_knows_what_varies_and_its_contrasts(tmp_path):
         ({"arms": {"a": {"data.sise": 3}}}, "unknown key 'data.sise'", "size"),
         ({"contrasts": [["two", "three"]]}, "no pair of two arms", "two"),
         ({"contrasts": [["two", "two"]]}, "no pair of two arms", "different"),
+        ({"arms": {"start": {}, "b": {"data.size": 3}}}, "'start' cannot be a name", "letters"),
+        ({"arms": {"a/b": {}, "b": {"data.size": 3}}}, "'a/b' cannot be a name", "letters"),
+        ({"questions": {"two words": {"task": "pope"}}}, "'two words' cannot be a name", "underscores"),
         ({"records": "data.jsonl"}, "either build or records", "one of the two"),
         ({"questions": {"q": {"task": "pope", "records": "x.jsonl"}}}, "both given", "or records"),
         (

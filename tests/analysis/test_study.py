@@ -93,13 +93,13 @@ def test_arms_seeds_and_contrasts_can_be_added(finished):
 
 
 def test_a_failed_arm_is_told_and_stops_no_other(tmp_path):
-    arms = {"all": {}, "too many": {"data.size": 1000}}
+    arms = {"all 100 %": {}, "too many": {"data.size": 1000}}
     path = write_world(tmp_path, study="size", arms=arms, seeds=[0])
     study = Study(load_study(path), path, tmp_path / "out", execute=here)
     study.run(jobs=1, say=lambda text: None)
     report = write_report(study)
     assert "1000 records are asked for, but there are 24" in report
-    assert "| all |" in report and "One seed: there is no interval" in report
+    assert "| all 100 % |" in report and "One seed: there is no interval" in report
 
 
 def test_the_plan_lists_commands_and_runs_nothing(tmp_path):

@@ -50,6 +50,19 @@ def build(recipe: Recipe, banks=(COLOUR,), open_rows=None):
     return list(annotated(open_rows or rows(), banks, recipe, source="rows.jsonl", licence="MIT"))
 
 
+def test_wrong_examples_show_an_answer_of_the_label_space_and_never_the_right_one():
+    right = {f"r{i}": COLOURS[i % 3] for i in range(300)}
+    for item in build(Recipe(shots={2: 1.0}, shot_answers="wrong")):
+        shown = re.findall("|".join(COLOURS), item.record.turns[0].text)
+        assert len(shown) == 2 and item.record.turns[-1].text == right[item.record.id.partition("/")[0]]
+        for name, answer in zip(item.record.meta["build"]["shots"], shown, strict=True):
+            assert answer != right[name]
+    open_ended = build(Recipe(shots={1: 1.0}, shot_answers="wrong"), (PLACE,))
+    assert {item.reason for item in open_ended} == {"an example has no wrong answer"}
+    with pytest.raises(ConfigError, match="shot_answers"):
+        Recipe(shot_answers="wrongs")
+
+
 def test_every_row_becomes_a_record_with_its_provenance():
     made = build(Recipe(seed=1))
     assert len(made) == 300 and all(isinstance(item, Made) for item in made)
