@@ -1,12 +1,11 @@
 # mmit with its extras.
-#   CPU:   docker build -t mmit .
-#   CUDA:  docker build -t mmit:cuda --build-arg DEVICE=cuda .     then: docker run --gpus all mmit:cuda env
+#   CUDA:  docker build -t mmit:cuda .     then: docker run --gpus all mmit:cuda env
+#   CPU:   docker build -t mmit --build-arg TORCH_INDEX=URL .     URL: PyTorch's index of wheels without CUDA
 # The CUDA wheels of torch bring the CUDA libraries; the host needs its driver and the NVIDIA container toolkit alone.
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 
-# cpu: wheels without CUDA, 2 GB smaller. cuda: what PyPI has. TORCH_INDEX names another index, for an older driver.
-ARG DEVICE=cpu
+# Where torch comes from, if not from the default index: wheels without CUDA are 2 GB smaller, others suit older drivers.
 ARG TORCH_INDEX=
 ARG EXTRAS=deepspeed,gguf,hub,parquet
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
@@ -18,12 +17,7 @@ RUN apt-get update && apt-get install --yes --no-install-recommends g++ ninja-bu
 WORKDIR /opt/mmit
 # Versions are bounded in pyproject.toml; an image that must be repeated bit by bit gives pip a constraints file.
 # hadolint ignore=DL3013
-RUN case "$DEVICE" in \
-      cpu) index=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu} ;; \
-      cuda) index=${TORCH_INDEX:-https://pypi.org/simple} ;; \
-      *) echo "DEVICE is '$DEVICE': give cpu or cuda" >&2; exit 2 ;; \
-    esac; \
-    pip install --no-cache-dir --index-url "$index" "torch>=2.11" torchvision
+RUN pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch>=2.11" torchvision
 
 COPY pyproject.toml README.md LICENSE ./
 COPY mmit ./mmit
@@ -31,6 +25,6 @@ COPY mmit ./mmit
 RUN pip install --no-cache-dir ".[$EXTRAS]" && useradd --create-home --uid 1000 mmit
 
 USER 1000
-WORKDIR /work
+WORKDIR /home/mmit
 ENTRYPOINT ["mmit"]
 CMD ["--help"]
