@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mmit.errors import MmitError
+from mmit.eval.answers import ASKED
 from mmit.eval.metrics import PairedDifference, mcnemar, paired_bootstrap, paired_clusters
 from mmit.records import json_lines
 
@@ -83,7 +84,7 @@ def _files(path: Path) -> dict[str, Path]:
 def _rows(path: Path) -> dict[str, Mapping[str, Any]]:
     rows: dict[str, Mapping[str, Any]] = {}
     for number, row in list(json_lines(path))[1:]:
-        if not isinstance(row, dict) or "id" not in row or "answer" not in row:
+        if not isinstance(row, dict) or not {"id", "answer", *ASKED} <= row.keys():
             raise MmitError("not an answer", where=f"{path}:{number}", remedy="Run `mmit eval` again.")
         if "correct" not in row:
             remedy = "Let `mmit eval` finish it: the same command goes on where it stopped."

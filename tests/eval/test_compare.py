@@ -77,6 +77,13 @@ def test_what_cannot_be_compared(tmp_path: Path) -> None:
     (a / "t" / "answers-tuned.jsonl").write_text(rows)
     with pytest.raises(MmitError, match="cut off before it was scored"):
         compare(a, a)
+    damaged = answered(tmp_path / "damaged", ["yes"])
+    file = next(damaged.rglob("answers-tuned.jsonl"))
+    head, row = file.read_text().splitlines()
+    kept = {key: value for key, value in json.loads(row).items() if key != "reference"}
+    file.write_text(f"{head}\n{json.dumps(kept)}\n")
+    with pytest.raises(MmitError, match=r"jsonl:2: not an answer"):
+        compare(damaged, damaged)
 
 
 def test_without_verdicts_only_the_count_is_told(tmp_path: Path) -> None:
