@@ -31,7 +31,8 @@ def base_name(name: str, llm: Any = None) -> str:
     """Name that a tensor of the architecture's own has without the wrappers around it, in `llm` where it is given."""
     if (plain := getattr(llm, PLAIN, None)) is not None:
         return plain[name]
-    return name.replace(".base_layer.", ".").replace(f".{INNER}.", ".")
+    # One at a time: PEFT wraps experts once for each of their tensors, so that two wrappers follow each other.
+    return ".".join(part for part in name.split(".") if part not in ("base_layer", INNER))
 
 
 def is_added(llm: Any, name: str) -> bool:
