@@ -25,6 +25,6 @@ COPY mmit ./mmit
 RUN pip install --no-cache-dir ".[$EXTRAS]" && useradd --create-home --uid 1000 mmit
 
 USER 1000
-WORKDIR /home/mmit
+WORKDIR /data
 ENTRYPOINT ["mmit"]
 CMD ["--help"]

@@ -288,6 +288,8 @@ FREE = {
     "train.keep_best": {"metric": "eval_loss"},
     "train.save_in_background": True,
     "train.eval_every": 5,
+    "train.eval_tasks": ["easy_vqa"],  # which the command hands in: tests/eval/test_while_training.py
+    "train.eval_questions": 3,
     "train.log_every": 2,
     "train.report_to": [],
     "train.spike_sigma": 0.1,
