@@ -62,7 +62,7 @@ ROLES: dict[str, Role] = {
             "model.vision.cache_dir", "export*",
             "data.train.*.name", "data.eval*", "data.workers", "data.prefetch_mb", "data.cache_dir",
             "train.save_every", "train.keep_last", "train.keep_best*", "train.save_in_background",
-            "train.eval_every", "train.eval_tasks",
+            "train.eval_every", "train.eval_tasks*",
             "train.eval_questions", "train.log_every", "train.report_to*", "train.spike_sigma", "train.spike_window",
         ),
         "free",
