@@ -20,6 +20,7 @@ from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image
 
 KEYS = ("path", "package", "dataset", "split", "config", "revision", "images", "image_root", "licence", "limit")
+NO_IMAGE = "there is no image file"
 Rows = Iterator[tuple[int, "dict[str, Any] | RecordError"]]
 
 
@@ -106,7 +107,7 @@ def _there(image: Image) -> Image:
     """Refuse an image whose file is gone or whose bytes are none: a question about nothing teaches guessing."""
     if isinstance(image.source, str) and not os.path.isfile(image.source):
         remedy = "Check its path: it starts at rows.image_root, or at the folder of the rows."
-        raise RecordError(f"there is no image file '{image.source}'", remedy=remedy)
+        raise RecordError(f"{NO_IMAGE} '{image.source}'", remedy=remedy)
     if isinstance(image.source, bytes):
         image_format(image.source)
     return image

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmit.build.annotated import Dropped
+from mmit.build.rows import NO_IMAGE
 from mmit.data.images import image_size
 from mmit.errors import ConfigError, ImageError, RecordError, nearest
 from mmit.records import Image, Record, read_jsonl
 
+MISSING = "the image file is missing"
 FIELDS = {"image": "image", "captions": "captions", "boxes": "instances", "box": "box", "category": "category"}
 _NAMES = ("category", "label", "ref", "name", "caption")
 
@@ -65,7 +67,8 @@ def scenes_of_rows(
     known = False
     for number, row in rows:
         if isinstance(row, RecordError):
-            yield _dropped(source, number, "the row cannot be read", row.problem)
+            gone = row.problem.startswith(NO_IMAGE)
+            yield _dropped(source, number, MISSING if gone else "the row cannot be read", row.problem)
             continue
         if not known:
             for name in [names["image"], *(v for v in fields.values() if isinstance(v, str)), *facts]:
@@ -113,7 +116,7 @@ def _scene(
     if not isinstance(image, Image):
         return _dropped(source, number, "the row has no image", repr(image))
     if isinstance(image.source, str) and not os.path.isfile(image.source):
-        return _dropped(source, number, "the image file is missing", image.source)
+        return _dropped(source, number, MISSING, image.source)
     texts = [captions] if isinstance(captions, str) else list(captions or [])
     if not all(isinstance(text, str) and text.strip() for text in texts):
         return _dropped(source, number, "a caption is no text", repr(captions))

@@ -58,6 +58,7 @@ PUBLISHED_OF: dict[str, tuple[str, ...]] = {
     "longcat_flash": ("attention_method", "mla_scale_kv_lora", "mla_scale_q_lora", "zero_expert_type"),
     "minimax": ("rotary_dim", "shared_intermediate_size"),
     "minimax_m2": (
+        "rotary_dim",  # older transformers take it without naming it
         "attn_type_list", "mtp_transformer_layers", "num_mtp_modules", "qk_norm_type", "shared_intermediate_size",
         "use_mtp", "use_routing_bias",
     ),
