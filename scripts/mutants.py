@@ -721,14 +721,14 @@ MUTANTS = [
         "mmit/build/write.py",
         "lock = nullcontext() if resumed else",
         "lock = nullcontext() if out.name else",
-        "tests/build/test_lifetimes.py",
+        "tests/build/test_build_lifetimes.py",
     ),
     Mutant(
         "build: a draft of a killed one stays",
         "mmit/build/write.py",
         "shutil.rmtree(draft, ignore_errors=True)  # of a build that was killed",
         "draft = draft.with_name(f'{draft.name}{os.getpid()}')",
-        "tests/build/test_lifetimes.py",
+        "tests/build/test_build_lifetimes.py",
     ),
     Mutant(
         "text: a data card as it came",

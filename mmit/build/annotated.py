@@ -7,6 +7,7 @@ off, resumed or spread over processes without a difference. Refuses a bank that 
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -218,7 +219,8 @@ def _is_aside(row: Mapping[str, Any], number: int, recipe: Recipe) -> bool:
     if not recipe.held_out:
         return False
     # The first image alone decides: a row of several images would otherwise need every set they are in to agree.
-    name = next(iter(_image_names(row)), str(number))
+    # Its file's name without the folder: the same images are set aside wherever they lie.
+    name = os.path.basename(next(iter(_image_names(row)), str(number)))
     return random.Random(f"{recipe.seed}|aside|{name}").random() < recipe.set_aside
 
 
