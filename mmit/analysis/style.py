@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmit.analysis.transform import ANSWER
+from mmit.eval.metrics.similarity import common_subsequence
 
 _LIST = re.compile(r"(?m)^\s*(?:[-*•]|\d+[.)])\s+\S")
 _WORD = re.compile(r"\w+")
@@ -47,17 +48,7 @@ def in_frame(answers: Sequence[str], frame: str) -> float | None:
     wanted = words(frame.replace(ANSWER, " "))
     if not wanted or not answers:
         return None
-    return sum(_common(words(answer), wanted) >= 0.8 * len(wanted) for answer in answers) / len(answers)
-
-
-def _common(a: Sequence[str], b: Sequence[str]) -> int:
-    """Length of the longest common subsequence of words; frames are short, so the plain table will do."""
-    row = [0] * (len(b) + 1)
-    for one in a:
-        before = 0
-        for place, other in enumerate(b, 1):
-            before, row[place] = row[place], before + 1 if one == other else max(row[place], row[place - 1])
-    return row[-1]
+    return sum(common_subsequence(words(answer), wanted) >= 0.8 * len(wanted) for answer in answers) / len(answers)
 
 
 class StyleScore:
