@@ -12,7 +12,7 @@ data=data/easy-vqa
 [ -e $data/train.jsonl ] || mmit data import easy-vqa --split train --out $data/train.jsonl
 [ -e $data/captions.jsonl ] || mmit data import easy-vqa-captions --split train --out $data/captions.jsonl
 
-echo "== 2. training: projector + LoRA on SmolLM2-135M-Instruct, EfficientNet-Lite0 as the eye"
+echo "== 2. training: projector + LoRA on SmolLM2-135M-Instruct, EfficientNet-Lite0 as vision encoder"
 [ -e "$run/finished.json" ] || mmit train --config configs/train/quickstart.yaml run.dir="$run" run.resume=auto "$@"
 
 echo "== 3. evaluation on $questions of the 9,673 test questions"

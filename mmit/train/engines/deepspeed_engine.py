@@ -53,12 +53,12 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
     zero = options.get("zero_optimization") or {}
     known = DeepSpeedZeroConfig.model_fields  # some are written otherwise in the JSON: stage3_max_live_parameters
     fields = {*known, *(f.alias for f in known.values() if f.alias)}
-    for key in zero:
+    for key in zero:  # DeepSpeed refuses them too, but does not name the key that was meant
         if key not in fields:
             where = f"{WHERE}.zero_optimization.{key}"
             raise ConfigError("ZeRO has no such key", where=where, remedy=nearest(key, fields))
     try:
-        DeepSpeedConfig(copy.deepcopy(dict(options)))
+        DeepSpeedConfig(copy.deepcopy(dict(options)))  # a copy: it fills in and deletes keys while it reads
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([WHERE, *map(str, first["loc"])])
@@ -136,6 +136,8 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def _out_of_sight(self) -> Iterator[None]:
+        # `initialize` and `step` walk over the model's children: the first divides and broadcasts what it finds, the
+        # second frees what was gathered. A child that is None for that moment is neither divided nor touched.
         hidden = {name: self._model._modules[name] for name in self._replicated}
         try:
             for name in hidden:
@@ -153,6 +155,7 @@ class DeepSpeedEngine(Engine):
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """DeepSpeed averages gradients over ranks, and the loop wants their sum: hence `world`."""
+        # Told, not counted: micro-batches of a step differ in number from step to step, DeepSpeed counts a fixed one.
         self.engine.set_gradient_accumulation_boundary(last)
         losses = self.engine(**tensors)
         self.engine.backward(poisoned(weighted(losses, weights), scale * self.world), scale_wrt_gas=False)
@@ -165,6 +168,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, factor: float) -> float:
         """DeepSpeed's optimizer step; on a gradient that is not finite all ranks skip it."""
+        # From the peaks each time: a product of factors would gather rounding, and a resumed run would have another lr.
         for group, peak in zip(self.optimizer.param_groups, self._peaks, strict=True):
             group["lr"] = peak * factor
         norm: Any = None
@@ -176,6 +180,7 @@ class DeepSpeedEngine(Engine):
                 return float(norm)
         with self._out_of_sight():
             self.engine.step()
+        # None where DeepSpeed found an overflow before it had a norm.
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         norm = float("nan") if norm is None else float(norm)
         return norm if self.engine.was_step_applied() else float("inf")

@@ -92,6 +92,8 @@ def complete(
         # torch's fused AdamW runs on CPUs without a compiler
         "zero_force_ds_cpu_optimizer": (False, "its own AdamW, also under offload"),
     }
+    if precision == "bf16":
+        mine["bf16.check_grad_overflow"] = (True, "its loop, which skips a step without a finite gradient")
     for key, given in options.items():
         if key in ELSEWHERE and given != "auto":
             raise ConfigError(
@@ -115,11 +117,15 @@ def complete(
         inner[leaf] = value
         if section:
             whole[section] = inner
-    if precision == "bf16":
-        whole["bf16"].setdefault("check_grad_overflow", True)  # else a NaN gradient is applied
     stage = zero_stage(whole)
     if isinstance(whole.get("zero_optimization"), Mapping):
         zero = {k: v for k, v in whole["zero_optimization"].items() if v != "auto"}
+        if zero.get("compute_grad_norm") is False:  # without it every step would pass for one that is not finite
+            raise ConfigError(
+                "compute_grad_norm is false, but mmit reads the norm of every step",
+                where=f"{WHERE}.zero_optimization.compute_grad_norm",
+                remedy="remove it from the DeepSpeed JSON",
+            )
         if trained is not None and stage:
             zero.setdefault("reduce_bucket_size", bucket_size(trained))
         whole["zero_optimization"] = zero

@@ -26,6 +26,7 @@ def test_every_json_of_ours_fits(name):
     [
         ({"gradient_clipping": 0.5}, "gradient_clipping", ("0.5", "train.clip=1.0")),
         ({"bf16": {"enabled": False}}, "bf16.enabled", ("false", "train.precision=bf16")),
+        ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow", ("false", "finite gradient")),
         ({"fp16": {"enabled": True}}, "fp16.enabled", ("true", "train.precision=bf16")),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps", ("4", "1")),
         ({"train_batch_size": 32}, "train_batch_size", ("32", "rows_per_step")),
@@ -50,6 +51,12 @@ def test_a_contradiction_names_both_values(options, key, both):
     with pytest.raises(ConfigError) as error:
         complete({"zero_optimization": {"stage": 2}, **options}, precision="bf16", clip=1.0)
     assert error.value.where == f"engine.deepspeed.{key}" and all(b in str(error.value) for b in both)
+
+
+def test_a_norm_that_is_switched_off_is_refused():
+    with pytest.raises(ConfigError, match="norm of every step") as error:
+        complete({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, precision="bf16", clip=None)
+    assert error.value.where == "engine.deepspeed.zero_optimization.compute_grad_norm"
 
 
 def test_every_value_that_mmit_decides_is_in_the_list_above():
