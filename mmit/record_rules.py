@@ -21,6 +21,11 @@ _NEXT: dict[str | None, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+# Control tokens around a box, a point, or the name of what is there.
+BOX_TOKENS = (
+    *("<|box_start|>", "<|box_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<box>", "</box>", "<ref>", "</ref>"),
+)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 SOUND = ("", "")
 
@@ -93,6 +98,15 @@ def text_problem(text: Any) -> tuple[str, str]:
         problem = f"half of a surrogate pair at character {error.start}, which is not valid text"
         return problem, "Export the text again as UTF-8."
     return SOUND
+
+
+def token_problem(text: str, token: Any) -> tuple[str, str]:
+    """Check that a text that stands for a control token marks a box: by one of these no turn begins or ends."""
+    if not isinstance(token, bool):
+        return f"a text whose token is '{short(token)}'", "Write true or false, or leave it out."
+    if text in BOX_TOKENS:
+        return SOUND
+    return f"a token that marks no box: '{short(text)}'", f"Take token off the text; valid: {', '.join(BOX_TOKENS)}."
 
 
 def source_problem(source: Any) -> tuple[str, str]:

@@ -30,6 +30,7 @@ from mmit.record_rules import (
     short,
     source_problem,
     text_problem,
+    token_problem,
     tool_calls_problem,
     weight_problem,
 )
@@ -59,15 +60,20 @@ _TURN_EXTRAS: dict[str, Any] = {
     "tool_call_id": None,
 }
 _PART_KEYS = ("image", "image_base64", "text")
+_TEXT_EXTRAS: dict[str, Any] = {"weight": None, "token": False}
 _EXAMPLE = 'A row reads {"turns": [{"role": "user", "parts": [{"image": "a.png"}, {"text": "..."}]}, ...]}.'
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of text, taken literally; `weight` is its loss weight, None for that of its turn."""
+    """A piece of text, taken literally; `weight` is its loss weight, None for that of its turn.
+
+    With `token` it is one of BOX_TOKENS and stands for that control token, whoever says it.
+    """
 
     text: str
     weight: float | None = None
+    token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +257,8 @@ class Record:
                 problem, remedy = text_problem(part.text)
                 if not problem and part.weight is not None:
                     problem, remedy = weight_problem(part.weight)
+                if not problem and part.token is not False:
+                    problem, remedy = token_problem(part.text, part.token)
                 said = said or (not problem and not part.text.isspace() and part.text != "")
             else:
                 problem, remedy = f"a part that is a {type(part).__name__}", "A part is a Text or an Image."
@@ -287,7 +295,8 @@ class Record:
         parts: list[dict[str, Any]] = []
         for part in turn.parts:
             if isinstance(part, Text):
-                parts.append({"text": part.text} if part.weight is None else {"text": part.text, "weight": part.weight})
+                more = _set(part, _TEXT_EXTRAS) if part.weight is not None or part.token else {}
+                parts.append({"text": part.text} | more)
             elif isinstance(part.source, str):
                 parts.append({"image": part.source})
             else:
@@ -332,7 +341,7 @@ def _as_tuple(value: Any, name: str, example: str) -> tuple[Any, ...]:
     raise RecordError(f"'{name}' is a {type(value).__name__}, not a sequence", remedy=f"Write {example}.")
 
 
-def _set(held: Record | Turn, extras: Mapping[str, Any]) -> dict[str, Any]:
+def _set(held: Record | Turn | Text, extras: Mapping[str, Any]) -> dict[str, Any]:
     """Return the extras that differ from their default, as JSON values."""
     found = {key: getattr(held, key) for key, default in extras.items() if getattr(held, key) != default}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in found.items()}
@@ -372,15 +381,15 @@ def _list(obj: dict[str, Any], key: str, where: str) -> list[Any]:
 
 
 def _part(obj: Any, where: str, root: str) -> Part:
-    _check_keys(obj, (*_PART_KEYS, "weight"), where=where)
+    _check_keys(obj, (*_PART_KEYS, *_TEXT_EXTRAS), where=where)
     kinds = [key for key in _PART_KEYS if key in obj]
     if len(kinds) != 1 or not isinstance(obj[kinds[0]], str):
         remedy = f"Give each part exactly one key of {', '.join(_PART_KEYS)}, its value a string."
         raise RecordError("cannot tell what a part is", where=where, remedy=remedy)
     if "text" in obj:
-        return Text(obj["text"], obj.get("weight"))
-    if "weight" in obj:
-        raise RecordError("an image part has a weight", where=where, remedy="Only text carries loss: remove it.")
+        return Text(obj["text"], **{key: obj[key] for key in _TEXT_EXTRAS if key in obj})
+    if found := [key for key in _TEXT_EXTRAS if key in obj]:
+        raise RecordError(f"an image part has a {found[0]}", where=where, remedy="Only text has one: remove it.")
     if "image" in obj:
         return image_at(obj["image"], root, where=where)
     try:

@@ -208,7 +208,7 @@ class TemplateFormat(ChatFormat):
                 continue
             words = Words(said[slot.turn].thought or "") if slot.part == "thought" else next(texts[slot.turn])
             words = words.stripped(slot.left, slot.right)
-            pieces.append(Piece("content", words.text, slot.turn, slot.part, words.spans))
+            pieces.append(Piece("content", words.text, slot.turn, slot.part, words.spans, words.marks))
         return pieces
 
     def with_template_args(self, args: Mapping[str, Any]) -> ChatFormat:
@@ -270,6 +270,11 @@ class BuiltInFormat(ChatFormat):
                 raise RecordError(problem, remedy="Use a chat template, or leave them or the record out.")
         said = [flat(turn, number) for number, turn in enumerate(record.turns)]
         pieces: list[Piece] = self._bos + self._write(said, self.end, generate)
+        marks = sum(len(words.marks) for turn in said for words in turn.parts if words is not None)
+        if marks != sum(len(piece.marks) for piece in pieces):
+            problem = f"the record's boxes have control tokens, which the chat format '{self.name}' writes as letters"
+            remedy = 'In its function write Piece("content", part.text, turn.number, "text", part.spans, part.marks).'
+            raise RecordError(problem, remedy=remedy)
         return pieces
 
     def to_json(self) -> dict[str, Any]:

@@ -23,24 +23,31 @@ Role = Literal["system", "user", "assistant", "tool"]
 Part = Literal["", "text", "thought", "calls", "end", "added"]
 # (end, weight) pairs: characters up to `end` have this weight, None for that of the turn.
 Spans = tuple[tuple[int, float | None], ...]
+# (start, end) of the control tokens that the record itself names in a text, in order.
+Marks = tuple[tuple[int, int], ...]
 OPEN, CLOSE = "<think>\n", "\n</think>\n\n"
 
 
 class Words(NamedTuple):
-    """Text of a turn; `spans` say where its loss weight changes, () if it does not."""
+    """Text of a turn; `spans` say where its loss weight changes, () if it does not, `marks` where tokens stand."""
 
     text: str
     spans: Spans = ()
+    marks: Marks = ()
 
     def stripped(self, left: str | None, right: str | None) -> Words:
         """Strip both ends, as str.lstrip and str.rstrip with these arguments."""
-        if not self.spans:
+        if not self.spans and not self.marks:
             return Words(self.text.lstrip(left).rstrip(right))
         kept = self.text.lstrip(left)
         cut = len(self.text) - len(kept)
         kept = kept.rstrip(right)
         spans = tuple((min(end - cut, len(kept)), weight) for end, weight in self.spans if end > cut)
-        return Words(kept, spans)
+        return Words(kept, spans, self.marks_from(cut))
+
+    def marks_from(self, cut: int) -> Marks:
+        """The marks of this text without its first `cut` characters, among which is none."""
+        return tuple((start - cut, end - cut) for start, end in self.marks)
 
 
 class Said(NamedTuple):
@@ -69,6 +76,7 @@ class Piece(NamedTuple):
     turn: int = -1
     part: Part = ""
     spans: Spans = ()
+    marks: Marks = ()
 
 
 def _template(text: str) -> Piece:
@@ -77,7 +85,7 @@ def _template(text: str) -> Piece:
 
 def _parts(said: Said, parts: Sequence[Words | None] | None = None) -> list[Piece]:
     return [
-        Piece("image") if part is None else Piece("content", part.text, said.number, "text", part.spans)
+        Piece("image") if part is None else Piece("content", part.text, said.number, "text", part.spans, part.marks)
         for part in (said.parts if parts is None else parts)
     ]
 

@@ -40,7 +40,7 @@ def _try(spec: str, write: Any, turns: list[Said], *, end: str, where: str) -> N
     found = [(p.turn, None if p.kind == "image" else p.text) for p in whole if p.kind != "template"]
     texts = [(turn, text) for turn, text in said if text is not None]
     if [one for one in found if one[1] is not None] != texts or len(found) != len(said):
-        content = 'Piece("content", part.text, turn.number, "text", part.spans)'
+        content = 'Piece("content", part.text, turn.number, "text", part.spans, part.marks)'
         remedy = f'write each part once and in order: Piece("image") for None, or {content}'
         raise ConfigError(f"{spec} does not write every part of every turn", where=where, remedy=remedy)
     answers = [turn.number for turn in turns if turn.role == "assistant"]

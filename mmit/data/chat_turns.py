@@ -34,7 +34,13 @@ def flat(turn: Turn, number: int) -> Said:
     A thought at the beginning of an assistant's text, between <think> and </think>, is taken for what it is.
     """
     only = turn.parts[0] if len(turn.parts) == 1 else None
-    if isinstance(only, Text) and only.weight is None and is_plain(turn) and "<think>" not in only.text:
+    if (
+        isinstance(only, Text)
+        and only.weight is None
+        and not only.token
+        and is_plain(turn)
+        and "<think>" not in only.text
+    ):
         return Said(turn.role, (Words(only.text),) if only.text else (), number)
     parts: list[Words | None] = []
     for part in turn.parts:
@@ -44,19 +50,24 @@ def flat(turn: Turn, number: int) -> Said:
             before = parts.pop() if parts and parts[-1] is not None else Words("")
             assert before is not None
             text = before.text + part.text
-            parts.append(Words(text, (*before.spans, (len(text), part.weight))))
+            marks = (*before.marks, (len(before.text), len(text))) if part.token else before.marks
+            parts.append(Words(text, (*before.spans, (len(text), part.weight)), marks))
     for place, words in enumerate(parts):
         if words is not None and all(weight is None for _, weight in words.spans):
-            parts[place] = Words(words.text)
+            parts[place] = words._replace(spans=())
     thought, inline = turn.thinking, None
     first = parts[0] if parts and turn.role == "assistant" and thought is None else None
     found = _THOUGHT.match(first.text) if first is not None else None
-    if found is not None and first is not None and not first.spans:
+    if found is not None and first is not None and not first.spans and _behind(first, found.end()):
         thought, inline = found[2], (found[1], found[3])
         rest = first.text[found.end() :]
-        parts[:1] = [Words(rest)] if rest else []
+        parts[:1] = [Words(rest, marks=first.marks_from(found.end()))] if rest else []
     more = tuple((key, value) for key in ("name", "tool_call_id") if (value := getattr(turn, key)) is not None)
     return Said(turn.role, tuple(parts), number, thought, inline, tuple(turn.tool_calls), more)
+
+
+def _behind(words: Words, end: int) -> bool:
+    return not words.marks or words.marks[0][0] >= end
 
 
 def outline_of(said: Said) -> Outline:

@@ -7,13 +7,14 @@ decided here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, cast
 
 from mmit.data.content import After, PieceTokenizer, cut_tokens
+from mmit.errors import RecordError
 
 if TYPE_CHECKING:
-    from mmit.data.chat_builtin import Origin, Piece, Spans
+    from mmit.data.chat_builtin import Marks, Origin, Piece, Spans
 
 IMAGE_SLOT = -200  # LLaVA's IMAGE_TOKEN_INDEX; no tokenizer has a negative id
 
@@ -41,11 +42,15 @@ class Writer:
         self._after = self._after_image
 
     def content(self, piece: Piece, weight: float | Spans, *, named: bool) -> None:
-        """Add a text; `named`: it may hold the control tokens that content may hold."""
+        """Add a text; `named`: it may hold the control tokens that content may hold.
+
+        What the piece marks is a control token in any turn. Raises RecordError if the tokenizer does not have it.
+        """
         text = self._space + piece.text
         allowed = self._allowed if named else frozenset()
         at = 0
-        for part, is_token in cut_tokens(text, allowed):
+        cut = self._cut(text, allowed, piece.marks) if piece.marks else cut_tokens(text, allowed)
+        for part, is_token in cut:
             offsets = None
             if is_token:
                 ids = list(self._tokens.template(part, self._after))
@@ -62,6 +67,23 @@ class Writer:
             at += len(part)
             self._after = "control" if is_token else "text"
         self._after, self._space = self._after if text else "text", ""
+
+    def _cut(self, text: str, allowed: frozenset[str], marks: Marks) -> Iterator[tuple[str, bool]]:
+        """Cut a text at its marks and at `allowed`: (part, whether it is a control token) pairs."""
+        at, shift = 0, len(self._space)
+        for start, end in ((start + shift, end + shift) for start, end in marks):
+            token = text[start:end]
+            if not self._tokens.is_token(token):
+                remedy = (
+                    "Import the data with boxes=norm1000 or norm1, which need no tokens, or use a model that has it."
+                )
+                raise RecordError(f"boxes are marked by {token}, and the tokenizer has no such token", remedy=remedy)
+            if at < start:
+                yield from cut_tokens(text[at:start], allowed)
+            yield token, True
+            at = end
+        if at < len(text):
+            yield from cut_tokens(text[at:], allowed)
 
     def template(self, run: Sequence[tuple[Piece, float]], *, lend_space: bool) -> None:
         """Add neighbouring template pieces, encoded as one text; a token takes the weight of the piece it begins in."""

@@ -53,6 +53,7 @@ class PieceTokenizer:
         unknown = set() if self._unknown_id is None else {self._unknown_id}
         self.control_ids: frozenset[int] = frozenset(control | special | unknown)
         self._added_ids = frozenset(added)
+        self._names = frozenset(token.content for token in added.values())
         self._byte_names = bool(model.get("byte_fallback"))
         self._alphabet = _alphabet(spec)
         self._spellable: set[str] = set()
@@ -167,7 +168,7 @@ class PieceTokenizer:
 
     def is_token(self, text: str) -> bool:
         """Tell whether a text is the name of one added token."""
-        return text in {token.content for token in self._full.get_added_tokens_decoder().values()}
+        return text in self._names
 
     def special_part(self, text: str) -> tuple[int, ...]:
         """Return the ids of template text from its first special token to its last; () without one."""

@@ -1,10 +1,12 @@
-"""Boxes and points beside the text: written into it where it says <bbox>, or refused.
+"""Boxes and points: written into the text where it says <bbox>, read where the text has them, or refused.
 
 The layout is ms-swift's: "<ref-object>" and "<bbox>" in the text, and beside it `objects: {"ref": [...], "bbox":
 [[x1, y1, x2, y2] or [x, y]], "bbox_type": "real" | "norm1", "image_id": [...]}`, or a list of objects of one box each
 ("caption", "bbox", "bbox_type", "image"). The keys bbox, bboxes, boxes, box, points and point hold boxes likewise, one
 or a list. They become text, "[x1, y1, x2, y2]", in shares of the upright picture (norm1: 0.000 to 1.000, norm1000: 0 to
-1000). Pixels are read and never written: a model sees the picture at another size.
+1000), or what a family of models was trained on, with its control tokens (TOKENS); a tokenizer without them refuses the
+record later. Pixels are read and never written: a model sees the picture at another size. Boxes that the text itself
+has, as <box>(x1,y1),(x2,y2)</box>, are read as such where the option `boxes` is given or the format defines them.
 
 Shares hold for every preparation that keeps the whole picture; of a padded one they are shares of the picture, not of
 the padding. One that cuts (fit crop) refuses records with boxes, which WRITTEN in their meta marks.
@@ -14,21 +16,35 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mmit.data.images import image_size
 from mmit.errors import ConfigError, RecordError, nearest
-from mmit.records import Part, Record, Text, short
+from mmit.records import Image, Part, Record, Text, short
 
 OPTIONS = {
-    "boxes": "how boxes are written into the text: norm1 or norm1000; without it rows with boxes are refused",
+    "boxes": "how boxes are written into the text: as numbers (norm1, norm1000) or with tokens (qwen2_vl, qwen_vl, "
+    "internvl); without it rows with boxes are refused",
     "boxes_in": "what the file's numbers are: pixels, norm1 or norm1000; objects may say it by bbox_type",
 }
 WRITTEN = "boxes_written"
 PLACE, NAME = "<bbox>", "<ref-object>"
-_PLACES = re.compile(f"{PLACE}|{NAME}")
+_PLACES = re.compile(f"({PLACE}|{NAME})")
+# Layouts with control tokens: of a box, of the name of what is in it.
+_QWEN2, _QWEN = ("<|box_start|>", "<|box_end|>"), ("<box>", "</box>")
+_REF2, _REF = ("<|object_ref_start|>", "<|object_ref_end|>"), ("<ref>", "</ref>")
+TOKENS = {"qwen2_vl": (_QWEN2, _REF2), "qwen_vl": (_QWEN, _REF), "internvl": (_QWEN, _REF)}
+WAYS = ("norm1", "norm1000", *TOKENS)
+# Boxes in a text, always of 0 to 1000: Qwen's (x1,y1),(x2,y2) or (x,y); InternVL's [[x1, y1, x2, y2], ...].
+_PAIR = r"\(\s*\d+\s*,\s*\d+\s*\)"
+_FOUR = r"\[\s*\d+\s*(?:,\s*\d+\s*){3}\]"
+_BOX = rf"(?:{_PAIR}(?:\s*,\s*{_PAIR})?|\[\s*{_FOUR}(?:\s*,\s*{_FOUR})*\s*\])"
+_SPELT = re.compile(
+    rf"(?:<ref>([^<>\n]*)</ref>|<\|object_ref_start\|>([^<>\n]*)<\|object_ref_end\|>)?"
+    rf"(?:<box>\s*({_BOX})\s*</box>|<\|box_start\|>\s*({_BOX})\s*<\|box_end\|>)"
+)
 # Sure names of boxes, whatever they hold; the others are read as boxes if they hold lists of 2 or 4 numbers.
 _SURE, _MAYBE = ("bbox", "bboxes"), ("boxes", "box", "points", "point")
 _UNITS = {"pixels": None, "norm1": 1, "norm1000": 1000}
@@ -46,6 +62,8 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
         ConfigError: another value of these. RecordError: boxes that have no place, no unit or no picture.
     """
     check_options(boxes, boxes_in)
+    if boxes is not None:
+        record = _read_spelt(record)
     held = {key: told for key, value in record.meta.items() if (told := _held(key, value)) is not None}
     if not held:
         return record
@@ -61,8 +79,8 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
         raise RecordError(f"'{key}' holds {_count(found)}, and the text no {PLACE}", remedy=remedy)
     if boxes is None:
         remedy = (
-            "Give the option boxes=norm1000 or boxes=norm1 (--option of `mmit data import` and `mmit data index`, or "
-            "`options` of a source), or remove the key."
+            f"Give the option boxes={', '.join(WAYS[:-1])} or {WAYS[-1]} (--option of `mmit data import` and "
+            "`mmit data index`, or `options` of a source), or remove the key."
         )
         raise RecordError(f"'{key}' holds {_count(found)}, and nothing says how to write them", remedy=remedy)
     for mark, items in ((PLACE, found), (NAME, names)):
@@ -75,18 +93,85 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
     unit = _unit(key, objects, boxes_in)
     sizes = _sizes(record, key, objects, len(found)) if unit == "pixels" else [(1, 1)] * len(found)
     shares = [_shares(box, unit, size, key) for box, size in zip(found, sizes, strict=True)]
-    pending = {PLACE: iter([_written(share, boxes) for share in shares]), NAME: iter(names)}
+    written = {PLACE: iter([_written(share, boxes) for share in shares]), NAME: iter(names)}
+    turns = []
+    for turn in record.turns:
+        thinking = turn.thinking
+        if thinking is not None and _PLACES.search(thinking):
+            if boxes in TOKENS:
+                remedy = "Give boxes=norm1000 or norm1, which write numbers alone, or keep boxes out of thoughts."
+                raise RecordError("a thought has a box, and its tokens stand in text alone", remedy=remedy)
+            thinking = "".join(text for text, _ in _filled(thinking, written, boxes))
+        parts: list[Part] = []
+        for part in turn.parts:
+            if isinstance(part, Image) or part.token or not _PLACES.search(part.text):
+                parts.append(part)
+            else:
+                parts += [replace(part, text=text, token=own) for text, own in _filled(part.text, written, boxes)]
+        turns.append(replace(turn, thinking=thinking, parts=tuple(parts)))
+    meta = {name: value for name, value in record.meta.items() if name != key} | {WRITTEN: boxes}
+    return replace(record, turns=tuple(turns), meta=meta)
 
-    def fill(text: str) -> str:
-        return _PLACES.sub(lambda mark: next(pending[mark.group()]), text)
+
+def spelt_box(record: Record) -> str:
+    """Return the first box that a text of a record has as letters, "" if none does."""
+    for turn in record.turns:
+        for text in (turn.thinking or "", *(part.text for part in turn.parts if isinstance(part, Text))):
+            if "box" in text and (found := _SPELT.search(text)):
+                return found.group()
+    return ""
+
+
+def refuse_spelt(record: Record) -> None:
+    """Raise RecordError for boxes in the text of a format that defines them."""
+    if found := spelt_box(record):
+        remedy = f"Give the option boxes={', '.join(WAYS[:-1])} or {WAYS[-1]}: the model's own tokens, or numbers."
+        raise RecordError(f"the text has the box {short(found, 60)}, and nothing says how to write it", remedy=remedy)
+
+
+def _read_spelt(record: Record) -> Record:
+    """Take the boxes out of the texts: <bbox> and <ref-object> in their places, the numbers in `objects`."""
+    if not spelt_box(record):
+        return record
+    if beside := [key for key, value in record.meta.items() if _held(key, value) is not None]:
+        problem = f"boxes stand in the text and in '{beside[0]}'"
+        raise RecordError(problem, remedy="Keep one of them.")
+    boxes: list[list[int]] = []
+    names: list[str] = []
+
+    def taken(found: re.Match[str]) -> str:
+        numbers = [int(n) for n in re.findall(r"\d+", found[3] or found[4])]
+        step = 2 if len(numbers) == 2 else 4
+        new = [numbers[at : at + step] for at in range(0, len(numbers), step)]
+        boxes.extend(new)
+        name = found[2] if found[1] is None else found[1]
+        if name is not None:
+            names.append(name)
+        return (NAME if name is not None else "") + PLACE * len(new)
 
     turns = []
     for turn in record.turns:
-        thinking = None if turn.thinking is None else fill(turn.thinking)
-        parts: tuple[Part, ...] = tuple(replace(p, text=fill(p.text)) if isinstance(p, Text) else p for p in turn.parts)
-        turns.append(replace(turn, thinking=thinking, parts=parts))
-    meta = {name: value for name, value in record.meta.items() if name != key} | {WRITTEN: boxes}
-    return replace(record, turns=tuple(turns), meta=meta)
+        thinking = None if turn.thinking is None else _SPELT.sub(taken, turn.thinking)
+        parts = [
+            p if isinstance(p, Image) or p.token else replace(p, text=_SPELT.sub(taken, p.text)) for p in turn.parts
+        ]
+        turns.append(replace(turn, thinking=thinking, parts=tuple(parts)))
+    held = {"bbox": boxes, "ref": names, "bbox_type": "norm1000", "image_id": [0] * len(boxes)}
+    return replace(record, turns=tuple(turns), meta={**record.meta, "objects": held})
+
+
+def _filled(text: str, written: Mapping[str, Iterator[str]], boxes: str) -> list[tuple[str, bool]]:
+    """Put names and boxes into their places: (text, whether it is a control token) pairs."""
+    pairs: list[tuple[str, bool]] = []
+    for part in _PLACES.split(text):
+        if part not in written:
+            pairs.append((part, False))
+            continue
+        opening, closing = TOKENS[boxes][part == NAME] if boxes in TOKENS else ("", "")
+        pairs += [(opening, True), (next(written[part]), False), (closing, True)]
+    if boxes not in TOKENS:
+        return [("".join(part for part, _ in pairs), False)]
+    return [(part, own) for part, own in pairs if part]
 
 
 def check_options(boxes: Any = None, boxes_in: Any = None) -> None:
@@ -94,7 +179,7 @@ def check_options(boxes: Any = None, boxes_in: Any = None) -> None:
     if boxes == "pixels":
         remedy = "A model sees the picture at another size: write norm1 or norm1000; boxes_in=pixels reads pixels."
         raise ConfigError("option boxes is 'pixels'", remedy=remedy)
-    for name, value, valid in (("boxes", boxes, ("norm1", "norm1000")), ("boxes_in", boxes_in, tuple(_UNITS))):
+    for name, value, valid in (("boxes", boxes, WAYS), ("boxes_in", boxes_in, tuple(_UNITS))):
         if value is not None and value not in valid:
             raise ConfigError(f"option {name} is '{short(value)}'", remedy=nearest(str(value), valid))
 
@@ -193,7 +278,9 @@ def _shares(box: Box, unit: str, size: tuple[int, int], key: str) -> Box:
 
 def _written(shares: Box, how: str) -> str:
     texts = [f"{n:.3f}" if how == "norm1" else str(round(n * 1000)) for n in shares]
-    return f"[{', '.join(texts)}]"
+    if how in ("qwen2_vl", "qwen_vl"):
+        return ",".join(f"({x},{y})" for x, y in zip(texts[::2], texts[1::2], strict=True))
+    return f"[{', '.join(texts)}]" if how != "internvl" else f"[[{', '.join(texts)}]]"
 
 
 def _count(boxes: Sequence[Box]) -> str:

@@ -87,6 +87,7 @@ def qwen_vl(row: Row, *, image_root: str = "") -> Record:
     """Qwen-VL: {"id", "conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\nWhat?"}, ...]}.
 
     "<img>path</img>" is the picture at that path, in that place; "Picture 1: " stays text, as Qwen-VL reads it.
+    "<ref>name</ref><box>(x1,y1),(x2,y2)</box>" is a box, which the option `boxes` says how to write.
     """
     dialogue, meta = read_turns(row, ROLES)
     if images_of(row, image_root):
@@ -281,7 +282,7 @@ FORMATS = {
     "sharegpt4v": Format("ShareGPT4V, rows as LLaVA's", llava, licence="CC-BY-NC-4.0"),
     "allava": Format("ALLaVA, rows as LLaVA's; its text-only part quotes <image>", allava),
     "sharegpt": Format("conversations with more speaker names than LLaVA's, tools among them", sharegpt),
-    "qwen_vl": Format("Qwen-VL conversations with pictures as <img>path</img>", qwen_vl),
+    "qwen_vl": Format("Qwen-VL conversations with pictures as <img>path</img>", qwen_vl, spells_boxes=True),
     "messages": Format("OpenAI messages with image parts, or images beside them", messages, detect=("messages",)),
     "chat": Format(
         "a list of turns under any keys, speakers mapped by name",

@@ -96,6 +96,7 @@ class Format:
     file_options: Mapping[str, str] = field(default_factory=dict)
     detect: tuple[str, ...] = ()
     licence: str | None = None
+    spells_boxes: bool = False  # <box>(x1,y1),(x2,y2)</box> in a text is a box, not letters
     own: bool = False  # mmit's: its meta is what somebody put there, and has no keys to be read
 
     def __call__(self, row: Row, *, image_root: str = "", **options: Any) -> Record:
@@ -105,6 +106,8 @@ class Format:
         shared = {key: options.pop(key) for key in SHARED_OPTIONS if key in options and key not in self.options}
         marks = shared.pop("thoughts", None)
         record = thoughts.with_thoughts(with_meaning(self.row(row, image_root=image_root, **options)), marks)
+        if self.spells_boxes and "boxes" not in shared:
+            boxes.refuse_spelt(record)
         return boxes.with_boxes(record, **shared)
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from mmit.data.formats.boxes import NAME, PLACE
+from mmit.data.formats.boxes import NAME, PLACE, spelt_box
 from mmit.data.formats.pictures import foreign_marker
 from mmit.data.formats.thoughts import COMMON
 from mmit.errors import ImageError, RecordError
-from mmit.records import Image, Record, short
+from mmit.records import Image, Record, Text, Turn, short
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -58,6 +58,11 @@ RULES: dict[str, Rule] = {
     "test-record-near": Rule("warning", "nearly a record of the test data", "Look at both, and take one out."),
     "test-image-near": Rule("warning", "looks like an image of the test data", "Look at both, and take one out."),
     # What is seldom meant.
+    "box-text": Rule(
+        "warning",
+        "a box as text, in another model family's marks",
+        "Name how boxes are written with the option boxes (norm1000, qwen2_vl, ...), which then reads them as well.",
+    ),
     "control-text": Rule(
         "warning", "a model's control string as text", "mmit reads it as text; remove it if it was meant to control."
     ),
@@ -125,10 +130,15 @@ def control_check(tokens: Iterable[str] = ()) -> Check:
     pattern = re.compile("|".join([*map(re.escape, own), _CONTROL]))
 
     def check(record: Record) -> str:
-        found = {match for turn in record.turns for match in pattern.findall(turn.text)}
+        found = {match for turn in record.turns for match in pattern.findall(_letters(turn))}
         return ", ".join(short(name, 40) for name in sorted(found)[:5])
 
     return check
+
+
+def _letters(turn: Turn) -> str:
+    """The text of a turn without its control tokens."""
+    return "".join(part.text for part in turn.parts if isinstance(part, Text) and not part.token)
 
 
 def image_marker(record: Record) -> str:
@@ -155,6 +165,11 @@ def box_marker(record: Record) -> str:
             if marker in turn.text or marker in (turn.thinking or ""):
                 return f"{marker} in turn {number} ({turn.role})"
     return ""
+
+
+def box_text(record: Record) -> str:
+    """A box in a model family's marks that no option asked to be read, so that its marks are letters."""
+    return short(spelt_box(record), 60)
 
 
 def thought_mark(record: Record) -> str:
@@ -201,6 +216,7 @@ RECORD_RULES: dict[str, Check] = {
     "image-marker": image_marker,
     "foreign-marker": foreign_mark,
     "box-marker": box_marker,
+    "box-text": box_text,
     "thought-mark": thought_mark,
     "role-marker": role_marker,
     "repeats-prompt": repeats_prompt,

@@ -182,3 +182,50 @@ def test_the_meta_of_mmits_own_rows_is_left_alone(tmp_path: Path) -> None:
     write_jsonl([record], tmp_path / "a.jsonl")
     for read in (next(iter(import_file(tmp_path / "a.jsonl", "mmit"))), open_source(tmp_path / "a.jsonl")[0]):
         assert read.turns == record.turns and read.meta == record.meta and read.weight == 1
+
+
+def qwen(asked: str, answer: str = "yes") -> dict[str, Any]:
+    """A row of Qwen-VL's layout."""
+    turns = [{"from": "user", "value": asked}, {"from": "assistant", "value": answer}]
+    return {"conversations": turns}
+
+
+@pytest.mark.parametrize(
+    ("boxes", "wanted"),
+    [
+        ("norm1000", "Is the cat[100, 200, 300, 400] big?"),
+        ("norm1", "Is the cat[0.100, 0.200, 0.300, 0.400] big?"),
+        ("qwen_vl", "Is <ref>the cat</ref><box>(100,200),(300,400)</box> big?"),
+        ("internvl", "Is <ref>the cat</ref><box>[[100, 200, 300, 400]]</box> big?"),
+        (
+            "qwen2_vl",
+            "Is <|object_ref_start|>the cat<|object_ref_end|><|box_start|>(100,200),(300,400)<|box_end|> big?",
+        ),
+    ],
+)
+def test_boxes_in_the_text_of_every_family(boxes: str, wanted: str, pictures: Path) -> None:
+    for name in ("qwen_vl", "internvl", "qwen2_vl"):
+        row = swift({"ref": ["the cat"], "bbox": [[20, 20, 60, 40]]}, "<image>Is <ref-object><bbox> big?", "yes")
+        asked = said(row, "messages", pictures, boxes=name)[0]
+        assert said(qwen(asked), "qwen_vl", pictures, boxes=boxes)[0] == wanted
+    record = FORMATS["sharegpt"](qwen("q", "At <box>(5, 6)</box>."), boxes=boxes)
+    assert sum(part.token for part in record.turns[1].parts if isinstance(part, Text)) == (0 if "norm" in boxes else 2)
+
+
+def test_several_boxes_of_one_name_and_thoughts(pictures: Path) -> None:
+    row = qwen("<ref>cats</ref><box>[[1, 2, 3, 4], [5, 6, 7, 8]]</box>")
+    assert said(row, "qwen_vl", pictures, boxes="norm1000")[0] == "cats[1, 2, 3, 4][5, 6, 7, 8]"
+    row["conversations"][1]["reasoning_content"] = "<box>(9,9)</box>"
+    assert FORMATS["qwen_vl"](row, boxes="norm1000").turns[1].thinking == "[9, 9]"
+    with pytest.raises(RecordError, match="a thought has a box"):
+        FORMATS["qwen_vl"](row, boxes="qwen_vl")
+
+
+def test_boxes_in_the_text_are_refused_where_the_format_has_them(pictures: Path) -> None:
+    row = qwen("Is <box>(1,2),(3,4)</box> big?")
+    with pytest.raises(RecordError, match="the text has the box .*, and nothing says how to write it") as caught:
+        said(row, "qwen_vl", pictures)
+    assert "qwen2_vl" in caught.value.remedy
+    assert said(row, "sharegpt", pictures)[0] == "Is <box>(1,2),(3,4)</box> big?"  # letters, as the linter says
+    with pytest.raises(RecordError, match="boxes stand in the text and in 'bbox'"):
+        said({**row, "bbox": [1, 2, 3, 4]}, "qwen_vl", pictures, boxes="norm1")
