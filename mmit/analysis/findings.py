@@ -83,9 +83,9 @@ def _arm(study: Study, arm: str) -> dict[str, Any]:
 
 
 def _cost(run: Path) -> dict[str, float]:
-    from mmit.train.monitor.run_files import METRICS, read_rows
+    from mmit.train.monitor.run_files import read_metrics
 
-    steps = [row for row in read_rows(run / METRICS) if "loss" in row]
+    steps = read_metrics(run).steps
     if not steps:
         return {}
     found = {"steps": float(steps[-1]["step"]), "epochs": float(steps[-1]["epoch"])}

@@ -12,6 +12,7 @@ import typer
 from mmit.errors import ConfigError
 from mmit.text import echo, terminal
 
+TOLD = 5  # damaged lines that are named one by one
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 
 
@@ -20,6 +21,7 @@ def report(run: Run) -> None:
     from mmit.train.monitor.report import write_report
 
     _must_be_run(run)
+    _warn(run)
     echo(write_report(run))
 
 
@@ -34,6 +36,7 @@ def run_status(
     from mmit.train.monitor.heartbeat import OVER, SILENT, read_beats
 
     _must_be_run(run)
+    _warn(run)
     for line in _progress(run):
         echo(line)
     table, now, still = Table("rank", "state", "for", "host", "process"), time.time(), False
@@ -53,6 +56,17 @@ def run_status(
     raise typer.Exit(1 if still else 0)
 
 
+def _warn(run: Path) -> None:
+    """Name the damaged lines of metrics.jsonl, which what follows does not count."""
+    from mmit.train.monitor.run_files import read_metrics
+
+    left_out = read_metrics(run).left_out
+    for line in left_out[:TOLD]:
+        echo(f"warning: {line}", err=True)
+    if len(left_out) > TOLD:
+        echo(f"warning: {len(left_out) - TOLD} more lines are left out", err=True)
+
+
 def _must_be_run(run: Path) -> None:
     known = ("metrics.jsonl", "run.json", "checkpoints", "heartbeats")
     if not any((run / name).exists() for name in known):
@@ -61,10 +75,9 @@ def _must_be_run(run: Path) -> None:
 
 
 def _progress(run: Path) -> Iterator[str]:
-    from mmit.train.monitor.run_files import BEST, EVENTS, METRICS, RUN, read_json, read_rows
+    from mmit.train.monitor.run_files import BEST, EVENTS, RUN, read_json, read_metrics, read_rows
 
-    rows = read_rows(run / METRICS)
-    steps = [r for r in rows if "eval" not in r]
+    steps, evals, _ = read_metrics(run)
     total: Any = (read_json(run / RUN) or {}).get("steps")
     if not steps:
         yield f"no step logged yet of {total}" if total else "no step logged yet"
@@ -76,7 +89,7 @@ def _progress(run: Path) -> Iterator[str]:
         recent = steps[-20:]
         span = sum(r["seconds"] for r in recent) / len(recent)
         yield f"about {span * (total - last['step']):.0f} s of steps left"
-    if evals := [r for r in rows if "eval" in r]:
+    if evals:
         told = ", ".join(f"{k} {v:.4f}" for k, v in evals[-1]["eval"].items() if v is not None)
         yield f"evaluation at step {evals[-1]['step']}: {told}"
     if best := read_json(run / BEST):

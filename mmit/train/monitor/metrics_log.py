@@ -27,7 +27,7 @@ from rich.progress import (
 from mmit.io import append, unless_failing, whole_file, write_atomic
 from mmit.text import plain as shown
 from mmit.text import terminal
-from mmit.train.monitor.run_files import EVENTS, METRICS, note_event, plain, read_rows
+from mmit.train.monitor.run_files import EVENTS, METRICS, note_event, plain, read_metrics, read_rows
 
 if TYPE_CHECKING:
     from mmit.train.monitor.trackers import Tracker
@@ -56,6 +56,8 @@ class RunLog:
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        for line in read_metrics(self.folder).left_out:
+            self.say(f"warning: {line}")
         for name in (METRICS, EVENTS):
             _keep_before(self.folder / name, start)
         for tracker in self._trackers:
@@ -138,7 +140,8 @@ def _keep_before(path: Path, start: int) -> None:
 
 def draw_loss(metrics: Path, picture: Path) -> None:
     """Draw loss (with a running mean) and learning rate over steps; nothing of fewer than two steps."""
-    rows = [r for r in read_rows(metrics) if r.get("loss") is not None]  # neither skipped steps nor evaluations
+    # Neither skipped steps nor evaluations, nor damaged rows, which the report names.
+    rows = [r for r in read_rows(metrics) if all(isinstance(r.get(key), (int, float)) for key in ("loss", "lr"))]
     if len(rows) < 2:
         return
     steps = [r["step"] for r in rows]

@@ -16,7 +16,7 @@ from mmit.io import write_atomic
 from mmit.pages import page, table
 from mmit.text import escape
 from mmit.train.monitor.curves import Series, figure, smooth
-from mmit.train.monitor.run_files import BEST, EVENTS, METRICS, RUN, read_json, read_rows
+from mmit.train.monitor.run_files import BEST, EVENTS, RUN, read_json, read_metrics, read_rows
 
 NAME = "report.html"
 SHOWN = 50  # rows of a long table
@@ -24,9 +24,7 @@ SHOWN = 50  # rows of a long table
 
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html from what the run folder holds now; returns its path."""
-    rows = read_rows(run_dir / METRICS)
-    steps = [r for r in rows if "eval" not in r]
-    evals = [r for r in rows if "eval" in r]
+    steps, evals, left_out = read_metrics(run_dir)
     events = read_rows(run_dir / EVENTS)
     run = read_json(run_dir / RUN) or {}
     sections = [
@@ -34,7 +32,7 @@ def write_report(run_dir: Path) -> Path:
         _summary(run_dir, run, steps),
         _section("Curves", f'<div class="curves">{_curves(steps, evals)}</div>' if steps else ""),
         _section("Evaluation", _evaluations(evals) + _benchmarks(run_dir)),
-        _section("What went wrong", _events(events) + _bad_records(run_dir)),
+        _section("What went wrong", _left_out(left_out) + _events(events) + _bad_records(run_dir)),
         _section("Data", _data(run)),
         _section("Parameters", _table(run.get("parameters", []))),
         _section("Hardware and versions", _pairs(run.get("hardware", {})) + _pairs(run.get("versions", {}))),
@@ -124,6 +122,12 @@ def _benchmarks(run_dir: Path) -> str:
                 text = escape(json.dumps(report, indent=1, ensure_ascii=False)[:20000])
                 parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
     return "".join(parts)
+
+
+def _left_out(lines: Sequence[str]) -> str:
+    """Damaged lines, which no curve and no sum of this report holds."""
+    title = f"<h3>Damaged lines of metrics.jsonl: {len(lines)}</h3>"
+    return title + table([[line] for line in lines[:SHOWN]], kind="left", head=False) if lines else ""
 
 
 def _events(events: Sequence[Mapping[str, Any]]) -> str:

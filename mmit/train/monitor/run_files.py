@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmit.io import append, write_atomic
 
 METRICS, EVENTS, RUN, BEST, HEARTBEATS = "metrics.jsonl", "events.jsonl", "run.json", "best.json", "heartbeats"
+
+NEEDED = ("loss", "tokens", "seconds", "tokens_per_s", "skipped_steps", "bad_records")  # of a step, by what reads them
+_BY_NAME = ("eval", "loss_of", "supervised_of", "weight_of", "lr_of")  # an object of numbers
+_NEVER_NULL = ("step", *(name for name in NEEDED if name != "loss"))  # a loss that is not finite is null
 
 
 def plain(value: Any) -> Any:
@@ -37,7 +42,64 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError:
             continue
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+class Metrics(NamedTuple):
+    """What metrics.jsonl tells: rows of steps and of evaluations, a sentence for each line that is neither."""
+
+    steps: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    left_out: list[str]
+
+
+def read_metrics(run_dir: Path) -> Metrics:
+    """Read RUN/metrics.jsonl, empty where there is none. A last line without an end is still being written.
+
+    A disk that was full, a power cut or an editor leaves damaged lines. Each is left out and told, since a curve with a
+    hole looks like one without.
+    """
+    found = Metrics([], [], [])
+    path = run_dir / METRICS
+    # Only what ends a line for whoever wrote it, and bytes that are no UTF-8 spoil their own line alone.
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        row, problem = _metrics_row(line)
+        if problem and number == len(lines):
+            continue
+        if problem:
+            found.left_out.append(f"{METRICS}, line {number} is left out: {problem}")
+        else:
+            (found.evals if "eval" in row else found.steps).append(row)
+    return found
+
+
+def _metrics_row(line: bytes) -> tuple[dict[str, Any], str]:
+    """A row, and what is wrong with it."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}, "it is no JSON"
+    if not isinstance(row, dict):
+        return {}, "it is no JSON object"
+    needed = ("step", "eval", "eval_seconds") if "eval" in row else ("step", *NEEDED)
+    if missing := [name for name in needed if name not in row]:
+        return {}, f"it has no '{missing[0]}'"
+    for name, value in row.items():
+        inner = value.values() if isinstance(value, dict) and name in _BY_NAME else (value,)
+        if not all(x is None or _finite(x) for x in inner):
+            return {}, f"'{name}' is no finite number"
+        if value is None and name in _NEVER_NULL:
+            return {}, f"'{name}' is null"
+    for name in _BY_NAME:
+        if not isinstance(row.get(name, {}), dict):
+            return {}, f"'{name}' is no JSON object"
+    return ({}, "'step' is no whole number") if not isinstance(row["step"], int) else (row, "")
+
+
+def _finite(value: Any) -> bool:
+    """Whether it is a number that a curve has a place for: JSON allows NaN here, and integers beyond any float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def note_event(run_dir: Path, row: dict[str, Any]) -> None:

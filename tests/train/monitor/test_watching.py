@@ -26,6 +26,7 @@ from mmit.train.checkpoint.resume import settle_best
 from mmit.train.data.setup import image_loader, open_data
 from mmit.train.loop import Progress, sum_by_source
 from mmit.train.monitor import trackers
+from mmit.train.monitor.metrics_log import RunLog
 from mmit.train.monitor.run_files import read_rows
 from mmit.train.run import EXIT_STOPPED, run
 from mmit.train.schedule import Spikes
@@ -276,3 +277,56 @@ def test_the_report_of_a_run_that_never_stepped(tmp_path):
     assert "No step has been logged yet" in text and "&lt;b&gt;" in text
     missing = CliRunner().invoke(app, ["run-status", str(tmp_path / "nothing")])
     assert missing.exit_code == 2
+
+
+GOOD = {"step": 3, "loss": 1.0, "tokens": 7, "seconds": 0.5, "tokens_per_s": 14.0, "skipped_steps": 0, "bad_records": 0}
+WITHOUT = {key: value for key, value in GOOD.items() if key != "loss"}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (json.dumps(WITHOUT), "it has no 'loss'"),
+        (json.dumps(GOOD | {"tokens": None}), "'tokens' is null"),
+        (json.dumps(GOOD | {"seconds": "0.5"}), "'seconds' is no finite number"),
+        (json.dumps(GOOD | {"lr": True}), "'lr' is no finite number"),
+        (json.dumps(GOOD | {"grad_norm": 10**400}), "'grad_norm' is no finite number"),
+        (json.dumps(GOOD | {"fill": float("nan")}), "'fill' is no finite number"),
+        (json.dumps(GOOD | {"loss_of": {"a": "b"}}), "'loss_of' is no finite number"),
+        (json.dumps(GOOD | {"lr_of": 1.0}), "'lr_of' is no JSON object"),
+        (json.dumps(GOOD | {"step": 1.5}), "'step' is no whole number"),
+        (json.dumps({"step": 3, "eval": {}}), "it has no 'eval_seconds'"),
+        (json.dumps({"step": 3, "eval": 1.0, "eval_seconds": 1.0}), "'eval' is no JSON object"),
+        (json.dumps(GOOD)[:20], "it is no JSON"),
+        ("[" * 100_000, "it is no JSON"),
+        ("", "it is no JSON"),
+        ("[3]", "it is no JSON object"),
+        ("\udcff{}", "it is no JSON"),
+    ],
+)
+def test_a_damaged_line_is_left_out_and_told(tmp_path, line, said):
+    lines = [json.dumps(GOOD | {"step": 1, "loss": None}), line, json.dumps(GOOD | {"step": 2}), json.dumps(GOOD)[:9]]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
+    told = f"metrics.jsonl, line 2 is left out: {said}"
+    for command in ("report", "run-status"):
+        result = CliRunner().invoke(app, [command, str(tmp_path)])
+        assert result.exit_code == 0 and result.stderr == f"warning: {told}\n", result.output
+    assert "step 2 of ?, loss 1.0000" in result.stdout  # the row after it, and not the one that is being written
+    text = (tmp_path / "report.html").read_text()
+    assert "14 in the steps logged" in text and told in text.replace("&#39;", "'")
+
+
+def test_many_damaged_lines_are_counted(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("{}\n" * 9)
+    result = CliRunner().invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 0 and result.stderr.count("has no 'step'") == 5 and "4 more lines" in result.stderr
+
+
+def test_a_run_that_goes_on_tells_what_it_drops(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(WITHOUT) + "\n" + json.dumps(GOOD | {"lr": 1e-3}) + "\n")
+    log = RunLog(tmp_path, active=True)
+    log.begin(total=4, start=3)
+    log.step(GOOD | {"step": 4, "lr": 1e-3, "memory_gib": 1.0}, write=True)
+    log.close()
+    assert "line 1 is left out: it has no 'loss'" in capsys.readouterr().err
+    assert (tmp_path / "loss.png").exists()
