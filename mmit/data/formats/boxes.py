@@ -46,7 +46,8 @@ _SPELT = re.compile(
     rf"(?:<box>\s*({_BOX})\s*</box>|<\|box_start\|>\s*({_BOX})\s*<\|box_end\|>)"
 )
 # Sure names of boxes, whatever they hold; the others are read as boxes if they hold lists of 2 or 4 numbers.
-_SURE, _MAYBE = ("bbox", "bboxes"), ("boxes", "box", "points", "point")
+_SURE, _MAYBE = ("bbox", "bboxes", "bbox_2d"), ("boxes", "box", "points", "point")
+_OF_ONE = ("bbox", "bbox_2d", "box", "box_2d")  # keys of a box in a list of objects
 _UNITS = {"pixels": None, "norm1": 1, "norm1000": 1000}
 _TYPES = {"real": "pixels", "norm1": "norm1", "norm1000": "norm1000", "norm_1": "norm1", "norm_1000": "norm1000"}
 Box = tuple[float, ...]
@@ -184,6 +185,14 @@ def check_options(boxes: Any = None, boxes_in: Any = None) -> None:
             raise ConfigError(f"option {name} is '{short(value)}'", remedy=nearest(str(value), valid))
 
 
+def holds_boxes(key: str, value: Any) -> bool:
+    """Tell whether a key and its value are boxes or points."""
+    try:
+        return _held(key, value) is not None
+    except RecordError:
+        return True
+
+
 def _held(key: str, value: Any) -> dict[str, Any] | None:
     """Return {"bbox": [...], ...} of a key that holds boxes, None of any other."""
     if key not in (*_SURE, *_MAYBE, "objects") or value is None or value in ("", [], {}):
@@ -194,32 +203,38 @@ def _held(key: str, value: Any) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             return {"bbox": [value]} if key in _SURE else None
     if key == "objects":
-        if isinstance(value, list) and any(isinstance(item, Mapping) and "bbox" in item for item in value):
+        if isinstance(value, list) and any(isinstance(item, Mapping) and _one(item) is not None for item in value):
             value = _columns(value)
         if not isinstance(value, Mapping) or not value.get("bbox"):
             return None
         boxes = value["bbox"]
         return {**value, "bbox": [boxes] if _numbers(boxes) or not isinstance(boxes, list) else boxes}
     items = value if isinstance(value, list) and value and not _numbers(value) else [value]
+    items = [[p["x"], p["y"]] if isinstance(p, Mapping) and p.keys() >= {"x", "y"} else p for p in items]
     return {"bbox": items} if key in _SURE or all(_numbers(item, (2, 4)) for item in items) else None
 
 
 def _columns(items: list[Any]) -> dict[str, Any]:
     """Turn ms-swift's older [{"caption", "bbox", "bbox_type", "image"}, ...] into its newer object of lists."""
     example = '[{"caption": "...", "bbox": [x1, y1, x2, y2], "bbox_type": "real", "image": 0}]'
-    if bad := [item for item in items if not isinstance(item, Mapping) or "bbox" not in item]:
+    if bad := [item for item in items if not isinstance(item, Mapping) or _one(item) is None]:
         problem = f"'objects' holds '{short(bad[0])}', which has no bbox"
         raise RecordError(problem, remedy=f"Write objects as {example}.")
     types = [item.get("bbox_type") for item in items]
     if any(kind != types[0] for kind in types):
         problem = f"'objects' holds boxes of several types: {short(types)}"
         raise RecordError(problem, remedy="Give all boxes of a row the same bbox_type.")
-    found: dict[str, Any] = {"bbox": [item["bbox"] for item in items], "bbox_type": types[0]}
-    for ours, theirs in (("ref", ("caption", "ref")), ("image_id", ("image", "image_id"))):
+    found: dict[str, Any] = {"bbox": [_one(item) for item in items], "bbox_type": types[0]}
+    for ours, theirs in (("ref", ("caption", "ref", "label")), ("image_id", ("image", "image_id"))):
         values = [next((item[name] for name in theirs if item.get(name) is not None), None) for item in items]
         if any(value is not None for value in values):
             found[ours] = values
     return found
+
+
+def _one(item: Mapping[str, Any]) -> Any:
+    """The box of one object, under any of its names."""
+    return next((item[key] for key in _OF_ONE if item.get(key) is not None), None)
 
 
 def _numbers(value: Any, lengths: Sequence[int] = ()) -> bool:

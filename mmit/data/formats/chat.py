@@ -6,12 +6,13 @@ Keys beside speaker and text are read by mmit/data/formats/keys.py, or refused t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from mmit.data.formats.boxes import PLACE
 from mmit.data.formats.common import Format, Row, by_name, id_of, images_of, objects_of, rest, text_of
-from mmit.data.formats.keys import calls_of, turn_extras, with_spans
+from mmit.data.formats.keys import calls_of, part_extras, turn_extras, with_spans
 from mmit.data.formats.pictures import (
     IMG_PATH,
     MARKER,
@@ -23,6 +24,8 @@ from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Part, Record, Text, Turn, short
 
 Dialogue = list[Turn]
+BOX_PARTS = ("bbox", "box", "point")  # types of parts, and the key of their numbers
+_BOXES = "boxes of parts"
 # A speaker that makes a call is an assistant whose text is the call.
 _CALL = "call"
 _LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -102,7 +105,8 @@ def messages(row: Row, *, image_root: str = "") -> Record:
     A picture is a path, a file:// or a base64 data: URL, in the forms of OpenAI ({"type": "image_url"}) and
     transformers ({"type": "image", "image" | "url" | "path" | "base64"}); its `detail` is not kept. Pictures may also
     lie beside the messages, in `images`: then "<image>" marks their places in content that is text, and
-    {"type": "image"} parts without a picture do in content that is a list (ms-swift, LLaMA-Factory, TRL). A leading
+    {"type": "image"} parts without a picture do in content that is a list (ms-swift, LLaMA-Factory, TRL). In a list
+    {"type": "bbox", "bbox": [x1, y1, x2, y2]} is a box, as are box and point; `objects` may hold them too. A leading
     system text may stand in `system`, schemas of tools in `tools`. Raises RecordError for http(s) URLs and if places
     and pictures differ in number.
     """
@@ -177,6 +181,13 @@ def read_turns(row: Row, roles: dict[str, str] | None = None, *, key: str = "con
 
 
 def _meta(meta: Row, extras: Sequence[Row]) -> Row:
+    """The row's meta, with what is left of its turns, and with the boxes that are parts of them as `objects`."""
+    boxes = [part for left in extras for part in left.pop(_BOXES, ())]
+    if boxes and meta.get("objects"):
+        raise RecordError("boxes stand in parts and in 'objects'", remedy="Keep one of them.")
+    if boxes:
+        which = [part["image_id"] for part in boxes if "image_id" in part]
+        meta = {**meta, "objects": {"bbox": [part.get(part["type"]) for part in boxes], "image_id": which}}
     return {**meta, "turn_keys": list(extras)} if any(extras) else meta
 
 
@@ -209,7 +220,7 @@ def _turns(
         if isinstance(content, list) and not call:
             thoughts, content = _thoughts(content)
             found = {**({"thinking": thoughts} if thoughts is not None else {}), **found}
-            parts = tuple(content_part(part, root, number, left) for part in content)
+            parts = tuple(_part(part, role, number, rest_of, root=root, beside=left) for part in content)
         elif call or (content is None and found.get("tool_calls")):
             parts = ()
             if call:
@@ -231,6 +242,19 @@ def _turns(
     if not beside:
         return tuple(turns), extras
     return _pictured(turns, beside, list(left), in_lists=in_lists), extras
+
+
+def _part(part: Any, role: str, number: int, left: Row, *, root: str, beside: Iterator[Image]) -> Part:
+    """Read one part of a content list; keys that nothing reads, and boxes, go into `left`."""
+    if isinstance(part, Mapping) and part.get("type") in BOX_PARTS:
+        left.setdefault(_BOXES, []).append(part)
+        return Text(PLACE)
+    read = content_part(part, root, number, beside)
+    weight, others = part_extras(part, role, number)
+    left |= others
+    if weight is not None and isinstance(read, Image):
+        raise RecordError(f"an image part of turn {number} has a weight", remedy="Only text carries loss: remove it.")
+    return replace(read, weight=weight) if weight is not None and isinstance(read, Text) else read
 
 
 def _pictured(turns: Dialogue, beside: Sequence[Image], unused: list[Image], *, in_lists: bool) -> tuple[Turn, ...]:

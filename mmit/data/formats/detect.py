@@ -41,7 +41,7 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
     first = rows[0] if rows else {}
     if isinstance(first, RecordError):
         raise first
-    if whole:
+    if whole and not (isinstance(first, dict) and "conversations" in first):
         found = _by_keys(_shape(first), formats)
         if found:
             return found, f"the file is one object with {_quoted(formats[found].detect)}"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from mmit.data.formats.boxes import WRITTEN
+from mmit.data.formats.boxes import WRITTEN, holds_boxes
 from mmit.errors import RecordError
 from mmit.record_rules import json_problem, weight_problem
 from mmit.records import Part, Record, Text, Turn, short
@@ -22,9 +22,9 @@ Row = dict[str, Any]
 
 # Keys of a row -> what they are read as.
 ROW_KEYS: dict[str, str] = {
-    **dict.fromkeys(("system", "system_prompt", "system_message"), "system"),
+    **dict.fromkeys(("system", "system_prompt", "system_message", "system_instruction"), "system"),
     **dict.fromkeys(("tools", "functions"), "tools"),
-    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "Complex_CoT"), "thinking"),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought", "Complex_CoT"), "thinking"),
     **dict.fromkeys(("weight", "loss_weight", "sample_weight"), "weight"),
     **dict.fromkeys(("train", "trainable"), "train"),
     **dict.fromkeys(("template_args", "chat_template_kwargs"), "template_args"),
@@ -32,7 +32,7 @@ ROW_KEYS: dict[str, str] = {
 }
 # Keys of a turn -> what they are read as. A number or a flag sets the weight of the turn's text.
 TURN_KEYS: dict[str, str] = {
-    **dict.fromkeys(("weight", "loss_weight", "loss_scale", "loss", "train", "trainable"), "weight"),
+    **dict.fromkeys(("weight", "loss_weight", "loss_scale", "loss", "train", "trainable", "do_train"), "weight"),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking", "thought"), "thinking"),
     **dict.fromkeys(("tool_calls", "function_call"), "tool_calls"),
     "train_detail": "spans",
@@ -51,16 +51,27 @@ REFUSED: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("video", "videos", "video_path", "video_url"), ("a video", _VIDEO)),
     **dict.fromkeys(("audio", "audios", "audio_path", "speech"), ("sound", _AUDIO)),
     **dict.fromkeys(
-        ("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_answer", "rejected_images"),
+        (
+            *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_answer", "rejected_images"),
+            *("rejected_output", "negative_messages", "negative_output", "negative_response", "positive_messages"),
+            *("preferred_output", "non_preferred_output"),
+        ),
         ("half of a preference pair", _PAIR),
     ),
     **dict.fromkeys(PICTURE_KEYS, ("a picture that this format does not read", _NAMED)),
     **dict.fromkeys(("input_ids", "labels", "token_ids"), ("tokens, not text", _TOKENS)),
-    **dict.fromkeys(("mask", "loss_mask", "masked"), ("a loss mask that can be read in two ways", _MASK)),
+    **dict.fromkeys(
+        ("mask", "loss_mask", "masked", "is_masked", "ignore", "ignore_loss", "no_loss"),
+        ("a loss mask that can be read in two ways", _MASK),
+    ),
 }
 # Marks of an answer -> refused where they say that the answer is bad.
 MARKS = ("label", "kto_tag", "desirable", "is_desirable", "is_correct", "is_preferred", "preferred")
-_BAD_MARKS = ("undesirable", "negative", "bad", "rejected", "wrong")
+_BAD_MARKS = ("undesirable", "negative", "bad", "rejected", "wrong", "false")
+_FLAGS = frozenset(MARKS) - {"label"}  # 0 says no; a label of 0 may be a class
+_WHOLE = "Put it beside the turns: objects or bbox of the row, with <bbox> where it belongs in the text."
+# Keys of a part of a content list that say what it is or hold it.
+_PART_KEYS = ("type", "text", "image", "url", "path", "base64", "source", "image_url", "index")
 _UNLEARN = "Supervised training would learn it as a good one: leave these rows out, for example with --skip-bad."
 # Made by importers or identical with another key of the record; not reported.
 _KNOWN = ("source", "row", "licence", "turn_keys", "dropped_leading_turn", "references", WRITTEN)
@@ -117,6 +128,11 @@ def turn_extras(turn: Row, role: str, number: int, used: tuple[str, ...]) -> tup
         if key in used:
             continue
         _refuse(key, value, f"turn {number} ({role}) has '{key}':")
+        if holds_boxes(key, value):
+            raise RecordError(f"turn {number} ({role}) has '{key}', a box of its own", remedy=_WHOLE)
+        if key in ("image", "images") and not _empty(value):
+            remedy = "List the pictures beside the turns, in images, in the order of their places."
+            raise RecordError(f"turn {number} ({role}) has '{key}', pictures of its own", remedy=remedy)
         meaning = TURN_KEYS.get(key)
         if meaning is None or (meaning == "name" and role != "tool"):
             left[key] = value
@@ -130,6 +146,24 @@ def turn_extras(turn: Row, role: str, number: int, used: tuple[str, ...]) -> tup
             raise RecordError(problem, remedy="Keep one of them.")
         found[meaning], names[meaning] = read, key
     return found, left
+
+
+def part_extras(part: Mapping[str, Any], role: str, number: int) -> tuple[float | None, Row]:
+    """Read the keys of a part of a content list beside its kind and content: (its weight, keys that are left)."""
+    weight: float | None = None
+    left: Row = {}
+    for key, value in part.items():
+        if key in _PART_KEYS or _empty(value):
+            continue
+        what = f"a part of turn {number} ({role}) has '{key}':"
+        _refuse(key, value, what)
+        if holds_boxes(key, value):
+            raise RecordError(f"{what} a box of its own", remedy=_WHOLE)
+        if TURN_KEYS.get(key) == "weight":
+            weight = _weight(value, what.removesuffix(":"))
+        else:
+            left[f"{short(part.get('type'), 20)} part: {key}"] = value
+    return weight, left
 
 
 def with_spans(text: str, spans: list[tuple[int, int, float]], *, number: int) -> tuple[Part, ...]:
@@ -192,7 +226,8 @@ def _refuse(key: str, value: Any, what: str) -> None:
     if key in REFUSED and not _empty(value) and value is not False:
         kind, remedy = REFUSED[key]
         raise RecordError(f"{what} {'' if what.endswith(':') else 'is '}{kind}", remedy=remedy)
-    if key in MARKS and (value is False or (isinstance(value, str) and value.strip().lower() in _BAD_MARKS)):
+    no = value is False or (key in _FLAGS and value == 0)
+    if key in MARKS and (no or (isinstance(value, str) and value.strip().lower() in _BAD_MARKS)):
         word = what.removesuffix(":")
         raise RecordError(f"{word} is {short(value)}: a mark that the answer is bad", remedy=_UNLEARN)
 

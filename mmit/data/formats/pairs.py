@@ -7,6 +7,7 @@ their keys alone.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mmit.data.formats.chat import Dialogue, messages, said
@@ -22,6 +23,7 @@ from mmit.data.formats.common import (
     text_of,
     with_input,
 )
+from mmit.data.formats.keys import turn_extras
 from mmit.data.formats.pictures import images_first, place_images
 from mmit.errors import RecordError
 from mmit.records import Record
@@ -34,7 +36,8 @@ def pair(row: Row, *, image_root: str = "") -> Record:
     """One question and answer: {"prompt" | "query" | "question" | "instruction", "completion" | "response" | "answer"}.
 
     ms-swift's query/response with `history` ([[q, a], ...]) and `system`, OpenOrca's question/response with
-    `system_prompt`, dolly's instruction/response, whose `context` follows the instruction after a blank line. TRL's
+    `system_prompt`, dolly's instruction/response, whose `context` follows the instruction after a blank line, as
+    GPTeacher's `input` does. TRL's
     prompt/completion may be lists of messages. Further keys stay in the meta or are read by their meaning.
     """
     asked = next(key for key in ASKED if key in row)
@@ -46,11 +49,13 @@ def pair(row: Row, *, image_root: str = "") -> Record:
         if not isinstance(entry, list) or len(entry) != 2:
             raise RecordError("'history' is not a list of pairs", remedy="Write [[question, answer], ...].")
         dialogue += [said("user", text_of(entry[0], "history")), said("assistant", text_of(entry[1], "history"))]
-    context = "context" if asked == "instruction" else ""
-    given = text_of(row[context], context) if row.get(context) else ""
+    beside = [key for key in ("context", "input") if row.get(key)] if asked == "instruction" else []
+    if len(beside) > 1:
+        raise RecordError("the row has both 'context' and 'input'", remedy="Keep one of them, or import it as json.")
+    given = text_of(row[beside[0]], beside[0]) if beside else ""
     dialogue.append(said("user", with_input(text_of(row[asked], asked), given)))
     dialogue.append(said("assistant", text_of(row.get(answered), answered)))
-    meta = rest(row, asked, answered, "history", *([context] if context else []))
+    meta = rest(row, asked, answered, "history", *(("context", "input") if asked == "instruction" else ()))
     return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=meta)
 
 
@@ -76,8 +81,11 @@ def cauldron(row: Row, *, image_root: str = "") -> Record:
     sources = []
     for number, entry in enumerate(objects_of(row, "texts"), 1):
         turns.append(said("user", text_of(entry.get("user"), f"user of text {number}")))
-        turns.append(said("assistant", text_of(entry.get("assistant"), f"assistant of text {number}")))
-        sources.append({key: value for key, value in entry.items() if key not in ("user", "assistant")})
+        found, left = turn_extras(entry, "assistant", 2 * number, used=("user", "assistant"))
+        turns.append(
+            replace(said("assistant", text_of(entry.get("assistant"), f"assistant of text {number}")), **found)
+        )
+        sources.append(left)
     meta = rest(row, "texts") | ({"turn_keys": sources} if any(sources) else {})
     return Record(images_first(turns, images_of(row, image_root) or []), id=id_of(row), meta=meta)
 
@@ -94,6 +102,7 @@ def conversation(row: Row, *, image_root: str = "") -> Record:
     if "role" in entries[0]:
         return messages(row, image_root=image_root)
     turns: Dialogue = []
+    kept: list[Row] = []
     for number, entry in enumerate(entries, 1):
         asked = next((key for key in _QUESTION_KEYS if key in entry), "")
         answered = next((key for key in _ANSWER_KEYS if key in entry), "")
@@ -105,8 +114,11 @@ def conversation(row: Row, *, image_root: str = "") -> Record:
                 raise RecordError(f"entry {number} has a system text", remedy="Only the first may have one.")
             turns.append(said("system", text_of(entry["system"], "system")))
         turns.append(said("user", text_of(entry[asked], f"{asked} of entry {number}")))
-        turns.append(said("assistant", text_of(entry[answered], f"{answered} of entry {number}")))
-    return Record(place_images(turns, images_of(row, image_root)), id=id_of(row), meta=rest(row, "conversation"))
+        found, left = turn_extras(entry, "assistant", 2 * number, used=(asked, answered, "system"))
+        turns.append(replace(said("assistant", text_of(entry[answered], f"{answered} of entry {number}")), **found))
+        kept.append(left)
+    meta = rest(row, "conversation") | ({"turn_keys": kept} if any(kept) else {})
+    return Record(place_images(turns, images_of(row, image_root)), id=id_of(row), meta=meta)
 
 
 def self_instruct_rows(path: str) -> Rows:

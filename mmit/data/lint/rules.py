@@ -112,7 +112,7 @@ def rule_of(error: RecordError) -> str:
 # Written alike by many tokenizers; those of the tokenizer at hand come on top.
 _CONTROL = (
     r"<\|[A-Za-z0-9_ ]{1,32}\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|"
-    r"<｜[^｜\n]{1,32}｜>"
+    r"<｜[^｜\n]{1,32}｜>|</?tool_response>"
 )
 _ROLE_MARKER = re.compile(
     r"^(?:### ?(?:Instruction|Response|Input|Human|Assistant)|"

@@ -155,6 +155,23 @@ def test_boxes_that_cannot_be_expressed(row: dict, options: dict, cause: str, pi
     assert cause in caught.value.problem and caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("objects", [{"label": "a cat", "bbox_2d": [0, 0, 100, 50]}]), ("points", [{"x": 100, "y": 50}])],
+)
+def test_boxes_and_points_under_other_names(key: str, value: Any, pictures: Path) -> None:
+    """None is parked in the meta: either it has a place, or the row is refused."""
+    row = swift({}, "<image>What is at <bbox>?", "it") | {key: value}
+    if key == "objects":
+        row["messages"][1]["content"] = "<ref-object>"
+    options = {"boxes": "norm1000"} | ({"boxes_in": "pixels"} if key == "points" else {})
+    wanted = ["What is at [0, 0, 500, 500]?", "a cat"] if key == "objects" else ["What is at [500, 500]?", "it"]
+    assert said(row, "messages", pictures, **options) == wanted
+    row["messages"][0]["content"] = "<image>What?"
+    with pytest.raises(RecordError, match=f"'{key}' holds 1 box, and the text no <bbox>"):
+        said(row, "messages", pictures, **options)
+
+
 def test_what_is_no_box_stays_in_the_meta(pictures: Path) -> None:
     for key, value in (("points", 5), ("objects", ["a", "b"]), ("boxes", [1, 2, 3]), ("bbox", []), ("box", "red")):
         record = FORMATS["json"](table(**{key: value}), image_root=str(pictures))

@@ -66,7 +66,7 @@ def test_every_importer_refuses_the_same_keys(format: str, key: str) -> None:
 
 
 @pytest.mark.parametrize("format", LAYOUTS)
-@pytest.mark.parametrize("mark", [{"label": False}, {"kto_tag": False}, {"label": "undesirable"}])
+@pytest.mark.parametrize("mark", [{"label": False}, {"kto_tag": 0}, {"label": "undesirable"}, {"label": "False"}])
 def test_an_answer_that_is_marked_bad_is_refused(format: str, mark: dict[str, Any]) -> None:
     with pytest.raises(RecordError, match="mark that the answer is bad"):
         read(LAYOUTS[format] | mark, format)
@@ -97,6 +97,10 @@ def test_weights_of_turns_are_judged_with_their_role() -> None:
         ({"weight": "0.5"}, "a weight of '0.5'"),
         ({"weight": 0, "train": True}, "has weight and train, which contradict each other"),
         ({"mask": 1}, "has 'mask': a loss mask that can be read in two ways"),
+        ({"is_masked": True}, "has 'is_masked': a loss mask that can be read in two ways"),
+        ({"no_loss": True}, "has 'no_loss': a loss mask that can be read in two ways"),
+        ({"bbox": [1, 2, 3, 4]}, "has 'bbox', a box of its own"),
+        ({"images": ["a.png"]}, "has 'images', pictures of its own"),
         ({"video": "a.mp4"}, "has 'video': a video"),
         ({"reasoning_content": 3}, "reasoning_content is '3', not text"),
         ({"tool_call_id": "c1"}, "has tool_call_id"),
@@ -215,9 +219,9 @@ def test_a_value_that_json_cannot_keep_is_a_bad_row_of_the_import(tmp_path: Path
 
 # What the table must hold, written out: a key that is lost here is a key that is silently parked.
 ROW_NAMES = {
-    "system": ["system", "system_prompt", "system_message"],
+    "system": ["system", "system_prompt", "system_message", "system_instruction"],
     "tools": ["tools", "functions"],
-    "thinking": ["reasoning_content", "reasoning", "thinking", "Complex_CoT"],
+    "thinking": ["reasoning_content", "reasoning", "thinking", "thought", "Complex_CoT"],
     "weight": ["weight", "loss_weight", "sample_weight", "train", "trainable"],
     "template_args": ["template_args", "chat_template_kwargs"],
 }
@@ -244,7 +248,7 @@ def test_every_name_of_a_meaning_in_a_row(meaning: str, key: str) -> None:
     assert found[meaning] == wanted.get(meaning, VALUES[meaning]) and key not in record.meta
 
 
-@pytest.mark.parametrize("key", ["weight", "loss_weight", "loss_scale", "loss", "train", "trainable"])
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "loss_scale", "loss", "train", "trainable", "do_train"])
 def test_every_name_of_a_turns_weight(key: str) -> None:
     assert read(chat({key: 0})).turns[1].weight == 0
 
@@ -325,3 +329,45 @@ def test_what_was_kept_is_told_most_frequent_first() -> None:
     assert told({"a": 1, "b": 3, "c": 2}, most=2) == "b (3 rows), c (2 rows) and 1 more keys"
     record = read(chat({"tag": "", "note": "n"}))
     assert kept_keys(record) == {"turns: note": 1}
+
+
+def parts(*said: dict[str, Any], answer: Any = "a", **keys: Any) -> dict[str, Any]:
+    """Messages whose contents are lists of parts."""
+    return {"messages": [{"role": "user", "content": list(said)}, {"role": "assistant", "content": answer}], **keys}
+
+
+def test_keys_of_parts_are_read_or_counted() -> None:
+    answer = [{"type": "text", "text": "a", "train": False}, {"type": "text", "text": "b", "image": None}]
+    record = read(parts({"type": "text", "text": "q", "cache_control": {"type": "x"}}, answer=answer))
+    assert [(part.text, part.weight) for part in record.turns[1].parts] == [("a", 0.0), ("b", None)]
+    shown = read(parts({"type": "image", "image": "a.png", "min_pixels": 9, "index": 0}, {"type": "text", "text": "q"}))
+    assert kept_keys(record) == {"turns: text part: cache_control": 1}
+    assert kept_keys(shown) == {"turns: image part: min_pixels": 1}
+
+
+@pytest.mark.parametrize(
+    ("part", "cause"),
+    [
+        ({"type": "text", "text": "q", "video": "v.mp4"}, "a part of turn 1 (user) has 'video': a video"),
+        ({"type": "text", "text": "q", "bbox": [1, 2, 3, 4]}, "a part of turn 1 (user) has 'bbox': a box of its own"),
+        ({"type": "image", "image": "a.png", "weight": 1}, "an image part of turn 1 has a weight"),
+        ({"type": "text", "text": "q", "weight": -1}, "a negative weight: -1"),
+    ],
+)
+def test_keys_of_parts_that_cannot_be_expressed(part: dict[str, Any], cause: str) -> None:
+    with pytest.raises(RecordError) as caught:
+        read(parts(part))
+    assert cause in caught.value.problem and caught.value.remedy
+
+
+def test_boxes_that_are_parts() -> None:
+    box, point = {"type": "bbox", "bbox": [0, 100, 500, 1000]}, {"type": "point", "point": [5, 6]}
+    row = parts({"type": "text", "text": "At "}, box, {"type": "text", "text": " or "}, point)
+    record = FORMATS["messages"](row, boxes="norm1000", boxes_in="norm1000")
+    assert record.turns[0].text == "At [0, 100, 500, 1000] or [5, 6]" and not kept_keys(record)
+    with pytest.raises(RecordError, match="nothing says how to write them"):
+        read(row)
+    with pytest.raises(RecordError, match="boxes stand in parts and in 'objects'"):
+        read({**row, "objects": {"bbox": [[1, 2, 3, 4]]}})
+    with pytest.raises(RecordError, match="no box and no point"):
+        FORMATS["messages"](parts({"type": "bbox", "box": [1, 2, 3, 4]}), boxes="norm1", boxes_in="norm1000")

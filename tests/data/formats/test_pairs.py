@@ -15,6 +15,7 @@ import pytest
 from format_tools import bad_rows, imported, texts, write
 
 from mmit.data.formats import FORMATS, detect_format, import_file
+from mmit.data.formats.keys import kept_keys
 from mmit.data.rows import read_rows
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError
@@ -35,6 +36,16 @@ LAYOUTS: list[tuple[dict[str, Any], str, list[list[str]]]] = [
         {"instruction": "q", "context": "c", "response": "a", "category": "qa"},
         "dolly",
         [["q\n\nc"], ["a"]],
+    ),
+    ({"instruction": "q", "input": "c", "response": "a"}, "instruction_response", [["q\n\nc"], ["a"]]),
+    (
+        {
+            "instruction": "q",
+            "response": "a",
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "b"}],
+        },
+        "sharegpt",
+        [["q"], ["b"]],
     ),
     ({"id": "0", "data": ["q", "a", "q2", "a2"]}, "ultrachat", [["q"], ["a"], ["q2"], ["a2"]]),
     ({"prompt": "q", "prompt_id": "1", "messages": MESSAGES}, "messages", [["q"], ["a"]]),
@@ -244,3 +255,16 @@ def test_a_column_that_is_a_role_but_for_white_space(tmp_path: Path) -> None:
     path.write_text("prompt,completion\nq,a\n")
     assert texts(next(import_file(path, "csv"))) == [["q"], ["a"]]
     assert FORMATS["csv"].options.keys() >= {"columns", "as_format"}
+
+
+def test_keys_of_entries_are_read_or_counted() -> None:
+    pictured = {"texts": [{"user": "q", "assistant": "a", "weight": 0, "tag": "x"}]}
+    pairs = {"conversation": [{"system": "S", "human": "q", "assistant": "a", "train": False, "tag": "x"}]}
+    for format, row in (("cauldron", pictured), ("conversation", pairs)):
+        record = FORMATS[format](row)
+        assert record.turns[-1].weight == 0 and kept_keys(record) == {"turns: tag": 1}
+        entry = next(iter(row.values()))[0]
+        with pytest.raises(RecordError, match="has 'rejected': half of a preference pair"):
+            FORMATS[format]({next(iter(row)): [entry | {"rejected": "b"}]})
+    with pytest.raises(RecordError, match="both 'context' and 'input'"):
+        FORMATS["dolly"]({"instruction": "q", "context": "c", "input": "i", "response": "a"})
