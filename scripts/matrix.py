@@ -4,6 +4,8 @@
     python scripts/matrix.py --families gemma2 mamba2 --out matrix.jsonl
 
 Tiny random models, on the CPU. The columns:
+    rounding                 largest change of a loss in transformers when every number of the embeddings moves by one
+                             rounding (fp32): what no other order of additions can be expected to keep
     packed, shared, padded   largest difference of a loss from the record alone in transformers (fp32), with records
                              three windows long: in one row, in a row that shares beginnings, as a padded batch
     leak                     largest gradient that reaches another record of the row
@@ -48,12 +50,13 @@ from tests.models.small_llms import FAMILIES, FIRST_LIST, VOCABULARY, family
 from tests.models.test_families import alone, in_a_row, pair, records
 from tests.tiny_run import tiny_config
 
-COLUMNS = ("packed", "shared", "padded", "leak", "mode", "resume", "lora", "single", "batch", "export")
+COLUMNS = ("rounding", "packed", "shared", "padded", "leak", "mode", "resume", "lora", "single", "batch", "export")
 PROMPTS, NEW = (3, 11, 30), 8
 FROZEN: dict[str, Any] = {"mode": "frozen", "lr": None, "options": {}}
 LORA = {"vision": FROZEN, "projector": FROZEN, "llm": {"mode": "lora", "lr": 1e-3, "options": {"r": 4}}}
 WIDTH = 24  # of a cell
 LIMIT = 1e-4  # of differences of losses, and of logits after a merge and an export
+ROUNDINGS = 4  # times the column rounding that a loss may differ by, and logits four times that, where it is more
 CLOSE = 1e-3  # two tokens whose logits are nearer than this may change places by rounding
 
 
@@ -63,6 +66,7 @@ def losses(name: str) -> dict[str, Any]:
     samples, found = records(), dict[str, Any]()
     share = "longrope" not in name  # such a run sets data.share_prefix=false
     wanted = alone(theirs, samples)
+    found["rounding"] = told(lambda: rounding(theirs, samples, wanted))
 
     def difference(**options: Any) -> float:
         return float((in_a_row(vlm, samples, **options)[0] - wanted).detach().abs().max())
@@ -81,6 +85,19 @@ def losses(name: str) -> dict[str, Any]:
     vlm.run_padded()
     found["padded"] = told(difference)
     return found
+
+
+@torch.no_grad()
+def rounding(llm: Any, samples: list[Sample], wanted: torch.Tensor) -> float:
+    """Largest change of the losses `wanted` over three draws of roundings of the embeddings."""
+    weight, draw, worst = llm.get_input_embeddings().weight, torch.Generator().manual_seed(0), 0.0
+    kept = weight.clone()
+    for _ in range(3):
+        away = torch.where(torch.rand(weight.shape, generator=draw) < 0.5, -torch.inf, torch.inf)
+        weight.copy_(torch.nextafter(kept, away))
+        worst = max(worst, float((alone(llm, samples) - wanted).abs().max()))
+    weight.copy_(kept)
+    return worst
 
 
 def told(work: Callable[[], Any]) -> Any:
@@ -286,9 +303,12 @@ def report(families: list[str], known: dict[str, Any]) -> None:
 def faults(row: dict[str, Any]) -> list[str]:
     """Columns in which a family is wrong; a refusal is not."""
     bad = ["error"] if row.get("error") and not str(row["error"]).startswith("refused") else []
+    own = row.get("rounding")
+    least = max(LIMIT, ROUNDINGS * own) if isinstance(own, float) else LIMIT
+    limits = {"rounding": float("inf"), "leak": 0.0, "lora": 4 * least if least > LIMIT else LIMIT}
     for column in COLUMNS:
         value = row.get(column)
-        limit = 0.0 if column == "leak" else LIMIT
+        limit = limits.get(column, least)
         wrong = isinstance(value, float) and not value <= limit
         if wrong or str(value).startswith(("DIFFERS", "FAILED", "no gradient", "late")):
             bad.append(column)

@@ -82,8 +82,6 @@ def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure
     rules, asked = read_rules(vlm.llm), data["packing"]
     with located("model.llm"):
         check_vocabulary(rules, tokenizer.get_vocab())
-        if measure:
-            check_embeddings(vlm)
     update: dict[str, Any] = {"packing": False}
     if asked is not False:
         reason = rules.why_not_packed
@@ -99,6 +97,9 @@ def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure
             say(f"data.packing is false for {type(vlm.llm).__name__}: {reason}; records run in padded batches")
             vlm.run_padded()
         update["packing"] = reason is None
+    if measure:  # with the attention that the run will have
+        with located("model.llm"):
+            check_embeddings(vlm)
     if rules.rotary_limit and data["share_prefix"] and data["max_length"] > rules.rotary_limit:
         update["share_prefix"] = False
         say(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmit.data.packing import Sample, build_row
@@ -12,6 +13,8 @@ from mmit.errors import ModelError
 from mmit.models.attention import layer_attention
 from mmit.models.llm import load_llm, recompute_activations
 from mmit.models.rules import read_rules
+from mmit.models.tuning import apply_tuning
+from mmit.models.tuning.lora import put_adapter
 from mmit.models.vlm import VLM
 from tests.models.small_llms import FAMILIES, VOCABULARY, WINDOW, family
 
@@ -190,3 +193,20 @@ def test_an_argument_that_attention_does_not_compute_is_refused():
     module, states = torch.nn.Linear(1, 1), torch.zeros(1, 2, 3, 4)
     with pytest.raises(ModelError, match="Linear chooses the keys"):
         layer_attention(module, states, states, states, None, None, indices=torch.zeros(1))
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("name", [n for n in ("mixtral", "qwen2_moe", "laguna") if n in FAMILIES])
+def test_an_adapter_is_read_under_the_names_that_it_was_written_with(name, experts):
+    """transformers renames published weights, and its rule for Laguna matches "shared_experts" too."""
+    _, vlm = pair(name)
+    frozen = {"mode": "frozen", "lr": None, "options": {}}
+    plan = {"mode": "lora", "lr": 1e-3, "options": {"r": 2, "experts": experts}}
+    apply_tuning(vlm, {"vision": frozen, "projector": frozen, "llm": plan})
+    own = get_peft_model_state_dict(vlm.llm, save_embedding_layers=False)
+    values = {key: torch.full_like(value, number) for number, (key, value) in enumerate(own.items())}
+    put_adapter(vlm.llm, values)
+    found = get_peft_model_state_dict(vlm.llm, save_embedding_layers=False)
+    assert [key for key in values if not torch.equal(found[key], values[key])] == []
+    reached = {float(p.detach().flatten()[0]) for p in vlm.llm.parameters() if p.requires_grad}
+    assert reached == {float(n) for n in range(len(values))}

@@ -11,7 +11,7 @@ from mmit.errors import ModelError
 from mmit.forecast.forecast import forecast
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import run
-from tests.models.small_llms import family
+from tests.models.small_llms import FAMILIES, family
 from tests.tiny_run import tiny_config
 
 
@@ -37,6 +37,15 @@ def test_a_model_that_cannot_pack_trains_padded_and_says_so(tmp_path, capsys):
     assert checkpoint.read_config(checkpoint.checkpoints(tmp_path / "run")[-1]).data.packing is False
     with pytest.raises(ModelError, match="set data.packing=auto or false"):
         run(config_of(tmp_path / "asked", "falcon", packing=True))
+
+
+@pytest.mark.skipif("inkling_text" not in FAMILIES, reason="this transformers has no Inkling")
+def test_a_bias_on_scores_trains_padded_by_itself_and_says_why(tmp_path, capsys):
+    run(config_of(tmp_path, "inkling_text"))
+    assert "InklingAttention adds a bias to its scores, which packed attention does not compute; rec" in said(capsys)
+    assert checkpoint.read_config(checkpoint.checkpoints(tmp_path / "run")[-1]).data.packing is False
+    with pytest.raises(ModelError, match="set data.packing=auto or false"):
+        run(config_of(tmp_path / "asked", "inkling_text", packing=True))
 
 
 def test_ids_beyond_the_embedding_table_are_refused(tmp_path):

@@ -13,7 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from torch import nn
 
 from mmit.errors import ModelError
@@ -199,3 +208,31 @@ def tune_vision_lora(encoder: nn.Module, options: Mapping[str, Any]) -> PeftMode
 def trained_b(names: Sequence[str]) -> list[str]:
     """The LoRA B matrices among parameter names, which LoRA+ trains faster."""
     return [n for n in names if ".lora_B." in n or ".lora_embedding_B." in n]
+
+
+@torch.no_grad()
+def put_adapter(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give an adapter its values. `tensors` has every name of PEFT's state dict and no other.
+
+    Raises:
+        ModelError: PEFT left tensors as they were, and they cannot be reached.
+    """
+    set_peft_model_state_dict(model, dict(tensors))
+    # PEFT takes names for published ones and renames them as transformers does when it loads weights. A rule may match
+    # names that are the model's own already: Laguna's "mlp.shared_expert.", with a dot for any letter, makes
+    # "shared_experts.." of "shared_experts", and PEFT drops what it then does not know without a word.
+    left = _unlike(model, tensors)
+    for name, value in left.items():
+        value.copy_(tensors[name])
+    if left and (still := _unlike(model, tensors)):
+        raise ModelError(
+            f"peft does not load {len(still)} tensors of the adapter, such as {min(still)}",
+            where=type(model.get_base_model()).__name__,
+            remedy="choose other layers (tune.llm.options.targets), or another version of peft",
+        )
+
+
+def _unlike(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the adapter that do not have these values."""
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {k: v for k, v in own.items() if not torch.equal(v.nan_to_num(), tensors[k].to(v).nan_to_num())}

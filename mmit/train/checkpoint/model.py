@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -38,7 +38,7 @@ from mmit.models.assemble import assemble, with_own_towers, without_weights
 from mmit.models.llm import bring_adapters, multiplied_out, usable_device, why_not_4bit
 from mmit.models.partition import shape, whole
 from mmit.models.tuning import apply_tuning, base_name, is_added, method_of, quantization, unquantised
-from mmit.models.tuning.lora import quietly
+from mmit.models.tuning.lora import put_adapter, quietly
 from mmit.plugins import refuse_own_code
 from mmit.precision import fast_half
 from mmit.train.checkpoint.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
@@ -227,7 +227,7 @@ def _read_adapter(model: Any, adapter: Path) -> PeftModel:
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     _compare(expected, tensors, adapter / "adapter_model.safetensors")
     bring_adapters(model, tensors)
-    set_peft_model_state_dict(model, tensors)
+    put_adapter(model, tensors)
     return model
 
 
