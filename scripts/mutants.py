@@ -57,6 +57,7 @@ T_LIFE, T_SHARDS, T_TILES = (
     "tests/data/test_tiles.py",
 )
 MEASURE, MARKS = "mmit/data/measure.py", "mmit/data/marks.py"
+PICTURE_FILES = "mmit/data/picture_files.py"
 T_MEASURE, T_MARKS = "tests/data/test_measure.py", "tests/data/test_marks.py"
 KEYS = "mmit/data/formats/keys.py"
 IDENTITY, T_IDENTITY = "mmit/train/checks/identity.py", "tests/train/checks/test_identity.py"
@@ -297,17 +298,31 @@ MUTANTS = [
     # what tells pictures and answers from others
     Mutant(
         "pictures: a constant stamp",
-        MEASURE,
+        PICTURE_FILES,
         "return ((found.st_mtime_ns * 1_000_003) ^ found.st_size) & (2**62 - 1) | 2**62",
         "return 2**62",
         T_MEASURE,
     ),
     Mutant(
         "pictures: size left out of the stamp",
-        MEASURE,
+        PICTURE_FILES,
         "((found.st_mtime_ns * 1_000_003) ^ found.st_size)",
         "(found.st_mtime_ns * 1_000_003)",
         T_MEASURE,
+    ),
+    Mutant(
+        "pictures: a file that changed is known",
+        PICTURE_FILES,
+        ' or self._known["stamps"][at] != now',
+        "",
+        T_MEASURE,
+    ),
+    Mutant(
+        "boxes: a user's letters become tokens",
+        "mmit/data/chat_turns.py",
+        "if part.token else before.marks",
+        "if part.text.startswith('<|') else before.marks",
+        "tests/data/test_box_tokens.py",
     ),
     Mutant(
         "pictures: one mark for all",
@@ -335,7 +350,7 @@ MUTANTS = [
     Mutant(
         "pictures: those of a record do not count",
         MARKS,
-        "digest.update(picture_mark(images[key].image))",
+        "digest.update(mark)",
         "pass",
         T_MARKS,
     ),
@@ -491,8 +506,8 @@ MUTANTS = [
     Mutant(
         "keys: a mark of a bad answer is kept",
         KEYS,
-        "if key in MARKS and (value is False or",
-        "if key in MARKS and (value is None or",
+        "no = value is False or",
+        "no = value is None or",
         T_KEYS,
     ),
     Mutant(

@@ -8,7 +8,7 @@ of its question-answer pairs as fit a row. Takes an `encode` callable; knows no 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -131,8 +131,10 @@ class InstructionData:
         """
         return self.samples_of(self.record(number, outline=outline), number)
 
-    def samples_of(self, record: Record, number: int) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
-        """Tokenise a record that has been read already; see `samples`."""
+    def samples_of(
+        self, record: Record, number: int, *, sizes: Mapping[Hashable, tuple[int, int]] | None = None
+    ) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
+        """Tokenise a record that has been read already; see `samples`. `sizes` are the (W, H) that are known."""
         record.validate(for_training=True)
         images, where = record.images, record.where
         if images and self.preparation is None:
@@ -144,7 +146,8 @@ class InstructionData:
                 remedy="set model.vision.fit to pad or resize",
             )
         keys = tuple(image_key(image) for image in images)
-        shown = {key: self._show(image, where) for key, image in zip(keys, images, strict=True)}
+        known = sizes or {}
+        shown = {key: self._show(image, where, known.get(key)) for key, image in zip(keys, images, strict=True)}
         widths = tuple(shown[key].spread.tokens for key in keys)
         factor = self.source_weights[self.source_of(number)]
         samples = []
@@ -163,9 +166,10 @@ class InstructionData:
             samples.append(sample)
         return samples, shown, where
 
-    def _show(self, image: Image, where: str) -> PlacedImage:
+    def _show(self, image: Image, where: str, size: tuple[int, int] | None) -> PlacedImage:
         assert self.preparation is not None
-        return PlacedImage(image, self.preparation.spread(image, where=where))
+        sized = image if size is None else replace(image, size=size)
+        return PlacedImage(image, self.preparation.spread(sized, where=where))
 
     def unit_samples(self, scan: Scan, unit: int) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
         """Samples of one unit of a scan, as `samples` gives them."""

@@ -26,18 +26,25 @@ _FACTS = [f.name for f in fields(Sample) if f.name not in ("images", "record")]
 ENDS = 4096  # bytes at either end of a picture file that tell it from another
 
 
-def content_of(samples: Sequence[Sample], images: Mapping[Hashable, PlacedImage]) -> bytes:
+def content_of(
+    samples: Sequence[Sample], images: Mapping[Hashable, PlacedImage], marks: dict[Hashable, bytes] | None = None
+) -> bytes:
     """Return 16 bytes that stand for every number of a record's samples and for its pictures.
 
-    Pictures inside shards are left to the index of their shards, which has a checksum of every member.
+    Pictures inside shards are left to the index of their shards, which has a checksum of every member. `marks` are
+    those of picture files that are known; what is read is added.
     """
+    marks = {} if marks is None else marks
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
         facts = [getattr(sample, name) for name in _FACTS]
         written = [written_floats(fact) if fact is sample.weights else repr(fact) for fact in facts]
         digest.update(f"[{', '.join(written)}]".encode())
         for key in sample.images:
-            digest.update(picture_mark(images[key].image))
+            mark = marks.get(key) or picture_mark(images[key].image)
+            if isinstance(images[key].image.source, str):  # the key of any other may be another's next time
+                marks[key] = mark
+            digest.update(mark)
     return digest.digest()
 
 

@@ -8,11 +8,9 @@ on bad records included, and mapped at the next start if all picture files are a
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -22,6 +20,7 @@ from mmit.data.chat_turns import has_thought
 from mmit.data.formats.keys import kept_keys
 from mmit.data.marks import Contents, content_of
 from mmit.data.packing import Sample, trie_length
+from mmit.data.picture_files import Looked, PictureFiles, hash_of, joined, stamp, table
 from mmit.data.prefetch import in_order
 from mmit.data.store import Arrays, Store, code_version, key_of
 from mmit.errors import RecordError, from_facts
@@ -71,7 +70,7 @@ class Piece:
     pictures: np.ndarray  # (2, P) uint64: hash of a picture's key, its crops; distinct, sorted
     names: np.ndarray  # (N,) uint8, paths of picture files, one after the other
     ends: np.ndarray  # (F,) int64, where each path ends
-    stamps: np.ndarray  # (F,) int64, of each file, see `_stamp`
+    stamps: np.ndarray  # (F,) int64, of each file, see `picture_files.stamp`
     supervised: int
     thoughts: int
     head: tuple[int, ...] | None  # tokens all begin with; None of no record
@@ -79,6 +78,7 @@ class Piece:
     kept: dict[str, int]  # keys that stay in the meta unread, where the source does not know them
     content: str  # a hash of what is learned from the records, in their order
     records: int
+    read: Arrays = field(default_factory=table)  # picture files that were not known before
 
     @property
     def arrays(self) -> Arrays:
@@ -125,7 +125,7 @@ def scan(
         else:
             first = data.starts[source]
             places = chosen[(chosen >= first) & (chosen < first + len(data.sources[source]))] - first
-            pieces.append(_measured(data, source, places, workers, advance))
+            pieces.append(_measured(data, source, places, workers, advance, PictureFiles()))
     out = _whole(data, pieces)
     if chosen is None:
         # Rows that became no record count among the records of which a share may be bad.
@@ -154,7 +154,7 @@ def _kept(
     """A source's measurements, from the store if its picture files are as they were."""
     places = range(len(data.sources[source]))
     if store is None or not data.key:
-        return _measured(data, source, places, workers, advance)
+        return _measured(data, source, places, workers, advance, PictureFiles())
     key = source_key(data, source)
     found = store.find("measured", key)
     if found is not None:
@@ -167,7 +167,9 @@ def _kept(
             return piece
         origin = data.sources[source].origin
         store.say(f"{origin}: {changed} picture files are not as they were when they were measured: measuring again")
-    piece = _measured(data, source, places, workers, advance)
+    known = PictureFiles(store, key_of(data.sources[source].fingerprint, len(places), code_version()))
+    piece = _measured(data, source, places, workers, advance, known)
+    known.keep(piece.read)
     store.keep("measured", key, piece.facts, piece.arrays)
     return piece
 
@@ -178,13 +180,14 @@ def _measured(
     places: Sequence[int] | np.ndarray,
     workers: int,
     advance: Callable[[int], None],
+    known: PictureFiles,
 ) -> Piece:
     """Measure records of a source."""
     cut = [places[begin : begin + PIECE] for begin in range(0, len(places), PIECE)]
     workers = workers if len(places) > FEW else 0
 
     def results() -> Iterator[Piece]:
-        for piece in in_order(lambda some: _measure(data, source, some), cut, workers=workers):
+        for piece in in_order(lambda some: _measure(data, source, some, known), cut, workers=workers):
             advance(piece.records)
             yield piece
 
@@ -212,6 +215,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
         dict(sum((Counter(piece.kept) for piece in pieces), Counter[str]())),
         str(contents),
         sum(piece.records for piece in pieces),
+        joined([piece.read for piece in pieces]),
     )
 
 
@@ -250,12 +254,12 @@ def _whole(data: InstructionData, pieces: Sequence[Piece]) -> Scan:
     )
 
 
-def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece:
-    """Measure records of a source here."""
+def _measure(data: InstructionData, source: int, places: Iterable[int], known: PictureFiles) -> Piece:
+    """Measure records of a source here; picture files that are `known` are not opened."""
     start = data.starts[source]
     units: list[tuple[int, ...]] = []
     pictures: dict[int, int] = {}
-    files: dict[str, int] = {}
+    files = Looked(known, data.preparation)
     bad: list[list[str]] = []
     kept: Counter[str] = Counter()
     supervised = thoughts = count = 0
@@ -269,29 +273,27 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
             if not data.sources[source].judged:
                 kept += kept_keys(record)
             for image in record.images:
-                if isinstance(image.source, str) and image.size is None:
-                    files[image.source] = _stamp(image.source)
-                    if not files[image.source]:
-                        _refuse_missing(image.source, record.where)
-            samples, shown, _ = data.samples_of(record, number)
+                if not files.at(image, where=record.where):
+                    _refuse_missing(image.source, record.where)
+            samples, shown, _ = data.samples_of(record, number, sizes=files.sizes)
         except RecordError as error:
             bad.append(_placed(data, number, error).facts)
             continue
-        crops = {_hash(key): picture.spread.crops for key, picture in shown.items()}
+        crops = {hash_of(key): picture.spread.crops for key, picture in shown.items()}
         pictures.update(crops)
         seen = sum(crops.values())
         units += [(int(place), *span, seen) for span in _chunks(samples, data.capacity, data.share_prefix)]
         supervised += sum(len(sample.weights) - sample.weights.count(0.0) for sample in samples)
         thoughts += has_thought(record)
         head = _common_head([head, _head(samples)])
-        learned.add(content_of(samples, shown))
-    names = [os.fsencode(name) for name in files]
+        learned.add(content_of(samples, shown, files.marks))
+    names = [os.fsencode(name) for name in files.stamps]
     return Piece(
         np.array(units, dtype=np.int64).reshape(-1, 5).T,
         np.array([*zip(*sorted(pictures.items()), strict=True)] or [(), ()], dtype=np.uint64),
         np.frombuffer(b"".join(names), dtype=np.uint8),
         np.cumsum([len(name) for name in names], dtype=np.int64),
-        np.array(list(files.values()), dtype=np.int64),
+        np.array(list(files.stamps.values()), dtype=np.int64),
         supervised,
         thoughts,
         head,
@@ -299,10 +301,11 @@ def _measure(data: InstructionData, source: int, places: Iterable[int]) -> Piece
         dict(kept),
         str(learned),
         count,
+        files.read(),
     )
 
 
-def _refuse_missing(file: str, where: str) -> NoReturn:
+def _refuse_missing(file: object, where: str) -> NoReturn:
     remedy = "check image_root, or set run.on_bad_record=skip"
     raise RecordError(f"image file is missing: {file}", where=where, remedy=remedy)
 
@@ -313,17 +316,6 @@ def _placed(data: InstructionData, number: int, error: RecordError) -> RecordErr
 
 
 # --- picture files ------------------------------------------------------------------------------------------------
-
-
-def _stamp(path: str) -> int:
-    """What tells whether a picture file is as it was: 0 if there is none; else its size and time."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
-        return 0
-    if not stat.S_ISREG(found.st_mode):
-        return 0
-    return ((found.st_mtime_ns * 1_000_003) ^ found.st_size) & (2**62 - 1) | 2**62
 
 
 def _changed(piece: Piece, *, workers: int) -> int:
@@ -337,16 +329,11 @@ def _changed(piece: Piece, *, workers: int) -> int:
         names = piece.names[begin : ends[-1]].tobytes()
         now, last = [], 0
         for end in ends:
-            now.append(_stamp(os.fsdecode(names[last : end - begin])))
+            now.append(stamp(os.fsdecode(names[last : end - begin])))
             last = end - begin
         return int((piece.stamps[some.start : some.stop] != np.array(now, dtype=np.int64)).sum())
 
     return sum(in_order(job, cut, workers=workers if len(cut) > 4 else 0))
-
-
-def _hash(key: Hashable) -> int:
-    text = key if isinstance(key, str) else repr(key)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _distinct(tables: Sequence[np.ndarray]) -> np.ndarray:

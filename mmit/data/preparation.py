@@ -128,10 +128,14 @@ class ImagePreparation:
         """Crops and image tokens of a picture, from its header at most. Raises ImageError."""
         if not self.tiled:
             return _plain(self.tokens)
-        size = image.size or image_size(image, where=where)
+        size = self.size_of(image, where=where)
         if self.mode == NATIVE:
             return _unit_spread(layout(size, self.native, where=where).grid, self.tokens, self.grid)
         return _spread(self.tiling(size), self.tokens, self.grid)
+
+    def size_of(self, image: Image, *, where: str = "") -> Size:
+        """The upright (W, H) of a picture, from its header at most. Raises ImageError."""
+        return image.size or image_size(image, where=where)
 
     def pixels(self, image: Image, *, where: str = "") -> torch.Tensor:
         """Decode a picture: (C, 3, H, W) uint8. Raises ImageError."""

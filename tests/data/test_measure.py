@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -102,7 +104,9 @@ def test_what_is_measured_again_and_what_is_not(folder, coded, monkeypatch):
     store, measured = Store(folder / "cache"), []
     original = measure._measure
     monkeypatch.setattr(
-        measure, "_measure", lambda data, source, some: (measured.append(source), original(data, source, some))[1]
+        measure,
+        "_measure",
+        lambda data, source, *rest: (measured.append(source), original(data, source, *rest))[1],
     )
 
     def again(**options):
@@ -141,6 +145,32 @@ def test_a_warm_start_opens_no_picture(folder, coded, monkeypatch):
     assert len(cold.illustrated) and not opened
     data_of(folder, coded, shown=TILED).scan()
     assert opened  # what is watched is what a cold start opens pictures with
+
+
+def test_another_template_opens_no_picture_again(folder, coded, monkeypatch):
+    """Sizes and marks of files are kept apart from what a template and a preparation make of them."""
+    store = Store(folder / "cache")
+    data_of(folder, coded, store=store, shown=TILED).scan(store=store)
+    opened = []
+    read, mark = preparation.image_size, marks.picture_mark
+    monkeypatch.setattr(preparation, "image_size", lambda image, **told: opened.append(image) or read(image, **told))
+    monkeypatch.setattr(marks, "picture_mark", lambda image: opened.append(image) or mark(image))
+
+    def again(**options):
+        opened.clear()
+        found = data_of(folder, coded, store=store, **options).scan(store=store)
+        names = {Path(image.source).name for image in opened}
+        same(found, data_of(folder, coded, **options).scan())
+        return names
+
+    assert again(key="another chat", shown=TILED) == set() == again(max_length=100)
+    os.utime(folder / "3.png", ns=(1, 1))
+    assert again(key="another chat", shown=TILED) == {"3.png"} and again(key="a third", shown=TILED) == set()
+    for entry in store.folder.glob("pictures-*"):
+        shutil.rmtree(entry)
+    assert len(again(key="a fourth")) > 2 and again(key="a fifth") == set()
+    assert len(again(key="a sixth", shown=TILED)) > 2  # sizes were not needed before
+    assert again(key="a seventh", shown=TILED) == set()
 
 
 def test_damage_is_noticed_and_mended(folder, coded):

@@ -1,0 +1,213 @@
+"""A chat template rendered with sentinels: where each text, image, thought and call of a conversation comes out.
+
+Owns Item, the Locator, and the errors that say what a template does to a content: drops it, moves it, writes it twice,
+rewrites its whitespace. Real content is never rendered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, cast
+
+from mmit.data.chat_render import (
+    SENTINEL,
+    Extras,
+    Failure,
+    Outline,
+    Refusal,
+    Renderer,
+    Shape,
+    TooMuch,
+    sentinel,
+)
+from mmit.errors import ConfigError, MmitError, RecordError
+
+NO_EXTRAS = Extras()
+ASK, ANSWER = Outline("user", "t"), Outline("assistant", "t")
+TALK: Shape = (ASK, ANSWER)
+
+
+class Item(NamedTuple):
+    """A part of a turn (from 0): "k" a thought, "t" a text, "i" an image, "c" the first call."""
+
+    turn: int
+    kind: str
+
+
+class Exceeded(ConfigError):
+    """The template takes more time or memory than it may; no other style will do better."""
+
+
+class Locator:
+    """Renders conversations of a template and finds their items in the text.
+
+    Attributes:
+        renderer: the template; how it wants contents is set on it (see `template_styles`).
+        image_token: the text the template writes for an image part, None if it knows none.
+        unclear: (problem, remedy) where there is such a text and it cannot be told.
+        ready: the template writes the simplest conversation, so that a failure is a record's fault from now on.
+    """
+
+    def __init__(self, renderer: Renderer, *, where: str) -> None:
+        self.renderer, self.where = renderer, where
+        self.image_token: str | None = None
+        self.unclear: tuple[str, str] = ("", "")
+        self.ready = False
+
+    def locate(
+        self,
+        shape: Shape,
+        items: Sequence[Item],
+        extras: Extras,
+        *,
+        pad: tuple[str, str] = ("", ""),
+        prompt: bool = False,
+    ) -> tuple[list[tuple[int, int] | None], str]:
+        """Render with sentinels, texts padded by `pad`; returns where each item stands, None for a cut thought."""
+        in_list = [item.kind == "i" and self.renderer.style(shape[item.turn]) == "list" for item in items]
+        if any(in_list) and self.image_token is None:
+            problem, remedy = self.unclear
+            self.fail(problem or "the template writes nothing for an image in a list of parts", remedy)
+        marks = [pad[0] + sentinel(n) + pad[1] if item.kind in "kt" else sentinel(n) for n, item in enumerate(items)]
+        rendered = self.render(self.renderer.messages(shape, marks), extras, shape=shape, prompt=prompt)
+        found: dict[int, list[tuple[int, int]]] = {}
+        for match in SENTINEL.finditer(rendered):
+            found.setdefault(int(match[1]), []).append(match.span())
+        images = _places(rendered, cast("str", self.image_token)) if any(in_list) else []
+        spans: list[tuple[int, int] | None] = []
+        position = image = 0
+        for number, item in enumerate(items):
+            if in_list[number]:
+                while image < len(images) and images[image][0] < position:
+                    image += 1
+                places = images[image : image + 1]
+                count = len(images)
+            else:
+                places = found.get(number, [])
+                count = len(places)
+                if item.kind == "k" and not places:
+                    spans.append(None)
+                    continue
+                places = places if count == 1 and places[0][0] >= position else []
+            if not places:
+                self._misplaced(item, shape[item.turn].role, count)
+            spans.append(places[0])
+            position = places[0][1]
+        if len(images) != sum(in_list):
+            problem = f"the template writes {self.image_token!r} more often than there are images"
+            self.fail(problem, name_token("the text that stands for exactly one image"))
+        return spans, rendered
+
+    def _misplaced(self, item: Item, role: str, count: int) -> NoReturn:
+        nouns = {"t": "the text", "i": "an image", "k": "the thought", "c": "the tool calls"}
+        what = f"{nouns[item.kind]} of turn {item.turn + 1} ({role})"
+        if item.kind == "i" and count:
+            problem = f"the template moves {what} to another place"
+            self.fail(problem, "Put the images of a turn before its text, or use another template.")
+        if count > 1:
+            self.fail(f"the template writes {what} {count} times", "Use a template that writes it once.")
+        remedy = "Use a template that writes every turn unchanged."
+        if role == "system":
+            remedy = "Fold the system text into the first user turn, or use another template."
+        if item.kind == "c" or role == "tool":
+            remedy = "Use a template that knows tools."
+        self.fail(f"the template drops or alters {what}", remedy)
+
+    def strip_rules(
+        self,
+        shape: Shape,
+        items: Sequence[Item],
+        extras: Extras,
+        plain: Sequence[tuple[str, str] | None],
+        *,
+        prompt: bool,
+    ) -> list[tuple[str | None, str | None]]:
+        """Find, for each text, which whitespace the template strips from its left and its right."""
+        stripped: list[tuple[set[str], set[str]]] = [(set(), set()) for _ in items]
+        for space in " \n\t":
+            for side, pad in enumerate(((space, ""), ("", space))):
+                padded = gaps_of(*self.locate(shape, items, extras, pad=pad, prompt=prompt))
+                for number, item in enumerate(items):
+                    if item.kind not in "kt" or plain[number] is None or padded[number] is None:
+                        continue
+                    before, after = plain[number][side], padded[number][side]  # type: ignore[index]
+                    if after == before:
+                        stripped[number][side].add(space)
+                    elif after != (before + space if side == 0 else space + before):
+                        self.fail("the template rewrites whitespace inside contents", "Use another template.")
+        return [(_chars(left), _chars(right)) for left, right in stripped]
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], extras: Extras, *, shape: Shape = (), prompt: bool = False
+    ) -> str:
+        """Render messages; what a template cannot do is the error of the record, or of the config until `ready`."""
+        try:
+            return self.renderer.render(messages, extras, prompt=prompt)
+        except Refusal as refusal:
+            remedy = "Change the record's turns, or use another chat format."
+            if shape and shape[0].role == "system" and self._takes(shape[1:]):
+                remedy = "The template takes no system turn: fold its text into the first user turn."
+            problem = f"the template refuses this conversation: {refusal.problem}"
+            raise RecordError(problem, where="" if self.ready else self.where, remedy=remedy) from refusal
+        except TooMuch as error:
+            raise Exceeded(error.problem, where=self.where, remedy="Correct the template.") from None
+        except Failure as failure:
+            self.fail(failure.problem, "Correct the template, or change the record's turns.")
+
+    def _takes(self, shape: Shape) -> bool:
+        marks = [sentinel(n) for n in range(len(items_of(shape)))]
+        try:
+            self.renderer.render(self.renderer.messages(shape, marks), NO_EXTRAS)
+        except MmitError:
+            return False
+        return True
+
+    def fail(self, problem: str, remedy: str) -> NoReturn:
+        """Raise RecordError, or ConfigError where the template itself is at fault."""
+        if self.ready:  # a template that writes the simplest conversation: the record is at fault
+            raise RecordError(f"{self.where}: {problem}", remedy=remedy)
+        raise ConfigError(problem, where=self.where, remedy=remedy)
+
+
+def items_of(shape: Shape) -> list[Item]:
+    """List the items of all turns in the order in which they are written."""
+    out = []
+    for number, turn in enumerate(shape):
+        kinds = ("k" if turn.thought == "k" else "") + turn.kinds + ("c" if turn.calls else "")
+        out += [Item(number, kind) for kind in kinds]
+    return out
+
+
+def name_token(what: str) -> str:
+    """The remedy where an image token has to be named."""
+    return f"Name {what}: model.chat.image_token in a config, --image-token of a command, image_token= in Python."
+
+
+def _places(text: str, mark: str) -> list[tuple[int, int]]:
+    out, at = [], text.find(mark)
+    while at >= 0:
+        out.append((at, at + len(mark)))
+        at = text.find(mark, at + len(mark))
+    return out
+
+
+def gaps_of(spans: Sequence[tuple[int, int] | None], rendered: str) -> list[tuple[str, str] | None]:
+    """The text before and after each item, up to its neighbours."""
+    there = [span for span in spans if span is not None]
+    ends = [0, *(span[1] for span in there)]
+    starts = [*(span[0] for span in there), len(rendered)]
+    texts = [rendered[a:b] for a, b in zip(ends, starts, strict=True)]
+    pairs = iter(zip(texts, texts[1:], strict=False))
+    return [None if span is None else next(pairs) for span in spans]
+
+
+def _chars(stripped: set[str]) -> str | None:
+    return None if len(stripped) == 3 else "".join(sorted(stripped))
+
+
+def common(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    n = 0
+    while n < min(len(a), len(b)) and a[n] == b[n]:
+        n += 1
+    return n
