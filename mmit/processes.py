@@ -36,14 +36,31 @@ def worker_pool(
     Use it from the thread that made it: on Linux its workers may end with that thread.
     """
     # fork where there is one, since spawn would run a script without a main guard again in every worker.
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    forks = "fork" in multiprocessing.get_all_start_methods()
     main = threading.current_thread() is threading.main_thread()
     return ProcessPoolExecutor(
         workers,
-        mp_context=multiprocessing.get_context(method),
+        mp_context=_forking() if forks else multiprocessing.get_context("spawn"),
         initializer=_begin,
         initargs=(os.getpid(), main, begin, arguments),
     )
+
+
+def _forking() -> multiprocessing.context.BaseContext:
+    """A context whose workers end though they ignore SIGTERM.
+
+    A pool that lost a worker ends the others with `terminate`, and since Python 3.12 tells them in no other way: it
+    would wait for them without end.
+    """
+
+    class Worker(multiprocessing.context.ForkProcess):
+        def terminate(self) -> None:
+            self.kill()
+
+    class Context(multiprocessing.context.ForkContext):
+        Process = Worker
+
+    return Context()
 
 
 def _begin(parent: int, main: bool, begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

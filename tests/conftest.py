@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,6 +114,29 @@ def _seeds_of_the_cpu_alone() -> Iterator[None]:
         if NO_DEVICE:
             own = torch.default_generator.manual_seed
             patch.setattr(torch.random, "_manual_seed_impl", lambda seed: own(int(seed)), raising=False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_curve_painted() -> Iterator[None]:
+    """A run ends with its loss curve, which takes as long to paint as two steps of a tiny model: one serves all runs.
+
+    What is drawn is still worked out for each; `tests/train/test_run.py` paints it.
+    """
+    from mmit.train.monitor import metrics_log
+
+    painted: list[bytes] = []
+
+    def once(figure: Any, file: Any) -> None:
+        if not painted:
+            held = io.BytesIO()
+            paint(figure, held)
+            painted.append(held.getvalue())
+        file.write(painted[0])
+
+    paint = once.real = metrics_log.paint  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics_log, "paint", once)
         yield
 
 

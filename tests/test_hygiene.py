@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import conftest
+from tests.trees import dotted, nodes_of
 
 ROOT = Path(__file__).parents[1]
 # (file, rule): the reason why it is safe there.
@@ -47,10 +48,9 @@ RENDERERS = {"Environment", "SandboxedEnvironment", "ImmutableSandboxedEnvironme
 YAML = {"yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.unsafe_load_all"}
 
 
-def rules_broken(source: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, rule) for every forbidden call or import in Python source."""
-    tree = ast.parse(source)
-    nodes = list(ast.walk(tree))
+def rules_broken(source: str | Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, rule) for every forbidden call or import in Python source, given as text or by its file."""
+    nodes = nodes_of(source)
     names = _imported_names(nodes)
     for node in nodes:
         if isinstance(node, (ast.Import, ast.ImportFrom)) and _unpickles(node, nodes):
@@ -89,13 +89,13 @@ def _renders(node: ast.Name | ast.Attribute, names: dict[str, str]) -> bool:
     """Say whether Jinja is reached, or a method of transformers that renders a folder's template."""
     if isinstance(node, ast.Attribute) and node.attr in ("apply_chat_template", "render_jinja_template"):
         return True
-    full = names.get(node.id, node.id) if isinstance(node, ast.Name) else ast.unparse(node)
+    full = names.get(node.id, node.id) if isinstance(node, ast.Name) else dotted(node)
     return full.startswith("jinja2.") and full.rpartition(".")[2] in {*RENDERERS, "Template"}
 
 
 def _refuses_code(loader: ast.Attribute, nodes: list[ast.AST], names: dict[str, str]) -> bool:
     """Say whether a loader is called here and now with trust_remote_code=False; handed on, nobody knows."""
-    first, _, rest = ast.unparse(loader).partition(".")
+    first, _, rest = dotted(loader).partition(".")
     if f"{names.get(first, first)}.{rest}" in HARMLESS:
         return True
     calls = [node for node in nodes if isinstance(node, ast.Call) and node.func is loader]
@@ -126,7 +126,7 @@ def _imported_names(nodes: list[ast.AST]) -> dict[str, str]:
 
 
 def _call_rules(call: ast.Call, names: dict[str, str]) -> Iterator[str]:
-    first, _, rest = ast.unparse(call.func).partition(".")
+    first, _, rest = dotted(call.func).partition(".")
     called = names.get(first, first) + (f".{rest}" if rest else "")
     constants = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
     given = [a.value for a in call.args if isinstance(a, ast.Constant)]
@@ -167,7 +167,7 @@ def test_no_dangerous_call() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {rule}"
         for path in python_files()
-        for line, rule in rules_broken(path.read_text(encoding="utf-8"))
+        for line, rule in rules_broken(path)
         if (str(path.relative_to(ROOT)), rule) not in ALLOWED
         and (path.is_relative_to(ROOT / "mmit") or rule not in OF_THE_PACKAGE)
     ]

@@ -416,6 +416,16 @@ def nothing(vlm):
     pass
 
 
+class Neighbours(Scaled):
+    def forward(self, x):
+        return super().forward(x) + x.roll(1, dims=1)[..., :1] * self.scale
+
+
+def mixes(vlm):
+    for layer in vlm.llm.model.layers:
+        layer.mlp.down_proj = Neighbours(layer.mlp.down_proj)
+
+
 def replaces(vlm):
     vlm.llm.lm_head.weight = nn.Parameter(vlm.llm.lm_head.weight.clone())
 """
@@ -467,6 +477,13 @@ def test_a_wrong_tuning_method_is_told(own, tmp_path, mode, options, told):
     plan = {**config.tune.model_dump(), "llm": {"mode": f"methods_b:{mode}", "lr": 1e-2, "options": options}}
     with pytest.raises(MmitError, match=told):
         apply_tuning(vlm, plan)
+
+
+def test_a_method_through_which_packed_records_meet_is_refused(own, tmp_path):
+    """The base keeps records apart, which is seen before; mmit's own methods are not asked again."""
+    own("methods_g", METHODS)
+    with pytest.raises(ModelError, match="see each other"):
+        run(tiny_config(tmp_path, tune={"llm": {"mode": "methods_g:mixes", "lr": 1e-2}}))
 
 
 def test_export_of_added_tensors_is_refused_at_the_start(own, tmp_path):

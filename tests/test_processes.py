@@ -166,3 +166,15 @@ def test_a_fork_does_not_keep_the_lock(tmp_path: Path) -> None:
         assert process.is_alive()
     process.kill()
     process.join()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="workers are forked only where there is fork")
+def test_a_worker_that_ignores_sigterm_can_be_ended() -> None:
+    """Since Python 3.12 a pool that lost a worker calls terminate() on the others, and waits for them."""
+    pool = worker_pool(1, begin=signal.signal, arguments=(signal.SIGTERM, signal.SIG_IGN))
+    pid = pool.submit(os.getpid).result(timeout=20)
+    (worker,) = [child for child in multiprocessing.active_children() if child.pid == pid]
+    worker.terminate()
+    worker.join(20)
+    assert worker.exitcode == -signal.SIGKILL
+    pool.shutdown(wait=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.trees import nodes_of
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "mmit").rglob("*.py"))
@@ -19,9 +22,14 @@ ONE_CLASS = ("Shown", "SampledRow", "Row", "Plan", "Layout", "Encoder", "Twin", 
 PICTURES = 92
 
 
-def defined(path: Path) -> Iterator[tuple[str, str]]:
+@functools.cache
+def defined(path: Path) -> tuple[tuple[str, str], ...]:
     """Names that a module defines, with the kind: class, function, argument, variable."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    return tuple(_defined(path))
+
+
+def _defined(path: Path) -> Iterator[tuple[str, str]]:
+    for node in nodes_of(path):
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             yield type(node).__name__, node.name
         elif isinstance(node, ast.arg):

@@ -114,7 +114,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     heart.phase("preparing the model", 0)
     vlm.to(world.device)
     if divided is None:
-        _try_forward(vlm, data, scan)
+        # `settled` has seen the base keep records apart.
+        _try_forward(vlm, data, scan, apart=method_of(config.tune.llm.mode).by_token)
     features = _features(model, data, scan, preparation, world=world, heart=heart, say=say)
     if config.align is not None and begin is None:
         _align(model, preparation, features, divided=divided, world=world, heart=heart, say=say)
@@ -125,7 +126,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     heart.phase("preparing the engine", 0)
     engine = _engine(config, vlm, groups, world=world, recompute=_recompute(config, world, say))
     if divided is not None:  # only the engine brings its weights
-        _try_forward(vlm, data, scan)
+        _try_forward(vlm, data, scan, apart=False)
     if config.train.compile:
         _compile(vlm, engine)
     progress = resume.restore(engine, begin, seed=config.run.seed, say=say)
@@ -342,9 +343,13 @@ def _contents(
     }
 
 
-def _try_forward(vlm: VLM, data: InstructionData, scan: Scan) -> None:
-    """Forwards that find out about the model; in the first step they would be out of the order ZeRO-3 records."""
-    if not vlm.padded:
+def _try_forward(vlm: VLM, data: InstructionData, scan: Scan, *, apart: bool) -> None:
+    """Forwards that find out about the model; in the first step they would be out of the order ZeRO-3 records.
+
+    Args:
+        apart: records are known not to meet in a packed row.
+    """
+    if not (vlm.padded or apart):
         vlm.check_isolation()
     check_records(vlm, data, scan)
     vlm.split()

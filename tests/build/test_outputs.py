@@ -22,6 +22,7 @@ from mmit.records import read_jsonl
 from mmit.teachers import Reply
 from mmit.yamlio import dump_yaml
 from tests.teachers.server import Server
+from tests.tiny_run import tiny_config
 
 
 def write(folder: Path, count: int = 12, **settings) -> Path:
@@ -48,7 +49,8 @@ def test_several_teachers_answer_every_row_and_are_kept_apart(tmp_path):
 
     with Server(lambda body: "A " + body["messages"][-1]["content"]) as one, Server(second) as two:
         both = [teacher(one, name="a"), teacher(two, name="b")]
-        config = write(tmp_path, teacher=both, base=str(Path("configs/train/quickstart.yaml").resolve()))
+        (tmp_path / "base.yaml").write_text(tiny_config(tmp_path / "base").to_yaml())
+        config = write(tmp_path, teacher=both, base=str(tmp_path / "base.yaml"))
         assert "24 requests" in run("outputs", config, "--out", tmp_path / "out", "--dry-run")
         assert not one.bodies
         said = run("outputs", config, "--out", tmp_path / "out")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from mmit.errors import CheckpointError, ConfigError, ImageError, RecordError
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.data.batches import TrainData
+from mmit.train.monitor import metrics_log
 from mmit.train.run import EXIT_STOPPED, run
 from tests.tiny_run import DROPOUT, tiny_config
 
@@ -48,6 +50,23 @@ def test_it_learns_and_says_what_it_did(straight):
     row = json.loads((straight / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["tokens"] > 0 and row["supervised"] > 0 and 0 < row["fill"] <= 1 and row["bad_records"] == 0
     assert (straight / "run" / "loss.png").stat().st_size > 5000
+
+
+def test_the_curve_is_painted(straight, tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_log, "paint", metrics_log.paint.real)  # the tests' own serves all runs with one picture
+    pictures = []
+    for name, rows in (("all", None), ("two", 2)):
+        lines = (straight / "run" / "metrics.jsonl").read_text().splitlines()[:rows]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+        metrics_log.draw_loss(tmp_path / "metrics.jsonl", tmp_path / f"{name}.png")
+        with PIL.Image.open(tmp_path / f"{name}.png") as image:
+            assert image.size == (840, 480)
+            pictures.append(image.convert("RGB").tobytes())
+    blue = bytes((0x1F, 0x4E, 0x79))
+    assert all(blue in picture for picture in pictures) and pictures[0] != pictures[1]
+    (tmp_path / "metrics.jsonl").write_text(lines[0])
+    metrics_log.draw_loss(tmp_path / "metrics.jsonl", tmp_path / "one.png")
+    assert not (tmp_path / "one.png").exists()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -133,6 +133,9 @@ def _caption(picture: _Picture) -> str:
     return " ".join(["a", *colours, *(shapes or {"shape"})])
 
 
+_ROW = [str, str, int]
+
+
 def read_pictures(split: str, package_dir: str | os.PathLike[str] | None) -> list[_Picture]:
     """Read questions.json, a list of [question, answer, image number], grouped by image in order."""
     if split not in SPLITS:
@@ -146,13 +149,15 @@ def read_pictures(split: str, package_dir: str | os.PathLike[str] | None) -> lis
     except ValueError as error:
         raise RecordError(f"not JSON: {short(str(error))}", where=str(path), remedy=_REMEDY) from error
     found: dict[int, _Picture] = {}
+    images = str(path.parent / "images")
     for row, item in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        if not isinstance(item, list) or [type(value) for value in item] != [str, str, int]:
+        if not isinstance(item, list) or [*map(type, item)] != _ROW:
             problem = "found something other than [question, answer, image number]"
             raise RecordError(problem, where=f"{path}:{row}", remedy=_REMEDY)
         question, answer, number = item
-        image = str(path.parent / "images" / f"{number}.png")
-        found.setdefault(number, _Picture(number, image, row, [])).pairs.append((question, answer))
+        if (picture := found.get(number)) is None:  # several questions are about one image
+            picture = found[number] = _Picture(number, f"{images}{os.sep}{number}.png", row, [])
+        picture.pairs.append((question, answer))
     return list(found.values())
 
 

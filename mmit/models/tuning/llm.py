@@ -40,6 +40,7 @@ class Method:
     four_bit: bool = False  # the base is loaded in 4 bits; elsewhere `unquantised` has its twin on plain weights
     adapter: str | None = None  # the kind of PEFT adapter that a checkpoint holds; another mode of it can go on
     starts_at_base: bool = False  # before the first step the model answers as its base does
+    by_token: bool = False  # what is added sees one token at a time: records meet no more than in the base
 
 
 def _frozen(vlm: VLM, options: Mapping[str, Any]) -> None:
@@ -190,11 +191,11 @@ def _layernorm(vlm: VLM, options: Mapping[str, Any]) -> None:
 
 
 METHODS: dict[str, Method] = {
-    "frozen": Method(_frozen),
-    "full": Method(_full, whole=True),
-    "lora": Method(_lora, LORA, adapter="lora", starts_at_base=True),
-    "qlora": Method(_qlora, QLORA, four_bit=True, adapter="lora", starts_at_base=True),
-    "ia3": Method(_ia3, IA3, adapter="ia3", starts_at_base=True),
+    "frozen": Method(_frozen, by_token=True),
+    "full": Method(_full, whole=True, by_token=True),
+    "lora": Method(_lora, LORA, adapter="lora", starts_at_base=True, by_token=True),
+    "qlora": Method(_qlora, QLORA, four_bit=True, adapter="lora", starts_at_base=True, by_token=True),
+    "ia3": Method(_ia3, IA3, adapter="ia3", starts_at_base=True, by_token=True),
     "houlsby": Method(
         _houlsby,
         {
@@ -204,6 +205,7 @@ METHODS: dict[str, Method] = {
             "after": Option(None, "names"),
         },
         starts_at_base=True,
+        by_token=True,
     ),
     "soft_prompt": Method(
         _soft_prompt,
@@ -211,6 +213,6 @@ METHODS: dict[str, Method] = {
     ),
     "prefix": Method(_prefix, {"tokens": Option(16, "whole", least=1), "gated": Option(True, "flag")}),
     # BitFit (arXiv:2106.10199)
-    "bitfit": Method(_bitfit, {"insert_biases": Option(False, "flag"), "only": Option(None, "names")}),
-    "layernorm": Method(_layernorm),  # arXiv:2312.11420
+    "bitfit": Method(_bitfit, {"insert_biases": Option(False, "flag"), "only": Option(None, "names")}, by_token=True),
+    "layernorm": Method(_layernorm, by_token=True),  # arXiv:2312.11420
 }

@@ -158,7 +158,12 @@ def draw_loss(metrics: Path, picture: Path) -> None:
         axes.autoscale_view()
     figure.axes[0].set_ylim(0, max(sorted(losses)[int(0.99 * (len(losses) - 1))] * 1.1, 1e-3))
     with whole_file(picture, sync=False) as file:
-        figure.savefig(file, format="png", pil_kwargs={"compress_level": 3})
+        paint(figure, file)
+
+
+def paint(figure: Any, file: Any) -> None:
+    """Write a matplotlib figure into an open file as PNG."""
+    figure.savefig(file, format="png", pil_kwargs={"compress_level": 3})
 
 
 @functools.cache  # axes and their ticks cost as much as the drawing: made once for all runs of a process
