@@ -432,6 +432,8 @@ class Model:
             if not texts or not all(isinstance(answer, str) for answer in answers):
                 problem = f"the choices of record {number} are no list of texts"
                 raise ConfigError(problem, remedy="Give one list of texts, or one list per record.")
+            if not answers:
+                raise ConfigError(f"record {number} has no choices", remedy="Give each record a text or more.")
         maker = self.prompt_maker(blank=blank_images)
         prompts = [
             maker.choices(record, n, answers=answers, with_end=with_end)

@@ -42,6 +42,7 @@ from mmit.errors import MmitError
 from mmit.models import decoding
 from mmit.models.interop.llava_hf import read_llava_hf
 from mmit.models.tuning import apply_tuning, merge
+from mmit.models.vlm import VLM
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checks.exporting import check_exports
 from mmit.train.checks.probes import answers, without_gradient
@@ -149,9 +150,19 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {f"{f.relative_to(last)}:{k}": v for f in files for k, v in load_file(f).items()}
 
 
+def as_trained(name: str) -> tuple[Any, VLM]:
+    """transformers' own model and mmit's, which runs padded batches where data.packing=auto would have it so."""
+    theirs, vlm = pair(name)
+    try:
+        vlm.check_isolation()
+    except MmitError:
+        vlm.run_padded()
+    return theirs, vlm
+
+
 def adapted(name: str) -> str | float:
     """The column lora."""
-    _, vlm = pair(name)
+    _, vlm = as_trained(name)
     apply_tuning(vlm, LORA)
     with torch.no_grad():
         for key, parameter in vlm.llm.named_parameters():
@@ -167,7 +178,7 @@ def adapted(name: str) -> str | float:
 @torch.no_grad()
 def decoded(name: str) -> dict[str, Any]:
     """The columns single and batch."""
-    theirs, vlm = pair(name)
+    theirs, vlm = as_trained(name)
     draw = torch.Generator().manual_seed(3)
     prompts = [torch.randint(1, VOCABULARY, (n,), generator=draw).tolist() for n in PROMPTS]
     able = decoding.support(vlm.llm)

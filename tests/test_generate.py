@@ -229,10 +229,10 @@ def test_scores_equal_a_full_forward(model: Model) -> None:
         for record, got in zip(RECORDS, scores, strict=True):
             expected = [likelihood(model, record, choice, with_end) for choice in choices]
             assert got == pytest.approx(expected, abs=1e-3)
-    own = [[f"answer {n}"] * (n % 3) for n in range(len(RECORDS))]
+    own = [[f"answer {n}"] * (1 + n % 3) for n in range(len(RECORDS))]
     scores = model.score(RECORDS, own)
     assert [len(s) for s in scores] == [len(o) for o in own]
-    assert scores[4] == pytest.approx([likelihood(model, RECORDS[4], "answer 4", False)], abs=1e-3)
+    assert scores[3] == pytest.approx([likelihood(model, RECORDS[3], "answer 3", False)], abs=1e-3)
     with pytest.raises(ConfigError, match="lists of choices"):
         model.score(RECORDS, own[1:])
 
@@ -384,11 +384,16 @@ def test_messages_are_answered_as_the_same_question_in_parts(model: Model) -> No
         (lambda m: m.chat(None, "hi", seed="x"), "seed is 'x'"),
         (lambda m: m.chat(None, "hi", stop=3), "stop is 3"),
         (lambda m: m.chat(None, "hi", stop=[3]), "stop is"),
+        (lambda m: m.chat(None, "hi", stop=""), "stop is '', and every answer holds the empty text"),
+        (lambda m: m.stream(None, "hi", stop=["a", ""]), "holds the empty text"),
+        (lambda m: m.generate([ask(None, "hi")], stop=("",)), "holds the empty text"),
         (lambda m: m.stream(None, "hi", max_tokens=3), "max_tokens"),
         (lambda m: m.generate([ask(None, "hi")], batch_size="4"), "batch_size is '4'"),
         (lambda m: m.score([ask(None, "hi")], "yes"), "choices is a str"),
         (lambda m: m.score([ask(None, "hi")], [["yes", 3]]), "choices of record 1"),
         (lambda m: m.score("hi", ["yes"]), "records is a str"),
+        (lambda m: m.score([ask(None, "hi")], [[]]), "record 1 has no choices"),
+        (lambda m: m.score([ask(None, "a"), ask(None, "b")], [["yes"], ()]), "record 2 has no choices"),
         (lambda m: m.score([ask(None, "hi")], [3]), "choices of record 1"),
         (lambda m: m.score([ask(None, "hi")], ["yes"], with_end="no"), "with_end is 'no'"),
         (lambda m: m.generate([ask(None, "hi")], do_sample=True), "unknown option 'do_sample'"),

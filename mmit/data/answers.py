@@ -34,7 +34,12 @@ class AnswerText:
         given = [stop] if isinstance(stop, str) else () if stop is None else stop  # a text is a sequence of texts too
         if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
             raise ConfigError(f"stop is {stop!r}", remedy="Give a text or a list of texts that end an answer.")
-        self._tokenizer, self.stop = tokenizer, tuple(text for text in given if text)
+        if "" in given:
+            raise ConfigError(
+                f"stop is {stop!r}, and every answer holds the empty text",
+                remedy="Give texts of a character or more, or leave stop out.",
+            )
+        self._tokenizer, self.stop = tokenizer, tuple(given)
         self._strip = strip
         self._thought = None if thought is None else (list(thought[0]), list(thought[1]))
         self._special = frozenset(tokenizer.all_special_ids)

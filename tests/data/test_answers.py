@@ -52,7 +52,7 @@ def test_control_tokens_and_outer_whitespace_are_no_text() -> None:
 
 def test_stop_texts_are_found_across_tokens_and_held_back_while_they_may_still_come() -> None:
     ids = ids_of("byte_level", "one two three")
-    reader = AnswerText(family("byte_level"), ["two t", ""])
+    reader = AnswerText(family("byte_level"), ["two t"])
     assert reader.whole(ids) == "one" and reader.ended(ids)
     upto = len(ids_of("byte_level", "one two"))
     assert reader.settled(ids[:upto]) == "one" and not reader.ended(ids[:upto])

@@ -25,6 +25,7 @@ from mmit.models.vision import VisionTower, build_vision
 from mmit.models.vlm import VLM
 from tests.data.small_tokenizers import FAMILIES, smollm2
 from tests.interop.llava_models import make_llava_hf
+from tests.interop.test_holds import newer
 from tests.models.small_llms import family
 from tests.tiny_run import CHATML
 
@@ -178,7 +179,13 @@ def test_a_llava_hf_folder_comes_back_as_it_was(tmp_path: Path, tower: str) -> N
 
 @pytest.mark.parametrize(
     ("name", "published"),
-    [("mixtral", "block_sparse_moe.experts.3.w1"), ("nemotron_h", "model.layers.0.mixer"), ("llama", "q_proj")],
+    [
+        ("mixtral", "block_sparse_moe.experts.3.w1"),
+        ("nemotron_h", "model.layers.0.mixer"),
+        ("llama", "q_proj"),
+        pytest.param("sarvam_moe", "model.embed_tokens", marks=newer("sarvam_moe")),  # published as word_embeddings
+        pytest.param("laguna", "mlp.shared_expert.gate_proj", marks=newer("laguna")),
+    ],
 )
 def test_weights_have_the_names_of_published_files(tmp_path: Path, name: str, published: str) -> None:
     tokenizer = FAMILIES["byte_level"]()

@@ -15,6 +15,7 @@ from transformers import AutoModel
 
 from mmit.errors import ModelError, nearest
 from mmit.models.interop.hf_parts import LLAVA_CLASSES
+from mmit.models.interop.llava_names import why_not_found
 from mmit.models.llm import load_llm
 from mmit.models.rules import LOGIT_KEYS, changed_logits
 from mmit.models.words import ScaledWords
@@ -61,11 +62,12 @@ def text_facts(llm: Mapping[str, Any]) -> TextFacts:
     except (AttributeError, NotImplementedError):
         words = False
     plain = words and own_head is not None and head is own_head and own_head.bias is None
-    tied = bool(config.tie_word_embeddings)
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    lost = why_not_found(model) if plain else None
     extra = beyond_body_and_head(model) if plain else None
     if extra == AFTER_HEAD and any(hasattr(config, key) for key in LOGIT_KEYS):
         extra = None  # the keys say what is changed, and whether it is
-    return TextFacts(config.model_type, model.base_model_prefix, plain, tied, changed_logits(config), extra)
+    return TextFacts(config.model_type, model.base_model_prefix, plain, tied, changed_logits(config), extra or lost)
 
 
 class _Stub:

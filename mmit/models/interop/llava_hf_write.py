@@ -29,11 +29,11 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
 )
-from transformers.core_model_loading import revert_weight_conversion
 
 from mmit.errors import ModelError
 from mmit.models.interop.hf_towers import hf_tower, read_blocks
 from mmit.models.interop.llava_hf import ARCHITECTURES, PROJECTOR
+from mmit.models.interop.llava_names import named_tensors
 from mmit.models.interop.tensors import complain
 from mmit.models.projectors import MLP
 
@@ -212,7 +212,7 @@ def _state(vlm: VLM, vision: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
     projector = dict(vlm.projector.state_dict())
     newline = projector.pop("line_end", None)
     parts: dict[str, Mapping[str, torch.Tensor]] = {
-        "llm": _published(vlm.llm),
+        "llm": named_tensors(vlm.llm),
         "vision": vision,
         "projector": {f"{ours[key[:8]]}{key[8:]}": value for key, value in projector.items()},
     }
@@ -222,16 +222,6 @@ def _state(vlm: VLM, vision: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
     if tied:
         state.pop("language_model.lm_head.weight", None)
     return state
-
-
-def _published(llm: Any) -> dict[str, torch.Tensor]:
-    """Tensors of an LLM as published files have them: experts apart, as every version of transformers and vLLM read.
-
-    Names in memory stay where published ones lie outside `model`, under which LLaVA's layout looks for a body.
-    """
-    state = llm.state_dict()
-    found = revert_weight_conversion(llm, dict(state))
-    return dict(found if all(key.startswith(("model.", "lm_head.")) for key in found) else state)
 
 
 def _own(tensor: torch.Tensor) -> torch.Tensor:
