@@ -27,6 +27,7 @@ from mmit.models import varlen
 from mmit.models.buckets import BucketLayout, additive, make_layout, pick, place, small_attention
 from mmit.models.calls import ELSEWHERE, call, takes
 from mmit.models.row_state import ATTENTION, RowState, current_row, running
+from mmit.models.sending import send
 from mmit.models.varlen import Segments, make_segments
 from mmit.models.virtual import PREFIX
 from mmit.models.visibility import Visibility, row_mask, visibility, written_out
@@ -45,38 +46,42 @@ class Bucket:
     keep: torch.Tensor  # positions inside (G * Lq,) that are not padding
     mask: torch.Tensor | None  # (G, 1, Lq, Lk) True = visible; None = plain causal
     size: tuple[int, int, int]  # G, Lq, Lk
-    before: torch.Tensor  # (G,) keys of each node's ancestors
+    before: torch.Tensor  # (G,) keys of each node's ancestors; stays on the CPU
+
+    def to(self, device: torch.device) -> Bucket:
+        """Copy the index tensors to a device."""
+        queries, keys, keep = (send(tensor, device) for tensor in (self.queries, self.keys, self.keep))
+        mask = None if self.mask is None else send(self.mask, device)
+        return Bucket(queries, keys, keep, mask, self.size, self.before)
 
 
 @dataclass(slots=True)
 class AttentionPlan:
     """How to run attention over one row; made once, used by every layer."""
 
-    buckets: list[Bucket]
+    buckets: list[Bucket]  # on the CPU; see `placed`
     longest: int  # tokens on the longest path
     segments: Segments  # the same row for a variable-length kernel
+    device: torch.device | None = None  # where the row runs; None for the CPU
     layouts: dict[tuple[int, int], BucketLayout] = field(default_factory=dict)  # by H and KV, made when first needed
     masks: dict[tuple[int, Visibility], torch.Tensor] = field(default_factory=dict)  # by bucket and pattern
 
     def to(self, device: torch.device | str) -> AttentionPlan:
-        """Copy the index tensors to a device."""
+        """The plan for a device. Buckets stay until they are asked for: a variable-length kernel never reads them."""
+        return AttentionPlan(self.buckets, self.longest, self.segments.to(device), torch.device(device))
 
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
-
-        buckets = [
-            Bucket(
-                move(b.queries), move(b.keys), move(b.keep), None if b.mask is None else move(b.mask), b.size, b.before
-            )
-            for b in self.buckets
-        ]
-        return AttentionPlan(buckets, self.longest, self.segments.to(device))
+    def placed(self) -> list[Bucket]:
+        """The buckets on the device of the row, copied there once."""
+        if self.device is not None:
+            self.buckets = [b.to(self.device) for b in self.buckets]
+            self.device = None
+        return self.buckets
 
     def visible(self, number: int, pattern: Visibility, device: torch.device) -> torch.Tensor:
         """Mask (G, 1, Lq, Lk) of a bucket under a layer's pattern; made once."""
         if (number, pattern) not in self.masks:
             b = self.buckets[number]
-            mask = pattern.mask(b.before.to(device), b.size[1], b.size[2])
+            mask = pattern.mask(send(b.before, device), b.size[1], b.size[2])
             # A query that pads a node may lie where the window holds no key: the softmax of nothing is NaN, and times
             # its gradient of zero that is NaN in every key. It sees all of them instead; its output is never read.
             self.masks[number, pattern] = mask | ~mask.any(-1, keepdim=True)
@@ -194,12 +199,12 @@ def forest_attention(
         return varlen.varlen_attention(rows_q, rows_k, rows_v, plan.segments, scale, window=window)[None]
     heads, kv, tokens = q.shape[1], k.shape[1], q.shape[2]
     if (heads, kv) not in plan.layouts:
-        plan.layouts[heads, kv] = make_layout(plan.buckets, tokens, heads=heads, kv=kv)
+        plan.layouts[heads, kv] = make_layout(plan.placed(), tokens, heads=heads, kv=kv)
     layout = plan.layouts[heads, kv]
     tables = [x[0].transpose(0, 1).reshape(-1, x.shape[-1]) for x in (q, k, v)]
     states = iter(pick(tables[0], tables[1], tables[2], layout))
     outs = []
-    for n, b in enumerate(plan.buckets):
+    for n, b in enumerate(plan.placed()):
         g, lq, lk = b.size
         queries, keys, values = (
             next(states).view(g, count, length, -1) for count, length in ((heads, lq), (kv, lk), (kv, lk))
@@ -307,7 +312,8 @@ def layer_attention(
     if row is not None:
         row.calls.append(ATTENTION)
         kind = replace(kind, pattern=visibility(attention_mask))
-        return forest_attention(query, key, value, row.plan, scale, prefix=prefix, kind=kind), None
+        plan = row.on(query.device).plan
+        return forest_attention(query, key, value, plan, scale, prefix=prefix, kind=kind), None
     if prefix is not None:
         queries, keys = query.shape[2], key.shape[2]
         count = prefix[0].shape[1]

@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
+import torch
 from peft import PeftModel
 
 from mmit.errors import ModelError
@@ -19,7 +20,6 @@ from mmit.models.deepstack import stacked
 from mmit.models.per_layer import per_layer_inputs
 
 if TYPE_CHECKING:
-    import torch
     from transformers.cache_utils import Cache
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; before 5.24 one of the other two
@@ -75,6 +75,9 @@ def _call(
         extra = per_layer_inputs(llm, given["inputs_embeds"], ids)
         given |= {} if extra is None else {"per_layer_inputs": extra}
     keep = given.get("logits_to_keep")
+    if isinstance(keep, torch.Tensor) and len(set(getattr(inner, "hf_device_map", {}).values())) > 1:
+        # The last layer may lie on another device than the inputs, where accelerate sends every tensor; not numbers.
+        keep = given["logits_to_keep"] = keep.tolist()
     selects = keep is not None and "logits_to_keep" not in taken
     if selects:
         del given["logits_to_keep"]

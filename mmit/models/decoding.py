@@ -27,6 +27,7 @@ from mmit.models.deepstack import as_wide
 from mmit.models.llm import input_device
 from mmit.models.per_record import rotary_limit, turning_point
 from mmit.models.sampling import Sampling, choose
+from mmit.models.sending import send
 from mmit.models.virtual import with_prompt
 
 if TYPE_CHECKING:
@@ -207,16 +208,19 @@ def _batch_cache(caches: list[Cache], paths: list[list[list[int]]]) -> Cache:
         # Padding repeats the row's first token: the mask hides it, and it is finite.
         indices.append(torch.tensor([[0] * (longest - len(path)) + path for path in row]))
     layers: list[Any] = []
+    moved: dict[torch.device, list[torch.Tensor]] = {}  # the indices, flat, on each device that holds layers
     for number in range(len(caches[0].layers)):
         buffers = []
         for name in ("keys", "values"):
             first = getattr(caches[0].layers[number], name)
             buffer = first.new_zeros(batch, first.shape[1], width + ROOM, first.shape[3])
             begin = 0
-            for cache, index in zip(caches, indices, strict=True):
+            if first.device not in moved:
+                moved[first.device] = [send(index.flatten(), first.device) for index in indices]
+            for cache, index, flat in zip(caches, indices, moved[first.device], strict=True):
                 states = getattr(cache.layers[number], name)[0]  # (KV, T, D)
                 n, longest = index.shape
-                picked = states.index_select(1, index.flatten().to(states.device)).unflatten(1, (n, longest))
+                picked = states.index_select(1, flat).unflatten(1, (n, longest))
                 buffer[begin : begin + n, :, width - longest : width] = picked.transpose(0, 1)
                 begin += n
             buffers.append(buffer)
@@ -298,16 +302,18 @@ def steps(
 def _step(llm: LLM, state: State, chosen: list[int]) -> torch.Tensor:
     """Feed one token per place; return (B, V) logits."""
     device = input_device(llm)
-    padding = state.cache.get_seq_length() - state.lengths if len(chosen) > 1 else torch.zeros(1)
+    padding = state.cache.get_seq_length() - state.lengths if len(chosen) > 1 else torch.zeros(1, dtype=torch.int64)
+    # One copy to the device for all that a step needs there.
+    ids, positions, *rest = send(torch.stack([torch.tensor(chosen), state.lengths, padding]), device)
     mask = None
     if padding.any():
-        columns = torch.arange(state.cache.get_seq_length() + 1)
-        mask = (columns >= padding[:, None]).long().to(device)
+        columns = torch.arange(state.cache.get_seq_length() + 1, device=device)
+        mask = (columns >= rest[0][:, None]).long()
     out = call(
         llm,
-        input_ids=torch.tensor(chosen, device=device)[:, None],
+        input_ids=ids[:, None],
         attention_mask=mask,
-        position_ids=state.lengths[:, None].to(device),
+        position_ids=positions[:, None],
         use_cache=True,
         logits_to_keep=1,
         cache=state.cache,

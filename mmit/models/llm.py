@@ -275,7 +275,9 @@ def usable_device(name: str) -> torch.device:
     if name == "auto" and not torch.cuda.is_available():
         return torch.device("cpu")
     if name in ("auto", "cuda") and (rank := os.environ.get("LOCAL_RANK")) is not None and torch.cuda.is_available():
-        return torch.device("cuda", int(rank) % torch.cuda.device_count())
+        device = torch.device("cuda", int(rank) % torch.cuda.device_count())
+        torch.cuda.set_device(device)  # libraries that place tensors themselves (bitsandbytes) use the current one
+        return device
     try:
         return torch.empty(0, device="cuda" if name == "auto" else name).device
     except (RuntimeError, AssertionError) as error:

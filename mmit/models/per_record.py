@@ -104,6 +104,7 @@ def _mixer(base: type[nn.Module]) -> type[nn.Module]:
         extra = arguments.pop("kwargs", {})
         arguments |= {k: v for k, v in extra.items() if k not in WHOLE_ROW}
         del arguments["self"]
+        row = row.on(next(v.device for v in arguments.values() if isinstance(v, torch.Tensor)))
         outs = []
         for batch in row.batches:
             with running(None):  # its paths are a batch like any other
@@ -152,7 +153,7 @@ def _lengths(position_ids: torch.Tensor, *, limit: int, grows: bool) -> torch.Te
         ends = position_ids.amax(-1, keepdim=True) + 1
         low, high = ends, ends
     else:
-        low, high = (row.path_lengths[i][None] for i in (0, 1))
+        low, high = (row.on(position_ids.device).path_lengths[i][None] for i in (0, 1))
 
     def classes(lengths: torch.Tensor) -> torch.Tensor:
         return lengths.clamp(min=limit) if grows else (lengths > limit).long()

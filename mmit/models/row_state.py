@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,15 @@ class RowState:
     plan: Any
     device: torch.device
     calls: list[str] = field(default_factory=list)
+    _elsewhere: dict[torch.device, RowState] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> RowState:
+        """The same row for a layer on another device: a device map spreads an LLM over several."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = replace(self, plan=self.plan.to(device), device=device)
+        return self._elsewhere[device]
 
     @cached_property
     def paths(self) -> list[list[int]]:

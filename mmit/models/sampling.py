@@ -66,10 +66,9 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Gener
         draws: (B,) generators, each advanced by one draw unless greedy.
     """
     best = logits.max(-1)
-    if not torch.isfinite(best.values).all():
-        raise ModelError("the model's logits are not finite", remedy="load it with dtype bf16 or fp32")
+    finite = torch.isfinite(best.values)
     if sampling.temperature == 0:
-        return best.indices.tolist()
+        return _checked(best.indices, finite)
     ordered, ids = torch.sort(logits.float() / sampling.temperature, dim=-1, descending=True, stable=True)
     if sampling.top_k:
         ordered[:, sampling.top_k :] = float("-inf")
@@ -82,4 +81,12 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Gener
     uniform = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(total.device)
     # Up to the last token kept: rounding in the sum must not let a token of probability 0 through.
     last = share.shape[-1] - 1 - (share > 0).flip(-1).int().argmax(-1)
-    return torch.minimum((total <= uniform[:, None] * total[:, -1:]).sum(-1), last).tolist()
+    return _checked(torch.minimum((total <= uniform[:, None] * total[:, -1:]).sum(-1), last), finite)
+
+
+def _checked(ids: torch.Tensor, finite: torch.Tensor) -> list[int]:
+    """The (B,) ids. Raises ModelError where `finite` (B,) is false; both come from the device in one go."""
+    found: list[int] = torch.where(finite, ids, -1).tolist()
+    if -1 in found:
+        raise ModelError("the model's logits are not finite", remedy="load it with dtype bf16 or fp32")
+    return found

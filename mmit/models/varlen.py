@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from mmit.models.sending import send
+
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # a build without it
@@ -38,10 +40,10 @@ class Segments:
 
     def to(self, device: torch.device | str) -> Segments:
         """Copy to a device."""
-        queries = self.cu_queries.to(device, non_blocking=True)
+        queries = send(self.cu_queries, device)
         if self.keys is None:
             return Segments(None, queries, queries, self.longest_query, self.longest_key)
-        keys, cu_keys = self.keys.to(device, non_blocking=True), self.cu_keys.to(device, non_blocking=True)
+        keys, cu_keys = send(self.keys, device), send(self.cu_keys, device)
         return Segments(keys, queries, cu_keys, self.longest_query, self.longest_key)
 
 

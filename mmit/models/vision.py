@@ -147,6 +147,8 @@ class VisionTower(nn.Module):
     grid its patches, and pictures come as their units with their grids.
     """
 
+    _constants: torch.Tensor  # (2, 3, 1, 1) float32: mean and standard deviation of the colours
+
     def __init__(self, kind: str, encoder: Encoder) -> None:
         super().__init__()
         self.kind, self.name, self.weights_id = kind, encoder.name, encoder.weights_id
@@ -162,6 +164,8 @@ class VisionTower(nn.Module):
         self.encoder: Any = encoder.reader  # a Reader, in PEFT's wrapper where LoRA trains it
         # Some encoders carry fixed tables as parameters; unfreezing must not start to train those.
         self._learned = [name for name, weight in self.encoder.named_parameters() if weight.requires_grad]
+        # A buffer, since made in each forward pass the host would wait for its copy to the device.
+        self.register_buffer("_constants", torch.tensor([self.mean, self.std]).view(2, 3, 1, 1), persistent=False)
         self.trainable = self.partly = False
         self.freeze()
 
@@ -195,6 +199,13 @@ class VisionTower(nn.Module):
         for name in set(names) & set(self._learned):
             self.encoder.get_parameter(name).requires_grad_(True)
         self.eval()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> VisionTower:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # A cast to the tower's dtype reaches buffers too; these stay what they are, beside the weights.
+        place = self._constants.device
+        self._constants = torch.tensor([self.mean, self.std], device=place).view(2, 3, 1, 1)
+        return self
 
     def train(self, mode: bool = True) -> VisionTower:
         """Switch to train mode only when trainable: frozen batch norm and dropout must not wake up."""
@@ -244,8 +255,7 @@ class VisionTower(nn.Module):
 
     def _normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         # In float32 whatever the tower's dtype: bf16 has 8 bits of mantissa, and 0..255 needs them all.
-        mean = torch.tensor(self.mean, device=pixels.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(3, 1, 1)
+        mean, std = self._constants
         return ((pixels.float() / 255 - mean) / std).to(self.dtype)
 
     def as_encoder(self) -> Encoder:

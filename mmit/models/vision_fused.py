@@ -24,11 +24,23 @@ class FusedReader(Reader):
     """uint8 pixels (B, 3, H, W) -> features (B, N, sum of D)."""
 
     own_constants = True
+    _constants: torch.Tensor
 
     def __init__(self, encoders: Sequence[Encoder]) -> None:
         super().__init__()
         self.readers = nn.ModuleList(encoder.reader for encoder in encoders)
         self.encoders = list(encoders)
+        self.register_buffer("_constants", self._made_constants(), persistent=False)
+
+    def _made_constants(self) -> torch.Tensor:
+        """(E, 2, 3, 1, 1) float32: mean and standard deviation of each encoder."""
+        return torch.tensor([[encoder.mean, encoder.std] for encoder in self.encoders])[..., None, None]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FusedReader:
+        super()._apply(fn, recurse)
+        # As `VisionTower` does: a cast to the tower's dtype must not reach them.
+        self._constants = self._made_constants().to(self._constants.device)
+        return self
 
     def set_frozen(self, frozen: bool) -> None:
         """See `Reader.set_frozen`; of each encoder."""
@@ -38,13 +50,11 @@ class FusedReader(Reader):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, N, sum of D)."""
         found = []
-        for reader, encoder in zip(self.readers, self.encoders, strict=True):
+        for reader, encoder, (middle, spread) in zip(self.readers, self.encoders, self._constants, strict=True):
             shown = pixels.float()
             if tuple(pixels.shape[2:]) != encoder.image_size:
                 scaled = F.interpolate(shown, encoder.image_size, mode="bicubic", antialias=True, align_corners=False)
                 shown = scaled.round().clamp(0, 255)  # as a picture of that size would be
-            constants = (encoder.mean, encoder.std)
-            middle, spread = (torch.tensor(values, device=pixels.device).view(3, 1, 1) for values in constants)
             # In float32 up to here: the encoders' number format may not tell 256 values apart.
             dtype = next(reader.parameters()).dtype
             found.append(reader(((shown / 255 - middle) / spread).to(dtype)))

@@ -102,7 +102,11 @@ def test_one_rule_says_which_device_a_process_takes(monkeypatch, name, cuda, ran
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert str(usable_device(name)) == found
+    # Libraries that place tensors themselves take the current device: of four ranks each its own.
+    assert [str(device) for device in current] == ([found] if found != "cpu" else [])
 
 
 def test_a_device_that_is_not_there_is_refused():

@@ -301,6 +301,14 @@ def test_a_stage_is_flattened_row_by_row():
         torch.testing.assert_close(tower(pixels), maps.permute(0, 2, 3, 1).reshape(2, -1, tower.dim))
 
 
+def test_a_cast_leaves_the_constants_in_float32():
+    """bf16 has 8 bits of mantissa, which tell 0.485 from nothing nearer than 0.486."""
+    tower = build_vision("hf", CLIP).to(torch.bfloat16)
+    assert tower.dtype == torch.bfloat16 and tower._constants.dtype == torch.float32
+    assert tower._constants.flatten().tolist() == torch.tensor([*tower.mean, *tower.std]).tolist()
+    assert not any("_constants" in name for name in tower.state_dict())
+
+
 @pytest.mark.parametrize(("kind", "name"), [("open_clip", "tiny-clip"), ("timm", "tiny_siglip"), ("hf", SIGLIP)])
 def test_another_image_size_changes_the_grid(kind, name):
     tower = build_vision(kind, name, image_size=(24, 32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -80,10 +81,11 @@ class TorchEngine(Engine):
     def step(self, factor: float) -> float:
         """AdamW on the masters."""
         grads = [m.grad for m in self.masters if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        if torch.isfinite(norm):
+        total = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        norm = float(total)  # the one wait for the device in a step
+        if math.isfinite(norm):
             if self.clip is not None and grads:
-                torch.nn.utils.clip_grads_with_norm_(self.masters, self.clip, norm)
+                torch.nn.utils.clip_grads_with_norm_(self.masters, self.clip, total)
             for g in self.optimizer.param_groups:
                 g["lr"] = g["peak"] * factor
             self.optimizer.step()
@@ -93,7 +95,7 @@ class TorchEngine(Engine):
                         if p is not m:
                             p.copy_(m)
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def states(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
         """Moments, and the float32 master where there is one."""

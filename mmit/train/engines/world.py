@@ -154,6 +154,12 @@ def join_ranks(*, kind: str, device: str) -> World:
             where="engine.kind",
             remedy="start it with: deepspeed --num_gpus N scripts/train.py --config FILE; or set engine.kind=auto",
         )
+    if place.type == "cpu" and torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise ConfigError(
+            "device is cpu, but DeepSpeed takes the GPUs that it finds here",
+            where="device",
+            remedy="set DS_ACCELERATOR=cpu in the environment of the launcher, or device=auto",
+        )
     rank, size = join_deepspeed(cuda=place.type == "cuda")
     return World(rank, size, place, deepspeed=True, local_rank=int(os.environ["LOCAL_RANK"]))
 
