@@ -91,7 +91,8 @@ def index(
     option: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE", help="boxes or boxes_in: how boxes beside conversations are written and read."
+            metavar="KEY=VALUE",
+            help="boxes, boxes_in or thoughts: how boxes are written and read, what marks thoughts.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Decides the draw of instructions.")] = 0,
@@ -99,13 +100,13 @@ def index(
     skip_bad: SkipOption = False,
 ) -> None:
     """Index the tars of img2dataset, OpenFlamingo and others where they lie, by reading each once."""
-    from mmit.data.formats.boxes import OPTIONS
+    from mmit.data.formats.common import SHARED_OPTIONS
     from mmit.data.shards.scan import index_tars
 
-    boxes = format_options(option)
-    for name in boxes:
-        if name not in OPTIONS:
-            raise ConfigError(f"tars have no option '{name}'", where="--option", remedy=nearest(name, OPTIONS))
+    shared = format_options(option)
+    for name in shared:
+        if name not in SHARED_OPTIONS:
+            raise ConfigError(f"tars have no option '{name}'", where="--option", remedy=nearest(name, SHARED_OPTIONS))
     bad: list[RecordError] = []
     kept: Counter[str] = Counter()
     with _bar("tars") as advance:
@@ -115,7 +116,7 @@ def index(
             instruction=instruction or None,
             seed=seed,
             ignore=ignore or (),
-            boxes=boxes,
+            options=shared,
             workers=workers or os.cpu_count() or 1,
             on_bad=bad.append if skip_bad else None,
             kept=kept,

@@ -120,6 +120,10 @@ class ChatFormat(ABC):
         problem = f"the chat format '{self.name}' takes no template arguments"
         raise ConfigError(problem, remedy="Leave them out, or use a chat template.")
 
+    def own_thought(self) -> tuple[str, str] | None:
+        """What the format writes before and after a thought, where that is not <think> and </think>."""
+        return None
+
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
         """Ids of `end` after an answer; generation stops at the last of them."""
@@ -195,7 +199,7 @@ class TemplateFormat(ChatFormat):
 
     def outline(self, record: Record) -> tuple[Shape, Extras, list[Said]]:
         """A record as the template reads it: its turns without words, its tools and arguments, its turns."""
-        said = [flat(turn, number) for number, turn in enumerate(record.turns)]
+        said = [flat(turn, number, self.own_thought) for number, turn in enumerate(record.turns)]
         return tuple(map(outline_of, said)), extras_of(record), said
 
     def _lay_out(self, record: Record, generate: bool) -> list[Piece]:
@@ -210,6 +214,10 @@ class TemplateFormat(ChatFormat):
             words = words.stripped(slot.left, slot.right)
             pieces.append(Piece("content", words.text, slot.turn, slot.part, words.spans, words.marks))
         return pieces
+
+    def own_thought(self) -> tuple[str, str] | None:
+        """What the template writes before and after a thought, where that is not <think> and </think>."""
+        return self._template.thought_marks
 
     def with_template_args(self, args: Mapping[str, Any]) -> ChatFormat:
         """Return this format with further template arguments, such as enable_thinking."""

@@ -11,13 +11,15 @@ may hold no control token. How a template wants its messages is found in `templa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 from mmit.data.chat_render import Extras, Outline, Renderer, Shape, Way, sentinel
 from mmit.data.content import piece_tokenizer
 from mmit.data.template_gaps import Gaps, Slot
-from mmit.data.template_locate import ANSWER, NO_EXTRAS, TALK, Locator, gaps_of, items_of
+from mmit.data.template_locate import ANSWER, ASK, NO_EXTRAS, TALK, Locator, gaps_of, items_of
 from mmit.data.template_styles import find_calls, find_styles, find_thought
+from mmit.errors import MmitError
 
 KEPT = 200_000  # slots that may wait in memory for conversations of the same shape
 
@@ -88,6 +90,21 @@ class ChatTemplate:
     def thought_way(self) -> Way:
         """Where the template reads thoughts that stand in a field of their own."""
         return self._renderer.thought
+
+    @cached_property
+    def thought_marks(self) -> tuple[str, str] | None:
+        """What the template writes around a thought; None for <think>, and where it has no marks of its own."""
+        shape: Shape = (ASK, ANSWER._replace(thought="k"))
+        try:
+            slots = self.slots(shape, generate=False)
+        except MmitError:
+            return None
+        at = next((n for n, slot in enumerate(slots) if (slot.kind, slot.part) == ("content", "thought")), 0)
+        around = slots[at - 1 : at + 2] if at else ()
+        if len(around) < 3 or any(slot.part != "thought" for slot in around):
+            return None
+        opening, closing = around[0].text.strip(), around[2].text.strip()
+        return (opening, closing) if opening and closing and "<think>" not in opening else None
 
     def in_list(self, turn: Outline) -> bool:
         """Tell whether the content of a turn is given as a list of parts."""

@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from mmit.data.chat_builtin import Said, Words
 from mmit.data.chat_render import Extras, Outline
 from mmit.records import Image, Record, Text, Turn, is_plain
 
 Talk = Record | Sequence[Turn]
+OwnThought = Callable[[], tuple[str, str] | None]  # what opens and closes a thought; None for <think> alone
 _THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
+
+
+def no_marks() -> tuple[str, str] | None:
+    """No marks but <think>."""
+    return None
 
 
 def as_record(talk: Talk) -> Record:
@@ -22,16 +29,31 @@ def as_record(talk: Talk) -> Record:
     return talk if isinstance(talk, Record) else Record(tuple(talk))
 
 
-def has_thought(record: Record) -> bool:
-    """Tell whether an answer of a record begins with a thought that says something."""
+def has_thought(record: Record, marks: OwnThought = no_marks) -> bool:
+    """Tell whether an answer of a record begins with a thought that says something; see `flat`."""
     answers = (turn for turn in record.turns if turn.role == "assistant")
-    return any((turn.thinking or ("<think>" in turn.text and flat(turn, 0).thought) or "").strip() for turn in answers)
+    return any(
+        (turn.thinking or (may_open(turn.text, marks) and flat(turn, 0, marks).thought) or "").strip()
+        for turn in answers
+    )
 
 
-def flat(turn: Turn, number: int) -> Said:
+def may_open(text: str, marks: OwnThought) -> bool:
+    """Whether a text may begin with a thought; the marks are asked for only where it may."""
+    if "<think>" in text:
+        return True
+    first = text.lstrip()[:1]
+    if not first or first.isalnum():
+        return False
+    own = marks()
+    return own is not None and text.lstrip().startswith(own[0])
+
+
+def flat(turn: Turn, number: int, marks: OwnThought = no_marks) -> Said:
     """Join neighbouring texts, so that how a text was cut into parts makes no difference; drop empty ones.
 
-    A thought at the beginning of an assistant's text, between <think> and </think>, is taken for what it is.
+    A thought at the beginning of an assistant's text, between <think> and </think>, is taken for what it is; so is one
+    between the marks that `marks` gives, which the format writes itself.
     """
     only = turn.parts[0] if len(turn.parts) == 1 else None
     if (
@@ -39,7 +61,7 @@ def flat(turn: Turn, number: int) -> Said:
         and only.weight is None
         and not only.token
         and is_plain(turn)
-        and "<think>" not in only.text
+        and not (turn.role == "assistant" and may_open(only.text, marks))
     ):
         return Said(turn.role, (Words(only.text),) if only.text else (), number)
     parts: list[Words | None] = []
@@ -50,20 +72,28 @@ def flat(turn: Turn, number: int) -> Said:
             before = parts.pop() if parts and parts[-1] is not None else Words("")
             assert before is not None
             text = before.text + part.text
-            marks = (*before.marks, (len(before.text), len(text))) if part.token else before.marks
-            parts.append(Words(text, (*before.spans, (len(text), part.weight)), marks))
+            tokens = (*before.marks, (len(before.text), len(text))) if part.token else before.marks
+            parts.append(Words(text, (*before.spans, (len(text), part.weight)), tokens))
     for place, words in enumerate(parts):
         if words is not None and all(weight is None for _, weight in words.spans):
             parts[place] = words._replace(spans=())
     thought, inline = turn.thinking, None
     first = parts[0] if parts and turn.role == "assistant" and thought is None else None
     found = _THOUGHT.match(first.text) if first is not None else None
+    own = marks() if first is not None and found is None and may_open(first.text, marks) else None
+    if first is not None and own is not None:
+        found = _between(*own).match(first.text)
     if found is not None and first is not None and not first.spans and _behind(first, found.end()):
-        thought, inline = found[2], (found[1], found[3])
+        thought, inline = found[2], None if own is not None else (found[1], found[3])
         rest = first.text[found.end() :]
         parts[:1] = [Words(rest, marks=first.marks_from(found.end()))] if rest else []
     more = tuple((key, value) for key in ("name", "tool_call_id") if (value := getattr(turn, key)) is not None)
     return Said(turn.role, tuple(parts), number, thought, inline, tuple(turn.tool_calls), more)
+
+
+@lru_cache(maxsize=16)
+def _between(opening: str, closing: str) -> re.Pattern[str]:
+    return re.compile(rf"(\s*{re.escape(opening)}\s*)(.*?)(\s*{re.escape(closing)}\s*)", re.DOTALL)
 
 
 def _behind(words: Words, end: int) -> bool:

@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from mmit.data.chat import Encoded
+from mmit.data.chat_turns import OwnThought, no_marks
 from mmit.data.formats.boxes import WRITTEN
 from mmit.data.image_identity import image_key
 from mmit.data.measure import Progress, Scan, scan
@@ -98,6 +99,7 @@ class InstructionData:
         self.source_weights = list(source_weights or [1.0] * len(self.sources))
         self.preparation, self.max_length, self.capacity = preparation, max_length, capacity
         self.split_turns, self.share_prefix, self.key = split_turns, share_prefix, key
+        self.own_thought: OwnThought = no_marks  # of the chat format: what opens and closes a thought
         self._starts = [*accumulate((len(source) for source in self.sources), initial=0)]
 
     def __len__(self) -> int:

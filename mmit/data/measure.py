@@ -284,7 +284,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int], known: P
         seen = sum(crops.values())
         units += [(int(place), *span, seen) for span in _chunks(samples, data.capacity, data.share_prefix)]
         supervised += sum(len(sample.weights) - sample.weights.count(0.0) for sample in samples)
-        thoughts += has_thought(record)
+        thoughts += has_thought(record, data.own_thought)
         head = _common_head([head, _head(samples)])
         learned.add(content_of(samples, shown, files.marks))
     names = [os.fsencode(name) for name in files.stamps]

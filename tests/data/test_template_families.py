@@ -255,6 +255,25 @@ def test_thoughts_are_told_from_answers_without() -> None:
     assert {kind for kind, has in told.items() if has} == {"think", "think in text"}
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "magistral", "qwen3"])
+def test_a_thought_in_a_text_between_the_templates_own_marks_is_one(name: str) -> None:
+    """What the template itself writes around a thought marks one in the data too, be it a control token or letters."""
+    tokenizer = tokenizer_with(FAMILIES[name])
+    chat = chat_format("hf", tokenizer)
+    marks = chat.own_thought()
+    assert (marks is None) == (name == "qwen3")
+    opening, closing = marks or ("<think>\n", "\n</think>\n\n")
+    ask = Turn("user", (Text("Is it?"),))
+    field = Record((ask, Turn("assistant", (Text("No."),), thinking="hmm")))
+    written = Record((ask, Turn("assistant", (Text(f"{opening}hmm{closing}No."),))))
+    assert encode(written, chat, tokenizer) == encode(field, chat, tokenizer)
+    assert has_thought(written, chat.own_thought) and has_thought(written) == (name == "qwen3")
+    for said in (f"{opening}hmm, no end", f"No. {opening}hmm{closing}"):  # no thought, or not at the beginning
+        open_ended = Record((ask, Turn("assistant", (Text(said),))))
+        assert not has_thought(open_ended, chat.own_thought)
+        assert any(piece.text.endswith(said.strip()) for piece in chat.pieces(open_ended) if piece.kind == "content")
+
+
 def test_calls_are_learnt_and_weighed() -> None:
     tokenizer = tokenizer_with(FAMILIES["qwen3"])
     chat = chat_format("hf", tokenizer)

@@ -104,11 +104,23 @@ class Format:
         if self.own:
             return self.row(row, image_root=image_root)
         shared = {key: options.pop(key) for key in SHARED_OPTIONS if key in options and key not in self.options}
-        marks = shared.pop("thoughts", None)
-        record = thoughts.with_thoughts(with_meaning(self.row(row, image_root=image_root, **options)), marks)
+        record = with_meaning(self.row(row, image_root=image_root, **options))
         if self.spells_boxes and "boxes" not in shared:
             boxes.refuse_spelt(record)
-        return boxes.with_boxes(record, **shared)
+        return with_shared(record, shared)
+
+
+def with_shared(record: Record, options: Mapping[str, Any]) -> Record:
+    """Read a record by SHARED_OPTIONS: thoughts that open answers, boxes beside the text. Raises RecordError."""
+    given = dict(options)
+    return boxes.with_boxes(thoughts.with_thoughts(record, given.pop("thoughts", None)), **given)
+
+
+def check_shared(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for values that SHARED_OPTIONS cannot have."""
+    given = dict(options)
+    thoughts.check_option(given.pop("thoughts", None))
+    boxes.check_options(**given)
 
 
 # --- options ------------------------------------------------------------------------------------------------------

@@ -42,6 +42,12 @@ def with_thoughts(record: Record, thoughts: str | None) -> Record:
     return replace(record, turns=tuple(turns))
 
 
+def check_option(thoughts: str | None) -> None:
+    """Raise ConfigError for a value that is none of OPTIONS."""
+    if thoughts is not None:
+        _marks(thoughts)
+
+
 @lru_cache(maxsize=16)
 def _marks(thoughts: str) -> tuple[str, str]:
     opening, dots, closing = thoughts.partition("...") if isinstance(thoughts, str) else ("", "", "")

@@ -89,7 +89,7 @@ def write_index(
     out_dir: str | os.PathLike[str],
     *,
     caption: dict[str, Any] | None = None,
-    boxes: dict[str, str] | None = None,
+    options: dict[str, str] | None = None,
     build: Any = None,
 ) -> int:
     """Join the parts and write the index; index.json is replaced last, so that it never names half an index."""
@@ -127,8 +127,8 @@ def write_index(
         "left_out": dict(left_out),
         "lengths": {name: len(array) for name, array in arrays.items()},
     }
-    if boxes:
-        header["boxes"] = boxes
+    if options:
+        header["options"] = options
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for array in arrays.values():
         digest.update(array.tobytes())

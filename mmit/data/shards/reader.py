@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mmit.data.formats.boxes import OPTIONS as BOXES
+from mmit.data.formats.common import SHARED_OPTIONS, check_shared
 from mmit.data.shards.files import RangeReader, ShardFileError, is_remote, open_shard
 from mmit.data.shards.index import ARRAYS, DTYPES, INDEX, VERSION
 from mmit.data.shards.records import IMAGES, Limits, check_members, extension, to_record
@@ -127,7 +127,7 @@ class ShardSource:
         self, number: int, members: dict[str, bytes], sizes: Mapping[str, tuple[int, int]] | None = None
     ) -> Record:
         header = self.index.header
-        given: dict[str, Any] = {"caption": header["caption"], "boxes": header.get("boxes"), "sizes": sizes}
+        given: dict[str, Any] = {"caption": header["caption"], "options": _options(header), "sizes": sizes}
         record = to_record(self.key(number), members, where=self.where(number), **given)
         if not record.source and record.row is None:
             record = replace(record, source=self.origin, row=number + 1)
@@ -331,7 +331,7 @@ def _check_header(header: Any, folder: str) -> None:
         all(isinstance(header.get(k), list) for k in ("shards", "sources", "suffixes"))
         and all(isinstance(header.get(k), str) for k in ("folder", "fingerprint"))
         and _sound_caption(header.get("caption"))
-        and _sound_boxes(header.get("boxes", {}))
+        and _sound_options(_options(header))
         and isinstance(header.get("lengths"), dict)
         and all(isinstance(header["lengths"].get(k), int) for k in ARRAYS)
         and all(isinstance(s, str) for s in header["suffixes"])
@@ -360,8 +360,18 @@ def _sound_caption(options: Any) -> bool:
     return isinstance(options.get("seed", 0), int) and all(isinstance(t, str) for t in texts)
 
 
-def _sound_boxes(options: Any) -> bool:
-    return isinstance(options, dict) and all(key in BOXES and isinstance(value, str) for key, value in options.items())
+def _options(header: dict[str, Any]) -> Any:
+    return header.get("options", header.get("boxes", {}))  # indices of earlier versions have boxes alone
+
+
+def _sound_options(options: Any) -> bool:
+    if not isinstance(options, dict) or not options.keys() <= SHARED_OPTIONS.keys():
+        return False
+    try:
+        check_shared(options)
+    except ConfigError:
+        return False
+    return True
 
 
 def _fetched(folder: str, header: dict[str, Any], cache: Path) -> Path:

@@ -18,10 +18,10 @@ from typing import Any, NoReturn, TypeVar
 
 import PIL.Image
 
-from mmit.data.formats.boxes import with_boxes
 from mmit.data.formats.captions import img2dataset
 from mmit.data.formats.chat import FORMATS as CONVERSATIONS
 from mmit.data.formats.chat import conversation_format
+from mmit.data.formats.common import with_shared
 from mmit.data.formats.keys import kept_keys, with_meaning
 from mmit.data.images import FORMATS as PICTURES
 from mmit.data.images import without_png_text
@@ -111,14 +111,14 @@ def to_record(
     *,
     where: str,
     caption: Mapping[str, Any] | None = None,
-    boxes: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
     sizes: Mapping[str, tuple[int, int]] | None = None,
     kept: Counter[str] | None = None,
 ) -> Record:
     """Build the record of one sample from {suffix: bytes}; every picture must be used by it.
 
-    `kept` counts the keys that stay in the meta unread, but for mmit's own rows. `boxes` are the options of
-    mmit.data.formats.boxes; `sizes` are the (W, H) of pictures whose bytes are not all there.
+    `kept` counts the keys that stay in the meta unread, but for mmit's own rows. `options` are those that all
+    formats share (boxes, thoughts); `sizes` are the (W, H) of pictures whose bytes are not all there.
 
     The row is the member with the suffix json, a caption the one with the suffix txt; others of these types belong to
     nothing and are refused. Captions are read by mmit.data.formats.captions.img2dataset with the options `caption`
@@ -153,7 +153,7 @@ def to_record(
         found = ", ".join(short(s, 40) for s in list(members)[:8])
         _fail(f"cannot tell what the sample is (members: {found})", where, _LAYOUTS)
     record = record if record.id else replace(record, id=key)
-    record = _placed(lambda: with_boxes(record, **(boxes or {})), where)
+    record = _placed(lambda: with_shared(record, options or {}), where)
     _placed(lambda: record.validate(for_training=None), where)
     if kept is not None:
         kept.update(kept_keys(record))

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mmit.data.formats.boxes import check_options
+from mmit.data.formats.common import check_shared
 from mmit.data.shards.files import open_shard, run_jobs
 from mmit.data.shards.index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMAGES, MEMBER, SAMPLE, Part, write_index
 from mmit.data.shards.records import (
@@ -42,7 +42,7 @@ class ScanOptions:
     ignore: tuple[str, ...] = ()
     max_pixels: int = 50_000_000
     limits: Limits = Limits()
-    boxes: tuple[tuple[str, str], ...] = ()  # the options of mmit.data.formats.boxes
+    shared: tuple[tuple[str, str], ...] = ()  # options that all formats share
 
     @property
     def caption(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class _Scan:
             try:
                 members = {p.suffix: p.data for p in self.open}
                 kept: Counter[str] = Counter()
-                given: dict[str, Any] = {"caption": self.options.caption, "boxes": dict(self.options.boxes)}
+                given: dict[str, Any] = {"caption": self.options.caption, "options": dict(self.options.shared)}
                 record = to_record(self.key, members, where=where, kept=kept, **given)
                 self._append(record, where)
                 self.part.kept.update(kept)
@@ -225,7 +225,7 @@ def index_tars(  # noqa: PLR0913
     instruction: str | Sequence[str] | None = None,
     seed: int = 0,
     ignore: Iterable[str] = (),
-    boxes: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
     max_pixels: int = 50_000_000,
     limits: Limits | None = None,
     workers: int = 1,
@@ -242,7 +242,7 @@ def index_tars(  # noqa: PLR0913
             and the key choose one.
         ignore: extensions ("npy") or suffixes ("seg.png") of members to leave out; counted. Others that are not
             accepted are an error of their sample.
-        boxes: options of mmit.data.formats.boxes, by which boxes beside conversations are written into the text.
+        options: those that all formats share: how boxes beside conversations are written, what marks their thoughts.
         max_pixels: larger pictures are an error. limits: of members and samples.
         workers: processes.
         on_bad: takes what is wrong, sample by sample; None raises the first.
@@ -257,11 +257,11 @@ def index_tars(  # noqa: PLR0913
         raise ConfigError("no tar to index", where=str(out_dir), remedy="Give the paths of .tar files.")
     ignored = tuple(sorted(word.lower().lstrip(".") for word in ignore))
     said = instruction if instruction is None or isinstance(instruction, str) else tuple(instruction)
-    given = tuple(sorted((boxes or {}).items()))
-    check_options(**dict(given))
-    options = ScanOptions(said, seed, ignored, max_pixels, limits or Limits(), given)
+    given = tuple(sorted((options or {}).items()))
+    check_shared(dict(given))
+    accepted = ScanOptions(said, seed, ignored, max_pixels, limits or Limits(), given)
     folder = os.path.abspath(out_dir)
-    jobs = [(path, _shard_name(path, folder), options) for path in names]
+    jobs = [(path, _shard_name(path, folder), accepted) for path in names]
     parts = []
     for done, part in enumerate(run_jobs(scan_tar, jobs, workers=workers), 1):
         for error in part.bad:
@@ -273,7 +273,7 @@ def index_tars(  # noqa: PLR0913
             kept.update(part.kept)
         if progress is not None:
             progress(done, len(jobs))
-    return write_index(parts, out_dir, caption=options.caption, boxes=dict(given))
+    return write_index(parts, out_dir, caption=accepted.caption, options=dict(given))
 
 
 def _shard_name(path: str, folder: str) -> str:

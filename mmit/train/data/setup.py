@@ -122,7 +122,9 @@ def open_data(
     encoding = key_of(encoding_key(chat, tokenizer), told)
     weights = source_weights(opened, told.pop("sources", {}), strict=key == "data.train")
     encoder = partial(_encode, chat, tokenizer, Loss(**told))
-    return InstructionData(opened, encoder, key=encoding, source_weights=weights, **options)
+    data = InstructionData(opened, encoder, key=encoding, source_weights=weights, **options)
+    data.own_thought = chat.own_thought
+    return data
 
 
 def encoding_key(chat: ChatFormat, tokenizer: Any) -> str:

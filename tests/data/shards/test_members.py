@@ -139,10 +139,10 @@ def test_boxes_in_pixels_take_the_size_of_the_member() -> None:
     with pytest.raises(RecordError, match="nothing says how to write them") as caught:
         to_record("s1", members, where="t.tar: s1")
     assert caught.value.where == "t.tar: s1" and "mmit data index" in caught.value.remedy
-    record = to_record("s1", members, where="t.tar: s1", boxes={"boxes": "norm1000"})
+    record = to_record("s1", members, where="t.tar: s1", options={"boxes": "norm1000"})
     assert record.turns[1].text == "At [250, 250, 500, 1000]." and record.images[0].source == A
     # An outline has no bytes, but sizes.
-    unread = to_record("s1", members | {"png": b"name"}, where="", boxes={"boxes": "norm1000"}, sizes={"png": (8, 4)})
+    unread = to_record("s1", members | {"png": b"name"}, where="", options={"boxes": "norm1000"}, sizes={"png": (8, 4)})
     assert unread.turns[1].text == "At [125, 250, 250, 1000]."
 
 

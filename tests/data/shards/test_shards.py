@@ -66,15 +66,27 @@ def test_boxes_of_an_index_are_those_of_its_records(tmp_path: Path) -> None:
         "objects": {"bbox": [[3, 2, 6, 8]], "bbox_type": "real"},
     }
     members = [("k.jpg", picture(1)), ("k.json", json.dumps(row).encode())]
-    source = indexed(tmp_path, members, boxes={"boxes": "norm1000"})
+    source = indexed(tmp_path, members, options={"boxes": "norm1000"})
     assert source[0].turns[1].text == source.outline(0).turns[1].text == "[250, 250, 500, 1000]"
     with pytest.raises(ConfigError, match="option boxes is 'norm'"):
-        index_tars([tmp_path / "foreign.tar"], tmp_path / "other", boxes={"boxes": "norm"})
+        index_tars([tmp_path / "foreign.tar"], tmp_path / "other", options={"boxes": "norm"})
     given = ("data", "index", tmp_path / "foreign.tar", "--out", tmp_path / "by-command")
     refused = mmit(*given)
     assert refused.exit_code == 2 and "`mmit data index`" in " ".join(refused.stderr.split())
     good(*given, "--option", "boxes=norm1")
     assert open_shards(tmp_path / "by-command")[0].turns[1].text == "[0.250, 0.250, 0.500, 1.000]"
+
+
+def test_thoughts_of_an_index_are_those_of_its_records(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "[THINK]x[/THINK]a"}]}
+    members = [("k.json", json.dumps(row).encode())]
+    for name in ("plain", "read"):
+        (tmp_path / name).mkdir()
+    assert indexed(tmp_path / "plain", members)[0].turns[1].thinking is None
+    answer = indexed(tmp_path / "read", members, options={"thoughts": "[THINK]...[/THINK]"})[0].turns[1]
+    assert (answer.thinking, answer.text) == ("x", "a")
+    with pytest.raises(ConfigError, match="option thoughts is '<think>'"):
+        index_tars([tmp_path / "read" / "foreign.tar"], tmp_path / "other", options={"thoughts": "<think>"})
 
 
 # --- building -------------------------------------------------------------------------------------------------------
