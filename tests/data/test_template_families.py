@@ -271,7 +271,7 @@ def test_a_thought_in_a_text_between_the_templates_own_marks_is_one(name: str) -
     for said in (f"{opening}hmm, no end", f"No. {opening}hmm{closing}"):  # no thought, or not at the beginning
         open_ended = Record((ask, Turn("assistant", (Text(said),))))
         assert not has_thought(open_ended, chat.own_thought)
-        assert any(piece.text.endswith(said.strip()) for piece in chat.pieces(open_ended) if piece.kind == "content")
+        assert any(said.strip() in piece.text for piece in chat.pieces(open_ended) if piece.kind == "content")
 
 
 def test_calls_are_learnt_and_weighed() -> None:
