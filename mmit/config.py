@@ -155,6 +155,9 @@ class ChatConfig(Section):
     content_tokens: list[str] = []
     """control tokens that answers may hold as themselves, besides those that are not special and stand in the
     template (marks of thoughts, tool calls, boxes)"""
+    thoughts: str | None = None
+    """marks of a thought at the beginning of an answer's text, as <thinking>...</thinking>, besides <think> and those
+    that the template itself writes"""
 
 
 class ModelConfig(Section):

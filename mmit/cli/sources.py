@@ -19,7 +19,8 @@ from mmit.text import echo
 
 if TYPE_CHECKING:
     from mmit.config import Config, DataConfig, ModelConfig, SourceConfig
-    from mmit.data.chat import ChatFormat, Encoded
+    from mmit.data.chat import ChatFormat
+    from mmit.data.chat_writer import Encoded
     from mmit.data.loss import Loss
     from mmit.data.preparation import ImagePreparation
     from mmit.records import Record

@@ -11,44 +11,37 @@ from __future__ import annotations
 import datetime
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
-from mmit.data.chat_builtin import BUILT_IN, Origin, Piece, Said, Words
+from mmit.data.chat_builtin import BUILT_IN, Piece, Said, Words, merged
 from mmit.data.chat_own import own_writer
 from mmit.data.chat_render import Extras, Shape, writes_date
 from mmit.data.chat_template import ChatTemplate
 from mmit.data.chat_turns import Talk, as_record, extras_of, flat, outline_of
-from mmit.data.chat_writer import Writer
-from mmit.data.content import piece_tokenizer
+from mmit.data.chat_writer import Encoded, Writer
+from mmit.data.content import checked_tokens, piece_tokenizer
 from mmit.data.loss import ANSWERS, Loss
+from mmit.data.thoughts import checked_marks, marks_of
 from mmit.errors import ConfigError, MmitError, RecordError, nearest
 from mmit.plugins import FORM, is_spec
 from mmit.records import Record, Text, Turn
 
-_KEYS = ("name", "template", "image_token", "template_args", "as_processor", "content_tokens", "date", "thinks")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of a record, the loss weight of each, and where each comes from; all of one length.
-
-    An image is a single IMAGE_SLOT of weight 0; so is the first token, which nothing predicts.
-    """
-
-    ids: tuple[int, ...]
-    weights: tuple[float, ...]
-    origin: tuple[Origin, ...]
-
-    @property
-    def supervised(self) -> tuple[bool, ...]:
-        """Which tokens carry loss."""
-        return tuple(weight > 0 for weight in self.weights)
+_KEYS = (
+    "name",
+    "template",
+    "image_token",
+    "template_args",
+    "as_processor",
+    "content_tokens",
+    "date",
+    "thinks",
+    "thoughts",
+)
 
 
 class ChatFormat(ABC):
@@ -63,6 +56,7 @@ class ChatFormat(ABC):
         content_tokens: control tokens that an assistant's text and thoughts may hold as themselves.
         own: `name` is `module:name` of a function of the user's own.
         thinks: prompts end before a thought, which is left to the model; set where thoughts were learnt.
+        thoughts: "OPENING...CLOSING", marks of a thought at the beginning of an answer's text, besides <think>.
     """
 
     name: str
@@ -71,6 +65,7 @@ class ChatFormat(ABC):
     thinks: bool = False
     as_processor: bool = False
     content_tokens: frozenset[str] = frozenset()
+    thoughts: str | None = None
     _tokenizer: Any
 
     def pieces(self, talk: Talk, *, generate: bool = False) -> list[Piece]:
@@ -82,7 +77,7 @@ class ChatFormat(ABC):
         record = as_record(talk)
         record.validate(for_training=not generate)
         answers = {number for number, turn in enumerate(record.turns) if turn.role == "assistant"}
-        return _merged(self._lay_out(record, generate), answers)
+        return merged(self._lay_out(record, generate), answers)
 
     @abstractmethod
     def _lay_out(self, record: Record, generate: bool) -> list[Piece]: ...
@@ -100,7 +95,9 @@ class ChatFormat(ABC):
         if "name" not in obj:
             raise ConfigError("the key 'name' is missing", where="chat format", remedy=f"keys: {', '.join(_KEYS)}")
         if "template" not in obj:
-            return chat_format(obj["name"], tokenizer, content_tokens=obj.get("content_tokens") or ())
+            return chat_format(
+                obj["name"], tokenizer, content_tokens=obj.get("content_tokens") or (), thoughts=obj.get("thoughts")
+            )
         return TemplateFormat(
             obj["name"],
             obj["template"],
@@ -111,6 +108,7 @@ class ChatFormat(ABC):
             content_tokens=obj.get("content_tokens") or (),
             date=obj.get("date"),
             thinks=bool(obj.get("thinks")),
+            thoughts=obj.get("thoughts"),
         )
 
     def with_template_args(self, args: Mapping[str, Any]) -> ChatFormat:
@@ -120,9 +118,9 @@ class ChatFormat(ABC):
         problem = f"the chat format '{self.name}' takes no template arguments"
         raise ConfigError(problem, remedy="Leave them out, or use a chat template.")
 
-    def own_thought(self) -> tuple[str, str] | None:
-        """What the format writes before and after a thought, where that is not <think> and </think>."""
-        return None
+    def own_thought(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of marks that open and close a thought in the text of an answer, besides <think> and </think>."""
+        return () if self.thoughts is None else (marks_of(self.thoughts),)
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
@@ -164,8 +162,9 @@ class TemplateFormat(ChatFormat):
         content_tokens: Sequence[str] = (),
         date: str | None = None,
         thinks: bool = False,
+        thoughts: str | None = None,
     ) -> None:
-        self.name, self._tokenizer = name, tokenizer
+        self.name, self._tokenizer, self.thoughts = name, tokenizer, checked_marks(thoughts)
         if date is None and writes_date(template):
             date = datetime.date.today().isoformat()  # from here on its day, in a checkpoint too
         self._template = ChatTemplate(
@@ -179,7 +178,7 @@ class TemplateFormat(ChatFormat):
         )
         self.end, self.as_processor = self._template.end, as_processor
         self.thinks = thinks
-        self._given_tokens = _checked_tokens(content_tokens, tokenizer)
+        self._given_tokens = checked_tokens(content_tokens, tokenizer)
         named = piece_tokenizer(tokenizer).named_in(template)
         self.content_tokens = self._given_tokens | named - {self._template.image_token or ""}
 
@@ -215,9 +214,10 @@ class TemplateFormat(ChatFormat):
             pieces.append(Piece("content", words.text, slot.turn, slot.part, words.spans, words.marks))
         return pieces
 
-    def own_thought(self) -> tuple[str, str] | None:
-        """What the template writes before and after a thought, where that is not <think> and </think>."""
-        return self._template.thought_marks
+    def own_thought(self) -> tuple[tuple[str, str], ...]:
+        """Those that were named, and what the template itself writes around a thought."""
+        own = self._template.thought_marks
+        return (*super().own_thought(), *(() if own is None else (own,)))
 
     def with_template_args(self, args: Mapping[str, Any]) -> ChatFormat:
         """Return this format with further template arguments, such as enable_thinking."""
@@ -238,6 +238,7 @@ class TemplateFormat(ChatFormat):
             "content_tokens": sorted(self._given_tokens),
             "date": template.date,
             "thinks": self.thinks and not template.args,
+            "thoughts": self.thoughts,
         }
         return told | {key: value for key, value in more.items() if value}
 
@@ -248,9 +249,11 @@ class BuiltInFormat(ChatFormat):
     The tokenizer's BOS comes first if it puts one in front of every text by itself.
     """
 
-    def __init__(self, name: str, tokenizer: Any, *, content_tokens: Sequence[str] = ()) -> None:
-        self.name, self._tokenizer = name, tokenizer
-        self.content_tokens = _checked_tokens(content_tokens, tokenizer)
+    def __init__(
+        self, name: str, tokenizer: Any, *, content_tokens: Sequence[str] = (), thoughts: str | None = None
+    ) -> None:
+        self.name, self._tokenizer, self.thoughts = name, tokenizer, checked_marks(thoughts)
+        self.content_tokens = checked_tokens(content_tokens, tokenizer)
         tokens = piece_tokenizer(tokenizer)
         self.own = name not in BUILT_IN
         self._write: Any
@@ -276,7 +279,7 @@ class BuiltInFormat(ChatFormat):
             if getattr(record, key):
                 problem = f"the record has {key}, for which the chat format '{self.name}' has no place"
                 raise RecordError(problem, remedy="Use a chat template, or leave them or the record out.")
-        said = [flat(turn, number) for number, turn in enumerate(record.turns)]
+        said = [flat(turn, number, self.own_thought) for number, turn in enumerate(record.turns)]
         pieces: list[Piece] = self._bos + self._write(said, self.end, generate)
         marks = sum(len(words.marks) for turn in said for words in turn.parts if words is not None)
         if marks != sum(len(piece.marks) for piece in pieces):
@@ -286,8 +289,9 @@ class BuiltInFormat(ChatFormat):
         return pieces
 
     def to_json(self) -> dict[str, Any]:
-        """Return the name, and the content tokens where there are some."""
-        return {"name": self.name} | ({"content_tokens": sorted(self.content_tokens)} if self.content_tokens else {})
+        """Return the name, and the content tokens and marks of thoughts where there are some."""
+        more = {"content_tokens": sorted(self.content_tokens), "thoughts": self.thoughts}
+        return {"name": self.name} | {key: value for key, value in more.items() if value}
 
 
 def chat_format(
@@ -298,6 +302,7 @@ def chat_format(
     template_args: Mapping[str, Any] | None = None,
     content_tokens: Sequence[str] = (),
     date: str | None = None,
+    thoughts: str | None = None,
 ) -> ChatFormat:
     """Build a chat format for a fast Hugging Face tokenizer.
 
@@ -307,13 +312,14 @@ def chat_format(
     tell; `template_args` go to the template as variables, such as enable_thinking. `content_tokens` are control tokens
     that an assistant's text may hold as themselves, besides those that are not special and stand in the template.
     `date` (ISO) is the day of a template that asks for it; None takes today, from then on kept in `to_json`.
+    `thoughts` are further marks of a thought in an answer's text, as <thinking>...</thinking>.
     Raises ConfigError if the name is unknown or the template cannot be used.
     """
     if name in BUILT_IN or is_spec(name):
         if image_token is not None or template_args:
             problem = f"the chat format '{name}' takes neither image_token nor template_args"
             raise ConfigError(problem, remedy="Leave them out, or use a chat template.")
-        return BuiltInFormat(name, tokenizer, content_tokens=content_tokens)
+        return BuiltInFormat(name, tokenizer, content_tokens=content_tokens, thoughts=thoughts)
     if name == "hf":
         if not tokenizer.chat_template:
             problem = "the chat format 'hf' needs the tokenizer's chat template, and it has none"
@@ -329,7 +335,7 @@ def chat_format(
             problem = f"cannot read the chat format: {error}"
             raise ConfigError(problem, where=name, remedy="Check the path.") from error
         given = {"image_token": image_token, "template_args": template_args, "content_tokens": list(content_tokens)}
-        given |= {"date": date if told.get("date") is None else None}
+        given |= {"thoughts": thoughts, "date": date if told.get("date") is None else None}
         return ChatFormat.from_json({**told, **{key: value for key, value in given.items() if value}}, tokenizer)
     elif name.endswith(".jinja"):
         try:
@@ -348,6 +354,7 @@ def chat_format(
         template_args=template_args,
         content_tokens=content_tokens,
         date=date,
+        thoughts=thoughts,
     )
 
 
@@ -383,30 +390,3 @@ def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = Fal
         remedy = "Leave the record out, or give an answer a weight." if silent else "Give the assistant turn some text."
         raise RecordError("no token of the record is supervised: nothing would be learnt", remedy=remedy)
     return Encoded(tuple(out.ids), tuple(out.weights), tuple(out.origin))
-
-
-def _checked_tokens(tokens: Sequence[str], tokenizer: Any) -> frozenset[str]:
-    """Check that each is a token that was added to the tokenizer; raises ConfigError."""
-    for token in tokens:
-        if not piece_tokenizer(tokenizer).is_token(token):
-            problem = f"content_tokens names '{token}', which is no added token of the tokenizer"
-            raise ConfigError(problem, where="model.chat.content_tokens", remedy="Check its spelling.")
-    return frozenset(tokens)
-
-
-def _merged(pieces: list[Piece], answers: Set[int]) -> list[Piece]:
-    """Drop empty pieces and join neighbouring template pieces of one part of a turn."""
-    out: list[Piece] = []
-    last: Piece | None = None
-    for piece in pieces:
-        if not piece.text and piece.kind != "image":
-            if piece.kind == "content" and piece.turn in answers:
-                raise RecordError("the chat template strips the answer to nothing", remedy="Give it some text.")
-            continue
-        same = last is not None and last.kind == "template" and (last.turn, last.part) == (piece.turn, piece.part)
-        if last is not None and same and piece.kind == "template":
-            out[-1] = last = piece._replace(text=last.text + piece.text)
-        else:
-            out.append(piece)
-            last = piece
-    return out

@@ -7,7 +7,7 @@ in front of its answer; tools are refused, since these formats have no place for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from mmit.errors import RecordError
@@ -172,3 +172,21 @@ BUILT_IN: dict[str, tuple[Callable[[list[Said], str, bool], list[Piece]], str]] 
     "chatml": (_chatml, "<|im_end|>"),
     "qa": (_qa, ""),
 }
+
+
+def merged(pieces: list[Piece], answers: Set[int]) -> list[Piece]:
+    """Drop empty pieces and join neighbouring template pieces of one part of a turn."""
+    out: list[Piece] = []
+    last: Piece | None = None
+    for piece in pieces:
+        if not piece.text and piece.kind != "image":
+            if piece.kind == "content" and piece.turn in answers:
+                raise RecordError("the chat template strips the answer to nothing", remedy="Give it some text.")
+            continue
+        same = last is not None and last.kind == "template" and (last.turn, last.part) == (piece.turn, piece.part)
+        if last is not None and same and piece.kind == "template":
+            out[-1] = last = piece._replace(text=last.text + piece.text)
+        else:
+            out.append(piece)
+            last = piece
+    return out

@@ -15,13 +15,13 @@ from mmit.data.chat_render import Extras, Outline
 from mmit.records import Image, Record, Text, Turn, is_plain
 
 Talk = Record | Sequence[Turn]
-OwnThought = Callable[[], tuple[str, str] | None]  # what opens and closes a thought; None for <think> alone
+OwnThought = Callable[[], tuple[tuple[str, str], ...]]  # pairs of marks that open and close a thought, besides <think>
 _THOUGHT = re.compile(r"(\s*<think>\s*)(.*?)(\s*</think>\s*)", re.DOTALL)
 
 
-def no_marks() -> tuple[str, str] | None:
+def no_marks() -> tuple[tuple[str, str], ...]:
     """No marks but <think>."""
-    return None
+    return ()
 
 
 def as_record(talk: Talk) -> Record:
@@ -45,15 +45,14 @@ def may_open(text: str, marks: OwnThought) -> bool:
     first = text.lstrip()[:1]
     if not first or first.isalnum():
         return False
-    own = marks()
-    return own is not None and text.lstrip().startswith(own[0])
+    return text.lstrip().startswith(tuple(opening for opening, _ in marks()))
 
 
 def flat(turn: Turn, number: int, marks: OwnThought = no_marks) -> Said:
     """Join neighbouring texts, so that how a text was cut into parts makes no difference; drop empty ones.
 
     A thought at the beginning of an assistant's text, between <think> and </think>, is taken for what it is; so is one
-    between the marks that `marks` gives, which the format writes itself.
+    between a pair that `marks` gives.
     """
     only = turn.parts[0] if len(turn.parts) == 1 else None
     if (
@@ -80,11 +79,12 @@ def flat(turn: Turn, number: int, marks: OwnThought = no_marks) -> Said:
     thought, inline = turn.thinking, None
     first = parts[0] if parts and turn.role == "assistant" and thought is None else None
     found = _THOUGHT.match(first.text) if first is not None else None
-    own = marks() if first is not None and found is None and may_open(first.text, marks) else None
-    if first is not None and own is not None:
-        found = _between(*own).match(first.text)
+    own = False  # between other marks than <think>, which the format replaces by its own
+    if first is not None and found is None and may_open(first.text, marks):
+        found = next((match for pair in marks() if (match := _between(*pair).match(first.text))), None)
+        own = found is not None
     if found is not None and first is not None and not first.spans and _behind(first, found.end()):
-        thought, inline = found[2], None if own is not None else (found[1], found[3])
+        thought, inline = found[2], None if own else (found[1], found[3])
         rest = first.text[found.end() :]
         parts[:1] = [Words(rest, marks=first.marks_from(found.end()))] if rest else []
     more = tuple((key, value) for key in ("name", "tool_call_id") if (value := getattr(turn, key)) is not None)

@@ -8,6 +8,7 @@ decided here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from mmit.data.content import After, PieceTokenizer, cut_tokens
@@ -17,6 +18,23 @@ if TYPE_CHECKING:
     from mmit.data.chat_builtin import Marks, Origin, Piece, Spans
 
 IMAGE_SLOT = -200  # LLaVA's IMAGE_TOKEN_INDEX; no tokenizer has a negative id
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a record, the loss weight of each, and where each comes from; all of one length.
+
+    An image is a single IMAGE_SLOT of weight 0; so is the first token, which nothing predicts.
+    """
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+    origin: tuple[Origin, ...]
+
+    @property
+    def supervised(self) -> tuple[bool, ...]:
+        """Which tokens carry loss."""
+        return tuple(weight > 0 for weight in self.weights)
 
 
 class Writer:

@@ -12,6 +12,7 @@ import os
 import re
 import secrets
 import weakref
+from collections.abc import Sequence
 from typing import Any, Literal, NoReturn
 
 from mmit.errors import ConfigError, RecordError
@@ -228,6 +229,15 @@ def piece_tokenizer(tokenizer: Any) -> PieceTokenizer:
     if found is None or found[0] != size:
         found = _cache[tokenizer] = (size, PieceTokenizer(tokenizer))
     return found[1]
+
+
+def checked_tokens(tokens: Sequence[str], tokenizer: Any) -> frozenset[str]:
+    """Check that each is a token that was added to the tokenizer; raises ConfigError."""
+    for token in tokens:
+        if not piece_tokenizer(tokenizer).is_token(token):
+            problem = f"content_tokens names '{token}', which is no added token of the tokenizer"
+            raise ConfigError(problem, where="model.chat.content_tokens", remedy="Check its spelling.")
+    return frozenset(tokens)
 
 
 def _backend(tokenizer: Any) -> Any:

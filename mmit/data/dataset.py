@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from mmit.data.chat import Encoded
 from mmit.data.chat_turns import OwnThought, no_marks
+from mmit.data.chat_writer import Encoded
 from mmit.data.formats.boxes import WRITTEN
 from mmit.data.image_identity import image_key
 from mmit.data.measure import Progress, Scan, scan

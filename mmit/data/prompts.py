@@ -11,7 +11,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mmit.data.chat import ChatFormat, Encoded, encode
+from mmit.data.chat import ChatFormat, encode
 from mmit.data.image_identity import image_key
 from mmit.data.messages import history_turns, is_messages, turns_of
 from mmit.data.packing import Sample
@@ -21,6 +21,7 @@ from mmit.records import Image, Record, Text, Turn
 if TYPE_CHECKING:
     import PIL.Image
 
+    from mmit.data.chat_writer import Encoded
     from mmit.data.preparation import ImagePreparation, Spread
 
     Picture = str | os.PathLike[str] | bytes | PIL.Image.Image | Image

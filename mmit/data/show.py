@@ -27,7 +27,7 @@ from mmit.text import escape, plain
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from mmit.data.chat import Encoded
+    from mmit.data.chat_writer import Encoded
 
 THUMBNAIL = 240  # pixels of the longer side
 

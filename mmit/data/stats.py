@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mmit.data.chat import Encoded
-from mmit.data.chat_writer import IMAGE_SLOT
+from mmit.data.chat_writer import IMAGE_SLOT, Encoded
 from mmit.data.diversity import nearest_rouge_l, root_and_object
 from mmit.data.image_identity import image_name
 from mmit.data.images import image_size

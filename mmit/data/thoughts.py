@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+from mmit.errors import ConfigError, located
+from mmit.records import short
+
 OPEN, CLOSE = "<think>", "</think>"
 
 
@@ -17,3 +22,21 @@ def split_thought(answer: str) -> tuple[str, str]:
     if answer.lstrip().startswith(OPEN):
         return answer.lstrip()[len(OPEN) :].strip(), ""
     return "", answer
+
+
+@lru_cache(maxsize=16)
+def marks_of(thoughts: str, name: str = "option thoughts") -> tuple[str, str]:
+    """Read "<thinking>...</thinking>" as (opening, closing). Raises ConfigError, which calls it `name`."""
+    opening, dots, closing = thoughts.partition("...") if isinstance(thoughts, str) else ("", "", "")
+    if not (opening.strip() and dots and closing.strip()) or "..." in closing:
+        remedy = "Write both marks with three dots between: <thinking>...</thinking>."
+        raise ConfigError(f"{name} is '{short(thoughts)}'", remedy=remedy)
+    return opening.strip(), closing.strip()
+
+
+def checked_marks(thoughts: str | None) -> str | None:
+    """Check the marks of thoughts; raises ConfigError."""
+    if thoughts is not None:
+        with located("model.chat.thoughts"):
+            marks_of(thoughts, "thoughts")
+    return thoughts

@@ -19,8 +19,8 @@ from mmit.pages import page
 from mmit.text import escape
 
 if TYPE_CHECKING:
-    from mmit.data.chat import Encoded
     from mmit.data.chat_builtin import Origin
+    from mmit.data.chat_writer import Encoded
 
 _VISIBLE = {" ": "·", "\n": "⏎\n", "\t": "⇥"}
 

@@ -12,9 +12,9 @@ import small_tokenizers as st
 from small_chats import IMG, NO_SYSTEM, ONE, TALK, turns
 from small_tokenizers import family
 
-from mmit.data.chat import ChatFormat, Encoded, chat_format, encode
+from mmit.data.chat import ChatFormat, chat_format, encode
 from mmit.data.chat_builtin import VICUNA_SYSTEM
-from mmit.data.chat_writer import IMAGE_SLOT
+from mmit.data.chat_writer import IMAGE_SLOT, Encoded
 from mmit.data.content import piece_tokenizer
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Turn

@@ -16,8 +16,8 @@ from small_chats import IMG, ONE, TALK, turns
 from small_tokenizers import family
 from tokenizers import AddedToken
 
-from mmit.data.chat import Encoded, chat_format, encode
-from mmit.data.chat_writer import IMAGE_SLOT
+from mmit.data.chat import chat_format, encode
+from mmit.data.chat_writer import IMAGE_SLOT, Encoded
 from mmit.data.content import piece_tokenizer
 from mmit.errors import RecordError
 from tests.examples import examples

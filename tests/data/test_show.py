@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 from small_tokenizers import family
 
-from mmit.data.chat import Encoded, chat_format, encode
+from mmit.data.chat import chat_format, encode
+from mmit.data.chat_writer import Encoded
 from mmit.data.show import SampledRow, to_page, to_terminal
 from mmit.errors import RecordError
 from mmit.records import Record, Text, Turn

@@ -261,8 +261,8 @@ def test_a_thought_in_a_text_between_the_templates_own_marks_is_one(name: str) -
     tokenizer = tokenizer_with(FAMILIES[name])
     chat = chat_format("hf", tokenizer)
     marks = chat.own_thought()
-    assert (marks is None) == (name == "qwen3")
-    opening, closing = marks or ("<think>\n", "\n</think>\n\n")
+    assert (marks == ()) == (name == "qwen3")
+    opening, closing = marks[0] if marks else ("<think>\n", "\n</think>\n\n")
     ask = Turn("user", (Text("Is it?"),))
     field = Record((ask, Turn("assistant", (Text("No."),), thinking="hmm")))
     written = Record((ask, Turn("assistant", (Text(f"{opening}hmm{closing}No."),))))
@@ -272,6 +272,24 @@ def test_a_thought_in_a_text_between_the_templates_own_marks_is_one(name: str) -
         open_ended = Record((ask, Turn("assistant", (Text(said),))))
         assert not has_thought(open_ended, chat.own_thought)
         assert any(said.strip() in piece.text for piece in chat.pieces(open_ended) if piece.kind == "content")
+
+
+@pytest.mark.parametrize("name", ["magistral", "qwen3", "chatml"])
+def test_a_thought_between_named_marks_is_written_with_the_formats(name: str) -> None:
+    tokenizer = tokenizer_with(FAMILIES.get(name, FAMILIES["qwen3"]))
+    chat = chat_format("chatml" if name == "chatml" else "hf", tokenizer, thoughts="<thinking>...</thinking>")
+    ask = Turn("user", (Text("Is it?"),))
+    field = Record((ask, Turn("assistant", (Text("No."),), thinking="hmm")))
+    written = Record((ask, Turn("assistant", (Text("<thinking> hmm </thinking> No."),))))
+    kept = ChatFormat.from_json(json.loads(json.dumps(chat.to_json())), tokenizer)
+    for one in (chat, kept):
+        assert encode(written, one, tokenizer) == encode(field, one, tokenizer)
+        assert has_thought(written, one.own_thought)
+    plain = chat_format("chatml" if name == "chatml" else "hf", tokenizer)
+    assert encode(written, plain, tokenizer) != encode(field, plain, tokenizer) and "thoughts" not in plain.to_json()
+    with pytest.raises(ConfigError, match="thoughts is '<thinking>'") as caught:
+        chat_format("hf", tokenizer, thoughts="<thinking>")
+    assert caught.value.where == "model.chat.thoughts"
 
 
 def test_calls_are_learnt_and_weighed() -> None:

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 from small_tokenizers import family
 
-from mmit.data.chat import Encoded, chat_format, encode
+from mmit.data.chat import chat_format, encode
+from mmit.data.chat_writer import Encoded
 from mmit.data.viewer import cells, legend, to_html, to_rich
 from mmit.records import Image, Record, Text, Turn
 

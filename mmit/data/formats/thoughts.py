@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from functools import lru_cache
 
-from mmit.errors import ConfigError, RecordError
-from mmit.records import Part, Record, Text, Turn, short
+from mmit.data.thoughts import marks_of
+from mmit.errors import RecordError
+from mmit.records import Part, Record, Text, Turn
 
 OPTIONS = {"thoughts": "marks around the thought that opens an answer, as <thinking>...</thinking>"}
 # How answers of published sets open a thought; for the warning alone.
@@ -34,7 +34,7 @@ def with_thoughts(record: Record, thoughts: str | None) -> Record:
     """
     if thoughts is None:
         return record
-    opening, closing = _marks(thoughts)
+    opening, closing = marks_of(thoughts)
     turns = [
         _split(turn, number, opening, closing) if turn.role == "assistant" else turn
         for number, turn in enumerate(record.turns, 1)
@@ -45,16 +45,7 @@ def with_thoughts(record: Record, thoughts: str | None) -> Record:
 def check_option(thoughts: str | None) -> None:
     """Raise ConfigError for a value that is none of OPTIONS."""
     if thoughts is not None:
-        _marks(thoughts)
-
-
-@lru_cache(maxsize=16)
-def _marks(thoughts: str) -> tuple[str, str]:
-    opening, dots, closing = thoughts.partition("...") if isinstance(thoughts, str) else ("", "", "")
-    if not (opening.strip() and dots and closing.strip()) or "..." in closing:
-        problem = f"option thoughts is '{short(thoughts)}'"
-        raise ConfigError(problem, remedy="Write both marks with three dots between: <thinking>...</thinking>.")
-    return opening.strip(), closing.strip()
+        marks_of(thoughts)
 
 
 def _split(turn: Turn, number: int, opening: str, closing: str) -> Turn:

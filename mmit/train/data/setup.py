@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmit.data.chat import ChatFormat, Encoded, chat_format, encode
+from mmit.data.chat import ChatFormat, chat_format, encode
 from mmit.data.dataset import InstructionData
 from mmit.data.loss import Loss
 from mmit.data.prefetch import allowed_cores
@@ -29,6 +29,7 @@ from mmit.text import terminal
 if TYPE_CHECKING:
     import torch
 
+    from mmit.data.chat_writer import Encoded
     from mmit.data.loader import LoadImage
     from mmit.data.measure import Scan
     from mmit.data.preparation import ImagePreparation
