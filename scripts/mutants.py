@@ -752,6 +752,48 @@ MUTANTS = [
         "str(_card(counts, config))",
         "tests/test_text.py",
     ),
+    Mutant(
+        "tests: a folder called build is not collected",
+        "pyproject.toml",
+        'norecursedirs = [".*", ',
+        'norecursedirs = [".*", "build", ',
+        "tests/test_hygiene.py",
+    ),
+    Mutant(
+        "hold-out: an image is known by its file's name",
+        "mmit/build/holdout.py",
+        "hashlib.sha256(Path(source).read_bytes()).hexdigest()",
+        "hashlib.sha256(Path(source).name.encode()).hexdigest()",
+        "tests/build/test_holdout.py",
+    ),
+    Mutant(
+        "annotated: an image is set aside by where it lies",
+        "mmit/build/annotated.py",
+        "name = os.path.basename(next(iter(_image_names(row)), str(number)))",
+        "name = next(iter(_image_names(row)), str(number))",
+        "tests/build/test_holdout.py",
+    ),
+    Mutant(
+        "workers: those that ignore SIGTERM cannot be ended",
+        "mmit/processes.py",
+        "            self.kill()",
+        "            super().terminate()",
+        "tests/test_processes.py",
+    ),
+    Mutant(
+        "isolation: methods of one's own are not asked",
+        "mmit/train/parts.py",
+        "apart=method_of(config.tune.llm.mode).by_token",
+        "apart=True",
+        "tests/test_plugins.py",
+    ),
+    Mutant(
+        "report: a damaged line is taken for a row",
+        "mmit/train/monitor/run_files.py",
+        "if missing := [name for name in needed if name not in row]:",
+        "if missing := [name for name in needed if name == row]:",
+        "tests/train/monitor/test_watching.py",
+    ),
     # models of others
     Mutant(
         "layers that choose their keys: run by packed attention",

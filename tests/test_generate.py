@@ -25,7 +25,7 @@ from mmit.models.vlm import VLM
 from mmit.records import Image, Record, Text, Turn, read_jsonl
 from mmit.train.run import run
 from tests.data.small_tokenizers import byte_level
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 TOKENIZER = byte_level()
 CHAT = chat_format("chatml", TOKENIZER)

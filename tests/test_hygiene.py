@@ -6,6 +6,7 @@ Reads syntax trees, so that a comment may speak of pickle and `model.eval()` is 
 from __future__ import annotations
 
 import ast
+import fnmatch
 import re
 import subprocess
 from collections.abc import Iterator
@@ -172,6 +173,15 @@ def test_no_dangerous_call() -> None:
         and (path.is_relative_to(ROOT / "mmit") or rule not in OF_THE_PACKAGE)
     ]
     assert len(python_files()) > 5 and not found, "\n".join(found)
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig: pytest.Config) -> None:
+    """pytest leaves folders out by their names, and `build` is one of those that it leaves out by default."""
+    tests = ROOT / "tests"
+    folders = {parent for path in tests.rglob("test_*.py") for parent in path.relative_to(tests).parents if parent.name}
+    patterns = pytestconfig.getini("norecursedirs")
+    assert len(folders) > 5 and patterns
+    assert [str(f) for f in sorted(folders) if any(fnmatch.fnmatch(f.name, pattern) for pattern in patterns)] == []
 
 
 @pytest.mark.parametrize(

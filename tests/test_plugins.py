@@ -13,7 +13,7 @@ from mmit import plugins
 from mmit.errors import CheckpointError, ConfigError, MmitError, ModelError
 from mmit.models.projectors import Projector, build_projector
 from mmit.train.run import run
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 PROJECTOR = """
 import torch

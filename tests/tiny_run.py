@@ -71,8 +71,16 @@ def write_records(folder: Path, *, count: int = 12, text_only: int = 4) -> Path:
     return folder / "train.jsonl"
 
 
-def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
-    """Build the config of a run under `folder`; `sections` update its sections key by key."""
+def two_layers(folder: Path, **sections: dict[str, Any]) -> Config:
+    """Build `tiny_config` for tests that compare numbers of two runs: what passes between layers is part of it."""
+    return tiny_config(folder, layers=2, **sections)
+
+
+def tiny_config(folder: Path, *, layers: int = 1, **sections: dict[str, Any]) -> Config:
+    """Build the config of a run under `folder`; `sections` update its sections key by key.
+
+    One layer of the LLM is enough for what a run does around its model, and a fifth cheaper than two.
+    """
     tokenizer = folder / "tokenizer"
     if not tokenizer.exists():
         write_tokenizer(tokenizer)
@@ -84,7 +92,7 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
         "vocab_size": _vocabulary((tokenizer / "tokenizer.json").read_text()),
         "hidden_size": 16,
         "intermediate_size": 24,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,

@@ -57,6 +57,22 @@ def test_a_clean_build_leaks_nothing(records):
     assert len(sides) == len(records) and set(sides) == {("colour", False), ("side", True)}
 
 
+def test_the_same_images_are_set_aside_wherever_they_lie(tmp_path):
+    recipe, found = Recipe(held_out=("place",), set_aside=0.3), []
+    for place in ("here", "elsewhere"):
+
+        def rows(folder=tmp_path / place):
+            folder.mkdir(exist_ok=True)
+            for n in range(1, 31):
+                PIL.Image.new("RGB", (2, 2), (n, 2 * n, 0)).save(folder / f"{n}.png")
+                row = {"image": Image(str(folder / f"{n}.png")), "id": f"r{n}", "n": n, "colour": "red", "side": "left"}
+                yield n, row
+
+        made = annotated(rows, (COLOUR, SIDE), recipe, source="rows", licence="MIT")
+        found.append({(item.record.id, item.held_out) for item in made if isinstance(item, Made)})
+    assert found[0] == found[1] and {held for _, held in found[0]} == {True, False}
+
+
 def test_three_planted_leaks_are_named(records, tmp_path):
     kept = next(r for r in records if r.meta["task"] == "side")
     trained = [r for r in records if r.meta["task"] == "colour" and len(r.images) == 1]

@@ -15,7 +15,7 @@ from mmit.forecast.forecast import forecast
 from mmit.train.data.setup import cache_folder
 from mmit.train.run import run
 from tests.forecast.counted import counted_once
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -32,7 +32,7 @@ from mmit.train.run import run
 from tests.forecast.counted import counted_once
 from tests.models.test_tuning import CASES
 from tests.models.tuned_models import NODES, PATHS, composite, config_for, row, tune_plan
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "train" / "quickstart.yaml"
 FEW = ("llm full", "llm lora")

@@ -18,7 +18,7 @@ from mmit.models.interop.llava_names import why_not_found
 from mmit.models.llm import load_llm
 from mmit.train.run import run
 from tests.models.small_llms import FAMILIES, family
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 LLAMA = TextFacts("llama", "model", plain=True, tied=False)
 TIED = TextFacts("llama", "model", plain=True, tied=True)

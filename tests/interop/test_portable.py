@@ -21,7 +21,8 @@ from mmit.errors import CheckpointError
 from mmit.train.checkpoint.model import read_config
 from mmit.train.run import run
 from tests.interop.llava_models import make_llava_hf
-from tests.tiny_run import tiny_config, write_records, write_tokenizer
+from tests.tiny_run import two_layers as tiny_config
+from tests.tiny_run import write_records, write_tokenizer
 
 PICTURE = PIL.Image.new("RGB", (30, 20), (200, 60, 40))
 

@@ -18,7 +18,7 @@ from mmit.train.run import run
 from tests.interop.test_export_llava_hf import CLIP
 from tests.models.small_llms import family
 from tests.models.test_reach import FROZEN
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 LEVELS = 3  # layers of the encoder that are read: the last is the image tokens, two are added inside the LLM
 TOKENS = 4

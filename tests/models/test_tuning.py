@@ -30,7 +30,7 @@ from tests.models.tuned_models import (
     tune_plan,
     tuned,
 )
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 IA3 = {"targets": ["k_proj", "v_proj", "down_proj"], "feedforward": ["down_proj"]}
 # method: mode, options, names of what is trained, how far the start may be from the base, whether it merges

@@ -12,7 +12,7 @@ from mmit.train.checkpoint import model as checkpoint
 from mmit.train.parts import _partition
 from mmit.train.run import run
 from tests.models.tuned_models import logits
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 from tests.train.launch import start_ranks
 
 METHODS = {

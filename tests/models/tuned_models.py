@@ -14,7 +14,7 @@ from mmit.config import Config
 from mmit.models.assemble import assemble
 from mmit.models.tuning import apply_tuning
 from mmit.models.vlm import VLM
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 # A picture with two questions, one of which goes on in two ways, and a text of its own.
 NODES = torch.tensor([[0, 7, -1], [7, 4, 0], [11, 3, 1], [14, 2, 1], [16, 5, 0], [21, 6, -1]])

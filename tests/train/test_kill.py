@@ -25,7 +25,8 @@ from mmit.train.checkpoint import model as checkpoint
 from mmit.train.data.batches import TrainData
 from mmit.train.monitor.metrics_log import _empty_curve
 from mmit.train.run import EXIT_STOPPED
-from tests.tiny_run import DROPOUT, tiny_config
+from tests.tiny_run import DROPOUT
+from tests.tiny_run import two_layers as tiny_config
 
 
 def start(config: Config, *, before: Callable[[], None] = lambda: None) -> int:

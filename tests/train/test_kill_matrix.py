@@ -18,7 +18,8 @@ import torch
 
 from mmit.config import Config
 from mmit.train.checkpoint import folders
-from tests.tiny_run import DROPOUT, tiny_config
+from tests.tiny_run import DROPOUT
+from tests.tiny_run import two_layers as tiny_config
 from tests.train.launch import free_port
 from tests.train.test_kill import end, losses, start, tensors
 

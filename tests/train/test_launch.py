@@ -20,7 +20,7 @@ import psutil
 
 from mmit.train.checkpoint import folders
 from mmit.train.run import EXIT_STOPPED, run
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 from tests.train.launch import ROOT, free_port
 
 TRAIN = {"steps": 3, "rows_per_step": 4, "precision": "fp32"}

@@ -20,7 +20,7 @@ from mmit.records import Record, Text, Turn, write_jsonl
 from mmit.train.data.setup import open_data
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.run import run
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 SYSTEM = Turn("system", (Text("Be brief and kind, and look closely."),))
 

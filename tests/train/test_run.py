@@ -20,7 +20,8 @@ from mmit.train.checkpoint import model as checkpoint
 from mmit.train.data.batches import TrainData
 from mmit.train.monitor import metrics_log
 from mmit.train.run import EXIT_STOPPED, run
-from tests.tiny_run import DROPOUT, tiny_config
+from tests.tiny_run import DROPOUT
+from tests.tiny_run import two_layers as tiny_config
 
 
 def losses(folder: Path) -> list[float]:

@@ -16,7 +16,7 @@ import pytest
 import mmit.train.run as run_module
 from mmit.errors import CheckpointError
 from mmit.train.checkpoint import folders, resume
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 from tests.train.checkpoint.faults import MODES, OTHER_ERROR, REFUSED, SAVED, in_child
 
 

@@ -20,7 +20,7 @@ from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checkpoint.saving import Writer
 from mmit.train.monitor.run_files import read_rows
 from mmit.train.run import EXIT_STOPPED, run
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 
 def config_of(folder: Path, name: str, *, background: bool, **train: Any) -> Config:

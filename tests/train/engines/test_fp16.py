@@ -10,7 +10,7 @@ pytest.importorskip("deepspeed")
 from mmit.errors import ConfigError
 from mmit.train.engines.deepspeed_engine import check_deepspeed
 from mmit.train.engines.zero import complete
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 from tests.train.checkpoint.test_ranks_saving import tensors
 from tests.train.engines.test_zero import at_step
 from tests.train.launch import start_ranks

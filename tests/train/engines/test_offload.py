@@ -19,7 +19,7 @@ from mmit.train.engines.world import World
 from mmit.train.engines.zero import complete, deepspeed_options
 from mmit.train.monitor.heartbeat import Heartbeat
 from mmit.train.run import run
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 from tests.train.checkpoint.test_ranks_saving import tensors
 from tests.train.engines.test_zero import at_step
 from tests.train.launch import ROOT, start_ranks

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import run
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 from tests.train.launch import start_ranks
 
 # Small enough that little is live at once; DeepSpeed's defaults keep up to a billion parameters.

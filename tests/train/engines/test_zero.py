@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("deepspeed")
 from mmit.train.checkpoint import folders
 from mmit.train.run import run
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 from tests.train.launch import ROOT, start_ranks
 
 

@@ -21,7 +21,7 @@ from mmit.train.settle import check_divided, check_zero3
 from tests.models.small_llms import family
 from tests.models.test_families import pair
 from tests.test_plugins import PROJECTOR
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 from tests.train.launch import start_ranks
 
 TRAIN = {"steps": 3, "rows_per_step": 4, "precision": "fp32"}

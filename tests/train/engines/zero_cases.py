@@ -30,7 +30,7 @@ from mmit.train.engines.base import Engine
 from mmit.train.engines.deepspeed_engine import DeepSpeedEngine
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.engines.world import World, join_ranks
-from tests.tiny_run import tiny_config
+from tests.tiny_run import two_layers as tiny_config
 
 CAP = 60  # seconds a case may take before it counts as hanging
 # units: 0..3 one picture, 4..5 text, 6..7 two pictures; [] is an idle batch. Case -> rank -> micro-batch -> units.
