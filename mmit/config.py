@@ -423,6 +423,8 @@ class TrainConfig(Section):
     (auto) the least of these that a forecast says fits the device"""
     compile: bool = False
     """torch.compile for norms and feed-forward of every layer; costs a start, rows need no constant length"""
+    deterministic: bool = False
+    """on CUDA the same bits from every run of this config, slower; a CPU gives them anyway"""
     threads: PositiveInt | None = None
     """CPU threads of each rank, null leaves torch's choice"""
 

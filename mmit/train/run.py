@@ -24,6 +24,7 @@ from mmit.train.checkpoint import resume
 from mmit.train.checkpoint.saving import Saves
 from mmit.train.checks.exporting import check_exports
 from mmit.train.data.setup import Say, note_bad
+from mmit.train.determinism import deterministic
 from mmit.train.engines.world import World, join_ranks, speaker
 from mmit.train.evaluation import LOSS, Best, Evaluations, HeldOut, Measure
 from mmit.train.loop import Hooks, Progress, train
@@ -57,6 +58,12 @@ def run(config: Config, *, evaluate: Evaluate | None = None) -> int:
 
     Raises MmitError for anything a user can fix.
     """
+    with deterministic(config.train.deterministic):
+        return _started(config, evaluate)
+
+
+def _started(config: Config, evaluate: Evaluate | None) -> int:
+    """The run, from what can be refused at once to its exit code."""
     require(config.train.report_to)
     _check_evaluation(config, evaluate)
     world = join_ranks(kind=config.engine.kind, device=config.device)

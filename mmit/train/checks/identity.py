@@ -69,7 +69,7 @@ ROLES: dict[str, Role] = {
     ),
     **dict.fromkeys(
         (
-            "train.micro_rows", "train.checkpointing", "train.compile", "train.threads",
+            "train.micro_rows", "train.checkpointing", "train.compile", "train.deterministic", "train.threads",
             "engine.kind", "engine.deepspeed", "device",
         ),
         "rounding",
