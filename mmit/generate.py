@@ -248,7 +248,8 @@ class Model:
         return self._stream(prompt, reader, limit, sampling=self._sampling(**options))
 
     def _reader(self, stop: Sequence[str] | None) -> AnswerText:
-        return AnswerText(self.tokenizer, stop, thought=self.chat_format.thought_marks)
+        chat = self.chat_format
+        return AnswerText(self.tokenizer, stop, thought=chat.thought_marks, marks=chat.own_thought())
 
     @torch.inference_mode()
     def _stream(self, prompt: Prompt, reader: AnswerText, max_new_tokens: int, *, sampling: Sampling) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """From new token ids back to the text of an answer, finished or still growing.
 
 Owns what belongs to an answer: no control token, nothing from a stop text on, no whitespace around it (unless it
-continues a text). A thought whose marks are control tokens is written between <think> and </think> in their place.
+continues a text). A thought between other marks, control tokens or text, is written between <think> and </think>.
 Takes a tokenizer object and ids; gives text. Chooses no token.
 """
 
@@ -19,8 +19,9 @@ _BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 class AnswerText:
     """Reads the ids of answers; `stop` are texts that end one and are left out of it.
 
-    `thought` are the ids that open and close a thought (`ChatFormat.thought_marks`). `strip=False` keeps the whitespace
-    around a finished answer: it matters where a text is continued.
+    `thought` are the ids that open and close a thought (`ChatFormat.thought_marks`), `marks` pairs of texts that do so
+    where no special token does (`ChatFormat.own_thought`). `strip=False` keeps the whitespace around a finished answer:
+    it matters where a text is continued.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class AnswerText:
         *,
         strip: bool = True,
         thought: tuple[Sequence[int], Sequence[int]] | None = None,
+        marks: Sequence[tuple[str, str]] = (),
     ) -> None:
         given = [stop] if isinstance(stop, str) else () if stop is None else stop  # a text is a sequence of texts too
         if not isinstance(given, Sequence) or not all(isinstance(text, str) for text in given):
@@ -42,6 +44,7 @@ class AnswerText:
         self._tokenizer, self.stop = tokenizer, tuple(given)
         self._strip = strip
         self._thought = None if thought is None else (list(thought[0]), list(thought[1]))
+        self._marks = tuple(marks) if thought is None else ()
         self._special = frozenset(tokenizer.all_special_ids)
 
     def whole(self, ids: Sequence[int]) -> str:
@@ -66,7 +69,10 @@ class AnswerText:
         text, ended = self._cut(ids)
         if not ended:
             text = text.rstrip("\ufffd")
-            begun = (n for s in self.stop for n in range(1, len(s)) if text.endswith(s[:n]))
+            if any(opening.startswith(text.strip()) for opening, _ in self._marks):
+                return ""
+            awaited = (*self.stop, *(closing for _, closing in self._marks))
+            begun = (n for s in awaited for n in range(1, len(s)) if text.endswith(s[:n]))
             text = text[: len(text) - max(begun, default=0)]
         return text.strip()
 
@@ -82,13 +88,22 @@ class AnswerText:
 
     def _shown(self, ids: list[int]) -> str:
         if self._thought is None:
-            return self._decoded(ids)
+            return self._between_think(self._decoded(ids))
         opening, closing = self._thought
         inside = bool(opening) and ids[: len(opening)] == opening
         begin, end = len(opening) if inside else 0, _last(ids, closing)
         if end >= 0:
             return f"<think>\n{self._decoded(ids[begin:end])}\n</think>\n\n{self._decoded(ids[end + len(closing) :])}"
         return f"<think>\n{self._decoded(ids[begin:])}" if inside else self._decoded(ids)
+
+    def _between_think(self, text: str) -> str:
+        for opening, closing in self._marks:
+            if text.lstrip().startswith(opening):
+                thought, found, answer = text.lstrip()[len(opening) :].partition(closing)
+                if not found:
+                    return f"<think>\n{thought.lstrip()}"
+                return f"<think>\n{thought.strip()}\n</think>\n\n{answer.lstrip()}"
+        return text
 
     def _marked(self, ids: list[int]) -> list[int]:
         """Hold back what may be the beginning of a mark of a thought: some of its tokens are ordinary text."""

@@ -6,6 +6,7 @@ import pytest
 from small_tokenizers import FAMILIES, family
 
 from mmit.data.answers import AnswerText
+from mmit.data.thoughts import split_thought
 
 TEXT = "Grüße, naïve 你好 — 😀👩‍🔬 and so on."
 
@@ -58,3 +59,23 @@ def test_stop_texts_are_found_across_tokens_and_held_back_while_they_may_still_c
     assert reader.settled(ids[:upto]) == "one" and not reader.ended(ids[:upto])
     assert reader.whole(ids[:upto]) == "one two"
     assert AnswerText(family("byte_level"), "two t").stop == ("two t",)
+
+
+@pytest.mark.parametrize(
+    ("said", "whole"),
+    [
+        ("<reason> hmm 2 </reason> No.", "<think>\nhmm 2\n</think>\n\nNo."),
+        ("<reason>hmm, cut", "<think>\nhmm, cut"),
+        ("<reasonable> No.", "<reasonable> No."),
+        ("No. <reason>hmm</reason>", "No. <reason>hmm</reason>"),
+        ("<reason></reason>No.", "<think>\n\n</think>\n\nNo."),
+    ],
+)
+def test_thoughts_between_marks_that_are_text(said: str, whole: str) -> None:
+    tokenizer = family("byte_level")
+    reader = AnswerText(tokenizer, ["END"], marks=[("<reason>", "</reason>")])
+    ids = tokenizer(said + "END of it", add_special_tokens=False)["input_ids"]
+    assert reader.whole(ids) == whole and reader.ended(ids)
+    shown = [reader.settled(ids[:n]) for n in range(len(ids) + 1)] + [whole]
+    assert all(after.startswith(before) for before, after in zip(shown, shown[1:], strict=False))
+    assert split_thought(whole)[1] == ("" if "cut" in said else "No." if whole.startswith("<think>") else whole)
