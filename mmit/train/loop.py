@@ -78,6 +78,7 @@ class _Step:
     records: float
     unshared: float
     weight: float  # of the targets, summed
+    waited: float  # seconds that a rank waited for its micro-batches, the mean
     targets_of: list[float]  # by source
     weight_of: list[float]  # summed, by source
     micro_weights: list[float]  # summed, by micro-batch, rank by rank
@@ -105,7 +106,9 @@ def train(engine: Engine, data: TrainData, schedule: Schedule, hooks: Hooks, *, 
             began, number = time.perf_counter(), progress.step + 1
             hooks.phase("data loading", number)
             batches = [next(source) for _ in range(data.micros)]
-            step = _count(engine, data, batches, progress, new=_note_bad(batches, progress, hooks.on_bad))
+            waited = time.perf_counter() - began
+            new = _note_bad(batches, progress, hooks.on_bad)
+            step = _count(engine, data, batches, progress, new=new, waited=waited)
             hooks.phase("forward and backward", number)
             sums = []
             for i, batch in enumerate(batches):
@@ -160,11 +163,18 @@ def _agree_on_bad(engine: Engine, progress: Progress, new: Sequence[int], counts
 
 
 def _count(
-    engine: Engine, data: TrainData, batches: Sequence[MicroBatch], progress: Progress, *, new: Sequence[int]
+    engine: Engine,
+    data: TrainData,
+    batches: Sequence[MicroBatch],
+    progress: Progress,
+    *,
+    new: Sequence[int],
+    waited: float,
 ) -> _Step:
     """Count tokens, targets and records of the step over all ranks. Raises MmitError for too many bad records.
 
-    `new` are the numbers of bad records that this rank met for the first time.
+    `new` are the numbers of bad records that this rank met for the first time, `waited` the seconds it waited for its
+    batches.
     """
     # Why one list: a sum over ranks costs a wait for the slowest of them however little it carries, so everything that
     # is known before the forward pass goes into one. Contract: every rank lists the same things in the same order.
@@ -172,7 +182,7 @@ def _count(
     too_many = float(progress.bad_run >= MAX_BAD_RUN)
     local = [float(sum(b.targets for b in batches)), float(sum(b.tokens for b in batches))]
     local += [float(sum(len(b.records) for b in batches)), float(sum(b.unshared_tokens for b in batches))]
-    local += [sum(b.loss_weight for b in batches), too_many]
+    local += [sum(b.loss_weight for b in batches), waited, too_many]
     bad = [0.0] * engine.world
     bad[engine.rank] = float(len(new))
     by_source = torch.zeros(count, dtype=torch.int64)
@@ -185,7 +195,7 @@ def _count(
             by_source += torch.bincount(sources, minlength=count)
             weights += torch.bincount(sources, batch.target_weights.double(), minlength=count)
     found = iter(engine.all_sum([*local, *bad, *by_source.tolist(), *weights.tolist(), *micro]))
-    targets, tokens, records, unshared, weight, lost = (next(found) for _ in local)
+    targets, tokens, records, unshared, weight, waits, lost = (next(found) for _ in local)
     _agree_on_bad(engine, progress, new, [next(found) for _ in bad])
     # Raised from sums, so on every rank: one that went on alone would wait for the others for ever.
     if lost:
@@ -206,6 +216,7 @@ def _count(
         records=records,
         unshared=unshared,
         weight=weight,
+        waited=waits / engine.world,
         targets_of=targets_of,
         weight_of=weight_of,
         micro_weights=list(found),
@@ -260,6 +271,7 @@ def _row(
         "spikes": progress.spikes,
         "bad_records": step.bad_records,
         "seconds": seconds,
+        "data_wait": step.waited / seconds,
         "imbalance": data.imbalance(progress.step - 1),
     }
 

@@ -6,11 +6,13 @@ import copy
 import json
 import math
 import os
+import time
 
 import pytest
 import torch
 
 import mmit.train.engines.torch_engine as engine_module
+from mmit.data import loader
 from mmit.errors import MmitError
 from mmit.train.checkpoint import folders
 from mmit.train.run import run
@@ -89,6 +91,20 @@ def test_a_skipped_step_is_told_with_its_records_and_counted(tmp_path, monkeypat
     assert [r["skipped_steps"] for r in rows] == [0, 1, 1, 1] and rows[1]["loss"] is None and rows[2]["loss"] > 0
     told = " ".join(capsys.readouterr().err.split())
     assert "step 2 skipped" in told and "train.jsonl" in told and ("picture-" in told or "text-" in told)
+
+
+def test_the_share_of_a_step_that_waits_for_data_is_in_its_row(tmp_path, monkeypatch):
+    build = loader.build_row
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05)
+        return build(*args, **kwargs)
+
+    monkeypatch.setattr(loader, "build_row", slow)
+    assert run(tiny_config(tmp_path, train={"steps": 2, "rows_per_step": 2, "precision": "fp32"})) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert 0.1 <= row["data_wait"] * row["seconds"] < row["seconds"]  # two rows, each of 0.05 s
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):

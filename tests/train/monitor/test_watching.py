@@ -71,7 +71,7 @@ def evaluate(now: checkpoint.Loaded, step: int) -> dict[str, float]:
 
 def told(folder: Path) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl without what no two runs share."""
-    timing = ("seconds", "tokens_per_s", "supervised_per_s", "memory_gib", "eval_seconds")
+    timing = ("seconds", "data_wait", "tokens_per_s", "supervised_per_s", "memory_gib", "eval_seconds")
     return [{k: v for k, v in row.items() if k not in timing} for row in read_rows(folder / "metrics.jsonl")]
 
 
