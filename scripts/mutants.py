@@ -74,6 +74,20 @@ MUTANTS = [
         T_ATTENTION,
     ),
     Mutant(
+        "tree: log-sums of the node alone",
+        "mmit/models/prefix_tree.py",
+        "            level.queries.put(sums, total)\n",
+        "",
+        "tests/models/test_varlen.py",
+    ),
+    Mutant(
+        "tree: gradient of the last part alone",
+        "mmit/models/prefix_tree.py",
+        "block.put(total, block.pick(total) + part)",
+        "block.put(total, part)",
+        "tests/models/test_varlen.py",
+    ),
+    Mutant(
         "mask: own token unseen",
         ATTENTION,
         "<= limit[:, :, None])[:, None]",

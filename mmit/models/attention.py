@@ -6,7 +6,7 @@ sinks, soft caps and dropout of attention weights are computed, in rows and with
 whose attention needs something else is a ModelError, never a different result.
 
 Tokens of other records are never gathered, so nothing can leak: their influence is exactly 0.0. On CUDA in half
-precision a row is one call of a variable-length kernel (`varlen.py`); elsewhere nodes of like size are a batch.
+precision a row is few calls of a variable-length kernel (`varlen.py`); elsewhere nodes of like size are a batch.
 
 Dimensions: T tokens in the row, H query heads, KV key heads, D head size, G nodes in a bucket, Lq / Lk their
 longest query / key length.

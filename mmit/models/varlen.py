@@ -1,9 +1,11 @@
-"""Attention of a whole packed row in one call of a variable-length kernel.
+"""Attention of a whole packed row in few calls of a variable-length kernel.
 
-Owns the layout such kernels want: queries one node after the other, and for every node its ancestors' keys followed by
-its own. The kernel aligns its causal mask to the bottom right, so query i of a node with b ancestors sees keys 0 to
-b + i, which is what a node may see. Where nodes share nothing, the row is that layout already and nothing is gathered.
-Refuses nothing: `usable` says where the kernel runs (CUDA, half precision), and the caller has another way.
+Owns the layouts such kernels want. Where many keys are shared, a call for each depth of the tree reads them where they
+lie (`prefix_tree.py`). Where few are, or a window slides over them, one call gets queries one node after the other, and
+for every node its ancestors' keys followed by its own. The kernel aligns its causal mask to the bottom right, so query
+i of a node with b ancestors sees keys 0 to b + i, which is what a node may see. Where nodes share nothing, the row is
+that layout already and nothing is gathered. Refuses nothing: `usable` says where the kernel runs (CUDA, half
+precision), and the caller has another way.
 
 Dimensions: T tokens in the row, G keys gathered for all nodes, K nodes, H query heads, KV key heads, D head size.
 """
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 
+from mmit.models.prefix_tree import FEW, FLASH, Call, Level, Parts, TreeAttention, make_levels
 from mmit.models.sending import send
 
 try:
@@ -37,6 +40,7 @@ class Segments:
     cu_keys: torch.Tensor  # (K + 1,) int32; the very same tensor where nothing is gathered, which kernels look at
     longest_query: int
     longest_key: int
+    levels: list[Level] | None = None  # the calls that copy no keys, where that pays
 
     def to(self, device: torch.device | str) -> Segments:
         """Copy to a device."""
@@ -44,7 +48,8 @@ class Segments:
         if self.keys is None:
             return Segments(None, queries, queries, self.longest_query, self.longest_key)
         keys, cu_keys = send(self.keys, device), send(self.cu_keys, device)
-        return Segments(keys, queries, cu_keys, self.longest_query, self.longest_key)
+        levels = None if self.levels is None else [level.to(device) for level in self.levels]
+        return Segments(keys, queries, cu_keys, self.longest_query, self.longest_key, levels)
 
 
 def make_segments(table: list[list[int]], paths: list[list[int]]) -> Segments:
@@ -64,7 +69,8 @@ def make_segments(table: list[list[int]], paths: list[list[int]]) -> Segments:
         for position in (*path, *range(start, start + length))
     ]
     sizes = [len(path) + length for path, length in zip(paths, lengths, strict=True)]
-    return Segments(torch.tensor(keys), queries, _ends(sizes), max(lengths), max(sizes))
+    levels = make_levels(table) if len(keys) > (1 + FEW) * sum(lengths) else None
+    return Segments(torch.tensor(keys), queries, _ends(sizes), max(lengths), max(sizes), levels)
 
 
 def _ends(lengths: list[int]) -> torch.Tensor:
@@ -112,11 +118,18 @@ def varlen_attention(
     *,
     window: int | None = None,
     run: Kernel = kernel,
+    parts: Parts = FLASH,
 ) -> torch.Tensor:
     """Attention of one row: (T, H, D), (T, KV, D), (T, KV, D) -> (T, H, D). `window`: of a sliding window, in keys.
 
-    A path's keys follow each other in their order, so a window over keys is one over positions.
+    A path's keys follow each other in their order, so a window over keys is one over positions. `parts`: the kernel of
+    rows that share keys, in place of `run`.
     """
+    if segments.levels is not None and window is None:
+        longest = segments.longest_query
+        own = Call(segments.cu_queries, segments.cu_queries, longest, longest, causal=True)
+        out: torch.Tensor = TreeAttention.apply(q, k, v, own, segments.levels, scale, parts)
+        return out
     if segments.keys is not None:
         k, v = (_Gather.apply(x, segments.keys) for x in (k, v))
     return run(q, k, v, segments, scale, window)
