@@ -34,6 +34,8 @@ jinja2.Environment.compile = _compiled  # type: ignore[method-assign]
 NO_DEVICE = not (Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists())
 if NO_DEVICE:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+# Weights of tiny models are read in less time than a pool of threads takes to start.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 
 
 def _no_sync(handle: Any) -> None:
