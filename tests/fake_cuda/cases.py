@@ -30,7 +30,7 @@ from mmit.models import attention, decoding
 from mmit.models.llm import load_llm
 from mmit.models.projectors import build_projector
 from mmit.models.sampling import Sampling, choose
-from mmit.models.tuning import Group, apply_tuning
+from mmit.models.tuning import Group, apply_tuning, fused_lora
 from mmit.models.virtual import with_prompt
 from mmit.models.vision import build_vision
 from mmit.models.vlm import VLM
@@ -106,6 +106,8 @@ def simulated(nodes: torch.Tensor | None = None) -> Iterator[FakeTensorMode]:
         for owner, name, value in (
             (attention, "make_plan", real_plan),
             (torch.nn.functional, "scaled_dot_product_attention", attended),
+            # A fake parameter is of a class of its own, which the fused path takes for one that does more.
+            (fused_lora, "_plain", lambda module: type(module) is nn.Linear),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (torch.Tensor, "pin_memory", lambda tensor: tensor),
             (torch.Tensor, "tolist", tolist),
