@@ -58,7 +58,12 @@ def _unfound(config: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     loader: Any = LlavaForConditionalGeneration
     with quiet_loading():
         _, info = loader.from_pretrained(
-            None, config=given, state_dict=empty, device_map="meta", output_loading_info=True
+            None,
+            config=given,
+            state_dict=empty,
+            device_map="meta",
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     found = {str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]}
     return sorted(key for key in found if "language_model" in key or key.startswith("lm_head"))
