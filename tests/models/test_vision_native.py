@@ -80,7 +80,18 @@ KINDS = {
     "naflex": NAFLEX,
     "pixtral": PIXTRAL,
 }
+# The towers of models with experts and of Qwen3.5: classes of their own around the same parts.
+MORE = {
+    "qwen3-moe": QWEN3 | {"model_type": "qwen3_vl_moe_vision"},
+    "qwen3.5": {k: v for k, v in QWEN3.items() if k != "deepstack_visual_indexes"} | {"model_type": "qwen3_5_vision"},
+    "qwen3.5-moe": {k: v for k, v in QWEN3.items() if k != "deepstack_visual_indexes"}
+    | {"model_type": "qwen3_5_moe_vision"},
+}
+MORE = {kind: options for kind, options in MORE.items() if options["model_type"] in transformers.CONFIG_MAPPING}
 CLASSES = {
+    "qwen3-moe": "Qwen3VLMoeVisionModel",
+    "qwen3.5": "Qwen3_5VisionModel",
+    "qwen3.5-moe": "Qwen3_5MoeVisionModel",
     "qwen2": "Qwen2VisionTransformerPretrainedModel",
     "pixtral": "PixtralVisionModel",
     "qwen2.5": "Qwen2_5_VisionTransformerPretrainedModel",
@@ -89,19 +100,19 @@ CLASSES = {
     "naflex": "Siglip2VisionModel",
 }
 RANGE = {"min_pixels": 256, "max_pixels": 4096}
-LIMITS = {"qwen2": RANGE, "qwen2.5": RANGE, "qwen3": RANGE, "pixtral": {"max_edge": 60}}
+LIMITS = dict.fromkeys(MORE, RANGE) | {"qwen2": RANGE, "qwen2.5": RANGE, "qwen3": RANGE, "pixtral": {"max_edge": 60}}
 PICTURES = [(40, 24), (16, 90), (8, 8), (33, 47)]
 
 
 def tower_of(kind: str, folder: Any = None, **options: Any) -> VisionTower:
     native = LIMITS.get(kind, {"max_pixels": 4096})
-    return build_vision("hf", str(folder) if folder else KINDS[kind], native=native, **options)
+    return build_vision("hf", str(folder) if folder else (KINDS | MORE)[kind], native=native, **options)
 
 
 def folder_of(kind: str, folder: Any) -> Any:
     """Save a random model of the class; return it as transformers loads it."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(**KINDS[kind])
+    config = transformers.AutoConfig.for_model(**(KINDS | MORE)[kind])
     model = native_class(CLASSES[kind])(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -161,7 +172,7 @@ def reference(kind: str, model: Any, tower: VisionTower, units: torch.Tensor, gr
     return units_.view(rows, columns, f, f, -1).transpose(1, 2).flatten(0, 3)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 def test_features_are_those_of_transformers_class(kind: str, tmp_path: Any) -> None:
     model = folder_of(kind, tmp_path)
     tower = tower_of(kind, tmp_path)
