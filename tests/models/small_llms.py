@@ -272,7 +272,7 @@ NEWER: dict[str, dict[str, Any]] = {
     "hrm_text": {"initializer_range": 0.1},  # its stacks run eight times: with 0.3 that makes 1e-4 of one rounding
     "hy_v4": {},
     "hyperclovax": {},
-    "inkling2_text": {"unpadded_vocab_size": None},
+    "inkling2_text": {"unpadded_vocab_size": VOCABULARY},
     "inkling_text": {},
     "jais2": {},
     "kimi_linear": {
