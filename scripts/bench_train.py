@@ -1,9 +1,10 @@
 """Pairs mmit with TRL's SFTTrainer and a plain transformers Trainer on one case; prints a Markdown table. See --help.
 
 SmolLM2-135M, a small CLIP tower and a two-layer projector in one llava-hf folder; LoRA r16 and the projector are
-trained, batch 8, bf16. All arms start from the same weights and get the same samples. First their losses must agree
-(in float32 without gradient, and over the first bf16 steps). Then FLOPs and live bytes of one step are counted, which
-repeats exactly, and steps are timed in turns: each round runs every arm on the same batch, every other one backwards.
+trained, batch 8, in bf16 or float32. All arms start from the same weights and get the same samples. First their losses
+must agree (in float32 without gradient, and over the first steps as timed). Then FLOPs and live bytes of one step are
+counted, which repeats exactly, and steps are timed in turns: each round runs every arm on the same batch, every other
+one backwards.
 A peer that is not installed (`pip install trl==1.16.0`) is a line that says so.
 """
 
@@ -37,8 +38,8 @@ ARMS: dict[str, Callable[..., Arm]] = {
     "TRL, checkpointing on": partial(trl_arm, checkpointing=True),
     "transformers Trainer": trainer_arm,
 }
-SAME_FP32, SAME_BF16 = 1e-4, 0.01  # relative difference of losses that is rounding
-WARM = 2  # steps in bf16 before anything is measured, whose losses are compared
+SAME = {"fp32": 1e-4, "bf16": 0.01}  # relative difference of losses that is rounding
+WARM = 2  # steps before anything is measured, whose losses are compared
 
 
 def say(text: str) -> None:
@@ -68,12 +69,12 @@ def check_float32(case: Case, names: list[str]) -> dict[str, float]:
         gc.collect()
     own = found["mmit"]
     for name, (loss, targets, _) in found.items():
-        if abs(loss - own[0]) > SAME_FP32 * own[0] or targets != own[1]:
+        if abs(loss - own[0]) > SAME["fp32"] * own[0] or targets != own[1]:
             sys.exit(f"{name} has loss {loss} over {targets} tokens, mmit {own[0]} over {own[1]}: not the same task")
     return {name: value[0] for name, value in found.items()}
 
 
-def measure(arms: dict[str, Arm], *, rounds: int) -> dict[str, dict[str, Any]]:
+def measure(arms: dict[str, Arm], *, rounds: int, precision: str) -> dict[str, dict[str, Any]]:
     """Warm up, count and time."""
     table: dict[str, dict[str, Any]] = {}
     for name, arm in arms.items():
@@ -90,7 +91,7 @@ def measure(arms: dict[str, Arm], *, rounds: int) -> dict[str, dict[str, Any]]:
         say(f"{name}: {row['flops'] / 1e9:.1f} GFLOP, {live.peak / 2**20:.0f} MiB")
     for name, row in table.items():
         for ours, theirs in zip(table["mmit"]["losses"], row["losses"], strict=True):
-            if abs(ours - theirs) > SAME_BF16 * ours:
+            if abs(ours - theirs) > SAME[precision] * ours:
                 sys.exit(f"{name} has losses {row['losses']}, mmit {table['mmit']['losses']}: not the same training")
     for number in range(rounds):
         for name in list(arms) if number % 2 == 0 else reversed(list(arms)):
@@ -101,11 +102,11 @@ def measure(arms: dict[str, Arm], *, rounds: int) -> dict[str, dict[str, Any]]:
     return table
 
 
-def markdown(table: dict[str, dict[str, Any]], missing: dict[str, str]) -> str:
+def markdown(table: dict[str, dict[str, Any]], missing: dict[str, str], *, precision: str) -> str:
     """The figures of all arms, ratios against mmit."""
     own = table["mmit"]
     lines = [
-        f"| batch {BATCH}, bf16 | GFLOP a step | head | live MiB | tokens run | samples/s | mmit is faster by |",
+        f"| batch {BATCH}, {precision} | GFLOP a step | head | live MiB | tokens run | samples/s | mmit is faster by |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in table.items():
@@ -133,7 +134,10 @@ def versions() -> str:
             found.append(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    return ", ".join(found) + f", {torch.get_num_threads()} threads"
+    # oneDNN chooses by what the processor has, unless it is bounded.
+    isa = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    bounded = f", ONEDNN_MAX_CPU_ISA={isa}" if isa else ""
+    return ", ".join(found) + f", {torch.get_num_threads()} threads{bounded}"
 
 
 def main() -> None:
@@ -142,6 +146,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each arm; 0 counts only")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS), help="mmit is always one")
+    parser.add_argument("--precision", default="bf16", choices=list(SAME), help="of weights and products, in all arms")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="write all figures as JSON")
     args = parser.parse_args()
@@ -151,13 +156,16 @@ def main() -> None:
         case = make_case(Path(folder) / "case", batches=args.rounds + WARM + 2, seed=args.seed)
         losses = check_float32(case, [name for name in names if name != "TRL, checkpointing on"])
         say(f"losses in float32: {losses}")
-        arms, missing = begin(case, names, bf16=True)
-        table = measure(arms, rounds=args.rounds)
-    print(versions() + "\n\n" + markdown(table, missing))
+        arms, missing = begin(case, names, bf16=args.precision == "bf16")
+        table = measure(arms, rounds=args.rounds, precision=args.precision)
+    print(versions() + "\n\n" + markdown(table, missing, precision=args.precision))
     print("losses in float32, batch 0: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
-    print("losses of the first steps in bf16: " + ", ".join(f"{n} {r['losses']}" for n, r in table.items()))
+    print(
+        f"losses of the first steps in {args.precision}: " + ", ".join(f"{n} {r['losses']}" for n, r in table.items())
+    )
     if args.out:
-        args.out.write_text(json.dumps({"versions": versions(), "float32": losses, "arms": table}, indent=1))
+        facts = {"versions": versions(), "precision": args.precision, "float32": losses, "arms": table}
+        args.out.write_text(json.dumps(facts, indent=1))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from mmit import precision
 from mmit.errors import ConfigError, ModelError, located
 from mmit.models.llm import load_llm
 from mmit.models.rules import check_vocabulary, read_rules
+from mmit.models.tuning import method_of
 from mmit.models.vlm import VLM
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checks.probes import check_embeddings
@@ -47,7 +48,7 @@ def check_divided(vlm: VLM) -> None:
 
 
 def check_zero3(config: Config, *, world: World) -> None:
-    """Refuse what ZeRO-3 cannot do before any weight is read: `check_divided` of the LLM by its shapes, and benchmarks.
+    """Refuse what ZeRO-3 cannot do before any weight is read: `check_divided` of the LLM, 4-bit weights, benchmarks.
 
     Answers are written in inference mode, and weights that were gathered there could not be trained any more. Nothing
     to refuse without ZeRO-3. Raises ConfigError.
@@ -58,6 +59,10 @@ def check_zero3(config: Config, *, world: World) -> None:
         problem = "benchmarks cannot be asked while ranks divide the weights (ZeRO-3)"
         remedy = "set engine.deepspeed=zero2, or run mmit eval on the checkpoints"
         raise ConfigError(problem, where="train.eval_tasks", remedy=remedy)
+    if method_of(config.tune.llm.mode).four_bit:
+        problem = "ZeRO-3 divides weights among ranks, and cannot divide 4-bit ones"
+        remedy = "set engine.deepspeed=zero2, or use mode lora"
+        raise ConfigError(problem, where="tune.llm.mode", remedy=remedy)
     llm = config.model.llm
     if llm.random_init is None and Path(llm.name).is_absolute() and not Path(llm.name).exists():
         return  # its base is gone, and a checkpoint holds the LLM whole

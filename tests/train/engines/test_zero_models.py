@@ -72,6 +72,17 @@ def test_it_is_refused_before_weights_are_read(tmp_path):
     check_zero3(described, world=SimpleNamespace(deepspeed=False))
 
 
+def test_weights_in_4_bits_are_refused_before_they_are_read(tmp_path):
+    tune = {"llm": {"mode": "qlora", "lr": 1e-3, "options": {}}}
+    config = tiny_config(tmp_path, engine={"deepspeed": "zero3"}, tune=tune)
+    with pytest.raises(ConfigError, match="4-bit") as refused:
+        check_zero3(config, world=SimpleNamespace(deepspeed=True))
+    assert refused.value.where == "tune.llm.mode" and "zero2" in refused.value.remedy
+    check_zero3(config, world=SimpleNamespace(deepspeed=False))
+    two = tiny_config(tmp_path, engine={"deepspeed": "zero2"}, tune=tune)
+    check_zero3(two, world=SimpleNamespace(deepspeed=True))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_packing_is_settled_and_two_ranks_equal_one_process(stage, tmp_path, monkeypatch):
