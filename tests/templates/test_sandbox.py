@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mmit.errors import MmitError
-from mmit.templates.sandbox import MAX_SECONDS, Sandbox
+from mmit.templates.sandbox import MAX_SOURCE, Sandbox
 
 SANDBOX = Sandbox()
 GROW = (
@@ -56,6 +56,12 @@ HOSTILE = {
     "bytes": "{{ ''.encode('punycode').__class__ }}",
     "search": "{% set s = 'a' * 190000 %}{% for i in range(9999) %}{{ s.find('a' * 95000 ~ 'b') }}{% endfor %}",
     "macro that calls its caller": "{% macro f() %}{% call f() %}{{ caller() }}{% endcall %}{% endmacro %}{{ f() }}",
+    "text in a long text": "{% set s = 'a' * 199999 %}{% for i in range(9999) %}"
+    "{% if ('a' * 99999 ~ 'b') in s %}x{% endif %}{% endfor %}",
+    "equal long lists": "{% set s = range(9999)|list %}{% set t = range(9999)|list %}{% for i in range(9999) %}"
+    "{% if s == t %}x{% endif %}{% endfor %}",
+    "long source": ("{{ [" + "1," * (MAX_SOURCE // 2 - 10) + "] }}"),
+    "too long a source": "a" * (MAX_SOURCE + 1),
     "change a field": "{{ items.append(1) }}",
     "divide by zero": "{{ 1 / 0 }}",
 }
@@ -67,7 +73,7 @@ def test_hostile_templates_end_in_one_error_in_time(name):
     began = time.thread_time()  # of this thread: other processes do not count
     with pytest.raises(MmitError) as caught:
         SANDBOX.compiled(HOSTILE[name], where="bank.yaml#x").render(fields, row="rows.jsonl:3")
-    assert time.thread_time() - began < MAX_SECONDS + 0.2
+    assert time.thread_time() - began < 1
     assert "bank.yaml#x" in str(caught.value)
     assert len(str(caught.value)) < 800
     assert fields == {"items": [1]}
