@@ -114,6 +114,14 @@ def _implementation(vlm: VLM, name: str, current: _Current) -> Iterator[None]:
     try:
         with _experts(llm), _autocast():
             yield
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        # Code that decides by values, and kernels that torch has no shapes of.
+        raise ModelError(
+            f"{type(llm).__name__} does not run on shapes alone ({type(error).__name__}: {str(error)[:120]}), so its "
+            "cost cannot be forecast",
+            where="model.llm.name",
+            remedy="train without dry_run; its first steps tell time and memory",
+        ) from error
     finally:
         _current = before
         llm.set_attn_implementation(own)

@@ -64,6 +64,12 @@ def test_a_dry_run_of_experts_forecasts(tmp_path, name):
     assert found.step_flops > 0 and any("experts" in note for note in found.notes)
 
 
+@pytest.mark.skipif("deepseek_v32" not in FAMILIES, reason="this transformers has no DeepSeek-V3.2")
+def test_a_model_that_does_not_run_on_shapes_alone_is_told(tmp_path):
+    with pytest.raises(ModelError, match="cost cannot be forecast"):
+        forecast(config_of(tmp_path, "deepseek_v32"))
+
+
 def test_a_checkpoint_refers_to_local_folders_from_anywhere(tmp_path):
     config = config_of(tmp_path, "llama")
     here = os.getcwd()
