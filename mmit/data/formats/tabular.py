@@ -114,7 +114,7 @@ def parquet_rows(path: str) -> Rows:
 
 
 def hf_rows(path: str, *, split: str = "train", config: str | None = None, revision: str | None = None) -> Rows:
-    """Yield (row from 1, row) of a Hugging Face data set by name or local folder, streamed.
+    """Yield (row from 1, row) of a Hugging Face data set, streamed: a name, a folder of files, or `save_to_disk`'s.
 
     Pictures stay encoded. Data sets that are defined by a script are refused: their code would run here.
     """
@@ -126,7 +126,13 @@ def hf_rows(path: str, *, split: str = "train", config: str | None = None, revis
     # Version 4 cannot run scripts any more and does not know the argument.
     safe = {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
     try:
-        rows = datasets.load_dataset(path, config, split=split, revision=revision, streaming=True, **safe)
+        if os.path.isfile(os.path.join(path, "state.json")):  # what Dataset.save_to_disk writes: one split
+            if config or revision or split != "train":
+                remedy = "Leave split, config and revision out, or name the folder of another split."
+                raise ConfigError("a folder of Dataset.save_to_disk holds one split", where=path, remedy=remedy)
+            rows = datasets.load_from_disk(path)
+        else:
+            rows = datasets.load_dataset(path, config, split=split, revision=revision, streaming=True, **safe)
         for name, feature in (rows.features or {}).items():
             if (kept := _encoded(feature, datasets.Image)) != feature:
                 rows = rows.cast_column(name, kept)

@@ -16,6 +16,7 @@ import pytest
 from format_tools import bad_rows, imported, shape, texts, write
 
 from mmit.data.formats import FORMATS, detect_format, format_options, import_file
+from mmit.data.formats.tabular import hf_rows
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image
 
@@ -300,3 +301,12 @@ def test_every_option_is_described_and_taken() -> None:
         assert all(format_options(name).values())
     with pytest.raises(ConfigError, match="did you mean 'parquet'"):
         format_options("parket")
+
+
+def test_a_data_set_saved_to_disk(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": "a"}, {"text": "b"}]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    assert list(hf_rows(str(tmp_path / "saved"))) == [(1, rows[0]), (2, rows[1])]
+    with pytest.raises(ConfigError, match=r"holds one split(.|\n)*Leave split"):
+        list(hf_rows(str(tmp_path / "saved"), split="test"))
