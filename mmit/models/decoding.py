@@ -375,7 +375,7 @@ def log_likelihoods(vlm: VLM, row: Prompts, *, targets: torch.Tensor, owners: to
         count: number of continuations.
     """
     logits = vlm.row_logits(row.embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at)
-    targets, owners = targets.to(logits.device), owners.to(logits.device)
+    targets, owners = send(targets, logits.device), send(owners, logits.device)
     log_probabilities = -F.cross_entropy(logits.float(), targets, reduction="none")
     missed = (logits.argmax(-1) != targets).long()
     return Likelihoods(

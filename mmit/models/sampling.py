@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mmit.errors import ConfigError, ModelError
+from mmit.models.sending import send
 
 _NUMBER: tuple[type, ...] = (int, float)
 _SAMPLING_TYPES = (
@@ -78,7 +79,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Gener
     # Drawn in the order of the vocabulary: in that of the shares, rounding could swap two that are nearly equal.
     share = torch.zeros_like(share).scatter(-1, ids, share)
     total = share.cumsum(-1)
-    uniform = torch.stack([torch.rand((), generator=draw) for draw in draws]).to(total.device)
+    uniform = send(torch.stack([torch.rand((), generator=draw) for draw in draws]), total.device)
     # Up to the last token kept: rounding in the sum must not let a token of probability 0 through.
     last = share.shape[-1] - 1 - (share > 0).flip(-1).int().argmax(-1)
     return _checked(torch.minimum((total <= uniform[:, None] * total[:, -1:]).sum(-1), last), finite)

@@ -217,7 +217,7 @@ def step(
     }
 
 
-def answer(plant: Planted | None = None) -> dict[str, Any]:
+def answer(sampling: Sampling = Sampling()) -> dict[str, Any]:  # noqa: B008
     """Prefill of prompts that share a beginning, and four tokens of each."""
     llm = load_llm("tiny", dtype=torch.bfloat16, random_init=LLAMA)
     nodes = torch.tensor([[0, 20, -1], [20, 3, 0], [23, 5, 0], [28, 4, 0]])
@@ -238,7 +238,9 @@ def answer(plant: Planted | None = None) -> dict[str, Any]:
             logits = state.logits
             with token:
                 for _ in range(4):
-                    chosen = choose(logits, Sampling(), [])
+                    with _disable_current_modes():  # the numbers that are drawn are real, on the host
+                        uniform = [torch.Generator().manual_seed(n) for n in range(3)]
+                    chosen = choose(logits, sampling, uniform)
                     logits = decoding._step(llm, state, chosen)
     each = {place: count / 4 for place, count in token.syncs.items()}
     copies = {place: count / 4 for place, count in token.blocking().items()}
@@ -277,7 +279,15 @@ def two_devices() -> dict[str, Any]:
         seen = Traffic()
         with torch.no_grad(), mode, seen:
             out = attention.run_row(llm, embeddings, positions=positions, nodes=nodes, at=at, cache=DynamicCache())
-    return {"logits": str(out.logits.device), "shape": list(out.logits.shape), "mismatches": seen.mismatches}
+            vlm = VLM(llm, vision=None, projector=None)
+            given: dict[str, Any] = {"positions": positions, "nodes": nodes, "at": at, "ids": None}
+            losses = vlm.row_losses(embeddings, targets=torch.zeros_like(at), **given)
+    return {
+        "losses": str(losses.device),
+        "logits": str(out.logits.device),
+        "shape": list(out.logits.shape),
+        "mismatches": seen.mismatches,
+    }
 
 
 def waits(vlm: VLM) -> None:
@@ -324,6 +334,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "resume": partial(step, "lora", options={"r": 4}, resume=True),
     "resume, fp32": partial(step, "full", precision="fp32", resume=True),
     "answer": answer,
+    "sampled": partial(answer, Sampling(temperature=0.7, top_p=0.9, top_k=20)),
     "two devices": two_devices,
     "planted wait": partial(step, "lora", options={"r": 4}, plant=waits),
     "planted copy": partial(step, "lora", options={"r": 4}, plant=copies),

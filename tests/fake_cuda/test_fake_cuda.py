@@ -62,8 +62,9 @@ def test_a_step_stays_within_its_budget(found: dict[str, Any], name: str) -> Non
     assert case["states"] == [f"{key} of cuda:0: cuda:0" for key in ("exp_avg", "exp_avg_sq", "step")]
 
 
-def test_a_token_waits_once_and_copies_without_waiting(found: dict[str, Any]) -> None:
-    case = found["answer"]
+@pytest.mark.parametrize("name", ["answer", "sampled"])
+def test_a_token_waits_once_and_copies_without_waiting(found: dict[str, Any], name: str) -> None:
+    case = found[name]
     assert "error" not in case, case
     assert sum(case["syncs of a token"].values()) == 1  # the ids
     assert case["blocking copies of a token"] == {} and case["mismatches"] == []
@@ -76,6 +77,7 @@ def test_an_llm_on_two_devices_runs_a_row_of_several_records(found: dict[str, An
     case = found["two devices"]
     assert "error" not in case, case
     assert case["mismatches"] == [] and case["shape"] == [1, 2, 256]
+    assert case["losses"].startswith("cuda")
 
 
 def test_planted_faults_are_seen(found: dict[str, Any]) -> None:
@@ -86,7 +88,7 @@ def test_planted_faults_are_seen(found: dict[str, Any]) -> None:
 
 def test_every_case_is_looked_at(found: dict[str, Any]) -> None:
     planted = {"planted wait", "planted copy", "planted mismatch"}
-    assert set(found) == set(CASES) == {*STEPS, "answer", "two devices", *planted}
+    assert set(found) == set(CASES) == {*STEPS, "answer", "sampled", "two devices", *planted}
 
 
 def test_every_tuning_method_is_a_case() -> None:
