@@ -122,7 +122,7 @@ def trained(name: str, folder: Path) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     count = len(AutoTokenizer.from_pretrained(config.model.llm.name, trust_remote_code=False))
-    for key in ("vocab_size", "vocab_size_per_layer_input"):
+    for key in ("vocab_size", "unpadded_vocab_size", "vocab_size_per_layer_input"):
         if key in options:
             options[key] = count
     for key in ("max_position_embeddings", "n_positions", "max_seq_len"):

@@ -40,6 +40,9 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
     rows, whole = _rows(path)
     first = rows[0] if rows else {}
     if isinstance(first, RecordError):
+        if path.lower().endswith((".yaml", ".yml")):
+            remedy = "Name the files that stand under its data.train; mmit data check, show and stats take a mixture."
+            raise RecordError("a config is no file of records", where=path, remedy=remedy)
         raise first
     if whole and not (isinstance(first, dict) and "conversations" in first):
         found = _by_keys(_shape(first), formats)

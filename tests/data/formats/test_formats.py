@@ -96,6 +96,13 @@ def test_detect_format_refuses_to_guess(tmp_path: Path, text: str) -> None:
     assert str(path) in caught.value.where and caught.value.remedy
 
 
+def test_a_mixture_is_no_file_of_records(tmp_path: Path) -> None:
+    (tmp_path / "mixture.yaml").write_text("data:\n  train:\n    - {path: a.jsonl}\n")
+    with pytest.raises(RecordError, match="config") as error:
+        detect_format(str(tmp_path / "mixture.yaml"))
+    assert "data.train" in error.value.remedy
+
+
 def test_sources_take_the_options_of_a_format(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("q,a,p\nWho?,Ann,x.png\nWhat?,It,y.png\n")
