@@ -148,6 +148,21 @@ def test_schemes_draw_at_the_rates_of_their_papers() -> None:
     assert rates(sizes, mixing_weights(sizes, scheme="temperature", temperature=1e9)) == pytest.approx([1 / 3] * 3)
 
 
+@pytest.mark.parametrize("scheme", ["proportional", "sqrt", "temperature", "equal"])
+def test_fifty_thousand_draws_have_the_shares_of_the_scheme(scheme: str) -> None:
+    """Within 1 % of the epoch, and any 10,000 neighbours within 2 %: the draws are mixed, not laid end to end."""
+    sizes = [400, 3_000, 20_000, 70_000]
+    weights = mixing_weights(sizes, scheme=scheme, cap=30_000, temperature=3.0, total=50_000)
+    order = epoch_order(sizes, weights, seed=3, epoch=1)
+    source = np.searchsorted(np.cumsum(sizes), order, side="right")
+    assert len(order) == pytest.approx(50_000, abs=len(sizes))
+    power = {"proportional": 1.0, "sqrt": 0.5, "temperature": 1 / 3, "equal": 0.0}[scheme]
+    asked = np.array([min(size, 30_000) ** power for size in sizes])
+    for part, bound in ((source, 0.01), (source[:10_000], 0.02), (source[-10_000:], 0.02)):
+        shares = np.bincount(part, minlength=4) / len(part)
+        np.testing.assert_allclose(shares, asked / asked.sum(), atol=bound)
+
+
 @given(
     sizes=st.lists(st.integers(0, 10**9), min_size=1, max_size=6).filter(any),
     scheme=st.sampled_from(["proportional", "sqrt", "temperature", "equal"]),
