@@ -241,13 +241,14 @@ class Model:
     ) -> Iterator[str]:
         """Answer as `chat` does, in pieces that add up to its answer; none ends inside a character."""
         options: dict[str, Any] = dict(answering)
-        limit, reader = options.pop("max_new_tokens", 256), self._reader(options.pop("stop", ()))
+        limit, reader = options.pop("max_new_tokens", 256), self.reader(options.pop("stop", ()))
         _check_count("max_new_tokens", limit)
         record = _asked(images, text, history=history, system=system, messages=messages)
         prompt = self.prompt_maker().question(record, 0)
-        return self._stream(prompt, reader, limit, sampling=self._sampling(**options))
+        return self._stream(prompt, reader, limit, sampling=self.sampling(**options))
 
-    def _reader(self, stop: Sequence[str] | None) -> AnswerText:
+    def reader(self, stop: Sequence[str] | None) -> AnswerText:
+        """Return what reads the text of an answer from its ids; `stop` are texts that end it."""
         chat = self.chat_format
         return AnswerText(self.tokenizer, stop, thought=chat.thought_marks, marks=chat.own_thought())
 
@@ -302,7 +303,7 @@ class Model:
         _check_count("batch_size", batch_size)
         if progress is not None and not callable(progress):
             raise ConfigError(f"progress is {progress!r}", remedy="Give a function of the number of records answered.")
-        sampling, reader = self._sampling(**options), self._reader(stop)
+        sampling, reader = self.sampling(**options), self.reader(stop)
         maker = self.prompt_maker(blank=blank_images)
         prompts = [maker.question(record, n) for n, record in enumerate(records)]
         return self.answer(
@@ -355,8 +356,8 @@ class Model:
         check_records(records)
         maker = self.prompt_maker()
         prompts = [maker.question(record, n) for n, record in enumerate(records)]
-        sampling = self._sampling(temperature=temperature, top_p=top_p)
-        reader = self._reader(stop)
+        sampling = self.sampling(temperature=temperature, top_p=top_p)
+        reader = self.reader(stop)
         context = context_length(self.vlm.llm)
         ids = self._continued(prompts, reader, batch_size, max_new_tokens, sampling, draws=seeds)
         for number, tokens in ids:
@@ -578,7 +579,7 @@ class Model:
         """Ids that end an answer: the chat format's, the tokenizer's EOS, and the generation config's list."""
         return end_ids(self.chat_format.end_ids, self.tokenizer, self.vlm.llm)
 
-    def _sampling(self, **given: Any) -> Sampling:
+    def sampling(self, **given: Any) -> Sampling:
         """The model's own way to draw tokens, with what the caller gives put in its place."""
         unknown = [name for name in given if name not in Answering.__annotations__]
         if unknown:

@@ -74,7 +74,7 @@ class AnswerText:
             awaited = (*self.stop, *(closing for _, closing in self._marks))
             begun = (n for s in awaited for n in range(1, len(s)) if text.endswith(s[:n]))
             text = text[: len(text) - max(begun, default=0)]
-        return text.strip()
+        return text.strip() if self._strip else text
 
     def _is_byte(self, token: int) -> bool:
         name = self._tokenizer.convert_ids_to_tokens(token)
