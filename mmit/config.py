@@ -365,9 +365,23 @@ class BestConfig(Section):
         return self
 
 
+class ObjectiveConfig(Section):
+    """What is minimised."""
+
+    kind: Literal["sft", "choices"] = "sft"
+    """sft: the cross-entropy of the answers; choices: of each record the cross-entropy over the answers that its
+    meta.choices names, as pattern-exploiting training has it"""
+    lm: Fraction = 1.0e-4
+    """of choices: part of the mean loss on the question; 1 - lm is that of the cross-entropy"""
+    temperature: PositiveFloat = 1.0
+    """of choices: what scores are divided by before the softmax, as in distillation"""
+
+
 class TrainConfig(Section):
     """The optimisation."""
 
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """what is minimised: the loss of answers, or that over choices"""
     epochs: PositiveFloat | None = None
     """passes over the data; give this or steps"""
     steps: PositiveInt | None = None

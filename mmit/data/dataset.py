@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 
 from mmit.data.chat_turns import OwnThought, no_marks
 from mmit.data.chat_writer import Encoded
+from mmit.data.choices import branches
 from mmit.data.formats.boxes import WRITTEN
 from mmit.data.image_identity import image_key
 from mmit.data.measure import Progress, Scan, scan
-from mmit.data.packing import Sample
+from mmit.data.packing import Sample, trie_length
 from mmit.errors import RecordError
 from mmit.records import Image, Record
 
@@ -30,6 +31,14 @@ if TYPE_CHECKING:
     from mmit.data.store import Store
 
 Encode = Callable[[Record], Encoded]
+
+
+@dataclass(frozen=True, slots=True)
+class Choosing:
+    """Every record is an answer among choices, see `data.choices`, and its loss that of `models.objectives`."""
+
+    lm: float = 0.0  # part of the loss on the question
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,7 @@ class InstructionData:
         share_prefix: count shared beginnings once.
         key: stands for all that `encode` depends on, so that measurements can be kept; "" if that is not known.
         source_weights: factor on the loss weights of each source; None for 1.
+        choosing: the loss is over the choices of each record; None for the mean over tokens.
     """
 
     def __init__(  # noqa: PLR0913
@@ -94,11 +104,13 @@ class InstructionData:
         share_prefix: bool = True,
         key: str = "",
         source_weights: Sequence[float] | None = None,
+        choosing: Choosing | None = None,
     ) -> None:
         self.sources, self.encode = list(sources), encode
         self.source_weights = list(source_weights or [1.0] * len(self.sources))
         self.preparation, self.max_length, self.capacity = preparation, max_length, capacity
         self.split_turns, self.share_prefix, self.key = split_turns, share_prefix, key
+        self.choosing = choosing
         self.own_thought: OwnThought = no_marks  # of the chat format: what opens and closes a thought
         self._starts = [*accumulate((len(source) for source in self.sources), initial=0)]
 
@@ -153,10 +165,10 @@ class InstructionData:
         widths = tuple(shown[key].spread.tokens for key in keys)
         factor = self.source_weights[self.source_of(number)]
         samples = []
-        for conversation in split_pairs(record) if self.split_turns else [record]:
+        for conversation, share in self._conversations(record):
             encoded = self.encode(conversation)
             weights = encoded.weights if factor == 1 else tuple(weight * factor for weight in encoded.weights)
-            sample = Sample(encoded.ids, weights, keys, number, widths)
+            sample = Sample(encoded.ids, weights, keys, number, widths, share)
             if sample.length > self.max_length:
                 raise RecordError(
                     f"takes {sample.length} tokens ({sum(widths)} of them for {len(keys)} images), more than "
@@ -165,8 +177,29 @@ class InstructionData:
                     remedy="raise data.max_length and data.pack_tokens, shorten the record, or set "
                     "run.on_bad_record=skip",
                 )
-            samples.append(sample)
+            if (
+                self.choosing is None or share is not None or any(sample.supervised)
+            ):  # a question may be a picture alone
+                samples.append(sample)
+        if self.choosing is not None:
+            self._check_together(samples, where)
         return samples, shown, where
+
+    def _conversations(self, record: Record) -> list[tuple[Record, float | None]]:
+        """What the samples of a record are made of, with the share of each that is a choice."""
+        if self.choosing is not None:
+            return branches(record, question=self.choosing.lm > 0)
+        return [(part, None) for part in (split_pairs(record) if self.split_turns else [record])]
+
+    def _check_together(self, samples: Sequence[Sample], where: str) -> None:
+        """Refuse choices that do not fit one row, in which their losses meet."""
+        tokens = trie_length(samples, share=self.share_prefix)
+        if tokens > self.capacity:
+            raise RecordError(
+                f"takes {tokens} tokens with all of its choices, more than data.pack_tokens={self.capacity}",
+                where=where,
+                remedy="raise data.pack_tokens, or give fewer or shorter choices",
+            )
 
     def _show(self, image: Image, where: str, size: tuple[int, int] | None) -> PlacedImage:
         assert self.preparation is not None

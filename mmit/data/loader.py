@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from mmit.data.packing import Row, build_row
+from mmit.data.packing import Row, Sample, build_row
 from mmit.data.prefetch import prefetched
 from mmit.data.preparation import Spread, grids_of, splice_index
 from mmit.errors import RecordError
 from mmit.records import Image
 
 if TYPE_CHECKING:
-    from mmit.data.dataset import InstructionData
+    from mmit.data.dataset import Choosing, InstructionData
     from mmit.data.measure import Scan
 
 LoadImage = Callable[[Image, str], torch.Tensor]  # picture, place -> its crops (C, 3, H, W) uint8
@@ -33,8 +34,8 @@ class MicroBatch:
     tensors: dict[str, Any]  # keyword arguments of VLM.forward
     image_keys: list[Hashable]  # of the distinct pictures, in the order of `pixels`
     records: list[int]
-    target_records: torch.Tensor  # (S,)
-    target_weights: torch.Tensor  # (S,) float32, of the targets' losses
+    target_records: torch.Tensor  # (S,), of losses over choices one for each record
+    target_weights: torch.Tensor  # (S,) float32, of these losses
     weight: float  # 0 for a row that only keeps ranks in step
     unshared_tokens: int = 0
     bad: dict[int, RecordError] = field(default_factory=dict)  # numbers of records that were left out
@@ -98,6 +99,36 @@ def to_micro_batch(row: Row, *, spreads: Mapping[Hashable, Spread], tokens: int)
     return MicroBatch(tensors, keys, row.records, row.target_records, row.weights, 1.0, row.unshared_tokens)
 
 
+def _choose(batch: MicroBatch, samples: Sequence[Sample], groups: Sequence[int], choosing: Choosing) -> None:
+    """Have the model join the losses of choices: one loss for each of the units that `groups` counts the samples of.
+
+    A record that is there twice is two units, and has two losses.
+    """
+    counts = torch.tensor([sum(weight > 0 for weight in sample.weights[1:]) for sample in samples])
+    most = max(sum(s.share is not None for s in part) for part in _parts(samples, groups))
+    choices, questions = torch.full((len(groups), most), -1), torch.full((len(groups),), -1)
+    shares = torch.zeros(len(groups), most)
+    records, weights, first = [], [], 0
+    for group, part in enumerate(_parts(samples, groups)):
+        chosen = [sample for sample in part if sample.share is not None]
+        choices[group, : len(chosen)] = torch.arange(first, first + len(chosen))
+        shares[group, : len(chosen)] = torch.tensor([sample.share for sample in chosen])
+        if len(chosen) < len(part):
+            questions[group] = first + len(chosen)
+        records.append(part[0].record)
+        weights.append(max(part[0].weights))
+        first += len(part)
+    batch.tensors["samples"] = torch.repeat_interleave(torch.arange(len(samples)), counts)
+    batch.tensors |= {"choices": choices, "shares": shares, "questions": questions}
+    batch.tensors |= {"lm": choosing.lm, "temperature": choosing.temperature}
+    batch.target_records, batch.target_weights = torch.tensor(records), torch.tensor(weights, dtype=torch.float32)
+
+
+def _parts(samples: Sequence[Sample], groups: Sequence[int]) -> list[Sequence[Sample]]:
+    ends = [*accumulate(groups)]
+    return [samples[end - count : end] for end, count in zip(ends, groups, strict=True)]
+
+
 def idle_batch() -> MicroBatch:
     """A row of one token and no weight, for a rank that has none left in the last step."""
     zero = torch.zeros(1, dtype=torch.int64)
@@ -117,7 +148,8 @@ class _Maker:
     skip_bad: bool
 
     def __call__(self, units: Sequence[int]) -> MicroBatch:
-        samples: list[Any] = []
+        samples: list[Sample] = []
+        groups: list[int] = []  # samples of each unit
         pixels: dict[Hashable, torch.Tensor] = {}
         spreads: dict[Hashable, Spread] = {}
         bad: dict[int, RecordError] = {}
@@ -135,12 +167,15 @@ class _Maker:
                 bad[int(self.scan.record[unit])] = error
                 continue
             samples.extend(new)
+            groups.append(len(new))
         if not samples:
             batch = idle_batch()
         else:
             row = build_row(samples, share=self.data.share_prefix)
             tokens = 0 if self.data.preparation is None else self.data.preparation.tokens
             batch = to_micro_batch(row, spreads=spreads, tokens=tokens)
+            if self.data.choosing is not None:
+                _choose(batch, samples, groups, self.data.choosing)
             if pixels:
                 batch.tensors["pixels"] = torch.cat([pixels[k] for k in batch.image_keys])
                 grids = grids_of(spreads[k] for k in batch.image_keys)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 # What records say is added up as digits of a number: the same sum whatever pieces the records were measured in.
 _PRIME = 2**127 - 1
 _BASE = 0x5BD1E9955BD1E9955BD1E9955BD1E995 % _PRIME
-_FACTS = [f.name for f in fields(Sample) if f.name not in ("images", "record")]
+_FACTS = [f.name for f in fields(Sample) if f.name not in ("images", "record", "share")]
 ENDS = 4096  # bytes at either end of a picture file that tell it from another
 
 
@@ -39,6 +39,7 @@ def content_of(
     for sample in samples:
         facts = [getattr(sample, name) for name in _FACTS]
         written = [written_floats(fact) if fact is sample.weights else repr(fact) for fact in facts]
+        written += [] if sample.share is None else [repr(sample.share)]
         digest.update(f"[{', '.join(written)}]".encode())
         for key in sample.images:
             mark = marks.get(key) or picture_mark(images[key].image)

@@ -34,7 +34,8 @@ class Sample:
 
     `ids[i] < 0` is an image slot; the slots take `images` in order, keys of the pictures (equal key = same picture),
     and stand for as many image tokens as `widths` says. `weights[i]` is the weight of the loss of predicting token i,
-    0 for none. `record` is the position in the data set, for messages and metrics.
+    0 for none. `record` is the position in the data set, for messages and metrics. `share` is that of a choice, see
+    `data.choices`.
     """
 
     ids: tuple[int, ...]
@@ -42,6 +43,7 @@ class Sample:
     images: tuple[Hashable, ...] = ()
     record: int = -1
     widths: tuple[int, ...] = ()
+    share: float | None = None
 
     @property
     def supervised(self) -> tuple[bool, ...]:

@@ -23,6 +23,7 @@ from mmit.models.deepstack import as_wide
 from mmit.models.head import Split, check_rows, cross_entropy, split_head
 from mmit.models.llm import input_device
 from mmit.models.modes import evaluation_mode, training_mode
+from mmit.models.objectives import choice_losses
 from mmit.models.padded import is_flat, run_padded
 from mmit.models.partition import shape
 from mmit.models.per_record import rotary_limit
@@ -158,8 +159,10 @@ class VLM(nn.Module):
         grids: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         records: torch.Tensor | None = None,
+        samples: torch.Tensor | None = None,
+        **choosing: Any,
     ) -> torch.Tensor:
-        """Cross-entropy of one packed row, per supervised target.
+        """Cross-entropy of one packed row, per supervised target; of choices one loss per record.
 
         Args:
             input_ids, positions: (T,). nodes: (K, 3), on the CPU. predict_at, targets: (S,).
@@ -167,9 +170,11 @@ class VLM(nn.Module):
             pixels: (C, 3, H, W) uint8, with grids (K, 2) of a tower of native resolution; or features: (C, N, D_v)
                 computed before.
             records: (S,) the record of each target, on the CPU; only for the auxiliary loss of `routers`.
+            samples: (S,) the sample of each target where records are choices; `choosing`: what else
+                `objectives.choice_losses` takes.
 
         Returns:
-            (S,) float32 losses. Logits exist only at the S positions.
+            (S,) float32 losses, of G records with choices (G,). Logits exist only at the S positions.
         """
         if features is None and pixels is not None and len(pixels):
             features = self.see(pixels, grids)
@@ -190,7 +195,8 @@ class VLM(nn.Module):
         ids = input_ids.index_fill(0, image_positions, -1)
         row: dict[str, Any] = {"positions": positions, "nodes": nodes, "at": predict_at, "ids": ids}
         if self.routers is None or records is None or not self.training:
-            return self.row_losses(embeddings, targets=targets, **row)
+            losses = self.row_losses(embeddings, targets=targets, **row)
+            return losses if samples is None else choice_losses(losses, samples, **choosing)
         with self.routers.watched() as seen:
             losses = self.row_losses(embeddings, targets=targets, **row)
         given, at = self._row(embeddings, **row)  # as it ran, with a soft prompt in front

@@ -42,6 +42,7 @@ from mmit.train.data.setup import (
     cache_folder,
     chat_of,
     check_lengths,
+    choosing_of,
     image_loader,
     judge,
     measure,
@@ -441,6 +442,11 @@ def _read_data(
             split_turns=options.split_turns,
             share_prefix=options.share_prefix and options.packing is not False,
             loss=options.loss.model_dump(),
+            choosing=choosing_of(
+                config.train.objective.model_dump(),
+                split_turns=options.split_turns,
+                router_loss=config.train.router_loss,
+            ),
         )
         found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]
 
