@@ -17,6 +17,7 @@ from mmit.data.formats.pictures import (
     IMG_PATH,
     MARKER,
     content_part,
+    foreign_marker,
     place_images,
     place_paths,
 )
@@ -59,7 +60,7 @@ def llava(row: Row, *, image_root: str = "") -> Record:
     human turn.
     """
     images = images_of(row, image_root)
-    dialogue, meta = read_turns(row, _LLAVA_ROLES)
+    dialogue, meta = read_turns(row, _LLAVA_ROLES, root=image_root)
     if images is None and any(MARKER in turn.text for turn in dialogue):
         raise RecordError(
             f"the text has {MARKER} but the row has no 'image'",
@@ -73,7 +74,7 @@ def sharegpt(row: Row, *, image_root: str = "") -> Record:
 
     "<image>" is a marker only in rows with `image` or `images`; elsewhere it is text.
     """
-    dialogue, meta = read_turns(row, ROLES)
+    dialogue, meta = read_turns(row, ROLES, root=image_root)
     return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=meta)
 
 
@@ -82,7 +83,7 @@ def allava(row: Row, *, image_root: str = "") -> Record:
 
     Its text-only part (Evol-Instruct-GPT4-Turbo-143K.json) quotes HTML, so that "<image>" is text there.
     """
-    dialogue, meta = read_turns(row, ROLES)
+    dialogue, meta = read_turns(row, ROLES, root=image_root)
     return Record(place_images(dialogue, images_of(row, image_root), front=True), id=id_of(row), meta=meta)
 
 
@@ -92,7 +93,7 @@ def qwen_vl(row: Row, *, image_root: str = "") -> Record:
     "<img>path</img>" is the picture at that path, in that place; "Picture 1: " stays text, as Qwen-VL reads it.
     "<ref>name</ref><box>(x1,y1),(x2,y2)</box>" is a box, which the option `boxes` says how to write.
     """
-    dialogue, meta = read_turns(row, ROLES)
+    dialogue, meta = read_turns(row, ROLES, root=image_root)
     if images_of(row, image_root):
         problem = "the row has pictures beside the text as well"
         raise RecordError(problem, remedy="Import it as sharegpt, or write every picture as <img>path</img>.")
@@ -166,13 +167,17 @@ def mmit_row(row: Row, *, image_root: str = "") -> Record:
     return Record.from_json(row, root=image_root)
 
 
-def read_turns(row: Row, roles: dict[str, str] | None = None, *, key: str = "conversations") -> tuple[Dialogue, Row]:
+def read_turns(
+    row: Row, roles: dict[str, str] | None = None, *, key: str = "conversations", root: str = ""
+) -> tuple[Dialogue, Row]:
     """Read `conversations`; return the dialogue, and the meta with a dropped leading assistant turn.
 
-    `roles` maps the file's speaker names to ours, by default LLaVA's.
+    `roles` maps the file's speaker names to ours, by default LLaVA's. Images that turns list themselves are in place.
     """
     items = objects_of(row, key)
-    turns, extras = _turns(items, roles or _LLAVA_ROLES, root="", beside=None)
+    turns, extras = _turns(items, roles or _LLAVA_ROLES, root=root, beside=None)
+    if row.get("image") or row.get("images"):
+        _no_images_in(items)
     dialogue, meta = list(turns), _meta(rest(row, key), extras)
     start = 1 if dialogue[0].role == "system" else 0
     if len(dialogue) > start and dialogue[start].role == "assistant" and not dialogue[start].tool_calls:
@@ -207,20 +212,26 @@ def _turns(
     extras: list[Row] = []
     in_lists = any([isinstance(item.get("content"), list) for item in items])
     left = iter(beside or ())
+    if beside:
+        _no_images_in(items)
     for number, item in enumerate(items, 1):
         named = keys or (("from", "value") if "from" in item or "role" not in item else ("role", "content"))
         label = "turn" if named[0] == "from" else "message"
         said_by = item.get(named[0])
-        role = roles.get(said_by, "") if isinstance(said_by, str) else ""
-        role = role or by_name(said_by, cast("Any", roles), f"turn {number} is said by")
+        role = _role_of(said_by, roles) or by_name(said_by, cast("Any", roles), f"turn {number} is said by")
         call, role = role == _CALL, "assistant" if role == _CALL else role
-        found, rest_of = turn_extras(item, role, number, used=named)
+        found, rest_of = turn_extras(item, role, number, used=(*named, "image", "images"))
         content = item.get(named[1])
+        own = images_of(item, root)
         parts: tuple[Part, ...]
         if isinstance(content, list) and not call:
             thoughts, content = _thoughts(content)
             found = {**({"thinking": thoughts} if thoughts is not None else {}), **found}
-            parts = tuple(_part(part, role, number, rest_of, root=root, beside=left) for part in content)
+            places = iter(own) if own else left
+            parts = tuple(_part(part, role, number, rest_of, root=root, beside=places) for part in content)
+            if own and (unplaced := len(list(places))):
+                problem = f"{unplaced} of {len(own)} images of turn {number} ({role}) have no place in its content"
+                raise RecordError(problem, remedy='Give each its place: {"type": "image"}.')
         elif call or (content is None and found.get("tool_calls")):
             parts = ()
             if call:
@@ -233,6 +244,8 @@ def _turns(
             problem = f"turn {number} ({role}) has train_detail, but its content is no text"
             raise RecordError(problem, remedy="Write the content as one text.")
         turn = Turn(cast("Any", role), parts, **found)
+        if own and not isinstance(content, list):
+            turn = _with_own(turn, own, number)
         if call and turns and turns[-1].role == "assistant":  # its text, or a parallel call, came before
             turns[-1] = replace(turns[-1], tool_calls=(*turns[-1].tool_calls, *turn.tool_calls))
             extras[-1] |= rest_of
@@ -242,6 +255,33 @@ def _turns(
     if not beside:
         return tuple(turns), extras
     return _pictured(turns, beside, list(left), in_lists=in_lists), extras
+
+
+def _role_of(said_by: Any, roles: Mapping[str, str]) -> str:
+    """The role of a speaker, "" if it is none of `roles`; "User" and "GPT" are user and gpt."""
+    if not isinstance(said_by, str):
+        return ""
+    return roles.get(said_by) or roles.get(said_by.strip().lower(), "")
+
+
+def _no_images_in(items: Sequence[Row]) -> None:
+    for number, item in enumerate(items, 1):
+        if key := next((key for key in ("image", "images") if item.get(key)), None):
+            problem = f"the row has images, and so has turn {number} ('{key}')"
+            raise RecordError(problem, remedy="List all of them in one place: in the turns, or beside them.")
+
+
+def _with_own(turn: Turn, own: Sequence[Image], number: int) -> Turn:
+    """The turn with the images that it lists itself: where its markers are, or one without a marker at its front."""
+    if turn.role == "system" or not turn.parts:
+        problem = f"turn {number} ({turn.role}) lists images"
+        raise RecordError(problem, remedy="Move them to the turn whose text they belong to.")
+    if len(own) == 1 and MARKER not in turn.text and not foreign_marker(turn.text):
+        return replace(turn, parts=(*own, *turn.parts))
+    try:
+        return place_images((turn,), own)[0]
+    except RecordError as error:
+        raise RecordError(f"turn {number} ({turn.role}): {error.problem}", remedy=error.remedy) from None
 
 
 def _part(part: Any, role: str, number: int, left: Row, *, root: str, beside: Iterator[Image]) -> Part:
@@ -291,10 +331,10 @@ def conversation_format(rows: Sequence[Any]) -> tuple[str, str]:
     turns = [t for value in lists if isinstance(value, list) for t in value if isinstance(t, dict)]
     if turns and "role" in turns[0]:
         return "messages", "the first row has 'conversations' whose turns have 'role'"
-    pictured = any("image" in row or "images" in row for row in dicts)
+    pictured = any("image" in holder or "images" in holder for holder in (*dicts, *turns))
     if not pictured and any(isinstance(t.get("value"), str) and IMG_PATH.search(t["value"]) for t in turns):
         return "qwen_vl", "'conversations' have pictures as <img>path</img>"
-    if not {str(turn.get("from")) for turn in turns} <= set(_LLAVA_ROLES):
+    if not {str(turn.get("from")).strip().lower() for turn in turns} <= set(_LLAVA_ROLES):
         return "sharegpt", "'conversations' has speakers other than human, gpt and system"
     if not pictured:
         return "sharegpt", f"rows have 'conversations', and none of the first {len(rows)} an 'image'"

@@ -13,7 +13,7 @@ from format_tools import talk, write
 from mmit.data.formats import FORMATS, import_file
 from mmit.data.formats.keys import REFUSED, kept_keys, told
 from mmit.errors import RecordError
-from mmit.records import Record, Text
+from mmit.records import Image, Record, Text
 
 
 def chat(answer: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
@@ -100,7 +100,6 @@ def test_weights_of_turns_are_judged_with_their_role() -> None:
         ({"is_masked": True}, "has 'is_masked': a loss mask that can be read in two ways"),
         ({"no_loss": True}, "has 'no_loss': a loss mask that can be read in two ways"),
         ({"bbox": [1, 2, 3, 4]}, "has 'bbox', a box of its own"),
-        ({"images": ["a.png"]}, "has 'images', pictures of its own"),
         ({"video": "a.mp4"}, "has 'video': a video"),
         ({"reasoning_content": 3}, "reasoning_content is '3', not text"),
         ({"tool_call_id": "c1"}, "has tool_call_id"),
@@ -371,3 +370,51 @@ def test_boxes_that_are_parts() -> None:
         read({**row, "objects": {"bbox": [[1, 2, 3, 4]]}})
     with pytest.raises(RecordError, match="no box and no point"):
         FORMATS["messages"](parts({"type": "bbox", "box": [1, 2, 3, 4]}), boxes="norm1", boxes_in="norm1000")
+
+
+PICTURED = {"role": "user", "content": "a <image> b", "images": ["x.png"]}
+
+
+def test_speakers_in_capitals_are_read_and_a_mapping_of_ones_own_comes_first() -> None:
+    turns = [{"from": "Human", "value": "q"}, {"from": "GPT ", "value": "a"}]
+    assert read({"conversations": turns}, "llava") == read(
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "llava"
+    )
+    row = {"messages": [{"role": "USER", "content": "q"}, {"role": "Assistant", "content": "a"}]}
+    assert [turn.role for turn in read(row).turns] == ["user", "assistant"]
+    with pytest.raises(RecordError, match="turn 1 is said by 'Users'"):
+        read({"messages": [{"role": "Users", "content": "q"}, {"role": "assistant", "content": "a"}]})
+
+
+def test_images_of_a_turn_stand_in_that_turn() -> None:
+    """By marker, in front of a text without one, and for the image parts of a list, in any turn but the system's."""
+    answer = {"role": "assistant", "content": "see", "image": "z.png"}
+    listed = {"role": "user", "content": [{"type": "text", "text": "t"}, {"type": "image"}], "images": ["y.png"]}
+    turns = read({"messages": [PICTURED, answer, listed, {"role": "assistant", "content": "d"}]}).turns
+    assert turns[0].parts == (Text("a "), Image("x.png"), Text(" b"))
+    assert turns[1].parts == (Image("z.png"), Text("see"))
+    assert turns[2].parts == (Text("t"), Image("y.png"))
+    said = [{"from": "human", "value": "a <image> b", "image": "x.png"}, {"from": "gpt", "value": "c"}]
+    for name in ("llava", "sharegpt"):
+        assert read({"conversations": said}, name).turns[0].parts == turns[0].parts
+
+
+@pytest.mark.parametrize(
+    ("first", "beside", "cause"),
+    [
+        (PICTURED, {"images": ["y.png"]}, "the row has images, and so has turn 1 ('images')"),
+        (PICTURED | {"images": ["x.png", "y.png"]}, {}, "turn 1 (user): the text has 1 <image> but the row 2 images"),
+        (PICTURED | {"content": [{"type": "text", "text": "t"}]}, {}, "1 of 1 images of turn 1 (user) have no place"),
+        (PICTURED | {"role": "system"}, {}, "turn 1 (system) lists images"),
+        (PICTURED | {"image": "y.png"}, {}, "the row has both 'image' and 'images'"),
+    ],
+)
+def test_images_of_a_turn_that_have_no_one_place(first: dict[str, Any], beside: dict[str, Any], cause: str) -> None:
+    rest = [{"role": "user", "content": "q"}] if first["role"] == "system" else []
+    with pytest.raises(RecordError) as caught:
+        read({"messages": [first, *rest, {"role": "assistant", "content": "c"}], **beside})
+    assert cause in caught.value.problem and caught.value.remedy
+    if beside:
+        said = [{"from": "human", "value": "a <image> b", "image": "x.png"}, {"from": "gpt", "value": "c"}]
+        with pytest.raises(RecordError, match="so has turn 1"):
+            read({"conversations": said, **beside}, "sharegpt")
