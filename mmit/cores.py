@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 # Each says how OpenMP's threads wait: one that is set is the user's choice.
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+SPINS = "1000"  # of waiting, a few microseconds
 PROC = Path("/proc")
 NOTABLE = 0.5  # cores
 SHORTEST = 0.1  # seconds; the system counts in hundredths
@@ -32,16 +33,18 @@ class Others(NamedTuple):
         return f"other processes use {self.cores:.1f} of {self.total} cores{who}"
 
 
-def wait_asleep(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Let OpenMP's threads sleep while they wait, instead of spinning; returns whether anything was set.
+def spin_briefly(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Let OpenMP's threads fall asleep after a short wait; returns whether anything was set.
 
-    For the start of a program, before torch is imported; later it would do nothing, and is left undone. A thread that
-    spins takes the core from the one it waits for as soon as another process wants a core too. Child processes (ranks,
-    workers of the data loader) inherit it.
+    For the start of a program, before torch is imported; later it would have no effect, and is left undone. A thread
+    that spins takes the core from the one it waits for as soon as another process wants a core too. One that sleeps at
+    once makes a quiet machine slower. Of the waits measured by scripts/bench_busy.py this one loses nothing there
+    (LAB.md). Child processes (ranks, data loader workers) inherit it. Known limit: only GNU's OpenMP reads it (torch on
+    Linux).
     """
     if "torch" in sys.modules or any(name in environment for name in WAITING):
         return False
-    environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    environment["GOMP_SPINCOUNT"] = SPINS
     return True
 
 

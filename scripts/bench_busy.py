@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 
-from mmit.cores import WAITING, Watch, wait_asleep
+from mmit.cores import WAITING, Watch, spin_briefly
 
 ARMS: dict[str, dict[str, str]] = {
     "OpenMP's default": {},
@@ -105,7 +105,7 @@ def main() -> None:
     time.sleep(1)
     print(f"before: {watch.others()}; load {os.getloadavg()[0]:.2f}; {given.threads} threads")
     ours: dict[str, str] = {}
-    wait_asleep(ours)
+    spin_briefly(ours)
     arms = {**ARMS, f"mmit ({', '.join(f'{k}={v}' for k, v in ours.items())})": ours}
     cases = [(what, busy) for what in ("chain", "step") for busy in (False, True)]
     found: dict[tuple[str, str, bool], list[float]] = {}

@@ -30,7 +30,7 @@ MAIN = "import mmit.cli, sys\ntry:\n    mmit.cli.main(['--version'])\nexcept Sys
 
 def test_a_program_sets_it_before_torch_is_imported() -> None:
     """That a library does not is seen in a process that test_precision.py starts: importing all takes seconds."""
-    assert fresh(MAIN + SHOW.format("sys")) == "PASSIVE None"
+    assert fresh(MAIN + SHOW.format("sys")) == "None 1000"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_it_comes_too_late_after_torch() -> None:
     import torch  # noqa: F401
 
     environment: dict[str, str] = {}
-    assert not cores.wait_asleep(environment) and not environment
+    assert not cores.spin_briefly(environment) and not environment
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import typer
 from mmit import __version__
 from mmit.cli import analyse, build, chat, config, data, env, evaluate, export, harness, inspect, train, watch
 from mmit.cli.errors import Commands
-from mmit.cores import wait_asleep
+from mmit.cores import spin_briefly
 from mmit.text import echo
 
 app = typer.Typer(
@@ -62,7 +62,7 @@ def mmit(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; `arguments` replace those of the process. Ends the process with its exit code."""
-    wait_asleep()  # here, for mmit, python -m mmit and scripts/train.py: a library's import changes no environment
+    spin_briefly()  # here, for mmit, python -m mmit and scripts/train.py: a library's import changes no environment
     if not sys.stderr.isatty():  # progress bars of the libraries below are noise in a log; mmit's own stay
         os.environ.setdefault("TQDM_DISABLE", "1")
     app(args=None if arguments is None else list(arguments), prog_name="mmit")
