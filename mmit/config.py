@@ -426,7 +426,7 @@ class TrainConfig(Section):
     """questions asked of each of these tasks, the same ones every time"""
     log_every: PositiveInt = 1
     """steps between lines of metrics"""
-    report_to: list[Literal["tensorboard", "wandb"]] = []
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = []
     """where metrics go besides metrics.jsonl"""
     spike_sigma: PositiveFloat | None = 6.0
     """a loss above mean + spike_sigma * standard deviation of the losses before is reported; null never"""

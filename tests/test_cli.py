@@ -23,7 +23,7 @@ from tests.tiny_run import tiny_config
 
 ROOT = Path(__file__).parents[1]
 DATA_COMMANDS = [["data", name] for name in ("import", "check", "show", "stats")]
-COMMANDS = [["train"], ["eval"], ["chat"], ["data"], *DATA_COMMANDS, ["inspect"], ["env"], ["config"]]
+COMMANDS = [["init"], ["train"], ["eval"], ["chat"], ["data"], *DATA_COMMANDS, ["inspect"], ["env"], ["config"]]
 
 
 def mmit(*arguments: object, input: str | None = None) -> Any:

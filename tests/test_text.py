@@ -235,6 +235,7 @@ def missing(*more: str) -> Callable[[Path], list[str]]:
 # Arguments of every command, made in a folder, in which whatever a user can put there is evil.
 CALLS: dict[str, Callable[[Path], list[str]]] = {
     "train": lambda folder: ["--config", evil_yaml(folder, run={EVIL: EVIL}, **{EVIL: EVIL})],
+    "init": lambda folder: [*("--data", str(evil_data(folder)), "--llm", "a/b", "--encoder", EVIL_NAME)],
     "eval": missing("--task", EVIL),
     "compare": evil_answers,
     "chat": missing("--prompt", EVIL),

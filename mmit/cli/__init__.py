@@ -1,4 +1,4 @@
-"""The command line: `mmit train | eval | chat | data | build | analyse | inspect | export | env | config` and more.
+"""The command line: `mmit init | train | eval | chat | data | build | analyse | inspect | export | env` and more.
 
 Each command reads like a table of contents and lives in a module of its own; what it needs of torch and the rest
 is imported when it runs, so that help is instant. A user's mistake ends with one message and exit code 2.
@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from mmit import __version__
-from mmit.cli import analyse, build, chat, config, data, env, evaluate, export, harness, inspect, train, watch
+from mmit.cli import analyse, build, chat, config, data, env, evaluate, export, harness, init, inspect, train, watch
 from mmit.cli.errors import Commands
 from mmit.cores import spin_briefly
 from mmit.text import echo
@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("init")(init.init)
 app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)

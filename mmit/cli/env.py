@@ -22,6 +22,8 @@ PACKAGES = {
     "gguf": "gguf",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
+    "trackio": "trackio",
+    "swanlab": "swanlab",
 }
 
 

@@ -6,19 +6,24 @@ MmitError came from. Anything else is a defect and keeps its traceback.
 
 from __future__ import annotations
 
+import json
 import os
+import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
 from mmit.errors import MmitError
-from mmit.io import FULL, unwritable
+from mmit.io import FULL, unwritable, write_atomic
 from mmit.text import echo, plain, terminal
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+HAND_OVER = "MMIT_RANK_ERROR"  # set for a rank of `--devices`: the file that its error goes to, and not to stderr
+WORDS = "mmit.words"  # in a context's meta: the words that mmit was given
 
 
 class Commands(TyperGroup):
@@ -29,6 +34,7 @@ class Commands(TyperGroup):
         if args[:2] == ["eval", "compare"]:
             echo("notice: `mmit eval compare` is now `mmit compare`", err=True)
             args = args[1:]
+        ctx.meta[WORDS] = list(args)
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -53,6 +59,10 @@ def show_error(error: MmitError) -> None:
 
     if os.environ.get("MMIT_TRACEBACK") == "1":
         echo("".join(traceback.format_exception(error)), err=True)
+    if file := os.environ.get(HAND_OVER):
+        told = {"time": time.time(), "code": getattr(error, "exit_code", EXIT_ERROR), "facts": error.facts}
+        write_atomic(Path(file), json.dumps(told))
+        return
     # Each rank of a launched run has its own stderr, and all end up in one terminal.
     label = f"error (rank {os.environ['RANK']}): " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "error: "
     problem = f"{error.where}: {error.problem}" if error.where else error.problem

@@ -22,6 +22,7 @@ KEY = "OPENAI_API_KEY"
 
 
 def evaluate(
+    context: typer.Context,
     run: Annotated[
         str | None,
         typer.Argument(
@@ -66,6 +67,9 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained, or fp32 where that is faster)")
     ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Start this many processes here, which share the questions.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop answers on file and start anew.")] = False,
     data_root: Annotated[
         Path | None,
@@ -97,8 +101,8 @@ def evaluate(
 
     Beside the score stand chance and the majority answer, the untuned model (the same base with a fresh projector and
     no adapter), and the tuned model without the pictures. Answers are kept as they come, so that an evaluation that was
-    cut off goes on where it stopped; the processes of torchrun or the deepspeed launcher share the questions. Several
-    tasks get a table in summary.md and summary.tex too.
+    cut off goes on where it stopped; the processes of --devices, torchrun or the deepspeed launcher share the
+    questions. Several tasks get a table in summary.md and summary.tex too.
     """
     from mmit.eval.metrics import check_installed
     from mmit.eval.tasks import load_task, task_items
@@ -107,6 +111,11 @@ def evaluate(
     tasks = [load_task(name, data_root=data_root) for name in _names(task)]
     probes = _probes(probe)
     metric_of = _judges(tasks, url=judge_url, model=judge_model, prompt=judge_prompt, key_env=key_env)
+    if devices is not None and devices > 1:
+        from mmit.cli.launch import check_devices, launch, words_of_ranks
+
+        check_devices(devices, device=device)
+        raise typer.Exit(launch(words_of_ranks(context), devices=devices, device=device))
     # Before any model is loaded: a missing file, a bad row or a missing package should not cost minutes.
     asked = [(one, task_items(one.model_copy(update={"sample": None}))) for one in tasks]
     for one, items in asked:

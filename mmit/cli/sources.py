@@ -132,14 +132,15 @@ def files_of(
     mixture = mixture_of(data) if is_config(data) else None
     section = mixture or (settings.data if settings is not None and is_config(data) else None)
     if section is None:
-        return [File(data, format or _told_format(data), image_root)]
+        return [File(data, format or told_format(data), image_root)]
     for option, value in (("--format", format), ("--image-root", image_root)):
         if value is not None:
             raise typer.BadParameter("the config says so for each of its sources", param_hint=option)
     return config_files(section.train, section.loss.sources)
 
 
-def _told_format(path: Path) -> str:
+def told_format(path: Path) -> str:
+    """Return the format that a file has, said on stderr with the reason. Raises ConfigError and RecordError."""
     from mmit.data.formats import detect_format
     from mmit.data.shards.reader import has_index
     from mmit.data.sources import split_subset

@@ -41,6 +41,10 @@ def train(
     chat: Annotated[str | None, typer.Option(help="With --from: its chat format, if it has no template.")] = None,
     base: Annotated[str | None, typer.Option(help="With --from: the LLM that it is built on, as import-model.")] = None,
     tower: Annotated[str | None, typer.Option(help="With --from: its vision tower, as import-model.")] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Start this many ranks here: GPUs, or processes on a CPU. Needs DeepSpeed from 2 on."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Forecast the run without weights: steps, FLOPs, memory, time, price.")
     ] = False,
@@ -49,7 +53,8 @@ def train(
         typer.Option(help="GPU to plan for, by name or memory (h100, 24GB).", rich_help_panel=PLANNING),
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Devices. (default: the launcher's, or 1)", rich_help_panel=PLANNING)
+        int | None,
+        typer.Option(min=1, help="Devices. (default: --devices, the launcher's, or 1)", rich_help_panel=PLANNING),
     ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached.", rich_help_panel=PLANNING)
@@ -67,6 +72,8 @@ def train(
     Tune a llava-hf model: mmit train --from FOLDER data.train.0.path=YOUR.jsonl tune.llm.mode=lora tune.llm.lr=2e-4
 
     Continue an interrupted run: mmit train FILE resume=auto
+
+    On two GPUs, or two processes of a CPU: mmit train FILE --devices 2
     """
     # --local_rank comes from the deepspeed launcher, which gives the rank in the environment too.
     asked, given = _dry_run(arguments or [])
@@ -88,8 +95,10 @@ def train(
 
         settings = load_config(file, overrides)
         if dry_run:
-            _forecast(settings, gpu=gpu, ranks=ranks, share=mfu, tflops=tflops, price=price)
+            _forecast(settings, gpu=gpu, ranks=ranks or devices, share=mfu, tflops=tflops, price=price)
             return
+        if devices is not None and (devices > 1 or settings.engine.kind == "deepspeed"):
+            raise typer.Exit(_on_ranks(settings, file, overrides, devices))
 
     from mmit.train.run import run  # after the config has been read, so that its errors come at once
 
@@ -102,6 +111,18 @@ def train(
     if code == 0 and int(os.environ.get("RANK", "0")) == 0:
         _write_exports(settings)
     raise typer.Exit(code)
+
+
+def _on_ranks(settings: Config, file: Path, overrides: list[str], devices: int) -> int:
+    """Train on ranks that are started here; the config has been read, so that its errors came once and at once."""
+    from mmit.cli.launch import WHERE, check_devices, launch
+    from mmit.errors import ConfigError
+
+    if settings.engine.kind == "torch":
+        remedy = f"set engine.kind=deepspeed or auto, or leave {WHERE} out"
+        raise ConfigError(f"the torch engine runs on one device, not on {devices}", where="engine.kind", remedy=remedy)
+    check_devices(devices, device=settings.device)
+    return launch(["train", "--config", str(file), *overrides], devices=devices, device=settings.device)
 
 
 def _write_exports(settings: Config) -> None:
