@@ -368,20 +368,48 @@ class BestConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    kind: Literal["sft", "choices"] = "sft"
+    kind: Literal["sft", "choices", "dpo", "orpo", "kto"] = "sft"
     """sft: the cross-entropy of the answers; choices: of each record the cross-entropy over the answers that its
-    meta.choices names, as pattern-exploiting training has it"""
+    meta.choices names, as pattern-exploiting training has it; dpo, orpo: of pairs, chosen over rejected; kto: of
+    answers with a label"""
     lm: Fraction = 1.0e-4
     """of choices: part of the mean loss on the question; 1 - lm is that of the cross-entropy"""
     temperature: PositiveFloat = 1.0
     """of choices: what scores are divided by before the softmax, as in distillation"""
+    beta: PositiveFloat = 0.1
+    """dpo, kto: how strongly the model is held to the one it began as; orpo: weight of the odds ratio"""
+    loss: Literal["sigmoid", "hinge", "ipo", "robust"] = "sigmoid"
+    """of dpo: sigmoid as published, the hinge of SLiC, IPO's square, robust to flipped labels"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """of dpo with loss robust: the share of pairs whose answers are in the wrong order"""
+    sft_weight: NonNegativeFloat = 0.0
+    """of dpo: weight of the mean cross-entropy of the chosen answers, added to the loss"""
+    desirable_weight: PositiveFloat = 1.0
+    """of kto: factor on the loss of good answers"""
+    undesirable_weight: PositiveFloat = 1.0
+    """of kto: factor on the loss of bad answers"""
+
+    @model_validator(mode="after")
+    def _of_the_method(self) -> ObjectiveConfig:
+        for owners, names in (
+            (("choices",), ("lm", "temperature")),
+            (("dpo", "orpo", "kto"), ("beta",)),
+            (("dpo",), ("loss", "label_smoothing", "sft_weight")),
+            (("kto",), ("desirable_weight", "undesirable_weight")),
+        ):
+            for name in names:
+                if self.kind not in owners and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} belongs to kind {' or '.join(owners)}, and the kind is {self.kind}")
+        if (self.label_smoothing > 0) != (self.loss == "robust"):
+            raise ValueError("label_smoothing and loss robust belong together; give both or neither")
+        return self
 
 
 class TrainConfig(Section):
     """The optimisation."""
 
     objective: ObjectiveConfig = ObjectiveConfig()
-    """what is minimised: the loss of answers, or that over choices"""
+    """what is minimised: the loss of answers, that over choices, or a preference between answers"""
     epochs: PositiveFloat | None = None
     """passes over the data; give this or steps"""
     steps: PositiveInt | None = None

@@ -7,6 +7,9 @@ picture: the importers in mmit/data/formats turn such markers into image parts.
 Loss weights: the weight of a token of a turn's text is the `weight` of its text part, else of its turn, else the
 default of its role (1 for the assistant, 0 otherwise, unless a run's `data.loss` says otherwise), times the `weight`
 of the record.
+
+Preferences: a record with `rejected` has two answers to one prompt, its last turn (chosen) and that one; a record with
+a `label` has one answer and a verdict on it. Only the methods of `train.objective` learn from them.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 from mmit.errors import RecordError, nearest
 from mmit.io import whole_file
@@ -59,6 +62,7 @@ _TURN_EXTRAS: dict[str, Any] = {
     "name": None,
     "tool_call_id": None,
 }
+_PREFERENCE = ("rejected", "label")
 _PART_KEYS = ("image", "image_base64", "text")
 _TEXT_EXTRAS: dict[str, Any] = {"weight": None, "token": False}
 _EXAMPLE = 'A row reads {"turns": [{"role": "user", "parts": [{"image": "a.png"}, {"text": "..."}]}, ...]}.'
@@ -135,7 +139,8 @@ class Record:
     """One conversation with its provenance; `row` is its line or position in `source`, counted from 1.
 
     `weight` multiplies the loss weights of all its turns; `tools` are the JSON schemas of the tools it may call, and
-    `template_args` variables for the chat template, such as enable_thinking.
+    `template_args` variables for the chat template, such as enable_thinking. `rejected` is an assistant turn that was
+    found worse than the last one; `label` says whether the last turn is a good answer (True) or a bad one (False).
     """
 
     turns: tuple[Turn, ...]
@@ -147,6 +152,8 @@ class Record:
     weight: float = 1.0
     tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     template_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    rejected: Turn | None = None
+    label: bool | None = None
     # Set once `validate` has found nothing, in a record of nothing but texts and pictures, which cannot change. A
     # record is validated where it is read, where it is tokenised, and where it is laid out.
     _sound: bool = field(default=False, init=False, compare=False, repr=False)
@@ -195,6 +202,9 @@ class Record:
         last = self.turns[-1].role if self.turns else "system"
         if last == "system":
             self._fail("the record has no user turn", "Give it at least one user turn.")
+        if last != "assistant" and (self.rejected is not None or self.label is not None):
+            name = "a rejected answer" if self.rejected is not None else "a label"
+            self._fail(f"the record has {name} but no answer beside it", "End its turns with the assistant's.")
         if for_training is True and last != "assistant":
             self._fail(f"the last turn is the {last}'s: there is no answer to learn", "Add the assistant turn.")
         if for_training is False and last == "assistant":
@@ -216,7 +226,30 @@ class Record:
                 plain = False
                 self._check_turn_extras(f"turn {number} ({turn.role})", turn)
             previous = turn.role
+        if self.rejected is not None or self.label is not None:
+            plain = plain and self._check_preference()
         object.__setattr__(self, "_sound", plain)
+
+    def _check_preference(self) -> bool:
+        """Check what a comparison is made of; whether it cannot change any more."""
+        if self.label is not None and not isinstance(self.label, bool):
+            self._fail(f"'label' is '{short(self.label)}'", "Write true for a good answer, false for a bad one.")
+        rejected = self.rejected
+        if rejected is None:
+            return True
+        if self.label is not None:
+            self._fail("the record has both a rejected answer and a label", "Keep one of them.")
+        if not isinstance(rejected, Turn) or rejected.role != "assistant":
+            said = f"the {rejected.role}'s" if isinstance(rejected, Turn) else f"a {type(rejected).__name__}"
+            self._fail(f"the rejected answer is {said}, not an assistant turn", "Write it as an assistant turn.")
+        if any(isinstance(part, Image) for part in rejected.parts):
+            self._fail("the rejected answer has an image", "Answers that are compared are text: remove it.")
+        self._check_content(len(self.turns), rejected)
+        self._check_turn_extras("the rejected answer", rejected)
+        if self.turns and rejected == self.turns[-1]:
+            remedy = "Leave the record out: there is nothing to prefer."
+            self._fail("the chosen and the rejected answer are equal", remedy)
+        return is_plain(rejected)
 
     def _fail(self, problem: str, remedy: str) -> NoReturn:
         raise RecordError(problem, where=self.where, remedy=remedy)
@@ -289,7 +322,10 @@ class Record:
         """
         row = {"source": self.source, "row": self.row, "licence": self.licence, "meta": dict(self.meta)}
         self._check(*json_problem([self.id, row], "id, source or meta holds"))
-        return {"id": self.id, "turns": [self._turn_json(turn) for turn in self.turns]} | row | _set(self, _EXTRAS)
+        told = {"id": self.id, "turns": [self._turn_json(turn) for turn in self.turns]} | row | _set(self, _EXTRAS)
+        if self.rejected is not None:
+            told["rejected"] = self._turn_json(self.rejected)
+        return told if self.label is None else told | {"label": self.label}
 
     def _turn_json(self, turn: Turn) -> dict[str, Any]:
         parts: list[dict[str, Any]] = []
@@ -311,14 +347,14 @@ class Record:
         Raises RecordError, placed at `where`, for unknown keys, wrong types and broken rules.
         """
         where = where or "record"
-        _check_keys(obj, (*_PROVENANCE, *_EXTRAS, "turns"), where=where)
-        turns = []
-        for number, turn in enumerate(_list(obj, "turns", where), 1):
-            place = f"{where}: turn {number}"
-            _check_keys(turn, ("role", "parts", *_TURN_EXTRAS), where=place)
-            parts = [_part(part, place, root) for part in _list(turn, "parts", place)]
-            turns.append(Turn(turn.get("role"), tuple(parts), **_given(turn, _TURN_EXTRAS, place)))
-        record = cls(tuple(turns), **_given(obj, _PROVENANCE, where), **_given(obj, _EXTRAS, where))
+        _check_keys(obj, (*_PROVENANCE, *_EXTRAS, *_PREFERENCE, "turns"), where=where)
+        turns = [
+            _turn(turn, f"{where}: turn {number}", root) for number, turn in enumerate(_list(obj, "turns", where), 1)
+        ]
+        told: dict[str, Any] = {"label": obj["label"]} if "label" in obj else {}
+        if obj.get("rejected") is not None:
+            told["rejected"] = _turn(obj["rejected"], f"{where}: rejected", root)
+        record = cls(tuple(turns), **_given(obj, _PROVENANCE, where), **_given(obj, _EXTRAS, where), **told)
         try:
             record.validate(for_training=None)
         except RecordError as error:
@@ -378,6 +414,12 @@ def _list(obj: dict[str, Any], key: str, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise RecordError(f"'{key}' is missing or not a list", where=where, remedy=_EXAMPLE)
     return value
+
+
+def _turn(obj: Any, where: str, root: str) -> Turn:
+    _check_keys(obj, ("role", "parts", *_TURN_EXTRAS), where=where)
+    parts = [_part(part, where, root) for part in _list(obj, "parts", where)]
+    return Turn(cast("Any", obj.get("role")), tuple(parts), **_given(obj, _TURN_EXTRAS, where))
 
 
 def _part(obj: Any, where: str, root: str) -> Part:

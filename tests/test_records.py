@@ -236,7 +236,7 @@ def _row(part: object) -> dict:
         (
             {**ROW, "extra": 1},
             "unknown key 'extra'",
-            "valid: id, licence, meta, row, source, template_args, tools, turns, weight",
+            "valid: id, label, licence, meta, rejected, row, source, template_args, tools, turns, weight",
         ),
         ({"turns": [{"role": "user"}]}, "'parts' is missing", "A row reads"),
         ({"turns": [{"role": "user", "content": "q", "parts": []}]}, "unknown key 'content'", "valid: name, parts"),

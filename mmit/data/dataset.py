@@ -20,7 +20,8 @@ from mmit.data.formats.boxes import WRITTEN
 from mmit.data.image_identity import image_key
 from mmit.data.measure import Progress, Scan, scan
 from mmit.data.packing import Sample, trie_length
-from mmit.errors import RecordError
+from mmit.data.preference import Compares, conversations
+from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class InstructionData:
         key: stands for all that `encode` depends on, so that measurements can be kept; "" if that is not known.
         source_weights: factor on the loss weights of each source; None for 1.
         choosing: the loss is over the choices of each record; None for the mean over tokens.
+        compares: what the method learns from, see `preference.METHODS`; the answers of a pair are never parted.
     """
 
     def __init__(  # noqa: PLR0913
@@ -105,7 +107,12 @@ class InstructionData:
         key: str = "",
         source_weights: Sequence[float] | None = None,
         choosing: Choosing | None = None,
+        compares: Compares = "",
     ) -> None:
+        if compares and split_turns:
+            problem = "preference methods compare the last answers of whole records"
+            raise ConfigError(problem, where="data.split_turns", remedy="set data.split_turns=false")
+        self.compares = compares
         self.sources, self.encode = list(sources), encode
         self.source_weights = list(source_weights or [1.0] * len(self.sources))
         self.preparation, self.max_length, self.capacity = preparation, max_length, capacity
@@ -181,24 +188,32 @@ class InstructionData:
                 self.choosing is None or share is not None or any(sample.supervised)
             ):  # a question may be a picture alone
                 samples.append(sample)
-        if self.choosing is not None:
+        if self.choosing is not None or self.compares == "pairs":
             self._check_together(samples, where)
         return samples, shown, where
 
     def _conversations(self, record: Record) -> list[tuple[Record, float | None]]:
         """What the samples of a record are made of, with the share of each that is a choice."""
+        if self.compares or record.rejected is not None or record.label is not None:
+            try:
+                record, *others = conversations(record, self.compares)
+            except RecordError as error:
+                raise RecordError(error.problem, where=record.where, remedy=error.remedy) from error
+            if others:
+                return [(part, None) for part in (record, *others)]
         if self.choosing is not None:
             return branches(record, question=self.choosing.lm > 0)
         return [(part, None) for part in (split_pairs(record) if self.split_turns else [record])]
 
     def _check_together(self, samples: Sequence[Sample], where: str) -> None:
-        """Refuse choices that do not fit one row, in which their losses meet."""
+        """Refuse choices, or the answers of a pair, that do not fit one row, in which their losses meet."""
         tokens = trie_length(samples, share=self.share_prefix)
         if tokens > self.capacity:
+            what = "choices" if self.choosing is not None else "compared answers"
             raise RecordError(
-                f"takes {tokens} tokens with all of its choices, more than data.pack_tokens={self.capacity}",
+                f"takes {tokens} tokens with all of its {what}, more than data.pack_tokens={self.capacity}",
                 where=where,
-                remedy="raise data.pack_tokens, or give fewer or shorter choices",
+                remedy=f"raise data.pack_tokens, or give fewer or shorter {what}",
             )
 
     def _show(self, image: Image, where: str, size: tuple[int, int] | None) -> PlacedImage:

@@ -7,7 +7,7 @@ order whatever the number of workers. A record that turns out bad here follows t
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mmit.data.packing import Row, Sample, build_row
+from mmit.data.preference import IDLE, Compared, Compares, compared, mates, mismatch
 from mmit.data.prefetch import prefetched
 from mmit.data.preparation import Spread, grids_of, splice_index
 from mmit.errors import RecordError
@@ -39,6 +40,7 @@ class MicroBatch:
     weight: float  # 0 for a row that only keeps ranks in step
     unshared_tokens: int = 0
     bad: dict[int, RecordError] = field(default_factory=dict)  # numbers of records that were left out
+    compared: Compared | None = None  # under a preference method: what its losses are compared by
 
     @property
     def tokens(self) -> int:
@@ -51,14 +53,25 @@ class MicroBatch:
         return len(self.tensors["targets"]) if self.weight else 0
 
     @property
+    def loss_records(self) -> torch.Tensor:
+        """(S,) record of each loss; under a preference method (B,)."""
+        return self.target_records if self.compared is None else torch.tensor(self.compared.records)
+
+    @property
+    def loss_weights(self) -> torch.Tensor:
+        """(S,) float32, weight of each loss; under a preference method (B,)."""
+        return self.target_weights if self.compared is None else torch.tensor(self.compared.weights)
+
+    @property
     def loss_weight(self) -> float:
-        """Sum of the weights of its targets."""
-        return float(self.target_weights.double().sum()) if self.weight else 0.0
+        """Sum of the weights of its losses."""
+        return float(self.loss_weights.double().sum()) if self.weight else 0.0
 
     @property
     def uneven_weights(self) -> torch.Tensor | None:
-        """The weights of its targets, None where all are 1."""
-        return None if bool((self.target_weights == 1).all()) else self.target_weights
+        """The weights of its losses, None where all are 1."""
+        weights = self.loss_weights
+        return None if bool((weights == 1).all()) else weights
 
     @property
     def bytes(self) -> int:
@@ -129,12 +142,14 @@ def _parts(samples: Sequence[Sample], groups: Sequence[int]) -> list[Sequence[Sa
     return [samples[end - count : end] for end, count in zip(ends, groups, strict=True)]
 
 
-def idle_batch() -> MicroBatch:
+def idle_batch(compares: Compares = "") -> MicroBatch:
     """A row of one token and no weight, for a rank that has none left in the last step."""
     zero = torch.zeros(1, dtype=torch.int64)
     row = Row(zero, zero, zero[:0], torch.tensor([[0, 1, -1]]), zero, zero, torch.ones(1), zero)
     batch = to_micro_batch(row, spreads={}, tokens=0)
     batch.weight = 0.0
+    if compares:
+        batch.compared = replace(IDLE, mismatched=idle_batch("pairs") if compares == "labels" else None)
     return batch
 
 
@@ -146,10 +161,12 @@ class _Maker:
     scan: Scan
     load_image: LoadImage | None
     skip_bad: bool
+    mates: np.ndarray | None = None  # under KTO, whose answer goes with the prompt of each unit
 
     def __call__(self, units: Sequence[int]) -> MicroBatch:
-        samples: list[Sample] = []
-        groups: list[int] = []  # samples of each unit
+        samples: list[list[Sample]] = []
+        others: list[Sample] = []
+        taken: list[int] = []
         pixels: dict[Hashable, torch.Tensor] = {}
         spreads: dict[Hashable, Spread] = {}
         bad: dict[int, RecordError] = {}
@@ -160,29 +177,56 @@ class _Maker:
                     for key, shown in images.items():
                         if key not in pixels:
                             pixels[key] = self.load_image(shown.image, where)
+                other = self._mismatched(unit, new)
                 spreads |= {key: shown.spread for key, shown in images.items()}
             except RecordError as error:
                 if not self.skip_bad:
                     raise
                 bad[int(self.scan.record[unit])] = error
                 continue
-            samples.extend(new)
-            groups.append(len(new))
+            samples.append(new)
+            others += other
+            taken.append(int(unit))
         if not samples:
-            batch = idle_batch()
+            batch = idle_batch(self.data.compares)
         else:
-            row = build_row(samples, share=self.data.share_prefix)
-            tokens = 0 if self.data.preparation is None else self.data.preparation.tokens
-            batch = to_micro_batch(row, spreads=spreads, tokens=tokens)
+            batch = self._batch([sample for new in samples for sample in new], spreads, pixels)
             if self.data.choosing is not None:
-                _choose(batch, samples, groups, self.data.choosing)
-            if pixels:
-                batch.tensors["pixels"] = torch.cat([pixels[k] for k in batch.image_keys])
-                grids = grids_of(spreads[k] for k in batch.image_keys)
-                if grids is not None:
-                    batch.tensors["grids"] = grids
+                groups = [len(new) for new in samples]
+                _choose(batch, [sample for new in samples for sample in new], groups, self.data.choosing)
+            if self.data.compares:
+                batch.compared = compared(samples, taken, self._verdicts(samples))
+                batch.records = batch.compared.records  # not one for each answer
+            if batch.compared is not None and others:
+                batch.compared.mismatched = self._batch(others, spreads, pixels)
+                lengths = compared([[other] for other in others], taken, batch.compared.good)
+                batch.compared.mismatched.compared = lengths
         batch.bad = bad
         return batch
+
+    def _batch(
+        self, samples: Sequence[Sample], spreads: Mapping[Hashable, Spread], pixels: Mapping[Hashable, torch.Tensor]
+    ) -> MicroBatch:
+        row = build_row(samples, share=self.data.share_prefix)
+        tokens = 0 if self.data.preparation is None else self.data.preparation.tokens
+        batch = to_micro_batch(row, spreads=spreads, tokens=tokens)
+        if pixels:
+            batch.tensors["pixels"] = torch.cat([pixels[k] for k in batch.image_keys])
+            grids = grids_of(spreads[k] for k in batch.image_keys)
+            if grids is not None:
+                batch.tensors["grids"] = grids
+        return batch
+
+    def _verdicts(self, samples: Sequence[Sequence[Sample]]) -> list[bool]:
+        labelled = self.data.compares == "labels"
+        return [not labelled or self.data.record(answers[0].record).label is True for answers in samples]
+
+    def _mismatched(self, unit: int, samples: Sequence[Sample]) -> list[Sample]:
+        """The prompt of a unit with the answer of another, under KTO."""
+        if self.mates is None:
+            return []
+        (other,), _, _ = self.data.unit_samples(self.scan, int(self.mates[unit]))
+        return [mismatch(samples[0], other, max_length=self.data.max_length)]
 
     def most_bytes(self, units: Sequence[int]) -> int:
         """About the most that a micro-batch of these units takes, by its tokens alone: each crop takes tokens too."""
@@ -214,7 +258,8 @@ def micro_batches(
         skip_bad: leave bad records out and hand them over in `MicroBatch.bad`; else raise the first.
         prefetch: bytes of micro-batches that may wait; one for each worker may in any case.
     """
-    make = _Maker(data, scan, load_image, skip_bad)
+    paired = mates(len(scan.length)) if data.compares == "labels" else None
+    make = _Maker(data, scan, load_image, skip_bad, paired)
     if workers == 0:
         return (make(entry) for entry in units)
     return prefetched(

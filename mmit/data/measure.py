@@ -137,7 +137,7 @@ def source_key(data: InstructionData, source: int) -> str:
     """Under which a source's measurements are kept."""
     opened = data.sources[source]
     seen = None if data.preparation is None else asdict(data.preparation)
-    lengths: list[Any] = [data.max_length, data.capacity, data.split_turns, data.share_prefix]
+    lengths: list[Any] = [data.max_length, data.capacity, data.split_turns, data.share_prefix, data.compares]
     lengths += [] if data.choosing is None else [asdict(data.choosing)]
     weight = data.source_weights[source]
     return key_of(opened.fingerprint, len(opened), data.key, weight, seen, lengths, code_version())

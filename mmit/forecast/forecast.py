@@ -21,7 +21,7 @@ from mmit.models.tuning import check_options, parameter_table
 from mmit.train.data.order import walk_of
 from mmit.train.data.setup import cache_folder
 from mmit.train.memory.estimate import crops_of, empty_model, sample_data, sample_micro_batches, stages, step_memory
-from mmit.train.settle import planned, settled
+from mmit.train.settle import objective_of, planned, settled
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -69,6 +69,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
         MmitError: whatever the run would be refused for; a configuration or tokenizer that cannot be reached.
     """
     check_options(config.tune.model_dump())
+    objective_of(config)
     config = planned(config, cuda=flash)
     notes: list[str] = []
     vlm, groups, tokenizer = empty_model(config, say=notes.append)

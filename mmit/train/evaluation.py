@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,10 @@ from mmit.train.loop import Progress, sum_by_source
 from mmit.train.signals import Leave
 
 if TYPE_CHECKING:
+    from mmit.data.loader import MicroBatch
     from mmit.train.data.batches import TrainData
     from mmit.train.monitor.metrics_log import RunLog
+    from mmit.train.objective import Preference
 
 LOSS = "eval_loss"
 Metrics = Mapping[str, float]
@@ -53,28 +55,34 @@ class HeldOut:
         data: its rows; every rank gets equally many micro-batches.
         on_bad: receives each record that has to be left out, once.
         should_stop: asked before each micro-batch; on several ranks they leave together.
+        preference: of a run that compares answers; the loss is then its own, and metrics of the answers go with it.
     """
 
     def __init__(
-        self, engine: Engine, data: TrainData, *, on_bad: Callable[[RecordError], None], should_stop: Callable[[], bool]
+        self,
+        engine: Engine,
+        data: TrainData,
+        *,
+        on_bad: Callable[[RecordError], None],
+        should_stop: Callable[[], bool],
+        preference: Preference | None = None,
     ) -> None:
         self.engine, self.data, self.on_bad, self.should_stop = engine, data, on_bad, should_stop
+        self.preference = preference
         self._noted: set[int] = set()
 
     def __call__(self, step: int) -> dict[str, float]:
         """{"eval_loss": weighted mean over targets, and "eval_loss/NAME" of each source where there are several}."""
+        if self.preference is not None:
+            with closing(self.data.batches()) as batches:
+                found = self.preference.evaluate(self.engine, self.data, self._watched(batches))
+            return {f"eval_{name}": value for name, value in found.items()}
         names = self.data.names
         count = len(names)
         sums = torch.zeros(count, dtype=torch.float64, device=self.engine.device)
         weights = torch.zeros(count, dtype=torch.float64)
         with closing(self.data.batches()) as batches:
-            for batch in batches:
-                if self.engine.all_sum([float(self.should_stop())])[0]:
-                    raise Leave
-                for record, error in batch.bad.items():
-                    if record not in self._noted:
-                        self._noted.add(record)
-                        self.on_bad(error)
+            for batch in self._watched(batches):
                 losses = self.engine.losses(self.data.prepare(batch))
                 if batch.weight:
                     sources = self.data.sources_of(batch.target_records)
@@ -86,6 +94,17 @@ class HeldOut:
         if count > 1:
             results |= {f"{LOSS}/{k}": s / n for k, s, n in zip(names, total, whole, strict=True) if n}
         return results
+
+    def _watched(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
+        """Notes bad records on the way; raises Leave where a rank has to stop."""
+        for batch in batches:
+            if self.engine.all_sum([float(self.should_stop())])[0]:
+                raise Leave
+            for record, error in batch.bad.items():
+                if record not in self._noted:
+                    self._noted.add(record)
+                    self.on_bad(error)
+            yield batch
 
 
 class Evaluations:

@@ -3,7 +3,8 @@
 In: an engine, the data, a schedule, and hooks for what a run does around its steps. Out: a trained model. A step's loss
 is the weighted mean over its supervised tokens, those of a weight above 0: the sum of weight times loss divided by the
 sum of the weights, both over all ranks and micro-batches, so that splitting the same rows differently changes nothing.
-`supervised` counts tokens, whatever their weight. Refuses to go on after `MAX_BAD_STEPS` steps in a row whose loss or
+`supervised` counts tokens, whatever their weight. Under a preference method a loss belongs to a comparison of answers,
+not to a token, and all else is the same. Refuses to go on after `MAX_BAD_STEPS` steps in a row whose loss or
 gradient was not finite.
 """
 
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +27,7 @@ from mmit.train.engines.base import Engine, weighted
 if TYPE_CHECKING:
     from mmit.data.loader import MicroBatch
     from mmit.train.data.batches import TrainData
+    from mmit.train.objective import Preference
     from mmit.train.schedule import Schedule
 
 MAX_BAD_STEPS = 8
@@ -91,8 +94,19 @@ class _Step:
         return sum(self.losses_of) / (self.weight or 1.0)
 
 
-def train(engine: Engine, data: TrainData, schedule: Schedule, hooks: Hooks, *, progress: Progress) -> bool:
+def train(
+    engine: Engine,
+    data: TrainData,
+    schedule: Schedule,
+    hooks: Hooks,
+    *,
+    progress: Progress,
+    preference: Preference | None = None,
+) -> bool:
     """Run from `progress.step` to the end of the schedule; `progress` is kept up to date.
+
+    Args:
+        preference: makes losses of comparisons of the model's losses; None for plain tuning.
 
     Returns:
         True when the schedule was finished, False when a hook stopped it early.
@@ -110,6 +124,8 @@ def train(engine: Engine, data: TrainData, schedule: Schedule, hooks: Hooks, *, 
             new = _note_bad(batches, progress, hooks.on_bad)
             step = _count(engine, data, batches, progress, new=new, waited=waited)
             hooks.phase("forward and backward", number)
+            if preference is not None:
+                preference.begin(engine, data, batches)
             sums = []
             for i, batch in enumerate(batches):
                 # Why: the divisor is known before the first forward pass, so each micro-batch adds its share of the
@@ -117,8 +133,10 @@ def train(engine: Engine, data: TrainData, schedule: Schedule, hooks: Hooks, *, 
                 # A rank without rows runs its micro-batch with weight 0: under ZeRO-3 all must run the same layers.
                 scale, weights = batch.weight / (step.weight or 1.0), batch.uneven_weights
                 last = i == len(batches) - 1
-                losses = engine.forward_backward(data.prepare(batch), scale=scale, last=last, weights=weights)
-                sources = data.sources_of(batch.target_records)
+                reduce = None if preference is None else partial(preference.losses, batch=batch)
+                given: dict[str, Any] = {"scale": scale, "last": last, "weights": weights, "reduce": reduce}
+                losses = engine.forward_backward(data.prepare(batch), **given)
+                sources = data.sources_of(batch.loss_records)
                 sums.append(sum_by_source(weighted(losses, weights), sources, count=len(data.names)) * batch.weight)
             hooks.phase("optimizer step", number)
             factor = schedule.lr_factor(progress.step)
@@ -131,7 +149,8 @@ def train(engine: Engine, data: TrainData, schedule: Schedule, hooks: Hooks, *, 
             progress.tokens += int(step.tokens)
             progress.supervised += int(step.targets)
             seconds = time.perf_counter() - began
-            hooks.after_step(progress, _row(step, data, schedule, progress, norm=norm, seconds=seconds))
+            row = _row(step, data, schedule, progress, norm=norm, seconds=seconds)
+            hooks.after_step(progress, row | preference.metrics(engine) if preference is not None else row)
             if progress.step < schedule.steps and hooks.should_stop(progress):
                 return False
     return True
@@ -191,9 +210,9 @@ def _count(
     for i, batch in enumerate(batches):
         micro[engine.rank * len(batches) + i] = batch.loss_weight
         if batch.targets:
-            sources = data.sources_of(batch.target_records)
-            by_source += torch.bincount(sources, minlength=count)
-            weights += torch.bincount(sources, batch.target_weights.double(), minlength=count)
+            by_source += torch.bincount(data.sources_of(batch.target_records), minlength=count)
+            sources = data.sources_of(batch.loss_records)
+            weights += torch.bincount(sources, batch.loss_weights.double(), minlength=count)
     found = iter(engine.all_sum([*local, *bad, *by_source.tolist(), *weights.tolist(), *micro]))
     targets, tokens, records, unshared, weight, waits, lost = (next(found) for _ in local)
     _agree_on_bad(engine, progress, new, [next(found) for _ in bad])

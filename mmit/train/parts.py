@@ -56,7 +56,8 @@ from mmit.train.features import FeatureCache, cache_features, features_folder
 from mmit.train.memory.estimate import least_recompute
 from mmit.train.monitor.describe import describe, note_start
 from mmit.train.monitor.echo import echo
-from mmit.train.settle import check_divided, settled, with_whole_paths
+from mmit.train.reference import References
+from mmit.train.settle import check_divided, objective_of, settled, with_whole_paths
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from mmit.train.engines.world import World
     from mmit.train.loop import Progress
     from mmit.train.monitor.heartbeat import Heartbeat
+    from mmit.train.objective import Preference
 
 BAD_RECORDS = {"train": "bad_records.jsonl", "eval": "bad_records_eval.jsonl"}
 
@@ -83,6 +85,9 @@ class Parts:
     order: dict[str, Any]  # what decides the order of the data, kept in checkpoints
     engine: Engine
     progress: Progress
+    preference: Preference | None = None  # of a run that compares answers, and that of its held-out data
+    held_preference: Preference | None = None
+    references: References | None = None  # kept in checkpoints
 
 
 def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: Heartbeat) -> Parts:
@@ -96,6 +101,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     divided = _partition(config) if world.deepspeed else None
     model, preparation, tower = _model(config, start, begin, divided=divided, world=world, say=say)
     config, vlm = model.config, model.vlm
+    method = objective_of(config)
     with partitioned(divided):
         groups = _tune(vlm, config, probe=divided is None and start is None, say=say)
         if config.train.router_loss is not None:
@@ -110,7 +116,7 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         model.chat.thinks = True  # in the checkpoint's format too: whether to think is left to the model
     walk, order = _order(model, data, scan, begin, tower=tower, world=world, say=say)
     feed: dict[str, Any] = {"load_image": image_loader(preparation) if preparation else None}
-    held_out = _held_out(config, *read("eval"), world=world, **feed) if config.data.eval else None
+    held_out = _each_once(config, *read("eval"), world=world, **feed) if config.data.eval else None
 
     heart.phase("preparing the model", 0)
     vlm.to(world.device)
@@ -131,6 +137,11 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     if config.train.compile:
         _compile(vlm, engine)
     progress = resume.restore(engine, begin, seed=config.run.seed, say=say)
+    references = None
+    if method.compares:
+        heart.phase("measuring the reference", 0)
+        each = _each_once(config, data, scan, world=world, features=features, **feed)
+        references = References.of(method, engine, {"train": each, "eval": held_out}, vlm=vlm, begin=begin, say=say)
     if world.main:  # last, when nothing can refuse the run any more: the folder is still as it was found
         resume.set_aside_later(run_dir, progress.step, say=say)
         keep = config.train.keep_best
@@ -146,6 +157,9 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
         order=order,
         engine=engine,
         progress=progress,
+        preference=references.at_work("train") if references else None,
+        held_preference=references.at_work("eval") if references and held_out else None,
+        references=references,
     )
 
 
@@ -283,8 +297,8 @@ def _train_data(
     )
 
 
-def _held_out(config: Config, data: InstructionData, scan: Scan, *, world: World, **feed: Any) -> TrainData:
-    """The records of data.eval once each, in rows as in training; their images go through the tower each time."""
+def _each_once(config: Config, data: InstructionData, scan: Scan, *, world: World, **feed: Any) -> TrainData:
+    """These records once each, in rows as in training; without `features` images go through the tower each time."""
     walk, _ = make_walk(
         scan,
         [1.0] * len(data.sources),
@@ -447,6 +461,7 @@ def _read_data(
                 split_turns=options.split_turns,
                 router_loss=config.train.router_loss,
             ),
+            compares=objective_of(config).compares,
         )
         found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]
 

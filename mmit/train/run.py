@@ -35,13 +35,14 @@ from mmit.train.monitor.run_files import note_event
 from mmit.train.monitor.trackers import open_trackers, require
 from mmit.train.parts import BAD_RECORDS, Parts, build
 from mmit.train.schedule import Schedule, Spikes
-from mmit.train.settle import check_zero3, settle_precision
+from mmit.train.settle import check_zero3, objective_of, settle_precision
 from mmit.train.signals import EXIT_STOPPED, Leave, Stop, stop_asked
 
 if TYPE_CHECKING:
     from mmit.config import Config
     from mmit.models.vlm import VLM
     from mmit.train.engines.base import Engine
+    from mmit.train.reference import References
 
 __all__ = ["EXIT_STOPPED", "Evaluate", "run"]
 
@@ -70,6 +71,7 @@ def _started(config: Config, evaluate: Evaluate | None) -> int:
     run_dir = Path(config.run.dir)
     say = speaker(world.main)
     check_options(config.tune.model_dump())
+    objective_of(config)
     check_exports(config)
     check_zero3(config, world=world)
     for note in config.notes:
@@ -121,7 +123,7 @@ def _train(
         run_dir,
         parts.engine,
         model.vlm,
-        write_model=partial(_write_model, model),
+        write_model=partial(_write_model, model, parts.references),
         order=lambda step: {**parts.order, **parts.data.order_after(step)},
         keep_last=config.train.keep_last,
         background=config.train.save_in_background,
@@ -132,7 +134,7 @@ def _train(
         evaluations = _evaluations(evaluate, parts, log=log, stopped=stopped, heart=heart)
         hooks = RunHooks(parts.engine, schedule, run_dir, log, heart, saves, evaluations, stopped)
         hooks.catch_up(progress)
-        finished = train(parts.engine, parts.data, schedule, hooks, progress=progress)
+        finished = train(parts.engine, parts.data, schedule, hooks, progress=progress, preference=parts.preference)
         heart.phase("the last save", progress.step)
         saves.wait()
     newest = checkpoint.checkpoints(run_dir)[-1]
@@ -260,7 +262,8 @@ def _evaluations(
     measures: list[Measure] = []
     if parts.held_out is not None:
         on_bad = partial(note_bad, model.folder, engine.rank, name=BAD_RECORDS["eval"])
-        measures.append(HeldOut(engine, parts.held_out, on_bad=on_bad, should_stop=stopped))
+        told: dict[str, Any] = {"on_bad": on_bad, "should_stop": stopped, "preference": parts.held_preference}
+        measures.append(HeldOut(engine, parts.held_out, **told))
     if evaluate is not None:
         measures.append(partial(evaluate, model))
     if not measures:
@@ -276,6 +279,8 @@ def _evaluations(
     )
 
 
-def _write_model(model: checkpoint.Loaded, draft: Path, vlm: VLM, step: int) -> None:
+def _write_model(model: checkpoint.Loaded, references: References | None, draft: Path, vlm: VLM, step: int) -> None:
     # Not `model.vlm`: a save in the background hands over its copy.
     checkpoint.write_model(draft, vlm, config=model.config, tokenizer=model.tokenizer, chat=model.chat, step=step)
+    if references is not None:
+        references.write(draft)

@@ -7,6 +7,7 @@ sentence. The dry run asks the same without forwards.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from mmit.models.vlm import VLM
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checks.probes import check_embeddings
 from mmit.train.engines.zero import deepspeed_options, zero_stage
+from mmit.train.objective import Method
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -68,6 +70,26 @@ def check_zero3(config: Config, *, world: World) -> None:
         return  # its base is gone, and a checkpoint holds the LLM whole
     given: dict[str, Any] = {"revision": llm.revision, "random_init": llm.random_init}
     check_divided(VLM(load_llm(llm.name, **given, dtype=torch.float32, empty=True), vision=None, projector=None))
+
+
+def objective_of(config: Config) -> Method:
+    """The method that `train.objective` names. Raises ConfigError for settings that it has no place for."""
+    given = config.train.objective.model_dump()
+    method = Method(**{field.name: given[field.name] for field in fields(Method)})
+    if not method.compares:
+        return method
+    loss, plain = config.data.loss.model_dump(), type(config.data.loss)().model_dump()
+    for key in plain:
+        if key != "sources" and loss[key] != plain[key]:
+            problem = f"{method.kind} compares whole answers, of which every token counts alike"
+            raise ConfigError(problem, where=f"data.loss.{key}", remedy=f"leave data.loss.{key} out")
+    if config.data.split_turns:
+        problem = f"{method.kind} compares the last answers of whole records"
+        raise ConfigError(problem, where="data.split_turns", remedy="set data.split_turns=false")
+    if config.train.router_loss is not None:
+        problem = f"{method.kind} compares log-probabilities, to which the routers' loss would be added"
+        raise ConfigError(problem, where="train.router_loss", remedy="set train.router_loss=null")
+    return method
 
 
 def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> dict[str, Any]:

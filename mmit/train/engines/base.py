@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from torch import nn
 
 from mmit.models.partition import shape
 from mmit.train.engines.state import read_state, write_state
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]  # losses of targets -> losses of what is compared
 
 
 class Engine(ABC):
@@ -41,6 +43,7 @@ class Engine(ABC):
         scale: float,
         last: bool,
         weights: torch.Tensor | None = None,
+        reduce: Reduce | None = None,
     ) -> torch.Tensor:
         """Run one micro-batch and add the gradient of `sum(losses * weights) * scale`.
 
@@ -49,9 +52,10 @@ class Engine(ABC):
             scale: 1 / sum of the weights of the whole step; 0 for an idle batch.
             last: this is the step's last micro-batch on this rank.
             weights: (S,) of the losses, None where all are 1.
+            reduce: makes other losses (B,) of the model's, which `weights` and the gradient are then about.
 
         Returns:
-            (S,) losses, detached and not weighted.
+            (S,) losses, detached and not weighted; (B,) with `reduce`.
         """
 
     @abstractmethod

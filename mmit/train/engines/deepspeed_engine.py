@@ -20,7 +20,7 @@ from torch import nn
 
 from mmit.errors import ConfigError, nearest
 from mmit.models.partition import shape
-from mmit.train.engines.base import Engine, poisoned, weighted
+from mmit.train.engines.base import Engine, Reduce, poisoned, weighted
 from mmit.train.engines.state import placed, placed_step
 from mmit.train.engines.zero import WHERE, complete, zero_stage
 
@@ -153,11 +153,13 @@ class DeepSpeedEngine(Engine):
         scale: float,
         last: bool,
         weights: torch.Tensor | None = None,
+        reduce: Reduce | None = None,
     ) -> torch.Tensor:
         """DeepSpeed averages gradients over ranks, and the loop wants their sum: hence `world`."""
         # Told, not counted: micro-batches of a step differ in number from step to step, DeepSpeed counts a fixed one.
         self.engine.set_gradient_accumulation_boundary(last)
         losses = self.engine(**tensors)
+        losses = losses if reduce is None else reduce(losses)
         self.engine.backward(poisoned(weighted(losses, weights), scale * self.world), scale_wrt_gas=False)
         return losses.detach()
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmit.errors import ConfigError
-from mmit.train.engines.base import Engine, poisoned, weighted
+from mmit.train.engines.base import Engine, Reduce, poisoned, weighted
 from mmit.train.engines.state import placed
 
 if TYPE_CHECKING:
@@ -59,9 +59,11 @@ class TorchEngine(Engine):
         scale: float,
         last: bool,
         weights: torch.Tensor | None = None,
+        reduce: Reduce | None = None,
     ) -> torch.Tensor:
         """Accumulate in float32."""
         losses = self.model(**tensors)
+        losses = losses if reduce is None else reduce(losses)
         loss = poisoned(weighted(losses, weights), scale)
         if not loss.requires_grad:  # a text-only row of a text model that is frozen: nothing depends on it
             return losses.detach()

@@ -33,7 +33,7 @@ from mmit.train.data.setup import Say, cache_folder, chat_of, check_lengths, cho
 from mmit.train.engines.zero import bucket_size
 from mmit.train.memory.devices import find_device
 from mmit.train.memory.step_bytes import Bytes, measure_bytes
-from mmit.train.settle import settled
+from mmit.train.settle import objective_of, settled
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -125,6 +125,7 @@ def sample_data(
             split_turns=options.split_turns,
             router_loss=config.train.router_loss,
         ),
+        compares=objective_of(config).compares,
     )
     numbers: np.ndarray | None = None
     if len(data) > SAMPLE and not is_kept(data, store):
