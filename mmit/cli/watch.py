@@ -57,10 +57,11 @@ def run_status(
 
 
 def _warn(run: Path) -> None:
-    """Name the damaged lines of metrics.jsonl, which what follows does not count."""
-    from mmit.train.monitor.run_files import read_metrics
+    """Name the damaged lines and files, which what follows does not count."""
+    from mmit.train.monitor.run_files import BEST, RUN, read_metrics, read_whole
 
-    left_out = read_metrics(run).left_out
+    left_out = [problem for name in (RUN, BEST) if (problem := read_whole(run / name, name)[1])]
+    left_out += read_metrics(run).left_out
     for line in left_out[:TOLD]:
         echo(f"warning: {line}", err=True)
     if len(left_out) > TOLD:
@@ -78,7 +79,7 @@ def _progress(run: Path) -> Iterator[str]:
     from mmit.train.monitor.run_files import BEST, EVENTS, RUN, read_json, read_metrics, read_rows
 
     steps, evals, _ = read_metrics(run)
-    total: Any = (read_json(run / RUN) or {}).get("steps")
+    total: Any = read_json(run / RUN, RUN).get("steps")
     if not steps:
         yield f"no step logged yet of {total}" if total else "no step logged yet"
         return
@@ -92,7 +93,7 @@ def _progress(run: Path) -> Iterator[str]:
     if evals:
         told = ", ".join(f"{k} {v:.4f}" for k, v in evals[-1]["eval"].items() if v is not None)
         yield f"evaluation at step {evals[-1]['step']}: {told}"
-    if best := read_json(run / BEST):
+    if best := read_json(run / BEST, BEST):
         yield f"best: {best['checkpoint']}, {best['metric']} {best['value']:.4f}"
     kinds = [e.get("kind") for e in read_rows(run / EVENTS)]
     if kinds:

@@ -94,7 +94,7 @@ def _hardware(world: World) -> dict[str, Any]:
 
 def note_start(run_dir: Path, facts: dict[str, Any], *, step: int) -> None:
     """Write run.json: the facts of this start, and the moments of all."""
-    earlier = read_json(run_dir / RUN) or {}
-    starts = [s for s in earlier.get("starts", []) if s["step"] <= step] if step else []
+    earlier = read_json(run_dir / RUN, RUN)
+    starts = [s for s in earlier.get("starts") or [] if s["step"] <= step] if step else []
     now = {"time": round(time.time(), 1), "step": step, "ranks": facts["hardware"]["ranks"]}
     write_json(run_dir / RUN, {**facts, "starts": [*starts, now]})

@@ -50,8 +50,8 @@ def path_of(run_dir: Path, rank: int) -> Path:
 
 def read_beats(run_dir: Path) -> dict[int, Beat]:
     """The heartbeats of a run, by rank."""
-    found = [read_json(path) for path in sorted((run_dir / HEARTBEATS).glob("rank-*.json"))]
-    return {b["rank"]: Beat(**b) for b in found if isinstance(b, dict)}
+    found = [read_json(path, HEARTBEATS) for path in sorted((run_dir / HEARTBEATS).glob("rank-*.json"))]
+    return {b["rank"]: Beat(**b) for b in found if b}
 
 
 class Heartbeat:

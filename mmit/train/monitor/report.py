@@ -16,7 +16,7 @@ from mmit.io import write_atomic
 from mmit.pages import page, table
 from mmit.text import escape
 from mmit.train.monitor.curves import Series, figure, smooth
-from mmit.train.monitor.run_files import BEST, EVENTS, RUN, read_json, read_metrics, read_rows
+from mmit.train.monitor.run_files import BEST, EVENTS, RUN, read_metrics, read_rows, read_whole
 
 NAME = "report.html"
 SHOWN = 50  # rows of a long table
@@ -26,16 +26,18 @@ def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html from what the run folder holds now; returns its path."""
     steps, evals, left_out = read_metrics(run_dir)
     events = read_rows(run_dir / EVENTS)
-    run = read_json(run_dir / RUN) or {}
+    run, damaged = read_whole(run_dir / RUN, RUN)
+    best, worse = read_whole(run_dir / BEST, BEST)
+    left_out += [problem for problem in (damaged, worse) if problem]
     sections = [
         f"<h1>{escape(run_dir.resolve().name)}</h1>",
-        _summary(run_dir, run, steps),
+        _summary(run_dir, run, best, steps),
         _section("Curves", f'<div class="curves">{_curves(steps, evals)}</div>' if steps else ""),
         _section("Evaluation", _evaluations(evals) + _benchmarks(run_dir)),
         _section("What went wrong", _left_out(left_out) + _events(events) + _bad_records(run_dir)),
         _section("Data", _data(run)),
-        _section("Parameters", _table(run.get("parameters", []))),
-        _section("Hardware and versions", _pairs(run.get("hardware", {})) + _pairs(run.get("versions", {}))),
+        _section("Parameters", _table(run.get("parameters") or [])),
+        _section("Hardware and versions", _pairs(run.get("hardware") or {}) + _pairs(run.get("versions") or {})),
         _section("Config", _config(run_dir)),
     ]
     text = page(run_dir.resolve().name, *sections, kind="run")
@@ -47,7 +49,7 @@ def _section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>" if body else ""
 
 
-def _summary(run_dir: Path, run: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
+def _summary(run_dir: Path, run: Mapping[str, Any], best: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> str:
     facts: dict[str, Any] = {}
     if steps:
         last, total = steps[-1], run.get("steps")
@@ -58,9 +60,9 @@ def _summary(run_dir: Path, run: Mapping[str, Any], steps: Sequence[Mapping[str,
         facts["seconds in steps"] = _number(sum(r["seconds"] for r in steps))
         facts["skipped steps, loss spikes"] = f"{last['skipped_steps']}, {last.get('spikes', 0)}"
         facts["bad records while training"] = last["bad_records"]
-    if best := read_json(run_dir / BEST):
+    if best:
         facts["best checkpoint"] = f"{best['checkpoint']}: {best['metric']} {_number(best['value'])}"
-    starts = run.get("starts", [])
+    starts = run.get("starts") or []
     if starts:
         when = [time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(s["time"])) for s in starts]
         facts["started"] = "; ".join(f"{t} from step {s['step']}" for t, s in zip(when, starts, strict=True))
@@ -114,7 +116,10 @@ def _benchmarks(run_dir: Path) -> str:
     """Reports that `mmit eval` left in the run folder."""
     parts = []
     for path in sorted(run_dir.glob("eval*/**/report.json")):
-        found = read_json(path)
+        try:
+            found = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
         reports = found if isinstance(found, list) else [found]
         for report in reports:
             if isinstance(report, dict):
@@ -125,8 +130,8 @@ def _benchmarks(run_dir: Path) -> str:
 
 
 def _left_out(lines: Sequence[str]) -> str:
-    """Damaged lines, which no curve and no sum of this report holds."""
-    title = f"<h3>Damaged lines of metrics.jsonl: {len(lines)}</h3>"
+    """Damaged lines and files, which no curve and no sum of this report holds."""
+    title = f"<h3>Damaged lines and files: {len(lines)}</h3>"
     return title + table([[line] for line in lines[:SHOWN]], kind="left", head=False) if lines else ""
 
 
@@ -142,11 +147,13 @@ def _events(events: Sequence[Mapping[str, Any]]) -> str:
 def _bad_records(run_dir: Path) -> str:
     rows: list[Any] = []
     for path in sorted(run_dir.glob("bad_records*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
-                rows.append({"file": path.name, **json.loads(line)})
-            except ValueError:  # a line that is being written
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # a line that is being written
                 continue
+            if isinstance(row, dict):
+                rows.append({"file": path.name, **row})
     title = f"<h3>Bad records: {len(rows)}" + (f", the first {SHOWN}" if len(rows) > SHOWN else "") + "</h3>"
     return title + _table(rows[:SHOWN]) if rows else ""
 
@@ -162,7 +169,7 @@ def _data(run: Mapping[str, Any]) -> str:
 
 def _config(run_dir: Path) -> str:
     path = run_dir / "config.yaml"
-    return f"<pre>{escape(path.read_text(encoding='utf-8'))}</pre>" if path.exists() else ""
+    return f"<pre>{escape(path.read_text(encoding='utf-8', errors='replace'))}</pre>" if path.exists() else ""
 
 
 def _pairs(facts: Mapping[str, Any]) -> str:

@@ -37,10 +37,10 @@ def plain(value: Any) -> Any:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows with a step of a JSONL file, [] where there is none; a line that is still being written is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
 
@@ -107,12 +107,69 @@ def note_event(run_dir: Path, row: dict[str, Any]) -> None:
     append(run_dir / EVENTS, json.dumps(plain({"time": round(time.time(), 1), **row})) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file, None where there is none or it is damaged."""
+# What readers take from these files: a type, a list of one shape, or an object; a key with "?" may be absent or null.
+_NUMBER = (int, float)
+_FACTS = {"records": int, "bad": int, "supervised": int, "pictures": int, "sources": [dict]}
+SHAPES: dict[str, Any] = {
+    RUN: {
+        "steps?": int,
+        "starts?": [{"time": _NUMBER, "step": int}],
+        "parameters?": [dict],
+        "hardware?": dict,
+        "versions?": dict,
+        "train?": _FACTS,
+        "eval?": _FACTS,
+    },
+    BEST: {"checkpoint": str, "metric": str, "value": _NUMBER},
+    HEARTBEATS: {
+        **dict.fromkeys(("rank", "step", "moves", "pid"), int),
+        **dict.fromkeys(("since", "time"), _NUMBER),
+        **dict.fromkeys(("phase", "host"), str),
+    },
+}
+
+
+def read_json(path: Path, shape: str) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is none or it is damaged; `shape` is a key of SHAPES."""
+    return read_whole(path, shape)[0]
+
+
+def read_whole(path: Path, shape: str) -> tuple[dict[str, Any], str]:
+    """The object in a JSON file, and a sentence if it is damaged; {} then, and where there is no file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}, ""
+    except (OSError, ValueError, RecursionError):
+        return {}, f"{path.name} is left out: it is no JSON"
+    wrong = _misfit(value, SHAPES[shape])
+    return ({}, f"{path.name} is left out: {wrong}") if wrong else (value, "")
+
+
+def _misfit(value: Any, shape: Any, name: str = "it") -> str:
+    """What of a value is not of a shape, "" if it fits."""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{name} is no list"
+        return next((wrong for item in value if (wrong := _misfit(item, shape[0], f"an entry of {name}"))), "")
+    if not isinstance(shape, dict):
+        fits = isinstance(value, shape) and not isinstance(value, bool) and (shape is dict or _plain(value))
+        kind = {dict: "JSON object", str: "text"}.get(shape, "number")
+        return "" if fits else f"{name} is no {kind}"
+    if not isinstance(value, dict):
+        return f"{name} is no JSON object"
+    for key, inner in shape.items():
+        bare = key.removesuffix("?")
+        if bare not in value and bare == key:
+            return f"{name} has no '{bare}'"
+        held = value.get(bare)
+        if (held is not None or bare == key) and (wrong := _misfit(held, inner, f"'{bare}'")):
+            return wrong
+    return ""
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str) or _finite(value)
 
 
 def write_json(path: Path, value: Any, *, sync: bool = True) -> None:

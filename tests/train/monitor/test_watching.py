@@ -29,6 +29,7 @@ from mmit.train.checkpoint.resume import settle_best
 from mmit.train.data.setup import image_loader, open_data
 from mmit.train.loop import Progress, sum_by_source
 from mmit.train.monitor import trackers
+from mmit.train.monitor.describe import note_start
 from mmit.train.monitor.metrics_log import RunLog
 from mmit.train.monitor.run_files import read_rows
 from mmit.train.run import EXIT_STOPPED, run
@@ -366,6 +367,43 @@ def test_a_damaged_line_is_left_out_and_told(tmp_path, line, said):
     assert "step 2 of ?, loss 1.0000" in result.stdout  # the row after it, and not the one that is being written
     text = (tmp_path / "report.html").read_text()
     assert "14 in the steps logged" in text and told in text.replace("&#39;", "'")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("run.json", b'{"steps": 3', "it is no JSON"),
+        ("run.json", b"\xff\xfe", "it is no JSON"),
+        ("run.json", b"[1]", "it is no JSON object"),
+        ("run.json", b'{"starts": [{"step": 1}]}', "an entry of 'starts' has no 'time'"),
+        ("run.json", b'{"parameters": {}}', "'parameters' is no list"),
+        ("run.json", b'{"steps": "9"}', "'steps' is no number"),
+        ("run.json", b'{"eval": {"records": 1}}', "'eval' has no 'bad'"),
+        ("best.json", b'{"checkpoint": "step-1", "metric": "eval_loss"}', "it has no 'value'"),
+        ("best.json", b'{"checkpoint": "step-1", "metric": "eval_loss", "value": NaN}', "'value' is no number"),
+        ("events.jsonl", b'\xff\n[1]\n{"step": 1, "kind": "spike"}\n', ""),
+        ("heartbeats/rank-00000.json", b'{"rank": 0}', ""),
+        ("bad_records.jsonl", b'\xff\n3\n{"row": 1}\n', ""),
+        ("eval/report.json", b'{"task":', ""),
+        ("config.yaml", b"\xff\xfe", ""),
+    ],
+)
+def test_a_damaged_file_is_left_out_and_told(tmp_path, name, content, said):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(GOOD) + "\n")
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(content)
+    told = f"{name} is left out: {said}"
+    for command in ("report", "run-status"):
+        result = CliRunner().invoke(app, [command, str(tmp_path)])
+        assert result.exit_code == 0 and result.stderr == (f"warning: {told}\n" if said else ""), result.output
+    assert not said or told in (tmp_path / "report.html").read_text().replace("&#39;", "'")
+
+
+def test_a_start_after_a_damaged_run_json(tmp_path):
+    """It names its own moment alone, rather than fail."""
+    (tmp_path / "run.json").write_text("[1]")
+    note_start(tmp_path, {"hardware": {"ranks": 1}}, step=4)
+    assert [start["step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [4]
 
 
 def test_many_damaged_lines_are_counted(tmp_path):
