@@ -31,9 +31,11 @@ def open_rows(
 
     Args:
         described: one of `path` (csv, tsv, json, jsonl, parquet), `package` (see `mmit.build.packages`) or `dataset` (a
-            Hugging Face name); `split`, `config` and `revision` of the last two; `images`, the fields that hold images;
-            `image_root`, where their paths start (default: the file's folder); `licence`; `limit`, the first so many.
-        folder: what a relative `path` starts from. limit: the first so many of these.
+            Hugging Face name, or a folder of such a set); `split`, `config` and `revision` of the last two; `images`,
+            the fields that hold images; `image_root`, where their paths start (default: the file's folder, or the data
+            set's); `licence`; `limit`, the first so many.
+        folder: what relative paths start from: `path`, the folder of a `dataset`, and `image_root`. limit: the first so
+            many of these.
 
     Returns:
         the rows, their licence (None where nobody says), and a name for messages and provenance.
@@ -50,20 +52,36 @@ def open_rows(
         raise ConfigError(problem, where="rows", remedy="Give exactly one of path, package and dataset.")
     licence, own_limit = described.get("licence"), described.get("limit")
     limit = own_limit if limit is None else min(limit, own_limit or limit)
-    root = described.get("image_root")
+    root = None if described.get("image_root") is None else os.path.join(folder, described["image_root"])
     if kinds == ["package"]:
         rows: Any
         rows, own = package_rows(described["package"], described.get("split") or "train")
         licence, name = licence or own, f"{described['package']}/{described.get('split') or 'train'}"
     elif kinds == ["path"]:
         name = os.path.join(folder, described["path"])
-        root = os.path.dirname(name) if root is None else os.path.join(folder, root)
+        root = os.path.dirname(name) if root is None else root
         rows = _file_rows(name)
     else:
-        name = described["dataset"]
+        name = _dataset(described["dataset"], folder)
+        root = name if root is None and os.path.isdir(name) else root
         options = {key: described[key] for key in ("split", "config", "revision") if described.get(key)}
         rows = hf_rows(name, **options)
     return _finished(rows, list(described.get("images") or ()), root or "", limit, name), licence, name
+
+
+def _dataset(name: str, folder: str) -> str:
+    """Return the folder that a data set's name leads to from `folder`, or the name as the hub has it.
+
+    Raises ConfigError where `datasets` would take the name for a folder of the working directory, or where it can be
+    no name of the hub's.
+    """
+    place = os.path.join(folder, name)
+    if os.path.isdir(place):
+        return place
+    if os.path.isdir(name) or os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1:
+        remedy = "Check rows.dataset; a folder starts at the config's folder, as rows.path does."
+        raise ConfigError("no such folder", where=place, remedy=remedy)
+    return name
 
 
 def _file_rows(path: str) -> Iterator[tuple[int, Any]]:

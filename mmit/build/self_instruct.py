@@ -100,8 +100,8 @@ class _Candidate:
     reply: Reply
 
     @property
-    def image(self) -> Image | None:
-        return self.asked.image
+    def images(self) -> tuple[Image, ...]:
+        return (self.asked.image,) if self.asked.image else ()
 
 
 class SelfInstruct:
@@ -220,7 +220,7 @@ class SelfInstruct:
     def _see(self, candidates: Sequence[_Candidate]) -> Iterator[Made | Dropped]:
         """Answer questions about images; those answered alike without the image are dropped."""
         draw = Draw(max_tokens=self.draw.max_tokens)
-        requests = [Request(user(one.image, one.text), draw, "answers") for one in candidates if one.image]
+        requests = [Request(user(*one.images, one.text), draw, "answers") for one in candidates]
         seen = blind = self.desk.ask(requests)
         if self.plan.needs_picture:
             blind = self.desk.ask(Request(user(one.text), draw, "without image") for one in candidates)
@@ -278,13 +278,13 @@ class SelfInstruct:
         self.grown.append(replace(task, id=name))
         terms = {teacher.name: teacher.terms for teacher in self.desk.teachers}
         replies = [reply] if reply is one.reply else [one.reply, reply]
-        style, parents, image = self.plan.style, one.asked.shown, one.image
+        style, parents = self.plan.style, one.asked.shown
         build = asked(TASK, request, replies, template=style, parents=parents, seed=self.plan.seed)
         text = f"{task.instruction}\n\n{task.input}" if task.input else task.instruction
         # Without an image the reply holds a whole example; its thought is about writing that, not about the answer.
-        answer = answer_turn(replace(reply, text=task.output), thought=bool(image) and self.desk.keep_thoughts)
+        answer = answer_turn(replace(reply, text=task.output), thought=bool(one.images) and self.desk.keep_thoughts)
         record = Record(
-            (Turn("user", (*([image] if image else []), Text(text))), answer),
+            (Turn("user", (*one.images, Text(text))), answer),
             id=name,
             source=TASK,
             licence=combined([*self.licences, *(terms[reply.teacher] for reply in replies)]),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
-from mmit.build.self_instruct import InstructPlan, SelfInstruct, Task
+from mmit.build.self_instruct import InstructPlan, SelfInstruct, Task, _Candidate
 from mmit.cli import app
 from mmit.data.diversity import RougePool, nearest_rouge_l
-from mmit.records import Record, read_jsonl, write_jsonl
-from mmit.teachers import Draw
+from mmit.records import Image, Record, read_jsonl, write_jsonl
+from mmit.teachers import Draw, Reply
 from mmit.yamlio import dump_yaml
 from tests.teachers.server import Server
 
@@ -143,6 +145,32 @@ def test_questions_about_images_that_need_none_are_dropped(folder):
     assert len(made) == 4 and all(record.images and record.turns[1].text.startswith("seen") for record in made)
     stated = json.loads((folder / "out/build.json").read_text())
     assert stated["dropped"]["answered alike without the image"] > 0
+
+
+def test_answers_belong_to_their_questions_whatever_image_these_have(tmp_path):
+    """Each candidate is asked both ways: one without an image is answered alike, and shifts no other's answer."""
+    path = tmp_path / "a.png"
+    PIL.Image.new("RGB", (4, 4), (255, 0, 0)).save(path)
+
+    class Eyes:
+        """Says what it was asked, and whether it saw an image."""
+
+        teachers = [SimpleNamespace(name="eyes", terms="MIT")]
+        keep_thoughts = False
+
+        def ask(self, requests):
+            return [
+                Reply(r.digest, "eyes", f"{r.text} {'seen' if len(r.messages[0].parts) > 1 else 'unseen'}")
+                for r in requests
+            ]
+
+    seeds = [Task(str(n), f"{pick(str(n), 8, 7)} {n}") for n in range(6)]
+    build = SelfInstruct(seeds, Eyes(), InstructPlan(), draw=Draw(), pictures=[Image(str(path))])
+    one = build._asked(0)[0]
+    asked = [(text, replace(one, image=image)) for text, image in (("first", None), ("second", one.image))]
+    found = list(build._see([_Candidate(text, of, Reply("x", "eyes", "1. a list")) for text, of in asked]))
+    assert found[0].reason == "answered alike without the image"
+    assert found[1].record.turns[0].text == "second" and found[1].record.turns[1].text == "second seen"
 
 
 def test_a_teacher_that_only_repeats_itself_ends_the_build(folder):

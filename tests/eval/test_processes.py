@@ -79,3 +79,11 @@ def test_ranks_of_torchrun_end_with_the_file_of_one_process(folder: Path, ranks:
     assert answers(folder / out) == {
         name: lines for name, lines in answers(folder / "whole").items() if name == "answers-tuned.jsonl"
     }
+
+
+@pytest.mark.slow
+def test_ranks_that_mmit_starts_end_with_the_file_of_one_process(folder: Path) -> None:
+    started(["-m", "mmit", *command(folder, "devices"), *OPTIONS, "--no-baselines", "--devices", "2"], timeout=300)
+    assert answers(folder / "devices") == {
+        name: lines for name, lines in answers(folder / "whole").items() if name == "answers-tuned.jsonl"
+    }
