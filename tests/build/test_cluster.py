@@ -1,6 +1,6 @@
 """The same stages on Ray: the same bytes, one error, nothing lost, and no more actors than cores.
 
-They run where Ray is installed (`pip install '.[ray]'`), and are skipped with that reason elsewhere.
+They run with `-m slow` where Ray is installed (`pip install '.[ray]'`), and are skipped with that reason elsewhere.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from mmit.yamlio import dump_yaml
 from tests.teachers.server import Server
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
-needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install '.[ray]'")
+
+
+def needs_ray(test):
+    """Starting a cluster takes seconds, so these are slow, too."""
+    return pytest.mark.slow(pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install '.[ray]'")(test))
 
 
 @pytest.mark.parametrize(("named", "cluster"), [("local", None), ("ray", ""), ("ray:auto", "auto")])
