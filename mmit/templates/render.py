@@ -3,7 +3,8 @@
 In: a template, a mapping of fields (images as `mmit.records.Image`), a generator. Out: `Rendered`: the parts of the
 question in reading order, the answer, the choices. A template places an image by `{{ image }}`; what a field's text
 holds can never become an image or the separator between question and answer. Refuses an empty side, a missing field,
-choices that repeat, an image on the answer's side, and an image that the template leaves out.
+choices that repeat, an answer that is none of them, an image on the answer's side, and an image that the template
+leaves out.
 """
 
 from __future__ import annotations
@@ -81,12 +82,6 @@ def render(
     asked, target = (side.strip() if template.strip else side for side in sides)
     if listed is not None and not template.names_options:
         asked = f"{asked}\n\n{listed.text}"
-    if listed is not None and not template.inverted:
-        if target.strip() not in listed.answers:
-            problem = f"the answer '{target.strip()[:80]}' is not among the choices {', '.join(listed.order)[:200]}"
-            raise RecordError(problem, where=place, remedy="Fix the row's label, or the choices.")
-        target = listed.answers[target.strip()]
-    target = target.replace(_BAR, SEPARATOR)
     parts = _parts(asked, images, place)
     if not target.strip():
         raise RecordError("the answer is empty", where=place, remedy="Fill the row's field, or leave the row out.")
@@ -97,6 +92,13 @@ def render(
     if images and not shown_images and not template.inverted:
         problem = f"the row has {len(images)} image(s), and the template shows none"
         raise RecordError(problem, where=place, remedy="Write {{ image }} where the image belongs.")
+    # Whether they are listed is drawn; what may be answered must not depend on that.
+    if choices is not None and not template.inverted and target.strip() not in choices:
+        problem = f"the answer '{target.strip()[:80]}' is not among the choices {', '.join(choices)[:200]}"
+        raise RecordError(problem, where=place, remedy="Fix the row's label, or the choices.")
+    if listed is not None and not template.inverted:
+        target = listed.answers[target.strip()]
+    target = target.replace(_BAR, SEPARATOR)
     allowed = None if choices is None else tuple(choice.replace(_BAR, SEPARATOR) for choice in choices)
     return Rendered(parts, target, allowed, listed)
 

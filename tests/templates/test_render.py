@@ -108,8 +108,11 @@ def test_options_are_placed_where_a_template_names_them_and_the_answer_must_be_a
     out = rendered("{{ options_ }}\nWhich?|||{{ s }}", {"s": "circle"}, choices=SHAPES)
     assert out.parts[0].text.startswith("OPTIONS:\n- ") and out.parts[0].text.endswith("\nWhich?")
     listed = {"options": OptionStyle(1.0), "choices": SHAPES}
-    with pytest.raises(RecordError, match="'square' is not among the choices"):
-        rendered("Which?|||{{ s }}", {"s": "square"}, **listed)
+    for options in (OptionStyle(1.0), None):  # whether they are listed or not
+        with pytest.raises(RecordError, match="'square' is not among the choices"):
+            rendered("Which?|||{{ s }}", {"s": "square"}, choices=SHAPES, options=options)
+    turned = rendered("Ask for a {{ s }}.|||Which {{ s }}?", {"s": "circle"}, inverted=True, choices=SHAPES)
+    assert turned.target == "Which circle?"
     assert rendered("Which?|||{{ s }}", {"s": "circle"}, choices_in_prompt=True, **listed).options is None
     assert rendered("Which?|||{{ s }}", {"s": "circle"}, inverted=True, **listed).options is None
 
