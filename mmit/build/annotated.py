@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from mmit.build.licences import combined
 from mmit.data.image_identity import image_name
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, Text, Turn
+from mmit.templates.bank import SEPARATOR
 from mmit.templates.options import OptionStyle
 from mmit.templates.render import Rendered, draw, render
 from mmit.templates.shots import Pool, check_shots, with_shots
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from mmit.templates.bank import Bank, Template
 
 SHOT_ANSWERS = ("right", "wrong")
+_VALUE = re.compile(r"'([^']*)'|\d[\d,]*(?:\.\d+)?()")  # what a problem quotes or counts
 POOL = 5_000  # rows that examples are drawn from; a sample of all rows where there are more
 
 
@@ -205,7 +208,7 @@ class Renderer:
         place = f"{self.source}:{number}"
         if isinstance(row, RecordError):
             for bank in self.banks:
-                yield Dropped(bank.task, place, "", row.problem)
+                yield _dropped(bank, place, "", row.problem, ())
             return
         aside = _is_aside(row, number, self.recipe)
         for bank in self.banks:
@@ -251,9 +254,19 @@ def _of_row(
             record.meta["build"]["seed"] = recipe.seed
             record.validate()
         except RecordError as error:
-            yield Dropped(bank.task, at.where, template.id, error.problem)
+            yield _dropped(bank, at.where, template.id, error.problem, row)
         else:
             yield Made(bank.task, record, bank.cluster in recipe.held_out)
+
+
+def _dropped(bank: Bank, place: str, template: str, problem: str, names: Iterable[object]) -> Dropped:
+    """What was dropped, its reason without what differs from row to row: `build.json` counts by reason.
+
+    Names of fields stay in the reason; `text` has all of it.
+    """
+    known = {*map(str, names), *bank.fields, SEPARATOR}
+    reason = _VALUE.sub(lambda found: found[0] if found[1] in known else "…", problem)
+    return Dropped(bank.task, place, template, reason, problem[:500] if reason != problem else "")
 
 
 def _record(

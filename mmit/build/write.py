@@ -116,8 +116,7 @@ def write_build(  # noqa: PLR0913
             draft.mkdir(parents=True)
             counts = _write_records(made, draft, out)
             if not counts.accepted:
-                first = next(iter(counts.dropped), "there are no rows")
-                raise ConfigError(f"no row gave a record: {first}", where=str(out), remedy="Fix the rows or the bank.")
+                raise _nothing(counts, draft, out, asked=resumed)
             check_allowed(counts.licences, allow_licences, where="allow_licences")
             _write_mixture(counts, draft, out, base=base, cap=cap)
             stated = {"mmit": __version__, "config": dict(config), "inputs": dict(inputs), "in": counts.total}
@@ -130,6 +129,18 @@ def write_build(  # noqa: PLR0913
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return counts
+
+
+def _nothing(counts: Counts, draft: Path, out: Path, *, asked: bool) -> ConfigError:
+    """The error of a build without a record; `asked`: its texts are a teacher's, and the journal has them."""
+    if asked:
+        reasons = ", ".join(f"{reason} ({number:,})" for reason, number in counts.dropped.most_common(3))
+        remedy = f"{out}/journal.jsonl has the replies: ask another teacher, or change the config."
+        return ConfigError(f"nothing was kept: {reasons or 'no reply'}", where=str(out), remedy=remedy)
+    with open(draft / "dropped.jsonl", encoding="utf-8") as file:
+        first = json.loads(file.readline() or '{"text": "there are no rows"}')
+    problem = f"no row gave a record: {first.get('text') or first['reason']}"
+    return ConfigError(problem, where=str(out), remedy="Fix the rows or the bank.")
 
 
 def _move_into(draft: Path, out: Path) -> None:

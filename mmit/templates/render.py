@@ -94,8 +94,10 @@ def render(
         raise RecordError(problem, where=place, remedy="Write {{ image }} where the image belongs.")
     # Whether they are listed is drawn; what may be answered must not depend on that.
     if choices is not None and not template.inverted and target.strip() not in choices:
-        problem = f"the answer '{target.strip()[:80]}' is not among the choices {', '.join(choices)[:200]}"
-        raise RecordError(problem, where=place, remedy="Fix the row's label, or the choices.")
+        problem = f"the answer '{target.strip()[:80]}' is not among the choices"
+        raise RecordError(
+            problem, where=place, remedy=f"Fix the row's label, or the choices: {', '.join(choices)[:200]}"
+        )
     if listed is not None and not template.inverted:
         target = listed.answers[target.strip()]
     target = target.replace(_BAR, SEPARATOR)

@@ -121,8 +121,22 @@ def test_rows_that_do_not_suit_are_dropped_one_by_one_with_the_reason():
     made = build(Recipe(), open_rows=some_bad)
     bad = [item for item in made if isinstance(item, Dropped)]
     assert len(made) == 30 and [item.row for item in bad] == [f"rows.jsonl:{n}" for n in (5, 10, 20, 30)]
-    text = "\n".join(item.reason for item in bad)
+    text = "\n".join(item.text or item.reason for item in bad)
     assert "no field 'colour'" in text and "answer is empty" in text and "not finite" in text and "null" in text
+
+
+def test_reasons_are_few_whatever_the_rows_hold():
+    """A thousand wrong labels and long fields are two lines of build.json; dropped.jsonl tells each."""
+
+    def all_bad():
+        for number, row in rows(40)():
+            colour = f"colour {number}" if number % 2 else "x" * (100_001 + number)
+            yield number, row | {"colour": colour}
+
+    made = build(Recipe(), open_rows=all_bad)
+    reasons = collections.Counter(item.reason for item in made)
+    assert set(reasons) == {"the answer … is not among the choices", "the field 'colour' has … characters, at most …"}
+    assert made[0].text == "the answer 'colour 1' is not among the choices"
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_diversity_alone_needs_no_teacher(tmp_path):
         ({"control": "yes"}, "control"),
         ({"records": None}, "'records' is missing"),
         ({"score": {"by": "none"}}, "a teacher, but no score"),
-        ({"keep": {"least": 9}}, "no row gave a record"),
+        ({"keep": {"least": 9}}, "nothing was kept: the score is too low (1)"),
     ],
 )
 def test_configs_that_cannot_be_built(tmp_path, settings, said):
