@@ -13,6 +13,7 @@ training, so rank 0 does it alone and the others get its projector. Refuses reco
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from mmit.data.image_identity import image_key
-from mmit.data.sources import open_source
+from mmit.data.sources import open_source, split_subset
 from mmit.errors import ConfigError, RecordError, located
 from mmit.models.partition import shape, whole
 from mmit.train.features import FeatureCache, compute_features
@@ -167,6 +168,13 @@ def align_to_captions(
     for tensor in projector.state_dict().values():
         world.share(tensor, source=0)
     return result
+
+
+def check_captions(path: str) -> None:
+    """Raise ConfigError where there are no captions at `path`, before features of a whole data set are computed."""
+    if not os.path.exists(split_subset(path)[0]):
+        remedy = "check the path, import captions to it (mmit data import), or set align=null"
+        raise ConfigError("no such file", where=f"align.captions: {path}", remedy=remedy)
 
 
 def _captions(path: str, cache: Path) -> list[Record]:

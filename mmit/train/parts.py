@@ -29,7 +29,7 @@ from mmit.models.routers import read_routers
 from mmit.models.tuning import Group, apply_tuning, method_of, quantization
 from mmit.models.tuning.own import changes_layout
 from mmit.models.virtual import virtual_tokens
-from mmit.train.align import Alignment, align_to_captions
+from mmit.train.align import Alignment, align_to_captions, check_captions
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checkpoint import resume
 from mmit.train.checks import identity
@@ -96,6 +96,8 @@ def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: 
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     config = with_whole_paths(config)
+    if config.align is not None and begin is None:
+        check_captions(config.align.captions)
     heart.phase("building the model", 0)
     start = _start(config, begin, say=say)
     divided = _partition(config) if world.deepspeed else None

@@ -150,6 +150,14 @@ def test_cached_features_and_word_alignment(straight, tmp_path):
     assert losses(tmp_path / "b") != losses(tmp_path / "a")
 
 
+def test_missing_captions_are_told_before_the_model_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmit.train.parts._model", None)
+    config = tiny_config(tmp_path, align={"captions": str(tmp_path / "none.jsonl")}, train={"steps": 1})
+    with pytest.raises(ConfigError, match="no such file") as error:
+        run(config)
+    assert "align.captions" in error.value.where and "mmit data import" in error.value.remedy
+
+
 def test_sigterm_saves_and_leaves_with_its_code(straight, tmp_path, monkeypatch):
     for part in ("data", "tokenizer", "vision"):
         os.symlink(straight / part, tmp_path / part)
