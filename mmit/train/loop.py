@@ -133,8 +133,9 @@ def train(
                 # A rank without rows runs its micro-batch with weight 0: under ZeRO-3 all must run the same layers.
                 scale, weights = batch.weight / (step.weight or 1.0), batch.uneven_weights
                 last = i == len(batches) - 1
-                reduce = None if preference is None else partial(preference.losses, batch=batch)
-                given: dict[str, Any] = {"scale": scale, "last": last, "weights": weights, "reduce": reduce}
+                given: dict[str, Any] = {"scale": scale, "last": last, "weights": weights}
+                if preference is not None:
+                    given["reduce"] = partial(preference.losses, batch=batch)
                 losses = engine.forward_backward(data.prepare(batch), **given)
                 sources = data.sources_of(batch.loss_records)
                 sums.append(sum_by_source(weighted(losses, weights), sources, count=len(data.names)) * batch.weight)

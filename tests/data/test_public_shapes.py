@@ -34,17 +34,17 @@ SHAPES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]] 
         ["3 images", "'videos' is a video"],
     ),
     "llama-factory-kto": (
-        [talk("q", "good", label=True)],
-        [talk("q", "bad", label=False)],
-        ["kept in meta only: label (1 row)", "a mark that the answer is bad"],
+        [talk("q", "good", label=True, score=1)],
+        [talk("q", "good", label=True, kto_tag=False)],
+        ["kept in meta only: score (1 row)", "which contradict each other"],
     ),
     "ms-swift": (
         [
             {"query": "q", "response": "a", "history": [["q0", "a0"]], "system": "Be brief.", "channel": "c"},
             {"query": "<image>q", "response": "a", "images": ["b.png"]},
         ],
-        [{"query": "q", "response": "a", "rejected_response": "b"}],
-        ["1 system turn", "kept in meta only: channel (1 row)", "half of a preference pair"],
+        [{"query": "q", "response": "a", "rejected_response": "a"}],
+        ["1 system turn", "kept in meta only: channel (1 row)", "chosen and the rejected answer are equal"],
     ),
     "axolotl": (
         [shares("q", "a", weight=1), shares("q", "b c", train=False)],

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 # Raised whenever a row may be read differently than before: conversions are made again.
-VERSION = 3
+VERSION = 4
 _ROW_FORMATS: dict[str, Format] = {
     **chat.FORMATS,
     **instruct.FORMATS,

@@ -68,6 +68,11 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
     held = {key: told for key, value in record.meta.items() if (told := _held(key, value)) is not None}
     if not held:
         return record
+    if record.rejected is not None and _PLACES.search(record.rejected.text):
+        remedy = "Write the boxes of compared answers as text."
+        raise RecordError(
+            "the rejected answer has a place for a box, and which box it is cannot be told", remedy=remedy
+        )
     if len(held) > 1:
         raise RecordError(f"boxes stand in {' and '.join(held)}", remedy="Keep one of these keys.")
     key, objects = next(iter(held.items()))

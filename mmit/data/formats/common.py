@@ -16,8 +16,8 @@ from typing import Any
 
 from mmit.data.formats import boxes, thoughts
 from mmit.data.formats.json_stream import list_items
-from mmit.data.formats.keys import with_meaning
 from mmit.data.formats.pictures import image_part
+from mmit.data.formats.preferences import read_keys
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Part, Record, Text, Turn, json_lines, short
 
@@ -104,7 +104,7 @@ class Format:
         if self.own:
             return self.row(row, image_root=image_root)
         shared = {key: options.pop(key) for key in SHARED_OPTIONS if key in options and key not in self.options}
-        record = with_meaning(self.row(row, image_root=image_root, **options))
+        record = read_keys(self.row(row, image_root=image_root, **options))
         if self.spells_boxes and "boxes" not in shared:
             boxes.refuse_spelt(record)
         return with_shared(record, shared)

@@ -41,7 +41,7 @@ TURN_KEYS: dict[str, str] = {
 }
 _VIDEO = "mmit reads pictures, not video: leave the row out, or give frames as images."
 _AUDIO = "mmit reads pictures, not sound: leave the row out."
-_PAIR = "Supervised training learns one answer: keep the chosen one as the answer, and remove the other."
+_PAIR = "A pair stands beside the turns, as chosen and rejected of the row."
 _NAMED = "Name it image or images, or import the file as json with columns=image=KEY."
 _TOKENS = "Token ids belong to one tokenizer: import the text they were made of."
 _MASK = "Say what is learnt with weight (0 or more) or train (true, false)."
@@ -65,14 +65,14 @@ REFUSED: dict[str, tuple[str, str]] = {
         ("a loss mask that can be read in two ways", _MASK),
     ),
 }
-# Marks of an answer -> refused where they say that the answer is bad.
+# Marks of an answer; those of a row are read by `preferences.py`, those of a turn refused where they say it is bad.
 MARKS = ("label", "kto_tag", "desirable", "is_desirable", "is_correct", "is_preferred", "preferred")
-_BAD_MARKS = ("undesirable", "negative", "bad", "rejected", "wrong", "false")
-_FLAGS = frozenset(MARKS) - {"label"}  # 0 says no; a label of 0 may be a class
+BAD_MARKS = ("undesirable", "negative", "bad", "rejected", "wrong", "false")
+FLAGS = frozenset(MARKS) - {"label"}  # 0 says no; a label of 0 may be a class
 _WHOLE = "Put it beside the turns: objects or bbox of the row, with <bbox> where it belongs in the text."
 # Keys of a part of a content list that say what it is or hold it.
 _PART_KEYS = ("type", "text", "image", "url", "path", "base64", "source", "image_url", "index")
-_UNLEARN = "Supervised training would learn it as a good one: leave these rows out, for example with --skip-bad."
+_UNLEARN = "Its verdict stands beside the turns, as label of the row: true or false, for train.objective.kind=kto."
 # Made by importers or identical with another key of the record; not reported.
 _KNOWN = ("source", "row", "licence", "turn_keys", "dropped_leading_turn", "references", WRITTEN)
 
@@ -226,8 +226,8 @@ def _refuse(key: str, value: Any, what: str) -> None:
     if key in REFUSED and not _empty(value) and value is not False:
         kind, remedy = REFUSED[key]
         raise RecordError(f"{what} {'' if what.endswith(':') else 'is '}{kind}", remedy=remedy)
-    no = value is False or (key in _FLAGS and value == 0)
-    if key in MARKS and (no or (isinstance(value, str) and value.strip().lower() in _BAD_MARKS)):
+    no = value is False or (key in FLAGS and value == 0)
+    if key in MARKS and (no or (isinstance(value, str) and value.strip().lower() in BAD_MARKS)):
         word = what.removesuffix(":")
         raise RecordError(f"{word} is {short(value)}: a mark that the answer is bad", remedy=_UNLEARN)
 

@@ -25,9 +25,11 @@ from mmit.data.formats.common import (
 )
 from mmit.data.formats.keys import turn_extras
 from mmit.data.formats.pictures import images_first, place_images
+from mmit.data.formats.preferences import CHOSEN
 from mmit.errors import RecordError
 from mmit.records import Record
 
+_WHERE = "Give the prompt in 'prompt', as a text or a list of messages."
 ASKED = ("prompt", "query", "question", "instruction")
 ANSWERED = ("completion", "response", "answer", "output")
 
@@ -44,6 +46,14 @@ def pair(row: Row, *, image_root: str = "") -> Record:
     answered = next((key for key in ANSWERED if key in row), "response")
     if isinstance(row[asked], list):
         return _of_messages(row, asked, answered, image_root)
+    dialogue, used = _asking(row, asked)
+    dialogue.append(said("assistant", text_of(row.get(answered), answered)))
+    meta = rest(row, *used, answered)
+    return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=meta)
+
+
+def _asking(row: Row, asked: str) -> tuple[Dialogue, tuple[str, ...]]:
+    """The turns before the answer, the last of them being the text under `asked`, and the keys they stand under."""
     dialogue: Dialogue = []
     for entry in row.get("history") or []:
         if not isinstance(entry, list) or len(entry) != 2:
@@ -54,15 +64,41 @@ def pair(row: Row, *, image_root: str = "") -> Record:
         raise RecordError("the row has both 'context' and 'input'", remedy="Keep one of them, or import it as json.")
     given = text_of(row[beside[0]], beside[0]) if beside else ""
     dialogue.append(said("user", with_input(text_of(row[asked], asked), given)))
-    dialogue.append(said("assistant", text_of(row.get(answered), answered)))
-    meta = rest(row, asked, answered, "history", *(("context", "input") if asked == "instruction" else ()))
-    return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=meta)
+    return dialogue, (asked, "history", *(("context", "input") if asked == "instruction" else ()))
 
 
 def _of_messages(row: Row, asked: str, answered: str, image_root: str) -> Record:
     both = [*objects_of(row, asked), *objects_of(row, answered)]
     beside = {key: value for key, value in row.items() if key not in (asked, answered)}
     return messages({**beside, "messages": both}, image_root=image_root)
+
+
+def preference(row: Row, *, image_root: str = "") -> Record:
+    """A chosen and a rejected answer: {"prompt", "chosen", "rejected"}, each a text or a list of messages.
+
+    TRL's pairs, with a prompt or with whole conversations; RLHF-V's and RLAIF-V's {"question", "image", ...};
+    UltraFeedback's conversations beside the text of their prompt; LLaMA-Factory's {"instruction", "input", ...};
+    OpenAI's {"input": {"messages"}, "preferred_output", "non_preferred_output"}. `preferences.py` reads the answers.
+    """
+    chosen = next((row[key] for key in CHOSEN if row.get(key)), None)
+    whole = isinstance(chosen, list) and len(chosen) > 1
+    asked = next((key for key in (*ASKED, "messages", "input") if row.get(key) is not None), "")
+    value = row.get(asked)
+    beside = {key: item for key, item in row.items() if key != asked}
+    if isinstance(value, dict) and "messages" in value:
+        return messages({**beside, **value}, image_root=image_root)
+    if isinstance(value, list):
+        return messages({**beside, "messages": value}, image_root=image_root)
+    if whole:
+        talk = messages({**beside, "messages": objects_of({"chosen": chosen}, "chosen")[:-1]}, image_root=image_root)
+        if isinstance(value, str) and value.strip() not in [turn.text.strip() for turn in talk.turns]:
+            problem = f"'{asked}' is said nowhere in the conversation of the chosen answer"
+            raise RecordError(problem, remedy="Keep the one that is right.")
+        return talk
+    if not asked:
+        raise RecordError("the row has a chosen answer and no prompt", remedy=_WHERE)
+    dialogue, used = _asking(row, asked)
+    return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=rest(row, *used))
 
 
 def ultrachat(row: Row, *, image_root: str = "") -> Record:
@@ -159,6 +195,10 @@ FORMATS = {
     "question_answer": Format("question and answer", pair, detect=("question", "answer")),
     "instruction_response": Format("instruction and response", pair, detect=("instruction", "response")),
     "dolly": Format("instruction, context and response", pair, detect=("instruction", "context", "response")),
+    "preference": Format("a prompt, a chosen and a rejected answer", preference, detect=("chosen", "rejected")),
+    "preference_openai": Format(
+        "OpenAI's preferred and non-preferred output", preference, detect=("preferred_output", "non_preferred_output")
+    ),
     "ultrachat": Format("UltraChat: questions and answers in turn", ultrachat, detect=("id", "data")),
     "cauldron": Format("the Cauldron: images and texts of user and assistant", cauldron, detect=("texts",)),
     "conversation": Format("messages or pairs under 'conversation' (Mantis)", conversation, detect=("conversation",)),

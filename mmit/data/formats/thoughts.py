@@ -39,7 +39,8 @@ def with_thoughts(record: Record, thoughts: str | None) -> Record:
         _split(turn, number, opening, closing) if turn.role == "assistant" else turn
         for number, turn in enumerate(record.turns, 1)
     ]
-    return replace(record, turns=tuple(turns))
+    worse = record.rejected and _split(record.rejected, len(turns), opening, closing)
+    return replace(record, turns=tuple(turns), rejected=worse)
 
 
 def check_option(thoughts: str | None) -> None:

@@ -22,7 +22,8 @@ from mmit.data.formats.captions import img2dataset
 from mmit.data.formats.chat import FORMATS as CONVERSATIONS
 from mmit.data.formats.chat import conversation_format
 from mmit.data.formats.common import with_shared
-from mmit.data.formats.keys import kept_keys, with_meaning
+from mmit.data.formats.keys import kept_keys
+from mmit.data.formats.preferences import read_keys
 from mmit.data.images import FORMATS as PICTURES
 from mmit.data.images import without_png_text
 from mmit.errors import ImageError, RecordError
@@ -144,7 +145,7 @@ def to_record(
         return _with_bytes(Record.from_json(row, where=where), key, images, where=where)
     if "text_list" in keys and not texts:
         record = _interleaved(row, images, where)
-        record = _placed(lambda: with_meaning(record), where)
+        record = _placed(lambda: read_keys(record), where)
     elif ("conversations" in keys or "messages" in keys) and not texts:
         record = _foreign(row, pictures, key, where)
     elif len(images) == 1 and (texts or "caption" in keys):
@@ -277,7 +278,7 @@ def _foreign(row: dict[str, Any], images: Mapping[str, Image], key: str, where: 
         row = {k: v for k, v in row.items() if k not in ("image", "images")} | {"images": names}
     try:
         format = "messages" if "messages" in row else conversation_format([row])[0]
-        record = with_meaning(CONVERSATIONS[format].row(row, image_root=""))
+        record = read_keys(CONVERSATIONS[format].row(row, image_root=""))
     except RecordError as error:
         place = f"{where}: {error.where}" if error.where else where
         raise RecordError(error.problem, where=place, remedy=error.remedy) from error
@@ -336,7 +337,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _caption(key: str, members: Mapping[str, bytes], row: Any, *, options: Mapping[str, Any], where: str) -> Record:
     # The suffix of the one picture may be numbered.
     sample = {extension(suffix) if extension(suffix) in IMAGES else suffix: data for suffix, data in members.items()}
-    return _placed(lambda: with_meaning(img2dataset({**sample, "__key__": key, "json": row}, **options)), where)
+    return _placed(lambda: read_keys(img2dataset({**sample, "__key__": key, "json": row}, **options)), where)
 
 
 def _interleaved(row: dict[str, Any], images: Mapping[str, bytes], where: str) -> Record:

@@ -67,12 +67,13 @@ def test_every_importer_refuses_the_same_keys(format: str, key: str) -> None:
 
 @pytest.mark.parametrize("format", LAYOUTS)
 @pytest.mark.parametrize("mark", [{"label": False}, {"kto_tag": 0}, {"label": "undesirable"}, {"label": "False"}])
-def test_an_answer_that_is_marked_bad_is_refused(format: str, mark: dict[str, Any]) -> None:
-    with pytest.raises(RecordError, match="mark that the answer is bad"):
-        read(LAYOUTS[format] | mark, format)
-    good = {key: True for key in mark}
-    assert read(LAYOUTS[format] | good, format).meta[next(iter(mark))] is True
-    assert read(LAYOUTS[format] | {"label": 3}, format).meta["label"] == 3
+def test_a_mark_of_an_answer_is_its_label(format: str, mark: dict[str, Any]) -> None:
+    (key,) = mark
+    for value, label in ((mark[key], False), (True, True), ("Desirable", True)):
+        record = read(LAYOUTS[format] | {key: value}, format)
+        assert record.label is label and key not in record.meta
+    record = read(LAYOUTS[format] | {"label": 3}, format)
+    assert record.label is None and record.meta["label"] == 3
 
 
 def test_weights_of_turns_are_judged_with_their_role() -> None:
@@ -204,8 +205,8 @@ def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
     rows = [chat({"tag": "t"}, id="x", context="c", score=1), chat(context="c"), chat(context=""), chat(label=True)]
     kept: Counter[str] = Counter()
     list(import_file(write(tmp_path / "a.jsonl", rows, lines=True), "messages", kept=kept))
-    assert kept == {"context": 2, "score": 1, "label": 1, "turns: tag": 1}
-    assert told(kept) == "context (2 rows), label (1 row), score (1 row), turns: tag (1 row)"
+    assert kept == {"context": 2, "score": 1, "turns: tag": 1}
+    assert told(kept) == "context (2 rows), score (1 row), turns: tag (1 row)"
 
 
 def test_a_value_that_json_cannot_keep_is_a_bad_row_of_the_import(tmp_path: Path) -> None:
@@ -291,8 +292,11 @@ def test_every_name_that_is_refused(key: str) -> None:
 )
 @pytest.mark.parametrize("value", [False, "undesirable", "negative", "bad", "rejected", "wrong", " Rejected\n"])
 def test_every_mark_of_a_bad_answer(key: str, value: Any) -> None:
-    with pytest.raises(RecordError, match=f"'{key}' is .*a mark that the answer is bad"):
-        read(chat(**{key: value}))
+    """Of a row it is a label, from which plain tuning does not learn; of a turn it is refused."""
+    assert read(chat(**{key: value})).label is False
+    with pytest.raises(RecordError, match=f"has '{key}' is .*a mark that the answer is bad") as caught:
+        read(chat({key: value}))
+    assert "label of the row" in caught.value.remedy
 
 
 def test_where_a_picture_came_from_may_stand_beside_it() -> None:

@@ -123,7 +123,7 @@ def test_any_list_of_turns_by_its_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"prompt": "q", "chosen": "a", "rejected": "b"}, "'chosen' is half of a preference pair"),
+        ({"prompt": "q", "rejected": "b"}, "'rejected' is half of a preference pair"),
         ({"text": "Once upon a time"}, "no question and no answer"),
         ({"segments": [{"label": True, "text": "a"}]}, "'segments' is text cut for another template"),
         ({"input_ids": [1], "labels": [1]}, "'input_ids' is tokens, not text"),
