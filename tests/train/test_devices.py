@@ -80,11 +80,34 @@ def test_a_mistake_in_the_config_is_told_once_and_starts_nothing(tmp_path, monke
 
 def test_one_device_is_this_process_and_a_dry_run_takes_them_for_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "launch", None)
-    path = config_in(tmp_path, steps=1)
-    shown = mmit("train", path, "--dry-run", "--devices", 2)
-    assert shown.exit_code == 0 and shown.stdout == mmit("train", path, "--dry-run", "--ranks", 2).stdout
-    assert mmit("train", path, "--devices", 1).exit_code == 0
-    assert folders.checkpoints(tmp_path / "run")
+    seen: list[Any] = []
+    monkeypatch.setattr("mmit.cli.train._forecast", lambda config, **options: seen.append(options["ranks"]))
+    monkeypatch.setattr("mmit.train.run.run", lambda config, **options: seen.append("run") or EXIT_STOPPED)
+    path = config_in(tmp_path)
+    for words in (["--dry-run", "--devices", 2], ["--dry-run", "--devices", 2, "--ranks", 4]):
+        assert mmit("train", path, *words).exit_code == 0
+    assert mmit("train", path, "--devices", 1).exit_code == EXIT_STOPPED
+    assert seen == [2, 4, "run"]
+
+
+def test_ranks_get_the_words_of_the_command_without_the_option(tmp_path, monkeypatch):
+    seen: list[Any] = []
+    monkeypatch.setattr(launch, "launch", lambda words, **options: seen.append((words, options)) or EXIT_STOPPED)
+    path = config_in(tmp_path)
+    assert mmit("train", "--devices", 2, path, "train.steps=5", "resume=auto").exit_code == EXIT_STOPPED
+    assert mmit("train", path, "--devices", 1, "engine.kind=deepspeed").exit_code == EXIT_STOPPED
+    given = ["eval", str(tmp_path), "--limit", "5", "--device", "cpu", "--task", "custom_example"]
+    for words in ([*given, "--devices", "3"], ["eval", "--devices=3", *given[1:]]):
+        monkeypatch.setattr("mmit.cli.evaluate._judges", lambda *given, **options: None)
+        monkeypatch.setattr("mmit.eval.tasks.load_task", lambda name, **options: name)
+        assert mmit(*words).exit_code == EXIT_STOPPED
+    two, one, *evals = seen
+    assert two == (
+        ["train", "--config", str(path), "train.steps=5", "run.resume=auto"],
+        {"devices": 2, "device": "cpu"},
+    )
+    assert one[1]["devices"] == 1
+    assert evals == [(given, {"devices": 3, "device": "cpu"})] * 2
 
 
 # What a rank hands over, and what is made of it
