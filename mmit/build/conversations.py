@@ -34,7 +34,8 @@ SOURCES = re.compile(
     r"(?:says?|states?|lists?|mentions?|provided|given|above)\b|"
     r"\b(?:based on|according to|as (?:described|stated|mentioned|listed) in) (?:the|these|this) "
     r"(?:given |provided )?(?:list|facts?|descriptions?|information|sentences?|text)\b|"
-    rf"\[\s*{_NUMBER}\s*,|\b0?\.\d{{2,}}\s*,\s*0?\.\d{{2,}}",
+    # A box, two shares one after the other, or one to the three places that `context` gives.
+    rf"\[\s*{_NUMBER}\s*,|\b0?\.\d{{2,}}\s*,\s*0?\.\d{{2,}}|(?<![\d.])0?\.\d{{3}}\b",
     re.IGNORECASE,
 )
 _SYSTEM = (

@@ -43,11 +43,12 @@ def test_the_teacher_is_told_the_real_number_of_captions_and_all_boxes():
         ("The bounding-box lies at the left.", True),
         ("It stands at [0.1, 0.2, 0.5, 0.75].", True),
         ("It spans 0.12, 0.45 of it.", True),
+        ("A rectangle with a width of 0.453 and a height of .531.", True),
         ("Based on the description, it is a cup.", True),
         ("The text says that it is a cup.", True),
         ("A captain stands beside three boxes of 12, 13 and 14 kg.", False),
         ("The text on the sign reads Stop.", False),
-        ("It costs 0.50 euros.", False),
+        ("It costs 0.50 euros, or 1.125 dollars; pi is 3.141.", False),
     ],
 )
 def test_texts_that_let_their_sources_through(text, found):
