@@ -383,7 +383,7 @@ class Model:
         for batch in plan:
             features = self._see(pictures, batch)
             # A model that cannot be batched takes its prompts one by one.
-            for part in [batch] if self._support().batched else [[prompt] for prompt in batch]:
+            for part in [batch] if self.support.batched else [[prompt] for prompt in batch]:
                 ids: list[list[int]] = [[] for _ in part]
                 steps = self._steps(
                     part, features, reader, max_new_tokens=max_new_tokens, sampling=sampling, draws=draws
@@ -515,11 +515,9 @@ class Model:
         _check_count("max_new_tokens", max_new_tokens)
         context = context_length(self.vlm.llm)
         rooms = [max_new_tokens if context is None else context - prompt.length for prompt in batch]
-        groups = self._groups([prompt.samples[0] for prompt in batch])
-        rows = [self._row(group, features)[1] for group in groups]
         steps = decoding.steps(
             self.vlm.llm,
-            decoding.prefill(self.vlm.llm, rows, able=self._support()),
+            self.prefill(batch, features),
             limits=[min(max_new_tokens, room) for room in rooms],
             end_ids=self.end_ids,
             sampling=sampling,
@@ -530,6 +528,12 @@ class Model:
             self.usage.new_tokens += len(new)
             yield new
 
+    def prefill(self, batch: Sequence[Prompt], features: Features) -> decoding.State:
+        """Run prompts, one sample each, up to where their answers begin; just one unless `support.batched`."""
+        groups = self._groups([prompt.samples[0] for prompt in batch])
+        rows = [self._row(group, features)[1] for group in groups]
+        return decoding.prefill(self.vlm.llm, rows, able=self.support)
+
     def _see(self, pictures: Pictures, batch: Sequence[Prompt]) -> Features:
         before = pictures.seen
         features = pictures.take(batch)
@@ -538,7 +542,7 @@ class Model:
 
     def _groups(self, samples: list[Sample]) -> list[list[Sample]]:
         """Samples by the row they run in: all in one where the model allows it, else each in its own."""
-        return [samples] if self._support().shared else [[sample] for sample in samples]
+        return [samples] if self.support.shared else [[sample] for sample in samples]
 
     def _row(self, samples: list[Sample], features: Features) -> tuple[Row, Prompts]:
         """Lay samples into a row and splice their pictures in."""
@@ -560,7 +564,9 @@ class Model:
         at = row.predict_at.to(vlm.device)
         return row, Prompts(embeddings, row.positions.to(vlm.device), row.nodes, at)
 
-    def _support(self) -> decoding.Support:
+    @property
+    def support(self) -> decoding.Support:
+        """Whether its prompts can be decoded together, and run as one row."""
         if self._able is None:
             self._able = decoding.support(self.vlm.llm)
         return self._able

@@ -120,6 +120,31 @@ class AnswerText:
         return text
 
 
+def token_text(tokenizer: Any, token: int) -> tuple[str, bytes]:
+    """The text of one token, with replacement characters where it is a part of a character, and its bytes."""
+    name: str = tokenizer.convert_ids_to_tokens(token) or ""
+    if _BYTE_NAME.fullmatch(name):
+        data = bytes([int(name[3:5], 16)])
+        return data.decode("utf-8", "replace"), data
+    if "\u2581" in name:  # SentencePiece's space, which decoding drops at the beginning of a text
+        text = name.replace("\u2581", " ")
+        return text, text.encode()
+    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if "\ufffd" in text and all(char in _BYTES for char in name):
+        return text, bytes(_BYTES[char] for char in name)
+    return text, text.encode()
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters by which byte-level BPE (GPT-2) writes bytes: itself where one can be seen, else from 256 on."""
+    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(rest)}
+
+
+_BYTES = _byte_characters()
+
+
 def _last(ids: list[int], wanted: list[int]) -> int:
     """Where `wanted` begins for the last time, -1 where it is not."""
     places = range(len(ids) - len(wanted), -1, -1)

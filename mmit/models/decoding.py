@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from mmit.errors import ModelError
 from mmit.models.attention import NAME, run_row
+from mmit.models.batch_cache import GrowingLayer, batch_cache
 from mmit.models.calls import cache_name, cache_of, call
 from mmit.models.deepstack import as_wide
 from mmit.models.llm import input_device
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from mmit.models.vlm import VLM
 
 LLM = PreTrainedModel | PeftModel
-ROOM = 64  # tokens by which the buffers of a batch cache grow
 CROWDED = 0.75  # a batch is closed up when no more than this share of its places is still at work
 
 Stop = Callable[[int, Sequence[int]], bool]
@@ -101,47 +101,6 @@ class State:
     turn: int | None = None
 
 
-class _GrowingLayer(DynamicLayer):
-    """Keys and values in buffers with room to spare, so that a step writes its token and copies nothing."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.lazy_initialization(keys, values)
-        self._buffers = [keys, values]
-        self._show(length)
-
-    def _show(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = (buffer[:, :, :length] for buffer in self._buffers)
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, KV, new, D) states and return all."""
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        for number, states in enumerate((key_states, value_states)):
-            missing = end - self._buffers[number].shape[-2]
-            if missing > 0:
-                self._buffers[number] = F.pad(self._buffers[number], (0, 0, 0, missing + ROOM))
-            self._buffers[number][:, :, start:end] = states
-        return self._show(end)
-
-    def put(self, place: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Replace the last tokens of one place of the batch by (KV, n, D) states."""
-        end = self.get_seq_length()
-        for buffer, states in zip(self._buffers, (keys, values), strict=True):
-            buffer[place, :, end - states.shape[1] : end] = states.to(buffer)
-
-    def select(self, places: torch.Tensor, trim: int) -> None:
-        """Keep some places of the batch, and drop `trim` tokens of padding on the left."""
-        length = self.get_seq_length() - trim
-        places = places.to(self.device)
-        self._buffers = [buffer[:, :, trim:].index_select(0, places) for buffer in self._buffers]
-        self._show(length)
-
-
 def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
     """Run the prompts and lay them into one batch, row after row.
 
@@ -172,7 +131,7 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
     logits = [_run(llm, row, cache).logits[0] for row, cache in zip(rows, caches, strict=True)]
     paths = [_paths(row.nodes.tolist(), row.predict_at.tolist()) for row in rows]
     lengths = torch.tensor([len(path) for row in paths for path in row])
-    return State(_batch_cache(caches, paths), lengths, torch.cat(logits), **kept)
+    return State(batch_cache(caches, paths), lengths, torch.cat(logits), **kept)
 
 
 def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
@@ -199,47 +158,30 @@ def _paths(nodes: list[list[int]], predict_at: list[int]) -> list[list[int]]:
     return [above[owner[at]] + list(range(nodes[owner[at]][0], at + 1)) for at in predict_at]
 
 
-def _batch_cache(caches: list[Cache], paths: list[list[list[int]]]) -> Cache:
-    """Copy every prompt's path out of its row's cache; empties the row caches as it goes."""
-    batch, width = sum(map(len, paths)), max(len(path) for row in paths for path in row)
-    indices = []
-    for row in paths:
-        longest = max(map(len, row))
-        # Padding repeats the row's first token: the mask hides it, and it is finite.
-        indices.append(torch.tensor([[0] * (longest - len(path)) + path for path in row]))
-    layers: list[Any] = []
-    moved: dict[torch.device, list[torch.Tensor]] = {}  # the indices, flat, on each device that holds layers
-    for number in range(len(caches[0].layers)):
-        buffers = []
-        for name in ("keys", "values"):
-            first = getattr(caches[0].layers[number], name)
-            buffer = first.new_zeros(batch, first.shape[1], width + ROOM, first.shape[3])
-            begin = 0
-            if first.device not in moved:
-                moved[first.device] = [send(index.flatten(), first.device) for index in indices]
-            for cache, index, flat in zip(caches, indices, moved[first.device], strict=True):
-                states = getattr(cache.layers[number], name)[0]  # (KV, T, D)
-                n, longest = index.shape
-                picked = states.index_select(1, flat).unflatten(1, (n, longest))
-                buffer[begin : begin + n, :, width - longest : width] = picked.transpose(0, 1)
-                begin += n
-            buffers.append(buffer)
-        for cache in caches:
-            cache.layers[number].reset()
-        layers.append(_GrowingLayer(buffers[0], buffers[1], width))
-    return Cache(layers=layers)
+def join(state: State, more: State) -> None:
+    """Put the prompts of `more` behind those of `state`, between two steps; uses `more` up.
+
+    Both are of one model whose prompts can be batched. Nothing of `state` is copied while its buffers have room.
+    """
+    for layer, new in zip(state.cache.layers, more.cache.layers, strict=True):
+        cast("GrowingLayer", layer).join(cast("GrowingLayer", new))
+    state.lengths = torch.cat([state.lengths, more.lengths])
+    if state.rows is not None and more.rows is not None:
+        state.rows += more.rows
 
 
-def _close_up(state: State, places: list[int]) -> None:
-    """Drop the places of finished prompts."""
-    index = torch.tensor(places)
-    lengths = state.lengths[index]
-    trim = state.cache.get_seq_length() - int(lengths.max())
+def leave(state: State, kept: list[int]) -> None:
+    """Keep the prompts at some places of the batch, in this order; at least one.
+
+    A place that stays where it is costs nothing.
+    """
+    lengths = state.lengths[torch.tensor(kept)]
+    width = int(lengths.max())
     for layer in state.cache.layers:
-        cast("_GrowingLayer", layer).select(index, trim)
+        cast("GrowingLayer", layer).keep(kept, width)
     state.lengths = lengths
     if state.rows is not None:
-        state.rows = [state.rows[place] for place in places]
+        state.rows = [state.rows[place] for place in kept]
 
 
 def steps(
@@ -291,15 +233,13 @@ def steps(
             return
         if len(running) <= CROWDED * len(places):
             kept = [place for place, prompt in enumerate(places) if prompt in running]
-            _close_up(state, kept)
+            leave(state, kept)
             places, chosen = [places[k] for k in kept], [chosen[k] for k in kept]
-        logits = _step(llm, state, chosen)
-        for place, prompt in enumerate(places if state.turn is not None else ()):
-            if prompt in running and int(state.lengths[place]) - 1 == state.turn:
-                logits[place] = _anew(llm, state, place, answers[prompt])
+        logits = step(llm, state, chosen)
+        renew(llm, state, logits, [answers[prompt] if prompt in running else None for prompt in places])
 
 
-def _step(llm: LLM, state: State, chosen: list[int]) -> torch.Tensor:
+def step(llm: LLM, state: State, chosen: Sequence[int]) -> torch.Tensor:
     """Feed one token per place; return (B, V) logits."""
     device = input_device(llm)
     padding = state.cache.get_seq_length() - state.lengths if len(chosen) > 1 else torch.zeros(1, dtype=torch.int64)
@@ -324,6 +264,17 @@ def _step(llm: LLM, state: State, chosen: list[int]) -> torch.Tensor:
     return out.logits[:, -1]
 
 
+def renew(llm: LLM, state: State, logits: torch.Tensor, written: Sequence[Sequence[int] | None]) -> None:
+    """Correct, in place, the (B, V) logits of prompts that have just grown past the switch of longrope.
+
+    Args:
+        written: (B,) each place's new ids, the one just fed among them; None for a finished one.
+    """
+    for place, answer in enumerate(written if state.turn is not None else ()):
+        if answer is not None and int(state.lengths[place]) - 1 == state.turn:
+            logits[place] = _anew(llm, state, place, answer)
+
+
 def _anew(llm: LLM, state: State, place: int, answer: Sequence[int]) -> torch.Tensor:
     """Run a prompt and its answer so far as one sequence, put its keys and values in place; return (V,) logits.
 
@@ -337,14 +288,14 @@ def _anew(llm: LLM, state: State, place: int, answer: Sequence[int]) -> torch.Te
     positions = torch.cat([row.positions, row.positions[-1] + more])
     nodes = torch.tensor([[0, len(embeddings), -1]])
     whole = Prompts(embeddings, positions, nodes, torch.tensor([len(embeddings) - 1], device=positions.device))
-    if not isinstance(state.cache.layers[0], _GrowingLayer):
+    if not isinstance(state.cache.layers[0], GrowingLayer):
         out = _run(llm, whole, None)
         state.cache = cast("Cache", cache_of(out))
         return out.logits[0, -1]
     cache = DynamicCache()
     out = _run(llm, whole, cache)
     for layer, new in zip(state.cache.layers, cache.layers, strict=True):
-        cast("_GrowingLayer", layer).put(place, cast("Any", new).keys[0], cast("Any", new).values[0])
+        cast("GrowingLayer", layer).put(place, cast("Any", new).keys[0], cast("Any", new).values[0])
     return out.logits[0, -1]
 
 

@@ -1,37 +1,41 @@
 """Many questions to a model at once: a bounded queue, and one thread that answers what is in it.
 
-Owns the order in which requests are answered and how each ends: by itself, at its limit, cancelled, out of time, with
-an error. Takes requests that are read and checked already; gives the text of each answer in pieces that never end
-inside a character. Knows no HTTP. Refuses a request before anything is computed: an unknown model, a full queue, a
-prompt or picture that does not fit.
+Owns the order in which requests are answered. Prompts join a batch between two steps of decoding and leave it when
+their answer ends: by itself, at its limit, cancelled, out of time. Takes requests that are read and checked already.
+Knows no HTTP. Refuses a request before anything is computed: an unknown model, a full queue, a prompt that does not
+fit, a picture that cannot be read. An error while answering ends the answers it concerns, never the engine.
 """
 
 from __future__ import annotations
 
-import queue
+import hashlib
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
-from mmit.data.answers import AnswerText
-from mmit.data.prompts import Prompt, ask_messages
+from mmit.data.answers import AnswerText, token_text
+from mmit.data.prompts import Prompt, PromptMaker, ask_messages
 from mmit.errors import ConfigError, MmitError, nearest
+from mmit.models import decoding
 from mmit.models.llm import context_length
-from mmit.pictures import Pictures
+from mmit.models.sampling import choose
+from mmit.pictures import FeatureCache
+from mmit.serve.answering import Answer, Answering, Ask, End, Event, Piece, Reason, TokenLogprob
 
 if TYPE_CHECKING:
     from mmit.generate import Model
-    from mmit.models.sampling import Sampling
 
 MAX_TOKENS = 256  # of an answer that names no limit, as `Model.chat`
-TICK = 0.02  # seconds between two looks at the queue while nothing runs and no one rings
-Reason = Literal["stop", "length", "cancelled", "error", "timeout"]
+PREFILL = 2048  # prompt tokens that join at once at most, but for a longer prompt: meanwhile the others wait
+FEATURE_BYTES = 256 << 20  # features of pictures kept for the next question about them
+__all__ = ["Answering", "Ask", "Closing", "End", "Engine", "EngineState", "Event", "ModelUnknown", "Piece"]
+__all__ += ["QueueFull", "Reason", "TokenLogprob"]
 
 
 class QueueFull(MmitError):
@@ -46,174 +50,19 @@ class Closing(MmitError):
     """The engine takes no more requests."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """One request: a conversation, or a text to continue. None stands for the model's own default.
-
-    Attributes:
-        model: a name of `Engine.models`.
-        messages: as `Model.chat` takes them, pictures as PIL pictures or bytes; None where `prompt` is given.
-        prompt: a text as it is, without a chat template; its control tokens are read as such.
-        max_tokens: most tokens of an answer; the end of the model's context ends it sooner.
-        temperature, top_p, top_k: see `mmit.models.sampling.Sampling`.
-        stop: texts that end an answer and are left out of it.
-        seed: equal seeds draw equal answers, whatever else runs; None draws anew each time.
-        n: answers to the same prompt.
-        logprobs: likeliest tokens to give beside each chosen one (0: only the chosen one's), None for none.
-        timeout_s: seconds from `submit` after which what is not finished ends.
-    """
-
-    model: str
-    messages: Sequence[Mapping[str, Any]] | None = None
-    prompt: str | None = None
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    n: int = 1
-    logprobs: int | None = None
-    timeout_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """A token, its natural log-probability under the model's own distribution, and the likeliest at its place.
-
-    `text` may hold replacement characters where a token is a part of a character; `data` are its bytes.
-    """
-
-    text: str
-    data: bytes
-    logprob: float
-    top: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """More of the answer `index`; pieces add up to it. `tokens` only where log-probabilities were asked for."""
-
-    index: int
-    text: str
-    tokens: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The last event of the answer `index`.
-
-    Attributes:
-        reason: "stop" (by itself or at a stop text), "length", "cancelled", "timeout", "error".
-        error: what went wrong, with the remedy; None but for "error" and "timeout".
-        prompt_tokens: tokens of the prompt. image_tokens: of them, those of pictures.
-        cached_tokens: of them, those that were not computed for this request.
-        completion_tokens: tokens of the answer.
-    """
-
-    index: int
-    reason: Reason
-    error: str | None = None
-    prompt_tokens: int = 0
-    image_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-
-
-Event = Piece | End
-
-
-class Answering:
-    """The answers to one request while they are written. Every method may be called from any thread.
-
-    Attributes:
-        ask: the request. prompt_tokens, image_tokens: known from the start.
-        started: `time.monotonic()` of `submit`. first_token_s: seconds until the first token, None before.
-    """
-
-    def __init__(self, ask: Ask, *, prompt_tokens: int, image_tokens: int) -> None:
-        self.ask, self.prompt_tokens, self.image_tokens = ask, prompt_tokens, image_tokens
-        self.started, self.first_token_s = time.monotonic(), None
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._open = set(range(ask.n))  # the answers whose End has not been put; only the engine's thread changes it
-        self._unread = ask.n  # Ends that the reader has not taken
-        self._cancelled = threading.Event()
-        self._listener: Callable[[], None] | None = None
-
-    first_token_s: float | None
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
-        return self._cancelled.is_set()
-
-    @property
-    def finished(self) -> bool:
-        """Whether every answer has ended."""
-        return not self._open
-
-    def cancel(self) -> None:
-        """End every answer that still runs or waits, with the reason "cancelled"."""
-        self._cancelled.set()
-
-    def listen(self, listener: Callable[[], None]) -> None:
-        """Call `listener` from the engine's thread whenever there may be events to `get`; at once the first time."""
-        self._listener = listener
-        listener()
-
-    def get(self, timeout: float | None = 0.0) -> Event | None:
-        """Return the next event; None where there is none within `timeout` seconds (None: wait for one)."""
-        try:
-            event = self._events.get(block=timeout != 0, timeout=timeout)
-        except queue.Empty:
-            return None
-        self._unread -= isinstance(event, End)
-        return event
-
-    def events(self) -> Iterator[Event]:
-        """Every event until all answers have ended."""
-        while self._unread:
-            event = self.get(None)
-            if event is not None:
-                yield event
-
-    def _put(self, event: Event) -> None:
-        if isinstance(event, End):
-            self._open.discard(event.index)
-        self._events.put(event)
-        if self._listener is not None:
-            self._listener()
-
-
 @dataclass(slots=True)
-class _Sequence:
-    """One answer of a request."""
+class _Lane:
+    """A model and its batch: place n of the state works for answer n, whose last token it has not been fed yet."""
 
-    answering: Answering
-    index: int
-    prompt: Prompt
-    reader: AnswerText
-    sampling: Sampling
-    limit: int
-    ids: list[int] = field(default_factory=list)
-    sent: str = ""
+    model: Model
+    features: FeatureCache
+    state: decoding.State | None = None
+    answers: list[Answer] = field(default_factory=list)
+    fed: list[int] = field(default_factory=list)
+    ends: tuple[int, ...] = ()
 
-    def end(self, reason: Reason, error: str | None = None) -> None:
-        """Put what is left of the text and the end."""
-        if self.index not in self.answering._open:
-            return
-        if reason in ("stop", "length") and (rest := self.reader.whole(self.ids)[len(self.sent) :]):
-            self.answering._put(Piece(self.index, rest))
-        self.answering._put(
-            End(
-                self.index,
-                reason,
-                error,
-                prompt_tokens=self.answering.prompt_tokens,
-                image_tokens=self.answering.image_tokens,
-                completion_tokens=len(self.ids),
-            )
-        )
+    def __post_init__(self) -> None:
+        self.ends = self.model.end_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,10 +95,10 @@ class Engine:
         self.models = dict(models)
         self.max_running, self.max_waiting = max_running, max_waiting
         self._makers = {name: model.prompt_maker() for name, model in self.models.items()}
-        self._tokenising = threading.Lock()  # tokenizers are not safe in two threads at once
-        self._waiting: deque[list[_Sequence]] = deque()
-        self._running: list[_Sequence] = []
-        self._lock = threading.Lock()
+        self._lanes = {name: _Lane(model, FeatureCache(FEATURE_BYTES)) for name, model in self.models.items()}
+        self._reading = threading.Lock()  # tokenizers are not safe in two threads at once
+        self._lock = threading.Lock()  # of everything below
+        self._waiting: deque[Answer] = deque()
         self._bell = threading.Event()
         self._ended: dict[str, int] = {}
         self._refused = self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
@@ -268,53 +117,46 @@ class Engine:
         model = self.models.get(ask.model)
         if model is None:
             raise ModelUnknown(f"no model '{ask.model}' is served", remedy=nearest(ask.model, self.models))
-        self._check_room()
-        if ask.n < 1:
-            raise ConfigError(f"n is {ask.n}", remedy="Give 1 or more.")
-        limit = MAX_TOKENS if ask.max_tokens is None else ask.max_tokens
-        if limit < 1:
-            raise ConfigError(f"max_tokens is {limit}", remedy="Give 1 or more.")
-        seed = secrets.randbits(63) if ask.seed is None else ask.seed
-        ways = {"temperature": ask.temperature, "top_p": ask.top_p, "top_k": ask.top_k, "seed": seed}
-        sampling = model.sampling(**ways)
-        with self._tokenising:
-            prompt = self._prompt(ask)
-        reader = model.reader(ask.stop) if ask.prompt is None else AnswerText(model.tokenizer, ask.stop, strip=False)
-        context = context_length(model.vlm.llm)
-        limit = limit if context is None else min(limit, context - prompt.length)
-        image_tokens = sum(prompt.samples[0].widths)
-        answering = Answering(ask, prompt_tokens=prompt.length, image_tokens=image_tokens)
-        sequences = [_Sequence(answering, n, prompt, reader, sampling, limit) for n in range(ask.n)]
         with self._lock:
             self._check_room()
-            self._waiting.append(sequences)
+        limit = MAX_TOKENS if ask.max_tokens is None else ask.max_tokens
+        for name, value in (("n", ask.n), ("max_tokens", limit)):
+            if value < 1:
+                raise ConfigError(f"{name} is {value}", remedy="Give 1 or more.")
+        seed = secrets.randbits(63) if ask.seed is None else ask.seed
+        sampling = model.sampling(temperature=ask.temperature, top_p=ask.top_p, top_k=ask.top_k, seed=seed)
+        reader = model.reader(ask.stop) if ask.prompt is None else AnswerText(model.tokenizer, ask.stop, strip=False)
+        with self._reading:
+            prompt = _prompt(ask, self._makers[ask.model])
+        prompt, pixels = _seen(prompt, model)
+        context = context_length(model.vlm.llm)
+        limit = limit if context is None else min(limit, context - prompt.length)
+        answering = Answering(ask, prompt_tokens=prompt.length, image_tokens=sum(prompt.samples[0].widths))
+        answers = [
+            Answer(answering, n, prompt, pixels, reader, sampling, sampling.generator(n), limit) for n in range(ask.n)
+        ]
+        with self._lock:
+            self._check_room()
+            self._waiting.extend(answers)
         self._bell.set()
         return answering
 
     def _check_room(self) -> None:
         if self._closing:
             raise Closing("the server is shutting down", remedy="Ask again when it is back.")
-        if len(self._waiting) >= self.max_waiting:
+        if self._requests() >= self.max_waiting:
             self._refused += 1
             raise QueueFull(f"{self.max_waiting} requests wait already", remedy="Ask again later.")
 
-    def _prompt(self, ask: Ask) -> Prompt:
-        maker = self._makers[ask.model]
-        if (ask.messages is None) == (ask.prompt is None):
-            raise ConfigError("a request has messages or a prompt, one of them", remedy="Leave the other out.")
-        if ask.messages is not None:
-            return maker.question(ask_messages(ask.messages), 0)
-        ids = maker.tokenizer(ask.prompt).input_ids
-        if not ids:
-            raise ConfigError("the prompt is empty", remedy="Give a text to continue.")
-        return maker.tokens(ids, None)
+    def _requests(self) -> int:
+        return len({id(answer.answering) for answer in self._waiting})
 
     def state(self) -> EngineState:
         """Return what it does now, and its counts."""
         with self._lock:
             return EngineState(
-                running=len(self._running),
-                waiting=len(self._waiting),
+                running=sum(len(lane.answers) for lane in self._lanes.values()),
+                waiting=self._requests(),
                 ended=dict(self._ended),
                 refused=self._refused,
                 prompt_tokens=self._prompt_tokens,
@@ -331,65 +173,226 @@ class Engine:
         self._bell.set()
         self._thread.join()
 
+    @torch.inference_mode()
     def _work(self) -> None:
         while True:
+            self._sweep()
+            for lane, answers in self._admitted():
+                self._join(lane, answers)
+            busy = [lane for lane in self._lanes.values() if lane.answers]
+            for lane in busy:
+                self._step(lane)
+            if busy:
+                continue
             with self._lock:
-                self._running = self._waiting.popleft() if self._waiting else []
-                if not self._running and self._closing:
+                if self._waiting:
+                    continue
+                if self._closing:
                     return
-            if not self._running:
-                self._bell.wait()
-                self._bell.clear()
-            for sequence in self._running:
-                try:
-                    reason, error = self._answer(sequence), None
-                except Exception as problem:  # noqa: BLE001 - whatever a step raises, the engine goes on
-                    reason, error = "error", str(problem)
-                self._finish(sequence, reason, error)
+            self._bell.wait()
+            self._bell.clear()
 
-    def _finish(self, sequence: _Sequence, reason: Reason, error: str | None) -> None:
-        if reason == "timeout":
-            error = f"the answer took longer than {sequence.answering.ask.timeout_s:g} seconds"
-        sequence.end(reason, error)
-        self._ended[reason] = self._ended.get(reason, 0) + 1
+    def _sweep(self) -> None:
+        """End what was cancelled or is out of time, whether it runs or waits."""
+        with self._lock:
+            over = [(answer, why) for answer in self._waiting if (why := self._over(answer))]
+            for answer, _ in over:
+                self._waiting.remove(answer)
+        for answer, why in over:
+            self._end(answer, *why)
+        for lane in self._lanes.values():
+            gone = {place: why for place, answer in enumerate(lane.answers) if (why := self._over(answer))}
+            for place, why in gone.items():
+                self._end(lane.answers[place], *why)
+            self._leave(lane, set(gone))
 
-    def _over(self, answering: Answering) -> tuple[Reason, str | None] | None:
-        """Why a request must end now, None where it may go on."""
-        if answering.cancelled:
+    def _over(self, answer: Answer) -> tuple[Reason, str | None] | None:
+        """Why an answer must end now, None where it may go on."""
+        if answer.answering.cancelled:
             return "cancelled", None
-        now, limit = time.monotonic(), answering.ask.timeout_s
-        if limit is not None and now - answering.started > limit:
-            return "timeout", None
+        now, limit = time.monotonic(), answer.answering.ask.timeout_s
+        if limit is not None and now - answer.answering.started > limit:
+            return "timeout", f"the answer took longer than {limit:g} seconds"
         if self._deadline is not None and now > self._deadline:
             return "error", "the server is shutting down"
         return None
 
-    @torch.inference_mode()
-    def _answer(self, sequence: _Sequence) -> Reason:
-        answering = sequence.answering
-        model = self.models[answering.ask.model]
-        if over := self._over(answering):
-            return self._cut(over)
-        prompt = replace(sequence.prompt, number=0)
-        features = model._see(Pictures(model.vlm, model.preparation, [[prompt]]), [prompt])
-        options: dict[str, Any] = {"max_new_tokens": sequence.limit, "sampling": sequence.sampling}
-        for new in model._steps([prompt], features, sequence.reader, draws=[sequence.index], **options):
-            if over := self._over(answering):
-                return self._cut(over)
-            sequence.ids += [token for _, token in new]
-            self._new_tokens += len(new)
-            if answering.first_token_s is None:
-                answering.first_token_s = time.monotonic() - answering.started
-            text = sequence.reader.settled(sequence.ids)
-            if text.startswith(sequence.sent) and text != sequence.sent:
-                answering._put(Piece(sequence.index, text[len(sequence.sent) :]))
-                sequence.sent = text
-        if sequence.reader.stop and sequence.reader.ended(sequence.ids):
-            return "stop"
-        return "length" if len(sequence.ids) >= sequence.limit else "stop"
+    def _admitted(self) -> list[tuple[_Lane, list[Answer]]]:
+        """Take from the queue what may join now, in its order."""
+        found: dict[str, list[Answer]] = {}
+        room = self.max_running - sum(len(lane.answers) for lane in self._lanes.values())
+        tokens = 0
+        with self._lock:
+            for answer in list(self._waiting):
+                if room < 1 or (tokens and tokens + answer.prompt.length > PREFILL):
+                    break
+                name = answer.answering.ask.model
+                lane, mine = self._lanes[name], found.setdefault(name, [])
+                if (lane.answers or mine) and not lane.model.support.batched:
+                    continue  # such a model answers one at a time
+                mine.append(answer)
+                self._waiting.remove(answer)
+                room -= 1
+                tokens += answer.prompt.length
+        return [(self._lanes[name], answers) for name, answers in found.items() if answers]
 
-    def _cut(self, over: tuple[Reason, str | None]) -> Reason:
-        reason, error = over
-        if error is not None:
-            raise Closing(error, remedy="Ask again when it is back.")
+    def _join(self, lane: _Lane, answers: list[Answer]) -> None:
+        """Run prompts, put their first tokens, and let them join the batch of their model."""
+        joining = _Lane(lane.model, lane.features, None, list(answers))
+        try:
+            joining.state = state = self._prefill(lane, answers)
+        except Exception as error:  # noqa: BLE001 - whatever a prompt raises, the engine goes on
+            if len(answers) == 1:
+                self._fail(joining, error)
+            for answer in answers if len(answers) > 1 else ():
+                self._join(lane, [answer])  # one may spoil it for all
+            return
+        self._take(joining, state.logits)
+        if not joining.answers:
+            return
+        try:
+            if lane.state is None:
+                lane.state = state
+            else:
+                decoding.join(lane.state, state)
+        except Exception as error:  # noqa: BLE001
+            self._fail(joining, error)
+            self._fail(lane, error)
+            return
+        lane.answers += joining.answers
+        lane.fed += joining.fed
+
+    def _prefill(self, lane: _Lane, answers: list[Answer]) -> decoding.State:
+        model, pixels = lane.model, {key: value for answer in answers for key, value in answer.pixels.items()}
+        spreads = {key: shown.spread for answer in answers for key, shown in answer.prompt.pictures.items()}
+        before = lane.features.seen
+        features = lane.features.take(model.vlm, spreads, pixels.__getitem__)
+        model.usage.pictures += lane.features.seen - before
+        prompts = [replace(answer.prompt, number=n) for n, answer in enumerate(answers)]
+        state = model.prefill(prompts, features)
+        self._prompt_tokens += sum(prompt.length for prompt in prompts)
+        return state
+
+    def _step(self, lane: _Lane) -> None:
+        """Write one more token of every answer of a model."""
+        assert lane.state is not None
+        llm = lane.model.vlm.llm
+        try:
+            logits = decoding.step(llm, lane.state, lane.fed)
+            decoding.renew(llm, lane.state, logits, [answer.ids for answer in lane.answers])
+        except Exception as error:  # noqa: BLE001 - whatever a step raises, the engine goes on
+            self._fail(lane, error)
+            return
+        self._take(lane, logits)
+
+    def _fail(self, lane: _Lane, error: Exception) -> None:
+        for answer in lane.answers:
+            self._end(answer, "error", str(error) or type(error).__name__)
+        lane.state, lane.answers, lane.fed = None, [], []
+
+    def _take(self, lane: _Lane, logits: torch.Tensor) -> None:
+        """Choose every answer's next token from (B, V) logits, put it, and let go of the answers that end with it."""
+        try:
+            chosen = _chosen(lane.answers, logits)
+            told = _logprobs(lane, logits, chosen)
+            reasons = [self._written(lane, *pair, told) for pair in enumerate(chosen)]
+            lane.fed = [-1 if token is None else token for token in chosen]
+            self._leave(lane, {place for place, reason in enumerate(reasons) if reason is not None})
+        except Exception as error:  # noqa: BLE001
+            self._fail(lane, error)
+
+    def _written(self, lane: _Lane, place: int, token: int | None, told: Mapping[int, TokenLogprob]) -> Reason | None:
+        """Add a token to an answer, and end it where it ends; returns why."""
+        answer, problem = lane.answers[place], None
+        reason: Reason | None
+        try:
+            if token is None:
+                reason, problem = "error", "the model's logits are not finite: load it with dtype bf16 or fp32"
+            elif token in lane.ends:
+                reason = "stop"
+            else:
+                reason = answer.add(token, told.get(place))
+                self._new_tokens += 1
+                lane.model.usage.new_tokens += 1
+        except Exception as error:  # noqa: BLE001
+            reason, problem = "error", str(error) or type(error).__name__
+        if reason is not None:
+            self._end(answer, reason, problem)
         return reason
+
+    def _leave(self, lane: _Lane, gone: set[int]) -> None:
+        """Give up places of the batch; the last ones move into them."""
+        if not gone:
+            return
+        count = len(lane.answers) - len(gone)
+        movable = [place for place in range(count, len(lane.answers)) if place not in gone]
+        kept = [place if place not in gone else movable.pop() for place in range(count)]
+        if kept and lane.state is not None:
+            decoding.leave(lane.state, kept)
+        else:
+            lane.state = None
+        lane.answers, lane.fed = [lane.answers[k] for k in kept], [lane.fed[k] for k in kept]
+
+    def _end(self, answer: Answer, reason: Reason, error: str | None = None) -> None:
+        with self._lock:
+            self._ended[reason] = self._ended.get(reason, 0) + 1
+        answer.end(reason, error)
+
+
+def _prompt(ask: Ask, maker: PromptMaker) -> Prompt:
+    if (ask.messages is None) == (ask.prompt is None):
+        raise ConfigError("a request has messages or a prompt, one of them", remedy="Leave the other out.")
+    if ask.messages is not None:
+        return maker.question(ask_messages(ask.messages), 0)
+    ids = maker.tokenizer(ask.prompt).input_ids
+    if not ids:
+        raise ConfigError("the prompt is empty", remedy="Give a text to continue.")
+    return maker.tokens(ids, None)
+
+
+def _seen(prompt: Prompt, model: Model) -> tuple[Prompt, dict[Hashable, torch.Tensor]]:
+    """The prompt with its pictures known by their pixels, so that equal ones are equal, and these pixels."""
+    names: dict[Hashable, Hashable] = {}
+    pixels: dict[Hashable, torch.Tensor] = {}
+    for key, shown in prompt.pictures.items():
+        assert model.preparation is not None
+        made = model.preparation.pixels(shown.image, where=shown.where)
+        digest = hashlib.blake2b(made.numpy().tobytes(), digest_size=16)
+        digest.update(repr((tuple(made.shape), shown.spread.grid)).encode())
+        names[key] = digest.hexdigest()
+        pixels[names[key]] = made
+    samples = tuple(replace(s, images=tuple(names[key] for key in s.images)) for s in prompt.samples)
+    pictures = {names[key]: shown for key, shown in prompt.pictures.items()}
+    return replace(prompt, samples=samples, pictures=pictures), pixels
+
+
+def _chosen(answers: Sequence[Answer], logits: torch.Tensor) -> list[int | None]:
+    """The next token of each answer, by its own way to draw; None where its logits are not finite."""
+    finite: list[bool] = torch.isfinite(logits.max(-1).values).tolist()
+    groups: dict[tuple[float, float, int], list[int]] = {}
+    for place, answer in enumerate(answers):
+        if finite[place]:
+            way = answer.sampling
+            groups.setdefault((way.temperature, way.top_p, way.top_k), []).append(place)
+    found: list[int | None] = [None] * len(answers)
+    for places in groups.values():
+        rows = logits if len(places) == len(answers) else logits[places]
+        draws = [answers[place].draw for place in places]
+        for place, token in zip(places, choose(rows, answers[places[0]].sampling, draws), strict=True):
+            found[place] = token
+    return found
+
+
+def _logprobs(lane: _Lane, logits: torch.Tensor, chosen: Sequence[int | None]) -> dict[int, TokenLogprob]:
+    """By place, the log-probability of the chosen token where it was asked for, and of the likeliest beside it."""
+    found = {}
+    for place, (answer, token) in enumerate(zip(lane.answers, chosen, strict=True)):
+        count = answer.answering.ask.logprobs
+        if count is None or token is None:
+            continue
+        row = logits[place].float().log_softmax(-1)
+        best = row.topk(min(count, len(row)))
+        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        top = tuple(TokenLogprob(*token_text(lane.model.tokenizer, n), value) for n, value in pairs)
+        found[place] = TokenLogprob(*token_text(lane.model.tokenizer, token), float(row[token]), top)
+    return found

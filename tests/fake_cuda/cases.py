@@ -241,7 +241,7 @@ def answer(sampling: Sampling = Sampling()) -> dict[str, Any]:  # noqa: B008
                     with _disable_current_modes():  # the numbers that are drawn are real, on the host
                         uniform = [torch.Generator().manual_seed(n) for n in range(3)]
                     chosen = choose(logits, sampling, uniform)
-                    logits = decoding._step(llm, state, chosen)
+                    logits = decoding.step(llm, state, chosen)
     each = {place: count / 4 for place, count in token.syncs.items()}
     copies = {place: count / 4 for place, count in token.blocking().items()}
     return {

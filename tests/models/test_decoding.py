@@ -218,13 +218,13 @@ def test_answers_end_at_end_ids_and_finished_prompts_leave_the_batch(monkeypatch
     assert len(set(ends[end])) > 3 and expected == reference(llm, 90, (end,))
 
     places: list[int] = []
-    step = decoding._step
+    step = decoding.step
 
     def watched(llm: Any, state: decoding.State, chosen: list[int]) -> torch.Tensor:
         places.append(len(chosen))
         return step(llm, state, chosen)
 
-    monkeypatch.setattr(decoding, "_step", watched)
+    monkeypatch.setattr(decoding, "step", watched)
     assert answer(llm, samples(), 90, end_ids=(end,)) == expected
     assert len(places) == 89
     assert places[0] == len(PROMPTS) and places[-1] <= ends[end].count(90) / decoding.CROWDED
