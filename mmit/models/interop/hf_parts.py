@@ -157,7 +157,7 @@ def write_llava(
         return [*written, "adapter_model.safetensors", "non_lora_trainables.bin"]
     tokenizer.save_pretrained(folder)
     state = {key: value.detach().cpu().contiguous() for key, value in llm.state_dict().items()}
-    if llm.config.tie_word_embeddings:
+    if getattr(llm.config, "tie_word_embeddings", False):
         state.pop("lm_head.weight", None)
     save_torch_state_dict({**state, **{f"model.{k}": v for k, v in projector.items()}}, folder)
     return [*written, *sorted(path.name for path in folder.glob("model*.safetensors"))]

@@ -244,7 +244,7 @@ def _tiles(config: Any, processor: Any, where: str) -> dict[str, Any]:
 def _text(config: Any) -> Any:
     """Return the config of the language model, tied if the whole is."""
     text = config.text_config
-    text.tie_word_embeddings = bool(config.tie_word_embeddings or text.tie_word_embeddings)
+    text.tie_word_embeddings = bool(config.tie_word_embeddings or getattr(text, "tie_word_embeddings", False))
     return text
 
 

@@ -33,7 +33,7 @@ from transformers import (
 from mmit.errors import ModelError
 from mmit.models.interop.hf_towers import hf_tower, read_blocks
 from mmit.models.interop.llava_hf import ARCHITECTURES, PROJECTOR
-from mmit.models.interop.llava_names import named_tensors
+from mmit.models.interop.llava_names import named_tensors, text_config_of
 from mmit.models.interop.tensors import complain
 from mmit.models.projectors import MLP
 
@@ -114,7 +114,7 @@ def write_llava_hf(  # noqa: PLR0913
     blocks = read_blocks(vlm.vision)
     with_cls = vision_config.model_type == "clip_vision_model"
     strategy: Any = "default" if with_cls and not vlm.vision.prefix else "full"
-    text_config = copy.deepcopy(llm.config)
+    text_config = text_config_of(llm.config)
     text_config.dtype = None
     tiled = image["mode"] == "any_resolution"
     canvases: dict[str, Any] = {"image_grid_pinpoints": _canvases(image)} if tiled else {}
@@ -127,7 +127,7 @@ def write_llava_hf(  # noqa: PLR0913
         vision_feature_layer=-1 if len(blocks) == 1 else list(blocks),
         vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
-        tie_word_embeddings=bool(text_config.tie_word_embeddings),
+        tie_word_embeddings=text_config.tie_word_embeddings,
         **canvases,
     )
     config.architectures, config.dtype = [ARCHITECTURES[config.model_type]], dtype

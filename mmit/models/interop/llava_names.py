@@ -6,6 +6,7 @@ files where it does, or the sentence that says that it does not. Found out by lo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,9 +44,17 @@ def why_not_found(llm: Any) -> str | None:
     return f"transformers does not find {len(lost)} of its tensors there, such as {min(lost)}" if lost else None
 
 
+def text_config_of(config: Any) -> Any:
+    """A copy of an LLM's config as a part of LLaVA's, which asks whether embeddings are tied; some configs do not say."""
+    copied = copy.deepcopy(config)
+    copied.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
+    return copied
+
+
 def _unfound(config: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Names of tensors that are missing or left over when an empty LLaVA is loaded from these."""
-    tied = bool(getattr(config, "tie_word_embeddings", False))
+    config = text_config_of(config)
+    tied = config.tie_word_embeddings
     empty = {f"{PREFIX}{key}": torch.empty_like(value, device="meta") for key, value in tensors.items()}
     if tied:
         empty.pop(f"{PREFIX}lm_head.weight", None)
