@@ -45,7 +45,7 @@ def why_not_found(llm: Any) -> str | None:
 
 
 def text_config_of(config: Any) -> Any:
-    """A copy of an LLM's config as a part of LLaVA's, which asks whether embeddings are tied; some configs do not say."""
+    """A copy of an LLM's config for LLaVA's, which asks whether embeddings are tied; some configs do not say."""
     copied = copy.deepcopy(config)
     copied.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     return copied
