@@ -38,6 +38,7 @@ def test_the_walls_hold() -> None:
         ("train/step.py", "import deepspeed", "deepspeed only"),
         ("data/mixture.py", "import webdataset", "webdataset only"),
         ("data/mixture.py", "import ray", "ray only"),
+        ("generate.py", "import uvicorn", "starlette and uvicorn only"),
         ("train/loop.py", "from mmit.config import Config", "Config objects"),
     ],
 )

@@ -239,6 +239,7 @@ CALLS: dict[str, Callable[[Path], list[str]]] = {
     "eval": missing("--task", EVIL),
     "compare": evil_answers,
     "chat": missing("--prompt", EVIL),
+    "serve": missing("--port", "0"),
     "data pack": lambda folder: [str(evil_data(folder)), "--out", str(folder / "b" / EVIL_NAME)],
     "data build": lambda folder: [str(evil_data(folder)), "--out", str(folder / "b" / EVIL_NAME)],
     "data index": lambda folder: [str(evil_data(folder)), "--out", str(folder / EVIL_NAME / "b")],

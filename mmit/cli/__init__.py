@@ -1,4 +1,4 @@
-"""The command line: `mmit init | train | eval | chat | data | build | analyse | inspect | export | env` and more.
+"""The command line: `mmit init | train | eval | chat | serve | data | build | inspect | export | env` and more.
 
 Each command reads like a table of contents and lives in a module of its own; what it needs of torch and the rest
 is imported when it runs, so that help is instant. A user's mistake ends with one message and exit code 2.
@@ -14,7 +14,22 @@ from typing import Annotated
 import typer
 
 from mmit import __version__
-from mmit.cli import analyse, build, chat, config, data, env, evaluate, export, harness, init, inspect, train, watch
+from mmit.cli import (
+    analyse,
+    build,
+    chat,
+    config,
+    data,
+    env,
+    evaluate,
+    export,
+    harness,
+    init,
+    inspect,
+    serve,
+    train,
+    watch,
+)
 from mmit.cli.errors import Commands
 from mmit.cores import spin_briefly
 from mmit.text import echo
@@ -33,6 +48,7 @@ app.command("train")(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.add_typer(data.app, name="data")
 app.add_typer(build.app, name="build")
 app.add_typer(analyse.app, name="analyse")

@@ -13,7 +13,8 @@ import typer
 
 from mmit.cli.config import AllowCode, template_args_of
 from mmit.cli.errors import show_error
-from mmit.errors import MmitError
+from mmit.cli.serve import chat_page, needs_extra, served_name
+from mmit.errors import ConfigError, MmitError
 from mmit.text import echo
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def chat(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, such as enable_thinking=true."),
     ] = None,
+    web: Annotated[bool, typer.Option("--web", help="Talk on a page in the browser.")] = False,
     allow_code: AllowCode = False,
 ) -> None:
     """Talk with a trained model.
@@ -67,6 +69,11 @@ def chat(
     """
     from mmit.generate import load
 
+    if web:
+        needs_extra()
+        if image or prompt is not None or system is not None:
+            remedy = "Leave out --image, --prompt and --system: the page asks for them."
+            raise ConfigError("--web is a page of its own", where="mmit chat", remedy=remedy)
     bits: dict[str, Any] = {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
     model = load(
         run,
@@ -80,6 +87,9 @@ def chat(
     )
     for note in model.notes:
         echo(note, err=True)
+    if web:
+        chat_page(model, served_name(run))
+        return
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options |= {"top_p": top_p, "top_k": top_k, "seed": seed}
     if temperature is None and (told := model.generation.told()):

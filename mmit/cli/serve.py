@@ -1,0 +1,181 @@
+"""`mmit serve`: a run behind OpenAI's HTTP API, with a page to chat on.
+
+In: a run and limits. Out: a server until Ctrl-C or SIGTERM. Refuses to start where what it needs is not installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmit.cli.config import AllowCode, template_args_of
+from mmit.errors import ConfigError
+from mmit.text import echo
+
+if TYPE_CHECKING:
+    import socket
+
+    from mmit.serve.app import Settings
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, a llava-hf folder, or a hub id."),
+    ],
+    *,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. (default: the folder's name)")] = None,
+    api_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Who sends it is let in; may be repeated.")
+    ] = None,
+    api_keys_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keys, one a line; lines that begin with # are left out.")
+    ] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue; 429 beyond.")] = 64,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request's answers may take.")] = 120.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that running answers have when the server ends.")] = 30.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer that a request may ask for.")] = 4096,
+    max_answers: Annotated[int, typer.Option(min=1, help="Most answers to one request (n).")] = 8,
+    max_body_mb: Annotated[float, typer.Option(min=0.001, help="Most megabytes of a request.")] = 20.0,
+    max_images: Annotated[int, typer.Option(min=0, help="Most images of a request.")] = 8,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of an image, by its header.")] = 40_000_000,
+    read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a client may send nothing of a body.")] = 15.0,
+    cors: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Pages of this origin may ask, as https://example.org.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A further name of this server, where no key is set.")
+    ] = None,
+    allow_url: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST", help="Fetch images from this host (*.example.org, or * for any public one)."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained, or fp32 where that is faster)")
+    ] = None,
+    load_in_8bit: Annotated[bool, typer.Option("--load-8bit", help="The LLM in 8 bits, by bitsandbytes.")] = False,
+    load_in_4bit: Annotated[bool, typer.Option("--load-4bit", help="The LLM in 4 bits, by bitsandbytes.")] = False,
+    chat_format: Annotated[
+        str | None, typer.Option("--chat", help="Chat format of a folder of another project, such as vicuna_v1.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="LLM of a LLaVA adapter or projector, or a Prismatic VLM.")] = None,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, such as enable_thinking=true."),
+    ] = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Serve a trained model: OpenAI's API at /v1, a page to chat on at /."""
+    needs_extra()
+    from mmit.generate import load
+    from mmit.serve.app import Settings
+    from mmit.serve.fetch import Fetcher
+    from mmit.serve.requests import Limits
+    from mmit.serve.server import listen
+
+    body = int(max_body_mb * (1 << 20))
+    limits = Limits(
+        body=body,
+        images=max_images,
+        pixels=max_pixels,
+        answers=min(max_answers, max_running),
+        tokens=max_tokens,
+    )
+    settings = Settings(
+        keys=tuple(_keys(api_key or [], api_keys_file)),
+        hosts=(*LOOPBACK, *(entry.lower() for entry in allow_host or ())) if host in LOOPBACK else None,
+        origins=tuple(origin.rstrip("/") for origin in cors or ()),
+        timeout_s=timeout,
+        read_s=read_timeout,
+        limits=limits,
+        fetcher=Fetcher(tuple(allow_url), size=body) if allow_url else None,
+    )
+    place = listen(host, port)  # first: a port that is taken is told before a model is read
+    model = load(
+        run,
+        device=device,
+        dtype=dtype,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+        chat=chat_format,
+        base=base,
+        template_args=template_args_of(template_arg),
+        allow_code=allow_code,
+    )
+    for note in model.notes:
+        echo(note, err=True)
+    notices = []
+    if settings.hosts is None and not settings.keys:
+        notices.append(f"notice: whoever reaches {host} may ask this model; --api-key lets in who has a key")
+    bounds = {"max_running": max_running, "max_waiting": max_waiting}
+    start({name or served_name(run): model}, settings, place, grace_s=grace, notices=notices, bounds=bounds)
+
+
+def start(
+    models: Mapping[str, Any],
+    settings: Settings,
+    place: socket.socket,
+    *,
+    grace_s: float = 30.0,
+    notices: Sequence[str] = (),
+    browser: bool = False,
+    bounds: Mapping[str, int] | None = None,
+) -> None:
+    """Serve loaded models at a place until a signal comes; `bounds` are those of `Engine`."""
+    from mmit.serve.app import build_app
+    from mmit.serve.engine import Engine
+    from mmit.serve.server import Server, run
+
+    engine = Engine(models, **(bounds or {}))
+    run(Server(build_app(engine, settings), engine, grace_s=grace_s), place, notices=notices, browser=browser)
+
+
+def chat_page(model: Any, name: str) -> None:
+    """Open the page to chat on in a browser, with a server of its own on a free port."""
+    from mmit.serve.app import Settings
+    from mmit.serve.server import listen
+
+    start({name: model}, Settings(hosts=LOOPBACK), listen("127.0.0.1", 0), browser=True, grace_s=2.0)
+
+
+def served_name(run: str) -> str:
+    """What a model is called that was given no name: its folder's name, or what follows the owner of a hub id."""
+    path = Path(run)
+    name = path.resolve().name if path.exists() else run.rstrip("/").rpartition("/")[2]
+    return name or "model"
+
+
+def needs_extra() -> None:
+    """Refuse to go on without what a server is made of. Raises ConfigError."""
+    missing = [name for name in ("starlette", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"{missing[0]} is not installed", remedy="pip install 'mmit-tune[serve]'")
+
+
+def _keys(given: list[str], path: Path | None) -> list[str]:
+    keys = list(given)
+    if path is not None:
+        try:
+            lines = path.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"cannot be read: {error}", where=str(path), remedy="Give a text file of keys."
+            ) from error
+        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        if not found:
+            raise ConfigError("holds no key", where=str(path), remedy="Write one a line, or leave --api-keys-file out.")
+        keys += found
+    if any(not key.isascii() or len(key) < 8 for key in keys):
+        remedy = "Make one with: python -c 'import secrets; print(secrets.token_urlsafe(24))'"
+        raise ConfigError("a key is under 8 characters, or not ASCII", where="--api-key", remedy=remedy)
+    return keys
