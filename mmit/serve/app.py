@@ -294,7 +294,9 @@ class _Service:
         model = given.get("model")
         if isinstance(model, str) and model not in self._engine.models:
             names = ", ".join(self._engine.models)
-            raise Refused(404, f"no model '{model[:80]}' is served", names, param="model", code="model_not_found")
+            raise Refused(
+                404, f"no model '{model[:80]}' is served", f"Valid: {names}", param="model", code="model_not_found"
+            )
         wanted = read(given, limits=self._limits, timeout_s=self._settings.timeout_s)
         try:
             return wanted, self._engine.submit(wanted.ask)

@@ -1,0 +1,29 @@
+"""A server of `mmit serve` on a socket of its own, in a thread of the test's process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mmit.serve.app import Settings, build_app
+from mmit.serve.engine import Engine
+from mmit.serve.server import Server, listen
+
+
+@contextmanager
+def served(models: dict[str, Any], settings: Settings | None = None, **bounds: int) -> Iterator[tuple[str, Engine]]:
+    """Yield the URL of a server, and its engine."""
+    engine = Engine(models, **bounds)
+    server = Server(build_app(engine, settings or Settings()), engine, grace_s=0.2)
+    place = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    yield f"http://127.0.0.1:{place.getsockname()[1]}", engine
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
