@@ -1,0 +1,170 @@
+"""Many clients of one engine against one after another: requests a second, time to the first token. See --help.
+
+Rounds take turns: the same number of requests by one client, then by all at once, each with pictures of its own, so
+that nothing one has computed serves the other. Two kinds of requests: questions about pictures, whose answers the
+model ends by itself, and texts to continue for a given number of tokens. At the end a hundred questions are compared
+with `Model.chat`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mmit.cores import Watch, spin_briefly
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+spin_briefly()
+
+import PIL.Image  # noqa: E402
+import PIL.ImageDraw  # noqa: E402
+import torch  # noqa: E402
+
+from mmit.generate import load  # noqa: E402
+from mmit.serve.engine import Ask, End, Engine, Piece  # noqa: E402
+
+COLOURS = ["red", "green", "blue", "yellow", "black", "gray", "teal", "brown"]
+QUESTIONS = [
+    "what is the color of the {0}?",
+    "does the image contain a {0}?",
+    "is there not a {1} shape in the image?",
+    "what shape is in the image?",
+    "which color is the shape in the picture, {1} or another one?",
+]
+TEXTS = ["The {1} {0} was", "Once upon a time a {0}", "Some {1} things are", "How to draw a {0}: first,"]
+
+
+def picture(draw: random.Random) -> PIL.Image.Image:
+    """A shape of a random colour, size and place."""
+    image = PIL.Image.new("RGB", (64, 64), "white")
+    left, top, side = draw.randrange(30), draw.randrange(30), draw.randrange(14, 34)
+    pen, box = PIL.ImageDraw.Draw(image), (left, top, left + side, top + side)
+    getattr(pen, draw.choice(["ellipse", "rectangle"]))(box, fill=draw.choice(COLOURS))
+    return image
+
+
+def asks(kind: str, count: int, tokens: int, seed: int) -> list[Ask]:
+    """Requests: "questions" about a picture each, or "texts" to continue."""
+    draw = random.Random(seed)
+    made = []
+    for n in range(count):
+        words = draw.choice(["circle", "rectangle", "triangle"]), draw.choice(COLOURS)
+        if kind == "texts":
+            made.append(Ask("model", prompt=TEXTS[n % len(TEXTS)].format(*words), max_tokens=tokens))
+            continue
+        parts = [
+            {"type": "image", "image": picture(draw)},
+            {"type": "text", "text": QUESTIONS[n % len(QUESTIONS)].format(*words)},
+        ]
+        made.append(Ask("model", [{"role": "user", "content": parts}], max_tokens=tokens, temperature=0))
+    return made
+
+
+class Told(NamedTuple):
+    """An answer: its text, seconds until its first token, tokens."""
+
+    text: str
+    first_s: float
+    tokens: int
+
+
+def run(engine: Engine, requests: list[Ask], clients: int) -> tuple[float, list[Told]]:
+    """Answer all, each client one after another; returns seconds and the answers."""
+    todo, lock, found = iter(enumerate(requests)), threading.Lock(), dict[int, Told]()
+
+    def client() -> None:
+        while True:
+            with lock:
+                number, ask = next(todo, (-1, None))
+            if ask is None:
+                return
+            answering = engine.submit(ask)
+            *pieces, end = answering.events()
+            if not isinstance(end, End) or end.reason not in ("stop", "length"):
+                raise SystemExit(f"a request failed: {end}")
+            text = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
+            found[number] = Told(text, answering.first_token_s or 0.0, end.completion_tokens)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    begin = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.perf_counter() - begin, [found[n] for n in range(len(requests))]
+
+
+def p95(values: list[float]) -> float:
+    """The value that 95 of 100 do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * 95 // 100) - 1)]
+
+
+def table(engine: Engine, args: argparse.Namespace) -> Iterator[str]:
+    """Lines of a Markdown table, one for each kind of request."""
+    yield "| requests | 1 client, requests/s | first token p95 | all, requests/s | first token p95 | ratio (of rounds) |"
+    yield "|---|---|---|---|---|---|"
+    for kind in args.kinds:
+        run(engine, asks(kind, 4, args.tokens, 10**6), 2)
+        rates: dict[int, list[float]] = {1: [], args.clients: []}
+        firsts: dict[int, list[float]] = {1: [], args.clients: []}
+        written, seed = 0, 0
+        for turn in range(args.rounds):
+            for clients in (1, args.clients) if turn % 2 == 0 else (args.clients, 1):
+                seed += 1
+                seconds, told = run(engine, asks(kind, args.requests, args.tokens, seed), clients)
+                rates[clients].append(args.requests / seconds)
+                firsts[clients] += [answer.first_s for answer in told]
+                written += sum(answer.tokens for answer in told)
+        ratios = [many / one for one, many in zip(rates[1], rates[args.clients], strict=True)]
+        mean = written / (2 * args.rounds * args.requests)
+        yield (
+            f"| {kind}, {mean:.1f} tokens each | {statistics.median(rates[1]):.2f} | {p95(firsts[1]):.2f} s "
+            f"| {statistics.median(rates[args.clients]):.2f} | {p95(firsts[args.clients]):.2f} s "
+            f"| {statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f}) |"
+        )
+
+
+def equal(engine: Engine, args: argparse.Namespace) -> str:
+    """How many of a hundred answers are those of `Model.chat`, by one client after another and by all at once."""
+    model, requests = engine.models["model"], asks("questions", 100, args.tokens, 77)
+    expected = [model.chat(messages=ask.messages, max_new_tokens=args.tokens, temperature=0) for ask in requests]
+    found = []
+    for clients in (1, args.clients):
+        told = run(engine, requests, clients)[1]
+        found.append(sum(answer.text == text for answer, text in zip(told, expected, strict=True)))
+    return f"equal to Model.chat: {found[0]} of 100 alone, {found[1]} of 100 among {args.clients} clients"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="a run or checkpoint")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--requests", type=int, default=48, help="of each arm of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32, help="most tokens of an answer")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--kinds", nargs="+", default=["questions", "texts"], choices=["questions", "texts"])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    engine = Engine({"model": load(args.run, dtype=args.dtype, device="cpu")}, max_running=args.clients)
+    watch = Watch()
+    print(equal(engine, args), flush=True)
+    for line in table(engine, args):
+        print(line, flush=True)
+    if crowd := watch.crowd():
+        print(crowd, file=sys.stderr)
+    engine.close(0)
+
+
+if __name__ == "__main__":
+    main()
