@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -19,7 +20,7 @@ import torch
 from mmit import precision
 from mmit.data.answers import AnswerText
 from mmit.data.messages import check_records
-from mmit.data.packing import Row, Sample, build_row
+from mmit.data.packing import Row, Sample, build_row, token_keys, without
 from mmit.data.preparation import prepare_images, splice_index
 from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, ask_messages, batches
 from mmit.errors import ConfigError, nearest
@@ -29,6 +30,8 @@ from mmit.models.decoding import Prompts
 from mmit.models.generation import end_ids, generation_facts
 from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, context_length, fewer_bits, usable_device
+from mmit.models.prefix_cache import BLOCK, divide
+from mmit.models.virtual import virtual_tokens
 from mmit.pictures import Features, Pictures
 from mmit.records import Record
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
     from mmit.data.chat import ChatFormat
     from mmit.data.prompts import Picture
+    from mmit.models.prefix_cache import Block, PrefixCache
     from mmit.models.sampling import Sampling
     from mmit.models.vlm import VLM
 
@@ -517,7 +521,7 @@ class Model:
         rooms = [max_new_tokens if context is None else context - prompt.length for prompt in batch]
         steps = decoding.steps(
             self.vlm.llm,
-            self.prefill(batch, features),
+            self.prefill(batch, features)[0],
             limits=[min(max_new_tokens, room) for room in rooms],
             end_ids=self.end_ids,
             sampling=sampling,
@@ -528,11 +532,47 @@ class Model:
             self.usage.new_tokens += len(new)
             yield new
 
-    def prefill(self, batch: Sequence[Prompt], features: Features) -> decoding.State:
-        """Run prompts, one sample each, up to where their answers begin; just one unless `support.batched`."""
-        groups = self._groups([prompt.samples[0] for prompt in batch])
-        rows = [self._row(group, features)[1] for group in groups]
-        return decoding.prefill(self.vlm.llm, rows, able=self.support)
+    def prefill(
+        self, batch: Sequence[Prompt], features: Features, *, store: PrefixCache | None = None
+    ) -> tuple[decoding.State, list[int]]:
+        """Run prompts, one sample each, up to where their answers begin; just one unless `support.batched`.
+
+        Args:
+            store: beginnings that were run before, whose tokens are not run again; takes up those of the batch.
+
+        Returns:
+            the state of the batch, and of each prompt how many tokens were known.
+        """
+        samples = [prompt.samples[0] for prompt in batch]
+        # A model without shared rows runs each prompt as plain attention, and a soft prompt comes before all keys.
+        if store is None or not self.support.shared or virtual_tokens(self.vlm.llm):
+            rows = [self._row(group, features)[1] for group in self._groups(samples)]
+            return decoding.prefill(self.vlm.llm, rows, able=self.support), [0] * len(batch)
+        tokens = [token_keys(sample) for sample in samples]
+        found = [store.find(each) for each in tokens]
+        prompts, known = self._row_beyond(samples, features, store, found)
+
+        keep = partial(store.add, tokens)
+        return decoding.prefill(self.vlm.llm, [prompts], able=self.support, keep=keep), known
+
+    def _row_beyond(
+        self, samples: list[Sample], features: Features, store: PrefixCache, found: list[list[Block]]
+    ) -> tuple[Prompts, list[int]]:
+        """Lay samples into a row of which the tokens of the blocks `found` for each are known, and how many."""
+        whole = build_row(samples)
+        paths = decoding.paths_of(whole.nodes.tolist(), whole.predict_at.tolist())
+        division = divide(whole.nodes.tolist(), paths, [len(blocks) * BLOCK for blocks in found])
+        if not division.length:
+            return self._row(samples, features)[1], [0] * len(samples)
+        row, kept = without(whole, division.order[: division.length])
+        self.usage.unshared_tokens += whole.unshared_tokens
+        embeddings = self._embedded(row, features, kept)
+        nodes = torch.tensor(division.nodes)
+        known = set(division.order[: division.length])
+        device = self.vlm.device
+        before = store.before(division, paths, found)
+        prompts = Prompts(embeddings, row.positions.to(device), nodes, row.predict_at.to(device), before)
+        return prompts, [sum(place in known for place in path) for path in paths]
 
     def _see(self, pictures: Pictures, batch: Sequence[Prompt]) -> Features:
         before = pictures.seen
@@ -546,23 +586,29 @@ class Model:
 
     def _row(self, samples: list[Sample], features: Features) -> tuple[Row, Prompts]:
         """Lay samples into a row and splice their pictures in."""
-        vlm = self.vlm
         row = build_row(samples)
+        self.usage.unshared_tokens += row.unshared_tokens
+        embeddings, device = self._embedded(row, features), self.vlm.device
+        return row, Prompts(embeddings, row.positions.to(device), row.nodes, row.predict_at.to(device))
+
+    def _embedded(self, row: Row, features: Features, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """(T, D) embeddings of a row; `kept`: which of its pictures' tokens it still has, None for all."""
+        vlm = self.vlm
         keys = list(dict.fromkeys(row.images))
         spreads = {key: features[key][1] for key in keys}
+        index = splice_index(row.images, spreads, vlm.image_tokens)
+        if kept is not None:
+            index = index[kept]
         # A device map may put the embeddings elsewhere than the projector.
         home = vlm.device if vlm.projector is None else next(vlm.projector.parameters()).device
-        embeddings = vlm.embed(
+        self.usage.prefill_tokens += len(row.input_ids)
+        return vlm.embed(
             row.input_ids.to(vlm.device),
             image_positions=row.image_positions.to(vlm.device),
-            image_index=splice_index(row.images, spreads, vlm.image_tokens).to(home),
+            image_index=index.to(home),
             image_tokens=vlm.image_tokens,
-            features=torch.cat([features[key][0] for key in keys]) if keys else None,
+            features=torch.cat([features[key][0] for key in keys]) if len(index) else None,
         )
-        self.usage.prefill_tokens += len(row.input_ids)
-        self.usage.unshared_tokens += row.unshared_tokens
-        at = row.predict_at.to(vlm.device)
-        return row, Prompts(embeddings, row.positions.to(vlm.device), row.nodes, at)
 
     @property
     def support(self) -> decoding.Support:

@@ -109,7 +109,7 @@ def p95(values: list[float]) -> float:
 
 def table(engine: Engine, args: argparse.Namespace) -> Iterator[str]:
     """Lines of a Markdown table, one for each kind of request."""
-    yield "| requests | 1 client, requests/s | first token p95 | all, requests/s | first token p95 | ratio (of rounds) |"
+    yield "| requests | 1 client, requests/s | first token p95 | all, requests/s | first token p95 | ratio of rounds |"
     yield "|---|---|---|---|---|---|"
     for kind in args.kinds:
         run(engine, asks(kind, 4, args.tokens, 10**6), 2)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -223,6 +223,33 @@ def build_row(samples: Sequence[Sample], *, share: bool = True) -> Row:
         records=[s.record for s in samples],
         unshared_tokens=sum(-t if t < 0 else 1 for symbols in symbol_lists for t, _ in symbols),
     )
+
+
+def token_keys(sample: Sample) -> list[Hashable]:
+    """What identifies each token that must run of a sample: its id, or a picture and the place in it."""
+    found: list[Hashable] = []
+    for token, image in _symbols(sample):
+        found += [token] if token >= 0 else [(image, n) for n in range(-token)]
+    return found
+
+
+def without(row: Row, places: Sequence[int]) -> tuple[Row, torch.Tensor]:
+    """Leave tokens of a row out, none of which predicts a target.
+
+    Returns:
+        the row, whose nodes no longer fit it, and (P,) bool which of its image tokens it still has.
+    """
+    stays = torch.ones(len(row.input_ids), dtype=torch.bool)
+    stays[torch.tensor(places)] = False
+    number = stays.cumsum(0) - 1
+    kept = stays[row.image_positions]
+    return replace(
+        row,
+        input_ids=row.input_ids[stays],
+        positions=row.positions[stays],
+        image_positions=number[row.image_positions[kept]],
+        predict_at=number[row.predict_at],
+    ), kept
 
 
 def _paths(root: _Node, symbol_lists: Sequence[list[Symbol]], share: bool) -> list[list[tuple[_Node, int]]]:

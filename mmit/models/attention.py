@@ -61,14 +61,15 @@ class AttentionPlan:
 
     buckets: list[Bucket]  # on the CPU; see `placed`
     longest: int  # tokens on the longest path
-    segments: Segments  # the same row for a variable-length kernel
+    segments: Segments | None  # the same row for a variable-length kernel; None where not all of its keys are new
     device: torch.device | None = None  # where the row runs; None for the CPU
     layouts: dict[tuple[int, int], BucketLayout] = field(default_factory=dict)  # by H and KV, made when first needed
     masks: dict[tuple[int, Visibility], torch.Tensor] = field(default_factory=dict)  # by bucket and pattern
 
     def to(self, device: torch.device | str) -> AttentionPlan:
         """The plan for a device. Buckets stay until they are asked for: a variable-length kernel never reads them."""
-        return AttentionPlan(self.buckets, self.longest, self.segments.to(device), torch.device(device))
+        segments = None if self.segments is None else self.segments.to(device)
+        return AttentionPlan(self.buckets, self.longest, segments, torch.device(device))
 
     def placed(self) -> list[Bucket]:
         """The buckets on the device of the row, copied there once."""
@@ -88,11 +89,12 @@ class AttentionPlan:
         return self.masks[number, pattern]
 
 
-def make_plan(nodes: torch.Tensor) -> AttentionPlan:
+def make_plan(nodes: torch.Tensor, known: int = 0) -> AttentionPlan:
     """Sort nodes into buckets.
 
     Args:
         nodes: (K, 3) first token, length, parent node (or -1); they follow each other, parents before children.
+        known: tokens of the first nodes whose keys are there already: no queries; those of the others count from 0.
     """
     table: list[list[int]] = nodes.tolist()
     paths: list[list[int]] = []  # row positions a node's tokens may see before the node itself
@@ -102,16 +104,17 @@ def make_plan(nodes: torch.Tensor) -> AttentionPlan:
         else:
             start, length, _ = table[parent]
             paths.append(paths[parent] + list(range(start, start + length)))
-    by_size = sorted(range(len(table)), key=lambda n: (table[n][1], len(paths[n])))
+    new = [n for n in range(len(table)) if table[n][0] >= known]
+    by_size = sorted(new, key=lambda n: (table[n][1], len(paths[n])))
     groups: list[list[int]] = []
     for n in by_size:
         if groups and _alike(table, paths, groups[-1][0], n):
             groups[-1].append(n)
         else:
             groups.append([n])
-    buckets = [_bucket(table, paths, g) for g in groups]
+    buckets = [_bucket(table, paths, g, known) for g in groups]
     longest = max(len(p) + row[1] for p, row in zip(paths, table, strict=True))
-    return AttentionPlan(buckets, longest, make_segments(table, paths))
+    return AttentionPlan(buckets, longest, None if known else make_segments(table, paths))
 
 
 def _alike(table: list[list[int]], paths: list[list[int]], a: int, b: int) -> bool:
@@ -122,7 +125,7 @@ def _alike(table: list[list[int]], paths: list[list[int]], a: int, b: int) -> bo
     return (table[b][1] <= 8 or queries <= 1.5) and 0.5 <= keys <= 2.0
 
 
-def _bucket(table: list[list[int]], paths: list[list[int]], group: list[int]) -> Bucket:
+def _bucket(table: list[list[int]], paths: list[list[int]], group: list[int], known: int) -> Bucket:
     longest_q = max(table[n][1] for n in group)
     longest_k = max(table[n][1] + len(paths[n]) for n in group)
     queries = torch.zeros(len(group), longest_q, dtype=torch.int64)
@@ -132,7 +135,7 @@ def _bucket(table: list[list[int]], paths: list[list[int]], group: list[int]) ->
     for g, n in enumerate(group):
         start, length, _ = table[n]
         own = torch.arange(start, start + length)
-        queries[g, :length] = own
+        queries[g, :length] = own - known
         real[g, :length] = True
         keys[g, : len(paths[n])] = torch.tensor(paths[n], dtype=torch.int64)
         keys[g, len(paths[n]) : len(paths[n]) + length] = own
@@ -183,7 +186,7 @@ def forest_attention(
     """Attention of one row.
 
     Args:
-        q: (1, H, T, D). k, v: (1, KV, T, D) with H a multiple of KV.
+        q: (1, H, T, D). k, v: (1, KV, T, D) with H a multiple of KV; before those of T, the keys that were known.
         plan: from `make_plan` on the row's nodes, on the same device.
         scale: factor on the scores.
         prefix: keys and values before those of the row.
@@ -194,9 +197,10 @@ def forest_attention(
     """
     pattern = kind.pattern if kind.pattern is not None and plan.longest > kind.pattern.reach else None
     window = None if pattern is None else pattern.window
-    if prefix is None and kind.plain and (pattern is None or window is not None) and varlen.usable(q):
+    segments = plan.segments if prefix is None and kind.plain and (pattern is None or window is not None) else None
+    if segments is not None and varlen.usable(q):
         rows_q, rows_k, rows_v = (x[0].transpose(0, 1) for x in (q, k, v))
-        return varlen.varlen_attention(rows_q, rows_k, rows_v, plan.segments, scale, window=window)[None]
+        return varlen.varlen_attention(rows_q, rows_k, rows_v, segments, scale, window=window)[None]
     heads, kv, tokens = q.shape[1], k.shape[1], q.shape[2]
     if (heads, kv) not in plan.layouts:
         plan.layouts[heads, kv] = make_layout(plan.placed(), tokens, heads=heads, kv=kv)
@@ -333,6 +337,7 @@ def run_row(
     nodes: torch.Tensor,
     at: torch.Tensor | None = None,
     cache: Any = None,
+    known: int = 0,
     ids: torch.Tensor | None = None,
 ) -> Any:
     """Run one row through a causal LM, or through its body alone.
@@ -344,6 +349,7 @@ def run_row(
         embeddings: (T, D). positions: (T,). nodes: (K, 3), see `make_plan`.
         at: (S,) positions whose logits are wanted; None for a body, which has none.
         cache: a transformers Cache that keeps the row's keys and values, None for none.
+        known: tokens of the first of `nodes` that the cache holds already; all else counts from the next one.
         ids: (T,) of the tokens, negative for none; see `calls.call`.
 
     Returns:
@@ -355,14 +361,14 @@ def run_row(
     row = None
     if len(nodes) > 1:
         table = nodes.cpu()
-        row = RowState(table.tolist(), make_plan(table).to(embeddings.device), embeddings.device)
+        row = RowState(table.tolist(), make_plan(table, known).to(embeddings.device), embeddings.device)
     with running(row):
         out = call(
             llm,
             inputs_embeds=embeddings[None],
             position_ids=positions[None],
             # Given, so that transformers does not look for packed sequences in the positions itself.
-            attention_mask=None if row is None else positions.new_ones(1, len(positions)),
+            attention_mask=None if row is None else positions.new_ones(1, known + len(positions)),
             use_cache=cache is not None,
             logits_to_keep=at,
             cache=cache,

@@ -32,12 +32,14 @@ from mmit.models.sending import send
 from mmit.models.virtual import with_prompt
 
 if TYPE_CHECKING:
+    from mmit.models.prefix_cache import Before
     from mmit.models.vlm import VLM
 
 LLM = PreTrainedModel | PeftModel
 CROWDED = 0.75  # a batch is closed up when no more than this share of its places is still at work
 
 Stop = Callable[[int, Sequence[int]], bool]
+Keep = Callable[[Cache, Sequence[Sequence[int]]], None]
 
 
 class Prompts(NamedTuple):
@@ -47,6 +49,7 @@ class Prompts(NamedTuple):
     positions: torch.Tensor  # (T,)
     nodes: torch.Tensor  # (K, 3) first token, length, parent or -1; parents come first
     predict_at: torch.Tensor  # (B,) last token of each prompt
+    before: Before | None = None  # tokens of the first nodes that were run before; T and B's places are without them
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class State:
     turn: int | None = None
 
 
-def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
+def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support, keep: Keep | None = None) -> State:
     """Run the prompts and lay them into one batch, row after row.
 
     Args:
@@ -109,11 +112,12 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
         rows: one row of many prompts where `able.shared`; else rows of one prompt each, and just one such row
             unless `able.batched`.
         able: `support(llm)`.
+        keep: given each row's cache, and where in it the tokens of each prompt are.
 
     Raises:
         ModelError: the model does not support rows of this kind.
     """
-    rows = [Prompts(*with_prompt(llm, *row)) for row in rows]
+    rows = [row if row.before is not None else Prompts(*with_prompt(llm, *row[:4])) for row in rows]
     turn = turning_point(llm)
     kept: dict[str, Any] = {} if turn is None else {"rows": list(rows), "turn": turn}
     if not able.batched:
@@ -127,9 +131,13 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support) -> State:
                 remedy="use an architecture that transformers can decode with a cache",
             )
         return State(cache, torch.tensor([len(row.embeddings)]), out.logits[0], **kept)
-    caches: list[Cache] = [DynamicCache() for _ in rows]
+    caches: list[Cache] = [DynamicCache() if row.before is None else row.before.cache for row in rows]
     logits = [_run(llm, row, cache).logits[0] for row, cache in zip(rows, caches, strict=True)]
-    paths = [_paths(row.nodes.tolist(), row.predict_at.tolist()) for row in rows]
+    known = [0 if row.before is None else row.before.length for row in rows]
+    paths = [paths_of(row.nodes.tolist(), (row.predict_at + n).tolist()) for row, n in zip(rows, known, strict=True)]
+    for cache, each in zip(caches, paths, strict=True):
+        if keep is not None:
+            keep(cache, each)
     lengths = torch.tensor([len(path) for row in paths for path in row])
     return State(batch_cache(caches, paths), lengths, torch.cat(logits), **kept)
 
@@ -145,10 +153,12 @@ def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
             logits_to_keep=row.predict_at,
             optional=("use_cache", "position_ids"),
         )
-    return run_row(llm, row.embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at, cache=cache)
+    known = 0 if row.before is None else row.before.length
+    places: dict[str, Any] = {"positions": row.positions, "nodes": row.nodes, "at": row.predict_at}
+    return run_row(llm, row.embeddings, **places, cache=cache, known=known)
 
 
-def _paths(nodes: list[list[int]], predict_at: list[int]) -> list[list[int]]:
+def paths_of(nodes: list[list[int]], predict_at: list[int]) -> list[list[int]]:
     """Row positions of each prompt's tokens, in order."""
     above: list[list[int]] = []
     for _, _, parent in nodes:

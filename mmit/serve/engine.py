@@ -24,6 +24,7 @@ from mmit.data.prompts import Prompt, PromptMaker, ask_messages
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.models import decoding
 from mmit.models.llm import context_length
+from mmit.models.prefix_cache import PrefixCache
 from mmit.models.sampling import choose
 from mmit.pictures import FeatureCache
 from mmit.serve.answering import Answer, Answering, Ask, End, Event, Piece, Reason, TokenLogprob
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 256  # of an answer that names no limit, as `Model.chat`
 PREFILL = 2048  # prompt tokens that join at once at most, but for a longer prompt: meanwhile the others wait
 FEATURE_BYTES = 256 << 20  # features of pictures kept for the next question about them
+PREFIX_BYTES = 512 << 20  # keys and values of beginnings of prompts kept for the next that begins so
 __all__ = ["Answering", "Ask", "Closing", "End", "Engine", "EngineState", "Event", "ModelUnknown", "Piece"]
 __all__ += ["QueueFull", "Reason", "TokenLogprob"]
 
@@ -56,6 +58,7 @@ class _Lane:
 
     model: Model
     features: FeatureCache
+    prefixes: PrefixCache
     state: decoding.State | None = None
     answers: list[Answer] = field(default_factory=list)
     fed: list[int] = field(default_factory=list)
@@ -95,7 +98,10 @@ class Engine:
         self.models = dict(models)
         self.max_running, self.max_waiting = max_running, max_waiting
         self._makers = {name: model.prompt_maker() for name, model in self.models.items()}
-        self._lanes = {name: _Lane(model, FeatureCache(FEATURE_BYTES)) for name, model in self.models.items()}
+        self._lanes = {
+            name: _Lane(model, FeatureCache(FEATURE_BYTES), PrefixCache(PREFIX_BYTES))
+            for name, model in self.models.items()
+        }
         self._reading = threading.Lock()  # tokenizers are not safe in two threads at once
         self._lock = threading.Lock()  # of everything below
         self._waiting: deque[Answer] = deque()
@@ -238,7 +244,7 @@ class Engine:
 
     def _join(self, lane: _Lane, answers: list[Answer]) -> None:
         """Run prompts, put their first tokens, and let them join the batch of their model."""
-        joining = _Lane(lane.model, lane.features, None, list(answers))
+        joining = _Lane(lane.model, lane.features, lane.prefixes, None, list(answers))
         try:
             joining.state = state = self._prefill(lane, answers)
         except Exception as error:  # noqa: BLE001 - whatever a prompt raises, the engine goes on
@@ -269,8 +275,11 @@ class Engine:
         features = lane.features.take(model.vlm, spreads, pixels.__getitem__)
         model.usage.pictures += lane.features.seen - before
         prompts = [replace(answer.prompt, number=n) for n, answer in enumerate(answers)]
-        state = model.prefill(prompts, features)
+        state, known = model.prefill(prompts, features, store=lane.prefixes)
+        for answer, count in zip(answers, known, strict=True):
+            answer.cached_tokens = count
         self._prompt_tokens += sum(prompt.length for prompt in prompts)
+        self._cached_tokens += sum(known)
         return state
 
     def _step(self, lane: _Lane) -> None:

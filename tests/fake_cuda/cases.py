@@ -225,7 +225,7 @@ def answer(sampling: Sampling = Sampling()) -> dict[str, Any]:  # noqa: B008
     with simulated() as mode:
         to_fake_cuda(llm, mode)
         llm.eval()
-        made = decoding._paths(nodes.tolist(), ends)
+        made = decoding.paths_of(nodes.tolist(), ends)
         with mode:
             embeddings = torch.empty(32, 64, dtype=torch.bfloat16, device="cuda")
             positions = torch.zeros(32, dtype=torch.int64, device="cuda")

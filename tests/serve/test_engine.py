@@ -151,13 +151,27 @@ def test_a_picture_seen_before_is_not_looked_at_again(engine: Engine) -> None:
     assert model.usage.pictures == before + 1
 
 
+def test_a_conversation_that_goes_on_runs_only_what_is_new(engine: Engine) -> None:
+    model, told = engine.models["tiny"], messages("What is it? " * 3, 1, system="You are brief. " * 4)
+    for n in range(3):
+        ask = Ask("tiny", list(told), max_tokens=8)
+        before = model.usage.prefill_tokens
+        events = list(engine.submit(ask).events())
+        end, text = events[-1], "".join(e.text for e in events if isinstance(e, Piece))
+        computed = model.usage.prefill_tokens - before
+        assert isinstance(end, End) and computed == end.prompt_tokens - end.cached_tokens
+        assert text == model.chat(messages=ask.messages, max_new_tokens=8)
+        assert end.cached_tokens > end.prompt_tokens / 2 if n else True
+        told += [{"role": "assistant", "content": text or "."}, {"role": "user", "content": "And?"}]
+
+
 @pytest.mark.parametrize("stop", [(), ("e",), ("abc", " c"), ("\n", "o")])
 def test_pieces_add_up_to_the_answer_and_hold_no_part_of_a_stop_text(engine: Engine, stop: tuple[str, ...]) -> None:
     model = engine.models["tiny"]
-    for q in QUESTIONS:
-        events = list(engine.submit(Ask("tiny", messages(q, 0), max_tokens=40, stop=stop)).events())
+    for q in QUESTIONS[:3]:
+        events = list(engine.submit(Ask("tiny", messages(q, 0), max_tokens=30, stop=stop)).events())
         pieces, sent = [e for e in events if isinstance(e, Piece)], ""
-        whole = model.chat(messages=messages(q, 0), max_new_tokens=40, stop=stop)
+        whole = model.chat(messages=messages(q, 0), max_new_tokens=30, stop=stop)
         for piece in pieces:
             sent += piece.text
             assert whole.startswith(sent) and piece.text
