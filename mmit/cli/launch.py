@@ -154,7 +154,10 @@ def _passed_on() -> Iterator[list[int]]:
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        for child in multiprocessing.active_children():
+        ranks = multiprocessing.active_children()
+        if not ranks:  # they have not been started, and must not be
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        for child in ranks:
             with suppress(ProcessLookupError):
                 os.kill(child.pid or 0, number)
 

@@ -162,6 +162,17 @@ def test_a_signal_before_the_ranks_listen_is_no_error(tmp_path, capsys):
     assert "error" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_before_there_are_ranks_starts_none(monkeypatch, number, ends):
+    before = signal.getsignal(number)
+    monkeypatch.setattr(launch.multiprocessing, "active_children", lambda: [])
+    with pytest.raises(ends) as ended, launch._passed_on() as came:
+        os.kill(os.getpid(), number)
+        time.sleep(1)  # the handler comes first
+    assert came == [number] and getattr(ended.value, "code", None) in (None, EXIT_STOPPED)
+    assert signal.getsignal(number) is before
+
+
 def test_show_error_prints_where_nobody_asks_for_it(monkeypatch, capsys):
     monkeypatch.delenv(HAND_OVER, raising=False)
     show_error(ConfigError("wrong", where="here"))
