@@ -104,8 +104,8 @@ MUTANTS = [
     Mutant(
         "mask: parent's last token unseen",
         ATTENTION,
-        "list(range(start, start + length)))\n    by_size",
-        "list(range(start, start + length - 1)))\n    by_size",
+        "list(range(start, start + length)))\n    new = [",
+        "list(range(start, start + length - 1)))\n    new = [",
         T_ATTENTION,
     ),
     Mutant(
@@ -480,6 +480,42 @@ MUTANTS = [
         "- 1 == state.turn:",
         "- 1 == -5:",
         "tests/models/test_decoding.py",
+    ),
+    # serving
+    Mutant(
+        "serve: a prompt's last token is taken for known",
+        "mmit/models/prefix_cache.py",
+        "range(0, len(tokens) - BLOCK, BLOCK)",
+        "range(0, len(tokens) - BLOCK + 1, BLOCK)",
+        "tests/models/test_prefix_cache.py",
+    ),
+    Mutant(
+        "serve: queries of known tokens are not counted off",
+        ATTENTION,
+        "queries[g, :length] = own - known",
+        "queries[g, :length] = own",
+        "tests/models/test_prefix_cache.py",
+    ),
+    Mutant(
+        "serve: who moves into a place brings no keys",
+        "mmit/models/batch_cache.py",
+        "window.index_copy_(0, target, window.index_select(0, source))",
+        "pass",
+        "tests/serve/test_engine.py",
+    ),
+    Mutant(
+        "serve: every answer draws with the first one's numbers",
+        "mmit/serve/engine.py",
+        "sampling.generator(n), limit)",
+        "sampling.generator(0), limit)",
+        "tests/serve/test_engine.py",
+    ),
+    Mutant(
+        "serve: the token that ends a stop text is told",
+        "mmit/serve/answering.py",
+        'return "stop"  # the token\'s',
+        "pass  # the token's",
+        "tests/serve/test_engine.py",
     ),
     # keys with a meaning
     Mutant(

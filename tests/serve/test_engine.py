@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +58,7 @@ def until(true: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    engine = Engine({"tiny": build()}, max_running=5)
+    engine = Engine({"tiny": build()}, max_running=5, max_waiting=100)
     yield engine
     engine.close(0)
 
@@ -405,3 +407,40 @@ def test_a_listener_is_told_of_events_and_may_fail(engine: Engine) -> None:
     other.listen(fails)
     assert ends_of(other)[0].completion_tokens == 30
     assert other.get() is None
+
+
+@pytest.mark.slow
+def test_two_thousand_requests_leave_nothing_behind(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmit.serve import engine as module
+
+    monkeypatch.setattr(module, "PREFIX_BYTES", 200_000)
+    monkeypatch.setattr(module, "FEATURE_BYTES", 20_000)
+    engine, draw = own(build(), max_running=8, max_waiting=3000), random.Random(0)
+
+    def some(count: int) -> None:
+        running = []
+        for n in range(count):
+            options: dict[str, Any] = {"max_tokens": draw.randint(1, 12), "n": draw.choice([1, 1, 1, 3])}
+            options |= draw.choice([{}, {"temperature": 1.0}, {"logprobs": 2}, {"stop": ("e",)}, {"timeout_s": 0.01}])
+            shown = [draw.randrange(400)] if draw.random() < 0.5 else []
+            running.append(engine.submit(Ask("tiny", messages(f"{draw.choice(QUESTIONS)} {n}", *shown), **options)))
+            if draw.random() < 0.2:
+                draw.choice(running).cancel()
+            if len(running) > 20:
+                assert len(ends_of(running.pop(0))) >= 1
+        for answering in running:
+            assert len(ends_of(answering)) == answering.ask.n
+
+    def memory() -> int:
+        gc.collect()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    some(600)
+    before, threads = memory(), threading.active_count()
+    some(2000)
+    until(lambda: engine.state().running == engine.state().waiting == 0)
+    assert memory() < before * 1.05
+    assert threading.active_count() == threads
+    lane = engine._lanes["tiny"]
+    assert (lane.state, lane.answers, lane.fed) == (None, [], [])
