@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from mmit.models.sending import send
 
-BLOCK = 16
+BLOCK = 8
 Key = tuple[int, tuple[Hashable, ...]]  # the name of the block before, 0 for none; what identifies the block's tokens
 
 
