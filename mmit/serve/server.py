@@ -130,9 +130,8 @@ def run(server: Server, place: socket.socket, *, notices: Sequence[str] = (), br
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     for notice in notices:
         echo(notice, err=True)
+    place.listen(128)  # whoever connects before the server has started waits
     echo(f"chat: {url}/   OpenAI API: {url}/v1   (Ctrl-C ends)", err=True)
     if browser:
-        # The socket is bound: whoever connects before the server has started waits.
-        place.listen()
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     server.run(sockets=[place])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,11 +15,15 @@ from mmit.serve.server import Server, listen
 
 
 @contextmanager
-def served(models: dict[str, Any], settings: Settings | None = None, **bounds: int) -> Iterator[tuple[str, Engine]]:
-    """Yield the URL of a server, and its engine."""
+def served(
+    models: dict[str, Any], settings: Settings | None = None, *, send_buffer: int = 0, **bounds: int
+) -> Iterator[tuple[str, Engine]]:
+    """Yield the URL of a server, and its engine; `send_buffer`: bytes that the kernel holds for a client."""
     engine = Engine(models, **bounds)
     server = Server(build_app(engine, settings or Settings()), engine, grace_s=0.2)
     place = listen("127.0.0.1", 0)
+    if send_buffer:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [place]}, daemon=True)
     thread.start()
     while not server.started:

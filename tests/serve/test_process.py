@@ -1,0 +1,456 @@
+"""`mmit serve` as a process: what hostile clients, a signal under load and other people's clients meet.
+
+MMIT_FUZZ=N sends so many malformed requests (10,000 without it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mmit.train.run import run
+from tests.serve.client import CHAT, data_url, png, shown, user
+from tests.serve.sockets import served
+from tests.test_generate import build
+from tests.tiny_run import two_layers as tiny_config
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+FUZZ = int(os.environ.get("MMIT_FUZZ", "10000"))
+PATHS = (CHAT, "/v1/completions", "/v1/files", "/v1/models", "/v1/models/x", "/metrics", "/health", "/", "/nothing")
+VALUES: list[Any] = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        2,
+        1e308,
+        -1e-9,
+        10**40,
+        "",
+        "x",
+        "\ud800",
+        "\0",
+        [],
+        {},
+        [[]],
+        [None],
+        {"a": 1},
+        "tiny",
+    ),
+    *("a" * 3000, [1] * 50, {"type": "text"}, {"type": "image_url", "image_url": 5}, float("nan"), float("inf")),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("run")
+    run(tiny_config(place, train={"steps": 1, "eval_every": None}))
+    return place / "run"
+
+
+@contextmanager
+def process(folder: Path, *more: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+    command = [sys.executable, "-m", "mmit", "serve", str(folder), "--port", "0", "--name", "tiny", *more]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    found = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert found.stderr is not None
+        told = ""
+        while not (at := re.search(r"http://127\.0\.0\.1:(\d+)/ ", told)):
+            line = found.stderr.readline()
+            assert line, told
+            told += line
+        yield int(at[1]), found
+    finally:
+        found.kill()
+        found.wait()
+
+
+def post(port: int, body: Any, path: str = CHAT, timeout: float = 60) -> Any:
+    content = json.dumps(body).encode()
+    asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", content, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=timeout) as answer:
+        return json.loads(answer.read())
+
+
+def get(port: int, path: str) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
+        return answer.read()
+
+
+# --- 10,000 malformed requests --------------------------------------------------------------------------------------
+
+
+def damaged(draw: random.Random, content: bytes) -> bytes:
+    out = bytearray(content)
+    for _ in range(draw.choice((1, 1, 3, 20))):
+        at = draw.randrange(len(out) + 1)
+        kind = draw.random()
+        if kind < 0.4 and at < len(out):
+            out[at] = draw.randrange(256)
+        elif kind < 0.6:
+            del out[at : at + draw.randrange(40)]
+        elif kind < 0.8:
+            out[at:at] = draw.randbytes(draw.randrange(9))
+        else:
+            out[at:at] = out[:at][-draw.randrange(60) - 1 :]
+    return bytes(out)
+
+
+def asked(draw: random.Random) -> dict[str, Any]:
+    content = png(
+        (draw.randrange(2, 40), draw.randrange(2, 40)), form=draw.choice(("PNG", "JPEG", "WEBP", "GIF", "BMP"))
+    )
+    if draw.random() < 0.8:
+        content = damaged(draw, content)
+    parts = [shown(data_url(content))] if draw.random() < 0.6 else []
+    return {"model": "tiny", "messages": [user(*parts)], "max_tokens": draw.randrange(1, 4), "temperature": 0}
+
+
+def odd_values(draw: random.Random) -> bytes:
+    body = asked(draw)
+    names = ["messages", "n", "stop", "stream", "logprobs", "top_logprobs", "stream_options", "seed", "top_p", "top_k"]
+    names += [
+        "model",
+        "max_tokens",
+        "temperature",
+        "tools",
+        "prompt",
+        "user",
+        "response_format",
+        "logit_bias",
+        "\0",
+        "é",
+    ]
+    for name in draw.sample(names, draw.randrange(1, 4)):
+        body[name] = draw.choice(VALUES)
+    if draw.random() < 0.4:
+        message = draw.choice([user(), {"role": draw.choice(VALUES)}, {}, draw.choice(VALUES)])
+        if isinstance(message, dict):
+            message["content"] = draw.choice(
+                [*VALUES, [draw.choice(VALUES)], [{"type": "text", "text": draw.choice(VALUES)}]]
+            )
+        body["messages"] = [message] * draw.choice((1, 2))
+    return json.dumps(body).encode()
+
+
+def form(draw: random.Random) -> tuple[bytes, str]:
+    content = b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + png() + b"\r\n--X--\r\n"
+    return damaged(draw, content), draw.choice(
+        ("multipart/form-data; boundary=X", "multipart/form-data", "multipart/x;;=")
+    )
+
+
+def request(draw: random.Random) -> bytes:
+    """One request, malformed in one of many ways."""
+    path, kind, method = CHAT, "application/json", "POST"
+    way = draw.randrange(8)
+    if way == 0:
+        body = damaged(draw, json.dumps(asked(draw)).encode())
+    elif way in (1, 2):
+        body = odd_values(draw)
+    elif way == 3:
+        body = json.dumps(asked(draw)).encode()
+    elif way == 4:
+        path, (body, kind) = "/v1/files", form(draw)
+    elif way == 5:
+        path, method, body = (
+            draw.choice(PATHS),
+            draw.choice(("GET", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "A")),
+            b"",
+        )
+        path += draw.choice(("", "?a=b", "/../..", "/%00", "/%ff%2f", "//"))
+    elif way == 6:
+        body = draw.choice(
+            (b"[" * 3000, b'{"a":' * 3000, b"[" + b"{}," * 2000 + b"{}]", b"\xff" * 50, b"", b"null", b"1e999")
+        )
+    else:
+        path, body = "/v1/completions", odd_values(draw)
+    length = draw.choice((str(len(body)),) * 12 + (str(len(body) + 50), "-1", "x", "1", str(10**12), "0"))
+    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Type: {kind}", f"Content-Length: {length}"]
+    if draw.random() < 0.1:
+        lines.append(
+            draw.choice(
+                ("Transfer-Encoding: chunked", "Authorization: Bearer \u00ff", "Expect: 100-continue", "A" * 200)
+            )
+        )
+    if draw.random() < 0.05:
+        lines[1] = draw.choice(("Host: evil.example", "Host:", "Host: [", "X: y", "Origin: null"))
+    head = ("\r\n".join([*lines, "Connection: close"]) + "\r\n\r\n").encode("latin-1")
+    if draw.random() < 0.1:
+        head = damaged(draw, head)
+    return head + body
+
+
+def send(port: int, seed: int) -> int:
+    """Send a request, some of them cut or slow; returns the status, 0 for none."""
+    draw = random.Random(seed)
+    content = request(draw)
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as place:
+        way = draw.random()
+        try:
+            if way < 0.1:  # cut off
+                place.sendall(content[: draw.randrange(len(content))])
+                return 0
+            if way < 0.15:  # gone before, or while, it is answered
+                place.sendall(content)
+                time.sleep(draw.random() * 0.01)
+                place.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                return 0
+            if way < 0.2:  # slowly
+                at = draw.randrange(len(content))
+                place.sendall(content[:at])
+                time.sleep(0.05)
+                content = content[at:]
+            place.sendall(content)
+            place.shutdown(socket.SHUT_WR) if draw.random() < 0.5 else None
+            answer = b""
+            while chunk := place.recv(65536):
+                answer += chunk
+        except (ConnectionError, TimeoutError):
+            return 0
+    found = re.match(rb"HTTP/1\.1 (\d{3})", answer.removeprefix(b"HTTP/1.1 100 \r\n\r\n"))
+    return int(found[1]) if found else 0
+
+
+def memory(pid: int) -> int:
+    """Kilobytes that are resident."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])  # type: ignore[index]
+
+
+def test_malformed_requests(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """None is answered by a 5xx, none keeps a slot, none keeps memory."""
+    told: list[str] = []
+    with process(folder, "--read-timeout", "0.5", "--max-body-mb", "1") as (port, server):
+        assert server.stderr is not None
+        reader = threading.Thread(target=lambda: told.extend(server.stderr), daemon=True)  # type: ignore[arg-type]
+        reader.start()
+        # Clients that send a part of a head or of a body, and then nothing, beside all others.
+        held = []
+        for n in range(40):
+            place = socket.create_connection(("127.0.0.1", port))
+            place.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"[: 5 + n])
+            held.append(place)
+        statuses: Counter[int] = Counter()
+        with ThreadPoolExecutor(8) as pool:
+            warm = FUZZ // 5
+            statuses.update(pool.map(lambda seed: send(port, seed), range(warm)))
+            before = memory(server.pid)
+            began = time.monotonic()
+            statuses.update(pool.map(lambda seed: send(port, seed), range(warm, FUZZ)))
+        seconds = time.monotonic() - began
+        grown = memory(server.pid) / before - 1
+        assert server.poll() is None
+        until = time.monotonic() + 20
+        while (state := json.loads(get(port, "/health")))["running"] or state["waiting"]:
+            assert time.monotonic() < until, state
+            time.sleep(0.05)
+        assert post(port, {"model": "tiny", "messages": [user()], "max_tokens": 4})["choices"]
+        for place in held:
+            place.close()
+    with capsys.disabled():
+        print(f"\n{FUZZ} malformed: {dict(sorted(statuses.items()))}, memory {grown:+.1%}, {seconds:.0f} s")  # noqa: T201
+    assert not [status for status in statuses if status >= 500], statuses
+    assert statuses[200] and statuses[400] and len(statuses) >= 6
+    assert grown <= 0.05
+    assert not [line for line in told if "Traceback" in line], told[-40:]
+
+
+def test_clients_that_send_nothing_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmit.serve.server.HEAD_S", 0.2)
+    with served({"tiny": build(vision=False)}) as (url, _):
+        for start in (b"", b"POST /v1/chat/com", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /hea"):
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as place:
+                place.sendall(start)
+                began = time.monotonic()
+                with suppress(ConnectionResetError):
+                    while place.recv(65536):
+                        pass
+                assert time.monotonic() - began < 8  # a connection that was used is kept for five seconds
+
+
+def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmit.serve.server.STALL_S", 0.2)
+    model = build(vision=False)
+    model.vlm.llm.register_forward_pre_hook(lambda *_: time.sleep(0.01))
+    with served({"tiny": model}, send_buffer=4096) as (url, engine):
+        place = socket.socket()
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        place.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        asked = {"model": "tiny", "messages": [user()], "max_tokens": 350, "n": 8, "stream": True, "temperature": 5.0}
+        asked |= {"logprobs": True, "top_logprobs": 20}
+        body = json.dumps(asked).encode()
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        place.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until = time.monotonic() + 30
+        while not engine.state().ended.get("cancelled", 0):
+            assert time.monotonic() < until and not engine.state().ended.get("length", 0), engine.state()
+            time.sleep(0.02)
+        place.close()
+
+
+# --- a signal under load --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("grace", ["20", "0"])
+def test_a_signal_under_load(folder: Path, grace: str) -> None:
+    """Running answers end, or say why they do not; the process ends in time, and in peace."""
+    with process(folder, "--grace", grace) as (port, server):
+        results: list[tuple[int, int, bytes]] = []
+
+        def ask(n: int) -> None:
+            body = {"model": "tiny", "messages": [user(text=f"Question {n}")], "max_tokens": 400, "stream": n % 2 == 0}
+            content, status = json.dumps({**body, "temperature": 3.0}).encode(), 200
+            asked = urllib.request.Request(
+                f"http://127.0.0.1:{port}{CHAT}", content, {"Content-Type": "application/json"}
+            )
+            while status == 200:
+                try:
+                    with urllib.request.urlopen(asked, timeout=60) as answer:
+                        status, told = answer.status, answer.read()
+                except urllib.error.HTTPError as error:
+                    status, told = error.code, error.read()
+                except urllib.error.URLError:
+                    return  # nobody listens any more
+                results.append((n, status, told))
+
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(16)]
+        for thread in threads:
+            thread.start()
+        time.sleep(2)
+        server.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert server.wait(40) == 0
+        assert time.monotonic() - began < float(grace) + 8
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+    assert {n for n, _, _ in results} == set(range(16))
+    for n, status, told in results:
+        if status != 200:
+            assert status == 503 and json.loads(told)["error"]["code"] == "closing"
+        elif n % 2 == 0:
+            assert told.endswith(b"data: [DONE]\n\n"), "a stream was cut off"
+            assert b'"finish_reason":"' in told or (grace == "0" and b'"code":"closing"' in told)
+        else:
+            assert json.loads(told)["choices"][0]["finish_reason"]
+
+
+# --- the same answers, and other people's clients ---------------------------------------------------------------------
+
+
+def questions(count: int) -> list[list[dict[str, Any]]]:
+    out = []
+    for n in range(count):
+        pictures = [shown(data_url(png((16 + n % 9, 20), (n * 37 % 256, 90, n * 11 % 256))))] if n % 3 else []
+        out.append([user(*pictures, text=f"What is number {n}?")])
+    return out
+
+
+def streamed(url: str, body: dict[str, Any]) -> str:
+    content = json.dumps({**body, "stream": True}).encode()
+    asked = urllib.request.Request(url + CHAT, content, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=120) as answer:
+        lines = [line[6:] for line in answer.read().decode().split("\n\n") if line.startswith("data: {")]
+    return "".join(c["delta"].get("content", "") for line in lines for c in json.loads(line)["choices"])
+
+
+def test_a_hundred_answers_are_the_models_own() -> None:
+    """Streamed and not, alone and among 16 clients."""
+    model = build()
+    asked = questions(100)
+    own = [model.chat(messages=messages, max_new_tokens=12, temperature=0) for messages in asked]
+    with served({"tiny": build()}) as (url, _):
+        port = int(url.rpartition(":")[2])
+        bodies = [{"model": "tiny", "messages": m, "max_tokens": 12, "temperature": 0} for m in asked]
+
+        def whole(body: dict[str, Any]) -> str:
+            return post(port, body)["choices"][0]["message"]["content"]
+
+        def stream(body: dict[str, Any]) -> str:
+            return streamed(url, body)
+
+        for way in (whole, stream):
+            assert [way(body) for body in bodies] == own
+            with ThreadPoolExecutor(16) as pool:
+                assert list(pool.map(way, bodies)) == own
+
+
+def test_the_client_of_openai() -> None:
+    openai = pytest.importorskip("openai")
+    model = build()
+    with served({"tiny": build()}) as (url, _):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        assert [m.id for m in client.models.list()] == ["tiny"]
+        messages: list[Any] = questions(2)[1]
+        asked: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
+        own = model.chat(messages=messages, max_new_tokens=8, temperature=0)
+        whole = client.chat.completions.create(**asked, logprobs=True, top_logprobs=2)
+        assert whole.choices[0].message.content == own and whole.usage.prompt_tokens_details.cached_tokens is not None
+        assert len(whole.choices[0].logprobs.content[0].top_logprobs) == 2
+        chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == own
+        assert chunks[-1].usage.total_tokens == whole.usage.total_tokens
+        assert client.completions.create(model="tiny", prompt="Once", max_tokens=3).choices[0].text is not None
+        file = client.files.create(file=("a.png", png()), purpose="vision")
+        part = {"type": "file", "file": {"file_id": file.id}}
+        assert client.chat.completions.create(**{**asked, "messages": [user(part)]}).choices
+        assert client.files.delete(file.id).deleted
+        with pytest.raises(openai.BadRequestError, match="not supported") as found:
+            client.chat.completions.create(**asked, tools=[{"type": "function", "function": {"name": "f"}}])
+        assert found.value.param == "tools" and found.value.code == "unsupported_parameter"
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(**{**asked, "model": "other"})
+
+
+def test_curl(tmp_path: Path) -> None:
+    curl = shutil.which("curl")
+    if curl is None:
+        pytest.skip("no curl here")
+    with served({"tiny": build()}) as (url, _):
+        body = {"model": "tiny", "messages": questions(2)[1], "max_tokens": 8, "temperature": 0}
+        (tmp_path / "body.json").write_text(json.dumps(body))
+        asks = [curl, "-sS", "-N", f"{url}{CHAT}", "-H", "Content-Type: application/json", "-d", "@body.json"]
+        found = subprocess.run(asks, cwd=tmp_path, capture_output=True, check=True, timeout=60)
+        own = build().chat(messages=body["messages"], max_new_tokens=8, temperature=0)
+        assert json.loads(found.stdout)["choices"][0]["message"]["content"] == own
+        (tmp_path / "a.png").write_bytes(png())
+        put = [curl, "-sS", f"{url}/v1/files", "-F", "purpose=vision", "-F", "file=@a.png"]
+        made = subprocess.run(put, cwd=tmp_path, capture_output=True, check=True, timeout=60)
+        assert json.loads(made.stdout)["bytes"] == len(png())
+
+
+def test_an_image_of_megabytes_is_refused_politely() -> None:
+    """A client that still sends hears why."""
+    from mmit.serve.app import Settings
+    from mmit.serve.requests import Limits
+
+    with served({"tiny": build()}, Settings(limits=Limits(body=1 << 20))) as (url, _):
+        body = {"model": "tiny", "messages": [user(shown("data:image/png;base64," + "A" * (3 << 20)))]}
+        with pytest.raises(urllib.error.HTTPError) as found:
+            post(int(url.rpartition(":")[2]), body)
+        assert found.value.code == 413 and "1,048,576 bytes" in json.loads(found.value.read())["error"]["message"]
