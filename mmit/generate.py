@@ -180,6 +180,8 @@ class Model:
         folder, meta: the checkpoint it came from and its mmit.json, if any.
         notes: what was decided when it was loaded, in words.
         usage: counts of what was computed so far.
+        activate: called before the LLM runs a prompt or the engine a step: where several models share one LLM, it
+            puts this one's adapter to work. Answers of two such models may not be streamed at the same time.
     """
 
     def __init__(
@@ -201,6 +203,7 @@ class Model:
         self.generation = generation_facts(vlm.llm)
         self.notes = list(notes)
         self.usage = Usage()
+        self.activate: Callable[[], None] = _nothing
         self._able: decoding.Support | None = None
 
     @property
@@ -594,6 +597,7 @@ class Model:
     def _embedded(self, row: Row, features: Features, kept: torch.Tensor | None = None) -> torch.Tensor:
         """(T, D) embeddings of a row; `kept`: which of its pictures' tokens it still has, None for all."""
         vlm = self.vlm
+        self.activate()
         keys = list(dict.fromkeys(row.images))
         spreads = {key: features[key][1] for key in keys}
         index = splice_index(row.images, spreads, vlm.image_tokens)
@@ -637,6 +641,10 @@ class Model:
         if unknown:
             raise ConfigError(f"unknown option '{unknown[0]}'", remedy=nearest(unknown[0], Answering.__annotations__))
         return replace(self.generation.sampling, **{name: value for name, value in given.items() if value is not None})
+
+
+def _nothing() -> None:
+    """An LLM of one adapter, or of none, is always ready."""
 
 
 def _asked(

@@ -287,6 +287,7 @@ class Engine:
         assert lane.state is not None
         llm = lane.model.vlm.llm
         try:
+            lane.model.activate()
             logits = decoding.step(llm, lane.state, lane.fed)
             decoding.renew(llm, lane.state, logits, [answer.ids for answer in lane.answers])
         except Exception as error:  # noqa: BLE001 - whatever a step raises, the engine goes on

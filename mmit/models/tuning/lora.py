@@ -211,20 +211,20 @@ def trained_b(names: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def put_adapter(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give an adapter its values. `tensors` has every name of PEFT's state dict and no other.
+def put_adapter(model: PeftModel, tensors: Mapping[str, torch.Tensor], name: str = "default") -> None:
+    """Give the adapter `name` its values. `tensors` has every name of PEFT's state dict and no other.
 
     Raises:
         ModelError: PEFT left tensors as they were, and they cannot be reached.
     """
-    set_peft_model_state_dict(model, dict(tensors))
+    set_peft_model_state_dict(model, dict(tensors), adapter_name=name)
     # PEFT takes names for published ones and renames them as transformers does when it loads weights. A rule may match
     # names that are the model's own already: Laguna's "mlp.shared_expert.", with a dot for any letter, makes
     # "shared_experts.." of "shared_experts", and PEFT drops what it then does not know without a word.
-    left = _unlike(model, tensors)
-    for name, value in left.items():
-        value.copy_(tensors[name])
-    if left and (still := _unlike(model, tensors)):
+    left = _unlike(model, tensors, name)
+    for key, value in left.items():
+        value.copy_(tensors[key])
+    if left and (still := _unlike(model, tensors, name)):
         raise ModelError(
             f"peft does not load {len(still)} tensors of the adapter, such as {min(still)}",
             where=type(model.get_base_model()).__name__,
@@ -232,7 +232,7 @@ def put_adapter(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-def _unlike(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _unlike(model: PeftModel, tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
     """Tensors of the adapter that do not have these values."""
-    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return {k: v for k, v in own.items() if not torch.equal(v.nan_to_num(), tensors[k].to(v).nan_to_num())}

@@ -187,10 +187,10 @@ def read_weights(vlm: VLM, folder: Path) -> None:
     Raises CheckpointError when tensors are missing, left over or of another shape.
     """
     if vlm.projector is not None:
-        _strict(vlm.projector, load_file(folder / "projector.safetensors"), folder / "projector.safetensors")
+        strict(vlm.projector, load_file(folder / "projector.safetensors"), folder / "projector.safetensors")
     if (folder / "vision.safetensors").exists() and vlm.vision is not None:
         tensors, own = load_file(folder / "vision.safetensors"), _tower_state(vlm.vision)
-        _compare(own, tensors, folder / "vision.safetensors")
+        compare(own, tensors, folder / "vision.safetensors")
         for name, tensor in tensors.items():
             own[name].copy_(tensor)
         vlm.whole.add("vision")
@@ -213,7 +213,7 @@ def _read_partly(vlm: VLM, part: str, path: Path) -> None:
             where=str(path),
             remedy=f"set tune.{part} as in the config.yaml beside it",
         )
-    _compare(expected, tensors, path)
+    compare(expected, tensors, path)
     for name, tensor in tensors.items():
         with whole(expected[name], changed=True):
             expected[name].copy_(tensor)
@@ -225,13 +225,14 @@ def _read_adapter(model: Any, adapter: Path) -> PeftModel:
             model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
     tensors = load_file(adapter / "adapter_model.safetensors")
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _compare(expected, tensors, adapter / "adapter_model.safetensors")
+    compare(expected, tensors, adapter / "adapter_model.safetensors")
     bring_adapters(model, tensors)
     put_adapter(model, tensors)
     return model
 
 
-def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: Path) -> None:
+def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Raise CheckpointError where tensors are missing, left over or of another shape."""
     problems = [f"missing {k}" for k in expected if k not in found]
     problems += [f"left over {k}" for k in found if k not in expected]
     problems += [
@@ -248,8 +249,9 @@ def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Ten
         )
 
 
-def _strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
-    _compare(module.state_dict(), tensors, where)
+def strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: Path) -> None:
+    """Load all of a module's tensors; see `compare`."""
+    compare(module.state_dict(), tensors, where)
     module.load_state_dict(dict(tensors))
 
 
