@@ -33,6 +33,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model. (default: the folder's name)")] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR,...", help="Checkpoints of LoRA on the same base, each a model of its own."),
+    ] = None,
     api_key: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="Who sends it is let in; may be repeated.")
     ] = None,
@@ -78,6 +82,7 @@ def serve(
     """Serve a trained model: OpenAI's API at /v1, a page to chat on at /."""
     needs_extra()
     from mmit.generate import load
+    from mmit.serve.adapters import with_adapters
     from mmit.serve.app import Settings
     from mmit.serve.fetch import Fetcher
     from mmit.serve.requests import Limits
@@ -100,6 +105,7 @@ def serve(
         limits=limits,
         fetcher=Fetcher(tuple(allow_url), size=body) if allow_url else None,
     )
+    further = further_of(adapters, taken=name or served_name(run))
     place = listen(host, port)  # first: a port that is taken is told before a model is read
     model = load(
         run,
@@ -118,7 +124,8 @@ def serve(
     if settings.hosts is None and not settings.keys:
         notices.append(f"notice: whoever reaches {host} may ask this model; --api-key lets in who has a key")
     bounds = {"max_running": max_running, "max_waiting": max_waiting}
-    start({name or served_name(run): model}, settings, place, grace_s=grace, notices=notices, bounds=bounds)
+    models = {name or served_name(run): model} | (with_adapters(model, further) if further else {})
+    start(models, settings, place, grace_s=grace, notices=notices, bounds=bounds)
 
 
 def start(
@@ -153,6 +160,21 @@ def served_name(run: str) -> str:
     path = Path(run)
     name = path.resolve().name if path.exists() else run.rstrip("/").rpartition("/")[2]
     return name or "model"
+
+
+def further_of(given: Sequence[str] | None, *, taken: str) -> dict[str, str]:
+    """Read NAME=DIR,NAME=DIR options; `taken` is the base's own name. Raises ConfigError."""
+    found: dict[str, str] = {}
+    for text in (part for option in given or () for part in option.split(",")):
+        name, equals, folder = (piece.strip() for piece in text.partition("="))
+        if not (equals and name and folder):
+            problem = f"'{text}' is not NAME=DIR"
+            raise ConfigError(problem, where="--adapters", remedy="Write --adapters a=runs/a,b=runs/b.")
+        if name == taken or name in found:
+            remedy = "Give each another name (--name for the base)."
+            raise ConfigError(f"two models are called '{name}'", where="--adapters", remedy=remedy)
+        found[name] = folder
+    return found
 
 
 def needs_extra() -> None:

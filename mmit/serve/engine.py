@@ -98,9 +98,11 @@ class Engine:
         self.models = dict(models)
         self.max_running, self.max_waiting = max_running, max_waiting
         self._makers = {name: model.prompt_maker() for name, model in self.models.items()}
+        share = PREFIX_BYTES // max(1, len(self.models))
+        # Models of one tower (adapters of one base) see a picture once.
+        seen = {id(model.vlm.vision): FeatureCache(FEATURE_BYTES) for model in self.models.values()}
         self._lanes = {
-            name: _Lane(model, FeatureCache(FEATURE_BYTES), PrefixCache(PREFIX_BYTES))
-            for name, model in self.models.items()
+            name: _Lane(model, seen[id(model.vlm.vision)], PrefixCache(share)) for name, model in self.models.items()
         }
         self._reading = threading.Lock()  # tokenizers are not safe in two threads at once
         self._lock = threading.Lock()  # of everything below

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import mmit
+from mmit.cli.serve import further_of
 from mmit.data.chat import chat_format
 from mmit.errors import CheckpointError, ConfigError
 from mmit.generate import Model
@@ -96,6 +97,7 @@ def test_the_base_is_there_once(served: dict[str, Model]) -> None:
     [
         ({"mode": "bitfit", "options": {"insert_biases": True}}, "more was trained than an adapter"),
         ({"mode": "frozen"}, "holds no adapter of the LLM"),
+        ({"mode": "ia3"}, "its adapter is IA3, and the base has one of LORA"),
         ({"mode": "lora", "options": {"bias": "all"}}, "changes weights of the base"),
         ({"mode": "lora", "options": {"init": "pissa"}}, "changes weights of the base"),
     ],
@@ -113,3 +115,12 @@ def test_another_base_is_refused(home: Path, tmp_path: Path) -> None:
         with_adapters(base, {"other": other})
     with pytest.raises(ConfigError, match="a checkpoint of mmit"):
         with_adapters(build(), {"a": home / "a"})
+
+
+def test_names_of_adapters_are_read_from_the_command_line() -> None:
+    assert further_of(["a=runs/a,b.1 = runs/b", "c=d=e"], taken="base") == {"a": "runs/a", "b.1": "runs/b", "c": "d=e"}
+    for given, told in ((["a"], "'a' is not NAME=DIR"), (["=x"], "not NAME=DIR"), (["a=1,a=2"], "two models are")):
+        with pytest.raises(ConfigError, match=told):
+            further_of(given, taken="base")
+    with pytest.raises(ConfigError, match="two models are called 'base'"):
+        further_of(["base=x"], taken="base")
