@@ -56,7 +56,7 @@ def read_further(vlm: VLM, base: Path, folder: str | Path, *, name: str, tokeniz
     if isinstance(vlm.llm, PeftModel):
         for before in vlm.llm.peft_config.values():
             _check_apart(_facts(before), base)
-            if (kind := before.peft_type.value) != described["peft_type"]:
+            if (kind := getattr(before.peft_type, "value", before.peft_type)) != described["peft_type"]:
                 problem = f"its adapter is {described['peft_type']}, and the base has one of {kind}"
                 raise CheckpointError(problem, where=str(path), remedy=ALONE)
     projector = None
