@@ -563,14 +563,14 @@ MUTANTS = [
     Mutant(
         "keys: conversations in shards go past the table",
         "mmit/data/shards/records.py",
-        'record = with_meaning(CONVERSATIONS[format].row(row, image_root=""))',
+        'record = read_keys(CONVERSATIONS[format].row(row, image_root=""))',
         'record = CONVERSATIONS[format].row(row, image_root="")',
         T_MEMBERS,
     ),
     Mutant(
         "keys: interleaved documents go past the table",
         "mmit/data/shards/records.py",
-        "record = _placed(lambda: with_meaning(record), where)",
+        "record = _placed(lambda: read_keys(record), where)",
         "record = _placed(lambda: record, where)",
         T_MEMBERS,
     ),

@@ -169,7 +169,7 @@ def test_import_and_check_say_what_was_read_and_what_was_not(tmp_path: Path) -> 
     """No key of a row may change its meaning, or lose it, without a line that says so."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]
     good = {"messages": messages, "system": "Be brief.", "context": "c", "tools": [{"name": "f"}]}
-    rows = [good, {"messages": messages, "videos": ["a.mp4"]}, {"messages": messages, "label": False}]
+    rows = [good, {"messages": messages, "videos": ["a.mp4"]}, {"messages": messages, "label": False, "kto_tag": True}]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     imported = mmit("data", "import", "auto", str(path), "--skip-bad", "--out", str(tmp_path / "o.jsonl"))
@@ -179,7 +179,10 @@ def test_import_and_check_say_what_was_read_and_what_was_not(tmp_path: Path) -> 
         assert "read: 1 system turn, 1 user turn, 1 assistant turn, 1 record with tools" in output
         assert "loss weights: 0.5 on 1 assistant turn" in output
         output = " ".join(output.split())
-        assert "'videos' is a video" in output and "'label' is False" in output
+        assert (
+            "'videos' is a video" in output
+            and "label (false) and kto_tag (true), which contradict each other" in output
+        )
     assert (imported.exit_code, checked.exit_code) == (0, 1)
 
 

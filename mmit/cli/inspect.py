@@ -17,6 +17,8 @@ import typer
 from mmit.cli.sources import (
     File,
     ImageTokenOption,
+    compares_of,
+    conversations_of,
     files_of,
     loss_of,
     model_preparation,
@@ -119,7 +121,7 @@ def _encode(
         preparation = model_preparation(settings.model)
         widths = [preparation.spread(image, where=record.where).tokens for image in record.images]
         image_tokens = None if preparation.tiled else preparation.tokens
-    part, which = _conversation(record, pair, split=settings is not None and settings.data.split_turns)
+    part, which = _conversation(record, pair, settings)
     try:
         encoded = encode(part, form, tokens, loss=loss_of(settings))
         differs = difference(part, form)
@@ -135,11 +137,12 @@ def _encode(
     return _Inspected(encoded, tokens, record.where, notes, image_tokens)
 
 
-def _conversation(record: Record, pair: int, *, split: bool) -> tuple[Record, str]:
+def _conversation(record: Record, pair: int, settings: Config | None) -> tuple[Record, str]:
     """Return the record that is one training sample, and which of the record's samples that is."""
-    from mmit.data.dataset import split_pairs
-
-    pairs = split_pairs(record) if split else [record]
+    split = settings is not None and settings.data.split_turns
+    pairs = conversations_of(record, compares_of(settings), split_turns=split)
+    if record.rejected is not None and pair <= len(pairs):
+        return pairs[pair - 1], f", {('chosen', 'rejected')[pair - 1]} answer (--pair {pair})"
     if pair > len(pairs):
         hint = "" if split else " (data.split_turns is off, so a record is one sample)"
         raise ConfigError(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mmit.data.chat import ChatFormat
     from mmit.data.chat_writer import Encoded
     from mmit.data.loss import Loss
+    from mmit.data.preference import Compares
     from mmit.data.preparation import ImagePreparation
     from mmit.records import Record
 
@@ -184,27 +185,29 @@ class RecordEncoder:
     split_turns: bool = False
     sees: bool = True  # False for a model without a vision tower
     loss: Loss | None = None  # None: answers
+    compares: Compares | None = None  # what the config's method learns from; None: what each record is
 
     def samples(self, record: Record) -> list[tuple[Record, Encoded]]:
         """Encode each training sample of a record; a record is one, but with data.split_turns each pair is."""
         from mmit.data.chat import encode
-        from mmit.data.dataset import split_pairs
         from mmit.data.loss import Loss
 
         record.validate(for_training=True)
         if record.images and not self.sees:
             problem = "has images, but the model has no vision tower"
             raise RecordError(problem, where=record.where, remedy="Set model.vision.")
-        parts = split_pairs(record) if self.split_turns else [record]
+        parts = self.parts(record)
         return [(part, encode(part, self.chat, self.tokenizer, loss=self.loss or Loss())) for part in parts]
+
+    def parts(self, record: Record) -> list[Record]:
+        """The conversations of a record, of a pair the chosen and the rejected one."""
+        return conversations_of(record, self.compares, split_turns=self.split_turns)
 
     def difference(self, record: Record) -> str:
         """Where the text of a record's samples differs from the chat template's; "" for nowhere."""
         from mmit.data.chat_check import difference
-        from mmit.data.dataset import split_pairs
 
-        parts = split_pairs(record) if self.split_turns else [record]
-        return next((found for part in parts if (found := difference(part, self.chat))), "")
+        return next((found for part in self.parts(record) if (found := difference(part, self.chat))), "")
 
     def length(self, record: Record) -> int:
         """Tokens of the longest sample of a record, image tokens included (one an image where not known)."""
@@ -252,7 +255,28 @@ def encoder_of(
         max_length = tokens.model_max_length
     split = settings is not None and settings.data.split_turns
     sees = settings is None or settings.model.vision is not None
-    return RecordEncoder(tokens, form, image_tokens, preparation, max_length, split, sees, loss_of(settings))
+    return RecordEncoder(
+        tokens, form, image_tokens, preparation, max_length, split, sees, loss_of(settings), compares_of(settings)
+    )
+
+
+def compares_of(settings: Config | None) -> Compares | None:
+    """What the method of a config learns from; None without a config."""
+    from mmit.data.preference import METHODS
+
+    return None if settings is None else METHODS[settings.train.objective.kind]
+
+
+def conversations_of(record: Record, compares: Compares | None, *, split_turns: bool) -> list[Record]:
+    """The conversations that a run tokenises of a record. Raises RecordError, placed."""
+    from mmit.data.dataset import split_pairs
+    from mmit.data.preference import conversations, kind_of
+
+    try:
+        parts = conversations(record, kind_of(record) if compares is None else compares)
+    except RecordError as error:
+        raise RecordError(error.problem, where=record.where, remedy=error.remedy) from error
+    return split_pairs(parts[0]) if split_turns and len(parts) == 1 else parts
 
 
 def loss_of(settings: Config | None) -> Loss:

@@ -12,7 +12,8 @@ from typing import Any
 from mmit.records import Image, Record, Text
 
 _ORDER: tuple[str, ...] = ("system turn", "user turn", "assistant turn", "tool turn", "image", "thought", "tool call")
-_ORDER += ("record with tools", "record with template arguments")
+_ORDER += ("record with tools", "record with template arguments", "record with a rejected answer")
+_ORDER += ("record with an answer labelled good", "record with an answer labelled bad")
 
 
 class Held:
@@ -43,6 +44,9 @@ class Held:
                 self.weights[f"{turn.role} turn", float(turn.weight)] += 1
         self.counts["record with tools"] += bool(record.tools)
         self.counts["record with template arguments"] += bool(record.template_args)
+        self.counts["record with a rejected answer"] += record.rejected is not None
+        if record.label is not None:
+            self.counts[f"record with an answer labelled {'good' if record.label else 'bad'}"] += 1
         if record.weight != 1:
             self.weights["record", float(record.weight)] += 1
 

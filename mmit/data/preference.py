@@ -32,7 +32,7 @@ def conversations(record: Record, compares: Compares) -> list[Record]:
     In what is compared, the last turn alone carries loss. Raises RecordError for a record of another kind than the
     method learns from, for an image in a compared answer, and for weights of its parts, which no method has.
     """
-    kind: Compares = "pairs" if record.rejected is not None else "labels" if record.label is not None else ""
+    kind = kind_of(record)
     if not compares:
         if kind == "pairs":
             remedy = "Set train.objective.kind=dpo or orpo, or take the rejected answer off."
@@ -54,6 +54,11 @@ def conversations(record: Record, compares: Compares) -> list[Record]:
             remedy = "Weigh the whole record: its weight multiplies the loss of the comparison."
             raise RecordError("a compared answer has loss weights of its own", remedy=remedy)
     return [replace(record, turns=(*prompt, answer), rejected=None, label=None) for answer in answers]
+
+
+def kind_of(record: Record) -> Compares:
+    """What a record can be compared by."""
+    return "pairs" if record.rejected is not None else "labels" if record.label is not None else ""
 
 
 def _other(kind: Compares, compares: Compares) -> tuple[str, str]:

@@ -90,9 +90,13 @@ def _card(item: SampledRow, tokenizer: Any, *, image_tokens: int | None) -> str:
             body.append(f"<pre>{html_tokens(encoded, tokenizer, image_tokens=image_tokens)}</pre>")
             if len(item.samples) > 1:
                 counted = legend(encoded, image_tokens=image_tokens)
-                body.append(f'<div class="facts">sample {number} of {len(item.samples)}: {counted}</div>')
+                name = f"sample {number} of {len(item.samples)}"
+                if record.rejected is not None:
+                    name = ("chosen", "rejected")[number - 1]
+                body.append(f'<div class="facts">{name}: {counted}</div>')
     else:
         body += map(_turn, record.turns)
+        body += [_turn(record.rejected, "rejected")] if record.rejected is not None else []
     if record.meta:
         meta = json.dumps(record.meta, ensure_ascii=False, indent=1, default=str)
         body.append(f"<details><summary>meta</summary><pre>{escape(meta)}</pre></details>")
@@ -104,6 +108,10 @@ def facts(record: Record, samples: Sequence[Encoded], image_tokens: int | None) 
     out = [_of(len(record.turns), "turn")]
     if record.images:
         out.append(_of(len(record.images), "image"))
+    if record.rejected is not None:
+        out.append("chosen and rejected")
+    if record.label is not None:
+        out.append(f"labelled {'good' if record.label else 'bad'}")
     if samples:
         supervised, slots, tokens = _counts(samples)
         length = tokens + slots * ((image_tokens or 1) - 1)
@@ -148,9 +156,9 @@ def _figure(image: Image) -> str:
     return f"<figure>{shown}<figcaption>{escape(short(name))} · {size}</figcaption></figure>"
 
 
-def _turn(turn: Turn) -> str:
+def _turn(turn: Turn, name: str = "") -> str:
     parts = [escape(part.text) if isinstance(part, Text) else '<span class="image">image</span>' for part in turn.parts]
-    return f'<div class="turn {turn.role}"><b>{turn.role}</b>{"".join(parts)}</div>'
+    return f'<div class="turn {turn.role}"><b>{name or turn.role}</b>{"".join(parts)}</div>'
 
 
 def _of(count: int, what: str) -> str:
@@ -181,6 +189,8 @@ def to_terminal(
         for turn in record.turns:
             shown = "".join(part.text if isinstance(part, Text) else "[image]" for part in turn.parts)
             yield RichText.assemble((f"{turn.role}: ", "bold"), (plain(shown), _ROLE_STYLES.get(turn.role, "")))
+        if record.rejected is not None:
+            yield RichText.assemble(("rejected: ", "bold"), (plain(record.rejected.text), "red"))
 
 
 _ROLE_STYLES = {"assistant": "green", "system": "dim"}

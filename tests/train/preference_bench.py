@@ -66,18 +66,24 @@ class Data:
 
 
 class Bench:
-    """A tiny model that sees, its data, and losses and gradients of a method on any rows of them."""
+    """A tiny model that sees, its data, and losses and gradients of a method on any rows of them.
 
-    def __init__(self, folder: Path, kind: str, *, count: int = 4, vlm: Any = None) -> None:
+    `model` is another than the tiny one: (vlm, tokenizer, how pictures are brought to it).
+    """
+
+    def __init__(self, folder: Path, kind: str, *, count: int = 4, model: Any = None) -> None:
         config = tiny_config(folder)
         self.kind, self.count = kind, count
-        self.vlm, tokenizer = assemble(config.model.model_dump(), dtype=torch.float32, seed=0, packed=True)
-        image = image_preparation(self.vlm.vision, config.model.vision)
+        if model is not None:
+            self.vlm, tokenizer, image = model
+        else:
+            self.vlm, tokenizer = assemble(config.model.model_dump(), dtype=torch.float32, seed=0, packed=True)
+            image = image_preparation(self.vlm.vision, config.model.vision)
         preparation = prepare_images(image, tokens=self.vlm.image_tokens, grid=self.vlm.image_grid)
         path = write_pairs(folder / kind, kind=kind, count=count)
         self.data = open_data(
             [{**config.data.train[0].model_dump(), "path": str(path)}],
-            chat_format("hf", tokenizer),
+            chat_format("hf" if model is None else "vicuna_v1", tokenizer),
             tokenizer,
             cache=folder,
             on_bad=None,
@@ -92,9 +98,10 @@ class Bench:
         self.tune = config.tune.model_dump() | {"llm": {"mode": "full", "lr": 1e-2, "options": {}}}
         torch.manual_seed(1)
         self.reference = -8 + torch.randn(count, 2)
-        with torch.no_grad():  # a random model's answers are all alike: give them something to tell
-            for p in self.vlm.llm.parameters():
-                p.mul_(3.0 if p.dim() > 1 else 1.0)
+        if model is None:
+            with torch.no_grad():  # a random model's answers are all alike: give them something to tell
+                for p in self.vlm.llm.parameters():
+                    p.mul_(3.0 if p.dim() > 1 else 1.0)
 
     def batches(self, rows: list[list[int]], **given: Any) -> list[MicroBatch]:
         return list(micro_batches(self.data, self.scan, rows, load_image=self.load_image, **given))

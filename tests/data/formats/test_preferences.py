@@ -14,6 +14,8 @@ from mmit.data.shards.reader import ShardSource
 from mmit.data.shards.writer import build_shards
 from mmit.errors import RecordError
 from mmit.records import Image, Record, Text, Turn, read_jsonl, write_jsonl
+from tests.test_cli import assert_one_message, good, mmit
+from tests.tiny_run import tiny_config
 
 
 def say(role: str, content: Any) -> dict[str, Any]:
@@ -264,3 +266,27 @@ def test_records_that_are_no_comparison(change: dict[str, Any], problem: str) ->
     with pytest.raises(RecordError, match=problem) as caught:
         Record(**{"turns": ANSWERED, **change}).validate(for_training=None)
     assert caught.value.remedy
+
+
+def test_commands_that_look_at_data_show_both_answers(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, train={"steps": 1, "objective": {"kind": "dpo"}})
+    rows = [{"prompt": "q", "chosen": "good", "rejected": "bad"}, {"prompt": "p", "completion": "a", "label": False}]
+    for name, row in zip(("pair", "label"), rows, strict=True):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+    pair, label = tmp_path / "pair.jsonl", tmp_path / "label.jsonl"
+    (tmp_path / "dpo.yaml").write_text(config.to_yaml())
+    (tmp_path / "sft.yaml").write_text(config.to_yaml().replace("kind: dpo", "kind: sft"))
+    dpo, sft = ("--config", tmp_path / "dpo.yaml"), ("--config", tmp_path / "sft.yaml")
+    assert "1 record with a rejected answer" in good("data", "check", pair, *dpo).stdout
+    assert "1 record with an answer labelled bad" in good("data", "check", label).stdout
+    for refused, remedy in ((pair, "kind=dpo"), (label, "kind=kto")):
+        found = mmit("data", "check", refused, *sft)
+        assert found.exit_code == 1 and "plain tuning would learn" in " ".join(found.stdout.split())
+        assert "training refuses it" in good("data", "show", refused, "--text", *sft).stdout, remedy
+    assert "rejected: bad" in good("data", "show", pair, "--text").stdout
+    good("data", "show", pair, *dpo, "--out", tmp_path / "show.html")
+    page = (tmp_path / "show.html").read_text()
+    assert "chosen: " in page and "rejected: " in page and "chosen and rejected" in page
+    for number, word in ((1, "chosen answer"), (2, "rejected answer")):
+        assert word in good("inspect", pair, *dpo, "--pair", number).stdout
+    assert_one_message(mmit("inspect", pair, *dpo, "--pair", 3), "there is no pair 3", "--pair 1 to 2")
