@@ -232,6 +232,14 @@ def missing(*more: str) -> Callable[[Path], list[str]]:
     return lambda folder: [str(folder / EVIL_NAME), *more]
 
 
+def few_rows(folder: Path, *, labelled: bool) -> list[str]:
+    """A task of `mmit pet` whose labels, patterns and paths are evil, and whose rows are not there."""
+    patterns = {"task": EVIL, "labels": [EVIL, "a"], "patterns": [{"id": EVIL, "input": "{{ image }}" + EVIL}]}
+    path = {"path": f"{EVIL_NAME}.csv"}
+    rows = {"labelled": path, "unlabelled": path} if labelled else {"labelled": {"path": "a.csv"}, "unlabelled": path}
+    return [evil_yaml(folder, model=EVIL, patterns=patterns, **rows), "--out", str(folder / EVIL_NAME)]
+
+
 # Arguments of every command, made in a folder, in which whatever a user can put there is evil.
 CALLS: dict[str, Callable[[Path], list[str]]] = {
     "train": lambda folder: ["--config", evil_yaml(folder, run={EVIL: EVIL}, **{EVIL: EVIL})],
@@ -263,6 +271,9 @@ CALLS: dict[str, Callable[[Path], list[str]]] = {
         ),
     ],
     "build status": built,
+    "pet fit": lambda folder: few_rows(folder, labelled=True),
+    "pet label": lambda folder: few_rows(folder, labelled=False),
+    "pet distil": lambda folder: few_rows(folder, labelled=False),
     "build templates check": lambda folder: [evil_bank(folder)[1]],
     "build templates show": lambda folder: [evil_bank(folder)[1], "--row", f"{evil_bank(folder)[0]}#1"],
     "harness overlay": lambda folder: ["--tasks", EVIL, "--out", str(folder / EVIL_NAME)],

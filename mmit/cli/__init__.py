@@ -26,6 +26,7 @@ from mmit.cli import (
     harness,
     init,
     inspect,
+    pet,
     serve,
     train,
     watch,
@@ -52,6 +53,7 @@ app.command("serve")(serve.serve)
 app.add_typer(data.app, name="data")
 app.add_typer(build.app, name="build")
 app.add_typer(analyse.app, name="analyse")
+app.add_typer(pet.app, name="pet")
 app.add_typer(harness.app, name="harness")
 app.command("export")(export.export)
 app.command("import-model")(export.import_model)

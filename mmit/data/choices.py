@@ -1,39 +1,38 @@
 """Records whose answer is one of a few choices, for a loss over the choices in place of the vocabulary.
 
-Owns `meta["choices"]` of a record: {"answers": texts, "shares": numbers that add up to 1}. In: a record. Out: one
-record for each choice, which differ in their last answer alone, and one whose loss is on its question. All are samples
-of one unit, so that they lie in one row and share all tokens before the answer; `models.objectives` joins their losses.
-Without `shares` the record's own answer has all of it. Refuses fewer than two choices, one that occurs twice or is
-empty, and an answer that is not among them.
+Reads `meta["choices"]` of a record, the answers it chooses from (builds from templates write them), and
+`meta["shares"]`, numbers that add up to 1. In: a record. Out: one record for each choice, which differ in their last
+answer alone, and one whose loss is on its question. All are samples of one unit, so that they lie in one row and share
+all tokens before the answer; `models.objectives` joins their losses. Without shares the record's own answer has all.
+Refuses fewer than two choices, one that occurs twice or is empty, and an answer that is not among them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from mmit.errors import RecordError
 from mmit.records import Record, Text, Turn
 
-KEY = "choices"
-_LAYOUT = 'Write meta: {"choices": {"answers": ["red", "blue"], "shares": [0.9, 0.1]}}; shares can be left out.'
+CHOICES, SHARES = "choices", "shares"  # keys of a record's meta
+_LAYOUT = 'Write meta: {"choices": ["red", "blue"], "shares": [0.9, 0.1]}; shares can be left out.'
 
 
 def choices_of(record: Record) -> tuple[tuple[str, ...], tuple[float, ...]]:
     """Return the answers a record chooses from and the share of each. Raises RecordError."""
-    found = record.meta.get(KEY)
-    if found is None:
+    answers: Any = record.meta.get(CHOICES)
+    if answers is None:
         raise RecordError("names no choices for its answer", where=record.where, remedy=_LAYOUT)
-    answers: Any = found.get("answers") if isinstance(found, Mapping) else None
     if not _is_list(answers, str) or len(answers) < 2:
         raise RecordError("'choices' holds no list of two answers or more", where=record.where, remedy=_LAYOUT)
     for number, answer in enumerate(answers):
         if not answer.strip() or answer in answers[:number]:
             problem = f"choice {number + 1} is empty" if not answer.strip() else f"the choice '{answer}' occurs twice"
             raise RecordError(problem, where=record.where, remedy="Give each choice a text of its own.")
-    shares = found.get("shares")
+    shares: Any = record.meta.get(SHARES)
     if shares is None:
         own = record.turns[-1].text
         if own not in answers:

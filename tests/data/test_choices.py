@@ -11,45 +11,45 @@ from mmit.errors import RecordError
 from mmit.records import Image, Record, Text, Turn
 
 
-def chosen(choices: Any, answer: str = "red") -> Record:
+def chosen(choices: Any, shares: Any = None, answer: str = "red") -> Record:
     turns = (
         Turn("user", (Image("a.png"), Text("What colour?", 0.5)), weight=2.0),
         Turn("assistant", (Text(answer),)),
     )
-    return Record(turns, id="a", meta={"choices": choices})
+    return Record(turns, id="a", meta={"choices": choices, "shares": shares})
 
 
 def test_without_shares_the_answer_of_the_record_has_all() -> None:
-    assert choices_of(chosen({"answers": ["blue", "red"]})) == (("blue", "red"), (0.0, 1.0))
-    soft = chosen({"answers": ["blue", "red"], "shares": [0.25, 0.75]}, answer="green")
+    assert choices_of(chosen(["blue", "red"])) == (("blue", "red"), (0.0, 1.0))
+    soft = chosen(["blue", "red"], [0.25, 0.75], answer="green")
     assert choices_of(soft) == (("blue", "red"), (0.25, 0.75))
 
 
 def test_branches_differ_in_the_answer_and_its_share_alone() -> None:
-    blue, red, question = branches(chosen({"answers": ["blue", "red"]}), question=True)
+    blue, red, question = branches(chosen(["blue", "red"]), question=True)
     assert [(r.turns[-1].text, share) for r, share in (blue, red)] == [("blue", 0.0), ("red", 1.0)]
     assert [[turn.weight for turn in r.turns] for r, _ in (blue, red)] == [[0.0, 1.0]] * 2
     assert [turn.weight for turn in question[0].turns] == [1.0, 0.0] and question[1] is None
-    assert len(branches(chosen({"answers": ["blue", "red"]}), question=False)) == 2
+    assert len(branches(chosen(["blue", "red"]), question=False)) == 2
 
 
 @pytest.mark.parametrize(
-    ("choices", "problem"),
+    ("choices", "shares", "problem"),
     [
-        (None, "names no choices"),
-        ({"answers": ["red"]}, "no list of two answers"),
-        ({"answers": "red blue"}, "no list of two answers"),
-        (["red", "blue"], "no list of two answers"),
-        ({"answers": ["red", " "]}, "choice 2 is empty"),
-        ({"answers": ["red", "red"]}, "'red' occurs twice"),
-        ({"answers": ["blue", "green"]}, "'red' is not among the choices blue, green"),
-        ({"answers": ["red", "blue"], "shares": [1.0]}, "no list of 2 numbers"),
-        ({"answers": ["red", "blue"], "shares": [True, False]}, "no list of 2 numbers"),
-        ({"answers": ["red", "blue"], "shares": [0.4, 0.4]}, "add up to 0.8"),
-        ({"answers": ["red", "blue"], "shares": [1.5, -0.5]}, "below 0"),
+        (None, None, "names no choices"),
+        (["red"], None, "no list of two answers"),
+        ("red blue", None, "no list of two answers"),
+        ({"answers": ["red", "blue"]}, None, "no list of two answers"),
+        (["red", " "], None, "choice 2 is empty"),
+        (["red", "red"], None, "'red' occurs twice"),
+        (["blue", "green"], None, "'red' is not among the choices blue, green"),
+        (["red", "blue"], [1.0], "no list of 2 numbers"),
+        (["red", "blue"], [True, False], "no list of 2 numbers"),
+        (["red", "blue"], [0.4, 0.4], "add up to 0.8"),
+        (["red", "blue"], [1.5, -0.5], "below 0"),
     ],
 )
-def test_choices_that_are_none(choices: Any, problem: str) -> None:
+def test_choices_that_are_none(choices: Any, shares: Any, problem: str) -> None:
     with pytest.raises(RecordError, match=problem) as refused:
-        choices_of(chosen(choices))
+        choices_of(chosen(choices, shares))
     assert "(a)" in refused.value.where and refused.value.remedy

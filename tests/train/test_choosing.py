@@ -28,10 +28,10 @@ ANSWERS = ["red", "dark blue", "green"]
 
 def choosing(number: int, shares: Sequence[float] | None = None, answers: Sequence[str] = ANSWERS) -> Record:
     turns = (Turn("user", (Text(f"What colour is number {number}?"),)), Turn("assistant", (Text(answers[0]),)))
-    choices: dict[str, Any] = {"answers": list(answers)}
+    meta: dict[str, Any] = {"choices": list(answers)}
     if shares is not None:
-        choices["shares"] = list(shares)
-    return Record(turns, id=f"r{number}", meta={"choices": choices})
+        meta["shares"] = list(shares)
+    return Record(turns, id=f"r{number}", meta=meta)
 
 
 class Bench:
@@ -94,8 +94,8 @@ def test_siblings_in_one_row_equal_each_choice_alone(bench: Bench, lm: float) ->
     found, gradient = bench.step(RECORDS, lm=lm)
     expected = []
     for record in RECORDS:
-        answers = record.meta["choices"]["answers"]
-        shares = record.meta["choices"].get("shares") or [1.0, 0.0, 0.0]
+        answers = record.meta["choices"]
+        shares = record.meta.get("shares") or [1.0, 0.0, 0.0]
         user = f"<|im_start|>user\n{record.turns[0].text}<|im_end|>\n<|im_start|>assistant\n"
         scores = torch.stack([-_losses(bench, user, f"{answer}<|im_end|>").sum() for answer in answers])
         loss = -(torch.tensor(shares) * scores.log_softmax(0)).sum()

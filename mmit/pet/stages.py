@@ -1,0 +1,476 @@
+"""The three stages: one model for each pattern, soft labels of what they say together, one model that learned these.
+
+Owns the folder of a task:
+
+    fit.json                     what was asked for, and every model with its accuracy before and after
+    g0/1_what-0/                 the run of a pattern's first repetition; g1/, g2/ of later generations (iPET)
+    g0/1_what-0.scores.npz       what it says of the unlabelled rows
+    labelled/                    a build: records with soft labels, which every `mmit data` command reads
+    student/                     the run that learned them
+
+Every stage goes on where it was stopped. Refuses a folder that was begun with other settings.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmit.build.annotated import Made
+from mmit.build.licences import terms_of
+from mmit.build.write import Counts, write_build
+from mmit.data.choices import CHOICES, SHARES, choices_of
+from mmit.errors import ConfigError, MmitError, nearest
+from mmit.io import write_atomic
+from mmit.pet.scoring import accuracy, scores, soft_labels
+from mmit.records import Record, Text, Turn, read_jsonl
+
+if TYPE_CHECKING:
+    from mmit.generate import Model
+    from mmit.pet.patterns import Pattern, Patterns
+    from mmit.pet.rows import Example
+
+Say = Callable[[str], None]
+STATE, LABELLED, STUDENT = "fit.json", "labelled", "student"
+WEIGHTS = ("accuracy", "uniform")
+OVER = ("labels", "vocabulary")
+# A run on a few rows: what the start's config measures while it trains is not theirs.
+_ALONE: dict[str, Any] = {
+    "train.eval_every": None,
+    "train.eval_tasks": [],
+    "train.keep_best": None,
+    "data.split_turns": False,
+}
+
+
+def _quiet(text: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a model is fitted to labelled rows.
+
+    Attributes:
+        repetitions: models a pattern, each with another seed; the paper takes 3.
+        steps: optimizer steps of each.
+        lm: part of the loss on the question; the authors' code takes 1 - 0.9999.
+        tune: what is trained, as `mmit.train` takes it; None as the start's config says.
+        settings: any other keys of the config, {"train.rows_per_step": 1}.
+        seed: of the whole task.
+    """
+
+    repetitions: int = 3
+    steps: int = 60
+    lm: float = 1e-4
+    tune: Mapping[str, Any] | None = None
+    settings: Mapping[str, Any] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_whole("fit.repetitions", self.repetitions)
+        _check_whole("steps", self.steps)
+
+
+@dataclass(frozen=True)
+class Generations:
+    """How models label for each other (iPET); the defaults but `count` are those of the authors' code.
+
+    Attributes:
+        count: of them; 1 is PET without iteration, the authors take 3.
+        factor: by how much the rows of a model grow from one generation to the next.
+        share: of the other models, those that label for one; one at least.
+    """
+
+    count: int = 1
+    factor: float = 5.0
+    share: float = 0.25
+
+    def __post_init__(self) -> None:
+        _check_whole("generations.count", self.count)
+        if not _number(self.factor) or self.factor <= 1:
+            remedy = "Give a number above 1, by which the rows grow."
+            raise ConfigError(f"is {self.factor}", where="generations.factor", remedy=remedy)
+        if not _number(self.share) or not 0 < self.share <= 1:
+            raise ConfigError(f"is {self.share}", where="generations.share", remedy="Give a part of 1.")
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """How models label together.
+
+    Attributes:
+        weights: `accuracy`, that of a model on the labelled rows before it was fitted, or `uniform`.
+        temperature, calibrate: see `soft_labels` and `scores`.
+        pattern: the question of the labelled records, by its id; None for the first.
+    """
+
+    weights: str = "accuracy"
+    temperature: float = 2.0
+    calibrate: bool = False
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ConfigError(f"is '{self.weights}'", where="label.weights", remedy=nearest(str(self.weights), WEIGHTS))
+        if not _number(self.temperature) or self.temperature <= 0:
+            problem = f"is {self.temperature}"
+            raise ConfigError(problem, where="label.temperature", remedy="Give a number above 0; the paper takes 2.")
+        if not isinstance(self.calibrate, bool):
+            raise ConfigError(f"is {self.calibrate!r}", where="label.calibrate", remedy="Write true or false.")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"is {value!r}", where=name, remedy="Give a whole number, 1 or more.")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A model of one pattern."""
+
+    pattern: str
+    repetition: int
+    generation: int
+    run: str  # its folder, from that of the task
+    rows: int  # it was fitted to
+    before: float  # accuracy on the labelled rows, before
+    after: float  # and after
+
+
+def fit(
+    model: str | os.PathLike[str],
+    patterns: Patterns,
+    labelled: Sequence[Example],
+    *,
+    dir: str | os.PathLike[str],
+    unlabelled: Sequence[Example] = (),
+    how: Fitting = Fitting(),
+    generations: Generations = Generations(),
+    say: Say = _quiet,
+) -> list[Fitted]:
+    """Fit a model to the labelled rows for every pattern and repetition.
+
+    Args:
+        model: a run or checkpoint, the start of every model.
+        dir: the folder of the task.
+        unlabelled: rows that models label for each other, where there is more than one generation.
+
+    Returns:
+        the models of all generations.
+
+    Raises:
+        ConfigError: a setting that cannot be used, or the folder was begun with others. MmitError: a run was stopped.
+    """
+    if generations.count > 1 and not unlabelled:
+        problem = "models can label for each other only rows without a label, and there are none"
+        raise ConfigError(problem, where="unlabelled", remedy="Name them, or set generations.count to 1.")
+    if generations.count > 1 and len(patterns.patterns) * how.repetitions < 2:
+        problem = "one model has no other to label for it"
+        raise ConfigError(problem, where="generations", remedy="Write two patterns, or set fit.repetitions to 2.")
+    for example in labelled:  # before the first run, so that a row which does not suit a pattern is met at once
+        for pattern in patterns.patterns:
+            pattern.record(example.fields, example.label, where=example.where)
+    folder = Path(dir)
+    done = _begun(folder, {"model": os.fspath(model), "fit": asdict(how), "generations": asdict(generations)})
+    before = _before(model, patterns, labelled, done, folder)
+    given: dict[str, list[Example]] = {}
+    for generation in range(generations.count):
+        models = []
+        for position, pattern in enumerate(patterns.patterns, 1):
+            for repetition in range(how.repetitions):
+                name = f"g{generation}/{position}_{_named(pattern.id)}-{repetition}"
+                rows = given.get(f"{position}-{repetition}", list(labelled))
+                if name not in done["models"]:
+                    records = [_record(pattern, row) for row in rows]
+                    seed = how.seed * 1000 + generation * 100 + repetition
+                    _trained(model, records, folder / name, how, seed=seed, objective={"kind": "choices", "lm": how.lm})
+                    after = accuracy(_loaded_scores(folder / name, pattern, labelled), labelled, patterns.labels)
+                    facts = Fitted(pattern.id, repetition, generation, name, len(rows), before[pattern.id], after)
+                    done["models"][name] = asdict(facts)
+                    _write(folder, done)
+                    say(f"{name}: {len(rows)} rows, accuracy on the labelled ones {facts.before:.3f} -> {after:.3f}")
+                models.append(Fitted(**done["models"][name]))
+        if generation + 1 < generations.count:
+            found = [scored(folder, fitted, patterns, unlabelled) for fitted in models]
+            given = _next(models, found, patterns, labelled, unlabelled, generations=generations, seed=how.seed)
+    return [Fitted(**facts) for facts in done["models"].values()]
+
+
+def _record(pattern: Pattern, row: Example) -> Record:
+    provenance: dict[str, Any] = {"source": row.source, "row": row.row, "licence": row.licence}
+    return pattern.record(row.fields, row.label, where=row.where, id=f"{row.where}", **provenance)
+
+
+def _trained(
+    model: str | os.PathLike[str],
+    data: Any,
+    folder: Path,
+    how: Fitting,
+    *,
+    seed: int,
+    objective: Mapping[str, Any],
+) -> None:
+    """A run, or the rest of it. Raises MmitError after a signal."""
+    from mmit.api import train
+
+    settings: dict[str, Any] = {**_ALONE, **(how.settings or {}), "run.seed": seed}
+    settings |= {f"train.objective.{key}": value for key, value in objective.items()}
+    resume = "auto" if folder.exists() else None
+    run = train(model, data, dir=folder, tune=how.tune, steps=how.steps, resume=resume, settings=settings)
+    if not run.finished:
+        raise MmitError("stopped by a signal", where=str(folder), remedy="The same command goes on.")
+
+
+def _loaded_scores(
+    model: str | os.PathLike[str], pattern: Pattern, rows: Sequence[Example], *, calibrate: bool = False
+) -> np.ndarray:
+    """Scores (N, K) by a model that is loaded for it and let go."""
+    return scores(_load(model), pattern, rows, calibrate=calibrate)
+
+
+def _load(model: str | os.PathLike[str]) -> Model:
+    from mmit.generate import load
+
+    gc.collect()  # of the model before: cycles hold its weights
+    return load(model)
+
+
+def _before(
+    model: str | os.PathLike[str],
+    patterns: Patterns,
+    labelled: Sequence[Example],
+    done: dict[str, Any],
+    folder: Path,
+) -> dict[str, float]:
+    """Accuracy of each pattern on the labelled rows with the start."""
+    if "before" not in done:
+        start = _load(model)
+        found = {p.id: accuracy(scores(start, p, labelled), labelled, patterns.labels) for p in patterns.patterns}
+        done["before"] = found
+        _write(folder, done)
+    return dict(done["before"])
+
+
+def scored(
+    folder: Path, fitted: Fitted, patterns: Patterns, rows: Sequence[Example], *, calibrate: bool = False
+) -> np.ndarray:
+    """What a fitted model says of rows, (N, K); kept beside its run."""
+    pattern = patterns.by_id[fitted.pattern]
+    wanted = json.dumps([calibrate, pattern.template.jinja, pattern.answers, [row.where for row in rows]])
+    digest = hashlib.sha256(wanted.encode()).hexdigest()
+    path = folder / f"{fitted.run}.scores.npz"
+    if path.exists():
+        with np.load(path, allow_pickle=False) as kept:
+            if str(kept["digest"]) == digest:
+                return np.array(kept["scores"])
+    found = _loaded_scores(folder / fitted.run, pattern, rows, calibrate=calibrate)
+    draft = path.with_name(f".{path.name}.tmp.npz")
+    np.savez(draft, scores=found, digest=np.array(digest))
+    os.replace(draft, path)
+    return found
+
+
+def _next(
+    models: Sequence[Fitted],
+    found: Sequence[np.ndarray],
+    patterns: Patterns,
+    labelled: Sequence[Example],
+    unlabelled: Sequence[Example],
+    *,
+    generations: Generations,
+    seed: int,
+) -> dict[str, list[Example]]:
+    """Rows of each model's next generation: the labelled ones, and some that other models are sure of."""
+    generation = models[0].generation
+    growth = generations.factor ** (generation + 1) - 1
+    wanted = {name: round(sum(row.label == name for row in labelled) * growth) for name in patterns.labels}
+    given: dict[str, list[Example]] = {}
+    for place, fitted in enumerate(models):
+        draw = random.Random(f"{seed}/{generation}/{fitted.run}")
+        others = [n for n in range(len(models)) if n != place]
+        chosen = draw.sample(others, max(1, round(len(others) * generations.share)))
+        together = [found[n] for n in chosen]
+        shares = soft_labels(together, weights=[models[n].before for n in chosen], temperature=1.0)
+        new = confident(shares, patterns.labels, wanted, draw=draw)
+        position = list(patterns.by_id).index(fitted.pattern) + 1
+        rows = [replace(unlabelled[n], label=name) for n, name in new]
+        given[f"{position}-{fitted.repetition}"] = [*labelled, *rows]
+    return given
+
+
+def confident(
+    shares: np.ndarray, labels: Sequence[str], wanted: Mapping[str, int], *, draw: random.Random
+) -> list[tuple[int, str]]:
+    """Draw rows for each label among those that have it, the surer the likelier: (row, label) pairs.
+
+    Where fewer rows than wanted have a label, all of them are taken.
+    """
+    best = shares.argmax(axis=1)
+    found = []
+    for k, name in enumerate(labels):
+        rows = np.flatnonzero(best == k)
+        count = min(wanted[name], len(rows))
+        if count:
+            chances = shares[rows, k] / shares[rows, k].sum()
+            rng = np.random.default_rng(draw.getrandbits(64))
+            found += [(int(n), name) for n in rng.choice(rows, size=count, replace=False, p=chances)]
+    return found
+
+
+def label(
+    dir: str | os.PathLike[str],
+    patterns: Patterns,
+    unlabelled: Sequence[Example],
+    *,
+    how: Labelling = Labelling(),
+    settings: Mapping[str, Any] | None = None,
+) -> Counts:
+    """Label rows with the last generation of fitted models, into the folder `labelled` of the task.
+
+    Args:
+        dir: the folder of the task. settings: kept in build.json.
+
+    Raises:
+        ConfigError: nothing was fitted there, or it is labelled already.
+    """
+    folder = Path(dir)
+    models = fitted_models(folder)
+    last = max(fitted.generation for fitted in models)
+    models = [fitted for fitted in models if fitted.generation == last]
+    pattern = patterns.named(how.pattern, where="label.pattern")
+    for fitted in models:
+        patterns.named(fitted.pattern, where=str(folder / STATE))
+    for row in unlabelled:
+        pattern.record(row.fields, where=row.where)
+    given = [scored(folder, fitted, patterns, unlabelled, calibrate=how.calibrate) for fitted in models]
+    weights = [fitted.before for fitted in models] if how.weights == "accuracy" else None
+    shares = soft_labels(given, weights=weights, temperature=how.temperature)
+    facts = {"models": [fitted.run for fitted in models], **asdict(how)}
+
+    def made() -> Iterator[Made]:
+        for row, of_row in zip(unlabelled, shares, strict=True):
+            yield Made(patterns.task, soft_record(pattern, row, of_row, patterns=patterns, facts=facts), False)
+
+    # The rows are the user's own choice, nobody's that a build would bring in; the records keep their terms.
+    terms = {term for row in unlabelled for term in terms_of(row.licence)}
+    told: dict[str, Any] = {"config": dict(settings or facts), "inputs": {}, "allow_licences": sorted(terms)}
+    return write_build(made(), folder / LABELLED, **told)
+
+
+def soft_record(
+    pattern: Pattern, row: Example, shares: np.ndarray, *, patterns: Patterns, facts: Mapping[str, Any]
+) -> Record:
+    """The record of a row with the best label as its answer, and the shares (K,) of all in its meta."""
+    best = patterns.labels[int(shares.argmax())]
+    meta: dict[str, Any] = {"task": patterns.task, "label": best, "labels": list(patterns.labels)}
+    meta["build"] = {"how": "pet", "template": pattern.id, "wording": pattern.template.digest, **facts}
+    provenance: dict[str, Any] = {"source": row.source, "row": row.row, "licence": row.licence}
+    return pattern.record(
+        row.fields, best, shares=shares.tolist(), where=row.where, id=row.where, meta=meta, **provenance
+    )
+
+
+def fitted_models(folder: Path) -> list[Fitted]:
+    """Return the models of a task's folder. Raises ConfigError if there are none."""
+    path = folder / STATE
+    if not path.is_file():
+        remedy = "Run mmit pet fit first, with the same --out."
+        raise ConfigError("no model was fitted here", where=str(folder), remedy=remedy)
+    found = [Fitted(**facts) for facts in json.loads(path.read_text(encoding="utf-8"))["models"].values()]
+    if not found:
+        raise ConfigError("fitting was stopped before the first model", where=str(path), remedy="Run it again.")
+    return found
+
+
+def distil(
+    model: str | os.PathLike[str],
+    dir: str | os.PathLike[str],
+    *,
+    how: Fitting = Fitting(lm=0.0),
+    over: str = "labels",
+    temperature: float = 2.0,
+) -> Path:
+    """Train one model on the labelled set of a task; returns the folder of its run.
+
+    Args:
+        model: a run or checkpoint, the start.
+        over: `labels`, the cross-entropy over the choices with the soft labels, as published; or `vocabulary`, plain
+            tuning on each answer with its share as the weight.
+        temperature: what the student's scores are divided by too, as published; of `labels` alone.
+
+    Raises:
+        ConfigError: nothing was labelled there, or no such `over`. MmitError: the run was stopped.
+    """
+    if over not in OVER:
+        raise ConfigError(f"is '{over}'", where="distil.over", remedy=nearest(over, OVER))
+    folder = Path(dir)
+    files = sorted((folder / LABELLED / "records").glob("*.jsonl"))
+    if not files:
+        problem = "there is no labelled set here"
+        raise ConfigError(problem, where=str(folder), remedy="Run mmit pet label first, with the same --out.")
+    data: list[Any] = [{"path": str(file), "format": "mmit"} for file in files]
+    objective: dict[str, Any] = {"kind": "choices", "lm": how.lm, "temperature": temperature}
+    if over == "vocabulary":
+        data = [part for file in files for record in read_jsonl(file) for part in weighted_answers(record)]
+        objective = {"kind": "sft"}
+    _trained(model, data, folder / STUDENT, how, seed=how.seed, objective=objective)
+    return folder / STUDENT
+
+
+def weighted_answers(record: Record) -> list[Record]:
+    """The record once for each choice that has a share, with the share as its weight."""
+    answers, shares = choices_of(record)
+    meta = {key: value for key, value in record.meta.items() if key not in (CHOICES, SHARES)}
+    plain = replace(record, meta=meta)
+    return [
+        replace(plain, turns=(*record.turns[:-1], Turn("assistant", (Text(answer),))), weight=record.weight * share)
+        for answer, share in zip(answers, shares, strict=True)
+        if share > 0
+    ]
+
+
+def _named(name: str) -> str:
+    """An id as part of a file's name."""
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _begun(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the folder holds of this task, or a new beginning. Raises ConfigError for another's."""
+    asked = json.loads(json.dumps(asked))
+    path = folder / STATE
+    if path.is_file():
+        done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        for key in asked:
+            if _first(done["asked"].get(key)) != _first(asked[key]):
+                problem = f"was begun with other settings of '{key}'"
+                raise ConfigError(problem, where=str(path), remedy="Set them back, or give --out a new folder.")
+        return done
+    if folder.exists() and any(folder.iterdir()):
+        problem = "the folder is not empty, and holds no fit.json"
+        raise ConfigError(problem, where=str(folder), remedy="Give --out a new folder.")
+    return {"asked": asked, "models": {}}
+
+
+def _first(asked: Any) -> Any:
+    """Settings without the number of generations, of which more can be asked for later."""
+    return {k: v for k, v in asked.items() if k != "count"} if isinstance(asked, Mapping) else asked
+
+
+def _write(folder: Path, done: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / STATE, json.dumps(done, indent=1, ensure_ascii=False) + "\n")
