@@ -17,6 +17,7 @@ import torch
 from mmit.errors import ConfigError, ModelError
 from mmit.models.sending import send
 
+NOT_FINITE = -1  # in place of a token
 _NUMBER: tuple[type, ...] = (int, float)
 _SAMPLING_TYPES = (
     ("temperature", _NUMBER, "a number, 0 (greedy) or more"),
@@ -57,7 +58,15 @@ class Sampling:
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> list[int]:
-    """Choose the next token of every place.
+    """Choose the next token of every place as `try_choose` does. Raises ModelError for logits that are not finite."""
+    found = try_choose(logits, sampling, draws)
+    if NOT_FINITE in found:
+        raise ModelError("the model's logits are not finite", remedy="load it with dtype bf16 or fp32")
+    return found
+
+
+def try_choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Generator]) -> list[int]:
+    """Choose the next token of every place; NOT_FINITE where logits are not.
 
     Nucleus sampling (top_p) is arXiv:1904.09751; top_k is applied before it, as transformers does.
 
@@ -69,7 +78,7 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Gener
     best = logits.max(-1)
     finite = torch.isfinite(best.values)
     if sampling.temperature == 0:
-        return _checked(best.indices, finite)
+        return _told(best.indices, finite)
     ordered, ids = torch.sort(logits.float() / sampling.temperature, dim=-1, descending=True, stable=True)
     if sampling.top_k:
         ordered[:, sampling.top_k :] = float("-inf")
@@ -82,12 +91,10 @@ def choose(logits: torch.Tensor, sampling: Sampling, draws: Sequence[torch.Gener
     uniform = send(torch.stack([torch.rand((), generator=draw) for draw in draws]), total.device)
     # Up to the last token kept: rounding in the sum must not let a token of probability 0 through.
     last = share.shape[-1] - 1 - (share > 0).flip(-1).int().argmax(-1)
-    return _checked(torch.minimum((total <= uniform[:, None] * total[:, -1:]).sum(-1), last), finite)
+    return _told(torch.minimum((total <= uniform[:, None] * total[:, -1:]).sum(-1), last), finite)
 
 
-def _checked(ids: torch.Tensor, finite: torch.Tensor) -> list[int]:
-    """The (B,) ids. Raises ModelError where `finite` (B,) is false; both come from the device in one go."""
-    found: list[int] = torch.where(finite, ids, -1).tolist()
-    if -1 in found:
-        raise ModelError("the model's logits are not finite", remedy="load it with dtype bf16 or fp32")
+def _told(ids: torch.Tensor, finite: torch.Tensor) -> list[int]:
+    """The (B,) ids, NOT_FINITE where `finite` (B,) is false; both come from the device in one go."""
+    found: list[int] = torch.where(finite, ids, NOT_FINITE).tolist()
     return found

@@ -25,7 +25,7 @@ from mmit.errors import ConfigError, MmitError, nearest
 from mmit.models import decoding
 from mmit.models.llm import context_length
 from mmit.models.prefix_cache import PrefixCache
-from mmit.models.sampling import choose
+from mmit.models.sampling import NOT_FINITE, try_choose
 from mmit.pictures import FeatureCache
 from mmit.serve.answering import Answer, Answering, Ask, End, Event, Piece, Reason, TokenLogprob
 
@@ -308,17 +308,17 @@ class Engine:
             chosen = _chosen(lane.answers, logits)
             told = _logprobs(lane, logits, chosen)
             reasons = [self._written(lane, *pair, told) for pair in enumerate(chosen)]
-            lane.fed = [-1 if token is None else token for token in chosen]
+            lane.fed = chosen
             self._leave(lane, {place for place, reason in enumerate(reasons) if reason is not None})
         except Exception as error:  # noqa: BLE001
             self._fail(lane, error)
 
-    def _written(self, lane: _Lane, place: int, token: int | None, told: Mapping[int, TokenLogprob]) -> Reason | None:
+    def _written(self, lane: _Lane, place: int, token: int, told: Mapping[int, TokenLogprob]) -> Reason | None:
         """Add a token to an answer, and end it where it ends; returns why."""
         answer, problem = lane.answers[place], None
         reason: Reason | None
         try:
-            if token is None:
+            if token == NOT_FINITE:
                 reason, problem = "error", "the model's logits are not finite: load it with dtype bf16 or fp32"
             elif token in lane.ends:
                 reason = "stop"
@@ -378,29 +378,27 @@ def _seen(prompt: Prompt, model: Model) -> tuple[Prompt, dict[Hashable, torch.Te
     return replace(prompt, samples=samples, pictures=pictures), pixels
 
 
-def _chosen(answers: Sequence[Answer], logits: torch.Tensor) -> list[int | None]:
-    """The next token of each answer, by its own way to draw; None where its logits are not finite."""
-    finite: list[bool] = torch.isfinite(logits.max(-1).values).tolist()
+def _chosen(answers: Sequence[Answer], logits: torch.Tensor) -> list[int]:
+    """The next token of each answer, by its own way to draw; NOT_FINITE where its logits are not."""
     groups: dict[tuple[float, float, int], list[int]] = {}
     for place, answer in enumerate(answers):
-        if finite[place]:
-            way = answer.sampling
-            groups.setdefault((way.temperature, way.top_p, way.top_k), []).append(place)
-    found: list[int | None] = [None] * len(answers)
+        way = answer.sampling
+        groups.setdefault((way.temperature, way.top_p, way.top_k), []).append(place)
+    found = [NOT_FINITE] * len(answers)
     for places in groups.values():
         rows = logits if len(places) == len(answers) else logits[places]
         draws = [answers[place].draw for place in places]
-        for place, token in zip(places, choose(rows, answers[places[0]].sampling, draws), strict=True):
+        for place, token in zip(places, try_choose(rows, answers[places[0]].sampling, draws), strict=True):
             found[place] = token
     return found
 
 
-def _logprobs(lane: _Lane, logits: torch.Tensor, chosen: Sequence[int | None]) -> dict[int, TokenLogprob]:
+def _logprobs(lane: _Lane, logits: torch.Tensor, chosen: Sequence[int]) -> dict[int, TokenLogprob]:
     """By place, the log-probability of the chosen token where it was asked for, and of the likeliest beside it."""
     found = {}
     for place, (answer, token) in enumerate(zip(lane.answers, chosen, strict=True)):
         count = answer.answering.ask.logprobs
-        if count is None or token is None:
+        if count is None or token == NOT_FINITE:
             continue
         row = logits[place].float().log_softmax(-1)
         best = row.topk(min(count, len(row)))

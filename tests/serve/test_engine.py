@@ -318,14 +318,14 @@ def test_the_queue_has_a_bound(own: Any, slow: Slow) -> None:
     assert [len(ends_of(a)) for a in asked] == [1, 3, 3]
 
 
-@pytest.mark.parametrize("where", ["step", "prefill", "choose"])
+@pytest.mark.parametrize("where", ["step", "prefill", "try_choose"])
 def test_an_error_while_answering_ends_these_answers_and_the_engine_goes_on(
     where: str, own: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmit.serve import engine as module
 
     engine = own(build(vision=False), max_running=4)
-    holder = module if where == "choose" else decoding
+    holder = module if where == "try_choose" else decoding
     whole, fails = getattr(holder, where), [True]
 
     def broken(*args: Any, **options: Any) -> Any:
