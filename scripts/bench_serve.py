@@ -1,23 +1,26 @@
-"""Many clients of one engine against one after another: requests a second, time to the first token. See --help.
+"""Many clients at once against one after another: requests a second, time to the first token. See --help.
 
 Rounds take turns: the same number of requests by one client, then by all at once, each with pictures of its own, so
 that nothing one has computed serves the other. Two kinds of requests: questions about pictures, whose answers the
-model ends by itself, and texts to continue for a given number of tokens. At the end a hundred questions are compared
-with `Model.chat`.
+model ends by itself, and texts to continue for a given number of tokens. Of an engine in this process a hundred answers
+are first compared with `Model.chat`; of a server only the times are taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
+import io
+import json
 import os
 import random
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from mmit.cores import Watch, spin_briefly
 
@@ -28,7 +31,7 @@ import PIL.Image  # noqa: E402
 import PIL.ImageDraw  # noqa: E402
 import torch  # noqa: E402
 
-from mmit.generate import load  # noqa: E402
+from mmit.generate import Model, load  # noqa: E402
 from mmit.serve.engine import Ask, End, Engine, Piece  # noqa: E402
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "gray", "teal", "brown"]
@@ -76,7 +79,62 @@ class Told(NamedTuple):
     tokens: int
 
 
-def run(engine: Engine, requests: list[Ask], clients: int) -> tuple[float, list[Told]]:
+Teller = Callable[[Ask], Told]
+
+
+def by_engine(engine: Engine) -> Teller:
+    """Answers in this process."""
+
+    def tell(ask: Ask) -> Told:
+        answering = engine.submit(ask)
+        *pieces, end = answering.events()
+        if not isinstance(end, End) or end.reason not in ("stop", "length"):
+            raise SystemExit(f"a request failed: {end}")
+        text = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
+        return Told(text, answering.first_token_s or 0.0, end.completion_tokens)
+
+    return tell
+
+
+def by_url(url: str, model: str) -> Teller:
+    """Answers of a server, streamed; the first token is timed where the client is."""
+
+    def tell(ask: Ask) -> Told:
+        body: dict[str, Any] = {"model": model, "max_tokens": ask.max_tokens, "temperature": 0, "stream": True}
+        body["stream_options"] = {"include_usage": True}
+        body |= {"prompt": ask.prompt} if ask.messages is None else {"messages": [_as_json(m) for m in ask.messages]}
+        path = "completions" if ask.messages is None else "chat/completions"
+        head = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), head)
+        begin, first, text, tokens = time.perf_counter(), 0.0, "", 0
+        with urllib.request.urlopen(request) as reply:
+            for line in reply:
+                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+                    continue
+                event = json.loads(line[6:])
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+                for choice in event["choices"]:
+                    new = choice.get("text") or choice.get("delta", {}).get("content") or ""
+                    first = first or (time.perf_counter() - begin if new else 0.0)
+                    text += new
+        return Told(text, first, tokens)
+
+    return tell
+
+
+def _as_json(message: Mapping[str, Any]) -> dict[str, Any]:
+    parts = []
+    for part in message["content"]:
+        if part["type"] == "image":
+            file = io.BytesIO()
+            part["image"].save(file, "PNG")
+            data = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            part = {"type": "image_url", "image_url": {"url": data}}
+        parts.append(part)
+    return {"role": message["role"], "content": parts}
+
+
+def run(tell: Teller, requests: list[Ask], clients: int) -> tuple[float, list[Told]]:
     """Answer all, each client one after another; returns seconds and the answers."""
     todo, lock, found = iter(enumerate(requests)), threading.Lock(), dict[int, Told]()
 
@@ -86,12 +144,7 @@ def run(engine: Engine, requests: list[Ask], clients: int) -> tuple[float, list[
                 number, ask = next(todo, (-1, None))
             if ask is None:
                 return
-            answering = engine.submit(ask)
-            *pieces, end = answering.events()
-            if not isinstance(end, End) or end.reason not in ("stop", "length"):
-                raise SystemExit(f"a request failed: {end}")
-            text = "".join(piece.text for piece in pieces if isinstance(piece, Piece))
-            found[number] = Told(text, answering.first_token_s or 0.0, end.completion_tokens)
+            found[number] = tell(ask)
 
     threads = [threading.Thread(target=client) for _ in range(clients)]
     begin = time.perf_counter()
@@ -107,19 +160,19 @@ def p95(values: list[float]) -> float:
     return sorted(values)[max(0, -(-len(values) * 95 // 100) - 1)]
 
 
-def table(engine: Engine, args: argparse.Namespace) -> Iterator[str]:
+def table(tell: Teller, args: argparse.Namespace) -> Iterator[str]:
     """Lines of a Markdown table, one for each kind of request."""
     yield "| requests | 1 client, requests/s | first token p95 | all, requests/s | first token p95 | ratio of rounds |"
     yield "|---|---|---|---|---|---|"
     for kind in args.kinds:
-        run(engine, asks(kind, 4, args.tokens, 10**6), 2)
+        run(tell, asks(kind, 4, args.tokens, 10**6), 2)
         rates: dict[int, list[float]] = {1: [], args.clients: []}
         firsts: dict[int, list[float]] = {1: [], args.clients: []}
         written, seed = 0, 0
         for turn in range(args.rounds):
             for clients in (1, args.clients) if turn % 2 == 0 else (args.clients, 1):
                 seed += 1
-                seconds, told = run(engine, asks(kind, args.requests, args.tokens, seed), clients)
+                seconds, told = run(tell, asks(kind, args.requests, args.tokens, seed), clients)
                 rates[clients].append(args.requests / seconds)
                 firsts[clients] += [answer.first_s for answer in told]
                 written += sum(answer.tokens for answer in told)
@@ -132,13 +185,13 @@ def table(engine: Engine, args: argparse.Namespace) -> Iterator[str]:
         )
 
 
-def equal(engine: Engine, args: argparse.Namespace) -> str:
+def equal(model: Model, tell: Teller, args: argparse.Namespace) -> str:
     """How many of a hundred answers are those of `Model.chat`, by one client after another and by all at once."""
-    model, requests = engine.models["model"], asks("questions", 100, args.tokens, 77)
+    requests = asks("questions", 100, args.tokens, 77)
     expected = [model.chat(messages=ask.messages, max_new_tokens=args.tokens, temperature=0) for ask in requests]
     found = []
     for clients in (1, args.clients):
-        told = run(engine, requests, clients)[1]
+        told = run(tell, requests, clients)[1]
         found.append(sum(answer.text == text for answer, text in zip(told, expected, strict=True)))
     return f"equal to Model.chat: {found[0]} of 100 alone, {found[1]} of 100 among {args.clients} clients"
 
@@ -146,7 +199,8 @@ def equal(engine: Engine, args: argparse.Namespace) -> str:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="a run or checkpoint")
+    parser.add_argument("run", help="a run or checkpoint, or the address of a server, http://HOST:PORT/v1")
+    parser.add_argument("--model", default="", help="its name, of a server")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--requests", type=int, default=48, help="of each arm of a round")
     parser.add_argument("--rounds", type=int, default=3)
@@ -155,15 +209,19 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--kinds", nargs="+", default=["questions", "texts"], choices=["questions", "texts"])
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    engine = Engine({"model": load(args.run, dtype=args.dtype, device="cpu")}, max_running=args.clients)
     watch = Watch()
-    print(equal(engine, args), flush=True)
-    for line in table(engine, args):
-        print(line, flush=True)
+    if args.run.startswith("http"):
+        print(*table(by_url(args.run, args.model), args), sep="\n")
+    else:
+        torch.set_num_threads(args.threads)
+        model = load(args.run, dtype=args.dtype, device="cpu")
+        engine = Engine({"model": model}, max_running=args.clients)
+        print(equal(model, by_engine(engine), args), flush=True)
+        for line in table(by_engine(engine), args):
+            print(line, flush=True)
+        engine.close(0)
     if crowd := watch.crowd():
         print(crowd, file=sys.stderr)
-    engine.close(0)
 
 
 if __name__ == "__main__":
