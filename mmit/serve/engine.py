@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 256  # of an answer that names no limit, as `Model.chat`
 PREFILL = 2048  # prompt tokens that join at once at most, but for a longer prompt: meanwhile the others wait
-FEATURE_BYTES = 256 << 20  # features of pictures kept for the next question about them
-PREFIX_BYTES = 512 << 20  # keys and values of beginnings of prompts kept for the next that begins so
+FEATURE_BYTES = 128 << 20  # features of pictures kept for the next question about them
+PREFIX_BYTES = 256 << 20  # keys and values of beginnings of prompts kept for the next that begins so
 __all__ = ["Answering", "Ask", "Closing", "End", "Engine", "EngineState", "Event", "ModelUnknown", "Piece"]
 __all__ += ["QueueFull", "Reason", "TokenLogprob"]
 

@@ -142,6 +142,15 @@ def record(text: str, *pictures: int) -> Any:
     return ask_messages(messages(text, *pictures))
 
 
+def test_a_model_whose_prompts_share_no_row_is_batched_all_the_same(own: Any) -> None:
+    model = build(vision=False)
+    model._able = decoding.Support(batched=True, shared=False)
+    expected = [model.chat(text=q, max_new_tokens=8) for q in QUESTIONS]
+    engine = own(model, max_running=4)
+    assert [text_of(a) for a in [engine.submit(Ask("tiny", messages(q), max_tokens=8)) for q in QUESTIONS]] == expected
+    assert engine.state().cached_tokens == 0
+
+
 def test_a_picture_seen_before_is_not_looked_at_again(engine: Engine) -> None:
     model = engine.models["tiny"]
     text_of(engine.submit(Ask("tiny", messages("Hello", 40), max_tokens=2)))
