@@ -63,7 +63,7 @@ def read_rows(
         if labelled:
             remedy = "Give a table or JSON with a column for the image and one for the label."
             raise ConfigError("is a folder, where no picture has a label", where=f"{key}: {path}", remedy=remedy)
-        return _pictures(path, patterns, given, key)
+        return _with_images(path, patterns, given, key)
     given.setdefault("images", [name for name in patterns.fields if name == "image"])
     rows, licence, source = open_rows(given, folder=folder)
     found = []
@@ -90,7 +90,7 @@ def _example(row: Mapping[str, Any], patterns: Patterns, column: str | None, pla
     return Example(fields, label, place.source, place.row, place.licence)
 
 
-def _pictures(path: str, patterns: Patterns, given: Mapping[str, Any], key: str) -> list[Example]:
+def _with_images(path: str, patterns: Patterns, given: Mapping[str, Any], key: str) -> list[Example]:
     """The pictures of a folder, in the order of their names."""
     if len(patterns.fields) != 1:
         problem = f"is a folder of pictures, and the patterns read {', '.join(patterns.fields)}"
