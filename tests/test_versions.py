@@ -35,6 +35,7 @@ def test_the_lowest_environment_holds_the_lower_bounds(pyproject: dict[str, Any]
     """Of everything that is needed, and of the extras that the default tests use."""
     extras = pyproject["project"]["optional-dependencies"]
     named = [*pyproject["project"]["dependencies"], *extras["deepspeed"], *extras["gguf"], *extras["parquet"]]
+    named += extras["serve"]
     bounds = dict(re.fullmatch(r"([\w-]+)(?:>=([\d.]+))?", text).groups() for text in named)  # type: ignore[union-attr]
     lines = (ROOT / "tests" / "versions" / "lowest.txt").read_text().splitlines()
     pinned = dict(line.split("==") for line in lines if line and not line.startswith("#"))

@@ -7,6 +7,7 @@ so.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -42,7 +44,11 @@ class _Connection(H11Protocol):
         self._late = self.loop.call_later(HEAD_S, transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        try:
+            super().data_received(data)
+        except h11.LocalProtocolError:  # a body that turns malformed once it is answered: no second answer can be sent
+            self.transport.abort()
+            return
         awaited = self.cycle is None or self.cycle.response_complete
         if not awaited:
             _stop(self._late)
@@ -130,6 +136,8 @@ def run(server: Server, place: socket.socket, *, notices: Sequence[str] = (), br
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
     for notice in notices:
         echo(notice, err=True)
+    # Which byte of a client's form is wrong is for the client, who is told.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
     place.listen(128)  # whoever connects before the server has started waits
     echo(f"chat: {url}/   OpenAI API: {url}/v1   (Ctrl-C ends)", err=True)
     if browser:

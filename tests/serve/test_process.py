@@ -6,6 +6,7 @@ MMIT_FUZZ=N sends so many malformed requests (10,000 without it).
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import re
@@ -226,11 +227,12 @@ def send(port: int, seed: int) -> int:
                 time.sleep(0.05)
                 content = content[at:]
             place.sendall(content)
-            place.shutdown(socket.SHUT_WR) if draw.random() < 0.5 else None
+            if draw.random() < 0.05:  # for uvicorn it has left
+                place.shutdown(socket.SHUT_WR)
             answer = b""
             while chunk := place.recv(65536):
                 answer += chunk
-        except (ConnectionError, TimeoutError):
+        except OSError:
             return 0
     found = re.match(rb"HTTP/1\.1 (\d{3})", answer.removeprefix(b"HTTP/1.1 100 \r\n\r\n"))
     return int(found[1]) if found else 0
@@ -276,7 +278,9 @@ def test_malformed_requests(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert not [status for status in statuses if status >= 500], statuses
     assert statuses[200] and statuses[400] and len(statuses) >= 6
     assert grown <= 0.05
-    assert not [line for line in told if "Traceback" in line], told[-40:]
+    if told and (keep := os.environ.get("MMIT_FUZZ_LOG")):
+        Path(keep).write_text("".join(told))
+    assert "".join(told) == "", "nothing of it is worth a line, least of all a traceback"
 
 
 def test_clients_that_send_nothing_are_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +294,21 @@ def test_clients_that_send_nothing_are_cut_off(monkeypatch: pytest.MonkeyPatch) 
                     while place.recv(65536):
                         pass
                 assert time.monotonic() - began < 8  # a connection that was used is kept for five seconds
+
+
+def test_a_body_that_turns_malformed_once_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(logging.getLogger("asyncio"), "error", lambda message, *_, **__: told.append(str(message)))
+    with served({"tiny": build(vision=False)}) as (url, _):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as place:
+            place.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+            assert place.recv(65536).startswith(b"HTTP/1.1 200")
+            place.sendall(b"zz\r\n\r\n")
+            with suppress(ConnectionResetError):
+                while place.recv(65536):
+                    pass
+        assert json.loads(get(int(url.rpartition(":")[2]), "/health"))["status"] == "ok"
+    assert told == []
 
 
 def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
