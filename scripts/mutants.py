@@ -483,10 +483,10 @@ MUTANTS = [
     ),
     # serving
     Mutant(
-        "serve: a prompt's last token is taken for known",
+        "serve: a node hangs below what is known of its parent, not below all of it",
         "mmit/models/prefix_cache.py",
-        "range(0, len(tokens) - BLOCK, BLOCK)",
-        "range(0, len(tokens) - BLOCK + 1, BLOCK)",
+        "above = last[n] if held and not wanted else",
+        "above = last[n] if last[n] >= 0 else",
         "tests/models/test_prefix_cache.py",
     ),
     Mutant(
