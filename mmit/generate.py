@@ -547,8 +547,7 @@ class Model:
             the state of the batch, and of each prompt how many tokens were known.
         """
         samples = [prompt.samples[0] for prompt in batch]
-        # A model without shared rows runs each prompt as plain attention, and a soft prompt comes before all keys.
-        if store is None or not self.support.shared or virtual_tokens(self.vlm.llm):
+        if store is None or not self._remembers:
             rows = [self._row(group, features)[1] for group in self._groups(samples)]
             return decoding.prefill(self.vlm.llm, rows, able=self.support), [0] * len(batch)
         tokens = [token_keys(sample) for sample in samples]
@@ -557,6 +556,24 @@ class Model:
 
         keep = partial(store.add, tokens)
         return decoding.prefill(self.vlm.llm, [prompts], able=self.support, keep=keep), known
+
+    def remember(
+        self, store: PrefixCache, prompt: Prompt, ids: Sequence[int], state: decoding.State, place: int
+    ) -> None:
+        """Keep what was run of a prompt and the answer to it, for the prompt that goes on from there.
+
+        Args:
+            ids: of the answer. state, place: where it was decoded, before it leaves.
+        """
+        if self._remembers:
+            length, width = int(state.lengths[place]), state.cache.get_seq_length()
+            tokens = [*token_keys(prompt.samples[0]), *ids][:length]
+            store.add([tokens], state.cache, [range(width - length, width)], place=place)
+
+    @property
+    def _remembers(self) -> bool:
+        """A model without shared rows runs each prompt as plain attention, and a soft prompt comes before all keys."""
+        return self.support.shared and not virtual_tokens(self.vlm.llm)
 
     def _row_beyond(
         self, samples: list[Sample], features: Features, store: PrefixCache, found: list[list[Block]]

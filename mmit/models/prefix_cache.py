@@ -74,12 +74,15 @@ class PrefixCache:
             self._blocks.move_to_end(block.key)
         return found
 
-    def add(self, tokens: Sequence[Sequence[Hashable]], cache: Cache, paths: Sequence[Sequence[int]]) -> None:
-        """Keep prompts of a row that was run.
+    def add(
+        self, tokens: Sequence[Sequence[Hashable]], cache: Cache, paths: Sequence[Sequence[int]], *, place: int = 0
+    ) -> None:
+        """Keep prompts of a row that was run, or a prompt and its answer out of a batch.
 
         Args:
-            tokens: what identifies each prompt's tokens. paths: where they are in the row.
-            cache: of the row, (1, KV, T, D) in each layer.
+            tokens: what identifies each prompt's tokens. paths: where they are among the T of the cache.
+            cache: (1, KV, T, D) in each layer, of a batch (B, KV, T, D).
+            place: in the batch.
         """
         stacked: list[torch.Tensor] | None = None
         for mine, path in zip(tokens, paths, strict=True):
@@ -88,7 +91,7 @@ class PrefixCache:
                 key = above, tuple(mine[start : start + BLOCK])
                 block = self._blocks.get(key)
                 if block is None:
-                    stacked = self._stacked(cache) if stacked is None else stacked
+                    stacked = self._stacked(cache, place) if stacked is None else stacked
                     places = send(torch.tensor(path[start : start + BLOCK]), stacked[0].device)
                     block = Block(next(self._names), key, tuple(s.index_select(2, places) for s in stacked))
                     self._blocks[key] = block
@@ -126,8 +129,8 @@ class PrefixCache:
             cache.update(*layers[layer], layer)
         return Before(division.length, cache)
 
-    def _stacked(self, cache: Cache) -> list[torch.Tensor]:
-        """(keys and values of layers, KV, T, D) for each shape that they have."""
+    def _stacked(self, cache: Cache, place: int) -> list[torch.Tensor]:
+        """(keys and values of layers, KV, T, D) of a place, for each shape that they have."""
         states = [(layer.keys, layer.values) for layer in cast("list[Any]", cache.layers)]
         groups: dict[Any, list[tuple[int, int]]] = {}
         for number, pair in enumerate(states):
@@ -135,7 +138,7 @@ class PrefixCache:
                 kind = tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device
                 groups.setdefault(kind, []).append((number, which))
         self._layout = list(groups.values())
-        return [torch.stack([states[n][which][0] for n, which in group]) for group in self._layout]
+        return [torch.stack([states[n][which][place] for n, which in group]) for group in self._layout]
 
 
 def divide(nodes: Sequence[Sequence[int]], paths: Sequence[Sequence[int]], counts: Sequence[int]) -> Division:

@@ -326,6 +326,8 @@ class Engine:
                 reason = answer.add(token, told.get(place))
                 self._new_tokens += 1
                 lane.model.usage.new_tokens += 1
+            if reason in ("stop", "length") and lane.state is not None:
+                lane.model.remember(lane.prefixes, answer.prompt, answer.ids, lane.state, place)
         except Exception as error:  # noqa: BLE001
             reason, problem = "error", str(error) or type(error).__name__
         if reason is not None:

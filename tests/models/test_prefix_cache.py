@@ -10,6 +10,7 @@ import torch
 
 from mmit.data.prompts import Prompt
 from mmit.generate import Model
+from mmit.models import decoding
 from mmit.models.prefix_cache import BLOCK, PrefixCache, divide
 from mmit.pictures import Pictures
 from tests.models.small_llms import described
@@ -72,6 +73,28 @@ def test_the_same_prompt_again_runs_its_last_tokens_alone() -> None:
         _, (known,) = model.prefill([prompt], features, store=store)
     assert known == (prompt.length - 1) // BLOCK * BLOCK
     assert model.usage.prefill_tokens - before == prompt.length - known <= BLOCK
+
+
+@torch.inference_mode()
+def test_a_prompt_that_goes_on_from_an_answer_runs_what_is_new() -> None:
+    model, store = build(), PrefixCache(MEBIBYTE)
+    maker, batch = model.prompt_maker(), prompts(build(), random.Random(5), 3)
+    features = Pictures(model.vlm, model.preparation, [batch] * 3).take(batch)
+    state, _ = model.prefill(batch, features)
+    answers: list[list[int]] = [[] for _ in batch]
+    for new in decoding.steps(model.vlm.llm, state, limits=[30] * 3, end_ids=()):
+        for place, token in new:
+            answers[place].append(token)
+    for place, prompt in enumerate(batch):
+        assert int(state.lengths[place]) == prompt.length + 29  # the last token was not fed
+        model.remember(store, prompt, answers[place], state, place)
+    for prompt, answer in zip(batch, answers, strict=True):
+        ids, shown = prompt.samples[0].ids[:-1], [image.image for image in prompt.pictures.values()]
+        longer = maker.tokens([*ids, *answer, *range(3, 9)], shown)
+        expected, _ = model.prefill([longer], features)
+        got, (known,) = model.prefill([longer], features, store=store)
+        assert prompt.length + 29 - BLOCK <= known <= prompt.length + 29
+        torch.testing.assert_close(got.logits, expected.logits, atol=2e-4, rtol=1e-4)
 
 
 def test_what_was_used_last_stays_and_bytes_have_a_bound() -> None:
