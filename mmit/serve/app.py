@@ -100,12 +100,14 @@ def build_app(engine: Engine, settings: Settings) -> ASGIApp:
         allow_methods=["GET", "POST", "DELETE"],
         allow_headers=["*"],
     )
-    return Starlette(
+    app = Starlette(
         routes=[Route(path, service.counted(path, handler), methods=[method]) for path, handler, method in api],
         middleware=[cors] if settings.origins else [],
         exception_handlers={Refused: _refused, HTTPException: _not_found, Exception: _defect},
         lifespan=service.lifespan,
     )
+    app.router.redirect_slashes = False  # it would send a client to whatever host it named
+    return app
 
 
 async def _refused(request: Request, error: Exception) -> Response:

@@ -40,7 +40,6 @@ class Live:
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.answering.cancel()
         self._rung.set()
 
     def _ring(self) -> None:
