@@ -6,18 +6,23 @@ character or a stop text, log-probabilities beside it. Knows no model's weights 
 
 from __future__ import annotations
 
+import hashlib
 import queue
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
+
+from mmit.data.prompts import ask_messages
+from mmit.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from mmit.data.answers import AnswerText
-    from mmit.data.prompts import Prompt
+    from mmit.data.preparation import ImagePreparation
+    from mmit.data.prompts import Prompt, PromptMaker
     from mmit.models.sampling import Sampling
 
 Reason = Literal["stop", "length", "cancelled", "error", "timeout"]
@@ -223,3 +228,35 @@ class Answer:
             del self._tokens[:count]
             self._sent = text
             self.answering.put(Piece(self.index, new, tokens))
+
+
+def prompt_of(ask: Ask, maker: PromptMaker) -> Prompt:
+    """Make the prompt of a request. Raises ConfigError and RecordError."""
+    if (ask.messages is None) == (ask.prompt is None):
+        raise ConfigError("a request has messages or a prompt, one of them", remedy="Leave the other out.")
+    if ask.messages is not None:
+        return maker.question(ask_messages(ask.messages), 0)
+    ids = maker.tokenizer(ask.prompt).input_ids
+    if not ids:
+        raise ConfigError("the prompt is empty", remedy="Give a text to continue.")
+    return maker.tokens(ids, None)
+
+
+def with_pixels(prompt: Prompt, preparation: ImagePreparation | None) -> tuple[Prompt, dict[Hashable, torch.Tensor]]:
+    """Name the pictures of a prompt by their pixels, so that equal ones are equal; and these pixels.
+
+    Raises:
+        ImageError: a picture cannot be read.
+    """
+    names: dict[Hashable, Hashable] = {}
+    pixels: dict[Hashable, torch.Tensor] = {}
+    for key, shown in prompt.pictures.items():
+        assert preparation is not None
+        made = preparation.pixels(shown.image, where=shown.where)
+        digest = hashlib.blake2b(made.numpy().tobytes(), digest_size=16)
+        digest.update(repr((tuple(made.shape), shown.spread.grid)).encode())
+        names[key] = digest.hexdigest()
+        pixels[names[key]] = made
+    samples = tuple(replace(s, images=tuple(names[key] for key in s.images)) for s in prompt.samples)
+    pictures = {names[key]: shown for key, shown in prompt.pictures.items()}
+    return replace(prompt, samples=samples, pictures=pictures), pixels

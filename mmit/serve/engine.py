@@ -8,26 +8,24 @@ fit, a picture that cannot be read. An error while answering ends the answers it
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from mmit.data.answers import AnswerText, token_text
-from mmit.data.prompts import Prompt, PromptMaker, ask_messages
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.models import decoding
 from mmit.models.llm import context_length
 from mmit.models.prefix_cache import PrefixCache
 from mmit.models.sampling import NOT_FINITE, try_choose
 from mmit.pictures import FeatureCache
-from mmit.serve.answering import Answer, Answering, Ask, End, Event, Piece, Reason, TokenLogprob
+from mmit.serve.answering import Answer, Answering, Ask, End, Event, Piece, Reason, TokenLogprob, prompt_of, with_pixels
 
 if TYPE_CHECKING:
     from mmit.generate import Model
@@ -135,8 +133,8 @@ class Engine:
         sampling = model.sampling(temperature=ask.temperature, top_p=ask.top_p, top_k=ask.top_k, seed=seed)
         reader = model.reader(ask.stop) if ask.prompt is None else AnswerText(model.tokenizer, ask.stop, strip=False)
         with self._reading:
-            prompt = _prompt(ask, self._makers[ask.model])
-        prompt, pixels = _seen(prompt, model)
+            prompt = prompt_of(ask, self._makers[ask.model])
+        prompt, pixels = with_pixels(prompt, model.preparation)
         context = context_length(model.vlm.llm)
         limit = limit if context is None else min(limit, context - prompt.length)
         answering = Answering(ask, prompt_tokens=prompt.length, image_tokens=sum(prompt.samples[0].widths))
@@ -351,33 +349,6 @@ class Engine:
         with self._lock:
             self._ended[reason] = self._ended.get(reason, 0) + 1
         answer.end(reason, error)
-
-
-def _prompt(ask: Ask, maker: PromptMaker) -> Prompt:
-    if (ask.messages is None) == (ask.prompt is None):
-        raise ConfigError("a request has messages or a prompt, one of them", remedy="Leave the other out.")
-    if ask.messages is not None:
-        return maker.question(ask_messages(ask.messages), 0)
-    ids = maker.tokenizer(ask.prompt).input_ids
-    if not ids:
-        raise ConfigError("the prompt is empty", remedy="Give a text to continue.")
-    return maker.tokens(ids, None)
-
-
-def _seen(prompt: Prompt, model: Model) -> tuple[Prompt, dict[Hashable, torch.Tensor]]:
-    """The prompt with its pictures known by their pixels, so that equal ones are equal, and these pixels."""
-    names: dict[Hashable, Hashable] = {}
-    pixels: dict[Hashable, torch.Tensor] = {}
-    for key, shown in prompt.pictures.items():
-        assert model.preparation is not None
-        made = model.preparation.pixels(shown.image, where=shown.where)
-        digest = hashlib.blake2b(made.numpy().tobytes(), digest_size=16)
-        digest.update(repr((tuple(made.shape), shown.spread.grid)).encode())
-        names[key] = digest.hexdigest()
-        pixels[names[key]] = made
-    samples = tuple(replace(s, images=tuple(names[key] for key in s.images)) for s in prompt.samples)
-    pictures = {names[key]: shown for key, shown in prompt.pictures.items()}
-    return replace(prompt, samples=samples, pictures=pictures), pixels
 
 
 def _chosen(answers: Sequence[Answer], logits: torch.Tensor) -> list[int]:
