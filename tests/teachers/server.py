@@ -16,8 +16,14 @@ Answer = Callable[[dict[str, Any]], "str | tuple[str, str]"]  # the text, or the
 class Server:
     """Answers with `answer(body)`; `faults` are used up first, one a request: see `_Handler._fault`."""
 
-    def __init__(self, answer: Answer = lambda body: "yes", *, usage: bool = True) -> None:
-        self.answer, self.usage = answer, usage
+    def __init__(
+        self,
+        answer: Answer = lambda body: "yes",
+        *,
+        usage: bool = True,
+        count: Callable[[dict[str, Any]], int] = lambda body: len(json.dumps(body["messages"])) // 4,
+    ) -> None:
+        self.answer, self.usage, self.count = answer, usage, count
         self.faults: list[Any] = []
         self.bodies: list[dict[str, Any]] = []
         self.times: list[float] = []
@@ -70,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
         said, finish = said if isinstance(said, tuple) else (said, owner.finish)
         whole: dict[str, Any] = {"choices": [{"message": {"role": "assistant", "content": said}}]}
         whole["choices"][0]["finish_reason"] = finish
-        used = {"prompt_tokens": len(json.dumps(body["messages"])) // 4, "completion_tokens": len(said.split())}
+        used = {"prompt_tokens": owner.count(body), "completion_tokens": len(said.split())}
         if owner.usage:
             whole["usage"] = used
         with owner.lock:
