@@ -232,7 +232,7 @@ def answer(sampling: Sampling = Sampling()) -> dict[str, Any]:  # noqa: B008
             at = torch.zeros(3, dtype=torch.int64, device="cuda")
         able = decoding.Support(batched=True, shared=True)
         first, token = Traffic(), Traffic()
-        with torch.no_grad(), mode, patch.object(decoding, "_paths", lambda *args: made):
+        with torch.no_grad(), mode, patch.object(decoding, "paths_of", lambda *args: made):
             with first:
                 state = decoding.prefill(llm, [decoding.Prompts(embeddings, positions, nodes, at)], able=able)
             logits = state.logits
