@@ -131,8 +131,9 @@ def test_training_on_your_data_as_written(tmp_path):
 
 @pytest.mark.slow
 @needs_weights
-def test_two_ranks_as_written_and_the_checkpoint_loads(tmp_path):
-    (command,) = blocks("One machine")
+@pytest.mark.parametrize(("heading", "run"), [("One machine", "two-ranks"), ("Without a launcher", "two-devices")])
+def test_two_ranks_as_written_and_the_checkpoint_loads(tmp_path, heading, run):
+    (command,) = blocks(heading)
     data = [
         "mmit data import easy-vqa --split train --out data/easy-vqa/train.jsonl",
         "mmit data import easy-vqa-captions --split train --out data/easy-vqa/captions.jsonl",
@@ -140,9 +141,22 @@ def test_two_ranks_as_written_and_the_checkpoint_loads(tmp_path):
     run_all([*data, command], tmp_path)
     import mmit
 
-    model = mmit.load(tmp_path / "runs" / "two-ranks")
+    model = mmit.load(tmp_path / "runs" / run)
     answer = model.chat(str(ROOT / "assets" / "red-circle.png"), "what shape is in the image?", max_new_tokens=5)
     assert answer
+
+
+def test_a_config_is_started_as_written(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from mmit.cli import app
+
+    (command,) = blocks("Start a config")
+    (tmp_path / "assets").symlink_to(ROOT / "assets")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    assert load_config(tmp_path / "mine.yaml").data.train[0].format == "llava"
 
 
 @pytest.mark.slow
