@@ -52,7 +52,9 @@ def serve(
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Most megabytes of a request.")] = 20.0,
     max_images: Annotated[int, typer.Option(min=0, help="Most images of a request.")] = 8,
     max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of an image, by its header.")] = 40_000_000,
-    read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a client may send nothing of a body.")] = 15.0,
+    read_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds for a request's head, and for each part of its body.")
+    ] = 15.0,
     cors: Annotated[
         list[str] | None, typer.Option(metavar="ORIGIN", help="Pages of this origin may ask, as https://example.org.")
     ] = None,
@@ -144,7 +146,8 @@ def start(
     from mmit.serve.server import Server, run
 
     engine = Engine(models, **(bounds or {}))
-    run(Server(build_app(engine, settings), engine, grace_s=grace_s), place, notices=notices, browser=browser)
+    server = Server(build_app(engine, settings), engine, grace_s=grace_s, head_s=settings.read_s)
+    run(server, place, notices=notices, browser=browser)
 
 
 def chat_page(model: Any, name: str) -> None:

@@ -61,8 +61,8 @@ class Settings:
         hosts: names under which the server may be asked; None: any. Names of its own keep a page of another site, whose
             name was pointed here, from asking.
         origins: pages of other sites that may ask (CORS).
-        timeout_s: for a request's answers. read_s: for a body, without a byte of it coming; its whole may take eight
-            times as long.
+        timeout_s: for a request's answers. read_s: for a request's head, and for a body without a byte of it coming;
+            its whole may take eight times as long.
         fetcher: of images at addresses; None where none are fetched.
         files: most uploaded images; files_size: bytes of all of them.
     """

@@ -14,6 +14,7 @@ import threading
 import webbrowser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import h11
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from mmit.serve.engine import Engine
 
-HEAD_S = 15.0  # for the head of a request to come
 STALL_S = 30.0  # without a client reading what it is sent
 CONNECTIONS = 1000  # at a time; 503 beyond
 
@@ -39,9 +39,13 @@ class _Connection(H11Protocol):
     _late: asyncio.TimerHandle | None = None
     _stalled: asyncio.TimerHandle | None = None
 
+    def __init__(self, *given: Any, head_s: float, **more: Any) -> None:
+        super().__init__(*given, **more)
+        self._head_s = head_s
+
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._late = self.loop.call_later(HEAD_S, transport.abort)
+        self._late = self.loop.call_later(self._head_s, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -54,7 +58,14 @@ class _Connection(H11Protocol):
             _stop(self._late)
             self._late = None
         elif self._late is None and not self.transport.is_closing():
-            self._late = self.loop.call_later(HEAD_S, self.transport.abort)
+            self._late = self.loop.call_later(self._head_s, self.transport.abort)
+
+    def send_400_response(self, msg: str) -> None:
+        """Of a body that turns malformed while it is read: the application has nobody to answer any more."""
+        super().send_400_response(msg)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -76,14 +87,19 @@ def _stop(timer: asyncio.TimerHandle | None) -> None:
 
 
 class Server(uvicorn.Server):
-    """Serves an application until a signal, and closes its engine."""
+    """Serves an application until a signal, and closes its engine.
 
-    def __init__(self, app: ASGIApp, engine: Engine, *, grace_s: float) -> None:
+    Args:
+        grace_s: seconds that running answers have then. head_s: seconds for the head of a request to come.
+    """
+
+    def __init__(self, app: ASGIApp, engine: Engine, *, grace_s: float, head_s: float = 15.0) -> None:
         quiet: dict[str, Any] = {"log_config": None, "log_level": "error", "access_log": False}
+        connection: Any = partial(_Connection, head_s=head_s)
         super().__init__(
             uvicorn.Config(
                 app,
-                http=_Connection,
+                http=connection,
                 ws="none",
                 lifespan="on",
                 server_header=False,

@@ -19,8 +19,9 @@ def served(
     models: dict[str, Any], settings: Settings | None = None, *, send_buffer: int = 0, **bounds: int
 ) -> Iterator[tuple[str, Engine]]:
     """Yield the URL of a server, and its engine; `send_buffer`: bytes that the kernel holds for a client."""
+    settings = settings or Settings()
     engine = Engine(models, **bounds)
-    server = Server(build_app(engine, settings or Settings()), engine, grace_s=0.2)
+    server = Server(build_app(engine, settings), engine, grace_s=0.2, head_s=settings.read_s)
     place = listen("127.0.0.1", 0)
     if send_buffer:
         place.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
