@@ -566,6 +566,20 @@ MUTANTS = [
         "pass  # the token's",
         "tests/serve/test_engine.py",
     ),
+    Mutant(
+        "serve: a step is run with the adapter that worked last",
+        "mmit/serve/engine.py",
+        "lane.model.activate()",
+        "pass",
+        "tests/serve/test_adapters.py",
+    ),
+    Mutant(
+        "serve: an answer is remembered under one token too many",
+        "mmit/generate.py",
+        "[range(width - length, width)]",
+        "[range(width - length - 1, width - 1)]",
+        "tests/models/test_prefix_cache.py",
+    ),
     # keys with a meaning
     Mutant(
         "keys: a thought of a turn is not read",
