@@ -61,6 +61,7 @@ PICTURE_FILES = "mmit/data/picture_files.py"
 T_MEASURE, T_MARKS = "tests/data/test_measure.py", "tests/data/test_marks.py"
 KEYS = "mmit/data/formats/keys.py"
 IDENTITY, T_IDENTITY = "mmit/train/checks/identity.py", "tests/train/checks/test_identity.py"
+T_OBJECTIVE = "tests/train/test_objective.py"
 T_KEYS, T_MEMBERS = "tests/data/formats/test_keys.py", "tests/data/shards/test_members.py"
 T_FUSED, T_METRICS = "tests/models/test_fused_lora.py", "tests/eval/metrics"
 
@@ -636,6 +637,35 @@ MUTANTS = [
         "record = _placed(lambda: read_keys(record), where)",
         "record = _placed(lambda: record, where)",
         T_MEMBERS,
+    ),
+    # preferences
+    Mutant(
+        "preferences: a bad answer is learnt as a good one",
+        "mmit/train/objective.py",
+        "sign = torch.where(items.good, 1.0, -1.0)",
+        "sign = torch.where(items.good, 1.0, 1.0)",
+        T_OBJECTIVE,
+    ),
+    Mutant(
+        "preferences: a model counts as not having moved",
+        "mmit/train/objective.py",
+        "return Whole(moved=max(moved / (count or 1.0), 0.0))",
+        "return Whole(moved=0.0)",
+        T_OBJECTIVE,
+    ),
+    Mutant(
+        "preferences: the turns before the answer are learnt too",
+        "mmit/data/preference.py",
+        "return replace(turn, parts=parts, weight=0.0)",
+        "return replace(turn, parts=parts)",
+        T_OBJECTIVE,
+    ),
+    Mutant(
+        "preferences: a resumed run measures its reference with trained weights",
+        "mmit/train/reference.py",
+        "if begin is not None:",
+        "if begin is not None and not method.referenced:",
+        T_OBJECTIVE,
     ),
     # what a language model does beyond body and head
     Mutant(

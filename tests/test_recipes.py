@@ -9,10 +9,12 @@ import pytest
 
 import mmit.train.run as training
 from mmit.config import load_config
+from mmit.data.preference import METHODS
 from mmit.models.tuning import MODES
 from mmit.train import parts
 from mmit.train.checkpoint import model as checkpoint
 from tests.tiny_run import tiny_config
+from tests.train.preference_bench import write_pairs
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs" / "train"
 RECIPES = sorted(p.stem for p in FOLDER.glob("*.yaml"))
@@ -42,6 +44,9 @@ def overrides(small, config, run_dir: Path) -> list[str]:
     folder, model = small
     captions = config.model.chat.format == "plain"
     data = folder / "data" / ("captions.jsonl" if captions else "train.jsonl")
+    kind = config.train.objective.kind
+    if METHODS[kind]:
+        data = write_pairs(folder / kind, kind=kind)
     vision = {"kind": "hf", "name": model.vision.name, "weights": None, "key_order": False, "image_size": 32}
     if config.model.vision.kind != "hf":
         vision["layer"] = None  # counted in another encoder
@@ -52,6 +57,7 @@ def overrides(small, config, run_dir: Path) -> list[str]:
         "model.llm.name": model.llm.name,
         "model.llm.random_init": model.llm.random_init,
         "data.train": [{"path": str(data)}],
+        "data.eval": [{"path": str(data)}] if config.data.eval else [],
         "data.max_length": 256,
         "data.pack_tokens": 512,
         "data.workers": 0,
@@ -98,7 +104,7 @@ def test_a_recipe_is_built_and_stepped_once(small, tmp_path, monkeypatch, name):
     assert saved.tune.projector == told.tune.projector and saved.tune.vision == told.tune.vision
     for key in ("weight_decay", "betas", "clip", "checkpointing", "micro_rows"):
         assert getattr(saved.train, key) == getattr(told.train, key)
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])  # the last may be an evaluation
     assert row["loss"] > 0 and row["skipped_steps"] == 0
 
 

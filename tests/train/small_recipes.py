@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from mmit.config import Config, load_config
+from mmit.data.preference import METHODS
 from mmit.data.shards.writer import build_shards
 from mmit.models.llm import why_not_4bit
 from mmit.records import Image, Record, Text, read_jsonl, write_jsonl
 from tests.tiny_run import write_records, write_tokenizer
+from tests.train.preference_bench import write_pairs
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "train"
 STEPS = 5
@@ -98,6 +100,9 @@ class Small:
             "train.rows_per_step": ranks * config.train.micro_rows,
             "device": "cpu",
         }
+        if config.data.eval:
+            held = [self._source(s.model_dump(), n, config) for n, s in enumerate(config.data.eval)]
+            settings |= {"data.eval": held}
         settings |= self._tower(config)
         if config.model.projector.kind == "resampler":
             settings |= {"model.projector.options.queries": 4, "model.projector.options.depth": 2}
@@ -151,6 +156,9 @@ class Small:
         captions = self._captions()
         records = list(read_jsonl(self.folder / "data" / "train.jsonl"))
         made = {**source, "image_root": None}
+        kind = config.train.objective.kind
+        if METHODS[kind]:
+            return {**made, "path": str(write_pairs(self.folder / kind, kind=kind, count=12))}
         path, form = source["path"], source["format"]
         if form == "mmit" and not path.endswith(".jsonl"):
             folder = self.folder / f"shards-{number}"

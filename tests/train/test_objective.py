@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ import pytest
 import torch
 
 from mmit.config import Config
+from mmit.data.preference import conversations
 from mmit.errors import CheckpointError, ConfigError, MmitError, RecordError
 from mmit.models.tuning import apply_tuning
+from mmit.records import Record, Text, Turn
+from mmit.train.engines.world import World
 from mmit.train.objective import Items, Method, Preference, Whole, comparison_losses
 from mmit.train.reference import FILE
 from mmit.train.run import run
+from mmit.train.settle import check_zero3
 from tests.tiny_run import DROPOUT, tiny_config
+from tests.train.launch import start_ranks
 from tests.train.preference_bench import Bench, Data, write_pairs
 
 METHODS = {
@@ -111,17 +117,18 @@ def test_branches_of_one_row_have_the_gradient_of_answers_alone(benches, name):
     good = [bench.data.record(n).label is not False for n in range(bench.count)]
     expected = published(method, logps, lengths=lengths, reference=bench.reference.double(), good=good)
     if method.kind == "kto":  # its second column is a constant of the loss
+        assert metrics["kl"] > 0.1
         assert metrics["kl"] == pytest.approx(
             max(float((logps - bench.reference)[:, 1].mean().detach()), 0.0), abs=1e-5
         )
-    assert loss == pytest.approx(float(expected.detach()), abs=1e-6)
+    assert loss == pytest.approx(float(expected.detach()), abs=2e-6, rel=2e-6)
     expected.backward()
     theirs = {f"{g.name}.{n}": p.grad for g in groups for n, p in g.parameters}
     scale = max(float(g.abs().max()) for g in gradients.values())
     assert scale > 1e-3
     for parameter, mine in gradients.items():
         theirs_ = theirs[parameter] if theirs[parameter] is not None else torch.zeros_like(mine)
-        torch.testing.assert_close(mine, theirs_, atol=1e-6 * max(scale, 1.0), rtol=1e-5)
+        torch.testing.assert_close(mine, theirs_, atol=2e-6 * max(scale, 1.0), rtol=2e-5)
 
 
 @pytest.mark.parametrize("rows", ROWS[1:], ids=["alone", "two and idle"])
@@ -138,6 +145,16 @@ def test_pairs_share_picture_and_prompt(benches):
     (batch,) = benches["dpo"].batches([[0, 1, 2, 3]])
     assert batch.records == [0, 1, 2, 3] and len(batch.image_keys) == 4
     assert batch.tokens < 0.65 * batch.unshared_tokens
+
+
+def test_the_turns_before_the_answer_are_its_prompt():
+    asked, earlier = Turn("user", (Text("q"),)), Turn("assistant", (Text("a "), Text("b", 0.5)), weight=2.0)
+    record = Record((asked, earlier, asked, Turn("assistant", (Text("c"),))), rejected=Turn("assistant", (Text("d"),)))
+    for found, answer in zip(conversations(record, "pairs"), "cd", strict=True):
+        assert [turn.weight for turn in found.turns] == [0.0, 0.0, 0.0, None] and found.turns[-1].text == answer
+        assert found.turns[1].parts == (Text("a "), Text("b")) and found.rejected is None
+    with pytest.raises(RecordError, match="a compared answer has loss weights of its own"):
+        conversations(replace(record, turns=(asked, earlier)), "pairs")
 
 
 def test_the_weight_of_a_record_is_that_of_its_comparison(benches):
@@ -311,6 +328,15 @@ def test_a_pair_longer_than_a_row_is_a_bad_record(tmp_path):
     assert "pairs.jsonl:" in caught.value.where
 
 
+def test_kto_under_zero3_is_refused(tmp_path):
+    """Its ranks stood still in the first step."""
+    ranks = World(0, 2, torch.device("cpu"), deepspeed=True)
+    given = config(tmp_path, {"kind": "kto"}, engine={"kind": "deepspeed", "deepspeed": "zero3"})
+    with pytest.raises(ConfigError, match="kto runs forwards of its own") as caught:
+        check_zero3(given, world=ranks)
+    assert caught.value.remedy == "set engine.deepspeed=zero2"
+
+
 def test_kto_needs_a_second_record(tmp_path):
     with pytest.raises(ConfigError, match="there is only one"):
         run(config(tmp_path, {"kind": "kto"}, data=write_pairs(tmp_path / "one", kind="kto", count=1)))
@@ -329,3 +355,26 @@ def test_a_model_that_cannot_pack_compares_padded_answers(tmp_path):
         assert run(given) == 0
         losses.append([row["loss"] for row in rows_of(folder) if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "zero"), [("dpo", "zero3"), ("kto", "zero2")])
+def test_two_ranks_are_one(tmp_path, kind, zero):
+    """Rows, and what a step shares: the reference, KTO's estimate, the tokens of a likelihood term."""
+    pytest.importorskip("deepspeed")
+    keys = {"train_keys": {"eval_every": 2, "rows_per_step": 3}, "tune": {"llm": {"mode": "full", "lr": 1e-2}}}
+    one = config(tmp_path, {"kind": kind}, **keys)
+    assert run(one) == 0
+    rows = rows_of(tmp_path)
+    engine = {"kind": "deepspeed", "deepspeed": zero}
+    two = config(tmp_path, {"kind": kind}, run={"dir": str(tmp_path / "two" / "run")}, engine=engine, **keys)
+    (tmp_path / "two.yaml").write_text(two.to_yaml())
+    start_ranks(["-m", "mmit", "train", "--config", str(tmp_path / "two.yaml")], ranks=2, timeout=300)
+    found = rows_of(tmp_path / "two")
+    assert len(found) == len(rows) and "eval" in rows[-1]
+    for mine, theirs in zip(found, rows, strict=True):
+        pairs = [(mine["eval"], theirs["eval"])] if "eval" in mine else [(mine, theirs)]
+        for a, b in pairs:
+            names = [name for name in b if name.endswith(("loss", "kl")) or "/" in name]
+            assert len(names) > 4
+            assert {n: a[n] for n in names} == pytest.approx({n: b[n] for n in names}, abs=2e-4, rel=1e-4)

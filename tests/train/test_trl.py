@@ -168,5 +168,5 @@ def test_kto(tmp_path):
     work = trainer(KTOTrainer, both.theirs.train(), loss_type="kto", calculate_KL=True, **weights)
     loss = work._compute_loss(both.theirs, batch, return_outputs=False)
     mine = both.bench.step(Method("kto", beta=0.3, **weights), [list(range(COUNT))])
-    assert mine[2]["kl"] == pytest.approx(work._metrics["train"]["kl"][0], abs=1e-4)
+    assert 0.1 < mine[2]["kl"] == pytest.approx(work._metrics["train"]["kl"][0], abs=1e-4)
     check(mine, both, loss)
