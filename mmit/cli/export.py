@@ -101,6 +101,10 @@ def _card(found: Loaded, folder: Path, *, format: str, licence: str | None) -> N
     from mmit.interop.card import model_card
 
     told: dict[str, Any] = {"step": found.meta.get("step", 0), "checkpoint": found.folder, "licence": licence}
+    if found.vlm.vision is not None and found.image:
+        height, width = found.image["size"]
+        shown = f"{width} x {height} pixels, {found.image['mode']}, {found.vlm.image_tokens} tokens"
+        told["image"] = shown if found.image["mode"] in ("resize", "pad", "crop") else f"crops of {shown} each"
     text = model_card(found.config.model_dump(), format=format, **told)
     write_atomic(folder / "README.md", plain(text))
 

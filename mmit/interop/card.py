@@ -30,7 +30,14 @@ USE = {
 
 
 def model_card(
-    config: Mapping[str, Any], *, format: str, step: int, checkpoint: Path, licence: str | None, note: str = ""
+    config: Mapping[str, Any],
+    *,
+    format: str,
+    step: int,
+    checkpoint: Path,
+    licence: str | None,
+    image: str = "",
+    note: str = "",
 ) -> str:
     """Write the card.
 
@@ -39,6 +46,7 @@ def model_card(
         format: of the export.
         step, checkpoint: which checkpoint it was; evaluations of it are looked for in its run.
         licence: the hub's id of the model's licence; None leaves it open.
+        image: what a picture becomes, such as its size and number of tokens; "" for a model that sees nothing.
         note: how the export was compared with its source.
     """
     model, vision = config["model"], config["model"]["vision"]
@@ -48,13 +56,18 @@ def model_card(
     head |= {"pipeline_tag": "image-text-to-text"} if vision else {"pipeline_tag": "text-generation"}
     head |= {"base_model": bases} if bases else {}
     head |= {"license": licence} if licence else {}
+    reports = _reports(checkpoint)
+    sources = [str(s["path"]) for s in config["data"]["train"] if HUB_ID.fullmatch(str(s["path"]))]
+    head |= {"datasets": sources} if sources else {}
+    head |= {"model-index": [{"name": name, "results": _results(reports, head["pipeline_tag"])}]} if reports else {}
     parts = [
         f"---\n{dump_yaml(head)}---\n# {name}",
         f"Step {step} of a run of mmit. {USE[format]} {note}".rstrip(),
-        "## Parts\n" + _parts(model),
+        "## Parts\n" + _parts(model) + (f"\n- a picture is {image}" if image else ""),
         "## Data\n" + _data(config["data"]["train"]),
         "## Recipe\n" + _recipe(config),
-        "## Evaluation\n" + _evaluation(checkpoint),
+        "## Evaluation\n" + _evaluation(reports),
+        "## Limits\n" + _limits(config, bool(image)),
         "## Licences\n" + _licences(config["data"]["train"], licence),
     ]
     return "\n\n".join(parts) + "\n"
@@ -88,17 +101,46 @@ def _recipe(config: Mapping[str, Any]) -> str:
     return f"```yaml\n{dump_yaml(recipe)}```"
 
 
-def _evaluation(checkpoint: Path) -> str:
-    rows = []
+def _reports(checkpoint: Path) -> list[dict[str, Any]]:
+    """The evaluations of a checkpoint that lie in its run."""
     run = checkpoint.parents[1] if checkpoint.parent.name == "checkpoints" else checkpoint
-    for path in sorted([*run.glob("eval/report.json"), *run.glob("eval/*/report.json")]):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if Path(report["model"]).name == checkpoint.name:
-            low, high = report["ci95"]
-            rows.append(
-                f"| {report['task']} | {report['metric']} | {report['accuracy']:.1%} | {low:.1%} to {high:.1%} "
-                f"| {report['n']:,} |"
-            )
+    paths = sorted([*run.glob("eval/report.json"), *run.glob("eval/*/report.json")])
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [report for report in found if Path(report["model"]).name == checkpoint.name]
+
+
+def _results(reports: Sequence[Mapping[str, Any]], task: str) -> list[dict[str, Any]]:
+    """The reports as the hub's model-index."""
+    return [
+        {
+            "task": {"type": task},
+            "dataset": {"type": report["task"], "name": report["task"]},
+            "metrics": [{"type": report["metric"], "value": round(float(report["accuracy"]), 4)}],
+        }
+        for report in reports
+    ]
+
+
+def _limits(config: Mapping[str, Any], sees: bool) -> str:
+    """What follows from how the model was made; nothing is claimed that was not looked at."""
+    lines = [
+        f"- trained on conversations of at most {config['data']['max_length']:,} tokens",
+        "- answers may be wrong, and nothing was done against harmful ones beyond what the bases and the data bring",
+        "- only the tasks under Evaluation were measured",
+    ]
+    if sees:
+        lines.append("- pictures brought to another size, or padded otherwise, than above give worse answers")
+    return "\n".join(lines)
+
+
+def _evaluation(reports: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for report in reports:
+        low, high = report["ci95"]
+        rows.append(
+            f"| {report['task']} | {report['metric']} | {report['accuracy']:.1%} | {low:.1%} to {high:.1%} "
+            f"| {report['n']:,} |"
+        )
     if not rows:
         return "This checkpoint has not been evaluated (`mmit eval`)."
     return "\n".join(["| task | metric | score | 95 % interval | questions |", "|---|---|---|---|---|", *rows])
