@@ -19,8 +19,9 @@ from torch import nn
 from transformers import AttentionInterface
 
 from mmit.errors import ModelError
-from mmit.models import attention
+from mmit.models import attention, varlen
 from mmit.models.per_record import mixers
+from mmit.models.prefix_tree import Parts
 from mmit.models.row_state import RowState, running
 from mmit.models.rules import takes_attention
 from mmit.models.tuning.structure import base_model
@@ -74,12 +75,12 @@ def _free(
 
 
 class _Flash(torch.autograd.Function):
-    """Keeps what a fused kernel keeps: queries, keys, values, the result and a log-sum per query and head."""
+    """Keeps what a variable-length kernel keeps: queries, keys, values, the result, a log-sum per query and head."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        out, sums = _forward(query, key, value)
+        ctx.save_for_backward(query, key, value, out, sums)
         return out
 
     @staticmethod
@@ -87,12 +88,31 @@ class _Flash(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
+def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, heads, _ = query.shape
+    return query.new_empty(tokens, heads, value.shape[-1]), query.new_empty(heads, tokens, dtype=torch.float32)
+
+
+def _backward(grad: torch.Tensor, states: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *_: Any) -> Any:
+    return tuple(torch.empty_like(x) for x in states)
+
+
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    out: torch.Tensor = _Flash.apply(query, *varlen.as_taken(query, key, value))
+    return out
+
+
 def _planned(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **options: Any
 ) -> tuple[torch.Tensor, None]:
-    """mmit's attention over the current plan, or what a fused kernel would keep of it."""
-    if _current.flash and getattr(module, PREFIX, None) is None:
-        return _Flash.apply(query, key, value), None
+    """mmit's attention over the current plan, or the calls of kernels on CUDA with all that they keep."""
+    if _current.flash and _current.row is not None and getattr(module, PREFIX, None) is None:
+        plan, window = _current.row.plan, options.get("sliding_window")
+        window = window if window is not None and plan.longest > window else None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        parts = Parts(_forward, _backward)
+        out = varlen.varlen_attention(q, k, v, plan.segments, 1.0, window=window, run=_flash, parts=parts)
+        return out[None], None
     with running(_current.row):
         return attention._attention(module, query, key, value, None, **options)
 

@@ -89,16 +89,18 @@ def usable(q: torch.Tensor) -> bool:
     )
 
 
+def as_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (G, KV, D) as the kernel takes them, and keeps them: torch 2.11 wants one for each query head."""
+    groups = 1 if _GROUPS else q.shape[1] // k.shape[1]
+    return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))
+
+
 def kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, window: int | None = None
 ) -> torch.Tensor:
     """torch's own: (T, H, D), (G, KV, D) -> (T, H, D). `window`: keys that a query sees, its own among them."""
-    more: dict[str, Any] = {}
-    if q.shape[1] != k.shape[1]:
-        if _GROUPS:
-            more["enable_gqa"] = True
-        else:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    k, v = as_taken(q, k, v)
+    more: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     s = segments
     more["window_size"] = (-1 if window is None else window - 1, 0)
     out = varlen_attn(q, k, v, s.cu_queries, s.cu_keys, s.longest_query, s.longest_key, scale=scale, **more)

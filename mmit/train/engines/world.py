@@ -22,6 +22,8 @@ from mmit.text import terminal
 from mmit.train.engines.deepspeed_engine import join_deepspeed
 
 PIECE = 64 << 20  # bytes that go over the wire at once
+# Settings of torch's allocator on CUDA: the name that torch 2.11 documents, and older ones that it still reads.
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 ALIVE = 1.0  # seconds between signs of life of a rank that works while the others wait
 
 
@@ -170,9 +172,20 @@ def _device(name: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("torch sees no CUDA device", where="device", remedy="set device=cpu, or check the driver")
+    grow_segments()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device
+
+
+def grow_segments() -> None:
+    """Let torch's allocator on CUDA grow its segments, unless the environment says how it shall work.
+
+    Rows of changing length leave gaps in segments of fixed size. To be called before the process computes on CUDA: the
+    allocator reads its settings once.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
 
 def speaker(active: bool) -> Any:

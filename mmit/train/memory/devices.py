@@ -27,7 +27,8 @@ GPUS: dict[str, tuple[float, float]] = {
     "rtx4090": (24, 165),
     "rtx3090": (24, 71),
 }
-# What CUDA's context, its libraries and the allocator's gaps take besides tensors. An assumption, not measured.
+# What CUDA's context and its libraries (the buffers of NCCL's channels among them) take besides tensors, and the
+# allocator's gaps, with segments that grow as `engines.world.grow_segments` asks for. An assumption, not measured.
 CUDA_CONTEXT = 1 << 30
 CUDA_GAPS = 0.05
 
