@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -33,3 +35,49 @@ def test_the_training_benchmark_prints_its_table_and_stays_near_the_floor(precis
     assert (abs(float(first[1]) - float(alone[1])) < 2e-6) == (precision == "fp32")
     ratio = re.search(r"executed FLOPs / floor: \d+ / \d+ = ([\d.]+)", done.stdout)
     assert 1.0 <= float(ratio[1]) <= 1.05
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_dry(tmp_path):
+    """Every section on a CPU: nothing fails, what needs CUDA is named with the reason, the JSON is the table."""
+    command = [sys.executable, "scripts/bench_gpu.py", "--dry-run", "--out", str(tmp_path / "found.json")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = json.loads((tmp_path / "found.json").read_text())["findings"]
+    assert done.returncode == 0, [f for f in found if f["verdict"] == "FAIL"] or done.stderr[-2000:]
+    assert len(re.findall(r"^\| \w+ \| .* \| (?:OK|INFO|SKIP) \|", done.stdout, re.M)) == len(found)
+    sections = (
+        "kernel",
+        "isolation",
+        "parity",
+        "upload",
+        "determinism",
+        "resume",
+        "generation",
+        "step",
+        "qlora",
+        "zero",
+    )
+    assert {f["section"] for f in found} == set(sections)
+    skipped = {(f["section"], f["check"]): f["numbers"] for f in found if f["verdict"] == "SKIP"}
+    assert all(skipped.values()) and {"upload", "step"} <= {section for section, _ in skipped}
+    assert all("CUDA" in skipped["step", check] for check in ("memory", "syncs"))
+    checked = {f["section"] for f in found if f["verdict"] == "OK"}
+    assert checked >= {"kernel", "isolation", "parity", "determinism", "resume"}
+
+
+def test_a_section_of_the_gpu_benchmark_that_breaks_is_a_failure(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench_gpu = importlib.import_module("bench_gpu")
+
+    def broken(bench):
+        yield bench_gpu.Finding("before", "OK")
+        raise ValueError("planted\nmore")
+
+    monkeypatch.setattr(bench_gpu, "SECTIONS", {"one": broken, "two": lambda bench: iter(())})
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    assert bench_gpu.main(["--dry-run", "--only", "one", "--out", str(tmp_path / "found.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "| one | before | OK |  |  |" in lines and any("FAIL | ValueError: planted |" in line for line in lines)
+    assert json.loads((tmp_path / "found.json").read_text())["findings"][1]["check"] == "all"

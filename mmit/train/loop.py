@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmit.errors import MmitError, RecordError
+from mmit.models.sending import fetch
 from mmit.train.engines.base import Engine, weighted
 
 if TYPE_CHECKING:
@@ -139,12 +140,13 @@ def train(
                 losses = engine.forward_backward(data.prepare(batch), **given)
                 sources = data.sources_of(batch.loss_records)
                 sums.append(sum_by_source(weighted(losses, weights), sources, count=len(data.names)) * batch.weight)
+            # Reading a loss makes the host wait for the device, so it is read once the norm has been waited for.
+            found = fetch(torch.stack(sums))
             hooks.phase("optimizer step", number)
             factor = schedule.lr_factor(progress.step)
             norm = engine.step(factor)
             hooks.phase("sums over ranks", number)
-            # Here and not in the loop above: reading a loss makes the host wait for the device.
-            _sum_losses(engine, step, torch.stack(sums).tolist())
+            _sum_losses(engine, step, found().tolist())
             _judge(step, norm, progress=progress, data=data, schedule=schedule, hooks=hooks)
             progress.step += 1
             progress.tokens += int(step.tokens)

@@ -14,6 +14,8 @@ import torch
 import mmit.train.engines.torch_engine as engine_module
 from mmit.data import loader
 from mmit.errors import MmitError
+from mmit.models import sending
+from mmit.train import loop
 from mmit.train.checkpoint import folders
 from mmit.train.run import run
 from tests.tiny_run import tiny_config
@@ -105,6 +107,50 @@ def test_the_share_of_a_step_that_waits_for_data_is_in_its_row(tmp_path, monkeyp
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         assert 0.1 <= row["data_wait"] * row["seconds"] < row["seconds"]  # two rows, each of 0.05 s
+
+
+def test_losses_are_on_their_way_before_the_norm_is_waited_for(tmp_path, monkeypatch):
+    """So that the host waits once a step for a device, for the norm; the losses have arrived by then."""
+    seen = []
+    real_step, real_fetch = engine_module.TorchEngine.step, loop.fetch
+
+    def step(engine, factor):
+        seen.append("step")
+        return real_step(engine, factor)
+
+    def fetch(tensor):
+        seen.append("sent")
+        read = real_fetch(tensor)
+        return lambda: (seen.append("read"), read())[1]
+
+    monkeypatch.setattr(engine_module.TorchEngine, "step", step)
+    monkeypatch.setattr(loop, "fetch", fetch)
+    assert run(tiny_config(tmp_path, train={"steps": 2})) == 0
+    assert seen == ["sent", "step", "read"] * 2
+
+
+def test_a_copy_to_the_host_is_waited_for_when_it_is_read(monkeypatch):
+    seen, host = [], torch.ones(2)
+
+    class OnCuda:
+        device = torch.device("cuda", 0)
+
+        def to(self, target, non_blocking):
+            seen.append(("copy", target, non_blocking))
+            return host
+
+    class Event:
+        def record(self, stream):
+            seen.append(("recorded on", stream))
+
+        def synchronize(self):
+            seen.append("waited")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    read = sending.fetch(OnCuda())
+    assert seen == [("copy", "cpu", True), ("recorded on", "stream of cuda:0")]
+    assert read() is host and seen[2:] == ["waited"]
 
 
 def test_too_many_in_a_row_stop_the_run(tmp_path, monkeypatch):
