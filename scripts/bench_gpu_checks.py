@@ -152,7 +152,7 @@ def check_determinism(bench: Bench) -> Iterator[Finding]:
                 seconds.append(time.perf_counter() - begin)
                 grads.append([p.grad.clone() for g in groups for _, p in g.parameters if p.grad is not None])
             same = all(torch.equal(a, b) for g in grads[1:] for a, b in zip(grads[0], g, strict=True))
-            label = f"{'one picture' if one else 'flat'}, {'on' if on else 'off'}"
+            label = f"{'one picture' if one else 'a picture each'}, {'on' if on else 'off'}"
             told = f"same bits {same}, {1e3 * min(seconds):.0f} ms"
             yield Finding(label, "OK" if same else verdict(not on), told, "True" if on else "")
 
