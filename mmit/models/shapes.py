@@ -89,7 +89,7 @@ class _Flash(torch.autograd.Function):
 
 
 def _forward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, heads, _ = query.shape
+    tokens, heads = query.shape[:2]
     return query.new_empty(tokens, heads, value.shape[-1]), query.new_empty(heads, tokens, dtype=torch.float32)
 
 
