@@ -5,6 +5,7 @@ In: a run and limits. Out: a server until Ctrl-C or SIGTERM. Refuses to start wh
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -148,6 +149,7 @@ def start(
     engine = Engine(models, **(bounds or {}))
     server = Server(build_app(engine, settings), engine, grace_s=grace_s, head_s=settings.read_s)
     run(server, place, notices=notices, browser=browser)
+    gc.freeze()  # as it ends, Python would look through all of torch for garbage: seconds of the grace
 
 
 def chat_page(model: Any, name: str) -> None:

@@ -251,8 +251,8 @@ def test_limits(engine: Engine) -> None:
 def test_a_picture_is_refused_by_its_header(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mmit.serve.images.load_fast", lambda image: pytest.fail("it was decoded"))
     limited = serving(engine, limits=Limits(pixels=10_000))
-    found = limited.post(CHAT, {**HELLO, "messages": [user(shown(data_url(png((4000, 4000)))))]})
-    assert found.status == 400 and "4000 x 4000" in found.error["message"]
+    found = limited.post(CHAT, {**HELLO, "messages": [user(shown(data_url(png((1500, 1500)))))]})
+    assert found.status == 400 and "1500 x 1500" in found.error["message"]
 
 
 def test_a_jpeg_of_many_scans(client: Client) -> None:
