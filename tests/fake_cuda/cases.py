@@ -96,9 +96,9 @@ def simulated(nodes: torch.Tensor | None = None) -> Iterator[FakeTensorMode]:
         nodes: (K, 3) in the place of those that a fake soft prompt has moved, which have no numbers.
     """
 
-    def real_plan(given: torch.Tensor) -> Any:
+    def real_plan(given: torch.Tensor, known: int = 0) -> Any:
         with _disable_current_modes():
-            return plan(nodes if isinstance(given, FakeTensor) else given)
+            return plan(nodes if isinstance(given, FakeTensor) else given, known)
 
     plan = attention.make_plan
     torch.autograd.set_multithreading_enabled(False)  # a thread of its own for the device would not see the modes
