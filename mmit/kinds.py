@@ -41,6 +41,7 @@ TUNING = {
         "ia3": "factors on keys, values and feed-forward",
         "houlsby": "bottleneck adapters",
         "soft_prompt": "trained embeddings before the input",
+        "intrinsic": "a point of a space that trained soft prompts lie in",
         "prefix": "trained keys and values in every layer",
         "bitfit": "the biases",
         "layernorm": "the norms",

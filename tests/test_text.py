@@ -284,6 +284,7 @@ CALLS: dict[str, Callable[[Path], list[str]]] = {
         for name in STUDIES
     },
     "analyse arm": lambda folder: [evil_yaml(folder, **{EVIL: EVIL}), EVIL, "0", "--out", EVIL_NAME],
+    "analyse intrinsic": missing("--dim", "2", "--out", EVIL_NAME),
     "analyse report": lambda folder: [evil_yaml(folder, **{EVIL: EVIL}), "--out", EVIL_NAME],
     "inspect": inspected,
     "run-status": evil_run,

@@ -67,6 +67,23 @@ def report(config: Config, *, out: Out) -> None:
     _report(Study(load_study(config), config, out))
 
 
+@app.command("intrinsic")
+def intrinsic(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs with tune.llm.mode=soft_prompt.")],
+    *,
+    dim: Annotated[int, typer.Option(min=1, help="Numbers of a point of the space.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder of the space.")],
+    hidden: Annotated[int, typer.Option(min=0, help="Units of the layer back; 0 for linear maps.")] = 768,
+    steps: Annotated[int, typer.Option(min=1, help="Of training the maps; linear ones need none.")] = 2000,
+) -> None:
+    """Find the space that trained soft prompts lie in, of which tune.llm.mode=intrinsic tunes one point."""
+    from mmit.analysis.intrinsic import make_subspace
+
+    for run, lost in make_subspace(runs, out=out, dim=dim, hidden=hidden, steps=steps):
+        echo(f"{run}: {100 * lost:.1f} % of its prompt's distance to the mean is lost")
+    echo(f"tune in it: tune.llm.mode=intrinsic tune.llm.options='{{subspace: {out}}}'")
+
+
 def _plan(study: object) -> None:
     left = study.left()  # type: ignore[attr-defined]
     for step in left:

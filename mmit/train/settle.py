@@ -6,6 +6,7 @@ sentence. The dry run asks the same without forwards.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 
 from mmit import precision
 from mmit.errors import ConfigError, ModelError, located
+from mmit.models.intrinsic import OF_MODEL, read_facts
 from mmit.models.llm import load_llm
 from mmit.models.rules import check_vocabulary, read_rules
 from mmit.models.tuning import method_of
@@ -192,7 +194,24 @@ def with_whole_paths(config: Config) -> Config:
     if model.vision is not None:
         towers = [tower.model_copy(update={"name": _whole(tower.name)}) for tower in model.vision.towers]
         changed["vision"] = model.vision.model_copy(update={"name": _whole(model.vision.name), "towers": towers})
-    return config.model_copy(update={"model": model.model_copy(update=changed)})
+    whole = config.model_copy(update={"model": model.model_copy(update=changed)})
+    return _with_subspace(whole) if config.tune.llm.mode == "intrinsic" else whole
+
+
+def _with_subspace(config: Config) -> Config:
+    """The config with the folder of its subspace as an absolute path. Raises ConfigError for one of another model."""
+    plan = config.tune.llm
+    folder = plan.options.get("subspace")
+    if not isinstance(folder, str) or not folder:
+        return config  # refused where the method is applied
+    known, own = read_facts(Path(folder)).get("llm"), config.model.llm.model_dump()
+    if known is not None and any(known.get(key) != own[key] for key in OF_MODEL):
+        problem = f"{folder} is a space of soft prompts of {known.get('name')}, and model.llm is {own['name']}"
+        remedy = "make one of soft prompts of this model, or set model.llm as there"
+        raise ConfigError(problem, where="tune.llm.options.subspace", remedy=remedy)
+    options = {**plan.options, "subspace": os.path.abspath(folder)}
+    llm = plan.model_copy(update={"options": options})
+    return config.model_copy(update={"tune": config.tune.model_copy(update={"llm": llm})})
 
 
 def _whole(name: str) -> str:

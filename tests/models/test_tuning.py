@@ -66,7 +66,8 @@ VISION = {
     "lora targets": ("lora", {"r": 2, "targets": ["q_proj"]}, r"q_proj\.lora_[AB]", 0.0, True),
 }
 CASES = {f"llm {k}": ("llm", *v) for k, v in LLM.items()} | {f"vision {k}": ("vision", *v) for k, v in VISION.items()}
-UNTESTED = {"frozen", "qlora"}  # nothing to train; needs bitsandbytes and has tests of its own below
+# Nothing to train; needs bitsandbytes and has tests of its own below; needs a folder, see test_intrinsic.py.
+UNTESTED = {"frozen", "qlora", "intrinsic"}
 CASES["projector full"] = ("projector", "full", {}, "", 0.0, True)
 
 

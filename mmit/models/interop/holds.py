@@ -25,6 +25,7 @@ FORMATS = ("llava-hf", "llava", "peft", "mmit")
 NOT_MERGED = {
     "houlsby": "bottleneck adapters are not linear",
     "soft_prompt": "a soft prompt is input, not weights",
+    "intrinsic": "a soft prompt is input, not weights",
     "prefix": "a prefix is keys and values, not weights",
 }
 AFTER_HEAD = "it changes its logits after the head"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 from mmit.errors import ModelError
 from mmit.models import attention
+from mmit.models.intrinsic import HASH, Back, IntrinsicPrompt, read_facts, read_subspace
 from mmit.models.partition import shape, whole
 from mmit.models.rules import takes_attention
 from mmit.models.tuning.bottleneck import insert_adapters
@@ -117,6 +119,24 @@ def _soft_prompt(vlm: VLM, options: Mapping[str, Any]) -> None:
     train_only(vlm, "llm", [f"{PROMPT}.embeddings"])
 
 
+def _intrinsic(vlm: VLM, options: Mapping[str, Any]) -> None:
+    where = "tune.llm.options.subspace"
+    if not options["subspace"]:
+        remedy = "name the folder that mmit analyse intrinsic made"
+        raise ModelError("no subspace is named", where=where, remedy=remedy)
+    folder, table = Path(options["subspace"]), vlm.word_embeddings
+    tokens, (layers, start, digest) = read_facts(folder)["tokens"], read_subspace(folder)
+    width = len(layers["outer.bias"]) // tokens
+    if width != shape(table)[1]:
+        problem = f"{folder} is of a model of width {width}, this one has {shape(table)[1]}"
+        raise ModelError(problem, where=where, remedy="make one of soft prompts of this model")
+    back = Back({name: tensor.to(table) for name, tensor in layers.items()}, tokens)
+    prompt = IntrinsicPrompt(back, start.to(table), digest)
+    base_model(vlm.llm).add_module(PROMPT, prompt)
+    train_only(vlm, "llm", [f"{PROMPT}.z"])
+    vlm.partly["llm"] = (f"{PROMPT}.z", f"{PROMPT}.{HASH}")
+
+
 def _prefix(vlm: VLM, options: Mapping[str, Any]) -> None:
     llm = base_model(vlm.llm)
     if not takes_attention(type(llm)):
@@ -211,6 +231,7 @@ METHODS: dict[str, Method] = {
         _soft_prompt,
         {"tokens": Option(16, "whole", least=1), "init": Option("vocab", "text", choices=("vocab", "normal"))},
     ),
+    "intrinsic": Method(_intrinsic, {"subspace": Option("", "text")}),  # arXiv:2110.07867
     "prefix": Method(_prefix, {"tokens": Option(16, "whole", least=1), "gated": Option(True, "flag")}),
     # BitFit (arXiv:2106.10199)
     "bitfit": Method(_bitfit, {"insert_biases": Option(False, "flag"), "only": Option(None, "names")}, by_token=True),

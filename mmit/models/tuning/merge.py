@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peft import PeftModel
 
 from mmit.errors import ModelError
+from mmit.models.intrinsic import IntrinsicPrompt
 from mmit.models.tuning.bottleneck import INNER, WithAdapter
 from mmit.models.tuning.llm import INSERTED
 from mmit.models.tuning.own import PLAIN, changes_layout
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 STAYS = {
     WithAdapter: "bottleneck adapters are not linear",
     SoftPrompt: "a soft prompt is input, not weights",
+    IntrinsicPrompt: "a soft prompt is input, not weights",
     Prefix: "a prefix is keys and values, not weights",
 }
 

@@ -35,10 +35,12 @@ from mmit.config import Config, VisionConfig
 from mmit.data.chat import ChatFormat
 from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble, with_own_towers, without_weights
+from mmit.models.intrinsic import HASH
 from mmit.models.llm import bring_adapters, multiplied_out, usable_device, why_not_4bit
 from mmit.models.partition import shape, whole
 from mmit.models.tuning import apply_tuning, base_name, is_added, method_of, quantization, unquantised
 from mmit.models.tuning.lora import put_adapter, quietly
+from mmit.models.virtual import PROMPT
 from mmit.plugins import refuse_own_code
 from mmit.precision import fast_half
 from mmit.train.checkpoint.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
@@ -216,6 +218,12 @@ def _read_partly(vlm: VLM, part: str, path: Path) -> None:
     compare(expected, tensors, path)
     for name, tensor in tensors.items():
         with whole(expected[name], changed=True):
+            if name == f"{PROMPT}.{HASH}" and not torch.equal(expected[name].detach().cpu().float(), tensor.float()):
+                raise CheckpointError(
+                    "holds the numbers of a point in another subspace than tune.llm.options.subspace names",
+                    where=str(path),
+                    remedy="put the subspace back that the run was trained with",
+                )
             expected[name].copy_(tensor)
 
 
