@@ -505,7 +505,7 @@ class Config(Section):
     """the optimisation"""
     engine: EngineConfig = EngineConfig()
     """what carries out a step"""
-    export: list[Literal["llava-hf", "llava", "peft", "mmit"]] = []
+    export: list[Literal["llava-hf", "gguf", "llava", "peft", "mmit"]] = []
     """formats that a finished `mmit train` writes to run.dir/export; one that cannot hold the model is refused first"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where to compute; auto takes CUDA where there is a device"""

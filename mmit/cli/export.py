@@ -20,7 +20,8 @@ from mmit.text import echo, plain
 if TYPE_CHECKING:
     from mmit.train.checkpoint.model import Loaded
 
-FORMATS = ("llava-hf", "llava", "peft", "mmit")
+FORMATS = ("llava-hf", "gguf", "llava", "peft", "mmit")
+NUMBERS = {"llava-hf": ("fp32", "bf16", "fp16"), "gguf": ("fp16", "q8_0", "bf16", "fp32")}  # the default first
 
 
 def export(
@@ -28,7 +29,13 @@ def export(
     *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
     format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")] = "llava-hf",
-    dtype: Annotated[str, typer.Option(help="Number format of llava-hf weights: fp32, bf16 or fp16.")] = "fp32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Number format of weights. llava-hf: fp32 (default), bf16, fp16; gguf: fp16, q8_0, bf16, fp32."
+        ),
+    ] = None,
+    llm_only: Annotated[bool, typer.Option("--llm-only", help="gguf: leave out what sees pictures.")] = False,
     image_token: Annotated[str, typer.Option(help="Image token of llava-hf, if the chat format has none.")] = "<image>",
     licence: Annotated[str | None, typer.Option(help="The model's licence for its card, as the hub names it.")] = None,
     push_to_hub: Annotated[
@@ -40,7 +47,8 @@ def export(
 ) -> None:
     """Write a trained model for other software.
 
-    llava-hf: a folder for transformers and vLLM, adapters merged. llava: LLaVA's own files (mm_projector.bin, adapter,
+    llava-hf: a folder for transformers and vLLM, adapters merged. gguf: files for llama.cpp, the LLM and an mmproj for
+    pictures, adapters merged. llava: LLaVA's own files (mm_projector.bin, adapter,
     non_lora_trainables.bin). peft: the LLM's adapter alone. mmit: one checkpoint with the base weights inside.
 
     What was written is loaded again, and its logits of a fixed batch are compared with the source; the largest
@@ -49,27 +57,26 @@ def export(
     """
     if format not in FORMATS:
         raise ConfigError(f"unknown export format '{format}'", where="--format", remedy=nearest(format, FORMATS))
+    numbers = _numbers(format, dtype, llm_only=llm_only)
     import torch
 
     from mmit.interop.push import check_repository
     from mmit.models.hub import model_folder
-    from mmit.models.interop.holds import check_export
-    from mmit.models.llm import DTYPES
     from mmit.train.checkpoint.model import find, load_model, read_config
     from mmit.train.checkpoint.portable import refuse_existing, save_whole
-    from mmit.train.checks.exporting import text_facts_of
+    from mmit.train.checks.exporting import check_format
 
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype '{dtype}'", where="--dtype", remedy=nearest(dtype, DTYPES))
     if push_to_hub is not None:
         check_repository(push_to_hub)
     elif dry_run or private:
         raise ConfigError("is for --push-to-hub", where="--dry-run" if dry_run else "--private", remedy="name a REPO")
     refuse_existing(out)
     config = read_config(find(model_folder(run)))
-    check_export(format, config.model.model_dump(), config.tune.model_dump(), text_facts_of(config, format))
+    check_format(config, format, llm_only=llm_only)
     kept = None if format == "mmit" else torch.float32  # as trained, where numbers are copied and not computed with
-    found = load_model(run, device="cpu", dtype=kept, plain=format in ("llava-hf", "mmit"), allow_code=allow_code)
+    found = load_model(
+        run, device="cpu", dtype=kept, plain=format in ("llava-hf", "gguf", "mmit"), allow_code=allow_code
+    )
     if format == "mmit":
         save_whole(found, out)
         _check_whole(found, out)
@@ -81,7 +88,9 @@ def export(
     draft.mkdir(parents=True)
     try:
         if format == "llava-hf":
-            _llava_hf(found, draft, dtype=DTYPES[dtype], image_token=image_token)
+            _llava_hf(found, draft, dtype=numbers, image_token=image_token)
+        elif format == "gguf":
+            _gguf(found, draft, dtype=numbers, llm_only=llm_only)
         elif format == "llava":
             _llava(found, draft)
         else:
@@ -95,6 +104,18 @@ def export(
     draft.rename(out)
     echo(f"wrote {out}")
     _push(out, push_to_hub, private=private, dry_run=dry_run)
+
+
+def _numbers(format: str, dtype: str | None, *, llm_only: bool) -> str:
+    """The number format of the weights written; raises ConfigError for an option that a format does not have."""
+    if llm_only and format != "gguf":
+        raise ConfigError("is for --format gguf", where="--llm-only", remedy="leave it out, or use --format peft")
+    known = NUMBERS.get(format, ("fp32",))
+    if dtype is not None and dtype not in known:
+        problem = f"{format} is not written in '{dtype}'"
+        remedy = nearest(dtype, known) if format in NUMBERS else "leave it out: numbers stay as they were trained"
+        raise ConfigError(problem, where="--dtype", remedy=remedy)
+    return dtype or known[0]
 
 
 def _card(found: Loaded, folder: Path, *, format: str, licence: str | None) -> None:
@@ -123,19 +144,33 @@ def _push(folder: Path, name: str | None, *, private: bool, dry_run: bool) -> No
     echo(f"{len(files)} files, {sum(size for _, size in files):,} bytes would go to {name}; nothing was uploaded")
 
 
-def _llava_hf(found: Loaded, folder: Path, **options: Any) -> None:
-    from mmit.interop.export import export_llava_hf
+def _parts(found: Loaded) -> dict[str, Any]:
+    """What goes with a model into a folder of another project."""
     from mmit.models.generation import end_ids
 
-    seen = export_llava_hf(
-        folder,
-        found.vlm,
-        tokenizer=found.tokenizer,
-        chat=found.chat,
-        image=found.image,
-        end_ids=end_ids(found.chat.end_ids, found.tokenizer, found.vlm.llm),
-        **options,
-    )
+    ends = end_ids(found.chat.end_ids, found.tokenizer, found.vlm.llm)
+    return {"tokenizer": found.tokenizer, "chat": found.chat, "image": found.image, "end_ids": ends}
+
+
+def _gguf(found: Loaded, folder: Path, *, dtype: str, llm_only: bool) -> None:
+    from mmit.interop.gguf import export_gguf
+
+    name = Path(found.config.run.dir).name
+    written = export_gguf(folder, found.vlm, **_parts(found), dtype=dtype, name=name, llm_only=llm_only)
+    for file in written.files:
+        echo(f"{file.stat().st_size:>14,}  {file.name}")
+    if written.logits is None:
+        echo("every number was read back; no logits were compared: transformers does not read such an LLM from GGUF")
+    else:
+        _tell(written.logits.logits, written.logits.limit)
+
+
+def _llava_hf(found: Loaded, folder: Path, *, dtype: str, image_token: str) -> None:
+    from mmit.interop.export import export_llava_hf
+    from mmit.models.llm import DTYPES
+
+    options: dict[str, Any] = {"dtype": DTYPES[dtype], "image_token": image_token}
+    seen = export_llava_hf(folder, found.vlm, **_parts(found), **options)
     _tell(seen.logits, seen.limit)
     echo(f"largest difference of a pixel, normalised: {seen.pixels:.3g}; ids of the processor: the same")
     if seen.pixels > 1e-3:

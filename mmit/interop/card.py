@@ -23,6 +23,7 @@ ROWS = 200_000  # records of a source whose licences are counted
 LIBRARY = {"llava-hf": "transformers", "peft": "peft"}
 USE = {
     "llava-hf": "Load it with `AutoModelForImageTextToText` and `AutoProcessor` of transformers, or with `mmit.load`.",
+    "gguf": "For llama.cpp: `llama-server -m FILE.gguf --mmproj MMPROJ.gguf`; for text the first file is enough.",
     "llava": "LLaVA's own layout: give its code this folder, and the base below as `--model-base` for an adapter.",
     "peft": "An adapter of the language model alone: `PeftModel.from_pretrained` puts it on the base below.",
     "mmit": "Load it with `mmit.load`.",

@@ -60,8 +60,14 @@ def fixed_pictures() -> list[PIL.Image.Image]:
     return [PIL.Image.fromarray(first), PIL.Image.fromarray(second).resize((64, 96))]
 
 
-def fixed_talks(chat: ChatFormat) -> list[Talk]:
-    """Conversations that end where an answer begins: text alone, a picture, two pictures, a second question."""
+def fixed_talks(chat: ChatFormat, *, sees: bool = True) -> list[Talk]:
+    """Conversations that end where an answer begins: text alone, a picture, two pictures, a second question.
+
+    For a model that `sees` nothing the second question follows a text.
+    """
+    if not sees:
+        asked = Turn("user", (Text("How many colours are there?"),))
+        return [(asked,), (asked, Turn("assistant", (Text("Seven."),)), Turn("user", (Text("Which?"),)))]
     first, second = (Image(picture) for picture in fixed_pictures())
     if chat.name == "plain":
         return [(Turn("user", (first,)),), (Turn("user", (first, second)),)]
@@ -114,8 +120,22 @@ def source_logits(vlm: VLM, tokenizer: Any, chat: ChatFormat, image: dict[str, A
     preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
     return [
         logits_of(vlm, encode(talk, chat, tokenizer, generate=True).ids, talk, preparation=preparation)
-        for talk in fixed_talks(chat)
+        for talk in fixed_talks(chat, sees=preparation is not None)
     ]
+
+
+def merged_logits(vlm: VLM, tokenizer: Any, chat: ChatFormat, image: dict[str, Any]) -> list[torch.Tensor]:
+    """Merge adapters into the weights, in place, and return the logits of the fixed batch.
+
+    Raises ModelError where they cannot be merged, or where the logits are others then.
+    """
+    expected = source_logits(vlm, tokenizer, chat, image)
+    with explained("adapter", remedy="export with --format mmit or --format peft, which keep it as it is"):
+        merge(vlm)
+    merged = source_logits(vlm, tokenizer, chat, image)
+    for before, after in zip(expected, merged, strict=True):
+        compare_logits(before, after, tolerance=MERGED, what="the model with its adapter merged into the weights")
+    return merged
 
 
 def export_llava_hf(
@@ -144,13 +164,8 @@ def export_llava_hf(
     bos = "" if chat.as_processor else piece_tokenizer(tokenizer).bos
     template, token = processor_template(chat, bos=bos, image_token=image_token)
     begins = chat.pieces(fixed_talks(chat)[0], generate=True)[0].text
-    expected = source_logits(vlm, tokenizer, chat, image)
-    with explained("adapter", remedy="export with --format mmit or --format peft, which keep it as it is"):
-        merge(vlm)
+    merged = merged_logits(vlm, tokenizer, chat, image)
     check_writable(vlm, image)
-    merged = source_logits(vlm, tokenizer, chat, image)
-    for before, after in zip(expected, merged, strict=True):
-        compare_logits(before, after, tolerance=MERGED, what="the model with its adapter merged into the weights")
     write_llava_hf(
         folder,
         vlm,

@@ -28,6 +28,15 @@ HALVES = (
     "{%- if at.open == first -%}{{ IMAGE if part['type'] == 'image' else part['text'] }}{%- endif -%}"
     "{%- endfor -%}{%- endmacro -%}"
 )
+# The same for llama.cpp, which gives a content as one string, its images as marks such as <__media__>.
+MARKED = (
+    "{%- macro half(content, first) -%}{%- set at = namespace(open=true) -%}"
+    "{%- for piece in content.split('__>') -%}"
+    "{%- set mark = piece.startswith('<__media') and not loop.last -%}"
+    "{%- if not mark -%}{%- set at.open = false -%}{%- endif -%}"
+    "{%- if at.open == first -%}{{ piece + ('' if loop.last else '__>') }}{%- endif -%}"
+    "{%- endfor -%}{%- endmacro -%}"
+)
 # A template for string contents is given strings.
 AS_STRINGS = (
     "{%- set given = namespace(messages=[]) -%}{%- for m in messages -%}"
@@ -60,13 +69,14 @@ PLAIN = (
 TEMPLATES = {"vicuna_v1": VICUNA, "qa": QA, "chatml": CHATML, "plain": PLAIN}
 
 
-def processor_template(chat: ChatFormat, *, bos: str, image_token: str) -> tuple[str, str]:
+def processor_template(chat: ChatFormat, *, bos: str, image_token: str, marked: bool = False) -> tuple[str, str]:
     """Return (template, image token) for a processor.
 
     Args:
         chat: the format to render.
         bos: text that the tokenizer puts in front of every text by itself, "" for none.
         image_token: the text for one image, where the format does not bring its own.
+        marked: for llama.cpp, whose contents are strings in which its own marks stand for images.
 
     Raises:
         ConfigError: there is no template for this format.
@@ -76,7 +86,7 @@ def processor_template(chat: ChatFormat, *, bos: str, image_token: str) -> tuple
         if chat.name not in TEMPLATES:
             raise ConfigError(f"no Jinja template for chat format '{chat.name}'", remedy=nearest(chat.name, BUILT_IN))
         constants = {"IMAGE": image_token, "BOS": bos, "END": chat.end, "SYSTEM": VICUNA_SYSTEM}
-        return _set(constants) + FLAT + HALVES + TEMPLATES[chat.name], image_token
+        return _set(constants) + FLAT + (MARKED if marked else HALVES) + TEMPLATES[chat.name], image_token
     args = _set(told.get("template_args") or {})
     if told.get("image_token"):
         return args + told["template"], told["image_token"]

@@ -32,14 +32,15 @@ Converted = tuple[Any, dict[str, torch.Tensor]]
 def hf_tower(tower: VisionTower) -> Converted:
     """Return (vision config, tensors) of a tower, without the prefix `vision_model.`.
 
-    Raises ModelError for a tower that transformers' CLIP and SigLIP cannot compute.
+    Raises ModelError for a tower that transformers' CLIP and SigLIP cannot compute. A tower on the meta device gives
+    shapes.
     """
     reader: Any = tower.encoder
     height, width = tower.image_size
     if tower.normalize:
-        _refuse(tower, "its last layer is read after the final norm, which llava-hf does not apply")
+        _refuse(tower, "its last layer is read after the final norm, which LLaVA's classes do not apply")
     if height != width:
-        _refuse(tower, f"it takes pictures of {height} x {width}, and llava-hf's are square")
+        _refuse(tower, f"it takes pictures of {height} x {width}, and LLaVA's are square")
     if isinstance(reader, HFReader):
         return _from_hf(tower, reader)
     if isinstance(reader, ViTReader):
@@ -63,6 +64,11 @@ def read_blocks(tower: VisionTower) -> tuple[int, ...]:
     return tuple(reader.blocks) if isinstance(reader, HFReader) else tuple(index + 1 for index in reader.index)
 
 
+def _here(tensor: torch.Tensor) -> torch.Tensor:
+    """On the CPU, or as shapes alone on the meta device, where a tower is asked whether it can be written."""
+    return tensor.detach() if tensor.is_meta else tensor.detach().cpu()
+
+
 def _width(tower: VisionTower) -> int:
     """D of one block."""
     return tower.dim // len(read_blocks(tower))
@@ -81,13 +87,13 @@ def _from_hf(tower: VisionTower, reader: HFReader) -> Converted:
     if not isinstance(core.config, (CLIPVisionConfig, SiglipVisionConfig)):
         _refuse(tower, f"its network is of the class {type(core).__name__}")
     config = copy.deepcopy(core.config)
-    state = {key: value.detach().cpu() for key, value in core.state_dict().items()}
+    state = {key: _here(value) for key, value in core.state_dict().items()}
     if reader.resized:
         words = core.embeddings.position_embedding.weight
         with torch.no_grad():
             like = words.new_zeros(1, tower.grid[0] * tower.grid[1] + len(words) - core.embeddings.num_patches, 1)
             table = core.embeddings.interpolate_pos_encoding(like.expand(-1, -1, words.shape[1]), *tower.image_size)
-        state["embeddings.position_embedding.weight"] = table[0].detach().cpu()
+        state["embeddings.position_embedding.weight"] = _here(table[0])
     config.image_size = tower.image_size[0]
     if isinstance(config, SiglipVisionConfig):
         config.vision_use_head = False
@@ -194,7 +200,7 @@ def _block(
 
 
 def _finish(state: dict[str, torch.Tensor], tower: VisionTower) -> dict[str, torch.Tensor]:
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    state = {key: _here(value).contiguous() for key, value in state.items()}
     return {**state, **_identity_norm(_width(tower), next(iter(state.values())))}
 
 

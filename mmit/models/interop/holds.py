@@ -20,7 +20,7 @@ from mmit.models.llm import load_llm
 from mmit.models.rules import LOGIT_KEYS, changed_logits
 from mmit.models.words import ScaledWords
 
-FORMATS = ("llava-hf", "llava", "peft", "mmit")
+FORMATS = ("llava-hf", "gguf", "llava", "peft", "mmit")
 # Methods that leave something no plain weight can express; as `tuning.merge` refuses them.
 NOT_MERGED = {
     "houlsby": "bottleneck adapters are not linear",
@@ -124,15 +124,25 @@ def beyond_body_and_head(model: Any) -> str | None:
     return None if seen["made"] is logits else AFTER_HEAD
 
 
-def check_export(format: str, model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFacts | None) -> None:
+def check_export(
+    format: str,
+    model: Mapping[str, Any],
+    tune: Mapping[str, Any],
+    facts: TextFacts | None,
+    *,
+    llm_only: bool = False,
+) -> None:
     """Raise ModelError if a format cannot hold what these sections describe.
 
     Args:
         format: a key of FORMATS. model, tune: sections of a config as plain data.
         facts: of the LLM; None leaves out what follows from its class.
+        llm_only: pictures are left out (gguf).
     """
     if format not in FORMATS:
         raise ModelError(f"unknown export format '{format}'", where="export", remedy=nearest(format, FORMATS))
+    if format == "gguf":
+        return _gguf(model, tune, llm_only=llm_only)
     checks = {"llava-hf": _llava_hf, "llava": _llava, "peft": _peft, "mmit": _mmit}
     checks[format](model, tune, facts)
 
@@ -214,6 +224,24 @@ def _llava_hf(model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFact
     if facts.extra is not None:
         problem = f"around a {facts.kind} LLM stand the classes of LLaVA instead of its own, and {facts.extra}"
         _refuse("llava-hf", problem, where="model.llm", remedy=remedy)
+
+
+def _gguf(model: Mapping[str, Any], tune: Mapping[str, Any], *, llm_only: bool) -> None:
+    """What follows from the sections; the parts are asked by `interop.gguf.check_gguf`."""
+    _merged("gguf", tune, None)
+    vision, kind = model["vision"], model["projector"]["kind"]
+    if vision is None or llm_only:
+        return
+    other = "export the LLM alone with --llm-only, or all of it with --format mmit"
+    if vision["kind"] not in ("hf", "open_clip", "timm"):
+        problem = f"llama.cpp has no tower of kind {vision['kind']}; it has SigLIP's vision transformer"
+        _refuse("gguf", problem, where="model.vision.kind", remedy=f"train with such a tower, or {other}")
+    if vision["fit"] != "pad":
+        problem = f"llama.cpp pads pictures to a square, and this model was trained with fit {vision['fit']}"
+        _refuse("gguf", problem, where="model.vision.fit", remedy=f"train with fit pad, or {other}")
+    if kind != "mlp" or model["projector"]["options"].get("depth", 2) != 2 or model["projector"]["options"].get("norm"):
+        problem = "llama.cpp's projector around such a tower is two linear layers with GELU between them"
+        _refuse("gguf", problem, where="model.projector", remedy=f"train with projector kind mlp, depth 2, or {other}")
 
 
 def _llava(model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFacts | None) -> None:
