@@ -31,7 +31,7 @@ from mmit.build.licences import terms_of
 from mmit.build.write import Counts, write_build
 from mmit.data.choices import CHOICES, SHARES, choices_of
 from mmit.errors import ConfigError, MmitError, nearest
-from mmit.io import write_atomic
+from mmit.io import whole_file, write_atomic
 from mmit.pet.scoring import accuracy, scores, soft_labels
 from mmit.records import Record, Text, Turn, read_jsonl
 
@@ -279,9 +279,8 @@ def scored(
             if str(kept["digest"]) == digest:
                 return np.array(kept["scores"])
     found = _loaded_scores(folder / fitted.run, pattern, rows, calibrate=calibrate)
-    draft = path.with_name(f".{path.name}.tmp.npz")
-    np.savez(draft, scores=found, digest=np.array(digest))
-    os.replace(draft, path)
+    with whole_file(path) as file:
+        np.savez(file, scores=found, digest=np.array(digest))
     return found
 
 

@@ -97,7 +97,7 @@ def test_three_commands_make_a_labelled_set_and_a_tuned_model(world: World, tmp_
         shares = record.meta["shares"]
         assert sum(shares) == pytest.approx(1) and record.turns[1].text == PATTERNS["labels"][int(np.argmax(shares))]
         assert record.meta["build"]["how"] == "pet" and record.meta["build"]["models"] == list(state["models"])
-    for command in (["data", "check"], ["data", "stats"], ["data", "show"]):
+    for command in (["data", "check"], ["data", "stats"], ["data", "show", "--text"]):
         done = CliRunner().invoke(app, [*command, str(file)])
         assert done.exit_code == 0, done.output
     assert mmit.load(out / "student").chat(found[0].images[0], "What color is it?", max_new_tokens=1) is not None
