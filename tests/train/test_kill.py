@@ -13,6 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -94,9 +95,9 @@ def end(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
+def losses(folder: Path) -> list[tuple[int, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(r["step"], r["loss"]) for r in rows]
+    return [(r["step"], r["eval"] if "eval" in r else r["loss"]) for r in rows]
 
 
 def tensors(run_dir: Path) -> dict[str, torch.Tensor]:
