@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,6 +29,7 @@ from mmit.data.loader import to_micro_batch
 from mmit.data.packing import Sample, build_row
 from mmit.data.preparation import Spread
 from mmit.models import attention, decoding
+from mmit.models.intrinsic import find_subspace, write_subspace
 from mmit.models.llm import load_llm
 from mmit.models.projectors import build_projector
 from mmit.models.sampling import Sampling, choose
@@ -128,7 +131,12 @@ def build(mode: str, options: dict[str, Any], dtype: torch.dtype, *, vision_mode
         "projector": {"mode": "full", "lr": 1e-3, "options": {}},
         "llm": {"mode": mode, "lr": None if mode == "frozen" else 1e-3, "options": options},
     }
-    return vlm, apply_tuning(vlm, tune)
+    with tempfile.TemporaryDirectory() as folder:
+        if mode == "intrinsic":
+            layers, z = find_subspace(torch.randn(3, 4, 64), 2, hidden=0)
+            write_subspace(Path(folder), layers, z, tokens=4, facts={})
+            options["subspace"] = folder
+        return vlm, apply_tuning(vlm, tune)
 
 
 def row(kind: str) -> tuple[dict[str, Any], int]:
@@ -171,7 +179,7 @@ def step(
 ) -> dict[str, Any]:
     """Two micro-batches and an optimizer step; with `resume` the states are saved, taken back, and stepped again."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    vlm, groups = build(method, options or {}, dtype, vision_mode=vision)
+    vlm, groups = build(method, dict(options or {}), dtype, vision_mode=vision)
     tensors, images = row(kind)
     width = torch.zeros(len(tensors["input_ids"]), 64)  # a soft prompt stands in front of the row's nodes
     nodes = with_prompt(vlm.llm, width, tensors["positions"], tensors["nodes"], tensors["predict_at"])[2]
@@ -319,6 +327,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ia3": ("ia3", {}),
     "houlsby": ("houlsby", {}),
     "soft prompt": ("soft_prompt", {}),
+    "intrinsic": ("intrinsic", {}),
     "prefix": ("prefix", {}),
     "bitfit": ("bitfit", {"insert_biases": True}),
     "layernorm": ("layernorm", {}),
