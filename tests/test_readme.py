@@ -138,7 +138,9 @@ def test_two_ranks_as_written_and_the_checkpoint_loads(tmp_path, heading, run):
         "mmit data import easy-vqa --split train --out data/easy-vqa/train.jsonl",
         "mmit data import easy-vqa-captions --split train --out data/easy-vqa/captions.jsonl",
     ]
-    run_all([*data, command], tmp_path)
+    # A tenth of the data: what is aligned and kept of it takes most of the time.
+    few = [f"sed -i '401,$d' data/easy-vqa/{name}.jsonl" for name in ("train", "captions")]
+    run_all([*data, *few, command], tmp_path)
     import mmit
 
     model = mmit.load(tmp_path / "runs" / run)
