@@ -320,6 +320,9 @@ def test_every_family_has_a_name_for_every_tensor(kind: str) -> None:
     given |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     given |= {"sliding_window": None} if kind == "mistral" else {}
     model = load_llm("", dtype=torch.float32, random_init=given, empty=True)
+    if FAMILIES[kind].arch not in gguf.MODEL_ARCH.__members__:
+        assert "too old" in str(why_not(model))
+        return
     assert why_not(model) is None
     assert len(llm_tensors(model)) == len({id(p) for p in model.parameters()})
 

@@ -71,6 +71,8 @@ def why_not(llm: Any) -> str | None:
     kind = config.model_type
     if kind not in FAMILIES:
         return f"mmit writes no {kind} LLM as GGUF; it writes {', '.join(FAMILIES)}"
+    if FAMILIES[kind].arch not in library().MODEL_ARCH.__members__:
+        return f"the installed gguf package is too old for a {kind} LLM (pip install -U gguf)"
     if getattr(config, "hidden_act", "silu") != "silu":
         return f"llama.cpp computes a {kind} LLM with silu, and this one has {config.hidden_act}"
     if _windowed(config):
