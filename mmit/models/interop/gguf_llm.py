@@ -71,8 +71,6 @@ def why_not(llm: Any) -> str | None:
     kind = config.model_type
     if kind not in FAMILIES:
         return f"mmit writes no {kind} LLM as GGUF; it writes {', '.join(FAMILIES)}"
-    if FAMILIES[kind].arch not in library().MODEL_ARCH.__members__:
-        return f"the installed gguf package is too old for a {kind} LLM (pip install -U gguf)"
     if getattr(config, "hidden_act", "silu") != "silu":
         return f"llama.cpp computes a {kind} LLM with silu, and this one has {config.hidden_act}"
     if _windowed(config):
@@ -90,6 +88,8 @@ def why_not(llm: Any) -> str | None:
         (layer + 1) % NOPE_STEP != 0 for layer in range(layers)
     ]:
         return "llama.cpp turns no positions in every fourth layer of a SmolLM3, and this one in others"
+    if FAMILIES[kind].arch not in library().MODEL_ARCH.__members__:
+        return f"the installed gguf package is too old for a {kind} LLM (pip install -U gguf)"
     state = llm.state_dict()
     odd = [key for key in state if key.endswith(".bias") and key.split(".")[-2] not in FAMILIES[kind].biases]
     return f"llama.cpp has no place for {odd[0]} in a {kind} LLM" if odd else None
