@@ -134,6 +134,12 @@ class Turn:
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
+def weighed(turn: Turn, weight: float) -> Turn:
+    """The turn with one loss weight on all of its text, whatever its parts say."""
+    parts = tuple(replace(part, weight=None) if isinstance(part, Text) else part for part in turn.parts)
+    return replace(turn, parts=parts, weight=weight)
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One conversation with its provenance; `row` is its line or position in `source`, counted from 1.

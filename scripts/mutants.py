@@ -656,8 +656,8 @@ MUTANTS = [
     Mutant(
         "preferences: the turns before the answer are learnt too",
         "mmit/data/preference.py",
-        "return replace(turn, parts=parts, weight=0.0)",
-        "return replace(turn, parts=parts)",
+        "prompt = tuple(weighed(turn, 0.0) for turn in record.turns[:-1])",
+        "prompt = record.turns[:-1]",
         T_OBJECTIVE,
     ),
     Mutant(

@@ -272,10 +272,7 @@ def conversations_of(record: Record, compares: Compares | None, *, split_turns: 
     from mmit.data.dataset import split_pairs
     from mmit.data.preference import conversations, kind_of
 
-    try:
-        parts = conversations(record, kind_of(record) if compares is None else compares)
-    except RecordError as error:
-        raise RecordError(error.problem, where=record.where, remedy=error.remedy) from error
+    parts = conversations(record, kind_of(record) if compares is None else compares)
     return split_pairs(parts[0]) if split_turns and len(parts) == 1 else parts
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmit.errors import RecordError
-from mmit.records import Record, Text, Turn
+from mmit.records import Record, Text, Turn, weighed
 
 CHOICES, SHARES = "choices", "shares"  # keys of a record's meta
 _LAYOUT = 'Write meta: {"choices": ["red", "blue"], "shares": [0.9, 0.1]}; shares can be left out.'
@@ -63,17 +63,11 @@ def branches(record: Record, *, question: bool) -> list[tuple[Record, float | No
         question: add the record with loss on the text before the answer alone; it has no share.
     """
     answers, shares = choices_of(record)
-    before = tuple(replace(turn, weight=0.0) for turn in record.turns[:-1])
+    before = tuple(weighed(turn, 0.0) for turn in record.turns[:-1])
     found: list[tuple[Record, float | None]] = []
     for answer, share in zip(answers, shares, strict=True):
         found.append((replace(record, turns=(*before, Turn("assistant", (Text(answer),), weight=1.0))), share))
     if question:
-        asked = tuple(_asked(turn) for turn in record.turns[:-1])
+        asked = tuple(weighed(turn, 1.0) for turn in record.turns[:-1])
         found.append((replace(record, turns=(*asked, replace(found[0][0].turns[-1], weight=0.0))), None))
     return found
-
-
-def _asked(turn: Turn) -> Turn:
-    """The turn with loss on all of its text, whatever its parts say."""
-    parts = tuple(replace(part, weight=None) if isinstance(part, Text) else part for part in turn.parts)
-    return replace(turn, parts=parts, weight=1.0)

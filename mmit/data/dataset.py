@@ -195,10 +195,7 @@ class InstructionData:
     def _conversations(self, record: Record) -> list[tuple[Record, float | None]]:
         """What the samples of a record are made of, with the share of each that is a choice."""
         if self.compares or record.rejected is not None or record.label is not None:
-            try:
-                record, *others = conversations(record, self.compares)
-            except RecordError as error:
-                raise RecordError(error.problem, where=record.where, remedy=error.remedy) from error
+            record, *others = conversations(record, self.compares)
             if others:
                 return [(part, None) for part in (record, *others)]
         if self.choosing is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from mmit.errors import ConfigError, RecordError
-from mmit.records import Image, Record, Text, Turn
+from mmit.records import Image, Record, Text, weighed
 
 if TYPE_CHECKING:
     from mmit.data.loader import MicroBatch
@@ -29,30 +29,35 @@ METHODS: dict[str, Compares] = {"sft": "", "choices": "", "dpo": "pairs", "orpo"
 def conversations(record: Record, compares: Compares) -> list[Record]:
     """Return the plain records to tokenise: of a pair chosen and rejected, else the one answer.
 
-    In what is compared, the last turn alone carries loss. Raises RecordError for a record of another kind than the
-    method learns from, for an image in a compared answer, and for weights of its parts, which no method has.
+    In what is compared, the last turn alone carries loss. Raises RecordError, placed at the record, for one of another
+    kind than the method learns from, for an image in a compared answer, and for weights of its parts, which no method
+    has.
     """
-    kind = kind_of(record)
+    kind, where = kind_of(record), record.where
     if not compares:
         if kind == "pairs":
             remedy = "Set train.objective.kind=dpo or orpo, or take the rejected answer off."
-            raise RecordError("is a preference pair, of which plain tuning would learn one half", remedy=remedy)
+            raise RecordError(
+                "is a preference pair, of which plain tuning would learn one half", where=where, remedy=remedy
+            )
         if record.label is False:
             remedy = "Set train.objective.kind=kto, or leave these rows out."
-            raise RecordError("has an answer that is labelled bad, and plain tuning would learn it", remedy=remedy)
+            problem = "has an answer that is labelled bad, and plain tuning would learn it"
+            raise RecordError(problem, where=where, remedy=remedy)
         return [record if kind == "" else replace(record, label=None)]
     if kind != compares:
         problem, remedy = _other(kind, compares)
-        raise RecordError(problem, remedy=remedy)
-    prompt = tuple(_silent(turn) for turn in record.turns[:-1])
+        raise RecordError(problem, where=where, remedy=remedy)
+    prompt = tuple(weighed(turn, 0.0) for turn in record.turns[:-1])
     answers = [record.turns[-1], *([record.rejected] if record.rejected is not None else [])]
     for answer in answers:
         if any(isinstance(part, Image) for part in answer.parts):
-            raise RecordError("a compared answer has an image", remedy="Answers that are compared are text.")
+            remedy = "Answers that are compared are text."
+            raise RecordError("a compared answer has an image", where=where, remedy=remedy)
         given = {answer.weight, *(part.weight for part in answer.parts if isinstance(part, Text))} - {None, 1}
         if given:
             remedy = "Weigh the whole record: its weight multiplies the loss of the comparison."
-            raise RecordError("a compared answer has loss weights of its own", remedy=remedy)
+            raise RecordError("a compared answer has loss weights of its own", where=where, remedy=remedy)
     return [replace(record, turns=(*prompt, answer), rejected=None, label=None) for answer in answers]
 
 
@@ -67,12 +72,6 @@ def _other(kind: Compares, compares: Compares) -> tuple[str, str]:
     wants = {"pairs": "pairs (chosen and rejected)", "labels": "answers with a label (true, false)"}[compares]
     use = {"": "sft", "pairs": "dpo or orpo", "labels": "kto"}[kind]
     return f"{have}, and this method learns from {wants}", f"Set train.objective.kind={use}, or remove such rows."
-
-
-def _silent(turn: Turn) -> Turn:
-    """The turn without loss."""
-    parts = tuple(replace(part, weight=None) if isinstance(part, Text) else part for part in turn.parts)
-    return replace(turn, parts=parts, weight=0.0)
 
 
 @dataclass

@@ -53,3 +53,10 @@ def test_choices_that_are_none(choices: Any, shares: Any, problem: str) -> None:
     with pytest.raises(RecordError, match=problem) as refused:
         choices_of(chosen(choices, shares))
     assert "(a)" in refused.value.where and refused.value.remedy
+
+
+def test_an_earlier_text_with_a_weight_of_its_own_carries_no_loss() -> None:
+    """The score of a choice is that of its last answer, whatever the texts before it say."""
+    turns = (Turn("user", (Text("q", weight=0.5),)), Turn("assistant", (Text("red"),)))
+    for part, _ in branches(Record(turns, meta={"choices": ["red", "blue"]}), question=False):
+        assert part.turns[0].weight == 0 and part.turns[0].parts == (Text("q"),)
