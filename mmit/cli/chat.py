@@ -11,8 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.config import AllowCode, template_args_of
 from mmit.cli.errors import show_error
+from mmit.cli.loading import (
+    AllowCode,
+    Device,
+    Dtype,
+    ForeignBase,
+    ForeignChat,
+    In4Bit,
+    In8Bit,
+    TemplateArgs,
+    load_told,
+)
 from mmit.cli.serve import chat_page, needs_extra, served_name
 from mmit.errors import ConfigError, MmitError
 from mmit.text import echo
@@ -46,20 +56,13 @@ def chat(
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: from all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained, or fp32 where that is faster)")
-    ] = None,
-    load_in_8bit: Annotated[bool, typer.Option("--load-8bit", help="The LLM in 8 bits, by bitsandbytes.")] = False,
-    load_in_4bit: Annotated[bool, typer.Option("--load-4bit", help="The LLM in 4 bits, by bitsandbytes.")] = False,
-    chat_format: Annotated[
-        str | None, typer.Option("--chat", help="Chat format of a folder of another project, such as vicuna_v1.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="LLM of a LLaVA adapter or projector, or a Prismatic VLM.")] = None,
-    template_arg: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, such as enable_thinking=true."),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    load_in_8bit: In8Bit = False,
+    load_in_4bit: In4Bit = False,
+    chat_format: ForeignChat = None,
+    base: ForeignBase = None,
+    template_arg: TemplateArgs = None,
     web: Annotated[bool, typer.Option("--web", help="Talk on a page in the browser.")] = False,
     allow_code: AllowCode = False,
 ) -> None:
@@ -67,26 +70,22 @@ def chat(
 
     Inside a conversation, /image PATH shows a picture with the next message, /reset begins anew, /quit leaves.
     """
-    from mmit.generate import load
-
     if web:
         needs_extra()
         if image or prompt is not None or system is not None:
             remedy = "Leave out --image, --prompt and --system: the page asks for them."
             raise ConfigError("--web is a page of its own", where="mmit chat", remedy=remedy)
-    bits: dict[str, Any] = {"load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
-    model = load(
+    model = load_told(
         run,
         device=device,
         dtype=dtype,
-        **bits,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
         chat=chat_format,
         base=base,
-        template_args=template_args_of(template_arg),
+        template_arg=template_arg,
         allow_code=allow_code,
     )
-    for note in model.notes:
-        echo(note, err=True)
     if web:
         chat_page(model, served_name(run))
         return

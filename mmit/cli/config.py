@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mmit.text import echo, terminal
-
-AllowCode = Annotated[
-    bool,
-    typer.Option("--allow-code", help="Import the modules that a checkpoint names for parts of its author's own."),
-]
 
 
 def config(
@@ -52,16 +46,3 @@ def _list_keys() -> None:
         table.add_row(Text(entry.key, "bold"), Text(entry.type), Text(entry.default), Text(entry.help))
     # A pipe has no width: lines are then as long as they need to be, so that grep finds whole ones.
     terminal(width=None if terminal().is_terminal else 400).print(table)
-
-
-def template_args_of(given: Sequence[str] | None) -> dict[str, Any]:
-    """Read NAME=VALUE options, the values as YAML: true and false are no texts. Raises BadParameter."""
-    import yaml
-
-    found: dict[str, Any] = {}
-    for text in given or ():
-        name, equals, value = text.partition("=")
-        if not equals or not name.isidentifier():
-            raise typer.BadParameter(f"'{text}' is not NAME=VALUE", param_hint="--template-arg")
-        found[name] = yaml.safe_load(value)
-    return found

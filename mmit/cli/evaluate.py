@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.config import AllowCode, template_args_of
+from mmit.cli.loading import AllowCode, Device, Dtype, ForeignBase, ForeignChat, TemplateArgs, template_args_of
 from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
@@ -63,10 +63,8 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained, or fp32 where that is faster)")
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
     devices: Annotated[
         int | None, typer.Option(min=1, help="Start this many processes here, which share the questions.")
     ] = None,
@@ -78,14 +76,9 @@ def evaluate(
             help="Folder with one folder per benchmark; a task of your own looks there before its own folder.",
         ),
     ] = None,
-    chat: Annotated[
-        str | None, typer.Option(help="Chat format of a folder of another project, such as vicuna_v1.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="LLM of a LLaVA adapter or projector, or a Prismatic VLM.")] = None,
-    template_arg: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, such as enable_thinking=true."),
-    ] = None,
+    chat: ForeignChat = None,
+    base: ForeignBase = None,
+    template_arg: TemplateArgs = None,
     allow_code: AllowCode = False,
     endpoint_model: Annotated[str | None, typer.Option(help="Model of the endpoint that is evaluated.")] = None,
     judge_url: Annotated[

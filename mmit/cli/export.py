@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.config import AllowCode
+from mmit.cli.loading import AllowCode
 from mmit.errors import ConfigError, nearest
 from mmit.io import write_atomic
 from mmit.text import echo, plain

@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.config import AllowCode, template_args_of
+from mmit.cli.loading import (
+    AllowCode,
+    Device,
+    Dtype,
+    ForeignBase,
+    ForeignChat,
+    In4Bit,
+    In8Bit,
+    TemplateArgs,
+    load_told,
+)
 from mmit.errors import ConfigError
-from mmit.text import echo
 
 if TYPE_CHECKING:
     import socket
@@ -66,25 +75,17 @@ def serve(
         list[str] | None,
         typer.Option(metavar="HOST", help="Fetch images from this host (*.example.org, or * for any public one)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained, or fp32 where that is faster)")
-    ] = None,
-    load_in_8bit: Annotated[bool, typer.Option("--load-8bit", help="The LLM in 8 bits, by bitsandbytes.")] = False,
-    load_in_4bit: Annotated[bool, typer.Option("--load-4bit", help="The LLM in 4 bits, by bitsandbytes.")] = False,
-    chat_format: Annotated[
-        str | None, typer.Option("--chat", help="Chat format of a folder of another project, such as vicuna_v1.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="LLM of a LLaVA adapter or projector, or a Prismatic VLM.")] = None,
-    template_arg: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="A variable of the chat template, such as enable_thinking=true."),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    load_in_8bit: In8Bit = False,
+    load_in_4bit: In4Bit = False,
+    chat_format: ForeignChat = None,
+    base: ForeignBase = None,
+    template_arg: TemplateArgs = None,
     allow_code: AllowCode = False,
 ) -> None:
     """Serve a trained model: OpenAI's API at /v1, a page to chat on at /."""
     needs_extra()
-    from mmit.generate import load
     from mmit.serve.adapters import with_adapters
     from mmit.serve.app import Settings
     from mmit.serve.fetch import Fetcher
@@ -110,7 +111,7 @@ def serve(
     )
     further = further_of(adapters, taken=name or served_name(run))
     place = listen(host, port)  # first: a port that is taken is told before a model is read
-    model = load(
+    model = load_told(
         run,
         device=device,
         dtype=dtype,
@@ -118,11 +119,9 @@ def serve(
         load_in_4bit=load_in_4bit,
         chat=chat_format,
         base=base,
-        template_args=template_args_of(template_arg),
+        template_arg=template_arg,
         allow_code=allow_code,
     )
-    for note in model.notes:
-        echo(note, err=True)
     notices = []
     if settings.hosts is None and not settings.keys:
         notices.append(f"notice: whoever reaches {host} may ask this model; --api-key lets in who has a key")
