@@ -55,7 +55,7 @@ class Pictures:
         return {key: self._kept[key] if self._uses[key] else self._kept.pop(key) for key in pictures}
 
 
-class FeatureCache:
+class FeatureMemory:
     """The features of pictures that were looked at last, up to a number of bytes.
 
     Attributes:

@@ -24,7 +24,7 @@ from mmit.models import decoding
 from mmit.models.llm import context_length
 from mmit.models.prefix_cache import PrefixCache
 from mmit.models.sampling import NOT_FINITE, try_choose
-from mmit.pictures import FeatureCache
+from mmit.pictures import FeatureMemory
 from mmit.serve.answering import Answer, Answering, Ask, End, Event, Piece, Reason, TokenLogprob, prompt_of, with_pixels
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class _Lane:
     """A model and its batch: place n of the state works for answer n, whose last token it has not been fed yet."""
 
     model: Model
-    features: FeatureCache
+    features: FeatureMemory
     prefixes: PrefixCache
     state: decoding.State | None = None
     answers: list[Answer] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Engine:
         self._makers = {name: model.prompt_maker() for name, model in self.models.items()}
         share = PREFIX_BYTES // max(1, len(self.models))
         # Models of one tower (adapters of one base) see a picture once.
-        seen = {id(model.vlm.vision): FeatureCache(FEATURE_BYTES) for model in self.models.values()}
+        seen = {id(model.vlm.vision): FeatureMemory(FEATURE_BYTES) for model in self.models.values()}
         self._lanes = {
             name: _Lane(model, seen[id(model.vlm.vision)], PrefixCache(share)) for name, model in self.models.items()
         }

@@ -42,7 +42,6 @@ from mmit.train.data.setup import (
     cache_folder,
     chat_of,
     check_lengths,
-    choosing_of,
     image_loader,
     judge,
     measure,
@@ -57,7 +56,7 @@ from mmit.train.memory.estimate import least_recompute
 from mmit.train.monitor.describe import describe, note_start
 from mmit.train.monitor.echo import echo
 from mmit.train.reference import References
-from mmit.train.settle import check_divided, objective_of, settled, with_whole_paths
+from mmit.train.settle import check_divided, choosing_of, objective_of, settled, with_whole_paths
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -458,11 +457,7 @@ def _read_data(
             split_turns=options.split_turns,
             share_prefix=options.share_prefix and options.packing is not False,
             loss=options.loss.model_dump(),
-            choosing=choosing_of(
-                config.train.objective.model_dump(),
-                split_turns=options.split_turns,
-                router_loss=config.train.router_loss,
-            ),
+            choosing=choosing_of(config),
             compares=objective_of(config).compares,
         )
         found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]

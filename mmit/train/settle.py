@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmit import precision
+from mmit.data.dataset import Choosing
 from mmit.errors import ConfigError, ModelError, located
 from mmit.models.intrinsic import OF_MODEL, read_facts
 from mmit.models.llm import load_llm
@@ -98,6 +99,19 @@ def objective_of(config: Config) -> Method:
         problem = f"{method.kind} compares log-probabilities, to which the routers' loss would be added"
         raise ConfigError(problem, where="train.router_loss", remedy="set train.router_loss=null")
     return method
+
+
+def choosing_of(config: Config) -> Choosing | None:
+    """What `train.objective.kind=choices` asks of the data. Raises ConfigError for what does not go with it."""
+    objective = config.train.objective
+    if objective.kind != "choices":
+        return None
+    unfit = {"data.split_turns": config.data.split_turns, "train.router_loss": config.train.router_loss is not None}
+    for key, asked in unfit.items():
+        if asked:
+            problem = "does not go with train.objective.kind=choices, which has one loss for each record"
+            raise ConfigError(problem, where=key, remedy=f"Set {key}={'false' if key.startswith('data') else 'null'}.")
+    return Choosing(lm=objective.lm, temperature=objective.temperature)
 
 
 def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> dict[str, Any]:

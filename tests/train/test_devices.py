@@ -192,6 +192,18 @@ def started(*words: object, **more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment(**more), cwd=ROOT, **pipes)
 
 
+def ranks_with_a_checkpoint(process: subprocess.Popen[str], run_dir: Path) -> list[Any]:
+    """The ranks that a command has started, once the run has a checkpoint."""
+    import psutil
+
+    began = time.monotonic()
+    while not folders.checkpoints(run_dir):
+        assert process.poll() is None and time.monotonic() - began < 200
+        time.sleep(0.1)
+    below = psutil.Process(process.pid).children(recursive=True)
+    return [child for child in below if "spawn_main" in " ".join(child.cmdline())]
+
+
 def run_to_end(*words: object, **more: str) -> tuple[int, str]:
     process = started(*words, **more)
     try:
@@ -242,15 +254,11 @@ def test_an_error_of_the_ranks_is_shown_once(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_on_all_ranks_and_the_run_goes_on(tmp_path, number):
     pytest.importorskip("deepspeed")
-    psutil = pytest.importorskip("psutil")
+    pytest.importorskip("psutil")
     path = config_in(tmp_path, steps=100000, save_every=50, schedule="constant", warmup=0)
     process = started("-m", "mmit", "train", path, "--devices", 2)
     try:
-        began = time.monotonic()
-        while not folders.checkpoints(tmp_path / "run"):
-            assert process.poll() is None and time.monotonic() - began < 200
-            time.sleep(0.1)
-        ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+        ranks = ranks_with_a_checkpoint(process, tmp_path / "run")
         assert len(ranks) == 2
         process.send_signal(number)
         out, err = process.communicate(timeout=100)
@@ -276,12 +284,8 @@ def test_a_kill_leaves_no_process_behind(tmp_path, victim):
     path = config_in(tmp_path, steps=100000, save_every=50, schedule="constant", warmup=0)
     process = started("-m", "mmit", "train", path, "--devices", 2)
     try:
-        began = time.monotonic()
-        while not folders.checkpoints(tmp_path / "run"):
-            assert process.poll() is None and time.monotonic() - began < 200
-            time.sleep(0.1)
+        ranks = ranks_with_a_checkpoint(process, tmp_path / "run")
         below = psutil.Process(process.pid).children(recursive=True)
-        ranks = [child for child in below if "spawn_main" in " ".join(child.cmdline())]
         os.kill(process.pid if victim == "the parent" else ranks[1].pid, signal.SIGKILL)
         out, err = process.communicate(timeout=100)
     finally:

@@ -88,7 +88,6 @@ ROLES: dict[str, Role] = {
             "data.mixing.scheme", "data.mixing.cap", "data.mixing.temperature",
             "data.loss.*", "data.split_turns", "data.pack_tokens", "data.group", "data.share_prefix",
             "data.shuffle", "data.shuffle_window",
-            "train.objective.*",
             "train.rows_per_step", "train.schedule", "train.warmup", "train.min_lr_ratio", "train.weight_decay",
             "train.betas*", "train.eps", "train.clip", "train.precision", "train.router_loss", "train.objective.*",
         ),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.data.chat import ChatFormat, chat_format, encode
-from mmit.data.dataset import Choosing, InstructionData
+from mmit.data.dataset import InstructionData
 from mmit.data.loss import Loss
 from mmit.data.prefetch import allowed_cores
 from mmit.data.sources import Source, open_source
@@ -90,17 +90,6 @@ def chat_of(section: Mapping[str, Any], tokenizer: Any, *, date: str | None = No
     given = dict(section)
     with located("model.chat.format"):
         return chat_format(given.pop("format"), tokenizer, date=date, **given)
-
-
-def choosing_of(objective: Mapping[str, Any], *, split_turns: bool, router_loss: float | None) -> Choosing | None:
-    """What the section train.objective asks of the data. Raises ConfigError for what does not go with it."""
-    if objective["kind"] != "choices":
-        return None
-    for key, asked in (("data.split_turns", split_turns), ("train.router_loss", router_loss is not None)):
-        if asked:
-            problem = "does not go with train.objective.kind=choices, which has one loss for each record"
-            raise ConfigError(problem, where=key, remedy=f"Set {key}={'false' if key.startswith('data') else 'null'}.")
-    return Choosing(lm=objective["lm"], temperature=objective["temperature"])
 
 
 def open_data(

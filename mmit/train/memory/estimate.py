@@ -29,11 +29,11 @@ from mmit.models.tuning import Group, apply_tuning, method_of, unquantised
 from mmit.models.virtual import virtual_tokens
 from mmit.train.checkpoint.model import image_preparation
 from mmit.train.data.order import walk_of
-from mmit.train.data.setup import Say, cache_folder, chat_of, check_lengths, choosing_of, judge, open_data
+from mmit.train.data.setup import Say, cache_folder, chat_of, check_lengths, judge, open_data
 from mmit.train.engines.zero import bucket_size
 from mmit.train.memory.devices import find_device
 from mmit.train.memory.step_bytes import Bytes, measure_bytes
-from mmit.train.settle import objective_of, settled
+from mmit.train.settle import choosing_of, objective_of, settled
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -120,11 +120,7 @@ def sample_data(
         split_turns=options.split_turns,
         share_prefix=options.share_prefix and options.packing is not False,
         loss=options.loss.model_dump(),
-        choosing=choosing_of(
-            config.train.objective.model_dump(),
-            split_turns=options.split_turns,
-            router_loss=config.train.router_loss,
-        ),
+        choosing=choosing_of(config),
         compares=objective_of(config).compares,
     )
     numbers: np.ndarray | None = None
