@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from mmit.cli import app
@@ -531,3 +532,13 @@ def test_ctrl_c_ends_with_130(monkeypatch, made):
 def test_messages_cannot_act_on_the_terminal(tmp_path):
     result = mmit("config", "--resolve", tmp_path / "\x1b[31mx\x07.yaml")
     assert result.exit_code == 2 and "\x1b" not in result.output and "\x07" not in result.output
+
+
+def test_a_message_names_only_commands_that_exist():
+    """A remedy that sends the reader to a command which is not there is worse than none."""
+    known = set(typer.main.get_command(app).commands)
+    named = []
+    for path in (ROOT / "mmit").rglob("*.py"):
+        text = path.read_text("utf-8")
+        named += [(path.name, word) for word in re.findall(r"(?:\(mmit|[Rr]un mmit|`mmit) ([a-z][a-z-]+)", text)]
+    assert len(named) > 30 and [(name, word) for name, word in named if word not in known] == []

@@ -70,7 +70,7 @@ def overrides(small, config, run_dir: Path) -> list[str]:
     }
     if config.align is not None:
         settings |= {"align.captions": str(folder / "data" / "captions.jsonl"), "align.epochs": 1}
-    if config.tune.llm.mode == "qlora":  # needs CUDA; LoRA is the same but for the base
+    if config.tune.llm.mode == "qlora":  # needs bitsandbytes; LoRA is the same but for the base
         options = {k: v for k, v in config.tune.llm.options.items() if k in MODES["llm"]["lora"]}
         settings["tune.llm"] = {"mode": "lora", "lr": config.tune.llm.lr, "options": options}
     return [f"{key}={json.dumps(value)}" for key, value in settings.items()]

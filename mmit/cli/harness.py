@@ -9,7 +9,7 @@ import typer
 
 from mmit.text import echo
 
-app = typer.Typer(help="Run mmit models in lmms-eval and lm-eval.", no_args_is_help=True, rich_markup_mode="markdown")
+app = typer.Typer(help="Run mmit's models in lmms-eval and lm-eval.", no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.command("overlay")
