@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,24 @@ class Forked:
         return text
 
 
-def start(module: str, *arguments: str | Path, env: Mapping[str, str], imports: Sequence[str] = ()) -> Any:
-    """Start a module as `python -m` does, in the root of the repository. `imports` may be imported before."""
+def start(module: str, *arguments: str | Path, env: Mapping[str, str]) -> Any:
+    """Start a module as `python -m` does, in the root of the repository."""
     given = [str(a) for a in arguments]
-    if _ours and not any(name.startswith("MALLOC_") for name in env):  # which a process reads before all else
-        return Forked({"module": module, "arguments": given, "env": dict(env), "imports": list(imports)})
+    if _ours and not any(name.startswith(_too_late()) for name in env):
+        return Forked({"module": module, "arguments": given, "env": dict(env)})
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     # Without collecting garbage while everything is imported.
     code = f"import gc, runpy; gc.disable(); runpy.run_module({module!r}, run_name='__main__')"
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", code, *given], cwd=ROOT, env=dict(env), **pipes)
+
+
+def _too_late() -> tuple[str, ...]:
+    """Beginnings of the variables that a fork would read too late.
+
+    The allocator reads its own before all else; PEFT imports bitsandbytes where it is installed, and that computes.
+    """
+    computed = importlib.util.find_spec("bitsandbytes") is not None
+    return ("MALLOC_", "ATEN_", "ONEDNN_") if computed else ("MALLOC_",)
 
 
 def run_module(
@@ -122,7 +132,6 @@ def _serve(asked: socket.socket) -> None:
         if not message:
             os._exit(0)
         request = json.loads(message)
-        _import(request.pop("imports"), request["env"])
         if os.fork() == 0:
             asked.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -135,16 +144,6 @@ def _serve(asked: socket.socket) -> None:
             os._exit(0)
         for handle in handles:
             os.close(handle)
-
-
-def _import(names: list[str], env: dict[str, str]) -> None:
-    before = dict(os.environ)
-    os.environ.update(env)
-    for name in names:
-        importlib.import_module(name)
-    gc.freeze()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def _become(handles: list[int], *, module: str, arguments: list[str], env: dict[str, str]) -> None:
