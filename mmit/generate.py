@@ -113,7 +113,7 @@ def load(  # noqa: PLR0913
         ModelError: a part of the model cannot be built, or the hub does not give it.
         ConfigError: no such dtype, or an option that this kind of folder does not take.
     """
-    from mmit.train.checkpoint.model import load_model  # here, so that a live model is used without it
+    from mmit.train.checkpoint.model import LargeLLM, load_model  # here, so that a live model is used without it
 
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -137,9 +137,8 @@ def load(  # noqa: PLR0913
     if given:
         problem = f"{given[0]} is for folders of other projects; a checkpoint says it itself"
         raise ConfigError(problem, where=str(folder), remedy=f"leave {given[0]} out")
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "untuned": untuned, "bits": bits, "adapt": True}
-    options["allow_code"] = allow_code
-    found = load_model(path, device_map=device_map, offload=offload_folder, **options)
+    large, options = LargeLLM(device_map, offload_folder, bits), {"untuned": untuned, "allow_code": allow_code}
+    found = load_model(path, device=device, dtype=dtype or "fast", large=large, **options)
     facts: dict[str, Any] = {"image": found.image, "folder": found.folder, "meta": found.meta, "notes": found.notes}
     return Model(found.vlm, found.tokenizer, found.chat.with_template_args(template_args or {}), **facts)
 

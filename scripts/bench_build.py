@@ -19,7 +19,7 @@ from pathlib import Path
 from mmit.build.annotated import Recipe, checked, renderer
 from mmit.build.executor import Lines, run
 from mmit.build.rows import open_rows
-from mmit.build.write import write_build
+from mmit.build.write import Stated, write_build
 from mmit.templates.bank import Bank, Template
 from mmit.templates.options import OptionStyle
 
@@ -54,7 +54,7 @@ def timed(path: Path, out: Path, workers: int) -> tuple[float, float]:
     opened = partial(open_rows, {"path": str(path), "licence": "CC-BY-4.0"})
     stage = renderer(lambda: opened()[0], (BANK,), RECIPE, source="rows.csv", licence="CC-BY-4.0")
     made = run(Lines(stage, out), checked(opened()[0], (BANK,)), workers=workers)
-    counts = write_build(made, out, config={}, inputs={})
+    counts = write_build(made, out, Stated({}))
     assert counts.total == sum(counts.accepted.values())
     return time.perf_counter() - began, sum(os.times()[:4]) - sum(used[:4])
 

@@ -41,20 +41,20 @@ print(json.dumps({"rows": size, "seconds": round(seconds, 3), "rss_mb": round(rs
 RESUME = """
 import json, sys, time
 import numpy as np
-from mmit.data.dataset import Scan
+from mmit.data.measure import Scan
 from mmit.data.shards.reader import open_shards
-from mmit.train.data.setup import make_walk
-def walk_of(known):
+from mmit.train.data.order import Ordering, make_walk
+def asked(epochs, steps=None):
     mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
-    return make_walk(scan, [1.0], mixing=mixing, seed=1, capacity=2048, rows_per_step=8, epochs=10, steps=None,
-                     known=known)
+    return Ordering([1.0], mixing, seed=1, capacity=2048, rows_per_step=8, epochs=epochs, steps=steps)
+def walk_of(known):
+    return make_walk(scan, asked(10), known=known)
 size = len(open_shards(sys.argv[1]))
 lengths = np.random.default_rng(0).integers(100, 700, size)
 zeros = np.zeros(size, np.int64)
 scan = Scan(np.arange(size), zeros, zeros, lengths, zeros)
 facts = {"segment": 0, "first_row": 0, "rows": 1, "epochs": 10}
-mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
-facts |= make_walk(scan, [1.0], mixing=mixing, seed=1, capacity=2048, rows_per_step=8, epochs=None, steps=1)[1]
+facts |= make_walk(scan, asked(None, steps=1))[1]
 found, segments = {}, -(-size // 65536)
 for name, share in (("at_10_percent", 0.1), ("at_90_percent", 0.9), ("in_epoch_8", 7.5)):
     begin = time.perf_counter()

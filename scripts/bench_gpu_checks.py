@@ -34,7 +34,7 @@ from mmit.models import varlen
 from mmit.models.attention import forest_attention, make_plan
 from mmit.models.llm import load_llm, why_not_4bit
 from mmit.models.vlm import VLM
-from mmit.train.checkpoint.saving import Twin
+from mmit.train.checkpoint.saving import CpuCopy
 from mmit.train.data.batches import Upload
 from mmit.train.determinism import deterministic
 
@@ -178,9 +178,9 @@ def check_resume(bench: Bench) -> Iterator[Finding]:
         same = all(torch.equal(a, b) for a, b in pairs)
         label, numbers = f"resume, deterministic {'on' if on else 'off'}", f"same bits {same}"
         yield Finding(label, "OK" if same else verdict(not on), numbers, "True" if on else "")
-    twin = Twin(again)
+    copied = CpuCopy(again)
     begin = time.perf_counter()
-    kept = twin.take().state_dict()
+    kept = copied.take().state_dict()
     took = time.perf_counter() - begin
     now = {k: v.detach().cpu().clone() for k, v in again.state_dict().items()}
     run_steps(bench, engine, micros[:1])

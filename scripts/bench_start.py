@@ -220,7 +220,7 @@ def plan(folder: str) -> None:
 
     from mmit.data.measure import Scan
     from mmit.data.store import Store
-    from mmit.train.data.order import make_walk
+    from mmit.train.data.order import Ordering, make_walk
 
     store = Store(Path(folder))
     found = store.find("measured", "index")
@@ -228,8 +228,8 @@ def plan(folder: str) -> None:
     record, first, last, length, seen = found[1]["units"]
     scan = Scan(record, first, last, length, np.zeros(len(record), np.int64), seen=seen)
     mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
-    options: dict[str, Any] = {"seed": 0, "capacity": 4096, "rows_per_step": 64, "epochs": 1.0, "steps": None}
-    walk, _ = make_walk(scan, [1.0], mixing=mixing, store=store, **options)
+    asked = Ordering([1.0], mixing, seed=0, capacity=4096, rows_per_step=64, epochs=1.0, steps=None)
+    walk, _ = make_walk(scan, asked, store=store)
     step = [walk.row(p) for p in range(64)]
     print(json.dumps({"planned_rows": walk.total_rows, "first_step_records": sum(len(row or ()) for row in step)}))
 

@@ -226,7 +226,7 @@ def same(llm: Any, prompt: list[int], ours: list[int]) -> bool:
 
 def exported(folder: Path) -> float | str:
     """The column export, of the run in `folder`."""
-    from mmit.interop.export import export_llava_hf
+    from mmit.interop.export import Companions, export_llava_hf
     from mmit.models.generation import end_ids
 
     config = checkpoint.read_config(checkpoint.checkpoints(folder / "run")[-1])
@@ -236,10 +236,10 @@ def exported(folder: Path) -> float | str:
         return f"no: {error.problem.removeprefix('llava-hf cannot hold this model: ')}"
     found = checkpoint.load_model(folder / "run", device="cpu")
     ends = end_ids(found.chat.end_ids, found.tokenizer, found.vlm.llm)
-    given = {"tokenizer": found.tokenizer, "chat": found.chat, "image": found.image, "end_ids": ends}
+    beside = Companions(found.tokenizer, found.chat, found.image, ends)
     (folder / "exported").mkdir()
     try:
-        difference = export_llava_hf(folder / "exported", found.vlm, **given)
+        difference = export_llava_hf(folder / "exported", found.vlm, beside)
         read_llava_hf(folder / "exported")
     except MmitError as error:
         return f"late: {error.problem}"

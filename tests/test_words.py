@@ -17,7 +17,7 @@ SOURCES = sorted((ROOT / "mmit").rglob("*.py"))
 PROSE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 GONE = re.compile(r"(?i)\b(?:mend(?:s|ed|ing)?|bundles?)\b|\bthe eye\b")
 # Names of several things once; each is one class now.
-ONE_CLASS = ("Shown", "SampledRow", "Row", "Plan", "Layout", "Encoder", "Twin", "State")
+ONE_CLASS = ("Shown", "SampledRow", "Row", "Plan", "Layout", "Encoder", "State")
 # Identifiers that still say picture where the glossary says image.
 PICTURES = 92
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmit.build.cluster import Asker, Spread
 from mmit.build.executor import RayPool, cluster_of
-from mmit.build.write import Counts, write_build
+from mmit.build.write import Counts, Stated, write_build
 from mmit.data.thoughts import split_thought
 from mmit.errors import ConfigError, nearest
 from mmit.processes import only_one
@@ -95,16 +95,19 @@ def write_session(
     facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> Counts:
     """Run a build and write its folder. Raises what `write_build` and the stage raise."""
+    stated = Stated(
+        settings,
+        inputs={teacher.name: teacher.identity for teacher in desk.teachers},
+        facts=lambda: {"ledger": ledger(desk.journal.entries.values()), **thought_facts(desk), **facts()},
+    )
     return write_build(
         made,
         out,
-        config=settings,
-        inputs={teacher.name: teacher.identity for teacher in desk.teachers},
+        stated,
         base=folder / settings["base"] if settings.get("base") else None,
         cap=settings.get("cap"),
         allow_licences=settings.get("allow_licences"),
         resumed=True,
-        facts=lambda: {"ledger": ledger(desk.journal.entries.values()), **thought_facts(desk), **facts()},
     )
 
 

@@ -77,27 +77,38 @@ def line_of(made: Made, out: Path) -> Line:
     return Line(made.task, made.held_out, wording, licence, record_line(record, folder), files)
 
 
-def write_build(  # noqa: PLR0913
+@dataclass(frozen=True)
+class Stated:
+    """What build.json states beside the counts.
+
+    Args:
+        config: the resolved config. inputs: digests of what was read, by name.
+        facts: further ones, asked when the records are made.
+    """
+
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    facts: Callable[[], Mapping[str, Any]] = dict
+
+
+def write_build(
     made: Iterable[Made | Line | Dropped],
     out: Path,
+    stated: Stated,
     *,
-    config: Mapping[str, Any],
-    inputs: Mapping[str, str],
     base: Path | None = None,
     cap: int | None = None,
     allow_licences: Sequence[str] | None = None,
     resumed: bool = False,
-    facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> Counts:
     """Write a build's folder and return its counts.
 
     Args:
-        config: the resolved config, kept in build.json. inputs: digests of what was read, by name.
+        stated: goes into build.json; its config stands on the card too.
         base: training config that mixture.yaml builds on.
         cap: records a task counts as in the mixture (Flan's per-task cap).
         allow_licences: see `mmit.build.licences.check_allowed`.
         resumed: the folder holds the journal of this build, which stays; what an earlier run wrote is replaced.
-        facts: what build.json states besides, asked when the records are made.
 
     Raises:
         ConfigError: the folder is taken, or another process writes it; a licence is not allowed; nothing was accepted.
@@ -119,10 +130,14 @@ def write_build(  # noqa: PLR0913
                 raise _nothing(counts, draft, out, asked=resumed)
             check_allowed(counts.licences, allow_licences, where="allow_licences")
             _write_mixture(counts, draft, out, base=base, cap=cap)
-            stated = {"mmit": __version__, "config": dict(config), "inputs": dict(inputs), "in": counts.total}
-            stated |= vars(counts) | {"held_out": sorted(counts.held_out)} | dict(facts())
-            write_atomic(draft / "build.json", json.dumps(stated, indent=1, ensure_ascii=False) + "\n")
-            write_atomic(draft / "card.md", plain(_card(counts, config)))
+            written: dict[str, Any] = {
+                "mmit": __version__,
+                "config": dict(stated.config),
+                "inputs": dict(stated.inputs),
+            }
+            written |= {"in": counts.total, **vars(counts), "held_out": sorted(counts.held_out), **stated.facts()}
+            write_atomic(draft / "build.json", json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+            write_atomic(draft / "card.md", plain(_card(counts, stated.config)))
             _move_into(draft, out)
         except OSError as error:
             raise unwritable(out, error) from error

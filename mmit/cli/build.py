@@ -55,7 +55,7 @@ def annotated(
     from mmit.build.annotated import Made, checked, renderer
     from mmit.build.executor import Lines, cluster_of, run
     from mmit.build.rows import open_rows
-    from mmit.build.write import write_build
+    from mmit.build.write import Stated, write_build
 
     settings = read_config(config, KEYS, INNER)
     folder = config.parent
@@ -75,8 +75,7 @@ def annotated(
     counts = write_build(
         run(Lines(stage, out), rows, workers=workers, cluster=cluster_of(executor)),
         out,
-        config=settings,
-        inputs={bank.where: _digest(bank) for bank in banks},
+        Stated(settings, {bank.where: _digest(bank) for bank in banks}),
         base=folder / settings["base"] if settings.get("base") else None,
         cap=settings.get("cap"),
         allow_licences=settings.get("allow_licences"),

@@ -31,7 +31,7 @@ def holdout(
 ) -> None:
     """Hold clusters of tasks out of records, and refuse leaks; ends with 1 where there are some."""
     from mmit.build.holdout import CHECKS, Plan, held_out
-    from mmit.build.write import write_build
+    from mmit.build.write import Stated, write_build
     from mmit.records import read_jsonl
 
     settings = read_config(config, KEYS, INNER)
@@ -64,8 +64,7 @@ def holdout(
     counts = write_build(
         made,
         out,
-        config=settings,
-        inputs={str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files},
+        Stated(settings, {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files}),
         base=config.parent / settings["base"] if settings.get("base") else None,
         cap=settings.get("cap"),
         allow_licences=settings.get("allow_licences"),

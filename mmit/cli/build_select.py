@@ -81,11 +81,11 @@ def _unscored(
     """Select by diversity alone, without a teacher."""
     from mmit.build.select import Scored
     from mmit.build.select import select as chosen
-    from mmit.build.write import write_build
+    from mmit.build.write import Stated, write_build
 
     scored = [Scored(record) for record in records]
     made = [*dropped, *chosen(scored, keep)]
-    counts = write_build(made, out, config=settings, inputs={}, **_writing(settings, config))
+    counts = write_build(made, out, Stated(settings), **_writing(settings, config))
     show_counts(counts)
     echo(f"wrote {out}/mixture.yaml ({counts.summary})")
     return counts, scored
@@ -94,12 +94,12 @@ def _unscored(
 def _write_control(settings: Mapping[str, Any], config: Path, out: Path, scored: list[Scored], count: int) -> None:
     """Write a random choice of the same size into a folder of its own."""
     from mmit.build.select import control
-    from mmit.build.write import write_build
+    from mmit.build.write import Stated, write_build
 
     folder = out / "control"
     folder.mkdir(exist_ok=True)
     made = control(scored, count, seed=settings.get("seed", 0))
-    counts = write_build(made, folder, config=settings, inputs={}, resumed=True, **_writing(settings, config))
+    counts = write_build(made, folder, Stated(settings), resumed=True, **_writing(settings, config))
     echo(f"wrote {folder}/mixture.yaml ({counts.summary}, drawn at random)")
 
 

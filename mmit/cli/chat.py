@@ -32,28 +32,32 @@ if TYPE_CHECKING:
 
 HELP = "/image PATH shows a picture with the next message, /reset begins anew, /quit leaves"
 
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, a llava-hf folder, or a hub id."),
+]
+ImageOption = Annotated[
+    list[Path] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; may be repeated.")
+]
+PromptOption = Annotated[
+    str | None, typer.Option("--prompt", "-p", help="Answer this and end; without it, a conversation.")
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(min=0, help="0 takes the likeliest token. (default: as generation_config.json says, else 0)"),
+]
+TopPOption = Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")]
+
 
 def chat(
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, a llava-hf folder, or a hub id."),
-    ],
-    image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; may be repeated.")
-    ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="Answer this and end; without it, a conversation.")
-    ] = None,
+    run: RunArgument,
+    image: ImageOption = None,
+    prompt: PromptOption = None,
     *,
     system: Annotated[str | None, typer.Option(help="The system turn.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
-    temperature: Annotated[
-        float | None,
-        typer.Option(min=0, help="0 takes the likeliest token. (default: as generation_config.json says, else 0)"),
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens of this total probability.")
-    ] = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Draw from so many likeliest tokens; 0: from all.")] = None,
     seed: Annotated[int, typer.Option(help="Of the draws at a temperature above 0.")] = 0,
     device: Device = "auto",

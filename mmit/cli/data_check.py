@@ -40,31 +40,36 @@ EXIT_FOUND = 1
 SHOWN = 3  # rows of each rule in the table; all of them are in the JSON
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
+DataArgument = Annotated[
+    Path,
+    typer.Argument(metavar="DATA_OR_CONFIG", help="A data file or shards (FILE#N: N of its records), or a YAML."),
+]
+TestOption = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Test data that must not be in there; may be repeated."),
+]
+MaxLengthOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Longest record in tokens. [default: the tokenizer's]")
+]
+JsonFileOption = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write every finding with its row as JSON.")
+]
+
 
 def check(
-    data: Annotated[
-        Path,
-        typer.Argument(metavar="DATA_OR_CONFIG", help="A data file or shards (FILE#N: N of its records), or a YAML."),
-    ],
+    data: DataArgument,
     *,
     format: FormatOption = None,
     image_root: ImageRootOption = None,
-    test: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="Test data that must not be in there; may be repeated."),
-    ] = None,
+    test: TestOption = None,
     images: Annotated[bool, typer.Option("--images", help="Open every image, and compare them by content.")] = False,
     config: ConfigOption = None,
     tokenizer: TokenizerOption = None,
     chat: ChatOption = None,
     image_token: sources.ImageTokenOption = None,
     image_tokens: ImageTokensOption = None,
-    max_length: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Longest record in tokens. [default: the tokenizer's]")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write every finding with its row as JSON.")
-    ] = None,
+    max_length: MaxLengthOption = None,
+    json_file: JsonFileOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings count as errors in the exit code.")] = False,
 ) -> None:
     """Check data: broken rows, doubtful text, duplicates, images, test data among it.

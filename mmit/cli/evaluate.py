@@ -20,74 +20,84 @@ if TYPE_CHECKING:
 DEFAULT_TASK = "easy_vqa"
 KEY = "OPENAI_API_KEY"
 
+RunArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN_OR_CHECKPOINT]",
+        help="A run's folder, one of its checkpoints, a llava-hf folder, or the base URL of an OpenAI-compatible "
+        "endpoint.",
+    ),
+]
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        "--tasks",
+        "-t",
+        help=f"Names or YAMLs of tasks, with commas or repeated. (default: {DEFAULT_TASK})",
+    ),
+]
+LimitOption = Annotated[
+    int | None, typer.Option(min=1, help="Questions asked, a fixed seeded sample. (default: the task's)")
+]
+BaselineNOption = Annotated[
+    int, typer.Option(min=1, help="Questions asked of the untuned model, in probes and in other wordings.")
+]
+ProbeOption = Annotated[str, typer.Option(help="What is done to the pictures, with commas: blank, swap, or none.")]
+TemplatesOption = Annotated[
+    int, typer.Option(min=0, help="Ask in so many wordings, the task's own first; 0 asks in that alone.")
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help=f"Folder of the results. (default: RUN/eval, of other tasks than {DEFAULT_TASK} RUN/eval/TASK)",
+    ),
+]
+DevicesOption = Annotated[
+    int | None, typer.Option(min=1, help="Start this many processes here, which share the questions.")
+]
+DataRootOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Folder with one folder per benchmark; a task of your own looks there before its own folder.",
+    ),
+]
+JudgeUrlOption = Annotated[
+    str | None, typer.Option(envvar="MMIT_JUDGE_URL", help="Base URL of the judge, for tasks that need one.")
+]
+JudgePromptOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The judge's prompt in place of mmit's wording.")
+]
+
 
 def evaluate(
     context: typer.Context,
-    run: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[RUN_OR_CHECKPOINT]",
-            help="A run's folder, one of its checkpoints, a llava-hf folder, or the base URL of an OpenAI-compatible "
-            "endpoint.",
-        ),
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            "--tasks",
-            "-t",
-            help=f"Names or YAMLs of tasks, with commas or repeated. (default: {DEFAULT_TASK})",
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions asked, a fixed seeded sample. (default: the task's)")
-    ] = None,
+    run: RunArgument = None,
+    task: TaskOption = None,
+    limit: LimitOption = None,
     *,
     model: Annotated[str | None, typer.Option(help="Another way to give RUN_OR_CHECKPOINT.")] = None,
-    baseline_n: Annotated[
-        int, typer.Option(min=1, help="Questions asked of the untuned model, in probes and in other wordings.")
-    ] = 500,
+    baseline_n: BaselineNOption = 500,
     baselines: Annotated[bool, typer.Option(help="Score the baselines, probes and wordings too.")] = True,
-    probe: Annotated[
-        str, typer.Option(help="What is done to the pictures, with commas: blank, swap, or none.")
-    ] = "blank",
-    templates: Annotated[
-        int, typer.Option(min=0, help="Ask in so many wordings, the task's own first; 0 asks in that alone.")
-    ] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help=f"Folder of the results. (default: RUN/eval, of other tasks than {DEFAULT_TASK} RUN/eval/TASK)",
-        ),
-    ] = None,
+    probe: ProbeOption = "blank",
+    templates: TemplatesOption = 0,
+    out: OutOption = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 64,
     device: Device = "auto",
     dtype: Dtype = None,
-    devices: Annotated[
-        int | None, typer.Option(min=1, help="Start this many processes here, which share the questions.")
-    ] = None,
+    devices: DevicesOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Drop answers on file and start anew.")] = False,
-    data_root: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Folder with one folder per benchmark; a task of your own looks there before its own folder.",
-        ),
-    ] = None,
+    data_root: DataRootOption = None,
     chat: ForeignChat = None,
     base: ForeignBase = None,
     template_arg: TemplateArgs = None,
     allow_code: AllowCode = False,
     endpoint_model: Annotated[str | None, typer.Option(help="Model of the endpoint that is evaluated.")] = None,
-    judge_url: Annotated[
-        str | None, typer.Option(envvar="MMIT_JUDGE_URL", help="Base URL of the judge, for tasks that need one.")
-    ] = None,
+    judge_url: JudgeUrlOption = None,
     judge_model: Annotated[str | None, typer.Option(envvar="MMIT_JUDGE_MODEL", help="The judge's model.")] = None,
-    judge_prompt: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The judge's prompt in place of mmit's wording.")
-    ] = None,
+    judge_prompt: JudgePromptOption = None,
     key_env: Annotated[str, typer.Option(help="Environment variable with the key of endpoint and judge.")] = KEY,
 ) -> None:
     """Score a model on tasks and write a report.
@@ -119,10 +129,12 @@ def evaluate(
     from mmit.eval.runner import How
     from mmit.eval.summary import run_tasks
 
-    ranks = from_environment()
-    told: dict[str, Any] = {"endpoint_model": endpoint_model, "key_env": key_env, "chat": chat, "base": base}
-    told |= {"template_args": template_args_of(template_arg), "allow_code": allow_code, "batch_size": batch_size}
-    where, subject = _model(run, device=device, dtype=dtype, out=out, **told)
+    told: dict[str, Any] = {"template_args": template_args_of(template_arg), "out": out}
+    if run.startswith(("http://", "https://")):
+        where, subject = _endpoint(run, model=endpoint_model, key_env=key_env, batch_size=batch_size, **told)
+    else:
+        told |= {"foreign": {"chat": chat, "base": base}, "allow_code": allow_code}
+        where, subject = _folder(run, **told, device=device, dtype=dtype)
     alone = len(tasks) == 1
     run_tasks(
         subject,
@@ -131,7 +143,7 @@ def evaluate(
         summary_in=None if alone else out or results_folder(where, DEFAULT_TASK, None, alone=True),
         metric_of=metric_of,
         beside=Beside(baseline_n if baselines else 0, probes, templates),
-        how=How(sample=limit, batch_size=batch_size, ranks=ranks, overwrite=overwrite),
+        how=How(sample=limit, batch_size=batch_size, ranks=from_environment(), overwrite=overwrite),
     )
 
 
@@ -151,36 +163,40 @@ def _names(given: list[str] | None) -> list[str]:
     return list(dict.fromkeys(filter(None, names)))
 
 
-def _model(
-    run: str,
-    *,
-    device: str,
-    dtype: str | None,
-    endpoint_model: str | None,
-    key_env: str,
-    chat: str | None,
-    base: str | None,
-    template_args: dict[str, Any],
-    allow_code: bool,
-    batch_size: int,
-    out: Path | None,
+def _endpoint(
+    url: str, *, model: str | None, key_env: str, batch_size: int, template_args: dict[str, Any], out: Path | None
 ) -> tuple[Path, Subject]:
-    """Return where results go by default, and the model with what a report says of it."""
+    """Return where results go, and the endpoint with what a report says of it."""
     from mmit.errors import ConfigError
     from mmit.eval.baselines import Subject
+    from mmit.eval.endpoint import EndpointModel
+    from mmit.teachers.endpoint import Endpoint
 
-    if run.startswith(("http://", "https://")):
-        if template_args:
-            raise ConfigError("an endpoint writes its prompts itself", where="--template-arg", remedy="Leave it out.")
-        from mmit.eval.endpoint import EndpointModel
-        from mmit.teachers.endpoint import Endpoint
+    if template_args:
+        raise ConfigError("an endpoint writes its prompts itself", where="--template-arg", remedy="Leave it out.")
+    if out is None:
+        raise ConfigError("no folder for the results", where="--out", remedy="An endpoint has none: give --out.")
+    # The server's own batching is as good as ours: so many questions at a time, at most 16.
+    endpoint = Endpoint(url, model or "", key_env=key_env, in_flight=min(batch_size, 16))
+    name = f"{endpoint.model} at {url}"
+    return out, Subject(EndpointModel(endpoint), name, name)
 
-        if out is None:
-            raise ConfigError("no folder for the results", where="--out", remedy="An endpoint has none: give --out.")
-        # The server's own batching is as good as ours: so many questions at a time, at most 16.
-        endpoint = Endpoint(run, endpoint_model or "", key_env=key_env, in_flight=min(batch_size, 16))
-        name = f"{endpoint.model} at {run}"
-        return out, Subject(EndpointModel(endpoint), name, name)
+
+def _folder(
+    run: str,
+    *,
+    foreign: dict[str, Any],
+    template_args: dict[str, Any],
+    allow_code: bool,
+    out: Path | None,
+    **place: Any,
+) -> tuple[Path, Subject]:
+    """Return where results go by default, and the model of a folder with what a report says of it.
+
+    `foreign` are options for a folder of another project, `place` where the model computes and in which numbers.
+    """
+    from mmit.errors import ConfigError
+    from mmit.eval.baselines import Subject
     from mmit.eval.runner import Lazy
     from mmit.generate import load
     from mmit.interop.foreign import is_foreign
@@ -192,9 +208,9 @@ def _model(
     folder = model_folder(run)
     # Answers to other prompts are another model's.
     told = f" {json.dumps(template_args, sort_keys=True)}" if template_args else ""
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "template_args": template_args}
+    options: dict[str, Any] = {**place, "template_args": template_args}
     if is_foreign(folder):
-        other = _told(load(folder, chat=chat, base=base, **options))
+        other = _told(load(folder, **foreign, **options))
         return folder, Subject(other, run, _content(folder) + told, other.number_format)
     checkpoint = find(folder, warn=lambda text: echo(text, err=True))
     options["allow_code"] = allow_code

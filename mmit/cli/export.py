@@ -7,6 +7,9 @@ comparison of its logits with those of the source.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,10 +21,19 @@ from mmit.io import write_atomic
 from mmit.text import echo, plain
 
 if TYPE_CHECKING:
+    from mmit.interop.export import Companions
     from mmit.train.checkpoint.model import Loaded
 
 FORMATS = ("llava-hf", "gguf", "llava", "peft", "mmit")
 NUMBERS = {"llava-hf": ("fp32", "bf16", "fp16"), "gguf": ("fp16", "q8_0", "bf16", "fp32")}  # the default first
+
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(help="Number format of weights. llava-hf: fp32 (default), bf16, fp16; gguf: fp16, q8_0, bf16, fp32."),
+]
+PushToHubOption = Annotated[
+    str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository, owner/name.")
+]
 
 
 def export(
@@ -29,18 +41,11 @@ def export(
     *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
     format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")] = "llava-hf",
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="Number format of weights. llava-hf: fp32 (default), bf16, fp16; gguf: fp16, q8_0, bf16, fp32."
-        ),
-    ] = None,
+    dtype: DtypeOption = None,
     llm_only: Annotated[bool, typer.Option("--llm-only", help="gguf: leave out what sees pictures.")] = False,
     image_token: Annotated[str, typer.Option(help="Image token of llava-hf, if the chat format has none.")] = "<image>",
     licence: Annotated[str | None, typer.Option(help="The model's licence for its card, as the hub names it.")] = None,
-    push_to_hub: Annotated[
-        str | None, typer.Option(metavar="REPO", help="Upload the folder to this repository, owner/name.")
-    ] = None,
+    push_to_hub: PushToHubOption = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository a private one.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what --push-to-hub would upload.")] = False,
     allow_code: AllowCode = False,
@@ -74,36 +79,40 @@ def export(
     config = read_config(find(model_folder(run)))
     check_format(config, format, llm_only=llm_only)
     kept = None if format == "mmit" else torch.float32  # as trained, where numbers are copied and not computed with
-    found = load_model(
-        run, device="cpu", dtype=kept, plain=format in ("llava-hf", "gguf", "mmit"), allow_code=allow_code
-    )
+    plain = format in ("llava-hf", "gguf", "mmit")
+    found = load_model(run, device="cpu", dtype=kept, plain=plain, allow_code=allow_code)
     if format == "mmit":
         save_whole(found, out)
         _check_whole(found, out)
         _card(found, out, format=format, licence=licence)
-        _push(out, push_to_hub, private=private, dry_run=dry_run)
-        return
+    else:
+        writers: dict[str, Callable[[Loaded, Path], None]] = {
+            "llava-hf": partial(_llava_hf, dtype=numbers, image_token=image_token),
+            "gguf": partial(_gguf, dtype=numbers, llm_only=llm_only),
+            "llava": _llava,
+            "peft": _peft,
+        }
+        with _whole_or_nothing(out) as draft:
+            writers[format](found, draft)
+            _card(found, draft, format=format, licence=licence)
+        echo(f"wrote {out}")
+    _push(out, push_to_hub, private=private, dry_run=dry_run)
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `out` when the block ends well, and is removed when it does not."""
     draft = out.with_name(f".{out.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        if format == "llava-hf":
-            _llava_hf(found, draft, dtype=numbers, image_token=image_token)
-        elif format == "gguf":
-            _gguf(found, draft, dtype=numbers, llm_only=llm_only)
-        elif format == "llava":
-            _llava(found, draft)
-        else:
-            _peft(found, draft)
-        _card(found, draft, format=format, licence=licence)
-    except BaseException:
+        yield draft
+    except BaseException:  # Ctrl-C too: a comparison that was not made must leave nothing that looks finished
         shutil.rmtree(draft, ignore_errors=True)
         raise
     if out.exists():
         out.rmdir()  # it is empty
     draft.rename(out)
-    echo(f"wrote {out}")
-    _push(out, push_to_hub, private=private, dry_run=dry_run)
 
 
 def _numbers(format: str, dtype: str | None, *, llm_only: bool) -> str:
@@ -144,19 +153,19 @@ def _push(folder: Path, name: str | None, *, private: bool, dry_run: bool) -> No
     echo(f"{len(files)} files, {sum(size for _, size in files):,} bytes would go to {name}; nothing was uploaded")
 
 
-def _parts(found: Loaded) -> dict[str, Any]:
-    """What goes with a model into a folder of another project."""
+def _beside(found: Loaded) -> Companions:
+    from mmit.interop.export import Companions
     from mmit.models.generation import end_ids
 
     ends = end_ids(found.chat.end_ids, found.tokenizer, found.vlm.llm)
-    return {"tokenizer": found.tokenizer, "chat": found.chat, "image": found.image, "end_ids": ends}
+    return Companions(found.tokenizer, found.chat, found.image, ends)
 
 
 def _gguf(found: Loaded, folder: Path, *, dtype: str, llm_only: bool) -> None:
     from mmit.interop.gguf import export_gguf
 
     name = Path(found.config.run.dir).name
-    written = export_gguf(folder, found.vlm, **_parts(found), dtype=dtype, name=name, llm_only=llm_only)
+    written = export_gguf(folder, found.vlm, _beside(found), dtype=dtype, name=name, llm_only=llm_only)
     for file in written.files:
         echo(f"{file.stat().st_size:>14,}  {file.name}")
     if written.logits is None:
@@ -170,7 +179,7 @@ def _llava_hf(found: Loaded, folder: Path, *, dtype: str, image_token: str) -> N
     from mmit.models.llm import DTYPES
 
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "image_token": image_token}
-    seen = export_llava_hf(folder, found.vlm, **_parts(found), **options)
+    seen = export_llava_hf(folder, found.vlm, _beside(found), **options)
     _tell(seen.logits, seen.limit)
     echo(f"largest difference of a pixel, normalised: {seen.pixels:.3g}; ids of the processor: the same")
     if seen.pixels > 1e-3:

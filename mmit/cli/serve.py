@@ -33,26 +33,42 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, a llava-hf folder, or a hub id."),
+]
+AdaptersOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=DIR,...", help="Checkpoints of LoRA on the same base, each a model of its own."),
+]
+ApiKeyOption = Annotated[list[str] | None, typer.Option(metavar="KEY", help="Who sends it is let in; may be repeated.")]
+ApiKeysFileOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Keys, one a line; lines that begin with # are left out.")
+]
+ReadTimeoutOption = Annotated[
+    float, typer.Option(min=0.1, help="Seconds for a request's head, and for each part of its body.")
+]
+CorsOption = Annotated[
+    list[str] | None, typer.Option(metavar="ORIGIN", help="Pages of this origin may ask, as https://example.org.")
+]
+AllowHostOption = Annotated[
+    list[str] | None, typer.Option(metavar="NAME", help="A further name of this server, where no key is set.")
+]
+AllowUrlOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="HOST", help="Fetch images from this host (*.example.org, or * for any public one)."),
+]
+
 
 def serve(
-    run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, a llava-hf folder, or a hub id."),
-    ],
+    run: RunArgument,
     *,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model. (default: the folder's name)")] = None,
-    adapters: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=DIR,...", help="Checkpoints of LoRA on the same base, each a model of its own."),
-    ] = None,
-    api_key: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="Who sends it is let in; may be repeated.")
-    ] = None,
-    api_keys_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Keys, one a line; lines that begin with # are left out.")
-    ] = None,
+    adapters: AdaptersOption = None,
+    api_key: ApiKeyOption = None,
+    api_keys_file: ApiKeysFileOption = None,
     max_running: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 16,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue; 429 beyond.")] = 64,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request's answers may take.")] = 120.0,
@@ -62,19 +78,10 @@ def serve(
     max_body_mb: Annotated[float, typer.Option(min=0.001, help="Most megabytes of a request.")] = 20.0,
     max_images: Annotated[int, typer.Option(min=0, help="Most images of a request.")] = 8,
     max_pixels: Annotated[int, typer.Option(min=1, help="Most pixels of an image, by its header.")] = 40_000_000,
-    read_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds for a request's head, and for each part of its body.")
-    ] = 15.0,
-    cors: Annotated[
-        list[str] | None, typer.Option(metavar="ORIGIN", help="Pages of this origin may ask, as https://example.org.")
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A further name of this server, where no key is set.")
-    ] = None,
-    allow_url: Annotated[
-        list[str] | None,
-        typer.Option(metavar="HOST", help="Fetch images from this host (*.example.org, or * for any public one)."),
-    ] = None,
+    read_timeout: ReadTimeoutOption = 15.0,
+    cors: CorsOption = None,
+    allow_host: AllowHostOption = None,
+    allow_url: AllowUrlOption = None,
     device: Device = "auto",
     dtype: Dtype = None,
     load_in_8bit: In8Bit = False,
@@ -93,15 +100,11 @@ def serve(
     from mmit.serve.server import listen
 
     body = int(max_body_mb * (1 << 20))
-    limits = Limits(
-        body=body,
-        images=max_images,
-        pixels=max_pixels,
-        answers=min(max_answers, max_running),
-        tokens=max_tokens,
-    )
+    answers = min(max_answers, max_running)  # more could never be written at once
+    limits = Limits(body=body, images=max_images, pixels=max_pixels, answers=answers, tokens=max_tokens)
     settings = Settings(
         keys=tuple(_keys(api_key or [], api_keys_file)),
+        # A page of another site can reach a loopback address by a name of its own (DNS rebinding): names are checked.
         hosts=(*LOOPBACK, *(entry.lower() for entry in allow_host or ())) if host in LOOPBACK else None,
         origins=tuple(origin.rstrip("/") for origin in cors or ()),
         timeout_s=timeout,
@@ -111,22 +114,14 @@ def serve(
     )
     further = further_of(adapters, taken=name or served_name(run))
     place = listen(host, port)  # first: a port that is taken is told before a model is read
-    model = load_told(
-        run,
-        device=device,
-        dtype=dtype,
-        load_in_8bit=load_in_8bit,
-        load_in_4bit=load_in_4bit,
-        chat=chat_format,
-        base=base,
-        template_arg=template_arg,
-        allow_code=allow_code,
-    )
+    numbers: dict[str, Any] = {"dtype": dtype, "load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}
+    given: dict[str, Any] = {"chat": chat_format, "base": base, "template_arg": template_arg}
+    model = load_told(run, device=device, allow_code=allow_code, **numbers, **given)
     notices = []
     if settings.hosts is None and not settings.keys:
         notices.append(f"notice: whoever reaches {host} may ask this model; --api-key lets in who has a key")
-    bounds = {"max_running": max_running, "max_waiting": max_waiting}
     models = {name or served_name(run): model} | (with_adapters(model, further) if further else {})
+    bounds = {"max_running": max_running, "max_waiting": max_waiting}
     start(models, settings, place, grace_s=grace, notices=notices, bounds=bounds)
 
 

@@ -17,54 +17,64 @@ if TYPE_CHECKING:
 
 PLANNING = "Dry run"
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="FILE|KEY=VALUE",
+        help="Overrides such as train.steps=50; `resume=auto` is short for run.resume=auto, `dry_run=true` for "
+        "--dry-run.",
+    ),
+]
+SourceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--from",
+        metavar="FOLDER|HUB_ID",
+        help="In place of a YAML: start from this model (llava-hf, LLaVA, TinyLLaVA, Prismatic); all else is an "
+        "override.",
+    ),
+]
+DevicesOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Start this many ranks here: GPUs, or processes on a CPU. Needs DeepSpeed from 2 on."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Forecast the run without weights: steps, FLOPs, memory, time, price.")
+]
+GpuOption = Annotated[
+    str | None,
+    typer.Option(help="GPU to plan for, by name or memory (h100, 24GB).", rich_help_panel=PLANNING),
+]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Devices. (default: --devices, the launcher's, or 1)", rich_help_panel=PLANNING),
+]
+MfuOption = Annotated[
+    float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached.", rich_help_panel=PLANNING)
+]
+TflopsOption = Annotated[
+    float | None, typer.Option(min=0, help="Peak of a device that has no name here.", rich_help_panel=PLANNING)
+]
+PriceOption = Annotated[
+    float | None, typer.Option(min=0, help="Price of a device for an hour.", rich_help_panel=PLANNING)
+]
+
 
 def train(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="FILE|KEY=VALUE",
-            help="Overrides such as train.steps=50; `resume=auto` is short for run.resume=auto, `dry_run=true` for "
-            "--dry-run.",
-        ),
-    ] = None,
+    arguments: Overrides = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The YAML of the run.")] = None,
     *,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            "--from",
-            metavar="FOLDER|HUB_ID",
-            help="In place of a YAML: start from this model (llava-hf, LLaVA, TinyLLaVA, Prismatic); all else is an "
-            "override.",
-        ),
-    ] = None,
+    source: SourceOption = None,
     chat: Annotated[str | None, typer.Option(help="With --from: its chat format, if it has no template.")] = None,
     base: Annotated[str | None, typer.Option(help="With --from: the LLM that it is built on, as import-model.")] = None,
     tower: Annotated[str | None, typer.Option(help="With --from: its vision tower, as import-model.")] = None,
-    devices: Annotated[
-        int | None,
-        typer.Option(min=1, help="Start this many ranks here: GPUs, or processes on a CPU. Needs DeepSpeed from 2 on."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Forecast the run without weights: steps, FLOPs, memory, time, price.")
-    ] = False,
-    gpu: Annotated[
-        str | None,
-        typer.Option(help="GPU to plan for, by name or memory (h100, 24GB).", rich_help_panel=PLANNING),
-    ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(min=1, help="Devices. (default: --devices, the launcher's, or 1)", rich_help_panel=PLANNING),
-    ] = None,
-    mfu: Annotated[
-        float, typer.Option(min=0.001, max=1, help="Share of the peak that is reached.", rich_help_panel=PLANNING)
-    ] = 0.4,
-    tflops: Annotated[
-        float | None, typer.Option(min=0, help="Peak of a device that has no name here.", rich_help_panel=PLANNING)
-    ] = None,
-    price: Annotated[
-        float | None, typer.Option(min=0, help="Price of a device for an hour.", rich_help_panel=PLANNING)
-    ] = None,
+    devices: DevicesOption = None,
+    dry_run: DryRunOption = False,
+    gpu: GpuOption = None,
+    ranks: RanksOption = None,
+    mfu: MfuOption = 0.4,
+    tflops: TflopsOption = None,
+    price: PriceOption = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:
     """Train as a config says. `mmit config` lists its keys.
@@ -78,17 +88,16 @@ def train(
     # --local_rank comes from the deepspeed launcher, which gives the rank in the environment too.
     asked, given = _dry_run(arguments or [])
     dry_run = dry_run or asked
+    options = {"chat": chat, "base": base, "tower": tower}
     with ExitStack() as stack:
         if source is not None:
             if config is not None:
                 raise typer.BadParameter("give a config or a model to start from, not both", param_hint="--from")
-            options = {"chat": chat, "base": base, "tower": tower}
             trial = Path(stack.enter_context(TemporaryDirectory(prefix="mmit-"))) / "start" if dry_run else None
             file, overrides = start_from(source, overrides_of(given), trial=trial, **options)
         else:
-            for option, value in (("--chat", chat), ("--base", base), ("--tower", tower)):
-                if value is not None:
-                    raise typer.BadParameter("belongs to a model to start from: give --from too", param_hint=option)
+            if told := [f"--{name}" for name, value in options.items() if value is not None]:
+                raise typer.BadParameter("belongs to a model to start from: give --from too", param_hint=told[0])
             file, overrides = split_arguments(config, given)
 
         from mmit.config import load_config

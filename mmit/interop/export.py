@@ -138,14 +138,21 @@ def merged_logits(vlm: VLM, tokenizer: Any, chat: ChatFormat, image: dict[str, A
     return merged
 
 
+@dataclass(frozen=True)
+class Companions:
+    """What goes with a model into a folder of another project; see `generate.Model`."""
+
+    tokenizer: Any
+    chat: ChatFormat
+    image: dict[str, Any]  # how pictures are prepared, {} for a model of text
+    end_ids: Sequence[int]
+
+
 def export_llava_hf(
     folder: Path,
     vlm: VLM,
+    beside: Companions,
     *,
-    tokenizer: Any,
-    chat: ChatFormat,
-    image: dict[str, Any],
-    end_ids: Sequence[int],
     dtype: torch.dtype = torch.float32,
     image_token: str = "<image>",
 ) -> Difference:
@@ -154,13 +161,13 @@ def export_llava_hf(
     Args:
         folder: exists and is empty.
         vlm: on the CPU, in float32; its adapters are merged and its vocabulary may grow.
-        tokenizer, chat, image, end_ids: of the model; see `generate.Model`.
         dtype: number format of the weights written.
         image_token: text of the image token, where the chat format does not bring its own.
 
     Raises:
         ModelError: llava-hf cannot hold the model, or what was written differs from it.
     """
+    tokenizer, chat, image = beside.tokenizer, beside.chat, beside.image
     bos = "" if chat.as_processor else piece_tokenizer(tokenizer).bos
     template, token = processor_template(chat, bos=bos, image_token=image_token)
     begins = chat.pieces(fixed_talks(chat)[0], generate=True)[0].text
@@ -173,7 +180,7 @@ def export_llava_hf(
         chat_template=template,
         image_token=token,
         image=image,
-        end_ids=end_ids,
+        end_ids=beside.end_ids,
         dtype=dtype,
         drop_bos=bool(bos) and not begins.startswith(bos),
     )

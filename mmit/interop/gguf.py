@@ -21,7 +21,7 @@ from mmit.data.chat_writer import IMAGE_SLOT
 from mmit.data.content import piece_tokenizer
 from mmit.data.template_process import Failed, Refused, render
 from mmit.errors import ModelError
-from mmit.interop.export import Difference, Talk, compare_logits, fixed_talks, logits_of, merged_logits
+from mmit.interop.export import Companions, Difference, Talk, compare_logits, fixed_talks, logits_of, merged_logits
 from mmit.interop.templates import processor_template
 from mmit.models.interop.gguf_file import check_written, library, write_gguf
 from mmit.models.interop.gguf_llm import llm_keys, llm_tensors, read_by_transformers, why_not
@@ -64,14 +64,11 @@ def check_gguf(vlm: VLM, tokenizer: Any, image: Mapping[str, Any], *, llm_only: 
     return vocabulary(tokenizer, vlm.word_embeddings.shape[0])
 
 
-def export_gguf(  # noqa: PLR0913
+def export_gguf(
     folder: Path,
     vlm: VLM,
+    beside: Companions,
     *,
-    tokenizer: Any,
-    chat: ChatFormat,
-    image: dict[str, Any],
-    end_ids: Sequence[int],
     dtype: str = "fp16",
     name: str = "model",
     llm_only: bool = False,
@@ -80,13 +77,13 @@ def export_gguf(  # noqa: PLR0913
 
     Args:
         folder: exists and is empty. vlm: on the CPU, in float32; its adapters are merged.
-        tokenizer, chat, image, end_ids: of the model; see `generate.Model`.
         dtype: a key of `gguf_file.TYPES`; the `mmproj` file has fp16 in place of q8_0. name: of the model.
         llm_only: leave tower and projector out.
 
     Raises:
         ModelError: the files cannot hold the model, or what was written differs from it.
     """
+    tokenizer, chat, image = beside.tokenizer, beside.chat, beside.image
     bos = "" if chat.as_processor else piece_tokenizer(tokenizer).bos
     template, _ = processor_template(chat, bos=bos, image_token=MARK, marked=True)
     talks = fixed_talks(chat, sees=bool(image))
@@ -100,7 +97,7 @@ def export_gguf(  # noqa: PLR0913
     llm = vlm.llm
     tensors, path = llm_tensors(llm), folder / f"{name}-{dtype}.gguf"
     arch = library().MODEL_ARCH_NAMES[_arch(llm)]
-    keys = partial(llm_keys, llm=llm, words=words, ends=tuple(end_ids), told=told)
+    keys = partial(llm_keys, llm=llm, words=words, ends=tuple(beside.end_ids), told=told)
     write_gguf(path, arch, keys, tensors, dtype=dtype)
     check_written(path, tensors)
     files = [path]

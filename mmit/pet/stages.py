@@ -28,7 +28,7 @@ import numpy as np
 
 from mmit.build.annotated import Made
 from mmit.build.licences import terms_of
-from mmit.build.write import Counts, write_build
+from mmit.build.write import Counts, Stated, write_build
 from mmit.data.choices import CHOICES, SHARES, choices_of
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.io import whole_file, write_atomic
@@ -367,8 +367,7 @@ def label(
 
     # The rows are the user's own choice, nobody's that a build would bring in; the records keep their terms.
     terms = {term for row in unlabelled for term in terms_of(row.licence)}
-    told: dict[str, Any] = {"config": dict(settings or facts), "inputs": {}, "allow_licences": sorted(terms)}
-    return write_build(made(), folder / LABELLED, **told)
+    return write_build(made(), folder / LABELLED, Stated(dict(settings or facts)), allow_licences=sorted(terms))
 
 
 def soft_record(

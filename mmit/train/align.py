@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +26,13 @@ from mmit.data.image_identity import image_key
 from mmit.data.sources import open_source, split_subset
 from mmit.errors import ConfigError, RecordError, located
 from mmit.models.partition import shape, whole
-from mmit.train.features import FeatureCache, compute_features
+from mmit.train.features import CachePlan, FeatureCache, compute_features
 
 if TYPE_CHECKING:
     from mmit.data.preparation import ImagePreparation
     from mmit.models.projector_base import Projector
-    from mmit.models.vlm import VLM
     from mmit.records import Record
+    from mmit.train.checkpoint.model import Loaded
     from mmit.train.engines.world import World
 
 SHARPNESS = 20.0  # factor on the cosine: 1 / temperature of the softmax
@@ -41,15 +41,23 @@ BATCH = 64  # captions
 NEGATIVES = 4096  # random vocabulary entries that compete with the words of all captions
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """What to align with, and how long."""
+
+    captions: str  # an mmit JSONL
+    epochs: int
+    lr: float
+    seed: int = 0
+
+
 def align_words(
     projector: Projector,
     features: torch.Tensor,
     words: Sequence[Sequence[int]],
     embeddings: torch.Tensor,
+    plan: Alignment,
     *,
-    epochs: int,
-    lr: float,
-    seed: int = 0,
     alive: Callable[[], None] = lambda: None,
 ) -> float:
     """Train the projector in place; returns the loss of the last epoch.
@@ -59,40 +67,28 @@ def align_words(
         features: (P, N, D_v) of P pictures.
         words: for each picture the token ids of its caption.
         embeddings: (V, D) input embeddings of the LLM.
+        plan: epochs, learning rate and seed; captions are given as `words`.
         alive: called after each step.
 
     Raises:
         RecordError: no picture has a caption.
     """
-    used = sorted({w for caption in words for w in caption})
-    if not used:
-        raise RecordError("no caption has a word", where="align.captions", remedy="check the caption records")
-    generator = torch.Generator().manual_seed(seed)
-    others = torch.randperm(len(embeddings), generator=generator)[:NEGATIVES]
-    kept = torch.tensor(used)
-    kept = torch.cat([kept, others[~torch.isin(others, kept)]]).to(embeddings.device)
-    number = {int(w): i for i, w in enumerate(kept.tolist())}
-    classes = F.normalize(embeddings[kept].float(), dim=-1)
-    size = embeddings.float().pow(2).mean().sqrt()
-
+    generator = torch.Generator().manual_seed(plan.seed)
+    task = _Words(words, embeddings, generator)
     dtypes = {name: p.dtype for name, p in projector.named_parameters()}
+    # Whatever the run's format: there are no masters here, and in bf16 small updates would be rounded away.
     projector.float().train()
     device = next(projector.parameters()).device
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=lr, weight_decay=0.01)
-    steps = epochs * -(-len(words) // BATCH)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=plan.lr, weight_decay=0.01)
+    steps = plan.epochs * -(-len(words) // BATCH)
     step, last = 0, math.nan
-    for _ in range(epochs):
+    for _ in range(plan.epochs):
         total = 0.0
         order = torch.randperm(len(words), generator=generator)
         for chunk in order.split(BATCH):
-            tokens = projector(features[chunk].to(device, torch.float32))
-            logits = SHARPNESS * F.normalize(tokens.mean(1), dim=-1) @ classes.T
-            pairs = [(i, number[w]) for i, p in enumerate(chunk.tolist()) for w in words[p]]
-            rows, targets = torch.tensor(pairs, device=device).T
-            away = tokens.pow(2).mean(-1).sqrt() / size - 1
-            loss = F.cross_entropy(logits[rows], targets) + NORM_WEIGHT * away.pow(2).mean()
+            loss = task.loss(projector(features[chunk].to(device, torch.float32)), chunk)
             for group in optimizer.param_groups:
-                group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+                group["lr"] = plan.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -106,32 +102,58 @@ def align_words(
     return last
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """What to align with, and how long."""
+class _Words:
+    """Picks the words of captions out of a table of embeddings.
 
-    captions: str  # an mmit JSONL
-    epochs: int
-    lr: float
-    seed: int
+    Args:
+        words: for each of P pictures the token ids of its caption.
+        embeddings: (V, D).
+    """
+
+    def __init__(self, words: Sequence[Sequence[int]], embeddings: torch.Tensor, generator: torch.Generator) -> None:
+        used = sorted({w for caption in words for w in caption})
+        if not used:
+            raise RecordError("no caption has a word", where="align.captions", remedy="check the caption records")
+        # A sample of the vocabulary stands for all of it: the words of the captions, and others to be told from.
+        others = torch.randperm(len(embeddings), generator=generator)[:NEGATIVES]
+        kept = torch.tensor(used)
+        kept = torch.cat([kept, others[~torch.isin(others, kept)]]).to(embeddings.device)
+        number = {int(w): i for i, w in enumerate(kept.tolist())}
+        self._targets = [[number[w] for w in caption] for caption in words]
+        self._classes = F.normalize(embeddings[kept].float(), dim=-1)
+        self._size = embeddings.float().pow(2).mean().sqrt()
+
+    def loss(self, tokens: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
+        """Mean over words, with the size penalty; `tokens` (B, M, D) are of the pictures `chunk` (B,)."""
+        logits = SHARPNESS * F.normalize(tokens.mean(1), dim=-1) @ self._classes.T
+        pairs = [(i, word) for i, p in enumerate(chunk.tolist()) for word in self._targets[p]]
+        rows, targets = torch.tensor(pairs, device=tokens.device).T
+        # Without it nothing holds the size, since cosines do not see it.
+        away = tokens.pow(2).mean(-1).sqrt() / self._size - 1
+        return F.cross_entropy(logits[rows], targets) + NORM_WEIGHT * away.pow(2).mean()
 
 
 def align_to_captions(
-    vlm: VLM,
-    tokenizer: Any,
+    model: Loaded,
     preparation: ImagePreparation | None,
     plan: Alignment,
     *,
     features: FeatureCache | None,
-    run_dir: Path,
     world: World,
     begin: Callable[[str], None],
 ) -> str:
     """Align the projector with the words of captions; all ranks come here, rank 0 trains. Returns what rank 0 found.
 
-    A model that reads tiles is aligned on whole images: a word has no tile of its own. `features` of the run are used
-    where they have all images. Raises ConfigError, RecordError.
+    A model that reads tiles is aligned on whole images: a word has no tile of its own.
+
+    Args:
+        features: of the run, used where they have all images of the captions.
+        begin: receives the name of each phase, for the heartbeat.
+
+    Raises:
+        ConfigError: no projector, or one for DeepStack. RecordError: a record is not a caption.
     """
+    vlm, run_dir = model.vlm, model.folder
     if vlm.projector is None or vlm.vision is None or preparation is None:
         raise ConfigError("there is no projector to align", where="align", remedy="set model.vision, or align=null")
     projector = vlm.projector
@@ -142,12 +164,12 @@ def align_to_captions(
         records = _captions(plan.captions, run_dir / "data") if world.main else []
     with world.together():
         records = records or _captions(plan.captions, run_dir / "data")
-    words = [tokenizer(" " + r.turns[-1].text, add_special_tokens=False)["input_ids"] for r in records]
+    words = [model.tokenizer(" " + r.turns[-1].text, add_special_tokens=False)["input_ids"] for r in records]
     keys = [image_key(r.images[0]) for r in records]
     if features is None or preparation.tiled or any(k not in features for k in keys):
         pictures = zip(keys, (r.images[0] for r in records), strict=True)
-        options: dict[str, Any] = {"kind": "memory", "folder": run_dir / "cache", "world": world, "begin": begin}
-        features = compute_features(vlm.vision, pictures, preparation.whole(), count=len(set(keys)), **options)
+        cache = CachePlan(len(set(keys)), kind="memory", folder=run_dir / "cache")
+        features = compute_features(vlm.vision, pictures, preparation.whole(), cache, world=world, begin=begin)
     seen, result = features.get(keys), ""
     begin("word alignment")
     with whole(vlm.word_embeddings):
@@ -157,8 +179,7 @@ def align_to_captions(
 
         def align(alive: Callable[[], None]) -> None:
             nonlocal result
-            options: dict[str, Any] = {"epochs": plan.epochs, "lr": plan.lr, "seed": plan.seed, "alive": alive}
-            loss = align_words(projector, seen, words, embeddings, **options)
+            loss = align_words(projector, seen, words, embeddings, plan, alive=alive)
             result = f"word alignment: {len(records)} captions, {plan.epochs} epochs, loss {loss:.3f}"
             begin("sharing the projector")
 

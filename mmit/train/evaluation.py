@@ -21,7 +21,7 @@ from mmit.errors import ConfigError, RecordError
 from mmit.models.modes import evaluation_mode
 from mmit.train.engines.base import Engine, weighted
 from mmit.train.loop import Progress, sum_by_source
-from mmit.train.signals import Leave
+from mmit.train.signals import StopNow
 
 if TYPE_CHECKING:
     from mmit.data.loader import MicroBatch
@@ -96,10 +96,10 @@ class HeldOut:
         return results
 
     def _watched(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
-        """Notes bad records on the way; raises Leave where a rank has to stop."""
+        """Notes bad records on the way; raises StopNow where a rank has to stop."""
         for batch in batches:
             if self.engine.all_sum([float(self.should_stop())])[0]:
-                raise Leave
+                raise StopNow
             for record, error in batch.bad.items():
                 if record not in self._noted:
                     self._noted.add(record)
@@ -147,14 +147,14 @@ class Evaluations:
                     alone = self.engine.world == 1 and not isinstance(measure, HeldOut)
                     with self.interruptible() if alone else nullcontext():
                         results |= {str(k): float(v) for k, v in measure(progress.step).items()}
-        except Leave:
+        except StopNow:
             self.log.say(f"the evaluation at step {progress.step} is broken off and comes again on resume")
             return False
         progress.evaluated = progress.step
         self.log.evaluation(progress.step, results, seconds=time.perf_counter() - began)
-        return self.best is not None and self._judge(self.best, results, progress)
+        return self.best is not None and self._is_best(self.best, results, progress)
 
-    def _judge(self, best: Best, results: Metrics, progress: Progress) -> bool:
+    def _is_best(self, best: Best, results: Metrics, progress: Progress) -> bool:
         main = self.engine.rank == 0
         if not self.engine.all_true(not main or best.metric in results):
             given = ", ".join(sorted(results)) or "none"

@@ -27,10 +27,7 @@ from mmit.io import whole_file, write_atomic
 from mmit.train.engines.world import World
 
 if TYPE_CHECKING:
-    from mmit.data.dataset import InstructionData
-    from mmit.data.measure import Scan
     from mmit.models.vision import VisionTower
-    from mmit.models.vlm import VLM
     from mmit.records import Image
 
 ALONE = World(0, 1, torch.device("cpu"), deepspeed=False)
@@ -72,55 +69,71 @@ def forecast_bytes(tower: VisionTower, crops: int) -> int:
     return crops * tower.tokens * tower.dim * size
 
 
-def compute_features(  # noqa: PLR0913
+@dataclass(frozen=True)
+class CachePlan:
+    """What a cache is expected to hold, and where.
+
+    Args:
+        count: how many crops of distinct pictures to expect, for the forecast.
+        kind: "memory", or "disk" to keep the features under `folder` for later runs.
+        batch: crops that go through the tower together; by default 64, or 4,096 units of native resolution.
+        max_bytes: a larger cache is refused before anything is computed.
+    """
+
+    count: int
+    kind: str
+    folder: Path
+    batch: int | None = None
+    max_bytes: int = 8 << 30
+
+    def check(self, tower: VisionTower) -> None:
+        """Raise ConfigError where the cache would be larger than `max_bytes`."""
+        need = forecast_bytes(tower, self.count)
+        if need > self.max_bytes:
+            raise ConfigError(
+                f"the features of {self.count} pictures or tiles take {need / 2**30:.1f} GiB, "
+                f"the limit is {self.max_bytes / 2**30:.1f}",
+                where="model.vision.cache",
+                remedy="set model.vision.cache=off",
+            )
+
+
+def compute_features(
     tower: VisionTower,
     pictures: Iterable[tuple[Hashable, Image]],
     preparation: ImagePreparation,
+    plan: CachePlan,
     *,
-    count: int,
-    kind: str,
-    folder: Path,
     world: World = ALONE,
     begin: Callable[[str], None] = lambda phase: None,
-    batch: int | None = None,
-    max_bytes: int = 8 << 30,
 ) -> FeatureCache:
     """Run the tower over every distinct picture.
 
     Args:
         pictures: key and picture, read one after the other; equal keys and equal bytes are computed once.
         preparation: how pictures are brought to the tower; part of the disk key.
-        count: how many crops of distinct pictures to expect, for the forecast.
-        kind: "memory", or "disk" to keep the features under `folder` for later runs.
         world: the ranks that share the work; all of them call this with the same pictures, and each gets everything.
         begin: receives the name of each phase, for the heartbeat.
-        batch: crops that go through the tower together; by default 64, or 4,096 units of native resolution.
-        max_bytes: a larger cache is refused before anything is computed.
 
     Raises:
-        ConfigError: the cache would be larger than `max_bytes`, or ranks do not see the same pictures.
+        ConfigError: the cache would be larger than planned, or ranks do not see the same pictures.
         ImageError: a picture cannot be read.
     """
-    batch = batch or (64 if tower.native is None else 4096)
-    need = forecast_bytes(tower, count)
-    if need > max_bytes:
-        raise ConfigError(
-            f"the features of {count} pictures or tiles take {need / 2**30:.1f} GiB, "
-            f"the limit is {max_bytes / 2**30:.1f}",
-            where="model.vision.cache",
-            remedy="set model.vision.cache=off",
-        )
+    plan.check(tower)
     dtype = next(tower.parameters()).dtype
-    store = _Store(folder, tower, preparation, dtype) if kind == "disk" else None
+    store = _Store(plan.folder, tower, preparation, dtype) if plan.kind == "disk" else None
     distinct = _Distinct(pictures, preparation, known=store.load(world) if store else {})
-    batches = distinct.batches(batch)
-    whole = True
-    while whole:  # round by round, so that no rank waits for another longer than for a batch
+    batches = distinct.batches(plan.batch or (64 if tower.native is None else 4096))
+    more = True
+    while more:  # round by round, so that no rank waits for another longer than for a batch
         begin("computing features")
+        # Every rank forms all batches of a round, which costs reading the files, and computes its own. So batches do
+        # not depend on the number of ranks, and neither do bits: a matrix product rounds by the size of its batch.
         with world.together():
             round_ = list(islice(batches, world.size))
             seen = _compute(tower, round_[world.rank], preparation) if world.rank < len(round_) else None
         begin("sharing features")
+        # Before anything is sent: ranks with other files would wait for tensors of other sizes, or keep wrong ones.
         _check_same(world, [digest for one in round_ for digest in one.digests])
         for source, one in enumerate(round_):
             features = torch.empty(sum(one.crops), tower.tokens, tower.dim, dtype=dtype)
@@ -128,13 +141,12 @@ def compute_features(  # noqa: PLR0913
                 features = seen
             world.share(features, source=source)
             distinct.take(one, features)
-        whole = len(round_) == world.size
+        more = len(round_) == world.size
     rows = distinct.rows
     table = torch.cat(rows) if rows else torch.empty(0, tower.tokens, tower.dim, dtype=dtype)
-    crops = [len(row) for row in rows]
     if store and distinct.new and world.keeper:
-        store.save(dict(zip(distinct.place, rows, strict=True)), max_bytes=max_bytes)
-    return FeatureCache(table, distinct.number, [0, *accumulate(crops)])
+        store.save(dict(zip(distinct.place, rows, strict=True)), max_bytes=plan.max_bytes)
+    return FeatureCache(table, distinct.number, [0, *accumulate(len(row) for row in rows)])
 
 
 @dataclass
@@ -282,31 +294,3 @@ class _Store:
         write_atomic(self.folder / "index.json", json.dumps({"file": name, "crops": crops}))
         if before not in (None, name):
             (self.folder / str(before)).unlink(missing_ok=True)
-
-
-def cache_features(
-    vlm: VLM,
-    data: InstructionData,
-    scan: Scan,
-    preparation: ImagePreparation,
-    *,
-    kind: str,
-    folder: Path,
-    world: World,
-    begin: Callable[[str], None],
-) -> FeatureCache:
-    """Features of all images of a run. Raises ConfigError where the vision encoder is trained.
-
-    Args:
-        kind: "memory", "disk" (see `compute_features`). begin: told what this rank begins to do.
-    """
-    assert vlm.vision is not None, "without a vision encoder no record has an image"
-    if vlm.vision.trainable:
-        raise ConfigError(
-            "features of a tower that is trained cannot be cached",
-            where="model.vision.cache",
-            remedy="set model.vision.cache=off or tune.vision.mode=frozen",
-        )
-    pictures = data.pictures(scan.illustrated)
-    options: dict[str, Any] = {"count": scan.crops, "kind": kind, "folder": folder, "world": world, "begin": begin}
-    return compute_features(vlm.vision, pictures, preparation, **options)

@@ -125,21 +125,7 @@ def train(
             new = _note_bad(batches, progress, hooks.on_bad)
             step = _count(engine, data, batches, progress, new=new, waited=waited)
             hooks.phase("forward and backward", number)
-            if preference is not None:
-                preference.begin(engine, data, batches)
-            sums = []
-            for i, batch in enumerate(batches):
-                # Why: the divisor is known before the first forward pass, so each micro-batch adds its share of the
-                # step's one mean. A mean of micro-batch means would weigh short answers more than long ones.
-                # A rank without rows runs its micro-batch with weight 0: under ZeRO-3 all must run the same layers.
-                scale, weights = batch.weight / (step.weight or 1.0), batch.uneven_weights
-                last = i == len(batches) - 1
-                given: dict[str, Any] = {"scale": scale, "last": last, "weights": weights}
-                if preference is not None:
-                    given["reduce"] = partial(preference.losses, batch=batch)
-                losses = engine.forward_backward(data.prepare(batch), **given)
-                sources = data.sources_of(batch.loss_records)
-                sums.append(sum_by_source(weighted(losses, weights), sources, count=len(data.names)) * batch.weight)
+            sums = _forward_backward(engine, data, batches, step, preference)
             # Reading a loss makes the host wait for the device, so it is read once the norm has been waited for.
             found = fetch(torch.stack(sums))
             hooks.phase("optimizer step", number)
@@ -147,7 +133,7 @@ def train(
             norm = engine.step(factor)
             hooks.phase("sums over ranks", number)
             _sum_losses(engine, step, found().tolist())
-            _judge(step, norm, progress=progress, data=data, schedule=schedule, hooks=hooks)
+            _check_loss(step, norm, progress=progress, data=data, schedule=schedule, hooks=hooks)
             progress.step += 1
             progress.tokens += int(step.tokens)
             progress.supervised += int(step.targets)
@@ -157,6 +143,27 @@ def train(
             if progress.step < schedule.steps and hooks.should_stop(progress):
                 return False
     return True
+
+
+def _forward_backward(
+    engine: Engine, data: TrainData, batches: Sequence[MicroBatch], step: _Step, preference: Preference | None
+) -> list[torch.Tensor]:
+    """Collect the gradient of the step; returns the weighted losses of each micro-batch, summed by source."""
+    if preference is not None:
+        preference.begin(engine, data, batches)
+    sums = []
+    for i, batch in enumerate(batches):
+        # Why: the divisor is known before the first forward pass, so each micro-batch adds its share of the step's one
+        # mean. A mean of micro-batch means would weigh short answers more than long ones.
+        # A rank without rows runs its micro-batch with weight 0: under ZeRO-3 all must run the same layers.
+        scale, weights = batch.weight / (step.weight or 1.0), batch.uneven_weights
+        given: dict[str, Any] = {"scale": scale, "last": i == len(batches) - 1, "weights": weights}
+        if preference is not None:
+            given["reduce"] = partial(preference.losses, batch=batch)
+        losses = engine.forward_backward(data.prepare(batch), **given)
+        sources = data.sources_of(batch.loss_records)
+        sums.append(sum_by_source(weighted(losses, weights), sources, count=len(data.names)) * batch.weight)
+    return sums
 
 
 def _note_bad(batches: Sequence[MicroBatch], progress: Progress, on_bad: Callable[[RecordError], None]) -> list[int]:
@@ -298,7 +305,9 @@ def _row(
     }
 
 
-def _judge(step: _Step, norm: float, *, progress: Progress, data: TrainData, schedule: Schedule, hooks: Hooks) -> None:
+def _check_loss(
+    step: _Step, norm: float, *, progress: Progress, data: TrainData, schedule: Schedule, hooks: Hooks
+) -> None:
     """Count and report a step that was skipped, or whose loss spikes. Raises MmitError after MAX_BAD_STEPS."""
     # Every rank sees the same loss and norm, so all of them skip, report and stop together.
     loss, number, micros = step.loss, progress.step + 1, data.micros

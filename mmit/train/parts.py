@@ -1,7 +1,7 @@
-"""The parts of a run from its config, ready for the first step: model, data, engine, the state of a checkpoint.
+"""The parts of a run, built from its config one after the other: model, records, features, engine, reference.
 
-Takes config sections apart, as `run.py` does; what it calls takes plain arguments. Refuses what cannot be trained
-before anything is written.
+`run.py` calls them in this order. Config sections are taken apart here, and what is called takes plain arguments.
+Each part refuses what cannot be trained; only the last, `settle_folder`, writes into the run's folder.
 """
 
 from __future__ import annotations
@@ -36,27 +36,26 @@ from mmit.train.checks import identity
 from mmit.train.checks.init_from import check_start
 from mmit.train.checks.probes import answers, check_records, check_start_of_adapter, without_gradient
 from mmit.train.data.batches import TrainData
-from mmit.train.data.order import make_walk, unit_costs, walk_of
+from mmit.train.data.order import Ordering, make_walk, unit_costs, walk_of
 from mmit.train.data.setup import (
+    BadRecordPolicy,
     Say,
     cache_folder,
     chat_of,
     check_lengths,
     image_loader,
-    judge,
     measure,
     most_bad,
-    open_data,
 )
+from mmit.train.engines.base import Update
 from mmit.train.engines.deepspeed_engine import DeepSpeedEngine, check_deepspeed
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.engines.zero import complete, deepspeed_options, zero_stage
-from mmit.train.features import FeatureCache, cache_features, features_folder
+from mmit.train.features import CachePlan, FeatureCache, compute_features, features_folder
 from mmit.train.memory.estimate import least_recompute
-from mmit.train.monitor.describe import describe, note_start
-from mmit.train.monitor.echo import echo
+from mmit.train.monitor.describe import describe, introduce, note_start
 from mmit.train.reference import References
-from mmit.train.settle import check_divided, choosing_of, objective_of, settled, with_whole_paths
+from mmit.train.settle import check_divided, objective_of, open_records, settled, with_whole_paths
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -70,101 +69,161 @@ if TYPE_CHECKING:
     from mmit.train.monitor.heartbeat import Heartbeat
     from mmit.train.objective import Preference
 
-BAD_RECORDS = {"train": "bad_records.jsonl", "eval": "bad_records_eval.jsonl"}
+
+@dataclass(frozen=True)
+class Start:
+    """What every part of a run is built from."""
+
+    config: Config  # once the model is built, `Model.config` says more: what it decided
+    begin: Path | None  # the checkpoint that the run continues
+    world: World
+    say: Say
+    heart: Heartbeat
+
+    @property
+    def run_dir(self) -> Path:
+        """Of this run."""
+        return Path(self.config.run.dir)
 
 
 @dataclass
-class Parts:
-    """What is ready before the first step."""
+class Model:
+    """The composite, tuned as the config says, and what later parts ask about it."""
 
-    model: checkpoint.Loaded  # with the config as the model settled it
-    groups: list[Group]
-    data: TrainData
-    held_out: TrainData | None
-    order: dict[str, Any]  # what decides the order of the data, kept in checkpoints
-    engine: Engine
-    progress: Progress
-    preference: Preference | None = None  # of a run that compares answers, and that of its held-out data
-    held_preference: Preference | None = None
-    references: References | None = None  # kept in checkpoints
+    loaded: checkpoint.Loaded  # with the config as the model settled it
+    groups: list[Group]  # of trained parameters
+    preparation: ImagePreparation | None  # of images; None for a model of text
+    tower: str | None  # identifies the vision encoder as it came
+    divided: dict[str, Any] | None  # DeepSpeed's config where ranks divide the LLM (ZeRO-3), else None
+
+    @property
+    def config(self) -> Config:
+        """The config as the model settled it."""
+        return self.loaded.config
+
+    @property
+    def vlm(self) -> VLM:
+        """The composite itself."""
+        return self.loaded.vlm
 
 
-def build(config: Config, begin: Path | None, *, world: World, say: Say, heart: Heartbeat) -> Parts:
-    """Model, data, engine, and the state of the checkpoint `begin`, in this order: each step can refuse the run."""
-    run_dir = Path(config.run.dir)
+@dataclass
+class Records:
+    """The records of a run: opened, measured, and in the order of their rows."""
+
+    train: InstructionData
+    scan: Scan
+    walk: Walk
+    order: dict[str, Any]  # what decides the order, kept in checkpoints
+    eval: tuple[InstructionData, Scan] | None  # held out
+
+
+def build_model(start: Start) -> Model:
+    """Vision encoder, projector and LLM with their tuning methods, and the weights of a checkpoint."""
+    config, begin, say = start.config, start.begin, start.say
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     config = with_whole_paths(config)
     if config.align is not None and begin is None:
         check_captions(config.align.captions)
-    heart.phase("building the model", 0)
-    start = _start(config, begin, say=say)
-    divided = _partition(config) if world.deepspeed else None
-    model, preparation, tower = _model(config, start, begin, divided=divided, world=world, say=say)
-    config, vlm = model.config, model.vlm
-    method = objective_of(config)
+    start.heart.phase("building the model", 0)
+    weights = _weights_from(config, begin, say=say)
+    divided = _partition(config) if start.world.deepspeed else None
+    loaded, preparation, tower = _untuned(config, weights, start, divided=divided)
     with partitioned(divided):
-        groups = _tune(vlm, config, probe=divided is None and start is None, say=say)
+        # Before the weights of a checkpoint: they belong to modules that the methods add.
+        groups = _tune(loaded.vlm, loaded.config, probe=divided is None and weights is None, say=say)
         if config.train.router_loss is not None:
-            vlm.routers = read_routers(vlm.llm, config.train.router_loss)
-        if start is not None:
-            checkpoint.read_weights(vlm, start)
+            loaded.vlm.routers = read_routers(loaded.vlm.llm, config.train.router_loss)
+        if weights is not None:
+            checkpoint.read_weights(loaded.vlm, weights)
+    return Model(loaded, groups, preparation, tower, divided)
 
-    heart.phase("measuring the data", 0)
-    read = partial(_read_data, model, preparation=preparation, world=world, say=say)
-    data, scan = read("train")
+
+def read_records(start: Start, model: Model) -> Records:
+    """Open and measure the records, leave out or refuse bad ones, and put the rows in order."""
+    start.heart.phase("measuring the data", 0)
+    data, scan = _read_data(start, model, "train")
     if scan.thoughts:
-        model.chat.thinks = True  # in the checkpoint's format too: whether to think is left to the model
-    walk, order = _order(model, data, scan, begin, tower=tower, world=world, say=say)
-    feed: dict[str, Any] = {"load_image": image_loader(preparation) if preparation else None}
-    held_out = _each_once(config, *read("eval"), world=world, **feed) if config.data.eval else None
+        model.loaded.chat.thinks = True  # in the checkpoint's format too: whether to think is left to the model
+    walk, order = _order(start, model, data, scan)
+    return Records(data, scan, walk, order, _read_data(start, model, "eval") if model.config.data.eval else None)
 
-    heart.phase("preparing the model", 0)
-    vlm.to(world.device)
-    if divided is None:
-        # `settled` has seen the base keep records apart.
-        _try_forward(vlm, data, scan, apart=method_of(config.tune.llm.mode).by_token)
-    features = _features(model, data, scan, preparation, world=world, heart=heart, say=say)
-    if config.align is not None and begin is None:
-        _align(model, preparation, features, divided=divided, world=world, heart=heart, say=say)
-    if world.main:
+
+def prepare_model(start: Start, model: Model, records: Records) -> FeatureCache | None:
+    """Try the model on records, compute features that are cached, align the projector, say what is trained."""
+    start.heart.phase("preparing the model", 0)
+    vlm, config = model.vlm, model.config
+    vlm.to(start.world.device)
+    if model.divided is None:
+        # `resolved` has seen the base keep records apart.
+        _try_forward(vlm, records, apart=method_of(config.tune.llm.mode).by_token)
+    features = _features(start, model, records)
+    if config.align is not None and start.begin is None:
+        _align(start, model, features)
+    if start.world.main:
         rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
-        echo(vlm, data, scan, walk=walk, tokenizer=model.tokenizer, lr=rates, say=say, chat=model.chat)
+        introduce(model.loaded, records.train, records.scan, walk=records.walk, lr=rates, say=start.say)
+    return features
 
-    heart.phase("preparing the engine", 0)
-    engine = _engine(config, vlm, groups, world=world, recompute=_recompute(config, world, say))
-    if divided is not None:  # only the engine brings its weights
-        _try_forward(vlm, data, scan, apart=False)
+
+def build_engine(start: Start, model: Model, records: Records) -> Engine:
+    """What carries out a step: plain torch, or DeepSpeed over ranks."""
+    start.heart.phase("preparing the engine", 0)
+    config, vlm, world = model.config, model.vlm, start.world
+    engine = _engine(config, vlm, model.groups, world=world, recompute=_recompute(config, world, start.say))
+    if model.divided is not None:  # only the engine brings its weights
+        _try_forward(vlm, records, apart=False)
     if config.train.compile:
         _compile(vlm, engine)
-    progress = resume.restore(engine, begin, seed=config.run.seed, say=say)
-    references = None
+    return engine
+
+
+@dataclass(frozen=True)
+class Feeds:
+    """The records as the loop sees them: those of training, and those that are held out."""
+
+    train: TrainData
+    eval: TrainData | None
+    references: References | None  # of a method that compares answers; kept in checkpoints
+
+    def preference(self, part: str) -> Preference | None:
+        """The comparing method on the records of "train" or "eval"."""
+        return self.references.at_work(part) if self.references is not None else None
+
+
+def feed(start: Start, model: Model, records: Records, *, engine: Engine, features: FeatureCache | None) -> Feeds:
+    """Micro-batches of the records, and the reference that a comparing method measures on them once."""
+    config, world = model.config, start.world
+    given: dict[str, Any] = {"load_image": image_loader(model.preparation) if model.preparation else None}
+    # Features are those of training's images; held-out ones go through the tower each time.
+    held_out = _each_once(config, *records.eval, world=world, **given) if records.eval else None
+    given["features"] = features
+    references, method = None, objective_of(config)
     if method.compares:
-        heart.phase("measuring the reference", 0)
-        each = _each_once(config, data, scan, world=world, features=features, **feed)
-        references = References.of(method, engine, {"train": each, "eval": held_out}, vlm=vlm, begin=begin, say=say)
-    if world.main:  # last, when nothing can refuse the run any more: the folder is still as it was found
+        start.heart.phase("measuring the reference", 0)
+        data = {"train": _each_once(config, records.train, records.scan, world=world, **given), "eval": held_out}
+        references = References.of(method, engine, data, vlm=model.vlm, begin=start.begin, say=start.say)
+    train = _train_data(config, records.train, records.scan, records.walk, world=world, **given)
+    return Feeds(train, held_out, references)
+
+
+def settle_folder(start: Start, model: Model, records: Records, *, feeds: Feeds, progress: Progress) -> None:
+    """Make the folder this run's: newer checkpoints set aside, what is trained written down. Rank 0 does it alone."""
+    # Last, when nothing can refuse the run any more: until here the folder is as it was found.
+    if start.world.main:
+        run_dir, say, keep = start.run_dir, start.say, model.config.train.keep_best
         resume.set_aside_later(run_dir, progress.step, say=say)
-        keep = config.train.keep_best
         resume.settle_best(run_dir, progress, metric=keep.metric if keep else None, say=say)
-        note_start(run_dir, describe(vlm, data, scan, walk=walk, held_out=held_out, world=world), step=progress.step)
-        write_atomic(run_dir / "config.yaml", config.to_yaml())
-    vlm.train()
-    return Parts(
-        model=model,
-        groups=groups,
-        data=_train_data(config, data, scan, walk, world=world, features=features, **feed),
-        held_out=held_out,
-        order=order,
-        engine=engine,
-        progress=progress,
-        preference=references.at_work("train") if references else None,
-        held_preference=references.at_work("eval") if references and held_out else None,
-        references=references,
-    )
+        told = describe(
+            model.vlm, records.train, records.scan, walk=records.walk, held_out=feeds.eval, world=start.world
+        )
+        note_start(run_dir, told, step=progress.step)
+        write_atomic(run_dir / "config.yaml", model.config.to_yaml())
+    model.vlm.train()
 
 
-def _start(config: Config, begin: Path | None, *, say: Say) -> Path | None:
+def _weights_from(config: Config, begin: Path | None, *, say: Say) -> Path | None:
     """The checkpoint that weights come from: `begin`, or that of run.init_from; its config fits this one."""
     if begin is not None:
         identity.check_config(checkpoint.read_config(begin).flat(), config.flat(), folder=begin, say=say)
@@ -176,51 +235,37 @@ def _start(config: Config, begin: Path | None, *, say: Say) -> Path | None:
     return start
 
 
-def _model(
-    config: Config,
-    start: Path | None,
-    begin: Path | None,
-    *,
-    divided: dict[str, Any] | None,
-    world: World,
-    say: Say,
+def _untuned(
+    config: Config, weights: Path | None, start: Start, *, divided: dict[str, Any] | None
 ) -> tuple[checkpoint.Loaded, ImagePreparation | None, str | None]:
     """The composite without its tuning, how images are prepared for it, and what identifies its vision encoder."""
-    vlm, tokenizer = _assemble(config, start, divided)
+    world = start.world
+    vlm, tokenizer = _assemble(config, weights, divided)
     if world.deepspeed and zero_stage(deepspeed_options(config.engine.deepspeed)) == 3:
         check_divided(vlm)
     tower = identity.tower_content(vlm.vision) if world.main else None  # before a checkpoint's weights go in
     vlm.to(world.device)
-    config = settled(config, vlm, tokenizer, measure=divided is None, say=say)
-    chat = chat_of(config.model.chat.model_dump(), tokenizer, date=checkpoint.chat_date(begin))
+    config = settled(config, vlm, tokenizer, measure=divided is None, say=start.say)
+    chat = chat_of(config.model.chat.model_dump(), tokenizer, date=checkpoint.chat_date(start.begin))
     with located("model.vision"):
         image = checkpoint.image_preparation(vlm.vision, config.model.vision)
         preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
-    model = checkpoint.Loaded(vlm, tokenizer, chat, image, Path(config.run.dir), {}, config)
-    return model, preparation, tower
+    return checkpoint.Loaded(vlm, tokenizer, chat, image, start.run_dir, {}, config), preparation, tower
 
 
-def _order(
-    model: checkpoint.Loaded,
-    data: InstructionData,
-    scan: Scan,
-    begin: Path | None,
-    *,
-    tower: str | None,
-    world: World,
-    say: Say,
-) -> tuple[Walk, dict[str, Any]]:
-    """The rows in their order, and what decides it; refuses to go on from `begin` with other contents."""
-    config, known = model.config, resume.order_of(begin)
-    store = Store(cache_folder(config.data.cache_dir, run_dir=Path(config.run.dir)))
+def _order(start: Start, model: Model, data: InstructionData, scan: Scan) -> tuple[Walk, dict[str, Any]]:
+    """The rows in their order, and what decides it; refuses to continue a checkpoint with other contents."""
+    config, world, begin = model.config, start.world, start.begin
+    known = resume.order_of(begin)
+    store = Store(cache_folder(config.data.cache_dir, run_dir=start.run_dir))
     same: dict[str, Any] | None = None
     with world.together():
         if world.main:
-            same = _contents(model, data, scan, tower=tower, store=store, world=world)
+            same = _contents(model, data, scan, store=store, deepspeed=world.deepspeed)
             if begin is not None and known is not None:
                 held = {"llm": begin / "llm", "vision": begin / "vision.safetensors"}
                 whole = [part for part, path in held.items() if path.exists()]
-                identity.check_contents(known.get("content"), same, folder=begin, whole=whole, say=say)
+                identity.check_contents(known.get("content"), same, folder=begin, whole=whole, say=start.say)
     # Why twice: the first call plans all rows, which takes a while for millions of records, and keeps their number in
     # the store. Rank 0 does so alone, kept alive by `first`; the others then read it there.
     if world.size > 1:
@@ -238,44 +283,34 @@ def _cached(config: Config) -> bool:
     return config.model.vision is not None and config.model.vision.cache != "off"
 
 
-def _features(
-    model: checkpoint.Loaded,
-    data: InstructionData,
-    scan: Scan,
-    preparation: ImagePreparation | None,
-    *,
-    world: World,
-    heart: Heartbeat,
-    say: Say,
-) -> FeatureCache | None:
+def _features(start: Start, model: Model, records: Records) -> FeatureCache | None:
     """Features of all images of the run where a frozen encoder's are cached."""
-    vision, vlm = model.config.model.vision, model.vlm
-    if vision is None or preparation is None or not _cached(model.config) or not len(scan.illustrated):
+    vision, tower, scan = model.config.model.vision, model.vlm.vision, records.scan
+    if vision is None or tower is None or model.preparation is None:
         return None
-    say(f"computing features of {scan.pictures} pictures once")
-    folder, begin = features_folder(vision, model.folder), partial(heart.phase, step=0)
-    return cache_features(vlm, data, scan, preparation, kind=vision.cache, folder=folder, world=world, begin=begin)
+    if not _cached(model.config) or not len(scan.illustrated):
+        return None
+    if tower.trainable:
+        raise ConfigError(
+            "features of a tower that is trained cannot be cached",
+            where="model.vision.cache",
+            remedy="set model.vision.cache=off or tune.vision.mode=frozen",
+        )
+    start.say(f"computing features of {scan.pictures} pictures once")
+    plan = CachePlan(scan.crops, kind=vision.cache, folder=features_folder(vision, start.run_dir))
+    pictures, begin = records.train.pictures(scan.illustrated), partial(start.heart.phase, step=0)
+    return compute_features(tower, pictures, model.preparation, plan, world=start.world, begin=begin)
 
 
-def _align(
-    model: checkpoint.Loaded,
-    preparation: ImagePreparation | None,
-    features: FeatureCache | None,
-    *,
-    divided: dict[str, Any] | None,
-    world: World,
-    heart: Heartbeat,
-    say: Say,
-) -> None:
+def _align(start: Start, model: Model, features: FeatureCache | None) -> None:
     """Word alignment of the projector before the first step."""
     align = model.config.align
     assert align is not None, "only a config with the section align comes here"
     plan = Alignment(**align.model_dump(), seed=model.config.run.seed)
-    where: dict[str, Any] = {"run_dir": model.folder, "world": world, "begin": partial(heart.phase, step=0)}
-    with partitioned(divided):
-        result = align_to_captions(model.vlm, model.tokenizer, preparation, plan, features=features, **where)
-    say(result)
-    heart.phase("preparing the model", 0)
+    where: dict[str, Any] = {"features": features, "world": start.world, "begin": partial(start.heart.phase, step=0)}
+    with partitioned(model.divided):
+        start.say(align_to_captions(model.loaded, model.preparation, plan, **where))
+    start.heart.phase("preparing the model", 0)
 
 
 def _train_data(
@@ -300,10 +335,9 @@ def _train_data(
 
 def _each_once(config: Config, data: InstructionData, scan: Scan, *, world: World, **feed: Any) -> TrainData:
     """These records once each, in rows as in training; without `features` images go through the tower each time."""
-    walk, _ = make_walk(
-        scan,
+    each = Ordering(
         [1.0] * len(data.sources),
-        mixing={"scheme": "weights"},
+        {"scheme": "weights"},
         seed=0,
         capacity=config.data.pack_tokens if config.data.packing else None,
         rows_per_step=world.size * config.train.micro_rows,
@@ -311,11 +345,7 @@ def _each_once(config: Config, data: InstructionData, scan: Scan, *, world: Worl
         steps=None,
         group=config.data.group,
     )
-    return _train_data(config, data, scan, walk, world=world, **feed)
-
-
-def _plan(config: Config, scan: Scan, plan: dict[str, Any]) -> None:
-    walk_of(config, scan, **plan)
+    return _train_data(config, data, scan, make_walk(scan, each)[0], world=world, **feed)
 
 
 def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
@@ -338,28 +368,26 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
     return groups
 
 
-def _contents(
-    model: checkpoint.Loaded, data: InstructionData, scan: Scan, *, tower: str | None, store: Store, world: World
-) -> dict[str, Any]:
+def _contents(model: Model, data: InstructionData, scan: Scan, *, store: Store, deepspeed: bool) -> dict[str, Any]:
     """What this run learns from and builds on, by hashes: two runs with the same go on from each other."""
-    config, llm, told = model.config, model.config.model.llm, model.chat.to_json()
+    config, llm, told = model.config, model.config.model.llm, model.loaded.chat.to_json()
     zero = config.engine.deepspeed
     commit = getattr(model.vlm.llm.config, "_commit_hash", None)
     # A language model that is tuned as a whole is in every checkpoint: nothing hangs on where it began.
     unused = llm.random_init is not None or method_of(config.tune.llm.mode).whole
     return {
         "sources": identity.contents(data, scan),
-        "vision": tower,
+        "vision": model.tower,
         "llm": identity.base_content(llm.name, commit=commit, unused=unused, store=store),
         # `thinks` follows from the sources.
         "chat": {k: v for k, v in told.items() if k != "thinks" and (k != "name" or "template" not in told)},
         # Of a chat format and a data format the tokens tell.
         "code": identity.code_content(checkpoint.own_code(config, {})),
-        "deepspeed": {"name": zero, "options": deepspeed_options(zero)} if world.deepspeed else None,
+        "deepspeed": {"name": zero, "options": deepspeed_options(zero)} if deepspeed else None,
     }
 
 
-def _try_forward(vlm: VLM, data: InstructionData, scan: Scan, *, apart: bool) -> None:
+def _try_forward(vlm: VLM, records: Records, *, apart: bool) -> None:
     """Forwards that find out about the model; in the first step they would be out of the order ZeRO-3 records.
 
     Args:
@@ -367,7 +395,7 @@ def _try_forward(vlm: VLM, data: InstructionData, scan: Scan, *, apart: bool) ->
     """
     if not (vlm.padded or apart):
         vlm.check_isolation()
-    check_records(vlm, data, scan)
+    check_records(vlm, records.train, records.scan)
     vlm.split()
 
 
@@ -416,70 +444,40 @@ def _assemble(config: Config, start: Path | None, divided: dict[str, Any] | None
     return vlm, tokens
 
 
-def _read_data(
-    model: checkpoint.Loaded,
-    part: Literal["train", "eval"],
-    *,
-    preparation: ImagePreparation | None,
-    world: World,
-    say: Say,
-) -> tuple[InstructionData, Scan]:
-    """Open, measure and judge the records. Rank 0 measures; then what it kept is read by all.
+def _read_data(start: Start, model: Model, part: Literal["train", "eval"]) -> tuple[InstructionData, Scan]:
+    """Open and measure the records, and apply the policy for bad ones. Rank 0 measures; all read what it kept.
 
     Nodes that do not see its files measure for themselves, one rank of each.
     """
-    config, vlm = model.config, model.vlm
-    options, run_dir = config.data, Path(config.run.dir)
-    skip = config.run.on_bad_record == "skip"
+    config, world, run_dir = model.config, start.world, start.run_dir
+    options, policy = config.data, BadRecordPolicy(config.run.on_bad_record == "skip", config.run.max_bad_fraction)
     check_lengths(
         max_length=options.max_length,
         capacity=options.pack_tokens,
-        limit=context_length(vlm.llm),
-        virtual=virtual_tokens(vlm.llm),
+        limit=context_length(model.vlm.llm),
+        virtual=virtual_tokens(model.vlm.llm),
     )
     cache = cache_folder(options.cache_dir, run_dir=run_dir)
-    tell = say if world.main else lambda text: None
+    tell = start.say if world.main else lambda text: None
     unreadable: list[RecordError] = []
     found: list[Any] = []
 
     def work(alive: Callable[[], None]) -> None:
-        data = open_data(
-            [s.model_dump() for s in getattr(options, part)],
-            model.chat,
-            model.tokenizer,
-            cache=cache,
-            on_bad=unreadable.append if skip else None,
-            key=f"data.{part}",
-            say=tell,
-            preparation=preparation,
-            max_length=options.max_length,
-            capacity=options.pack_tokens,
-            split_turns=options.split_turns,
-            share_prefix=options.share_prefix and options.packing is not False,
-            loss=options.loss.model_dump(),
-            choosing=choosing_of(config),
-            compares=objective_of(config).compares,
-        )
+        on_bad = unreadable.append if policy.skip else None
+        reading: dict[str, Any] = {"preparation": model.preparation, "cache": cache, "on_bad": on_bad, "say": tell}
+        data = open_records(config, part, model.loaded.chat, model.loaded.tokenizer, **reading)
         found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]
 
+    # First the main rank, then one of each other node, then the rest: each finds what an earlier one kept, where their
+    # nodes share the folder, and otherwise measures.
     for mine in (world.main, world.keeper and not world.main, not (world.keeper or world.main)):
         world.turn(work, mine=mine)
     data, scan = found
     for source, kept in zip(data.sources, scan.kept, strict=True):
         if kept and world.main:
-            say(f"{source.origin}: kept in meta only: {told(kept)}")
+            start.say(f"{source.origin}: kept in meta only: {told(kept)}")
     scan.bad = unreadable + scan.bad
-    bound = config.run.max_bad_fraction
-    judge(
-        scan,
-        skip=skip,
-        max_bad_fraction=bound,
-        run_dir=run_dir,
-        main=world.main,
-        say=say,
-        key=f"data.{part}",
-        name=BAD_RECORDS[part],
-    )
+    policy.apply(scan, run_dir=run_dir, main=world.main, say=start.say, part=part)
     return data, scan
 
 
@@ -503,14 +501,8 @@ def _compile(vlm: VLM, engine: Engine) -> None:
 
 def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World, recompute: str) -> Engine:
     t = config.train
-    common: dict[str, Any] = {
-        "device": world.device,
-        "precision": t.precision,
-        "betas": t.betas,
-        "eps": t.eps,
-        "weight_decay": t.weight_decay,
-        "clip": t.clip,
-    }
+    update = Update(betas=t.betas, eps=t.eps, weight_decay=t.weight_decay, clip=t.clip)
+    common: dict[str, Any] = {"device": world.device, "precision": t.precision, "update": update}
     set_recompute(vlm, recompute)
     if not world.deepspeed:
         return TorchEngine(vlm, groups, **common)

@@ -1,13 +1,14 @@
-"""A training run from its config, read as a table of contents: parts, loop, evaluations, saves, report.
+"""A training run from its config: begin with `_train`, which is its table of contents.
 
-Here and in `parts.py` config sections are taken apart; what they call takes plain arguments. `scripts/train.py` and
-`mmit train` both come here.
+Around it `run` refuses what it can at once, joins the ranks, locks the folder, and writes the report at the end; below
+it `RunHooks` says what happens between steps: log, evaluate, save, stop. The parts are built in `parts.py`. To follow a
+step, go on in `loop.py`, `data/batches.py` and an engine. `scripts/train.py` and `mmit train` both come here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +22,7 @@ from mmit.models.tuning import check_options
 from mmit.processes import only_one
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checkpoint import resume
-from mmit.train.checkpoint.saving import Saves
+from mmit.train.checkpoint.saving import Contents, Saves
 from mmit.train.checks.exporting import check_exports
 from mmit.train.data.setup import Say, note_bad
 from mmit.train.determinism import deterministic
@@ -33,13 +34,24 @@ from mmit.train.monitor.metrics_log import RunLog, memory_gib
 from mmit.train.monitor.report import write_report
 from mmit.train.monitor.run_files import note_event
 from mmit.train.monitor.trackers import open_trackers, require
-from mmit.train.parts import BAD_RECORDS, Parts, build
+from mmit.train.parts import (
+    Feeds,
+    Model,
+    Start,
+    build_engine,
+    build_model,
+    feed,
+    prepare_model,
+    read_records,
+    settle_folder,
+)
 from mmit.train.schedule import Schedule, Spikes
 from mmit.train.settle import check_zero3, objective_of, settle_precision
-from mmit.train.signals import EXIT_STOPPED, Leave, Stop, stop_asked
+from mmit.train.signals import EXIT_STOPPED, Stop, StopNow, stop_asked
 
 if TYPE_CHECKING:
     from mmit.config import Config
+    from mmit.models.tuning import Group
     from mmit.models.vlm import VLM
     from mmit.train.engines.base import Engine
     from mmit.train.reference import References
@@ -85,66 +97,53 @@ def _started(config: Config, evaluate: Evaluate | None) -> int:
 
 
 def _run(config: Config, evaluate: Evaluate | None, run_dir: Path, *, world: World, say: Say) -> int:
-    """The run, in a folder that it has for itself."""
-    watch = Watch()
+    """The run, in a folder that it has for itself: what watches over it, and its report at the end."""
     begin = resume.choose(run_dir, config.run.resume, say=say)  # first: nothing of another run may be touched
     config = settle_precision(config, begin, world=world, say=say)
     trackers = open_trackers(config.train.report_to, run_dir, config.flat()) if world.main else []
     report = partial(_report_stall, run_dir, speaker(True))
     heart = Heartbeat(run_dir, rank=world.rank, world=world.size, stall=config.run.stall_seconds, report=report)
-    last, finished = "failed", False
+    start, last, finished = Start(config, begin, world, say, heart), "failed", False
     try:
         with stop_asked(say) as stopped, closing(RunLog(run_dir, active=world.main, trackers=trackers)) as log:
-            with stopped.leaving():  # nothing of this start is worth saving yet
-                parts = build(config, begin, world=world, say=say, heart=heart)
-                if (others := watch.crowd()) is not None:
-                    say(f"warning: {others}: steps take longer, and their times say little")
-            finished = _train(evaluate, parts, world=world, log=log, heart=heart, stopped=stopped)
+            finished = _train(start, evaluate, log=log, stopped=stopped)
         last = "finished" if finished else "stopped"
-    except Leave:
+    except StopNow:
         last = "stopped"
         say("stopped by a signal before the first step; nothing was changed")
     finally:
         heart.close(last)
         if world.main:
+            # Also of a run that failed: its report shows how far it came. An error of the report must not hide that.
             with unless_failing():
                 write_report(run_dir)
     return 0 if finished else EXIT_STOPPED
 
 
-def _train(
-    evaluate: Evaluate | None, parts: Parts, *, world: World, log: RunLog, heart: Heartbeat, stopped: Stop
-) -> bool:
-    """The loop and the last save; True when the run came to its end."""
-    model, config, progress = parts.model, parts.model.config, parts.progress
-    run_dir, schedule = Path(config.run.dir), _schedule(config, parts)
+def _train(start: Start, evaluate: Evaluate | None, *, log: RunLog, stopped: Stop) -> bool:
+    """The run as a table of contents, in order of causality; True when it came to its end."""
+    watch = Watch()
+    with stopped.leaving():  # nothing of this start is worth saving yet
+        model = build_model(start)  # vision encoder, projector, LLM, tuning methods; the weights of a checkpoint
+        records = read_records(start, model)  # measured; bad ones refused or left out; rows in order
+        features = prepare_model(start, model, records)  # tried on records, its features cached, its projector aligned
+        engine = build_engine(start, model, records)  # torch, or DeepSpeed over ranks
+        progress = resume.restore(engine, start.begin, seed=start.config.run.seed, say=start.say)
+        feeds = feed(start, model, records, engine=engine, features=features)  # micro-batches
+        settle_folder(start, model, records, feeds=feeds, progress=progress)  # until here nothing was written
+        if (others := watch.crowd()) is not None:
+            start.say(f"warning: {others}: steps take longer, and their times say little")
+    schedule = _schedule(model.config, model.groups, steps=records.walk.steps)
     log.begin(total=schedule.steps, start=progress.step)
-    saves = Saves(
-        run_dir,
-        parts.engine,
-        model.vlm,
-        write_model=partial(_write_model, model, parts.references),
-        order=lambda step: {**parts.order, **parts.data.order_after(step)},
-        keep_last=config.train.keep_last,
-        background=config.train.save_in_background,
-        say=log.say,
-    )
     # Closed in this order when the loop fails: first the save under way, which must not be lost with the process.
-    with closing(saves):
-        evaluations = _evaluations(evaluate, parts, log=log, stopped=stopped, heart=heart)
-        hooks = RunHooks(parts.engine, schedule, run_dir, log, heart, saves, evaluations, stopped)
+    with closing(_saves(start, model, engine, feeds, order=records.order, say=log.say)) as saves:
+        evaluations = _evaluations(start, evaluate, model, engine, feeds, log=log, stopped=stopped)
+        hooks = RunHooks(engine, schedule, start.run_dir, log, start.heart, saves, evaluations, stopped)
         hooks.catch_up(progress)
-        finished = train(parts.engine, parts.data, schedule, hooks, progress=progress, preference=parts.preference)
-        heart.phase("the last save", progress.step)
+        finished = train(engine, feeds.train, schedule, hooks, progress=progress, preference=feeds.preference("train"))
+        start.heart.phase("the last save", progress.step)
         saves.wait()
-    newest = checkpoint.checkpoints(run_dir)[-1]
-    if finished and world.main:
-        done = {"steps": progress.step, "checkpoint": str(newest.relative_to(run_dir))}
-        write_atomic(run_dir / "finished.json", json.dumps(done))
-    log.say(f"{'finished' if finished else 'stopped by a signal'} at step {progress.step}; checkpoint: {newest}")
-    if progress.best is not None:
-        best = progress.best
-        log.say(f"best: step {best['step']}, {best['metric']} {best['value']:.4f}")
+    _say_the_end(start, progress, finished=finished, say=log.say)
     return finished
 
 
@@ -237,12 +236,12 @@ def _make(run_dir: Path) -> None:
         raise ConfigError(problem, where=f"run.dir: {run_dir}", remedy="choose another folder") from None
 
 
-def _schedule(config: Config, parts: Parts) -> Schedule:
+def _schedule(config: Config, groups: Sequence[Group], *, steps: int) -> Schedule:
     t = config.train
-    rates = {g.name: g.lr for g in parts.groups}
+    rates = {g.name: g.lr for g in groups}
     order = sorted(rates, key=lambda name: not name.startswith("llm"))  # the progress line shows the first
     return Schedule(
-        steps=parts.data.walk.steps,
+        steps=steps,
         rates={name: rates[name] for name in order},
         shape=t.schedule,
         warmup=t.warmup,
@@ -254,18 +253,41 @@ def _schedule(config: Config, parts: Parts) -> Schedule:
     )
 
 
+def _saves(start: Start, model: Model, engine: Engine, feeds: Feeds, *, order: dict[str, Any], say: Say) -> Saves:
+    contents = Contents(
+        model.vlm,
+        partial(_write_model, model.loaded, feeds.references),
+        lambda step: {**order, **feeds.train.order_after(step)},
+    )
+    t = model.config.train
+    return Saves(start.run_dir, engine, contents, keep_last=t.keep_last, background=t.save_in_background, say=say)
+
+
+def _write_model(model: checkpoint.Loaded, references: References | None, draft: Path, vlm: VLM, step: int) -> None:
+    # Not `model.vlm`: a save in the background hands over its copy.
+    checkpoint.write_model(draft, vlm, config=model.config, tokenizer=model.tokenizer, chat=model.chat, step=step)
+    if references is not None:
+        references.write(draft)
+
+
 def _evaluations(
-    evaluate: Evaluate | None, parts: Parts, *, log: RunLog, stopped: Stop, heart: Heartbeat
+    start: Start,
+    evaluate: Evaluate | None,
+    model: Model,
+    engine: Engine,
+    feeds: Feeds,
+    *,
+    log: RunLog,
+    stopped: Stop,
 ) -> Evaluations | None:
     """What is measured while training; None for nothing."""
-    model, engine, keep = parts.model, parts.engine, parts.model.config.train.keep_best
-    measures: list[Measure] = []
-    if parts.held_out is not None:
-        on_bad = partial(note_bad, model.folder, engine.rank, name=BAD_RECORDS["eval"])
-        told: dict[str, Any] = {"on_bad": on_bad, "should_stop": stopped, "preference": parts.held_preference}
-        measures.append(HeldOut(engine, parts.held_out, **told))
+    keep, measures = model.config.train.keep_best, list[Measure]()
+    if feeds.eval is not None:
+        on_bad = partial(note_bad, start.run_dir, engine.rank, part="eval")
+        told: dict[str, Any] = {"on_bad": on_bad, "should_stop": stopped, "preference": feeds.preference("eval")}
+        measures.append(HeldOut(engine, feeds.eval, **told))
     if evaluate is not None:
-        measures.append(partial(evaluate, model))
+        measures.append(partial(evaluate, model.loaded))
     if not measures:
         return None
     return Evaluations(
@@ -275,12 +297,17 @@ def _evaluations(
         best=Best(keep.metric, higher=keep.better == "higher") if keep else None,
         log=log,
         interruptible=stopped.leaving,
-        phase=heart.phase,
+        phase=start.heart.phase,
     )
 
 
-def _write_model(model: checkpoint.Loaded, references: References | None, draft: Path, vlm: VLM, step: int) -> None:
-    # Not `model.vlm`: a save in the background hands over its copy.
-    checkpoint.write_model(draft, vlm, config=model.config, tokenizer=model.tokenizer, chat=model.chat, step=step)
-    if references is not None:
-        references.write(draft)
+def _say_the_end(start: Start, progress: Progress, *, finished: bool, say: Say) -> None:
+    """Say where the run stands, and leave `finished.json` for programs that wait for it."""
+    newest = checkpoint.checkpoints(start.run_dir)[-1]
+    if finished and start.world.main:
+        done = {"steps": progress.step, "checkpoint": str(newest.relative_to(start.run_dir))}
+        write_atomic(start.run_dir / "finished.json", json.dumps(done))
+    say(f"{'finished' if finished else 'stopped by a signal'} at step {progress.step}; checkpoint: {newest}")
+    if progress.best is not None:
+        best = progress.best
+        say(f"best: step {best['step']}, {best['metric']} {best['value']:.4f}")

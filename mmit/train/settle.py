@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,11 +24,15 @@ from mmit.models.tuning import method_of
 from mmit.models.vlm import VLM
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checks.probes import check_embeddings
+from mmit.train.data.setup import Encoding, open_data
 from mmit.train.engines.zero import deepspeed_options, zero_stage
 from mmit.train.objective import Method
 
 if TYPE_CHECKING:
     from mmit.config import Config
+    from mmit.data.chat import ChatFormat
+    from mmit.data.dataset import InstructionData
+    from mmit.data.preparation import ImagePreparation
     from mmit.train.data.setup import Say
     from mmit.train.engines.world import World
 
@@ -112,6 +116,33 @@ def choosing_of(config: Config) -> Choosing | None:
             problem = "does not go with train.objective.kind=choices, which has one loss for each record"
             raise ConfigError(problem, where=key, remedy=f"Set {key}={'false' if key.startswith('data') else 'null'}.")
     return Choosing(lm=objective.lm, temperature=objective.temperature)
+
+
+def open_records(
+    config: Config,
+    part: Literal["train", "eval"],
+    chat: ChatFormat,
+    tokenizer: Any,
+    *,
+    preparation: ImagePreparation | None,
+    **reading: Any,
+) -> InstructionData:
+    """Open the sources of data.train or data.eval as this config asks; `reading` is the rest of `open_data`."""
+    options = config.data
+    return open_data(
+        [source.model_dump() for source in getattr(options, part)],
+        Encoding(chat, tokenizer, options.loss.model_dump()),
+        key=f"data.{part}",
+        preparation=preparation,
+        max_length=options.max_length,
+        capacity=options.pack_tokens,
+        split_turns=options.split_turns,
+        # Records in rows of their own have nothing to share.
+        share_prefix=options.share_prefix and options.packing is not False,
+        choosing=choosing_of(config),
+        compares=objective_of(config).compares,
+        **reading,
+    )
 
 
 def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> dict[str, Any]:

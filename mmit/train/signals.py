@@ -18,7 +18,7 @@ EXIT_STOPPED = 143  # ended by SIGTERM or SIGINT after saving; 128 + 15 as shell
 ECHO_SECONDS = 1.0  # a launcher passes on what its whole group has got already: the same wish, told twice
 
 
-class Leave(BaseException):
+class StopNow(BaseException):
     """Leave work that can be dropped, because a signal came. Not an Exception, so that no `except` keeps it."""
 
 
@@ -51,13 +51,13 @@ class Stop:
         self._first = self._first or (signum, time.monotonic())
         if self._leaving:
             self._leaving = False
-            raise Leave
+            raise StopNow
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
-        """Inside, a signal raises `Leave`: for work that can be dropped anywhere."""
+        """Inside, a signal raises `StopNow`: for work that can be dropped anywhere."""
         if self._first is not None:
-            raise Leave
+            raise StopNow
         self._leaving = True
         try:
             yield

@@ -14,7 +14,7 @@ import mmit
 from mmit.data.chat import chat_format
 from mmit.data.content import piece_tokenizer
 from mmit.errors import ModelError
-from mmit.interop.export import export_llava_hf
+from mmit.interop.export import Companions, export_llava_hf
 from mmit.models.interop.hf_towers import hf_tower
 from mmit.models.interop.llava_hf import read_llava_hf
 from mmit.models.interop.llava_hf_write import check_writable
@@ -76,9 +76,7 @@ def write(folder: Path, vlm: VLM, chat: str = CHATML, *, tokenizer: Any, mode: s
     folder.mkdir(exist_ok=True)
     form = chat_format(chat, tokenizer)
     ends = (*form.end_ids[-1:], tokenizer.eos_token_id)
-    return export_llava_hf(
-        folder, vlm, tokenizer=tokenizer, chat=form, image=image_of(vlm, mode), end_ids=ends, **options
-    )
+    return export_llava_hf(folder, vlm, Companions(tokenizer, form, image_of(vlm, mode), ends), **options)
 
 
 @pytest.mark.parametrize("tokens", ["byte_level", "llama_legacy"])
@@ -163,14 +161,8 @@ def test_a_llava_hf_folder_comes_back_as_it_was(tmp_path: Path, tower: str) -> N
     make_llava_hf(tmp_path / "in", tower=tower, tokens="llama")
     model = mmit.load(tmp_path / "in", device="cpu")
     (tmp_path / "out").mkdir()
-    found = export_llava_hf(
-        tmp_path / "out",
-        model.vlm,
-        tokenizer=model.tokenizer,
-        chat=model.chat_format,
-        image=model.image,
-        end_ids=model.end_ids,
-    )
+    beside = Companions(model.tokenizer, model.chat_format, model.image, model.end_ids)
+    found = export_llava_hf(tmp_path / "out", model.vlm, beside)
     assert found.logits <= 1e-5
     again = mmit.load(tmp_path / "out", device="cpu")
     assert again.chat_format.to_json() == model.chat_format.to_json()

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mmit.data.chat import chat_format
 from mmit.errors import ModelError
+from mmit.interop.export import Companions
 from mmit.interop.gguf import check_gguf, export_gguf
 from mmit.interop.templates import TEMPLATES
 from mmit.models.interop.gguf_file import TYPES, check_written, rounding, write_gguf
@@ -66,8 +67,7 @@ def written(
     form = chat_format(chat, tokenizer)
     ends = (*form.end_ids[-1:], tokenizer.eos_token_id)
     image = image_of(vlm) if vlm.vision is not None else {}
-    given: dict[str, Any] = {"tokenizer": tokenizer, "chat": form, "image": image, "end_ids": ends}
-    found = export_gguf(folder, vlm, **given, **options)
+    found = export_gguf(folder, vlm, Companions(tokenizer, form, image, ends), **options)
     return found, {path.name: gguf.GGUFReader(path) for path in found.files}
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mmit.data.chat import chat_format
 from mmit.data.images import fit
-from mmit.interop.export import fixed_pictures
+from mmit.interop.export import Companions, fixed_pictures
 from mmit.interop.gguf import MARK, export_gguf
 from mmit.models.generation import end_ids
 from mmit.models.interop.gguf_llm import FAMILIES
@@ -149,7 +149,7 @@ def test_a_hundred_answers_of_smollm2_are_those_of_transformers(tmp_path: Path, 
     vlm = VLM(load_llm(name, dtype=torch.float32), vision=None, projector=None).eval()
     form = chat_format("chatml", tokenizer)
     ends = end_ids(form.end_ids, tokenizer, vlm.llm)
-    found = export_gguf(tmp_path, vlm, tokenizer=tokenizer, chat=form, image={}, end_ids=ends)
+    found = export_gguf(tmp_path, vlm, Companions(tokenizer, form, {}, ends))
     model = opened(found.files[0], n_threads=2, n_threads_batch=2, n_ctx=256)
     things = ["a cat", "rain", "a bridge", "bread", "the moon", "a clock", "snow", "a river", "music", "salt"]
     asks = ["What is {}?", "Name a colour of {}.", "Say one word about {}.", "Is {} large?", "Who needs {}?"]

@@ -16,7 +16,7 @@ from mmit.data.chat import encode
 from mmit.data.preparation import prepare_images
 from mmit.errors import ModelError
 from mmit.generate import Model
-from mmit.interop.export import Talk, export_llava_hf, logits_of, processed
+from mmit.interop.export import Companions, Talk, export_llava_hf, logits_of, processed
 from mmit.models.interop.llava_hf_write import check_writable
 from mmit.records import Image, Text, Turn
 from tests.interop.llava_models import make_llava_hf
@@ -93,8 +93,8 @@ def test_greedy_answers_are_those_of_transformers(pair: Any, case: str) -> None:
 def test_it_goes_back_as_it_came(pair: Any, tmp_path: Path) -> None:
     _, _, _, folder = pair
     model = mmit.load(folder, device="cpu")
-    told: dict[str, Any] = {"tokenizer": model.tokenizer, "chat": model.chat_format, "image": model.image}
-    found = export_llava_hf(tmp_path, model.vlm, **told, end_ids=model.end_ids)
+    beside = Companions(model.tokenizer, model.chat_format, model.image, model.end_ids)
+    found = export_llava_hf(tmp_path, model.vlm, beside)
     assert found.logits <= 1e-5 and found.pixels <= 1e-6
     _, info = LlavaNextForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 import mmit
-from mmit.interop.export import export_llava_hf
+from mmit.interop.export import Companions, export_llava_hf
 from tests.interop.llava_models import make_llava_hf
 
 RENAMED = {
@@ -39,8 +38,8 @@ def test_every_name_has_its_module(tmp_path: Path, tower: str, tiled: bool) -> N
     model = mmit.load(tmp_path / "in", device="cpu")
     out = tmp_path / "out"
     out.mkdir()
-    told: dict[str, Any] = {"tokenizer": model.tokenizer, "chat": model.chat_format, "image": model.image}
-    export_llava_hf(out, model.vlm, **told, end_ids=model.end_ids)
+    beside = Companions(model.tokenizer, model.chat_format, model.image, model.end_ids)
+    export_llava_hf(out, model.vlm, beside)
     names = set()
     for key in load_file(out / "model.safetensors"):
         old = next((prefix for prefix in RENAMED if key.startswith(prefix)), "")

@@ -21,7 +21,7 @@ from mmit.models.tuning import apply_tuning
 from mmit.records import Image, Record, Text, Turn, write_jsonl
 from mmit.train.checkpoint.model import image_preparation
 from mmit.train.data.batches import Upload
-from mmit.train.data.setup import image_loader, open_data
+from mmit.train.data.setup import Encoding, image_loader, open_data
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.objective import Method, Preference
 from tests.tiny_run import COLOURS
@@ -83,8 +83,7 @@ class Bench:
         path = write_pairs(folder / kind, kind=kind, count=count)
         self.data = open_data(
             [{**config.data.train[0].model_dump(), "path": str(path)}],
-            chat_format("hf" if model is None else "vicuna_v1", tokenizer),
-            tokenizer,
+            Encoding(chat_format("hf" if model is None else "vicuna_v1", tokenizer), tokenizer),
             cache=folder,
             on_bad=None,
             preparation=preparation,

@@ -26,7 +26,7 @@ from mmit.models.vision import VisionTower, build_vision
 from mmit.records import Image, Record, Text, Turn, write_jsonl
 from mmit.train.align import Alignment, align_to_captions
 from mmit.train.engines.world import World
-from mmit.train.features import FeatureCache, compute_features
+from mmit.train.features import CachePlan, FeatureCache, compute_features
 
 CLIP = {
     "model_type": "clip_vision_model",
@@ -89,19 +89,20 @@ class Bench:
 
     def features(self, kind: str, tower: VisionTower | None = None, **options: Any) -> FeatureCache:
         decoded.clear()
-        given: dict[str, Any] = {"count": COUNT, "kind": kind, "folder": self.own, "world": self.world, "batch": BATCH}
-        return compute_features(tower or self.model.vision, self.pictures.items(), EYE, **given | options)
+        given: dict[str, Any] = {"count": COUNT, "kind": kind, "folder": self.own, "batch": BATCH}
+        tower, plan = tower or self.model.vision, CachePlan(**given | options)
+        return compute_features(tower, self.pictures.items(), EYE, plan, world=self.world)
 
     def align(self, captions: str, phases: list[str]) -> None:
         options: dict[str, Any] = {
             "features": None,
-            "run_dir": self.folder,
             "world": self.world,
             "begin": phases.append,
         }
         plan = Alignment(str(self.folder / "pictures" / captions), epochs=3, lr=1e-2, seed=1)
         tokenizer = lambda text, add_special_tokens: {"input_ids": [ord(text[1]) % 40]}  # noqa: E731
-        align_to_captions(self.model, tokenizer, EYE, plan, **options)  # type: ignore[arg-type]
+        model = SimpleNamespace(vlm=self.model, tokenizer=tokenizer, folder=self.folder)
+        align_to_captions(model, EYE, plan, **options)  # type: ignore[arg-type]
 
 
 def refused(kind: type[MmitError], work: Any) -> str:

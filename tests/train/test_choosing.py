@@ -18,7 +18,7 @@ from mmit.errors import ConfigError, RecordError
 from mmit.models.assemble import assemble
 from mmit.models.tuning import apply_tuning
 from mmit.records import Record, Text, Turn, write_jsonl
-from mmit.train.data.setup import open_data
+from mmit.train.data.setup import Encoding, open_data
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.run import run
 from tests.tiny_run import two_layers as tiny_config
@@ -51,8 +51,7 @@ class Bench:
         source = self.config.data.train[0].model_dump() | {"path": str(path)}
         data = open_data(
             [source],
-            self.chat,
-            self.tokenizer,
+            Encoding(self.chat, self.tokenizer),
             cache=self.folder / "cache",
             on_bad=None,
             preparation=None,

@@ -10,7 +10,7 @@ from mmit.data.preparation import ImagePreparation
 from mmit.errors import ConfigError
 from mmit.models.vision import build_vision
 from mmit.records import Image
-from mmit.train.features import compute_features, forecast_bytes
+from mmit.train.features import CachePlan, compute_features, forecast_bytes
 
 CLIP = {
     "model_type": "clip_vision_model",
@@ -48,10 +48,10 @@ def test_bitwise_equal_to_computing_also_from_disk(pictures, tmp_path, dtype):
     tower = build_vision("hf", CLIP, dtype=dtype)
     arguments = {"folder": tmp_path / "cache", "count": 5}
     direct = tower(torch.cat([EYE.pixels(i) for i in pictures.values()]))
-    memory = compute_features(tower, pictures.items(), EYE, kind="memory", **arguments)
-    written = compute_features(tower, pictures.items(), EYE, kind="disk", **arguments)
+    memory = compute_features(tower, pictures.items(), EYE, CachePlan(kind="memory", **arguments))
+    written = compute_features(tower, pictures.items(), EYE, CachePlan(kind="disk", **arguments))
     seen.clear()
-    read = compute_features(tower, pictures.items(), EYE, kind="disk", **arguments)
+    read = compute_features(tower, pictures.items(), EYE, CachePlan(kind="disk", **arguments))
     assert not seen
     for cache in (memory, written, read):
         assert torch.equal(cache.get(list(pictures)), direct)
@@ -62,9 +62,9 @@ def test_bitwise_equal_to_computing_also_from_disk(pictures, tmp_path, dtype):
 def test_changed_bytes_are_computed_again(pictures, tmp_path):
     tower = build_vision("hf", CLIP)
     arguments = {"kind": "disk", "folder": tmp_path / "cache", "count": 5}
-    old = compute_features(tower, pictures.items(), EYE, **arguments).get(["k0", "k1"])
+    old = compute_features(tower, pictures.items(), EYE, CachePlan(**arguments)).get(["k0", "k1"])
     PIL.Image.new("RGB", (16, 16), (255, 255, 0)).save(pictures["k1"].source)
-    new = compute_features(tower, pictures.items(), EYE, **arguments).get(["k0", "k1"])
+    new = compute_features(tower, pictures.items(), EYE, CachePlan(**arguments)).get(["k0", "k1"])
     assert torch.equal(old[0], new[0]) and not torch.equal(old[1], new[1])
 
 
@@ -72,7 +72,7 @@ def test_equal_pictures_are_run_once(pictures, tmp_path):
     seen.clear()
     twice = {**pictures, "again": Image(pictures["k0"].source)}
     tower = build_vision("hf", CLIP)
-    cache = compute_features(tower, twice.items(), EYE, count=6, kind="memory", folder=tmp_path)
+    cache = compute_features(tower, twice.items(), EYE, CachePlan(6, kind="memory", folder=tmp_path))
     assert len(seen) == 5 and torch.equal(*cache.get(["k0", "again"]))
 
 
@@ -82,10 +82,7 @@ def test_a_cache_that_would_be_too_large_is_refused_before_anything_is_computed(
             build_vision("hf", CLIP),
             pictures.items(),
             EYE,
-            count=5,
-            kind="disk",
-            folder=tmp_path,
-            max_bytes=10,
+            CachePlan(5, kind="disk", folder=tmp_path, max_bytes=10),
         )
 
 
@@ -95,10 +92,10 @@ def test_runs_share_a_folder_and_lose_nothing_of_each_other(pictures, tmp_path):
     arguments = {"kind": "disk", "folder": tmp_path / "cache", "count": 5}
     first = {name: pictures[name] for name in names[:3]}
     second = {name: pictures[name] for name in names[2:]}
-    kept = compute_features(tower, first.items(), EYE, **arguments).get(names[:3])
-    compute_features(tower, second.items(), EYE, **arguments)
+    kept = compute_features(tower, first.items(), EYE, CachePlan(**arguments)).get(names[:3])
+    compute_features(tower, second.items(), EYE, CachePlan(**arguments))
     seen.clear()
-    again = compute_features(tower, pictures.items(), EYE, **arguments)
+    again = compute_features(tower, pictures.items(), EYE, CachePlan(**arguments))
     assert not seen and torch.equal(again.get(names[:3]), kept)
     assert len(list((tmp_path / "cache").glob("*/*.bin"))) == 1
 
@@ -106,7 +103,9 @@ def test_runs_share_a_folder_and_lose_nothing_of_each_other(pictures, tmp_path):
 def test_an_index_whose_features_are_gone_is_computed_again(pictures, tmp_path):
     tower = build_vision("hf", CLIP)
     arguments = {"kind": "disk", "folder": tmp_path / "cache", "count": 5}
-    direct = compute_features(tower, pictures.items(), EYE, **arguments).get(list(pictures))
+    direct = compute_features(tower, pictures.items(), EYE, CachePlan(**arguments)).get(list(pictures))
     for file in (tmp_path / "cache").glob("*/*.bin"):
         file.unlink()
-    assert torch.equal(compute_features(tower, pictures.items(), EYE, **arguments).get(list(pictures)), direct)
+    assert torch.equal(
+        compute_features(tower, pictures.items(), EYE, CachePlan(**arguments)).get(list(pictures)), direct
+    )

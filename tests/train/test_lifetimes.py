@@ -18,7 +18,7 @@ from mmit.cli import app
 from mmit.errors import ConfigError, MmitError, RecordError
 from mmit.processes import only_one
 from mmit.records import Record, write_jsonl
-from mmit.train.data.setup import judge, most_bad
+from mmit.train.data.setup import BadRecordPolicy, most_bad
 from mmit.train.loop import Progress, _agree_on_bad, _note_bad
 from mmit.train.run import LOCK, run
 from tests.test_io import full_disk
@@ -160,8 +160,9 @@ def _scan(bad: int, records: int):
 
 
 def test_the_scan_is_judged_by_the_same_ceiling(tmp_path: Path) -> None:
-    told: dict = {"skip": True, "max_bad_fraction": 0.1, "run_dir": tmp_path, "main": True, "say": lambda text: None}
-    judge(_scan(2, 20), **told)
+    policy = BadRecordPolicy(skip=True, max_fraction=0.1)
+    told: dict = {"run_dir": tmp_path, "main": True, "say": lambda text: None}
+    policy.apply(_scan(2, 20), **told)
     assert len((tmp_path / "bad_records.jsonl").read_text().splitlines()) == 2
     with pytest.raises(RecordError, match="3 of 20 records are bad, more than run.max_bad_fraction=0.1 allows"):
-        judge(_scan(3, 20), **told)
+        policy.apply(_scan(3, 20), **told)

@@ -17,7 +17,7 @@ from mmit.data.loader import micro_batches
 from mmit.models.assemble import assemble
 from mmit.models.tuning import apply_tuning
 from mmit.records import Record, Text, Turn, write_jsonl
-from mmit.train.data.setup import open_data
+from mmit.train.data.setup import Encoding, open_data
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.run import run
 from tests.tiny_run import two_layers as tiny_config
@@ -65,11 +65,9 @@ class Bench:
             opened.append(source)
         data = open_data(
             opened,
-            self.chat,
-            self.tokenizer,
+            Encoding(self.chat, self.tokenizer, loss or {}),
             cache=self.folder / "cache",
             on_bad=None,
-            loss=loss,
             preparation=None,
             max_length=256,
             capacity=4096,

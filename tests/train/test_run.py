@@ -151,7 +151,7 @@ def test_cached_features_and_word_alignment(straight, tmp_path):
 
 
 def test_missing_captions_are_told_before_the_model_is_built(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmit.train.parts._model", None)
+    monkeypatch.setattr("mmit.train.parts._untuned", None)
     config = tiny_config(tmp_path, align={"captions": str(tmp_path / "none.jsonl")}, train={"steps": 1})
     with pytest.raises(ConfigError, match="no such file") as error:
         run(config)

@@ -123,34 +123,28 @@ def ifeval(
     """
     mode = pick(PROFILES, profile, where="ifeval")
     words = pick(WORD_TOOLS, tokeniser, where="ifeval")()
-    per_prompt: dict[str, list[bool]] = {"strict": [], "loose": []}
-    per_instruction: dict[str, list[bool]] = {"strict": [], "loose": []}
-    counts: dict[str, list[int]] = {}
-    parsed = []
     keys = ("instruction_id_list", "kwargs")
-    for where, text, reference in each("ifeval", predictions, references, keys=keys, unit="prompt"):
-        found = _obeyed(text, reference, words=words, where=where)
-        obeyed = {"strict": [s for _, s, _ in found], "loose": [loose for _, _, loose in found]}
-        for name, strict, _ in found:
-            tally = counts.setdefault(name, [0, 0])
-            tally[0] += strict
-            tally[1] += 1
-        for kind, flags in obeyed.items():
-            per_prompt[kind].append(all(flags))
-            per_instruction[kind].extend(flags)
-        parsed.append(obeyed[mode])
+    rows = each("ifeval", predictions, references, keys=keys, unit="prompt")
+    obeyed = [_obeyed(text, reference, words=words, where=where) for where, text, reference in rows]
+    counts: dict[str, list[int]] = {}
+    for name, strict, _ in (one for answer in obeyed for one in answer):
+        tally = counts.setdefault(name, [0, 0])
+        tally[0] += strict
+        tally[1] += 1
+    strictly = [[strict for _, strict, _ in answer] for answer in obeyed]
+    flags = {"strict": strictly, "loose": [[loose for *_, loose in answer] for answer in obeyed]}
     details: dict[str, Any] = {
         "by_instruction": {name: right / asked for name, (right, asked) in sorted(counts.items())},
         "tokeniser": tokeniser,
-        "instructions": len(per_instruction["strict"]),
+        "instructions": sum(map(len, obeyed)),
     }
-    for kind in ("strict", "loose"):
-        details |= _levels(kind, per_prompt[kind], per_instruction[kind])
+    for kind, answers in flags.items():
+        details |= _levels(kind, [all(answer) for answer in answers], [one for answer in answers for one in answer])
     return mean_score(
         "ifeval",
         profile,
-        [float(v) for v in per_prompt[mode]],
-        parsed=parsed,
+        [float(all(answer)) for answer in flags[mode]],
+        parsed=flags[mode],
         unparsed=[not p.strip() for p in predictions],
         groups=groups,
         seed=seed,

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MANIFEST",
+    "LargeLLM",
     "Loaded",
     "checkpoints",
     "find",
@@ -303,16 +304,27 @@ def _placed(device_map: Any) -> Iterator[None]:
         ) from error
 
 
-def load_model(  # noqa: PLR0913
+@dataclass(frozen=True)
+class LargeLLM:
+    """How an LLM is loaded that would not fit as it is.
+
+    Args:
+        device_map, offload: its placement, see `models.llm.load_llm`.
+        bits: fewer bits, see `models.llm.fewer_bits`.
+    """
+
+    device_map: str | dict[str, Any] | None = None
+    offload: str | None = None
+    bits: Mapping[str, Any] | None = None
+
+
+def load_model(
     folder: str | Path,
     *,
     device: str = "auto",
-    dtype: torch.dtype | None = None,
-    device_map: str | dict[str, Any] | None = None,
-    offload: str | None = None,
-    bits: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | Literal["fast"] | None = None,
+    large: LargeLLM = LargeLLM(),
     untuned: bool = False,
-    adapt: bool = False,
     plain: bool = False,
     allow_code: bool = False,
 ) -> Loaded:
@@ -320,13 +332,11 @@ def load_model(  # noqa: PLR0913
 
     Args:
         folder: a checkpoint, or a run (its newest whole checkpoint is taken).
-        device: "auto", "cpu", "cuda" or "cuda:N"; ignored for the LLM where `device_map` places it.
-        dtype: number format; by default bf16 for a model trained in bf16, else float32.
-        device_map, offload: placement of a large LLM, see `models.llm.load_llm`.
-        bits: an LLM of fewer bits, see `models.llm.fewer_bits`.
+        device: "auto", "cpu", "cuda" or "cuda:N"; ignored for the LLM where a device map places it.
+        dtype: number format; None as trained. "fast" takes float32 in place of bf16 where the device computes that
+            faster, unless fewer bits or a device map were asked for because of its memory; weights keep their values.
+        large: placement and bits of the LLM.
         untuned: the model as it was before training (base weights, freshly drawn projector), for comparison.
-        adapt: without a `dtype`, take float32 in place of bf16 where the device computes that faster, unless fewer
-            bits or a device map were asked for because of its memory; weights keep their values.
         plain: multiply the 4-bit weights of a QLoRA run out, once they are loaded: the same function on weights that
             can be merged and written; its config then says lora.
         allow_code: import the modules that the checkpoint names for parts of the user's own (see `mmit.plugins`).
@@ -339,65 +349,89 @@ def load_model(  # noqa: PLR0913
     path = find(folder)
     config = read_config(path)
     meta = json.loads((path / "mmit.json").read_text())
-    refuse_own_code(own_code(config, meta), where=str(path), allowed=allow_code)
-    model = config.model.model_dump()
-    if (path / "llm").exists() and not (untuned and method_of(config.tune.llm.mode).whole):
-        model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
-    model["vision"] = model["vision"] and with_own_towers(model["vision"], path)
-    whole = model["vision"] and (path / "vision.safetensors").exists() and not untuned
-    if whole and model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
-        model["vision"] = without_weights(model["vision"])  # all of the tower is read below
-    trained = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    notes = []
-    if dtype is None and adapt and device_map is None and bits is None and trained != torch.float32:
-        fast, why = fast_half(place, "bf16")
-        if not fast:
-            notes.append(f"trained in {config.train.precision}, loaded in fp32: {why}")
-    if dtype is None and not notes:
-        dtype = trained
-    else:
-        dtype = dtype or torch.float32
-        model["llm"]["dtype"] = None
-        if model["vision"]:
-            model["vision"]["dtype"] = None
-    # 4-bit weights where this machine has them; elsewhere the same adapter goes on the weights they were made from
-    four_bits = None if untuned else quantization(config.tune.llm.mode, config.tune.llm.options)
-    if bits is not None:
-        four_bits, device_map = None, device_map or {"": str(place)}
-    if four_bits is not None and (reason := why_not_4bit()) is not None:
-        warnings.warn(f"{reason}; the base of this QLoRA checkpoint is loaded unquantised", stacklevel=2)
-        four_bits = None
-    vlm, tokenizer = assemble(
-        model,
-        dtype=dtype,
-        quantization=bits or four_bits,
-        seed=config.run.seed,
-        device_map=device_map,
-        offload=offload,
-        packed=config.data.packing is not False,
-        tokenizer=str(path / "tokenizer"),
-    )
+    refuse_own_code(own_code(config, meta), where=str(path), allowed=allow_code)  # before anything of it is imported
+    model = _sections(config, path, untuned=untuned)
+    number_format, notes = _number_format(config, dtype, large, place)
+    if isinstance(dtype, torch.dtype) or notes:  # what the config says of parts gives way to what is asked for here
+        for part in filter(None, (model["llm"], model["vision"])):
+            part["dtype"] = None
+    four_bits = None if untuned or large.bits is not None else _four_bits(config)
+    device_map = large.device_map
+    if large.bits is not None:  # quantized while they are loaded; weights of 8 bits cannot be moved afterwards
+        device_map = device_map or {"": str(place)}
+    placed: dict[str, Any] = {
+        "device_map": device_map,
+        "offload": large.offload,
+        "quantization": large.bits or four_bits,
+    }
+    same: dict[str, Any] = {"seed": config.run.seed, "packed": config.data.packing is not False}
+    vlm, tokenizer = assemble(model, dtype=number_format, **placed, **same, tokenizer=str(path / "tokenizer"))
     if plain and four_bits is not None:
-        vlm.llm, four_bits = multiplied_out(vlm.llm, dtype), None  # type: ignore[arg-type]
+        vlm.llm, four_bits = multiplied_out(vlm.llm, number_format), None  # type: ignore[arg-type]
         tune = {**config.tune.model_dump(), "llm": unquantised(config.tune.llm.model_dump())}
         config = Config.from_dict({**config.model_dump(), "tune": tune})
     if (path / "llm").exists():
         vlm.whole.add("llm")
     if not untuned:
-        tune = config.tune.model_dump()
-        if four_bits is None:
-            tune["llm"] = unquantised(tune["llm"])
         with _placed(device_map):
-            apply_tuning(vlm, tune)
-            read_weights(vlm, path)
+            _tune(vlm, config, path, unquantized=four_bits is None)
+    _ready(vlm, None if device_map is not None else place)
+    chat = ChatFormat.from_json(meta["chat"], tokenizer)
+    return Loaded(vlm, tokenizer, chat, meta["image"], path, meta, config, notes)
+
+
+def _sections(config: Config, path: Path, *, untuned: bool) -> dict[str, Any]:
+    """The section `model` with the parts that the checkpoint itself holds in place of those it was made from."""
+    model = config.model.model_dump()
+    # Tuned as a whole, the LLM in the checkpoint is the tuned one; beside an adapter it is the base (include_base).
+    if (path / "llm").exists() and not (untuned and method_of(config.tune.llm.mode).whole):
+        model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
+    model["vision"] = model["vision"] and with_own_towers(model["vision"], path)
+    held = model["vision"] and (path / "vision.safetensors").exists() and not untuned
+    if held and model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
+        model["vision"] = without_weights(model["vision"])  # all of the tower is read by `read_weights`
+    return model
+
+
+def _number_format(
+    config: Config, asked: torch.dtype | Literal["fast"] | None, large: LargeLLM, place: torch.device
+) -> tuple[torch.dtype, list[str]]:
+    """The number format to load in, and a note where it is not the one that was trained in."""
+    if isinstance(asked, torch.dtype):
+        return asked, []
+    trained = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    if asked == "fast" and large.device_map is None and large.bits is None and trained != torch.float32:
+        fast, why = fast_half(place, "bf16")
+        if not fast:
+            return torch.float32, [f"trained in {config.train.precision}, loaded in fp32: {why}"]
+    return trained, []
+
+
+def _four_bits(config: Config) -> dict[str, Any] | None:
+    """How a QLoRA run's base is quantized, where this machine can; elsewhere its adapter goes on the plain weights."""
+    found = quantization(config.tune.llm.mode, config.tune.llm.options)
+    if found is not None and (reason := why_not_4bit()) is not None:
+        warnings.warn(f"{reason}; the base of this QLoRA checkpoint is loaded unquantised", stacklevel=3)
+        return None
+    return found
+
+
+def _tune(vlm: VLM, config: Config, path: Path, *, unquantized: bool) -> None:
+    tune = config.tune.model_dump()
+    if unquantized:
+        tune["llm"] = unquantised(tune["llm"])
+    apply_tuning(vlm, tune)  # first: the weights belong to modules that the methods add
+    read_weights(vlm, path)
+
+
+def _ready(vlm: VLM, place: torch.device | None) -> None:
+    """Set a model up for use: frozen, in evaluation mode, on its device; None where a device map placed the LLM."""
     vlm.eval().requires_grad_(False)
     if vlm.vision is not None:
         vlm.vision.freeze()
-    if device_map is None:
+    if place is not None:
         vlm.to(place)
-    else:
-        for part in (vlm.vision, vlm.projector):
-            if part is not None:
-                part.to(vlm.device)
-    chat = ChatFormat.from_json(meta["chat"], tokenizer)
-    return Loaded(vlm, tokenizer, chat, meta["image"], path, meta, config, notes)
+        return
+    for part in (vlm.vision, vlm.projector):  # beside the LLM's embeddings, whose place the device map chose
+        if part is not None:
+            part.to(vlm.device)

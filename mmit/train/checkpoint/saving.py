@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class Writer:
         self._work = self._pool.submit(work)
 
 
-class Twin:
+class CpuCopy:
     """A second model whose trained parameters and buffers lie in host memory; frozen ones are the model's own.
 
     Raises TypeError or RuntimeError for a model that cannot be copied.
@@ -89,34 +90,44 @@ class Twin:
         return self.vlm
 
 
-class Saves:
-    """Writes checkpoints/step-N, prunes older ones, and writes down which is the best.
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint beside the optimizer.
 
     Args:
         write_model: puts everything but the trainer's state into a folder.
         order: step -> what decides the data order and the place in it, kept beside the progress.
     """
 
+    vlm: VLM
+    write_model: WriteModel
+    order: Callable[[int], dict[str, Any]]
+
+
+class Saves:
+    """Writes checkpoints/step-N, prunes older ones, and writes down which is the best.
+
+    Args:
+        keep_last: so many checkpoints stay, and the best.
+        background: write in a thread while training goes on, where the model can be copied.
+    """
+
     def __init__(
         self,
         run_dir: Path,
         engine: Engine,
-        vlm: VLM,
+        contents: Contents,
         *,
-        write_model: WriteModel,
-        order: Callable[[int], dict[str, Any]],
         keep_last: int,
         background: bool,
         say: Callable[[str], None],
     ) -> None:
-        self.run_dir, self.engine, self.vlm = run_dir, engine, vlm
-        self.write_model, self.keep_last, self.say = write_model, keep_last, say
-        self._order = order
+        self.run_dir, self.engine, self.contents, self.keep_last, self.say = run_dir, engine, contents, keep_last, say
         self._writer = Writer() if background else None
-        self._twin: Twin | None = None
+        self._copy: CpuCopy | None = None
         if background and isinstance(engine, TorchEngine):
             try:
-                self._twin = Twin(vlm)
+                self._copy = CpuCopy(contents.vlm)
             except (TypeError, RuntimeError) as error:
                 say(f"saving in the foreground: this model cannot be copied ({str(error).splitlines()[0]})")
                 self._writer = None
@@ -149,10 +160,10 @@ class Saves:
         """Save, or begin to. Raises CheckpointError, also for the save before."""
         self.wait()
         folder = resume.checkpoint_folder(self.run_dir, progress.step)
-        trainer = resume.TrainerState.of(self.engine, progress, order=self._order(progress.step))
+        trainer = resume.TrainerState.of(self.engine, progress, order=self.contents.order(progress.step))
         best = copy.copy(progress.best)
-        if self._writer is not None and self._twin is not None:
-            self._begin(self._writer, self._twin, folder, trainer=trainer, best=best)
+        if self._writer is not None and self._copy is not None:
+            self._begin(self._writer, self._copy, folder, trainer=trainer, best=best)
             return
         fills = [self._model_fill(progress.step), trainer.write, lambda d: self.engine.save_state(d / "trainer")]
         common: dict[str, Any] = {"main": self.engine.rank == 0, "all_fine": self.engine.all_true}
@@ -167,13 +178,13 @@ class Saves:
     def _begin(
         self,
         writer: Writer,
-        twin: Twin,
+        copied: CpuCopy,
         folder: Path,
         *,
         trainer: resume.TrainerState,
         best: dict[str, Any] | None,
     ) -> None:
-        vlm, shapes, step = twin.take(), self.engine.shapes(), trainer.facts["step"]
+        vlm, shapes, step = copied.take(), self.engine.shapes(), trainer.facts["step"]
         states = [
             (name, {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()})
             for name, tensors in self.engine.states()
@@ -181,7 +192,7 @@ class Saves:
 
         def model(draft: Path) -> None:
             (draft / "trainer").mkdir()
-            self.write_model(draft, vlm, step)
+            self.contents.write_model(draft, vlm, step)
 
         def optimizer(draft: Path) -> None:
             write_state(draft / "trainer", states, shapes=shapes, write=True)
@@ -201,14 +212,14 @@ class Saves:
 
     def _model_fill(self, step: int) -> Callable[[Path], None]:
         # Under ZeRO-3 only what is written is gathered: a frozen LLM is not, and may not fit into one rank's memory.
-        named, everything = self.vlm.named_parameters(), "llm" in self.vlm.whole
+        named, everything = self.contents.vlm.named_parameters(), "llm" in self.contents.vlm.whole
         written = [p for n, p in named if everything or p.requires_grad or not n.startswith("llm.")]
 
         def model(draft: Path) -> None:
             with self.engine.whole(written):
                 if self.engine.rank == 0:
                     (draft / "trainer").mkdir()
-                    self.write_model(draft, self.vlm, step)
+                    self.contents.write_model(draft, self.contents.vlm, step)
 
         return model
 

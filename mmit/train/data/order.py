@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -58,88 +59,119 @@ def unit_costs(vlm: VLM, scan: Scan, *, cached: bool) -> np.ndarray:
     return cost
 
 
-def make_walk(  # noqa: PLR0913
+@dataclass(frozen=True)
+class Ordering:
+    """What a config says about the order of its data.
+
+    Args:
+        weights: of the sources.
+        mixing: `mixing_weights`' scheme, cap and temperature; scheme "weights" for none.
+        capacity: tokens a row, or None for one unit a row.
+        epochs, steps: how long; one of them is None.
+        shuffle, window: of `mixture_order`.
+        group: without `capacity`, let units of a step share a micro-batch that have pictures or not and are equally
+            long, as LLaVA's group_by_modality_length; a step holds the same units as without.
+    """
+
+    weights: Sequence[float]
+    mixing: Mapping[str, Any]
+    seed: int
+    capacity: int | None
+    rows_per_step: int
+    epochs: float | None
+    steps: int | None
+    shuffle: str = "auto"
+    window: int = WINDOW
+    group: bool = True
+
+    def mixed(self, sizes: Sequence[int]) -> list[float]:
+        """Weights of sources of these sizes, with what the mixing makes of them."""
+        if self.mixing["scheme"] == "weights":
+            return list(self.weights)
+        return [w * m for w, m in zip(self.weights, mixing_weights(sizes, **self.mixing), strict=True)]
+
+    def facts(self, scan: Scan, weights: Sequence[float]) -> dict[str, Any]:
+        """Everything that decides the order, small enough for a checkpoint."""
+        # Not the number of ranks, nor how long the run is: a run may go on with others. What the records say is not
+        # in it either: `checks.identity` compares that, and can name the source that changed.
+        return {
+            "seed": self.seed,
+            "units": len(scan.length),
+            "lengths": zlib.crc32(np.ascontiguousarray(scan.length).view(np.uint8).data),
+            "weights": list(weights),
+            "capacity": self.capacity,
+            "rows_per_step": self.rows_per_step,
+            "shuffle": self.shuffle if self.shuffle == "global" else f"{self.shuffle}, {self.window}",
+        }
+
+
+def make_walk(
     scan: Scan,
-    weights: Sequence[float],
+    asked: Ordering,
     *,
-    mixing: Mapping[str, Any],
-    seed: int,
-    capacity: int | None,
-    rows_per_step: int,
-    epochs: float | None,
-    steps: int | None,
-    shuffle: str = "auto",
-    window: int = WINDOW,
     known: Mapping[str, Any] | None = None,
     costs: np.ndarray | None = None,
-    group: bool = True,
     store: Store | None = None,
 ) -> tuple[Walk, dict[str, Any]]:
     """The rows of the run in order, and the facts that decide this order.
 
     Args:
-        weights: of the sources. mixing: `mixing_weights`' scheme, cap and temperature; scheme "weights" for none.
-        capacity: tokens a row, or None for one unit a row. shuffle, window: of `mixture_order`.
         known: facts and `Walk.state` of the checkpoint that the run goes on from.
         costs: (U,) of the units; ranks get equal work by them.
-        group: without `capacity`, let units of a step share a micro-batch that have pictures or not and are equally
-            long, as LLaVA's group_by_modality_length; a step holds the same units as without.
         store: keeps how many rows the segments of the order take, which all have to be planned to know.
 
     Raises:
         CheckpointError: the facts differ from the known ones.
     """
-    sizes = np.bincount(scan.source, minlength=len(weights)).tolist()
-    if mixing["scheme"] != "weights":
-        weights = [w * m for w, m in zip(weights, mixing_weights(sizes, **mixing), strict=True)]
-    facts = {
-        "seed": seed,
-        "units": len(scan.length),
-        "lengths": zlib.crc32(np.ascontiguousarray(scan.length).view(np.uint8).data),
-        "weights": list(weights),
-        "capacity": capacity,
-        "rows_per_step": rows_per_step,
-        "shuffle": shuffle if shuffle == "global" else f"{shuffle}, {window}",
-    }
-    for key, now in facts.items():
-        if known is not None and known[key] != now:
-            raise CheckpointError(
-                f"the checkpoint was made with other data, another seed or other rows ({key} differs: {known[key]} "
-                f"then, {now} now), so the data order cannot be continued",
-                where="run.resume",
-                remedy="resume with the config and data it was made with, or start from its weights with run.init_from",
-            )
+    sizes = np.bincount(scan.source, minlength=len(asked.weights)).tolist()
+    weights = asked.mixed(sizes)
+    facts = asked.facts(scan, weights)
+    if known is not None:
+        _refuse_another_order(facts, known)
 
+    # One epoch is at work at a time, and its order is a table of all units: more than one would only take memory.
     @lru_cache(maxsize=1)
     def order_of(epoch: int) -> Any:
-        return mixture_order(sizes, weights, seed=seed, epoch=epoch, shuffle=shuffle, window=window)
+        return mixture_order(sizes, weights, seed=asked.seed, epoch=epoch, shuffle=asked.shuffle, window=asked.window)
 
     def rows_of(epoch: int, begin: int, end: int) -> list[list[int]]:
         order = order_of(epoch)[begin:end]
-        if capacity is None:
+        if asked.capacity is None:
             return [[u] for u in order.tolist()]
-        return plan_rows(scan.length, capacity=capacity, order=order, shared=scan.shared)
+        return plan_rows(scan.length, capacity=asked.capacity, order=order, shared=scan.shared)
 
     def alike(row: list[int]) -> tuple[int, ...]:
         return int(scan.seen[row].any()), int(scan.length[row].sum())
 
     units = units_in_epoch(sizes, weights)
     counts: Sequence[int] = ()
-    if known is None and epochs is not None and capacity is not None:
-        counts = _row_counts(rows_of, Walk.whole_segments(units, epochs), [facts, sizes, scan.shared], store)
-    cost_of = None if costs is None else lambda row: float(costs[row].sum())
+    # Only a run that counts epochs has to know beforehand how many rows they take; one that goes on knows already.
+    if known is None and asked.epochs is not None and asked.capacity is not None:
+        counts = _row_counts(rows_of, Walk.whole_segments(units, asked.epochs), [facts, sizes, scan.shared], store)
     walk = Walk(
         rows_of,
         units=units,
-        rows_per_step=rows_per_step,
-        epochs=epochs,
-        steps=steps,
+        rows_per_step=asked.rows_per_step,
+        epochs=asked.epochs,
+        steps=asked.steps,
         known=known,
         counts=counts,
-        cost_of=cost_of,
-        alike=alike if group and capacity is None else None,
+        cost_of=None if costs is None else lambda row: float(costs[row].sum()),
+        alike=alike if asked.group and asked.capacity is None else None,
     )
     return walk, facts
+
+
+def _refuse_another_order(facts: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    # Going on in another order would repeat some records and never see others, and nothing would show it.
+    for key, now in facts.items():
+        if known[key] != now:
+            raise CheckpointError(
+                f"the checkpoint was made with other data, another seed or other rows ({key} differs: {known[key]} "
+                f"then, {now} now), so the data order cannot be continued",
+                where="run.resume",
+                remedy="resume with the config and data it was made with, or start from its weights with run.init_from",
+            )
 
 
 def _row_counts(
@@ -170,9 +202,8 @@ def walk_of(
 ) -> tuple[Walk, dict[str, Any]]:
     """The rows of a run, forecast or real, and what decides their order; the rest: see `make_walk`."""
     t = config.train
-    return make_walk(
-        scan,
-        [s.weight for s in config.data.train],
+    asked = Ordering(
+        weights=[s.weight for s in config.data.train],
         mixing=config.data.mixing.model_dump(),
         seed=config.run.seed,
         capacity=config.data.pack_tokens if config.data.packing else None,
@@ -182,7 +213,5 @@ def walk_of(
         shuffle=config.data.shuffle,
         window=config.data.shuffle_window,
         group=config.data.group,
-        known=known,
-        costs=costs,
-        store=store,
     )
+    return make_walk(scan, asked, known=known, costs=costs, store=store)

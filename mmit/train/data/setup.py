@@ -1,4 +1,4 @@
-"""From the sources of a run to its micro-batches: open, measure, judge, order, load.
+"""From the sources of a run to its micro-batches: open, measure, refuse or leave out, order, load.
 
 Owns what has to be settled about the data before the first step, and the policy for bad records. Takes plain
 arguments, gives `InstructionData`, its `Scan` and the `Walk`. Refuses a run whose records cannot fit its rows.
@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from mmit.records import Image, Record
 
 Say = Callable[[Any], None]
+BAD_RECORDS = {"train": "bad_records.jsonl", "eval": "bad_records_eval.jsonl"}  # in the run's folder
 
 
 def check_lengths(*, max_length: int, capacity: int, limit: int | None, virtual: int = 0) -> None:
@@ -92,16 +94,32 @@ def chat_of(section: Mapping[str, Any], tokenizer: Any, *, date: str | None = No
         return chat_format(given.pop("format"), tokenizer, date=date, **given)
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How a conversation becomes tokens with loss weights. `loss` is the section data.loss, empty for plain answers."""
+
+    chat: ChatFormat
+    tokenizer: Any
+    loss: Mapping[str, Any] = field(default_factory=dict)
+
+    def key(self) -> str:
+        """Stands for all that decides the tokens and their weights, but for mmit's own code."""
+        return key_of(encoding_key(self.chat, self.tokenizer), dict(self.loss))
+
+    def encoder(self) -> Callable[[Record], Encoded]:
+        """The function itself; it can be sent to loader processes."""
+        loss = Loss(**{k: v for k, v in self.loss.items() if k != "sources"})
+        return partial(_encode, self.chat, self.tokenizer, loss)
+
+
 def open_data(
     sources: Sequence[Mapping[str, Any]],
-    chat: ChatFormat,
-    tokenizer: Any,
+    encoding: Encoding,
     *,
     cache: Path,
     on_bad: Callable[[RecordError], None] | None,
     key: str = "data.train",
     say: Say = lambda text: None,
-    loss: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> InstructionData:
     """Open the sources of a run.
@@ -111,7 +129,6 @@ def open_data(
         cache: see `cache_folder`.
         on_bad: receives rows that are no records and have no number; None raises the first. Others are bad records.
         key: the list of the config that they are from, for messages.
-        loss: the section data.loss: `sources` by name, the rest as `Loss` takes it; None supervises answers.
         options: what else `InstructionData` takes (preparation, max_length, capacity, ...).
     """
     keys = ("path", "format", "image_root", "name", "limit", "options")
@@ -119,12 +136,10 @@ def open_data(
     for i, source in enumerate(sources):
         with located(f"{key}.{i}"):
             opened.append(open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad, say=say, judge=False))
-    told = dict(loss or {})
-    encoding = key_of(encoding_key(chat, tokenizer), told)
-    weights = source_weights(opened, told.pop("sources", {}), strict=key == "data.train")
-    encoder = partial(_encode, chat, tokenizer, Loss(**told))
-    data = InstructionData(opened, encoder, key=encoding, source_weights=weights, **options)
-    data.own_thought = chat.own_thought
+    # Held-out sources may lack the names that data.loss.sources weighs: it is written for the training data.
+    weights = source_weights(opened, encoding.loss.get("sources", {}), strict=key == "data.train")
+    data = InstructionData(opened, encoding.encoder(), key=encoding.key(), source_weights=weights, **options)
+    data.own_thought = encoding.chat.own_thought
     return data
 
 
@@ -176,36 +191,43 @@ def measure(data: InstructionData, *, store: Store, shown: bool, alive: Callable
         return data.scan(workers=allowed_cores(), store=store, progress=progress)
 
 
-def judge(
-    scan: Scan,
-    *,
-    skip: bool,
-    max_bad_fraction: float,
-    run_dir: Path | None,
-    main: bool,
-    say: Say,
-    key: str = "data.train",
-    name: str = "bad_records.jsonl",
-) -> None:
-    """Apply the stated policy to bad records; all of them are listed in the file `name` of `run_dir`, if any."""
-    listed = "" if run_dir is None else f", listed in {run_dir / name}"
-    if main and scan.bad and run_dir is not None:
-        write_atomic(run_dir / name, "".join(_line(e) for e in scan.bad))
-    if scan.bad and not skip:
-        first = scan.bad[0]
-        more = f" (the first of {len(scan.bad)} bad records{listed})" if len(scan.bad) > 1 else ""
-        raise type(first)(first.problem + more, where=first.where, remedy=first.remedy)
-    if len(scan.bad) > most_bad(max_bad_fraction, scan.records):
-        raise RecordError(
-            f"{len(scan.bad)} of {scan.records} records are bad, more than run.max_bad_fraction="
-            f"{max_bad_fraction:g} allows; the first: {scan.bad[0]}",
-            where=key if run_dir is None else str(run_dir / name),
-            remedy="fix the data, or raise run.max_bad_fraction",
-        )
-    if scan.bad:
-        say(f"{len(scan.bad)} bad records are left out{listed}")
-    if not len(scan.length):
-        raise RecordError("no usable record is left", where=key, remedy="check the files and formats")
+@dataclass(frozen=True)
+class BadRecordPolicy:
+    """What a config says about records that cannot be used: `run.on_bad_record` and `run.max_bad_fraction`."""
+
+    skip: bool
+    max_fraction: float
+
+    def apply(self, scan: Scan, *, run_dir: Path | None, main: bool, say: Say, part: str = "train") -> None:
+        """Refuse the run or leave bad records out; all of them are listed in the run's folder, if there is one.
+
+        Args:
+            main: this rank writes the list and says what is left out; every rank raises.
+            part: "train" or "eval": the list of the config that the records are from.
+
+        Raises:
+            RecordError: a bad record and no leave to skip it, more of them than tolerated, or nothing is left.
+        """
+        key, listing = f"data.{part}", None if run_dir is None else run_dir / BAD_RECORDS[part]
+        listed = "" if listing is None else f", listed in {listing}"
+        # Before anything is refused: the list is what a user fixes the data by.
+        if main and scan.bad and listing is not None:
+            write_atomic(listing, "".join(_line(e) for e in scan.bad))
+        if scan.bad and not self.skip:
+            first = scan.bad[0]
+            more = f" (the first of {len(scan.bad)} bad records{listed})" if len(scan.bad) > 1 else ""
+            raise type(first)(first.problem + more, where=first.where, remedy=first.remedy)
+        if len(scan.bad) > most_bad(self.max_fraction, scan.records):
+            raise RecordError(
+                f"{len(scan.bad)} of {scan.records} records are bad, more than run.max_bad_fraction="
+                f"{self.max_fraction:g} allows; the first: {scan.bad[0]}",
+                where=key if listing is None else str(listing),
+                remedy="fix the data, or raise run.max_bad_fraction",
+            )
+        if scan.bad:
+            say(f"{len(scan.bad)} bad records are left out{listed}")
+        if not len(scan.length):
+            raise RecordError("no usable record is left", where=key, remedy="check the files and formats")
 
 
 def most_bad(fraction: float, records: int) -> int:
@@ -213,10 +235,10 @@ def most_bad(fraction: float, records: int) -> int:
     return math.floor(fraction * records + 1e-9 * records)
 
 
-def note_bad(run_dir: Path, rank: int, error: RecordError, *, name: str = "bad_records.jsonl") -> None:
+def note_bad(run_dir: Path, rank: int, error: RecordError, *, part: str = "train") -> None:
     """Add a record that turned out bad while training to the listing; each rank has its own."""
-    listing = run_dir / name if rank == 0 else run_dir / f"{Path(name).stem}-{rank}.jsonl"
-    append(listing, _line(error))
+    listing = run_dir / BAD_RECORDS[part]
+    append(listing if rank == 0 else listing.with_name(f"{listing.stem}-{rank}.jsonl"), _line(error))
 
 
 def source_names(data: InstructionData) -> list[str]:

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,21 @@ from mmit.models.partition import shape
 from mmit.train.engines.state import read_state, write_state
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]  # losses of targets -> losses of what is compared
+
+
+@dataclass(frozen=True)
+class Update:
+    """How AdamW changes the weights, and the norm that gradients are clipped to; None for no clipping."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = 1.0
+
+    def adamw(self, groups: Sequence[dict[str, Any]], *, fused: bool) -> torch.optim.Optimizer:
+        """The optimizer of these parameter groups, which hold their learning rates."""
+        options: dict[str, Any] = {"betas": self.betas, "eps": self.eps, "weight_decay": self.weight_decay}
+        return torch.optim.AdamW(groups, **options, fused=fused)
 
 
 class Engine(ABC):

@@ -20,7 +20,7 @@ from torch import nn
 
 from mmit.errors import ConfigError, nearest
 from mmit.models.partition import shape
-from mmit.train.engines.base import Engine, Reduce, poisoned, weighted
+from mmit.train.engines.base import Engine, Reduce, Update, poisoned, weighted
 from mmit.train.engines.state import placed, placed_step
 from mmit.train.engines.zero import WHERE, complete, zero_stage
 
@@ -96,7 +96,7 @@ class DeepSpeedEngine(Engine):
             tower belongs there, since under ZeRO-3 a rank without pictures would not join in gathering it.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         model: nn.Module,
         groups: Sequence[Group],
@@ -105,10 +105,7 @@ class DeepSpeedEngine(Engine):
         precision: str,
         config: Mapping[str, Any],
         replicated: Sequence[str] = (),
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        clip: float | None = 1.0,
+        update: Update = Update(),  # noqa: B008 - frozen
     ) -> None:
         import deepspeed
 
@@ -119,15 +116,10 @@ class DeepSpeedEngine(Engine):
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
         trained = sum(math.prod(shape) for shape in self.shapes().values())
-        whole = complete(config, precision=precision, clip=clip, trained=trained)
+        whole = complete(config, precision=precision, clip=update.clip, trained=trained)
         self.stage = zero_stage(whole)
-        optimizer = torch.optim.AdamW(
-            [{"params": [p for _, p in g.parameters], "lr": g.lr, "peak": g.lr} for g in groups],
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            fused=True,
-        )
+        by_group = [{"params": [p for _, p in g.parameters], "lr": g.lr, "peak": g.lr} for g in groups]
+        optimizer = update.adamw(by_group, fused=True)
         self._peaks = [g.lr for g in groups]
         with self._out_of_sight():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=whole)

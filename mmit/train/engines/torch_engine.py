@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmit.errors import ConfigError
-from mmit.train.engines.base import Engine, Reduce, poisoned, weighted
+from mmit.train.engines.base import Engine, Reduce, Update, poisoned, weighted
 from mmit.train.engines.state import placed
 
 if TYPE_CHECKING:
@@ -31,16 +31,13 @@ class TorchEngine(Engine):
         *,
         device: torch.device,
         precision: str,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        clip: float | None = 1.0,
+        update: Update = Update(),  # noqa: B008 - frozen
     ) -> None:
         if precision == "fp16":
             problem = "fp16 needs loss scaling, which the torch engine does not do"
             remedy = "set train.precision=bf16, or engine.kind=deepspeed"
             raise ConfigError(problem, where="train.precision", remedy=remedy)
-        self.device, self.clip = device, clip
+        self.device, self.clip = device, update.clip
         self.model = model.to(device)
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
@@ -48,9 +45,8 @@ class TorchEngine(Engine):
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters]
         masters = iter(self.masters)
         param_groups = [{"params": [next(masters) for _ in g.parameters], "lr": g.lr, "peak": g.lr} for g in groups]
-        self.optimizer = torch.optim.AdamW(
-            param_groups, betas=betas, eps=eps, weight_decay=weight_decay, fused=device.type in ("cpu", "cuda")
-        )
+        # torch refuses `fused` where a device has no such kernel, as "meta" has none.
+        self.optimizer = update.adamw(param_groups, fused=device.type in ("cpu", "cuda"))
 
     def forward_backward(
         self,

@@ -94,29 +94,8 @@ def complete(
     }
     if precision == "bf16":
         mine["bf16.check_grad_overflow"] = (True, "its loop, which skips a step without a finite gradient")
-    for key, given in options.items():
-        if key in ELSEWHERE and given != "auto":
-            raise ConfigError(
-                f"{key} is {json.dumps(given)}, but mmit decides it by {ELSEWHERE[key]}",
-                where=f"{WHERE}.{key}",
-                remedy="remove it from the DeepSpeed JSON",
-            )
-        if key not in ELSEWHERE and key not in KNOWN:
-            raise ConfigError("DeepSpeed has no such key", where=f"{WHERE}.{key}", remedy=nearest(key, KNOWN))
-    whole = {k: v for k, v in options.items() if v != "auto"}
-    for key, (value, owner_) in mine.items():
-        section, _, leaf = key.rpartition(".")
-        inner: dict[str, Any] = dict(whole.get(section) or {}) if section else whole
-        given_ = inner.get(leaf, "auto")
-        if given_ != "auto" and given_ != value:
-            raise ConfigError(
-                f"{key} is {json.dumps(given_)}, but mmit has {json.dumps(value)} from {owner_}",
-                where=f"{WHERE}.{key}",
-                remedy="remove it from the DeepSpeed JSON, or set both to the same",
-            )
-        inner[leaf] = value
-        if section:
-            whole[section] = inner
+    _refuse_keys(options)
+    whole = _agreed(options, mine)
     stage = zero_stage(whole)
     if isinstance(whole.get("zero_optimization"), Mapping):
         zero = {k: v for k, v in whole["zero_optimization"].items() if v != "auto"}
@@ -135,4 +114,36 @@ def complete(
             where=WHERE,
             remedy="set engine.deepspeed=zero1, which computes the same, or train.precision=fp32",
         )
+    return whole
+
+
+def _refuse_keys(options: Mapping[str, Any]) -> None:
+    # DeepSpeed ignores a key that it does not know: a misspelt one would silently do nothing.
+    for key, given in options.items():
+        if key in ELSEWHERE and given != "auto":
+            raise ConfigError(
+                f"{key} is {json.dumps(given)}, but mmit decides it by {ELSEWHERE[key]}",
+                where=f"{WHERE}.{key}",
+                remedy="remove it from the DeepSpeed JSON",
+            )
+        if key not in ELSEWHERE and key not in KNOWN:
+            raise ConfigError("DeepSpeed has no such key", where=f"{WHERE}.{key}", remedy=nearest(key, KNOWN))
+
+
+def _agreed(options: Mapping[str, Any], mine: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+    """The options with mmit's own values {"section.key": (value, who decides it)}; refuses one that differs."""
+    whole = {k: v for k, v in options.items() if v != "auto"}
+    for key, (value, owner_) in mine.items():
+        section, _, leaf = key.rpartition(".")
+        inner: dict[str, Any] = dict(whole.get(section) or {}) if section else whole
+        given = inner.get(leaf, "auto")
+        if given != "auto" and given != value:
+            raise ConfigError(
+                f"{key} is {json.dumps(given)}, but mmit has {json.dumps(value)} from {owner_}",
+                where=f"{WHERE}.{key}",
+                remedy="remove it from the DeepSpeed JSON, or set both to the same",
+            )
+        inner[leaf] = value
+        if section:
+            whole[section] = inner
     return whole

@@ -29,11 +29,11 @@ from mmit.models.tuning import Group, apply_tuning, method_of, unquantised
 from mmit.models.virtual import virtual_tokens
 from mmit.train.checkpoint.model import image_preparation
 from mmit.train.data.order import walk_of
-from mmit.train.data.setup import Say, cache_folder, chat_of, check_lengths, judge, open_data
+from mmit.train.data.setup import BadRecordPolicy, Say, cache_folder, chat_of, check_lengths
 from mmit.train.engines.zero import bucket_size
 from mmit.train.memory.devices import find_device
 from mmit.train.memory.step_bytes import Bytes, measure_bytes
-from mmit.train.settle import choosing_of, objective_of, settled
+from mmit.train.settle import open_records, settled
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -106,23 +106,10 @@ def sample_data(
         virtual=virtual_tokens(vlm.llm),
     )
     store = Store(cache)
-    skip = config.run.on_bad_record == "skip"
+    policy = BadRecordPolicy(config.run.on_bad_record == "skip", config.run.max_bad_fraction)
     unreadable: list[RecordError] = []
-    data = open_data(
-        [s.model_dump() for s in options.train],
-        chat,
-        tokenizer,
-        cache=cache,
-        on_bad=unreadable.append if skip else None,
-        preparation=_preparation(config, vlm),
-        max_length=options.max_length,
-        capacity=options.pack_tokens,
-        split_turns=options.split_turns,
-        share_prefix=options.share_prefix and options.packing is not False,
-        loss=options.loss.model_dump(),
-        choosing=choosing_of(config),
-        compares=objective_of(config).compares,
-    )
+    reading: dict[str, Any] = {"preparation": _preparation(config, vlm), "cache": cache}
+    data = open_records(config, "train", chat, tokenizer, **reading, on_bad=unreadable.append if policy.skip else None)
     numbers: np.ndarray | None = None
     if len(data) > SAMPLE and not is_kept(data, store):
         numbers = np.unique(np.linspace(0, len(data) - 1, SAMPLE).astype(int))
@@ -133,9 +120,9 @@ def sample_data(
             say(f"{source.origin}: {some}kept in meta only: {told(kept)}")
     if numbers is None:
         scan.bad = unreadable + scan.bad
-        judge(scan, skip=skip, max_bad_fraction=config.run.max_bad_fraction, run_dir=None, main=True, say=say)
+        policy.apply(scan, run_dir=None, main=True, say=say)
         return data, scan, 1.0
-    if scan.bad and not skip:
+    if scan.bad and not policy.skip:
         raise scan.bad[0]
     if not len(scan.length):
         raise MmitError("no usable record was found", where="data.train", remedy="check the files and formats")

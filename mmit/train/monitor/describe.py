@@ -1,6 +1,7 @@
-"""What a run is, written down when it starts: versions, hardware, parameters, data. `run.json` in the run folder.
+"""What a run is, said on the screen and written down when it starts: versions, hardware, parameters, data.
 
-The report and `mmit run-status` read it. Every start of a run, the resumed ones too, has an entry.
+`introduce` prints it with an example; `run.json` in the run folder keeps it, with an entry for every start, the resumed
+ones too. The report and `mmit run-status` read that.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import functools
 import os
 import platform
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,19 +19,76 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import mmit
+from mmit.data.chat_check import difference
+from mmit.data.dataset import InstructionData, split_pairs
+from mmit.data.viewer import to_rich
 from mmit.models.tuning import parameter_table
 from mmit.train.data.setup import source_names
 from mmit.train.monitor.run_files import RUN, read_json, write_json
 
 if TYPE_CHECKING:
-    from mmit.data.dataset import InstructionData
+    from mmit.data.chat import ChatFormat
     from mmit.data.measure import Scan
     from mmit.data.walk import Walk
     from mmit.models.vlm import VLM
+    from mmit.train.checkpoint.model import Loaded
     from mmit.train.data.batches import TrainData
     from mmit.train.engines.world import World
 
 LIBRARIES = ("torch", "transformers", "peft", "open_clip_torch", "timm", "deepspeed")
+FIRST = 16  # records compared with what the chat template writes
+
+
+def introduce(
+    model: Loaded,
+    data: InstructionData,
+    scan: Scan,
+    *,
+    walk: Walk,
+    lr: Mapping[str, float | None],
+    say: Callable[[Any], None],
+) -> None:
+    """Print what is about to happen: counts, trained parameters, one example with its mask.
+
+    `lr` is the peak learning rate of each component.
+    """
+    from rich.table import Table
+
+    tokens = int(scan.length.sum())
+    say(
+        f"{scan.records - len(scan.bad)} records of {len(data.sources)} sources, {scan.pictures} pictures, "
+        f"{tokens} tokens, {scan.supervised} supervised; {walk.steps} steps of {walk.rows_per_step} rows of "
+        f"{data.capacity} tokens"
+    )
+    table = Table("component", "parameters", "trained", "share", "dtype", "lr")
+    for row in parameter_table(model.vlm):
+        rate = lr.get(row["component"])
+        table.add_row(
+            row["component"],
+            f"{row['total']:,}",
+            f"{row['trained']:,}",
+            f"{100 * row['trained'] / max(row['total'], 1):.2f} %",
+            row["dtype"],
+            f"{rate:g}" if rate is not None and row["trained"] else "-",
+        )
+    say(table)
+    record = data.record(int(scan.record[0]))
+    shown = split_pairs(record)[0] if data.split_turns else record
+    _compare(data, scan, model.chat, say)
+    fixed = data.preparation is not None and not data.preparation.tiled
+    factor = data.source_weights[data.source_of(int(scan.record[0]))]
+    shown = replace(shown, weight=shown.weight * factor) if factor else shown  # without any loss there is no sample
+    say(to_rich(data.encode(shown), model.tokenizer, image_tokens=model.vlm.image_tokens if fixed else None))
+
+
+def _compare(data: InstructionData, scan: Scan, chat: ChatFormat, say: Callable[[Any], None]) -> None:
+    """Compare the first records with what the chat template itself writes, and name the first difference."""
+    for number in dict.fromkeys(scan.record[:FIRST].tolist()):
+        record = data.record(int(number), outline=True)
+        for part in split_pairs(record) if data.split_turns else [record]:
+            if found := difference(part, chat):
+                say(f"{record.where} is not what the chat template writes: {found}")
+                return
 
 
 def describe(

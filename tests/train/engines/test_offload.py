@@ -82,5 +82,7 @@ def test_a_disk_without_libaio_is_told_before_anything_is_loaded(tmp_path, monke
     heart = Heartbeat(tmp_path, rank=0, world=1, stall=None, report=print)
     ranks = World(0, 1, torch.device("cpu"), deepspeed=True)
     with pytest.raises(ConfigError, match="apt install libaio-dev") as error:
-        parts.build(config_of(tmp_path, "run", str(tmp_path / "nvme.json")), None, world=ranks, say=print, heart=heart)
+        parts.build_model(
+            parts.Start(config_of(tmp_path, "run", str(tmp_path / "nvme.json")), None, ranks, print, heart)
+        )
     assert error.value.where == "engine.deepspeed.zero_optimization.offload_optimizer"

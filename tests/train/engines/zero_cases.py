@@ -25,7 +25,7 @@ from mmit.models.tuning import apply_tuning
 from mmit.records import Image, Record, Text, Turn, read_jsonl, write_jsonl
 from mmit.train.checkpoint.model import image_preparation
 from mmit.train.data.batches import Upload
-from mmit.train.data.setup import image_loader, open_data
+from mmit.train.data.setup import Encoding, image_loader, open_data
 from mmit.train.engines.base import Engine
 from mmit.train.engines.deepspeed_engine import DeepSpeedEngine
 from mmit.train.engines.torch_engine import TorchEngine
@@ -90,8 +90,7 @@ class Bench:
         source = config.data.train[0].model_dump()
         self.data = open_data(
             [{**source, "path": str(folder / "cases.jsonl")}],
-            chat,
-            tokenizer,
+            Encoding(chat, tokenizer),
             cache=folder,
             on_bad=None,
             preparation=preparation,

@@ -26,7 +26,7 @@ from mmit.records import Record, write_jsonl
 from mmit.train.checkpoint import folders
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checkpoint.resume import settle_best
-from mmit.train.data.setup import image_loader, open_data
+from mmit.train.data.setup import Encoding, image_loader, open_data
 from mmit.train.loop import Progress, sum_by_source
 from mmit.train.monitor import trackers
 from mmit.train.monitor.describe import note_start
@@ -112,8 +112,7 @@ def test_the_held_out_loss_is_that_of_the_checkpoint(straight):
     preparation = prepare_images(found.image, tokens=found.vlm.image_tokens, grid=found.vlm.image_grid)
     data = open_data(
         [source.model_dump() for source in options.eval],
-        found.chat,
-        found.tokenizer,
+        Encoding(found.chat, found.tokenizer),
         cache=straight,
         on_bad=None,
         preparation=preparation,
