@@ -120,6 +120,7 @@ def train(
         while progress.step < schedule.steps:
             began, number = time.perf_counter(), progress.step + 1
             hooks.phase("data loading", number)
+            # All of a step's micro-batches at once: the divisor below needs the weight of every one of them.
             batches = [next(source) for _ in range(data.micros)]
             waited = time.perf_counter() - began
             new = _note_bad(batches, progress, hooks.on_bad)
@@ -129,11 +130,13 @@ def train(
             # Reading a loss makes the host wait for the device, so it is read once the norm has been waited for.
             found = fetch(torch.stack(sums))
             hooks.phase("optimizer step", number)
+            # From the step alone: a resumed run has no scheduler whose state could be lost or counted twice.
             factor = schedule.lr_factor(progress.step)
             norm = engine.step(factor)
             hooks.phase("sums over ranks", number)
             _sum_losses(engine, step, found().tolist())
             _check_loss(step, norm, progress=progress, data=data, schedule=schedule, hooks=hooks)
+            # Counted also where the step was skipped: its rows are spent, and the data order goes by this number.
             progress.step += 1
             progress.tokens += int(step.tokens)
             progress.supervised += int(step.targets)
@@ -171,8 +174,10 @@ def _note_bad(batches: Sequence[MicroBatch], progress: Progress, on_bad: Callabl
     met: dict[int, RecordError] = {}
     for batch in batches:
         met |= batch.bad
+        # Counted on this rank, over steps: a disk that went away gives bad records alone, and a run of them says so
+        # long before they are more than the share of all that `max_bad` tolerates.
         progress.bad_run = len(batch.bad) + (0 if batch.records else progress.bad_run)
-    known = set(progress.bad) if met else set()
+    known = set(progress.bad) if met else set()  # almost every step meets none, and the list may be long
     new = [number for number in met if number not in known]
     for number in new:
         on_bad(met[number])
@@ -265,6 +270,8 @@ def sum_by_source(losses: torch.Tensor, sources: torch.Tensor, *, count: int) ->
 
 def _sum_losses(engine: Engine, step: _Step, table: Sequence[Sequence[float]]) -> None:
     """Sum the losses of this rank's micro-batches, given by (micro-batch, source), over ranks."""
+    # After the backward pass, where ranks have met anyway; by micro-batch too, so that each rank can name the records
+    # of any other's spike or NaN: the data order is a function, and no names have to be sent.
     count = len(table[0])
     micro = [0.0] * (engine.world * len(table))
     micro[engine.rank * len(table) : (engine.rank + 1) * len(table)] = [sum(row) for row in table]
@@ -277,7 +284,7 @@ def _row(
 ) -> dict[str, Any]:
     """One line of metrics.jsonl."""
     named = list(zip(data.names, step.losses_of, step.targets_of, step.weight_of, strict=True))
-    factor = schedule.lr_factor(progress.step - 1)
+    factor = schedule.lr_factor(progress.step - 1)  # `progress.step` is counted up already
     return {
         "step": progress.step,
         "epoch": round(data.epoch_after(progress.step), 4),

@@ -121,6 +121,7 @@ def comparison_losses(method: Method, items: Items, whole: Whole) -> torch.Tenso
         found = (margin - 1 / (2 * method.beta)) ** 2
     else:
         flip = method.label_smoothing
+        # Divided by 1 - 2 flip, the expected loss under flipped labels is that without them (robust DPO).
         kept, flipped = F.logsigmoid(method.beta * margin), F.logsigmoid(-method.beta * margin)
         found = (-(1 - flip) * kept + flip * flipped) / (1 - 2 * flip)
     return found + method.sft_weight * likelihood if method.sft_weight else found
@@ -128,7 +129,9 @@ def comparison_losses(method: Method, items: Items, whole: Whole) -> torch.Tenso
 
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:
     """log(1 - exp(x)) of x < 0, exact at both ends (Maechler 2012)."""
-    near = x > -0.6931471805599453
+    near = x > -0.6931471805599453  # -log 2
+    # Both branches get a harmless x where the other counts: autograd multiplies the gradient of the branch that was not
+    # taken by 0, and 0 times infinity is NaN.
     return torch.where(
         near,
         torch.log(-torch.expm1(torch.where(near, x, -1.0))),
@@ -183,6 +186,8 @@ class Preference:
 
     def begin(self, engine: Engine, data: TrainData, batches: Sequence[MicroBatch]) -> None:
         """Find what the losses of a step need to know of all of it. All ranks call this together."""
+        # Before the first backward pass: estimated by each micro-batch for itself, it would make a step depend on how
+        # its rows are split.
         self._seen = []
         sums = [0.0, 0.0, 0.0, 0.0]  # moved, how many; weight of comparisons, of the tokens of chosen answers
         for batch in batches:
@@ -206,7 +211,7 @@ class Preference:
     def losses(self, losses: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
         """(S,) cross-entropies of a micro-batch -> (B,) losses of its comparisons; notes what metrics are made of."""
         if not batch.weight or batch.compared is None:
-            return losses[:1] * 0
+            return losses[:1] * 0  # of an idle rank: still a part of the graph, so that its backward pass runs
         items = self.items(losses, batch.compared)
         self._seen.append(Items(items.logps.detach(), items.counts, items.reference, items.good, items.weights))
         return comparison_losses(self.method, items, self.whole)
@@ -274,6 +279,7 @@ class Preference:
         Args:
             data: walks over every unit once, in rows as in training.
         """
+        # Each rank fills the units that it walks over and leaves zeros elsewhere: a sum puts the table together.
         table = torch.zeros(units, 2, dtype=torch.float64)
         plain = Preference(self.method, self.model)
         with evaluation_mode(self.model), torch.no_grad():
@@ -289,5 +295,5 @@ def _whole(method: Method, sums: Sequence[float]) -> Whole:
     """Of (moved, how many, weight of comparisons, weight of tokens), summed over ranks."""
     moved, count, weight, tokens = sums
     if method.kind == "kto":
-        return Whole(moved=max(moved / (count or 1.0), 0.0))
+        return Whole(moved=max(moved / (count or 1.0), 0.0))  # an estimate of a divergence, which is never negative
     return Whole(per_token=weight / (tokens or 1.0))

@@ -298,8 +298,8 @@ def _features(start: Start, model: Model, records: Records) -> FeatureCache | No
         )
     start.say(f"computing features of {scan.pictures} pictures once")
     plan = CachePlan(scan.crops, kind=vision.cache, folder=features_folder(vision, start.run_dir))
-    pictures, begin = records.train.pictures(scan.illustrated), partial(start.heart.phase, step=0)
-    return compute_features(tower, pictures, model.preparation, plan, world=start.world, begin=begin)
+    images, begin = records.train.pictures(scan.illustrated), partial(start.heart.phase, step=0)
+    return compute_features(tower, images, model.preparation, plan, world=start.world, begin=begin)
 
 
 def _align(start: Start, model: Model, features: FeatureCache | None) -> None:

@@ -62,7 +62,7 @@ class References:
         contents = {name: _content(held) for name, held in there.items()}
         if not method.referenced:
             return cls(method, vlm, {}, contents)
-        if begin is not None:
+        if begin is not None:  # never measured again: the weights have moved, and the zero of every ratio with them
             return cls(method, vlm, _read(begin, contents), contents)
         at_work, tables = Preference(method, vlm), {}
         for name, held in there.items():
@@ -84,6 +84,7 @@ class References:
 def _content(data: TrainData) -> str:
     """What the units of a table are: contents of the records, and their order."""
     scan = data.scan
+    # Their order too: rows of the table are found by number.
     told = json.dumps([scan.contents, scan.record.tolist(), data.data.compares])
     return hashlib.sha256(told.encode()).hexdigest()
 

@@ -37,6 +37,7 @@ def _hash(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
+    # A file's own fsync does not cover its name: that belongs to the folder, which is synced in the same way.
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -69,13 +70,17 @@ def write_folder(
         CheckpointError: the disk is full, broken or read-only, here or on another rank. What was there before is
             untouched and the draft is removed.
     """
+    # A dot first: `checkpoints` globs step-*, so that a draft is never taken for a checkpoint, whoever dies when.
+    # Beside the final name, not in /tmp: a rename is atomic within one file system only.
     draft = folder.with_name(f".{folder.name}.draft")
     steps: list[Step] = [lambda: _begin(draft, main), *(partial(fill, draft) for fill in fills)]
     rest: list[Step] = [*(partial(fill, draft) for fill in later), lambda: _publish(draft, folder)]
     if hand_over is None:
+        # Every rank takes part in every step, if only by its verdict: `all_fine` is a collective.
         steps += [step if main else _nothing for step in rest]
     _write(folder, draft, steps, main=main, all_fine=all_fine)
     if hand_over is not None and main:
+        # No collective in there: it runs in a thread, while the loop's own are under way on the same ranks.
         hand_over(lambda: _write(folder, draft, rest, main=True, all_fine=lambda mine: mine))
 
 
@@ -95,6 +100,7 @@ def _write(folder: Path, draft: Path, steps: Sequence[Step], *, main: bool, all_
             failure = error
         if all_fine(failure is None):
             continue
+        # From here all ranks raise. Only the main one removes: the others may see the same folder.
         if main:
             shutil.rmtree(draft, ignore_errors=True)
         if failure is None:
@@ -126,8 +132,14 @@ def _begin(draft: Path, main: bool) -> None:
 
 def _publish(draft: Path, folder: Path) -> None:
     """Sync every file, write the manifest, rename. An older folder of that name stays findable until then."""
+    # The order is what a kill, or the power, at any point leaves behind:
+    #   before the manifest is on disk   a draft, which nobody looks at and the next save sweeps up
+    #   before the first rename          the same; the older folder still has its name
+    #   between the renames              the older folder under .NAME.old, which `checkpoints` finds
+    #   after the second                 the new folder, whole, since everything in it was synced before it got its name
     files = sorted(p for p in draft.rglob("*") if p.is_file())
     listing = {p.relative_to(draft).as_posix(): {"size": p.stat().st_size, "sha256": _hash(p)} for p in files}
+    # The manifest only after what it vouches for: a file system may write out files in any order.
     for p in [*files, *(d for d in draft.rglob("*") if d.is_dir())]:
         _sync(p)
     manifest = draft / MANIFEST
@@ -138,7 +150,7 @@ def _publish(draft: Path, folder: Path) -> None:
     if folder.exists():
         if old.exists():
             shutil.rmtree(old)
-        folder.rename(old)
+        folder.rename(old)  # a rename onto a folder that is not empty fails
     draft.rename(folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)  # what is left of it is swept up after the next save
@@ -150,6 +162,7 @@ def _aside(folder: Path) -> Path:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that no half of it is ever taken for a whole one. Raises OSError."""
+    # Renamed first: files go one by one, and a kill between them would leave a checkpoint with holes under its name.
     gone = folder.with_name(f".{folder.name}.gone")
     if gone.exists():
         shutil.rmtree(gone)
@@ -162,6 +175,7 @@ def sweep(parent: Path) -> None:
     for left in [*parent.glob(".*.draft"), *parent.glob(".*.gone")]:
         shutil.rmtree(left, ignore_errors=True)
     for old in parent.glob(".*.old"):
+        # Alone it is the only whole copy of that step: the save that put it aside died before it published its own.
         if (parent / old.name[1:-4]).exists():
             shutil.rmtree(old, ignore_errors=True)
 
@@ -187,6 +201,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError("is missing from the checkpoint", where=str(path), remedy=remedy)
+        # The size first: it tells a cut file at once, where the hash of a large one takes seconds.
         if path.stat().st_size != size:
             raise CheckpointError(f"has {path.stat().st_size} bytes instead of {size}", where=str(path), remedy=remedy)
         if _hash(path) != sha256:

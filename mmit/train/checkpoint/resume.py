@@ -47,7 +47,9 @@ def choose(run_dir: Path, resume: str | None, *, say: Say) -> Path | None:
             )
         return None
     if resume != "auto":
+        # A checkpoint that was named and is damaged is refused: going on from another one was not asked for.
         return folders.find(resume, warn=say)
+    # Verified by hashing every file, the newest first: a node that died may have left a folder that looks whole.
     found = folders.newest(run_dir, warn=say)
     if found is None and folders.checkpoints(run_dir):
         problem = "none of its checkpoints is whole"
@@ -59,6 +61,8 @@ def set_aside_later(run_dir: Path, step: int, *, say: Say) -> None:
     """Rename checkpoints after `step`: they are damaged, or of a course that this run leaves."""
     for folder in folders.checkpoints(run_dir):
         if folders.step_of(folder) > step:
+            # Kept, not removed: they may be hours of work, and only the user knows which course is wanted. Under this
+            # name neither `newest` nor `prune` sees them, and the run can save its own under theirs.
             name = f"superseded-{folder.name.lstrip('.')}"
             count = len(list(folder.parent.glob(f"{name}*")))
             target = folder.with_name(f"{name}.{count}" if count else name)
@@ -119,6 +123,7 @@ def restore(engine: Engine, folder: Path | None, *, seed: int, say: Say) -> Prog
     Raises:
         CheckpointError: the checkpoint has no trainer state.
     """
+    # Ranks draw different dropout masks. The data order is drawn from numbers of its own, see `data.order`.
     torch.manual_seed(seed + 1000 * engine.rank)
     if folder is None:
         return Progress()
@@ -126,6 +131,7 @@ def restore(engine: Engine, folder: Path | None, *, seed: int, say: Say) -> Prog
     engine.load_state(folder / "trainer")
     take_scaler_state(engine.optimizer, saved.get("scaler", {}))
     _restore_random(engine, folder / "trainer", saved["world"], say)
+    # progress.json holds more than Progress, and one written by an older version less: the defaults fill that in.
     names = {f.name for f in fields(Progress)}
     return Progress(**{k: v for k, v in saved.items() if k in names})
 
@@ -176,6 +182,7 @@ def prune(run_dir: Path, keep: int, *, best: int | None = None, say: Say) -> Non
     One that cannot be removed is no reason to end a run whose new checkpoint is safe: it is named, and tried again
     after the next save.
     """
+    # By name and whole or not: verifying here would read all of them after every save. The one just written is whole.
     for old in folders.checkpoints(run_dir)[:-keep]:
         if folders.step_of(old) == best:
             continue

@@ -48,7 +48,7 @@ class Writer:
 
     def wait(self) -> None:
         """Wait for the work under way; raises its error, once."""
-        work, self._work = self._work, None
+        work, self._work = self._work, None  # forgotten before it raises: an error is told once, not at every step
         if work is not None:
             work.result()
 
@@ -65,12 +65,14 @@ class CpuCopy:
     """
 
     def __init__(self, vlm: VLM) -> None:
+        # Page-locked, so that the copy out of a GPU runs at full speed; reserved once, for as long as the run lasts.
         pinned = vlm.device.type == "cuda"
         memo: dict[int, Any] = {}
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for tensor in [*vlm.parameters(), *vlm.buffers()]:
             changes = tensor.requires_grad or not isinstance(tensor, nn.Parameter)
             if not changes:
+                # `deepcopy` takes what stands in its memo for copied: a frozen base of many gigabytes is shared.
                 memo[id(tensor)] = tensor
                 continue
             host = torch.empty_like(tensor, device="cpu", requires_grad=False, pin_memory=pinned)
@@ -158,16 +160,18 @@ class Saves:
 
     def __call__(self, progress: Progress) -> None:
         """Save, or begin to. Raises CheckpointError, also for the save before."""
-        self.wait()
+        self.wait()  # one at a time: two would want the same host memory, and could publish in the wrong order
         folder = resume.checkpoint_folder(self.run_dir, progress.step)
         trainer = resume.TrainerState.of(self.engine, progress, order=self.contents.order(progress.step))
-        best = copy.copy(progress.best)
+        best = copy.copy(progress.best)  # as of this step: the loop may find a better one while this is written
         if self._writer is not None and self._copy is not None:
             self._begin(self._writer, self._copy, folder, trainer=trainer, best=best)
             return
         fills = [self._model_fill(progress.step), trainer.write, lambda d: self.engine.save_state(d / "trainer")]
         common: dict[str, Any] = {"main": self.engine.rank == 0, "all_fine": self.engine.all_true}
         if self._writer is not None:
+            # Under DeepSpeed the parts come together by collectives, which must not meet the loop's own: the files are
+            # written here, and what follows without ranks (hashes, fsync, rename) is left to the thread.
             hand_over = self._then(self._writer, folder, best)
             checkpoint.write_folder(folder, fills, hand_over=hand_over, **common)
             return
@@ -185,6 +189,7 @@ class Saves:
         best: dict[str, Any] | None,
     ) -> None:
         vlm, shapes, step = copied.take(), self.engine.shapes(), trainer.facts["step"]
+        # All of it before the loop goes on: the next step changes weights, moments and random state in place.
         states = [
             (name, {k: v.detach().to("cpu", copy=True) for k, v in tensors.items()})
             for name, tensors in self.engine.states()

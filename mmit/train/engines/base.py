@@ -110,12 +110,14 @@ class Engine(ABC):
         """Sum numbers over ranks, in float64."""
         if self.world == 1:
             return list(values)
+        # float64 holds counts of tokens exactly up to 2^53, and sums of losses to more digits than float32 has.
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
 
     def all_true(self, mine: bool) -> bool:
         """Whether `mine` is true on every rank; waits for all of them."""
+        # Counting those that are not: a sum of trues would have to be compared with the number of ranks.
         return self.all_sum([float(not mine)])[0] == 0
 
     def barrier(self) -> None:

@@ -174,7 +174,8 @@ class DeepSpeedEngine(Engine):
                 return float(norm)
         with self._out_of_sight():
             self.engine.step()
-        # None where DeepSpeed found an overflow before it had a norm.
+        # None where DeepSpeed found an overflow before it had a norm. Either way the caller gets a number that is not
+        # finite, which is how `Engine.step` says that nothing was applied.
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         norm = float("nan") if norm is None else float(norm)
         return norm if self.engine.was_step_applied() else float("inf")
@@ -183,13 +184,14 @@ class DeepSpeedEngine(Engine):
         """Whole tensors, gathered from all ranks one parameter at a time."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        # The count of steps is one number per flat group; all groups have taken equally many.
         inner = self._inner
         steps = [float(s["step"]) for s in inner.state.values() if "step" in s]
         self._link_states()
         for name, p in zip(self.names, self.parameters, strict=True):
             if not steps:
                 yield name, {}
-            elif self._plain:
+            elif self._plain:  # moments lie beside whole parameters, as in plain torch
                 yield name, dict(inner.state.get(p, {}))
             else:
                 state = {k: safe_get_full_optimizer_state(p, k) for k in ("exp_avg", "exp_avg_sq")}
@@ -205,12 +207,14 @@ class DeepSpeedEngine(Engine):
                 p = number[name]
                 self._inner.state[p] = placed(state, p, self._inner)
             return
+        # AdamW makes its moments in its first step, which this process has not taken: made here, to be filled below.
         flats = self._flat_masters()
         for place, flat in enumerate(flats):
             with self._from_disk(place):
                 zeros = {k: torch.zeros_like(flat.data) for k in ("exp_avg", "exp_avg_sq")}
                 self._inner.state[flat] = {"step": placed_step(torch.tensor(0.0), flat, self._inner), **zeros}
         self._link_states()
+        # One parameter at a time, since `states` reads them one at a time: no rank holds the whole optimizer.
         step = torch.tensor(0.0)
         for name, state in states:
             step = torch.maximum(step, state["step"])
@@ -273,5 +277,6 @@ class DeepSpeedEngine(Engine):
         if self.stage < 3:
             yield
             return
+        # modifier_rank=None: they are read only, and nothing is sent back when the block ends.
         with self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
             yield

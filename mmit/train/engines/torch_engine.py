@@ -41,6 +41,7 @@ class TorchEngine(Engine):
         self.model = model.to(device)
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
+        # A master for each parameter that is not float32: updates are often smaller than what bf16 can add to a weight.
         self.split = any(p.dtype != torch.float32 for p in self.parameters)
         self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters]
         masters = iter(self.masters)
@@ -65,6 +66,7 @@ class TorchEngine(Engine):
             return losses.detach()
         loss.backward()
         if self.split:
+            # After every micro-batch, not once a step: autograd would add them up in bf16.
             for p, m in zip(self.parameters, self.masters, strict=True):
                 if p is not m and p.grad is not None:
                     m.grad = p.grad.float() if m.grad is None else m.grad.add_(p.grad)
@@ -100,6 +102,8 @@ class TorchEngine(Engine):
         for name, p, m in zip(self.names, self.parameters, self.masters, strict=True):
             state = dict(self.optimizer.state.get(m, {}))
             if state and p is not m:
+                # Kept beside the moments: the checkpoint's weights are rounded, and a run that went on from those would
+                # not be the one that was stopped.
                 state["master"] = m
             yield name, state
 
@@ -108,6 +112,7 @@ class TorchEngine(Engine):
         number = {n: i for i, n in enumerate(self.names)}
         for name, state in states:
             p, m = self.parameters[number[name]], self.masters[number[name]]
+            # DeepSpeed keeps masters of float32 parameters too, which here are their own.
             master = state.pop("master", None)
             if master is not None and p is not m:
                 m.data.copy_(master)

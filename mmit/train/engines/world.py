@@ -72,6 +72,8 @@ class World:
         """Write what the contiguous `tensor` holds on rank `source` into those of all ranks, bit by bit."""
         if self.size == 1 or not tensor.numel():
             return
+        # As bytes, which no format of numbers can round and every backend can send; in pieces, since each goes through
+        # a buffer on the device of the collectives.
         for piece in tensor.detach().view(-1).view(torch.uint8).split(PIECE):
             there = piece.to(self.device)
             torch.distributed.broadcast(there, src=source)
@@ -88,6 +90,7 @@ class World:
             if self.size == 1:
                 raise
             mine = error
+        # As JSON and not as a pickle: ranks trust each other, but `tests/test_hygiene.py` lets no pickle in at all.
         text = json.dumps(mine.facts).encode() if mine else b""
         lengths = [length for (length,) in self.gather(len(text))]
         if not any(lengths):
@@ -98,6 +101,7 @@ class World:
             sent = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.share(sent, source=source)
         self.barrier()  # none may leave before all have read it
+        # A rank that failed itself raises its own error; the others that of the first rank that did.
         raise mine or from_facts(json.loads(bytes(sent.tolist())))
 
     def first(self, work: Callable[[Callable[[], None]], None]) -> None:
@@ -113,6 +117,8 @@ class World:
         """
         told = time.monotonic()
 
+        # Contract: each sum has all ranks in it. Those at work send 1 whenever they call `alive`, those that wait or
+        # are done send 0 in one sum after another, and the first sum in which all are 0 ends the waiting on every rank.
         def alive() -> None:
             nonlocal told
             if time.monotonic() - told > ALIVE:
