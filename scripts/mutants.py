@@ -275,8 +275,8 @@ MUTANTS = [
     Mutant(
         "bad records: ceiling doubled at start",
         SETUP,
-        "if len(scan.bad) > most_bad(max_bad_fraction, scan.records):",
-        "if len(scan.bad) > 2 * most_bad(max_bad_fraction, scan.records):",
+        "if len(scan.bad) > most_bad(self.max_fraction, scan.records):",
+        "if len(scan.bad) > 2 * most_bad(self.max_fraction, scan.records):",
         T_LIFE,
     ),
     Mutant(
@@ -891,8 +891,8 @@ MUTANTS = [
     Mutant(
         "text: a data card as it came",
         "mmit/build/write.py",
-        "plain(_card(counts, config))",
-        "str(_card(counts, config))",
+        "plain(_card(counts, stated.config))",
+        "str(_card(counts, stated.config))",
         "tests/test_text.py",
     ),
     Mutant(

@@ -59,10 +59,10 @@ def choose(run_dir: Path, resume: str | None, *, say: Say) -> Path | None:
 
 def set_aside_later(run_dir: Path, step: int, *, say: Say) -> None:
     """Rename checkpoints after `step`: they are damaged, or of a course that this run leaves."""
+    # Kept, not removed: they may be hours of work, and only the user knows which course is wanted. Under the new name
+    # neither `newest` nor `prune` sees them, and the run can save its own under theirs.
     for folder in folders.checkpoints(run_dir):
         if folders.step_of(folder) > step:
-            # Kept, not removed: they may be hours of work, and only the user knows which course is wanted. Under this
-            # name neither `newest` nor `prune` sees them, and the run can save its own under theirs.
             name = f"superseded-{folder.name.lstrip('.')}"
             count = len(list(folder.parent.glob(f"{name}*")))
             target = folder.with_name(f"{name}.{count}" if count else name)
