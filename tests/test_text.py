@@ -278,6 +278,7 @@ CALLS: dict[str, Callable[[Path], list[str]]] = {
     "build templates show": lambda folder: [evil_bank(folder)[1], "--row", f"{evil_bank(folder)[0]}#1"],
     "harness overlay": lambda folder: ["--tasks", EVIL, "--out", str(folder / EVIL_NAME)],
     "export": missing("--out", EVIL_NAME),
+    "merge": missing(EVIL_NAME),
     "import-model": missing(EVIL_NAME),
     **{
         f"analyse {name}": lambda folder, name=name: [evil_yaml(folder, study=name, **{EVIL: EVIL}), "--out", EVIL_NAME]

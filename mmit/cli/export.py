@@ -1,4 +1,4 @@
-"""`mmit export` and `mmit import-model`: models to and from other projects.
+"""`mmit export`, `mmit merge` and `mmit import-model`: models to and from other projects, and without their adapters.
 
 In: a run or checkpoint and a format, or another project's folder. Out: a folder, written whole or not at all, after a
 comparison of its logits with those of the source.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("llava-hf", "gguf", "llava", "peft", "mmit")
 NUMBERS = {"llava-hf": ("fp32", "bf16", "fp16"), "gguf": ("fp16", "q8_0", "bf16", "fp32")}  # the default first
+WHOLE = ("fp32", "bf16", "fp16")  # of a checkpoint with its base inside
 
 DtypeOption = Annotated[
     str | None,
@@ -259,6 +261,53 @@ def _tell(difference: float, limit: float, what: str = "logit") -> None:
     echo(f"largest difference of a {what} from the source: {difference:.3g} (limit {limit:.3g})")
 
 
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to write; must not exist.")],
+    *,
+    dtype: Annotated[str, typer.Option(help=f"Number format of the LLM: {', '.join(WHOLE)}.")] = WHOLE[0],
+    licence: Annotated[str | None, typer.Option(help="The model's licence for its card, as the hub names it.")] = None,
+    allow_code: AllowCode = False,
+) -> None:
+    """Fold a run's adapters into its base weights: a checkpoint with everything inside, to use and to train from.
+
+    LoRA, DoRA, (IA)3, BitFit and LayerNorm fold in, those of the vision encoder too; 4-bit weights of a QLoRA run are
+    multiplied out first. Logits of a fixed batch before, after, and read again from OUT are compared; beyond rounding
+    the command fails. What no plain weight can express (bottleneck adapters, prompts, prefixes) is refused.
+    """
+    if dtype not in WHOLE:
+        raise ConfigError(f"unknown number format '{dtype}'", where="--dtype", remedy=nearest(dtype, WHOLE))
+    import torch
+
+    from mmit.config import Config
+    from mmit.interop.export import TOLERANCE, compare_logits, merged_logits, source_logits
+    from mmit.models.hub import model_folder
+    from mmit.models.llm import DTYPES
+    from mmit.train.checkpoint.model import find, load_model
+    from mmit.train.checkpoint.portable import check_mergeable, merged_sections, refuse_existing, save_whole
+
+    refuse_existing(out)
+    checkpoint = find(model_folder(run))
+    check_mergeable(checkpoint)
+    trained = load_model(checkpoint, device="cpu", dtype=torch.float32, plain=True, allow_code=allow_code)
+    expected = merged_logits(trained.vlm, trained.tokenizer, trained.chat, trained.image)
+    trained.vlm.llm.to(DTYPES[dtype])  # type: ignore[arg-type]
+    config = Config.from_dict(merged_sections(trained.config, out), where=f"merge of {run}")
+    save_whole(replace(trained, config=config), out)
+    try:
+        _card(trained, out, format="mmit", licence=licence)  # with the recipe of the run
+        again = load_model(out, device="cpu", dtype=torch.float32, allow_code=allow_code)
+        found = source_logits(again.vlm, again.tokenizer, again.chat, again.image)
+        seen = [compare_logits(a, b, tolerance=TOLERANCE[DTYPES[dtype]]) for a, b in zip(expected, found, strict=True)]
+    except BaseException:
+        shutil.rmtree(out)
+        raise
+    worst = max(seen, key=lambda difference: difference.logits / difference.limit)
+    _tell(worst.logits, worst.limit)
+    echo(f"wrote {out}")
+    echo(_train_from(out))
+
+
 def import_model(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A folder of llava-hf, LLaVA, TinyLLaVA or Prismatic, or a hub id.")
@@ -275,8 +324,12 @@ def import_model(
     """
     make_start(source, out, chat=chat, base=base, tower=tower)
     echo(f"wrote {out}")
-    echo(
-        f"train from it: mmit train --config {out / 'config.yaml'} data.train.0.path=YOUR.jsonl "
+    echo(_train_from(out))
+
+
+def _train_from(folder: Path) -> str:
+    return (
+        f"train from it: mmit train --config {folder / 'config.yaml'} data.train.0.path=YOUR.jsonl "
         "tune.llm.mode=lora tune.llm.lr=2e-4"
     )
 

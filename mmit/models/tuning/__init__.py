@@ -65,7 +65,11 @@ class Group:
 
 
 def apply_tuning(
-    vlm: VLM, tune: Mapping[str, Mapping[str, Any]], *, say: Callable[[str], None] = lambda _: None
+    vlm: VLM,
+    tune: Mapping[str, Mapping[str, Any]],
+    *,
+    say: Callable[[str], None] = lambda _: None,
+    to_train: bool = True,
 ) -> list[Group]:
     """Set what is trained.
 
@@ -73,6 +77,7 @@ def apply_tuning(
         vlm: the composite; its LLM may already be a PeftModel (a continued run).
         tune: {"vision" | "projector" | "llm": {"mode": str, "lr": float | None, "options": dict}}.
         say: is told what a method leaves out.
+        to_train: False where a model is only read, which may train nothing: its adapter was merged.
 
     Returns:
         one group per trained component; with LoRA+ a second one for its B matrices.
@@ -102,7 +107,7 @@ def apply_tuning(
             _check_share(component, module, trained, mode=tune[component]["mode"])
             ratio = options[component].get("lr_ratio", 1.0)
             groups += _groups(component, trained, lr=float(tune[component]["lr"]), ratio=ratio)
-    if not groups:
+    if not groups and to_train:
         raise ModelError(
             "nothing is trained", where="tune", remedy="set the mode of the projector or the LLM to full or lora"
         )

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from mmit.config import Config
 
-ALONE = "serve it by itself, or a folder of `mmit export --format llava-hf`, which merges it"
+ALONE = "serve it by itself, merged or not (mmit merge)"
 # What a checkpoint holds where more than an adapter and a projector was trained.
 MORE = ("llm", "llm_tuned.safetensors", "vision.safetensors", "vision_tuned.safetensors", "vision_adapter")
 

@@ -158,7 +158,7 @@ def _refuse_residual(llm: Any) -> None:
         raise CheckpointError(
             "the base of a PiSSA or OLoRA adapter cannot be stored beside it",
             where="tune.llm.options.init",
-            remedy="merge the adapter first, or use init: true",
+            remedy="merge the adapter first (mmit merge), or use init: true",
         )
 
 
@@ -300,7 +300,7 @@ def _placed(device_map: Any) -> Iterator[None]:
         raise CheckpointError(
             f"its tuning method needs weights that the device map took off: {str(error).splitlines()[0]}",
             where="device_map",
-            remedy="merge it first (mmit export --format llava-hf) and load that, or keep the LLM on devices and cpu",
+            remedy="merge it first (mmit merge) and load that, or keep the LLM on devices and cpu",
         ) from error
 
 
@@ -420,7 +420,7 @@ def _tune(vlm: VLM, config: Config, path: Path, *, unquantized: bool) -> None:
     tune = config.tune.model_dump()
     if unquantized:
         tune["llm"] = unquantised(tune["llm"])
-    apply_tuning(vlm, tune)  # first: the weights belong to modules that the methods add
+    apply_tuning(vlm, tune, to_train=False)  # first: the weights belong to modules that the methods add
     read_weights(vlm, path)
 
 

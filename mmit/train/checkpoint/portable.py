@@ -1,4 +1,5 @@
-"""Checkpoints that refer to nothing outside: imports of other projects' models, and exports with every part inside.
+"""Checkpoints that refer to nothing outside: imports of other projects' models, exports with every part inside, merged
+models.
 
 Goes in: a foreign model, or a loaded checkpoint, with the config to store. Comes out: a checkpoint folder that
 `load_model` and `run.init_from` take.
@@ -21,6 +22,9 @@ from mmit.train.checkpoint.model import Loaded, write_folder, write_model
 if TYPE_CHECKING:
     from mmit.config import Config
     from mmit.interop.foreign import Foreign
+
+# What a checkpoint holds of methods that tune something beside, or a part of, the weights.
+BESIDE = ("adapter", "vision_adapter", "llm_tuned.safetensors", "vision_tuned.safetensors")
 
 
 def refuse_existing(folder: Path) -> None:
@@ -89,6 +93,24 @@ def save_imported(found: Foreign, folder: Path, config: Config) -> None:
     write_folder(folder, [fill])
 
 
+def check_mergeable(checkpoint: Path) -> None:
+    """Raise CheckpointError if a checkpoint holds nothing beside the weights of its LLM and its tower."""
+    if not any((checkpoint / name).exists() for name in BESIDE):
+        remedy = "use it as it is; mmit export --format mmit writes it with its base inside"
+        raise CheckpointError("there is nothing to merge: it holds no adapter", where=str(checkpoint), remedy=remedy)
+
+
+def merged_sections(config: Config, folder: Path) -> dict[str, Any]:
+    """Sections of a config of a model merged into `folder`: its LLM is there, and a run that begins with it is new."""
+    raw, folder = config.model_dump(), folder.resolve()
+    raw["run"].update(dir=f"runs/{folder.name}", init_from=str(folder), resume=None)
+    raw["model"]["llm"].update(name=str(folder / "llm"), revision=None, random_init=None)
+    for part in ("llm", "vision"):
+        if raw["tune"][part]["mode"] != "full":
+            raw["tune"][part] = {"mode": "frozen"}
+    return {**raw, "align": None}
+
+
 def save_whole(found: Loaded, folder: Path) -> None:
     """Write a checkpoint with its base weights inside, so that it can be moved anywhere."""
     refuse_existing(folder)
@@ -104,6 +126,7 @@ def save_whole(found: Loaded, folder: Path) -> None:
             step=found.meta.get("step", 0),
             include_base=True,
         )
+        found.tokenizer.save_pretrained(draft / "llm")  # a run that begins with it reads it as any other LLM
         if vlm.vision is not None and config.model.vision is not None:
             section = with_own_towers(config.model.vision.model_dump(), found.folder)
             named = section["towers"] or [section]

@@ -66,5 +66,5 @@ def _check_adapter(folder: Path, then: str, now: str) -> None:
             f"it holds an adapter around the LLM (tune.llm.mode={then}), from which mode '{now}' cannot go on",
             where=f"run.init_from: {folder}",
             remedy=f"set tune.llm.mode={then if then != 'frozen' else 'lora'}, or merge the adapter into the LLM first "
-            "(mmit export --format llava-hf, then mmit import-model)",
+            "(mmit merge)",
         )
