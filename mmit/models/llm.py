@@ -11,6 +11,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from mmit.errors import ConfigError, ModelError, nearest
 from mmit.models import attention
 from mmit.models.config_keys import config_keys
 from mmit.models.files import resolve_file
+from mmit.models.gguf_once import read_once
 from mmit.models.partition import partitioned
 from mmit.models.per_record import run_per_record
 from mmit.models.row_state import checkpoint_contexts
@@ -60,6 +62,10 @@ def _source(name: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(Path(name).expanduser()) if name.startswith("~") else name}
 
 
+def _reading(name: str) -> AbstractContextManager[None]:
+    return read_once() if name.endswith(".gguf") else nullcontext()
+
+
 def _explain(name: str, error: Exception) -> ModelError:
     lines = str(error).split("\n\n")[0].split("\n")
     # These say only in their second line what is wrong.
@@ -75,7 +81,8 @@ def _explain(name: str, error: Exception) -> ModelError:
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer that belongs to the model `name` (see `load_llm`). Raises ModelError."""
     try:
-        return AutoTokenizer.from_pretrained(**_source(name), revision=revision, trust_remote_code=False)
+        with _reading(name):
+            return AutoTokenizer.from_pretrained(**_source(name), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise _explain(name, error) from error
 
@@ -128,27 +135,28 @@ def load_llm(  # noqa: PLR0913
                 return _empty(config, dtype, implementation)
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **implementation)
             return ready(model)
-        source = _source(name)
-        config = AutoConfig.from_pretrained(**source, revision=revision, trust_remote_code=False)
-        config = _with_dropout(config, attention_dropout)
-        implementation = _attention_of(config, packed)
-        if empty:
-            return _empty(config, dtype, implementation)
-        if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
-            if quantization is not None:
-                raise ModelError(
-                    "a .gguf file cannot be loaded in 4 or 8 bits", where=name, remedy="use the original weights"
+        with _reading(name):
+            source = _source(name)
+            config = AutoConfig.from_pretrained(**source, revision=revision, trust_remote_code=False)
+            config = _with_dropout(config, attention_dropout)
+            implementation = _attention_of(config, packed)
+            if empty:
+                return _empty(config, dtype, implementation)
+            if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
+                if quantization is not None:
+                    raise ModelError(
+                        "a .gguf file cannot be loaded in 4 or 8 bits", where=name, remedy="use the original weights"
+                    )
+                source["quantization_config"] = GgufConfig(dequantize=True)
+            elif quantization is not None:
+                source["quantization_config"] = bits_config(quantization, dtype)
+            place = placement(device_map, offload, quantized=quantization is not None)
+            with partitioned(None if "quantization_config" in source else partition):
+                if attention_dropout is not None:
+                    source["config"] = config
+                model = AutoModelForCausalLM.from_pretrained(
+                    **source, revision=revision, dtype=dtype, trust_remote_code=False, **place, **implementation
                 )
-            source["quantization_config"] = GgufConfig(dequantize=True)
-        elif quantization is not None:
-            source["quantization_config"] = bits_config(quantization, dtype)
-        place = placement(device_map, offload, quantized=quantization is not None)
-        with partitioned(None if "quantization_config" in source else partition):
-            if attention_dropout is not None:
-                source["config"] = config
-            model = AutoModelForCausalLM.from_pretrained(
-                **source, revision=revision, dtype=dtype, trust_remote_code=False, **place, **implementation
-            )
     except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         raise _explain(name, error) from error
     if "gguf_file" in source:
