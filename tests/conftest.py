@@ -18,7 +18,7 @@ from tests import examples, fresh
 
 gc.disable()  # until everything is imported, see pytest_collection_finish
 # typer builds the commands of the whole tree again at every invoke; one build serves all tests.
-typer.testing._get_command = functools.cache(typer.testing._get_command)
+typer.main.get_command = typer.testing._get_command = functools.cache(typer.main.get_command)
 # PEFT compiles the template of its model card at every save; what jinja2 shares among templates is compiled once.
 _compile = jinja2.Environment.compile
 _compile_once = functools.cache(_compile)
