@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 _lock = threading.RLock()  # what is replaced belongs to the process
 
@@ -28,16 +31,16 @@ def _described(path: str, changed: tuple[int, int], load: Any) -> dict[str, Any]
 def read_once() -> Iterator[None]:
     """Read a file's entries once in the process, and its tensors once while this is entered."""
     try:
-        import gguf
-        from transformers import modeling_gguf_pytorch_utils as legacy
-    except ImportError:  # transformers names the package that is missing
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError:  # transformers names it where it is needed
         yield
         return
+    legacy: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
 
-    class Reader(gguf.GGUFReader):
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
         def _get(self, *args: Any, **kwargs: Any) -> Any:
             # Slices of numpy's memmap cost five times those of a plain array over the same bytes.
-            self.data = self.data.view(gguf.gguf_reader.np.ndarray)
+            self.data = self.data.view(np.ndarray)
             return super()._get(*args, **kwargs)
 
     def described(path: Any, return_tensors: bool = False, **kwargs: Any) -> Any:
