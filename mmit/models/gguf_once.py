@@ -38,6 +38,8 @@ def read_once() -> Iterator[None]:
     legacy: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
 
     class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        data: Any
+
         def _get(self, *args: Any, **kwargs: Any) -> Any:
             # Slices of numpy's memmap cost five times those of a plain array over the same bytes.
             self.data = self.data.view(np.ndarray)
