@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmit.errors import MmitError
-from mmit.records import Record, json_lines
+from mmit.eval.answers import TUNED, scored_answers
 
-ANSWERS = "answers-tuned.jsonl"
+if TYPE_CHECKING:
+    from mmit.records import Record
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,14 @@ def question_of(record: Record) -> Question:
     return Question(record.id, "", task, f"{task}/{wording}" if wording else task, listed, record.turns[-1].text)
 
 
-def read_cell(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return the rows of a scored file of answers by id. Raises MmitError: it is not there, or not scored."""
-    path = folder / ANSWERS
-    if not path.is_file():
-        raise MmitError("there are no answers", where=str(folder), remedy="Run the study again: it goes on.")
-    rows = [row for _, row in list(json_lines(path))[1:]]
-    for row in rows:
-        if "correct" not in row:
-            raise MmitError("the evaluation was cut off", where=str(path), remedy="Run the study again: it goes on.")
-        if row["correct"] is None:
-            problem = "the metric has no verdict on single answers"
-            raise MmitError(problem, where=str(path), remedy="Choose a metric such as exact, choice or anls:lmms.")
-    return {row["id"]: row for row in rows}
+def _answers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the scored answers of a cell by id. Raises MmitError: not there, not scored, or without verdicts."""
+    path = folder / TUNED
+    rows = scored_answers(path, again="Run the study again")
+    if any(row["correct"] is None for row in rows.values()):
+        problem = "the metric has no verdict on single answers"
+        raise MmitError(problem, where=str(path), remedy="Choose a metric such as exact, choice or anls:lmms.")
+    return rows
 
 
 def table_of(name: str, folders: Mapping[tuple[str, int], Path], known: Mapping[str, Question]) -> Table:
@@ -104,7 +100,7 @@ def table_of(name: str, folders: Mapping[tuple[str, int], Path], known: Mapping[
     table: Table | None = None
     asked: dict[str, tuple[Any, ...]] = {}
     for (arm, seed), folder in folders.items():
-        rows = read_cell(folder)
+        rows = _answers(folder)
         if table is None:
             table = Table(name, [_question(row, known.get(one)) for one, row in rows.items()])
             asked = {one: _asked(row) for one, row in rows.items()}

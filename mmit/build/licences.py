@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from mmit.errors import ConfigError
 
@@ -55,6 +55,22 @@ def check_allowed(counts: Counter[str], allowed: Sequence[str] | None, *, where:
         listed = ", ".join(f"{term} ({rows:,} rows)" for term, rows in refused.most_common())
         remedy = f"Leave these rows out, or allow their terms by name: allow_licences: [{', '.join(refused)}]"
         raise ConfigError(f"terms that are not allowed: {listed}", where=where, remedy=remedy)
+
+
+def check_stated(stated: Mapping[str, str | None], allowed: Sequence[str] | None) -> None:
+    """Refuse, before a record is made, what states no licence, unless unknown terms are allowed by name.
+
+    Args:
+        stated: where -> the licence that it states, None for none.
+
+    Raises:
+        ConfigError: naming the first that states none, and what to write there.
+    """
+    for where, licence in stated.items():
+        if UNKNOWN in terms_of(licence) and not _allowed(UNKNOWN, allowed):
+            problem = f"terms that are not allowed: {UNKNOWN}, for it states no licence"
+            remedy = f"Write `licence: CC-BY-4.0`, or whichever applies, into it; or allow_licences: [{UNKNOWN}]."
+            raise ConfigError(problem, where=where, remedy=remedy)
 
 
 def _allowed(term: str, allowed: Sequence[str] | None) -> bool:

@@ -54,6 +54,7 @@ def annotated(
     """Turn annotated rows into instruction records by templates."""
     from mmit.build.annotated import Made, checked, renderer
     from mmit.build.executor import Lines, cluster_of, run
+    from mmit.build.licences import check_stated
     from mmit.build.rows import open_rows
     from mmit.build.write import Stated, write_build
 
@@ -72,6 +73,8 @@ def annotated(
             user, answer = item.record.turns
             echo(f"[{item.task}] {user.text!r} -> {answer.text!r}")
         return
+    stated = {f"rows ({source})": licence, **{bank.where: bank.licence for bank in banks}}
+    check_stated(stated, settings.get("allow_licences"))
     counts = write_build(
         run(Lines(stage, out), rows, workers=workers, cluster=cluster_of(executor)),
         out,

@@ -19,6 +19,7 @@ from mmit.records import json_lines
 FORMAT = "mmit answers 1"
 # What must not have changed between an item and its answer on file.
 ASKED = ("prompt", "images", "reference", "group")
+TUNED = "answers-tuned.jsonl"  # the file of the tuned model, in a folder of results
 NUMBERS = "number_format"  # of the model; low precision may answer otherwise
 
 AnswerRow = dict[str, Any]
@@ -91,6 +92,26 @@ def read_answers(path: Path, settings: AnswerRow, asked: Mapping[str, AnswerRow]
             raise MmitError(problem, where=f"{path}:{line}", remedy=remedy)
         if place:
             rows[row["id"]] = row
+    return rows
+
+
+def scored_answers(path: Path, *, again: str = "Let `mmit eval` finish it") -> dict[str, AnswerRow]:
+    """Return the rows of a finished evaluation by id; `again` is what a user does about one that is not.
+
+    Raises:
+        MmitError: there is no such file, a line of it is no answer, or it was cut off before it was scored.
+    """
+    if not path.is_file():
+        raise MmitError("there are no answers", where=str(path.parent), remedy=f"{again}.")
+    rows: dict[str, AnswerRow] = {}
+    for number, row in list(json_lines(path))[1:]:  # the first line is the settings
+        if not isinstance(row, dict) or not {"id", "answer", *ASKED} <= row.keys():
+            raise MmitError("not an answer", where=f"{path}:{number}", remedy="Run `mmit eval` again.")
+        # Scoring writes the file anew as a whole, so one row without a verdict stands for all of them.
+        if "correct" not in row:
+            remedy = f"{again}: the same command goes on where it stopped."
+            raise MmitError("the evaluation was cut off before it was scored", where=str(path), remedy=remedy)
+        rows[row["id"]] = row
     return rows
 
 

@@ -8,7 +8,7 @@ images, both count images. Refuses answers to different questions; never compare
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mmit.errors import MmitError
-from mmit.eval.answers import ASKED
+from mmit.eval.answers import TUNED, scored_answers
 from mmit.eval.metrics import PairedDifference, mcnemar, paired_bootstrap, paired_clusters
 from mmit.records import json_lines
 
-ANSWERS = "answers-tuned.jsonl"
 _SAME = ("reference", "group")
 
 
@@ -60,14 +59,14 @@ def compare(
     common = [name for name in files_a if name in files_b]
     if not common:
         problem = f"no task in common: {', '.join(files_a) or 'none'} and {', '.join(files_b) or 'none'}"
-        remedy = f"Give two folders of `mmit eval`, or two files {ANSWERS}."
+        remedy = f"Give two folders of `mmit eval`, or two files {TUNED}."
         raise MmitError(problem, where=f"{a} and {b}", remedy=remedy)
     return [_compare(name, files_a[name], files_b[name], seed=seed, resamples=resamples) for name in sorted(common)]
 
 
 def _files(path: Path) -> dict[str, Path]:
     """Return the files of answers in a folder, by task."""
-    found = [path] if path.is_file() else sorted(path.rglob(ANSWERS)) if path.is_dir() else []
+    found = [path] if path.is_file() else sorted(path.rglob(TUNED)) if path.is_dir() else []
     by_task: dict[str, Path] = {}
     for file in found:
         first = next(json_lines(file), (0, None))[1]
@@ -81,20 +80,8 @@ def _files(path: Path) -> dict[str, Path]:
     return by_task
 
 
-def _rows(path: Path) -> dict[str, Mapping[str, Any]]:
-    rows: dict[str, Mapping[str, Any]] = {}
-    for number, row in list(json_lines(path))[1:]:
-        if not isinstance(row, dict) or not {"id", "answer", *ASKED} <= row.keys():
-            raise MmitError("not an answer", where=f"{path}:{number}", remedy="Run `mmit eval` again.")
-        if "correct" not in row:
-            remedy = "Let `mmit eval` finish it: the same command goes on where it stopped."
-            raise MmitError("the evaluation was cut off before it was scored", where=str(path), remedy=remedy)
-        rows[row["id"]] = row
-    return rows
-
-
 def _compare(task: str, path_a: Path, path_b: Path, *, seed: int, resamples: int) -> Comparison:
-    rows_a, rows_b = _rows(path_a), _rows(path_b)
+    rows_a, rows_b = scored_answers(path_a), scored_answers(path_b)
     both = [name for name in rows_a if name in rows_b]
     for name in both:
         changed = [key for key in _SAME if rows_a[name][key] != rows_b[name][key]]

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 import mmit
+from mmit.eval.answers import TUNED
 from mmit.eval.baselines import LABELS, MORE, USUAL, Baselines, Beside, Subject, no_baselines, run_baselines
 from mmit.eval.metrics.score import PER_ANSWER
 from mmit.eval.page import section
@@ -153,8 +154,7 @@ def section_of(report: Mapping[str, Any], folder: Path, items: Sequence[Item]) -
     """Return the report as a part of an HTML page, with the worst of the answers in `folder`."""
     cells = [COLUMNS, *rows(report)]
     caption = list(_caption(report, report.get("notes")))
-    answers = folder / "answers-tuned.jsonl"
-    return section(report, cells, answers, items=items, caption=caption, number=number_of(report))
+    return section(report, cells, folder / TUNED, items=items, caption=caption, number=number_of(report))
 
 
 def write_report(report: Mapping[str, Any], folder: Path, *, notes: Mapping[str, str] | None = None) -> None:

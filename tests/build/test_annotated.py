@@ -222,6 +222,13 @@ def test_a_bank_of_ones_own_becomes_a_folder_that_other_commands_read(made):
         ("build.yaml", "bank: bank", "bnak: bank", r"unknown key 'bnak'(.|\n)*'bank'"),
         ("build.yaml", "path: rows.csv", "path: none.csv", "no such file"),
         ("build.yaml", "path: rows.csv", "package: easy-vqa-attribute", r"no such set(.|\n)*'easy-vqa-attributes'"),
+        (
+            "bank.yaml",
+            "licence: CC0-1.0\n",
+            "",
+            r"bank.yaml(.|\n)*it states no licence(.|\n)*Write `licence: CC-BY-4.0`",
+        ),
+        ("build.yaml", "  licence: CC-BY-4.0\n", "", r"rows \((.|\n)*rows.csv\)(.|\n)*it states no licence"),
         ("build.yaml", "licence: CC-BY-4.0", "licence: CC-BY-NC-4.0", r"CC-BY-NC-4.0 \(40 rows\)"),
         ("bank.yaml", "{{ text }}", "{{ txt }}", r"bank.yaml#a: reads the field 'txt'(.|\n)*'text'"),
         ("rows.csv", "text,label", "txt,label", r"the rows have no field 'text'(.|\n)*'txt'"),
@@ -236,6 +243,13 @@ def test_mistakes_end_in_one_message_and_write_nothing(made, file, old, new, sai
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert re.search(said, result.output), result.output
     assert not (made / "out").exists() and not list(made.glob(".*"))
+
+
+def test_unknown_terms_are_allowed_by_name(made):
+    (made / "bank.yaml").write_text((made / "bank.yaml").read_text().replace("licence: CC0-1.0\n", ""))
+    allowed = dump_yaml({"allow_licences": ["CC-BY-4.0", "LicenseRef-unknown"]})
+    (made / "build.yaml").write_text((made / "build.yaml").read_text() + allowed)
+    assert mmit("build", "annotated", made / "build.yaml", "--out", made / "out").exit_code == 0
 
 
 def test_banks_are_checked_and_shown(made):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mmit.errors import MmitError
+from mmit.eval.answers import TUNED, scored_answers
 from mmit.eval.compare import compare, markdown, notes
 from mmit.eval.metrics import mcnemar
 from mmit.eval.tasks import Item, Task
@@ -92,3 +93,23 @@ def test_without_verdicts_only_the_count_is_told(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"correct": true', '"correct": null'))
     (one,) = compare(a, a)
     assert one.difference is None and "no verdict on single answers" in one.note and "| t | 1 | - |" in markdown([one])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda text: text.replace('"correct": true', '"wrong": true', 1), "cut off before it was scored"),
+        (lambda text: text.replace('"prompt"', '"promt"', 2), "not an answer"),
+        (None, "there are no answers"),
+    ],
+)
+def test_an_unfinished_file_is_refused_with_what_to_do(tmp_path: Path, damage: Any, said: str) -> None:
+    file = answered(tmp_path, ["yes"] * 3) / "t" / TUNED
+    text = file.read_text()
+    file.unlink()
+    if damage is not None:
+        assert damage(text) != text
+        file.write_text(damage(text))
+    with pytest.raises(MmitError, match=said) as error:
+        scored_answers(file, again="Run the study again")
+    assert error.value.remedy.startswith(("Run the study again", "Run `mmit eval` again"))
