@@ -104,6 +104,7 @@ def table_of(name: str, folders: Mapping[tuple[str, int], Path], known: Mapping[
         if table is None:
             table = Table(name, [_question(row, known.get(one)) for one, row in rows.items()])
             asked = {one: _asked(row) for one, row in rows.items()}
+        # Compared as they were asked, wording and images included: ids alone survive a change of the task.
         if {one: _asked(row) for one, row in rows.items()} != asked:
             changed = [one for one in {**asked, **rows} if one not in rows or asked.get(one) != _asked(rows[one])]
             problem = f"arm '{arm}', seed {seed} answered other questions than the first arm, such as '{changed[0]}'"
@@ -135,11 +136,13 @@ def chance(table: Table) -> float | None:
 
 def majority(table: Table, trained: Sequence[Record]) -> float | None:
     """Return the share of questions whose answer is the commonest one of its task in the training records."""
+    # From the training records: taken from the test, it would know the answers it is scored by.
     counts: dict[str, Counter[str]] = {}
     for record in trained:
         counts.setdefault(str(record.meta.get("task") or ""), Counter())[record.turns[-1].text.strip().lower()] += 1
     if not table.questions or any(question.task not in counts for question in table.questions):
         return None
+    # Of equally common answers the first by name, so that it does not depend on the order of the records.
     common = {task: min(c for c, n in found.items() if n == max(found.values())) for task, found in counts.items()}
     return float(np.mean([str(q.reference).strip().lower() == common[q.task] for q in table.questions]))
 

@@ -115,6 +115,8 @@ def estimate(scores: np.ndarray, images: Sequence[str]) -> Estimate:
     by_seed = tuple(float(m) for m in values.mean(axis=1))
     if S < 2 or P < 2:
         return Estimate(mean, S, P, Q, by_seed=by_seed)
+    # A two-way table of seeds and images with one number in each cell: what is left of a cell after both its margins is
+    # the only measure of noise there is, since no image is asked twice of one seed.
     sums = np.stack([np.bincount(index, weights=row, minlength=P) for row in values])  # (S, P)
     cells = (sums - mean * sizes) * P / Q
     of_seed, of_image = cells.mean(axis=1, keepdims=True), cells.mean(axis=0, keepdims=True)
@@ -128,6 +130,7 @@ def estimate(scores: np.ndarray, images: Sequence[str]) -> Estimate:
         share = mean in (0.0, 1.0) and bool(((values == 0) | (values == 1)).all())
         return Estimate(mean, S, P, Q, ci95=wilson(round(mean * P), P) if share else None, by_seed=by_seed)
     error, df = _error(squares, (S, P))
+    # Student's t, not the normal: with a handful of seeds the error itself is hardly known.
     half = float(student().ppf(0.975, df)) * error
     return Estimate(mean, S, P, Q, error, df, (mean - half, mean + half), by_seed)
 
@@ -163,6 +166,8 @@ def contrast(
     if not seeds:
         remedy = "Give both arms the same seeds."
         raise MmitError("the two arms have no seed in common", where=f"{a} - {b}", remedy=remedy)
+    # Differences question by question, before anything is averaged: how hard a question is, and what a seed drew, is
+    # the same for both arms and cancels.
     found = estimate(np.stack([scores[a][s] - scores[b][s] for s in seeds]), images)
     if found.error is None or found.df is None:
         if found.ci95 is None or found.mean != 0:
@@ -181,6 +186,7 @@ def judged(contrasts: Sequence[Contrast]) -> list[Contrast]:
     tested = sorted((c.p, place) for place, c in enumerate(contrasts) if c.p is not None)
     adjusted: dict[int, float] = {}
     largest = 0.0
+    # Step down from the smallest p; the running maximum keeps the adjusted ones in the order of the plain ones.
     for rank, (p, place) in enumerate(tested):
         largest = max(largest, min(1.0, p * (len(tested) - rank)))
         adjusted[place] = largest

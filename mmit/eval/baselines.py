@@ -150,6 +150,7 @@ def run_baselines(
     `asked` of the tuned model, or of all if that are fewer. Raises what `evaluate` does.
     """
     seed = task.seed if how.seed is None else how.seed
+    # Of the same questions as the tuned model, wherever these suffice: only then is the difference one of models.
     pool = asked if len(asked) >= beside.n else items
     some = sample_items(pool, beside.n, seed)
     results: dict[str, Result | None] = dict.fromkeys([*LABELS, *MORE])

@@ -80,6 +80,7 @@ def swapped(items: Sequence[Item], *, seed: int) -> list[Item]:
     if len(shown) < 2:
         return []
     random.Random(seed).shuffle(shown)
+    # A cycle through all sets of images, so that none can get its own.
     partner = dict(zip(shown, shown[1:] + shown[:1], strict=True))
     return [_with(item, partner[item.prompt.images]) for item in items if item.prompt.images]
 

@@ -31,6 +31,7 @@ def from_environment() -> Ranks:
         return ALONE
     import torch.distributed as dist
 
+    # Over gloo, also between GPUs: ranks only wait for each other here.
     if not dist.is_initialized():
         # Ranks wait for the slowest one, and a judge can be slow.
         dist.init_process_group("gloo", timeout=timedelta(days=2))

@@ -189,7 +189,7 @@ def evaluate(
     asked = {item.id: _asked(item) for item in items}
     if ranks.rank == 0:
         open_answers(path, settings, asked, overwrite=how.overwrite)
-    ranks.barrier()
+    ranks.barrier()  # from here every rank reads the same file, which nobody writes until answers are gathered
     settings = kept_settings(path, settings)
     rows = read_answers(path, settings, asked)
     missing = len(asked.keys() - rows.keys())
@@ -198,13 +198,16 @@ def evaluate(
         write_atomic(target, lines([settings]))
     title, show = f"{task.name} {arm.label}", how.progress and not ranks.rank
     with _bar(title, len(items), done=len(items) - missing, show=show) as bar:
+        # Whole chunks, by their number: what a rank asks does not depend on what the others have finished.
         for batch in _chunks(items, how.batch_size)[ranks.rank :: ranks.world]:
+            # A chunk that is answered in part is asked again as a whole, for the sake of the batches in it (`_chunks`);
+            # the answers on file stay.
             if all(item.id in rows for item in batch):
                 continue
             answers = _answers(model, task, batch, batch_size=how.batch_size, blank_images=arm.blank_images)
             pairs = zip(batch, answers, strict=True)
             new = [asked[item.id] | answer for item, answer in pairs if item.id not in rows]
-            append(target, lines(new))
+            append(target, lines(new))  # at once: an evaluation that is killed loses one chunk
             rows |= {row["id"]: row for row in new}
             bar(len(new))
     rows = _gather(path, settings, asked, ranks=ranks) if ranks.world > 1 else rows
@@ -245,6 +248,7 @@ def _score_and_keep(
     if ranks.rank:
         ranks.barrier()  # after the first rank: what a judge has said is on file by now
         return score(ordered)
+    # The first rank scores alone, then the others: a judge that is asked keeps what it says, and is not asked twice.
     found = score(ordered)
     others = [row for name, row in rows.items() if name not in names]
     # Scored rows come first; answers to questions outside this sample are kept, without a score.
@@ -283,6 +287,7 @@ def invalid_rate(task: Task, score: Score, answers: Sequence[str]) -> float:
     """
     if task.answers is None or task.metric not in METRICS:
         return score.unparsed_rate
+    # What the metric reads of each possible answer, by letting it score them against themselves.
     known = METRICS[task.metric](task.answers, task.answers)
     valid = set(map(str, known.details.get("parsed", task.answers)))
     return sum(str(read) not in valid for read in score.details.get("parsed", answers)) / len(answers)
@@ -358,6 +363,7 @@ def _scorer(model: Any) -> Scores:
 
 def _likeliest(task: Task, item: Item, likelihoods: Sequence[float]) -> AnswerRow:
     """Return the choice of the highest log-likelihood, the first of equals."""
+    # Longer choices have lower likelihoods for their length alone; which of the two is compared is the task's to say.
     per_character = task.answer_by == "likelihood_per_character"
     lengths = [len(choice) if per_character else 1 for choice in item.choices]
     best = max(range(len(lengths)), key=lambda n: likelihoods[n] / lengths[n])
@@ -381,6 +387,7 @@ def _with_scores(rows: Sequence[AnswerRow], score: Score | None) -> Iterator[Ans
     """
     details = {} if score is None else score.details
     columns = [details.get(key, ()) for key in ("parsed", "values")]
+    # Of another length are metrics that count something else than single answers, such as pairs of them.
     parsed, values = (column if len(column) == len(rows) else [None] * len(rows) for column in columns)
     for row, read, value in zip(rows, parsed, values, strict=True):
         correct = bool(value) if value in (0, 1) else value

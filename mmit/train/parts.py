@@ -402,6 +402,7 @@ def _try_forward(vlm: VLM, records: Records, *, apart: bool) -> None:
 def _partition(config: Config) -> dict[str, Any] | None:
     """Under ZeRO-3 the DeepSpeed config by which ranks divide the LLM while loading it; None where each loads all."""
     t = config.train
+    # `trained` is not known before there is a model; what it decides, the size of a bucket, is filled in by the engine.
     options = complete(deepspeed_options(config.engine.deepspeed), precision=t.precision, clip=t.clip)
     check_deepspeed(options)
     divided = zero_stage(options) == 3
@@ -418,6 +419,8 @@ def _partition(config: Config) -> dict[str, Any] | None:
             where="tune.llm.mode",
             remedy="set engine.deepspeed=zero2, under which each rank holds them whole",
         )
+    # Dividing while loading works in the run's own number format alone (`load_llm`); an LLM of another one is loaded
+    # whole, and divided when the engine is made.
     return options if divided and config.model.llm.dtype in (None, config.train.precision) else None
 
 
@@ -506,6 +509,7 @@ def _engine(config: Config, vlm: VLM, groups: list[Group], *, world: World, reco
     set_recompute(vlm, recompute)
     if not world.deepspeed:
         return TorchEngine(vlm, groups, **common)
+    # Kept whole on every rank: in a step a rank may have rows without images, and would not join in gathering it.
     frozen = ["vision"] if vlm.vision is not None and not vlm.vision.trainable else []
     options = deepspeed_options(config.engine.deepspeed)
     return DeepSpeedEngine(vlm, groups, config=options, replicated=frozen, **common)

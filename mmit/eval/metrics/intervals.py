@@ -177,6 +177,7 @@ def clustered(
         raise MmitError(problem, where="clustered", remedy="Give the cluster of each value.")
     error, count = cluster_error(array, clusters)
     share = bool(((array == 0) | (array == 1)).all())
+    # No two answers share a cluster: then this must give what an evaluation without images gives.
     if count == len(array):
         return wilson(int(array.sum()), len(array)) if share else bootstrap_mean(array, seed=seed, resamples=resamples)
     if count < 2:  # one image says nothing about others: all that is possible, or as much of it as was seen
@@ -184,6 +185,8 @@ def clustered(
     mean, n = float(array.mean()), len(array)
     if not share:
         return _cluster_bootstrap(array, clusters, seed=seed, resamples=resamples)
+    # Never more than n: where answers of a cluster happen to differ more than independent ones would, the interval must
+    # not become narrower than that of n independent answers.
     independent = mean * (1 - mean) / n
     effective = count if independent == 0 else min(n, independent / error**2 * n if error else n)
     return _wilson_at(mean, effective, t_quantile(count - 1))
@@ -205,6 +208,7 @@ def _cluster_bootstrap(
     means = []
     rows = max(1, _CHUNK // count)
     for done in range(0, resamples, rows):
+        # Clusters are drawn whole, so the number of answers differs from draw to draw: a mean is a ratio of two sums.
         drawn = rng.integers(0, count, size=(min(rows, resamples - done), count), dtype=np.int32)
         means.append(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1))
     return _quantiles(np.concatenate(means))

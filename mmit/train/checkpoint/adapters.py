@@ -50,9 +50,11 @@ def read_further(vlm: VLM, base: Path, folder: str | Path, *, name: str, tokeniz
     config, own = read_config(path), read_config(base)
     meta = json.loads((path / "mmit.json").read_text(encoding="utf-8"))
     refuse_own_code(own_code(config, meta), where=str(path), allowed=False)
+    # Configs are compared, not weights: that would mean to read the base once more for each adapter.
     _check_same_base(path, config, base, own)
     described = json.loads((path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     _check_apart(described, path)
+    # PEFT does not combine adapters of different kinds in one model.
     if isinstance(vlm.llm, PeftModel):
         for before in vlm.llm.peft_config.values():
             _check_apart(_facts(before), base)
@@ -81,6 +83,7 @@ def read_further(vlm: VLM, base: Path, folder: str | Path, *, name: str, tokeniz
 def _check_same_base(path: Path, config: Config, base: Path, own: Config) -> None:
     for part in ("llm", "vision"):
         mine, theirs = (c.model.model_dump()[part] or {} for c in (config, own))
+        # These change no weight that an adapter sits on.
         for key in ("dtype", "attention_dropout", "cache", "cache_dir"):
             mine.pop(key, None)
             theirs.pop(key, None)

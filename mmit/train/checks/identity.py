@@ -221,6 +221,7 @@ def check_contents(
         return
     problems = [*_other_chat(then, now), *_other_sources(then["sources"], now["sources"]), *_other_code(then, now)]
     for part, name in (("vision", "vision encoder"), ("llm", "language model")):
+        # Held whole, it is read from the checkpoint: what lies under the old path now makes no difference.
         if part not in whole:
             problems += _other_part(then[part], now[part], name=name, say=say)
     if problems:
@@ -261,6 +262,7 @@ def _other_chat(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _other_sources(then: Sequence[Mapping[str, str]], now: Sequence[Mapping[str, str]]) -> list[str]:
     problems = []
+    # By position. Sources that were added or taken away are settings (data.train), which `check_config` compares.
     for n, (old, new) in enumerate(zip(then, now, strict=False)):
         if old["content"] != new["content"]:
             place = new["path"] if old["path"] == new["path"] else f"{old['path']} then, {new['path']} now"

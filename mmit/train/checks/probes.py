@@ -49,6 +49,7 @@ def check_records(vlm: VLM, data: InstructionData, scan: Scan) -> None:
 
 def _some(data: InstructionData, scan: Scan) -> list[Sample]:
     """The longest sample and the shortest of some others, numbered from 0."""
+    # The longest, since what changes with length shows there first (windows, scaled positions, running states).
     order = scan.length.argsort(kind="stable")
     units = [int(order[-1]), *(int(u) for u in order[: SAMPLES - 1] if u != order[-1])]
     found = [max(data.unit_samples(scan, unit)[0], key=lambda s: s.length) for unit in units]
@@ -63,6 +64,7 @@ def _logits(vlm: VLM, samples: list[Sample], *, share: bool) -> dict[int, torch.
     embeddings = words(row.input_ids.to(device))
     ids = row.input_ids.index_fill(0, row.image_positions, -1).to(device)
     if len(row.image_positions):
+        # No tower is run: vectors of about the size of words, the same for a place in whatever row it stands.
         depth = row.positions[row.image_positions].float()[:, None] + 1
         size = words(torch.arange(64, device=device)).float().std()
         vectors = torch.sin(depth * torch.arange(1.0, embeddings.shape[1] + 1)).to(device) * size

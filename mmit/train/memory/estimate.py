@@ -63,6 +63,7 @@ def least_recompute(config: Config, *, ranks: int, stage: int | None) -> tuple[s
     built = list(sample_micro_batches(config, data, scan, walk_of(config, scan, store=Store(cache))[0], ranks=ranks))
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
     tried = []
+    # From the cheapest in time to the one that saves most. Each on a model of its own: measuring makes it useless.
     for mode in MODES:
         vlm, groups, _ = empty_model(config)
         found = step_memory(config, vlm, groups, built, micros=micros, flash=device.cuda, recompute=mode)
@@ -183,6 +184,7 @@ def step_memory(
 ) -> Bytes:
     """Bytes of a step with the largest of the micro-batches."""
     cached = config.model.vision is not None and config.model.vision.cache != "off"
+    # Two candidates for the peak: tokens decide in the LLM, crops in the tower, and no row need have most of both.
     longest = max(built, key=lambda b: (b.tokens, b.targets))
     most = max(built, key=lambda b: (crops_of(b), b.targets))
     chosen = [longest] if longest is most else [longest, most]

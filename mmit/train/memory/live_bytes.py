@@ -27,11 +27,13 @@ class LiveBytes(TorchDispatchMode):
     def add(self, tensors: Iterable[torch.Tensor]) -> None:
         """Count these storages from now on, unless they are counted already."""
         for tensor in tensors:
+            # By storage, not by tensor: views of one memory are many tensors.
             storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key not in self._known:
                 self._known[key] = size
                 self.now += size
+                # Called when the last tensor over it goes, at whatever moment autograd lets go of it.
                 weakref.finalize(storage, self._gone, key)
         self.peak = max(self.peak, self.now)
 

@@ -75,8 +75,10 @@ def measure_bytes(
         with planned_attention(vlm, nodes, mode=mode, flash=flash), mode, LiveBytes() as live:
             live.add([*vlm.parameters(), *vlm.buffers(), *engine.masters])
             held = live.now
+            # The second micro-batch runs while the gradients of the first wait: that is the peak of a step of several.
             for again in range(2 if accumulate else 1):
                 single = max(single, live.peak - held) if again else single
+                # One record over the whole row: the plan of attention that counts was made above, of the real one.
                 row = {**tensors, "nodes": torch.tensor([[0, len(tensors["input_ids"]), -1]])}
                 engine.forward_backward(row, scale=1.0, last=not accumulate or again == 1)
             passing = max(passing, live.peak - held)

@@ -91,6 +91,7 @@ class Heartbeat:
 
     def phase(self, name: str, step: int) -> None:
         """Begin a phase; every rank calls this in the same order."""
+        # One assignment of a tuple, which the thread reads as a whole: no lock that a stalled rank could hold.
         self._state = (step, name, time.time(), self._state[3] + 1)
 
     def close(self, last: str) -> None:
@@ -105,6 +106,7 @@ class Heartbeat:
     def _write(self) -> None:
         step, phase, since, moves = self._state
         beat = Beat(self.rank, step, phase, since, moves, time.time(), platform.node(), os.getpid())
+        # Not synced: after a power cut nobody wants to know, and an fsync every few seconds slows what writes data.
         write_json(path_of(self.run_dir, self.rank), asdict(beat), sync=False)
 
     def _run(self) -> None:
@@ -140,6 +142,7 @@ class Watch:
         running = {r: b for r, b in beats.items() if b.phase not in OVER}
         if not running:
             return []
+        # Whoever is further on waits for those: they are not told, or one fault would be reported by every rank.
         least = min(b.moves for b in running.values())
         told = []
         for rank, beat in running.items():
