@@ -254,6 +254,7 @@ CALLS: dict[str, Callable[[Path], list[str]]] = {
     "data check": lambda folder: [str(evil_data(folder))],
     "data show": lambda folder: [str(evil_data(folder)), "--text"],
     "data stats": lambda folder: [str(evil_data(folder))],
+    "data card": lambda folder: [str(evil_data(folder))],
     "data import": lambda folder: ["auto", str(evil_data(folder)), "--out", str(folder / EVIL_NAME / "out.jsonl")],
     "build annotated": annotated,
     "build outputs": lambda folder: replayed(folder, rows={"path": "rows.jsonl"}, fields={"instruction": "a"}),

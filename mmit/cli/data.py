@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mmit.cli import data_check, data_shards, data_show, data_stats
+from mmit.cli import data_card, data_check, data_shards, data_show, data_stats
 from mmit.cli.sources import OptionOption, format_options
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.io import write_atomic
@@ -31,6 +31,7 @@ app.command("index")(data_shards.index)
 app.command("check")(data_check.check)
 app.command("show")(data_show.show)
 app.command("stats")(data_stats.stats)
+app.command("card")(data_card.card)
 SHOWN = 20  # bad rows told in the terminal; all of them are in the file beside the output
 PACKAGES = ("easy-vqa", "easy-vqa-captions")
 
