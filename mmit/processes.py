@@ -103,17 +103,20 @@ def ended_by_kernel_with_parent(number: int) -> Callable[[], None]:
 
 
 @contextmanager
-def only_one(path: Path, what: str, *, folder: Path) -> Iterator[None]:
+def only_one(path: Path, what: str, *, folder: Path, wait: Callable[[str], None] | None = None) -> Iterator[None]:
     """Hold the lock file `path` while the block runs, in which `what` ("run", "build") writes into `folder`.
 
     A lock whose process is gone is taken over, also after its machine started anew. What was left by another machine
     is not, since nothing tells here whether its process lives.
 
+    Args:
+        wait: told once who holds it, and then it is waited for; None refuses at once.
+
     Raises:
         ConfigError: another process holds it, or may; names its number and its machine.
         WriteError: the file cannot be made.
     """
-    handle = _taken(path, what, folder)
+    handle = _taken(path, what, folder) if wait is None else _taken_later(path, what, folder, wait)
     _held.add(handle)
     try:
         yield
@@ -122,6 +125,18 @@ def only_one(path: Path, what: str, *, folder: Path) -> Iterator[None]:
         with suppress(OSError):
             path.unlink()
         os.close(handle)
+
+
+def _taken_later(path: Path, what: str, folder: Path, wait: Callable[[str], None]) -> int:
+    told = False
+    while True:
+        try:
+            return _taken(path, what, folder)
+        except ConfigError as held:
+            if not told:
+                wait(f"waiting: {held}")
+            told = True
+            time.sleep(0.5)
 
 
 def _taken(path: Path, what: str, folder: Path) -> int:

@@ -178,3 +178,20 @@ def test_a_worker_that_ignores_sigterm_can_be_ended() -> None:
     worker.join(20)
     assert worker.exitcode == -signal.SIGKILL
     pool.shutdown(wait=True)
+
+
+def test_who_waits_is_told_once_for_whom_and_goes_on_when_it_is_free(tmp_path: Path) -> None:
+    told: list[str] = []
+    done = threading.Event()
+
+    def second() -> None:
+        with only_one(tmp_path / "lock", "study", folder=tmp_path, wait=told.append):
+            done.set()
+
+    with only_one(tmp_path / "lock", "study", folder=tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not done.wait(0.2)
+    assert done.wait(5)
+    thread.join()
+    assert len(told) == 1 and "another study is writing here" in told[0]

@@ -61,7 +61,10 @@ class StudyConfig(Section):
     """run or checkpoint whose weights every arm starts from; null: each starts as the training config says"""
     start: dict[str, Any] | None = None
     """in place of start_from: keys, as an arm has them, of a run that is trained first and that every arm starts from,
-    such as one that aligns the projector"""
+    such as one that aligns the projector; of `config` and `data` it takes the first alone"""
+    shared: str | None = None
+    """folder for what several studies compute alike: features, built records, the start; null: in the study's own. It
+    knows a start by its keys and its base: remove it when files that these name have changed"""
     config: dict[str, Any] = {}
     """keys of the training config that are others in every arm, such as train.steps"""
     data: dict[str, Any] = {}

@@ -3,11 +3,15 @@
 In: a `StudyConfig` and a folder. Out: in that folder
 
     study.json               the resolved config and the digests of what it reads
-    features/                vision features, shared by all arms (model.vision.cache: disk)
-    builds/DIGEST/           records made by templates, shared by the arms and seeds that need the same
     questions/NAME/          questions.jsonl and task.yaml, the same for all arms
     arms/NAME/seed-S/        data/, run/, eval/NAME/, commands.txt, and failed.json where a step failed
     controls/NAME/           the first arm and the untuned model: without images, with other images
+
+and in that folder, or in the one that several studies share:
+
+    features/                vision features (model.vision.cache: disk)
+    builds/DIGEST/           records made by templates, for the arms and seeds that need the same
+    starts/DIGEST/           data/, run/: what arms start from
 
 A step is done when its last file is there, so that a study that was killed goes on and repeats no finished step. An arm
 that fails is reported and stops no other. Refuses a folder of another study, or whose base configs changed.
@@ -18,11 +22,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,27 +31,35 @@ from typing import Any
 
 from mmit.analysis.config import START, QuestionsConfig, StudyConfig, overrides, transforms
 from mmit.analysis.data import base_records, write_arm, write_questions
+from mmit.analysis.forks import run_command
 from mmit.configs import shipped_banks
+from mmit.cores import usable
 from mmit.errors import ConfigError
 from mmit.io import append, write_atomic
-from mmit.processes import ended_by_kernel_with_parent, only_one
+from mmit.processes import only_one
 from mmit.yamlio import dump_yaml, merge, parse_yaml
 
 FREE = ("seeds", "contrasts", "question", "margin", "controls", "style")  # leave what was run as it is
 STUDY, FAILED, COMMANDS, TIMES = "study.json", "failed.json", "commands.txt", "times.jsonl"
 Say = Callable[[str], None]
-Execute = Callable[["Step", Path, Mapping[str, str]], int]
+Execute = Callable[[Sequence[str], Path, Mapping[str, str]], int]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command. `kind` is build, data, train or eval; it is done when the file `done` is there."""
+    """One command. `kind` is build, data, train, eval or controls; it is done when the files `made` are there."""
 
     kind: str
     name: str
     command: tuple[str, ...]
-    done: Path
+    made: tuple[Path, ...]
     folder: Path
+    shared: bool = False  # with other studies, which may want it at the same time
+
+    @property
+    def done(self) -> bool:
+        """Whether it need not be run again."""
+        return all(path.is_file() for path in self.made)
 
     @property
     def shown(self) -> str:
@@ -76,7 +85,7 @@ class Cell:
     @property
     def done(self) -> bool:
         """Whether all of it is there."""
-        return all(step.done.is_file() for step in self.steps)
+        return all(step.done for step in self.steps)
 
 
 class Study:
@@ -84,12 +93,13 @@ class Study:
 
     Args:
         config: the study. path: its YAML, whose folder relative paths start from. out: the folder of results.
-        execute: runs a step with a log and an environment, and returns its exit code.
+        execute: runs a command of mmit with a log and an environment, and returns its exit code.
     """
 
     def __init__(self, config: StudyConfig, path: Path, out: Path, *, execute: Execute | None = None) -> None:
         self.config, self.path, self.out = config, path, out
-        self._execute = execute or in_process_of_its_own
+        self.shared = out if config.shared is None else Path(self.at(config.shared))
+        self._execute = execute or run_command
         self.start = None if config.start is None else self._cell(START, config.seeds[0])
         self.cells = [self._cell(arm, seed) for seed in config.seeds for arm in config.arms]
         self.controls = self._controls() if config.controls else []
@@ -100,7 +110,27 @@ class Study:
 
     def folder_of(self, arm: str, seed: int) -> Path:
         """Return the folder of an arm with one seed."""
-        return self.out / START if arm == START else self.out / "arms" / arm / f"seed-{seed}"
+        return self._start_folder(seed) if arm == START else self.out / "arms" / arm / f"seed-{seed}"
+
+    def _start_folder(self, seed: int) -> Path:
+        """A folder named after what decides the start: studies that agree in it share it."""
+        keys = self.keys_of(START)
+        source = self.config.records
+        decides = {
+            "base": _digest(Path(self.at(self.config.base))),
+            "records": self._build_settings(overrides(keys, "build"), seed)
+            if source is None
+            else [self.at(source), _digest(Path(self.at(source)))],
+            "data": overrides(keys, "data"),
+            "config": {**self.config.config, **overrides(keys, "config")},
+            "seed": seed,
+        }
+        return self.shared / "starts" / _short(decides)
+
+    def _transforms(self, arm: str) -> dict[str, Any]:
+        """Return what is done to the records of an arm. The start has its own, or studies could not share it."""
+        keys = self.keys_of(arm)
+        return overrides(keys, "data") if arm == START else transforms(self.config, keys)
 
     def keys_of(self, arm: str) -> dict[str, Any]:
         """Return the keys of an arm."""
@@ -112,9 +142,7 @@ class Study:
 
     def build_of(self, keys: Mapping[str, Any], seed: int) -> Path:
         """Return the folder of the records that a build with these keys and this seed makes."""
-        settings = self._build_settings(keys, seed)
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        return self.out / "builds" / digest
+        return self.shared / "builds" / _short(self._build_settings(keys, seed))
 
     def _build_settings(self, keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
         assert self.config.build is not None
@@ -139,7 +167,7 @@ class Study:
     def _build_step(self, keys: Mapping[str, Any], seed: int) -> Step:
         folder = self.build_of(keys, seed)
         command = ("build", "annotated", str(folder / "build.yaml"), "--out", str(folder / "data"))
-        return Step("build", f"build {folder.name}", command, folder / "data" / "build.json", folder)
+        return Step("build", f"build {folder.name}", command, (folder / "data" / "build.json",), folder, shared=True)
 
     def _cell(self, arm: str, seed: int) -> Cell:
         folder = self.folder_of(arm, seed)
@@ -149,33 +177,49 @@ class Study:
         name = f"{arm}, seed {seed}"
         data, run = folder / "data", folder / "run"
         command: tuple[str, ...] = ("analyse", "arm", str(self.path), arm, str(seed), "--out", str(self.out))
-        steps.append(Step("data", f"{name}: data", command, data / "train.yaml", folder))
+        common = arm == START
+        steps.append(Step("data", f"{name}: data", command, (data / "train.yaml",), folder, shared=common))
         command = ("train", "--config", str(data / "train.yaml"), "run.resume=auto")
-        steps.append(Step("train", f"{name}: train", command, run / "finished.json", folder))
-        steps += [
-            Step(
-                "eval",
-                f"{name}: {asked}",
-                ("eval", str(run), "--task", self.task_of(asked), "--no-baselines", *self._limit(asked))
-                + ("--out", str(self.answers_of(arm, seed, asked))),
-                self.answers_of(arm, seed, asked) / "report.json",
-                folder,
-            )
-            for asked in (self.config.questions if arm != START else ())
-        ]
+        steps.append(Step("train", f"{name}: train", command, (run / "finished.json",), folder, shared=common))
+        for sets in self._asked_together() if not common else ():
+            words = ("eval", str(run), *self._tasks(sets), "--no-baselines", "--out")
+            told = f"{name}: {', '.join(sets)}"
+            steps.append(self._eval_step("eval", told, words, {one: self.answers_of(arm, seed, one) for one in sets}))
         return Cell(arm, seed, folder, tuple(steps))
 
     def _controls(self) -> list[Step]:
         """The first arm on the same questions without its images and with others, and the model before tuning."""
-        arm, seed = next(iter(self.config.arms)), self.config.seeds[0]
-        run = self.folder_of(arm, seed) / "run"
+        run = self.folder_of(next(iter(self.config.arms)), self.config.seeds[0]) / "run"
         found = []
-        for asked, settings in self.config.questions.items():
-            folder = self.out / "controls" / asked
-            words = ["eval", str(run), "--task", self.task_of(asked), *self._limit(asked), "--probe", "blank,swap"]
-            command = (*words, "--baseline-n", str(settings.limit), "--out", str(folder))
-            found.append(Step("eval", f"controls: {asked}", command, folder / "report.json", folder))
+        for sets in self._asked_together():
+            most = str(max(self.config.questions[one].limit for one in sets))
+            words = ("eval", str(run), *self._tasks(sets), "--probe", "blank,swap", "--baseline-n", most, "--out")
+            folders = {one: self.out / "controls" / one for one in sets}
+            found.append(self._eval_step("controls", f"controls: {', '.join(sets)}", words, folders))
         return found
+
+    def _asked_together(self) -> list[list[str]]:
+        """Return the sets of questions by the command that asks them: one process loads the model for all made here.
+
+        A shipped task gives its folder another name than the study does, and is asked alone.
+        """
+        made = [name for name, asked in self.config.questions.items() if asked.task is None]
+        alone = [[name] for name, asked in self.config.questions.items() if asked.task is not None]
+        return [made, *alone] if made else alone
+
+    def _tasks(self, sets: list[str]) -> list[str]:
+        return [
+            "--task",
+            ",".join(self.task_of(one) for one in sets),
+            *(self._limit(sets[0]) if len(sets) == 1 else ()),
+        ]
+
+    def _eval_step(self, kind: str, name: str, words: tuple[str, ...], folders: Mapping[str, Path]) -> Step:
+        """An evaluation: of several tasks each has its own folder below the one that is given."""
+        first = next(iter(folders.values()))
+        out = first if len(folders) == 1 else first.parent
+        made = tuple(folder / "report.json" for folder in folders.values())
+        return Step(kind, name, (*words, str(out)), made, first.parent.parent if kind == "eval" else first.parent)
 
     def task_of(self, asked: str) -> str:
         """Return the task of a set of questions: its YAML, or the name of a shipped one."""
@@ -268,22 +312,31 @@ class Study:
         folder = self.folder_of(arm, seed)
         keys |= {"run.dir": str(folder / "run"), "run.seed": seed}
         # What all arms compute alike is computed once; `model.vision.cache` says whether features are kept at all.
-        keys = {"model.vision.cache_dir": str(self.out / "features"), **keys}
+        keys = {"model.vision.cache_dir": str(self.shared / "features"), **keys}
         if self.start is not None and arm != START:
-            keys["run.init_from"] = str(self.start.folder / "run")
+            keys = {**self._measured_by_start(), **keys, "run.init_from": str(self.start.folder / "run")}
         elif self.config.start_from is not None:
             keys["run.init_from"] = self.at(self.config.start_from)
         base = os.path.relpath(self.at(self.config.base), folder / "data")
         where = f"{self.path}: arms.{arm}"
         return write_arm(
             base_records(source),
-            transforms(self.config, settings),
+            self._transforms(arm),
             folder / "data",
             seed=seed,
             base=base,
             keys=keys,
             where=where,
         )
+
+    def _measured_by_start(self) -> dict[str, Any]:
+        """Return what a run settles by measuring: a busy machine could settle it otherwise in one of the arms."""
+        assert self.start is not None
+        file = self.start.folder / "run" / "config.yaml"
+        if not file.is_file():
+            return {}
+        settled, _ = parse_yaml(_text(file), where=str(file))
+        return {"train.precision": settled["train"]["precision"]}
 
     def _run_cell(self, cell: Cell, say: Say, jobs: int) -> None:
         if cell.done:
@@ -292,7 +345,7 @@ class Study:
         (cell.folder / FAILED).unlink(missing_ok=True)
         for step in cell.steps:
             try:
-                self._do(step, say, threads=0 if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs))
+                self._do(step, say, threads=0 if jobs == 1 else max(1, len(usable()) // jobs))
             except StepFailed as failure:
                 say(f"{step.name} FAILED: {failure}")
                 told = {"step": step.name, "command": step.shown, "error": str(failure)}
@@ -301,8 +354,16 @@ class Study:
 
     def _do(self, step: Step, say: Say, *, threads: int) -> None:
         """Run a command unless it is done; what it prints goes to a log beside it."""
-        if step.done.is_file():
+        if step.done:
             return
+        if not step.shared:
+            self._execute_step(step, say, threads)
+            return
+        with only_one(step.folder / ".lock", "study", folder=step.folder, wait=say):
+            if not step.done:  # by the study that was waited for
+                self._execute_step(step, say, threads)
+
+    def _execute_step(self, step: Step, say: Say, threads: int) -> None:
         step.folder.mkdir(parents=True, exist_ok=True)
         if step.kind == "build":
             self._write_build(step)
@@ -313,8 +374,8 @@ class Study:
         say(step.name)
         began = time.monotonic()
         log = step.folder / f"{step.kind}.log"
-        code = self._execute(step, log, environment)
-        if code != 0 or not step.done.is_file():
+        code = self._execute(step.command, log, environment)
+        if code != 0 or not step.done:
             raise StepFailed(_last_words(log) or f"it ended with code {code}", step=step, code=code)
         took = {"kind": step.kind, "name": step.name, "seconds": round(time.monotonic() - began, 1)}
         append(self.out / TIMES, json.dumps(took) + "\n")
@@ -334,11 +395,11 @@ class Study:
         """All steps in order, each once."""
         cells = [self.start, *self.cells] if self.start else self.cells
         every = [*(step for cell in cells for step in cell.steps), *self.controls]
-        return list({step.done: step for step in every}.values())
+        return list({step.made: step for step in every}.values())
 
     def left(self) -> list[Step]:
         """Return the steps that are not done."""
-        return [step for step in self.steps if not step.done.is_file()]
+        return [step for step in self.steps if not step.done]
 
     def hours_left(self) -> float | None:
         """Return how long the rest takes by the steps that were run here, None where a kind never was."""
@@ -351,24 +412,6 @@ class Study:
         if any(kind not in found for kind in kinds if kind in ("train", "eval")):
             return None
         return sum(sum(found[kind]) / len(found[kind]) for kind in kinds if kind in found) / 3600
-
-
-def in_process_of_its_own(step: Step, log: Path, environment: Mapping[str, str]) -> int:
-    """Run a step's command as a user would; what it prints is added to the log. Ends with this process."""
-    with open(log, "ab") as file:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "mmit", *step.command],
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            preexec_fn=ended_by_kernel_with_parent(signal.SIGTERM),
-        )
-        try:
-            return child.wait()
-        except BaseException:  # Ctrl-C: the child heard it too, and saves what it has
-            child.wait()
-            raise
 
 
 class StepFailed(ConfigError):
@@ -384,6 +427,11 @@ def _text(path: Path) -> str:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read: {error}", where=str(path), remedy="Check the path in the study.") from None
+
+
+def _short(decides: Any) -> str:
+    """Return a name for a folder that what is in it decides."""
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _digest(path: Path) -> str:

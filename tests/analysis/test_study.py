@@ -12,6 +12,7 @@ from mmit.analysis.report import write_report
 from mmit.analysis.study import TIMES, Study
 from mmit.errors import ConfigError
 from mmit.records import read_jsonl
+from mmit.yamlio import parse_yaml
 from tests.analysis.worlds import here, write_world
 
 
@@ -110,10 +111,29 @@ def test_the_plan_lists_commands_and_runs_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_all_arms_start_from_one_run(tmp_path):
-    path = write_world(tmp_path, start={"config.train.steps": 1}, seeds=[0])
+def test_what_arms_and_studies_share_is_made_once(tmp_path):
+    common = {"start": {"config.train.steps": 1}, "seeds": [0], "shared": "shared"}
+    asked = {"rows.path": "test.csv"}
+    sets = {"unseen": {"build": {**asked, "templates.split": "held_out"}}, "seen": {"build": asked}}
+    path = write_world(tmp_path, data={"size": 12}, questions=sets, **common)
     study = Study(load_study(path), path, tmp_path / "out", execute=here)
+    one = next(step for step in study.left() if step.kind == "eval")
+    assert one.made == tuple(study.answers_of("one", 0, name) / "report.json" for name in ("unseen", "seen"))
     study.run(jobs=1, say=lambda text: None)
     for arm in ("one", "two"):
-        assert f"init_from: {study.out}/start/run" in (study.folder_of(arm, 0) / "data" / "train.yaml").read_text()
+        assert f"init_from: {study.start.folder}/run" in (study.folder_of(arm, 0) / "data" / "train.yaml").read_text()
     assert not any(cell.failed for cell in study.cells) and ran(study.out).count("start, seed 0: train") == 1
+    assert not study.left() and ran(study.out).count("one, seed 0: unseen, seen") == 1  # one process asks both
+    started = parse_yaml((study.start.folder / "run" / "config.yaml").read_text(), where="start")[0]
+    armed = parse_yaml((study.folder_of("one", 0) / "data" / "train.yaml").read_text(), where="arm")[0]
+    assert armed["train"]["precision"] == started["train"]["precision"] == "fp32"
+
+    other = write_world(tmp_path / "other", data={"size": 8}, **{**common, "shared": "../shared"})
+    for name in ("base.yaml", "build.yaml"):  # the same world by other paths
+        other.write_text(other.read_text().replace(name, f"../{name}"))
+    second = Study(load_study(other), other, tmp_path / "second", execute=here)
+    assert not [step.name for step in second.left() if step.shared]
+    changed = Study(
+        load_study(other).model_copy(update={"start": {"config.train.steps": 2}}), other, tmp_path / "third"
+    )
+    assert [step.name for step in changed.left() if step.shared] == ["start, seed 0: data", "start, seed 0: train"]

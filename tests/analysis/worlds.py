@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 
-from mmit.analysis.study import Step
 from mmit.cli import main
 from mmit.yamlio import dump_yaml
 from tests.tiny_run import COLOURS, tiny_config
@@ -63,13 +62,13 @@ def write_world(folder: Path, **study: Any) -> Path:
     return path
 
 
-def here(step: Step, log: Path, environment: Mapping[str, str]) -> int:
-    """Run a step's command in this process: what a study does by a process of its own, without its start."""
+def here(words: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
+    """Run a command in this process: what a study does by a process of its own, without its start."""
     told = io.StringIO()
     code: Any = 0
     with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
         try:
-            main(step.command)
+            main(words)
         except SystemExit as end:
             code = end.code or 0
     with open(log, "a") as file:
