@@ -783,10 +783,10 @@ MUTANTS = [
     ),
     Mutant(
         "build: batches are sent after an error",
-        "mmit/build/cluster.py",
+        "mmit/build/executor.py",
         "while failed is None and (taken",
         "while (taken",
-        "tests/build/test_cluster.py",
+        "tests/build/test_executor.py",
     ),
     Mutant(
         "evaluated endpoint: a refused question counts as a wrong answer",

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import combined
 from mmit.build.parsers import PAIRS, alternating
-from mmit.build.provenance import asked
-from mmit.build.replies import answer_turn, problem
+from mmit.build.replies import answer_turn, asked, problem
 from mmit.records import Record, Text, Turn
 from mmit.teachers import Desk, Draw, Reply, Request
 

@@ -3,6 +3,10 @@
 A stage is a picklable callable: a batch in, a list out, each result decided by its own input alone. So where and by how
 many it is run does not show in what a build writes. Ray is imported here alone. Its workers are actors that live as
 long as the build: a data set of Ray Data would start them, and load their models, anew for every round of requests.
+
+They can ask teachers too: each worker opens those it gets for itself, a local model with its first request. To a desk
+they are the same teachers: names, terms and replies do not change, and the journal stays with the process that builds.
+Limits of an endpoint hold for each worker.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ from mmit.build.annotated import Dropped, Made
 from mmit.build.write import Line, line_of
 from mmit.data.prefetch import in_order
 from mmit.errors import ConfigError, MmitError, nearest
+from mmit.teachers import Reply, Request, Teacher, open_teachers
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+AT_ONCE = 16  # requests of a teacher that says nothing of how many it takes at a time
 BATCH = 100  # rows; those with images as bytes are some kilobytes each
 A = TypeVar("A")
 B = TypeVar("B")
@@ -180,3 +186,55 @@ class RayPool:
             # Ray's text ends with the cause where there is one, such as a module that a node lacks.
             problem = f"a worker of the cluster was lost: {str(error).strip().splitlines()[-1]}"
             raise MmitError(problem, where="--executor ray", remedy="Run the same command again.") from None
+
+
+Found = list["tuple[int, Reply] | MmitError"]
+
+
+class Asker:
+    """The stage: requests to one of the teachers -> (place in the batch, reply), and last the error that ended it."""
+
+    def __init__(self, described: Any, folder: str, *, lenient: bool = False) -> None:
+        self._described, self._folder, self._lenient = described, folder, lenient
+        self._teachers: list[Teacher] = []
+
+    def __call__(self, batch: list[tuple[int, Request]]) -> Found:
+        """Ask the teacher whose number the requests carry. What came in before an error is kept."""
+        found: Found = []
+        try:
+            if not self._teachers:
+                self._teachers = open_teachers(self._described, folder=self._folder, lenient=self._lenient)
+            places = {request.digest: place for place, (_, request) in enumerate(batch)}
+            for request, reply in self._teachers[batch[0][0]].ask([request for _, request in batch]):
+                found.append((places[request.digest], reply))
+        except MmitError as error:
+            found.append(error)
+        return found
+
+
+class Spread:
+    """A teacher whose requests the pool's workers ask; `number` is its place in what they open."""
+
+    def __init__(self, teacher: Teacher, number: int, pool: RayPool) -> None:
+        self.name, self.identity = teacher.name, teacher.identity
+        self.terms, self.price = teacher.terms, teacher.price
+        self._number, self._pool = number, pool
+        self._size = int(getattr(teacher, "window", 0) or getattr(teacher, "in_flight", 0) or AT_ONCE)
+
+    def ask(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Reply]]:
+        """Yield replies as batches finish. Raises MmitError after those in flight have been yielded."""
+        failed: MmitError | None = None
+
+        def batches() -> Iterator[list[tuple[int, Request]]]:
+            left = iter(requests)
+            while failed is None and (taken := list(itertools.islice(left, self._size))):
+                yield [(self._number, request) for request in taken]
+
+        for batch, found in self._pool.as_finished(batches()):
+            for one in found:
+                if isinstance(one, MmitError):
+                    failed = failed or one
+                else:
+                    yield batch[one[0]][1], one[1]
+        if failed is not None:
+            raise failed

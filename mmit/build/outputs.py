@@ -12,8 +12,8 @@ from typing import Any
 
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import combined
-from mmit.build.provenance import asked as asked_by
 from mmit.build.replies import answer_turn, problem
+from mmit.build.replies import asked as asked_by
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, Text, Turn, read_jsonl
 from mmit.teachers import Desk, Draw, Reply, Request

@@ -1,18 +1,19 @@
-"""What is wrong with a teacher's text before anybody learns from it.
+"""A teacher's text before anybody learns from it: what is wrong with it, and what a record says of where it is from.
 
-In: a reply and the text it answers. Out: a reason, one of few, or "". The rules look at form alone; whether an answer
-is right is the business of selection.
+In: a reply and the text it answers. Out: a reason, one of few, or ""; the rules look at form alone, whether an answer
+is right is the business of selection. `asked` gives `meta.build`, with the same keys for every stage that asks.
 """
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from mmit.records import Text, Turn
 
 if TYPE_CHECKING:
-    from mmit.teachers import Reply
+    from mmit.teachers import Reply, Request
 
 REFUSAL = re.compile(
     r"^(?:i(?: am|'m|’m) (?:very )?sorry,? (?:but|i)\b|sorry, (?:but|i)\b|i apologi[sz]e|as an ai\b|"
@@ -72,3 +73,35 @@ def same_words(one: str, other: str) -> bool:
     """Tell whether two texts are the same but for case, spaces and punctuation."""
     first, second = (re.findall(r"\w+", text.lower()) for text in (one, other))
     return first == second
+
+
+def asked(
+    how: str,
+    request: Request,
+    replies: Sequence[Reply],
+    *,
+    template: str,
+    parents: Sequence[str],
+    seed: int,
+    score: float | None = None,
+) -> dict[str, Any]:
+    """Return the provenance of a record that teachers wrote.
+
+    Args:
+        how: the stage. template: the wording or style it asked with.
+        request: what the record's answer was asked with; its digest is the prompt's hash.
+        replies: all that the record is made of, the answer's last.
+        parents: ids of the rows, seeds or records it was made from.
+        seed: of the build. score: what a selection gave it; None where none was asked for.
+    """
+    return {
+        "how": how,
+        "template": template,
+        "teacher": ", ".join(dict.fromkeys(reply.teacher for reply in replies)),
+        "request": replies[-1].id,
+        "requests": [reply.id for reply in replies],
+        "prompt": request.digest,
+        "parents": list(parents),
+        "seed": seed,
+        "score": score,
+    }

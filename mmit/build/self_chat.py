@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import combined
 from mmit.build.parsers import SPEAKERS, alternating
-from mmit.build.provenance import asked
-from mmit.build.replies import answer_turn, problem
+from mmit.build.replies import answer_turn, asked, problem
 from mmit.records import Image, Record, Text, Turn
 from mmit.teachers import Desk, Draw, Reply, Request
 from mmit.teachers.request import user

@@ -16,8 +16,7 @@ from dataclasses import dataclass, replace
 from mmit.build.annotated import Dropped, Made
 from mmit.build.licences import combined
 from mmit.build.parsers import instances, numbered, tasks
-from mmit.build.provenance import asked
-from mmit.build.replies import answer_turn, finish_problem, problem, same_words, text_problem
+from mmit.build.replies import answer_turn, asked, finish_problem, problem, same_words, text_problem
 from mmit.data.diversity import RougePool
 from mmit.errors import ConfigError, nearest
 from mmit.records import Image, Record, Text, Turn

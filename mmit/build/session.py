@@ -14,8 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmit.build.cluster import Asker, Spread
-from mmit.build.executor import RayPool, cluster_of
+from mmit.build.executor import Asker, RayPool, Spread, cluster_of
 from mmit.build.write import Counts, Stated, write_build
 from mmit.data.thoughts import split_thought
 from mmit.errors import ConfigError, nearest

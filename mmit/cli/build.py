@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli import build_chat, build_grow, build_holdout, build_scenes, build_select, build_teachers
+from mmit.cli import build_conversations, build_grow, build_holdout, build_select, build_teachers
 from mmit.cli.build_config import read_config
 from mmit.errors import ConfigError
 from mmit.text import echo
@@ -25,9 +25,9 @@ templates_app = typer.Typer(help="Look at a bank of templates.", no_args_is_help
 app.add_typer(templates_app, name="templates")
 build_teachers.add_to(app)
 app.command("self-instruct")(build_grow.self_instruct)
-app.command("self-chat")(build_chat.self_chat)
+app.command("self-chat")(build_conversations.self_chat)
 app.command("holdout")(build_holdout.holdout)
-app.command("conversations")(build_scenes.conversations)
+app.command("conversations")(build_conversations.conversations)
 app.command("select")(build_select.select)
 
 BankArgument = Annotated[str, typer.Argument(metavar="BANK", help="A file, promptsource:FILE or flan:FILE#KEY.")]

@@ -36,8 +36,8 @@ from mmit.data.formats import FORMATS, easy_vqa, find_format, import_file
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.eval import layouts
 from mmit.eval.judges import JUDGES
-from mmit.eval.layouts.hub import PREFIX as HUB
-from mmit.eval.layouts.hub import local_folder
+from mmit.eval.layouts.common import PREFIX as HUB
+from mmit.eval.layouts.common import local_folder
 from mmit.eval.metrics import METRICS, get_metric
 from mmit.eval.questions import QUESTION, Item, check_ids, prompt_text, record_items, sample_items
 from mmit.plugins import is_spec

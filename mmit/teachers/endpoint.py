@@ -8,6 +8,7 @@ never written anywhere.
 
 from __future__ import annotations
 
+import base64
 import email.utils
 import http.client
 import json
@@ -19,12 +20,14 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import Any
 
+from mmit.data.images import load_rgb
 from mmit.errors import ConfigError, MmitError
-from mmit.teachers.messages import openai_messages
+from mmit.records import Image, Turn
 from mmit.teachers.request import Reply, Request
 
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -266,3 +269,24 @@ class _Pace:
                     self._next = max(self._next, now) + self._gap
                     return
             time.sleep(min(free, end) - now + 0.001)
+
+
+def openai_messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Return turns as OpenAI messages. Raises ImageError."""
+    result: list[dict[str, Any]] = []
+    for turn in turns:
+        parts: list[dict[str, Any]] = []
+        for part in turn.parts:
+            if isinstance(part, Image):
+                parts.append({"type": "image_url", "image_url": {"url": _data_url(part)}})
+            else:
+                parts.append({"type": "text", "text": part.text})
+        plain = all(part["type"] == "text" for part in parts)
+        result.append({"role": turn.role, "content": turn.text if plain else parts})
+    return result
+
+
+def _data_url(image: Image) -> str:
+    out = BytesIO()
+    load_rgb(image).save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode("ascii")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, nearest
 from mmit.teachers.endpoint import Endpoint
-from mmit.teachers.replay import Replay
+from mmit.teachers.journal import Replay
 
 if TYPE_CHECKING:
     from mmit.teachers.request import Teacher

@@ -16,8 +16,7 @@ from mmit.eval.endpoint import EndpointModel
 from mmit.eval.judges import JUDGES, Judge
 from mmit.eval.tasks import load_task, task_items
 from mmit.records import Record
-from mmit.teachers.endpoint import Endpoint
-from mmit.teachers.messages import openai_messages
+from mmit.teachers.endpoint import Endpoint, openai_messages
 from mmit.teachers.request import Request, user
 from tests.eval.benchmarks import CASES, picture
 from tests.eval.loose import answered

@@ -14,7 +14,7 @@ from mmit.configs import shipped
 from mmit.data.images import load_rgb
 from mmit.errors import ConfigError, MmitError, RecordError
 from mmit.eval.judges import JUDGES
-from mmit.eval.layouts import LAYOUTS, hub
+from mmit.eval.layouts import LAYOUTS, common
 from mmit.eval.metrics import METRICS
 from mmit.eval.tasks import Item, Task, load_task, task_items
 from mmit.records import Image, Text
@@ -202,7 +202,7 @@ def test_a_benchmark_by_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             raise LocalEntryNotFoundError("cannot find it\nmore")
         return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    monkeypatch.setattr(common, "snapshot_download", fetch)
     CASES["mmmu_val"][0](tmp_path / "snapshot")
     path = tmp_path / "t.yaml"
     path.write_text("name: t\nlayout: mmmu\nfolder: hub:MMMU/MMMU@v1\nmetric: mmmu\n")

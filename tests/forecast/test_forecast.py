@@ -26,8 +26,7 @@ from mmit.train.engines.zero import BUCKET, bucket_size
 from mmit.train.memory import estimate
 from mmit.train.memory.devices import GPUS, find_device
 from mmit.train.memory.estimate import ALONE, empty_model, least_recompute, stages
-from mmit.train.memory.live_bytes import LiveBytes
-from mmit.train.memory.step_bytes import measure_bytes
+from mmit.train.memory.step_bytes import LiveBytes, measure_bytes
 from mmit.train.run import run
 from tests.forecast.counted import counted_once
 from tests.models.test_tuning import CASES

@@ -15,7 +15,7 @@ from mmit.models.prefix_tree import Parts
 from mmit.models.shapes import make_fake, planned_attention
 from mmit.models.tuning import apply_tuning
 from mmit.models.vlm import VLM
-from mmit.train.memory.live_bytes import LiveBytes
+from mmit.train.memory.step_bytes import LiveBytes
 from tests.models.test_varlen import part_backward, part_forward, written_out
 from tests.models.tuned_models import config_for, row, tune_plan
 

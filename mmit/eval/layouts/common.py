@@ -2,6 +2,8 @@
 
 In: a benchmark's folder as a user downloaded it. Out: Records that end with the user's turn; their meta has
 `reference` (what the metric expects), and where there are any `group` and `choices`. Opens no picture.
+A data set of the hub ("hub:owner/name", with "@revision" if wanted) is fetched once into the hub's cache and is then a
+folder like any other; code is never fetched, and the cache is read when there is no network.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mmit.data.formats.common import json_object, json_rows
 from mmit.data.formats.pictures import image_part
@@ -205,3 +210,23 @@ def split_options(record: Record) -> tuple[str, list[str]]:
         problem = "the question does not end with its options"
         raise RecordError(problem, where=record.where, remedy="Choose a task that lists them one a line.")
     return rest, options
+
+
+PREFIX = "hub:"
+
+
+def local_folder(folder: str) -> str:
+    """Return the folder itself, or the files of the hub's data set that it names. Raises ConfigError."""
+    if not folder.startswith(PREFIX):
+        return folder
+    name, _, revision = folder.removeprefix(PREFIX).partition("@")
+    try:
+        return snapshot_download(name, repo_type="dataset", revision=revision or None, ignore_patterns=["*.py"])
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        said = str(error).strip().splitlines()
+        raise ConfigError(
+            f"the hub does not give the data set '{name}': {said[0] if said else type(error).__name__}",
+            where=folder,
+            remedy="Check the id, the network and (for gated sets) `hf auth login`; or download it to a folder: "
+            f"hf download --repo-type dataset {name} --local-dir {Path('FOLDER')}",
+        ) from error

@@ -1,26 +1,62 @@
 """Bytes alive at the peak of a training step, from shapes alone.
 
 In: a composite that was assembled `empty`, with its tuning applied, and its largest micro-batches. Out: bytes by kind.
+`LiveBytes` counts them as operations make tensors and as their storages go. Each storage counts once, views add
+nothing; what kernels take and give back inside is not seen. Counts repeat exactly, which times and resident memory do
+not.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mmit.models.fakes import CpuFakes
 from mmit.models.recompute import set_recompute
 from mmit.models.shapes import make_fake, planned_attention
 from mmit.models.tuning import Group
 from mmit.train.engines.torch_engine import TorchEngine
-from mmit.train.memory.live_bytes import LiveBytes
 
 if TYPE_CHECKING:
     from mmit.models.vlm import VLM
+
+
+class LiveBytes(TorchDispatchMode):
+    """A context that counts; `now` and `peak` are bytes. Tensors made before count once they are `add`ed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._known: dict[int, int] = {}  # address of a storage -> bytes
+
+    def add(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Count these storages from now on, unless they are counted already."""
+        for tensor in tensors:
+            # By storage, not by tensor: views of one memory are many tensors.
+            storage = tensor.untyped_storage()
+            key, size = storage._cdata, storage.nbytes()
+            if key not in self._known:
+                self._known[key] = size
+                self.now += size
+                # Called when the last tensor over it goes, at whatever moment autograd lets go of it.
+                weakref.finalize(storage, self._gone, key)
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count what it made."""
+        out = func(*args, **(kwargs or {}))
+        self.add(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+        return out
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from mmit.build.cluster import Asker, Spread
-from mmit.build.executor import RayPool, cluster_of, run
+from mmit.build.executor import Asker, RayPool, Spread, cluster_of, run
 from mmit.cli import app
 from mmit.errors import ConfigError, MmitError
 from mmit.teachers import Draw, Request, open_teachers
@@ -91,7 +90,7 @@ def double(batch: list[int]) -> list[int]:
 
 @needs_ray
 def test_a_stage_keeps_its_order_and_its_errors(ray):
-    double = importlib.import_module("tests.build.test_cluster").double  # by a name that the actors can import
+    double = importlib.import_module("tests.build.test_executor").double  # by a name that the actors can import
     assert list(run(double, range(450), cluster="", workers=2)) == [2 * n for n in range(450)]
     with pytest.raises(ConfigError, match=r"row: is 500(.|\n)*Leave it out"):
         list(run(double, range(1000), cluster="", workers=1))
