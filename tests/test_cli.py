@@ -20,7 +20,7 @@ from mmit.cli import app
 from mmit.cli.train import split_arguments
 from mmit.records import Record, Text, Turn
 from mmit.yamlio import dump_yaml, parse_yaml
-from tests.tiny_run import tiny_config
+from tests.tiny_run import tiny_config, write_records
 
 ROOT = Path(__file__).parents[1]
 DATA_COMMANDS = [["data", name] for name in ("import", "check", "show", "stats")]
@@ -229,6 +229,18 @@ def test_inspect_shows_the_mask(made, tmp_path):
     assert "[image x4]" in result.stdout and "«" in result.stdout and "2 supervised" not in result.stdout.split("«")[0]
     assert 'class="supervised"' in page.read_text() and picture.read_text().startswith("<svg")
     assert "pair 2 of 2" in good("inspect", made / "config.yaml", "--pair", 2).stdout
+
+
+def test_inspect_takes_overrides_as_a_run_does(made, tmp_path):
+    data, config = made / "data" / "train.jsonl", made / "config.yaml"
+    assert "chat format vicuna_v1" in good("inspect", config, "model.chat.format=vicuna_v1", "--row", 2).stdout
+    other = write_records(tmp_path, count=1, text_only=1)
+    shown = good("inspect", config, f"data.train.0.path={other}", "data.split_turns=false", "--row", 2).stdout
+    assert "(text-0)" in shown and "pair" not in shown
+    short = good("inspect", data, "data.max_length=9", "--config", config).stdout
+    assert "training refuses it" in short and "max_length=9" in short
+    assert_one_message(mmit("inspect", config, "data.max_lenght=9"), "max_lenght", "max_length")
+    assert "overrides need the config" in mmit("inspect", data, "data.max_length=9", "--tokenizer", "a").stderr
 
 
 def test_inspect_takes_a_data_file(made):

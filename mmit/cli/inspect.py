@@ -51,11 +51,14 @@ def inspect(
     data: Annotated[
         Path, typer.Argument(metavar="DATA_OR_CONFIG", help="A data file of any format, or the YAML of a run.")
     ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values put on top of the config, as in mmit train.")
+    ] = None,
+    *,
     row: Annotated[int, typer.Option(min=1, help="Which record, counted from 1.")] = 1,
     pair: Annotated[
         int, typer.Option(min=1, help="Which question-answer pair, where data.split_turns makes them records.")
     ] = 1,
-    *,
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", metavar="FILE", help="Take tokenizer, chat format and image tokens from here."),
@@ -71,7 +74,7 @@ def inspect(
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the terminal's picture as SVG.")] = None,
 ) -> None:
     """Show a record's tokens, those the loss is taken on in colour."""
-    settings = settings_of(data, config)
+    settings = settings_of(data, config, overrides or ())
     if settings is None and tokenizer is None:
         raise typer.BadParameter("give --config FILE, or --tokenizer NAME (and --chat, --image-tokens)")
     record = _record(files_of(data, settings), row)

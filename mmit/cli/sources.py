@@ -94,15 +94,21 @@ def is_config(path: Path) -> bool:
     return path.suffix in (".yaml", ".yml")
 
 
-def settings_of(data: Path, config: Path | None) -> Config | None:
-    """Return the config that DATA is or that --config names; None without one, or where it is of data alone."""
+def settings_of(data: Path, config: Path | None, overrides: Sequence[str] = ()) -> Config | None:
+    """Return the config that DATA is or that --config names, with the overrides on top.
+
+    None without one, or where it is of data alone.
+    """
     from mmit.config import load_config
 
     if is_config(data) and mixture_of(data) is None:
         if config is not None:
             raise typer.BadParameter("the data is a config already", param_hint="--config")
         config = data
-    return None if config is None else load_config(config)
+    if config is None and overrides:
+        problem = "overrides need the config of a run: give it as the data, or with --config"
+        raise typer.BadParameter(problem, param_hint="KEY=VALUE")
+    return None if config is None else load_config(config, overrides)
 
 
 def mixture_of(data: Path) -> DataConfig | None:
