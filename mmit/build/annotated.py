@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mmit.build.licences import combined
+from mmit.data.formats.boxes import check_options, with_boxes
 from mmit.data.image_identity import image_name
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, Text, Turn
@@ -46,6 +47,8 @@ class Recipe:
         shots: share of records by their number of solved examples.
         shot_answers: right, or wrong: each example then shows another answer of its label space, never the right one
             (the delusive examples of Kung and Peng, arXiv:2305.11383).
+        boxes: how boxes are written that a wording spells as <box>(x1,y1),(x2,y2)</box> of 0 to 1000: as numbers or
+            with a family's tokens (`mmit.data.formats.boxes.WAYS`); None leaves these letters as they are.
         held_out: clusters that are kept for evaluation.
         set_aside: share of the images (of the rows, where they have none) that held-out clusters ask about, and no
             other does: a held-out question about a trained image would measure memory.
@@ -59,11 +62,13 @@ class Recipe:
     options: OptionStyle = OptionStyle()
     shots: Mapping[int, float] = field(default_factory=lambda: {0: 1.0})
     shot_answers: str = "right"
+    boxes: str | None = None
     held_out: tuple[str, ...] = ()
     set_aside: float = 0.1
 
     def __post_init__(self) -> None:
         check_shots(self.shots)
+        check_options(self.boxes)
         if self.shot_answers not in SHOT_ANSWERS:
             remedy = nearest(str(self.shot_answers), SHOT_ANSWERS)
             raise ConfigError(f"is '{self.shot_answers}'", where="shot_answers", remedy=remedy)
@@ -249,7 +254,7 @@ def _of_row(
             asked = render(template, row, rng=rng, options=recipe.options, row=at.where)
             shots = pool.of(row, at.number, template, asked, rng) if pool else []
             rendered = with_shots(asked, [shot for _, shot in shots])
-            record = _record(rendered, bank, template, row, at)
+            record = with_boxes(_record(rendered, bank, template, row, at), boxes=recipe.boxes)
             record.meta["build"]["shots"] = [name for name, _ in shots]
             record.meta["build"]["seed"] = recipe.seed
             record.validate()

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 ROWS = {"train": 5_000, "test": 500}
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSerif", "DejaVuSansMono")
 KINDS = ("date", "price", "code", "color")
-_MONTHS = "January February March April May June July August September October November December".split()
-_SIGNS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # without I, O, 0 and 1, which fonts draw alike
+MONTHS = "January February March April May June July August September October November December".split()
+SIGNS = "ABCDEFGHJKLMNPQRSTUVWXYZ23456789"  # without I, O, 0 and 1, which fonts draw alike
 _MARGIN = 8  # pixels
 
 
@@ -61,11 +61,11 @@ def _sizes() -> tuple[int, ...]:
 
 def _written(kind: str, colours: list[str], rng: random.Random) -> str:
     if kind == "date":
-        return f"{rng.randint(1, 28)} {rng.choice(_MONTHS)} {rng.randint(1900, 2099)}"
+        return f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1900, 2099)}"
     if kind == "price":
         return f"{rng.choice('$€£')}{rng.randint(1, 9999)}.{rng.randint(0, 99):02}"
     if kind == "code":
-        return "-".join("".join(rng.choices(_SIGNS, k=4)) for _ in range(rng.choice((1, 2, 3))))
+        return "-".join("".join(rng.choices(SIGNS, k=4)) for _ in range(rng.choice((1, 2, 3))))
     return rng.choice(colours)
 
 

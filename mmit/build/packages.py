@@ -5,7 +5,8 @@ The images hold one shape in one of eight colours on a plain ground, so all of i
 own questions name a colour or a shape, the measurement must agree, or the row is refused.
 `easy-vqa-composites` and `easy-vqa-pairs` put these together (`mmit.build.composites`), `mnist-5k` and `mnist-5k-pairs`
 are handwritten digits (`mmit.build.digits`), `vega-charts` and `vega-tables` small tables drawn and written
-(`mmit.build.tables`), `text-lines` lines of text to read (`mmit.build.lines`).
+(`mmit.build.tables`), `text-lines` lines of text to read (`mmit.build.lines`), `text-forms` forms to look values up in
+(`mmit.build.forms`), `solar-cells` photographs of solar cells with and without defects (`mmit.build.cells`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,13 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
+from mmit.build.cells import cells
 from mmit.build.composites import composites, pairs
 from mmit.build.digits import digit_pairs, digits
+from mmit.build.forms import forms
 from mmit.build.lines import lines
 from mmit.build.tables import charts, tables
+from mmit.data.formats.boxes import spelt
 from mmit.data.formats.easyvqa import COLOURS, SHAPES, SPLITS, read_pictures
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image
@@ -46,8 +50,8 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 def easy_vqa_attributes(split: str) -> Rows:
     """Yield (row, fields) for every image of "train" or "test".
 
-    Fields: image, colour, shape, box ([left, top, right, bottom] in pixels), column (left, right), row (top, bottom),
-    size (small, large).
+    Fields: image, colour, shape, box ([left, top, right, bottom] in pixels), place (the box as the build's key `boxes`
+    reads it), column (left, right), row (top, bottom), size (small, large).
 
     Raises:
         ConfigError: no such split. RecordError: the package is missing, or an image contradicts its questions.
@@ -78,6 +82,7 @@ def measured(pixels: np.ndarray, *, where: str) -> dict[str, Any]:
         "colour": min(_RGB, key=lambda name: float(np.abs(colour - _RGB[name]).sum())),
         "shape": next(name for name, most in _FILL if fill < most),
         "box": [left, top, right, bottom],
+        "place": spelt((left / width, top / height, right / width, bottom / height)),
         "column": "left" if left + right < width else "right",
         "row": "top" if top + bottom < height else "bottom",
         "size": "large" if max(right - left, bottom - top) >= _LARGE else "small",
@@ -95,6 +100,8 @@ PACKAGES: dict[str, tuple[Callable[[str], Rows], str]] = {
     "vega-tables": (tables, "MIT"),
     "vega-charts": (charts, "MIT"),
     "text-lines": (lines, "CC0-1.0"),
+    "text-forms": (forms, "CC0-1.0"),
+    "solar-cells": (cells, "CC-BY-NC-SA-4.0"),
 }
 
 

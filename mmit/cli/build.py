@@ -31,7 +31,9 @@ app.command("conversations")(build_conversations.conversations)
 app.command("select")(build_select.select)
 
 BankArgument = Annotated[str, typer.Argument(metavar="BANK", help="A file, promptsource:FILE or flan:FILE#KEY.")]
-KEYS = tuple("base rows bank templates inversion options shots shot_answers cap holdout allow_licences seed".split())
+KEYS = tuple(
+    "base rows bank templates inversion options shots shot_answers boxes cap holdout allow_licences seed".split()
+)
 INNER = {
     "templates": ("split", "per_row", "count"),
     "options": ("share", "styles", "answer"),
@@ -49,6 +51,9 @@ def annotated(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that render; 0: none besides this one, on Ray one a core.")
     ] = 0,
+    allow_licence: Annotated[
+        list[str] | None, typer.Option(metavar="SPDX", help="A licence that is allowed beside allow_licences.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show some records and write nothing.")] = False,
 ) -> None:
     """Turn annotated rows into instruction records by templates."""
@@ -59,6 +64,8 @@ def annotated(
     from mmit.build.write import Stated, write_build
 
     settings = read_config(config, KEYS, INNER)
+    if allow_licence:
+        settings["allow_licences"] = [*(settings.get("allow_licences") or ()), *allow_licence]
     folder = config.parent
     banks = open_banks(settings.get("bank"), folder)
     described = dict(settings.get("rows") or {})
@@ -172,6 +179,7 @@ def _recipe(settings: Mapping[str, Any]) -> Any:
         ),
         shots=settings.get("shots") or {0: 1.0},
         shot_answers=settings.get("shot_answers", "right"),
+        boxes=settings.get("boxes"),
         held_out=tuple(aside.get("clusters") or ()),
         set_aside=aside.get("images", 0.1),
     )

