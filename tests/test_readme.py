@@ -18,6 +18,7 @@ from mmit.analysis.transform import Transform
 from mmit.config import Config, load_config
 from mmit.data.formats import FORMATS
 from mmit.sections import describe
+from tests.test_warnings import warnings_in
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -108,6 +109,8 @@ def run_all(commands: list[str], folder: Path) -> str:
             ["bash", "-c", command], cwd=folder, env=environment(), capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        if " python " not in f" {command} ".replace("/", " "):  # a program of the user's own shows transformers' own
+            assert not (shown := warnings_in(done.stdout + done.stderr)), f"{command}\n{shown}"
         output += done.stdout
     return output
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ def join_deepspeed(*, cuda: bool) -> tuple[int, int]:
         raise ConfigError(
             "DeepSpeed is not installed", where="engine.kind", remedy="run: pip install 'mmit-tune[deepspeed]'"
         ) from error
+    # DeepSpeed 0.19 calls collectives by names that torch 2.14 deprecates, at every step of ZeRO.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
     return dist.get_rank(), dist.get_world_size()
 
