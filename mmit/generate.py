@@ -262,6 +262,7 @@ class Model:
     def _stream(self, prompt: Prompt, reader: AnswerText, max_new_tokens: int, *, sampling: Sampling) -> Iterator[str]:
         ids: list[int] = []
         sent = ""
+        reader = reader.growing()
         features = self._see(Pictures(self.vlm, self.preparation, [[prompt]]), [prompt])
         for new in self._steps([prompt], features, reader, max_new_tokens=max_new_tokens, sampling=sampling):
             ids += [token for _, token in new]
@@ -520,6 +521,7 @@ class Model:
         """Prefill one batch and decode it: after each step, (place in the batch, new id) pairs."""
         _check_count("max_new_tokens", max_new_tokens)
         context = context_length(self.vlm.llm)
+        readers = [reader.growing() for _ in batch] if reader.stop else []
         rooms = [max_new_tokens if context is None else context - prompt.length for prompt in batch]
         steps = decoding.steps(
             self.vlm.llm,
@@ -528,7 +530,7 @@ class Model:
             end_ids=self.end_ids,
             sampling=sampling,
             numbers=[prompt.number if draws is None else draws[prompt.number] for prompt in batch],
-            stop=(lambda _, ids: reader.ended(ids)) if reader.stop else None,
+            stop=(lambda place, ids: readers[place].ended(ids)) if readers else None,
         )
         for new in steps:
             self.usage.new_tokens += len(new)

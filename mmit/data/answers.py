@@ -7,13 +7,16 @@ Takes a tokenizer object and ids; gives text. Chooses no token.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmit.errors import ConfigError
 
 _BYTE_NAME = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+CONTEXT = 8  # ids before the new ones that are decoded with them: the first id of a text loses its space
+TAIL = 32  # ids of a growing text that are decoded anew for each new one, before their text is kept
 
 
 class AnswerText:
@@ -46,6 +49,13 @@ class AnswerText:
         self._thought = None if thought is None else (list(thought[0]), list(thought[1]))
         self._marks = tuple(marks) if thought is None else ()
         self._special = frozenset(tokenizer.all_special_ids)
+        self._growing: tuple[_Growing, _Growing] | None = None  # of a thought, of what is none
+
+    def growing(self) -> AnswerText:
+        """A reader for one answer that grows: equal to this one, but it decodes the last ids only."""
+        made = copy.copy(self)
+        made._growing = (_Growing(self._decoded, self._may_change), _Growing(self._decoded, self._may_change))
+        return made
 
     def whole(self, ids: Sequence[int]) -> str:
         """Return the text of a finished answer."""
@@ -64,7 +74,7 @@ class AnswerText:
         """
         ids = self._marked(list(ids))
         # A run of byte tokens that is no valid UTF-8 in the end is shown as replacement characters from its start.
-        while ids and (ids[-1] in self._special or self._is_byte(ids[-1])):
+        while ids and self._may_change(ids[-1]):
             ids.pop()
         text, ended = self._cut(ids)
         if not ended:
@@ -76,7 +86,10 @@ class AnswerText:
             text = text[: len(text) - max(begun, default=0)]
         return text.strip() if self._strip else text
 
-    def _is_byte(self, token: int) -> bool:
+    def _may_change(self, token: int) -> bool:
+        """Whether the text of a token at the end depends on what follows."""
+        if token in self._special:
+            return True
         name = self._tokenizer.convert_ids_to_tokens(token)
         return name is not None and _BYTE_NAME.fullmatch(name) is not None
 
@@ -88,13 +101,14 @@ class AnswerText:
 
     def _shown(self, ids: list[int]) -> str:
         if self._thought is None:
-            return self._between_think(self._decoded(ids))
+            return self._between_think(self._text(ids))
         opening, closing = self._thought
         inside = bool(opening) and ids[: len(opening)] == opening
         begin, end = len(opening) if inside else 0, _last(ids, closing)
         if end >= 0:
-            return f"<think>\n{self._decoded(ids[begin:end])}\n</think>\n\n{self._decoded(ids[end + len(closing) :])}"
-        return f"<think>\n{self._decoded(ids[begin:])}" if inside else self._decoded(ids)
+            thought = self._text(ids[begin:end], of_thought=True)
+            return f"<think>\n{thought}\n</think>\n\n{self._text(ids[end + len(closing) :])}"
+        return f"<think>\n{self._text(ids[begin:], of_thought=True)}" if inside else self._text(ids)
 
     def _between_think(self, text: str) -> str:
         for opening, closing in self._marks:
@@ -115,9 +129,59 @@ class AnswerText:
         begun = max((n for n in range(1, len(closing)) if ids[-n:] == closing[:n]), default=0)
         return ids[: len(ids) - begun]
 
+    def _text(self, ids: list[int], *, of_thought: bool = False) -> str:
+        return self._decoded(ids) if self._growing is None else self._growing[not of_thought].text(ids)
+
     def _decoded(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+
+class _Growing:
+    """The text of ids that grow, equal to decoding all of them, at the cost of decoding the last ones.
+
+    The text of a beginning is kept once nothing that follows can change it: it ends between two characters, behind an
+    id whose text stands for itself. What follows it is what decoding adds to some ids before it. Checked against the
+    whole text whenever the ids have doubled; a tokenizer that decodes otherwise is decoded whole from then on.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], may_change: Callable[[int], bool]) -> None:
+        self._decode, self._may_change = decode, may_change
+        self._ids: list[int] = []  # the beginning that is kept, and its text
+        self._text = ""
+        self._before: list[int] = []  # its last ids, and their text by themselves
+        self._head = ""
+        self._check_at = 2 * TAIL
+
+    def text(self, ids: list[int]) -> str:
+        """The text of all ids."""
+        known = len(self._ids)
+        if self._check_at == 0 or ids[:known] != self._ids:
+            return self._decode(ids)
+        text = self._text + self._added(ids[known:])
+        if len(ids) >= self._check_at:
+            self._check_at = 2 * len(ids)
+            if text != (whole := self._decode(ids)):
+                self._check_at = 0
+                return whole
+        if len(ids) - known > TAIL:
+            self._keep(ids)
+        return text
+
+    def _added(self, new: list[int]) -> str:
+        return self._decode([*self._before, *new])[len(self._head) :]
+
+    def _keep(self, ids: list[int]) -> None:
+        """Keep the text up to the last place where that is safe, if there is one."""
+        known = len(self._ids)
+        for place in range(len(ids) - CONTEXT, known + CONTEXT, -1):
+            if self._may_change(ids[place - 1]):
+                continue
+            before = ids[place - CONTEXT : place]
+            head, text = self._decode(before), self._text + self._added(ids[known:place])
+            if head.strip() and not head.endswith("\ufffd") and not text.endswith("\ufffd"):
+                self._ids, self._text, self._before, self._head = ids[:place], text, before, head
+                return
 
 
 def token_text(tokenizer: Any, token: int) -> tuple[str, bytes]:
@@ -147,5 +211,7 @@ _BYTES = _byte_characters()
 
 def _last(ids: list[int], wanted: list[int]) -> int:
     """Where `wanted` begins for the last time, -1 where it is not."""
+    if wanted and wanted[-1] not in ids:
+        return -1
     places = range(len(ids) - len(wanted), -1, -1)
     return next((at for at in places if ids[at : at + len(wanted)] == wanted), -1)

@@ -139,7 +139,8 @@ class Engine:
         limit = limit if context is None else min(limit, context - prompt.length)
         answering = Answering(ask, prompt_tokens=prompt.length, image_tokens=sum(prompt.samples[0].widths))
         answers = [
-            Answer(answering, n, prompt, pixels, reader, sampling, sampling.generator(n), limit) for n in range(ask.n)
+            Answer(answering, n, prompt, pixels, reader.growing(), sampling, sampling.generator(n), limit)
+            for n in range(ask.n)
         ]
         with self._lock:
             self._check_room()

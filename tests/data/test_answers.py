@@ -79,3 +79,71 @@ def test_thoughts_between_marks_that_are_text(said: str, whole: str) -> None:
     shown = [reader.settled(ids[:n]) for n in range(len(ids) + 1)] + [whole]
     assert all(after.startswith(before) for before, after in zip(shown, shown[1:], strict=False))
     assert split_thought(whole)[1] == ("" if "cut" in said else "No." if whole.startswith("<think>") else whole)
+
+
+LONG = (TEXT + " What is in the picture?\n\n A cat  sits on <think> the mat. \U0001f600\U0001f600\U0001f600 ") * 12
+
+
+def long_ids(name: str, draw: random.Random) -> list[int]:
+    """Ids of a text with random ids sprinkled in: broken bytes, control tokens, spaces, runs of bytes."""
+    ids, size = ids_of(name, LONG)[: draw.randrange(100, 300)], len(family(name))
+    for _ in range(draw.choice((0, 3, 40))):
+        place = draw.randrange(len(ids))
+        ids[place:place] = [draw.randrange(size) for _ in range(draw.randrange(1, 6))]
+    return ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("strip", [True, False])
+def test_a_growing_answer_is_read_as_the_whole_one(name: str, strip: bool) -> None:
+    draw = random.Random(1)
+    for stop in [(), ("zzz", " the mat. zz")] * 2:
+        whole = AnswerText(family(name), stop, strip=strip)
+        growing, ids = whole.growing(), long_ids(name, draw)
+        for n in range(0, len(ids) + 1, draw.choice((1, 1, 3))):
+            assert growing.settled(ids[:n]) == whole.settled(ids[:n]), (ids, n)
+            assert growing.whole(ids[:n]) == whole.whole(ids[:n]) and growing.ended(ids[:n]) == whole.ended(ids[:n])
+        assert growing._growing is not None and growing._growing[1]._check_at  # without falling back on the whole text
+
+
+def test_a_growing_answer_with_a_thought_is_read_as_the_whole_one() -> None:
+    tokenizer = family("byte_level")
+    marks = tokenizer.convert_tokens_to_ids(["<think>", "<tool>"])
+    ids = [marks[0], *ids_of("byte_level", LONG)[:150], marks[1], *ids_of("byte_level", LONG)[:150]]
+    for whole in (
+        AnswerText(tokenizer, thought=(marks[:1], marks[1:])),
+        AnswerText(tokenizer, marks=[("<think>", "<tool>")]),
+    ):
+        growing = whole.growing()
+        for n in range(len(ids) + 1):
+            assert growing.settled(ids[:n]) == whole.settled(ids[:n]) and growing.whole(ids[:n]) == whole.whole(ids[:n])
+
+
+class Counting:
+    """A tokenizer that counts what it decodes, and may put something in front that the length decides."""
+
+    def __init__(self, *, odd: bool = False) -> None:
+        self.odd, self.decoded, self.all_special_ids = odd, 0, [0]
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        self.decoded += len(ids)
+        return ("!" if self.odd and len(ids) > 70 else "") + "".join(chr(97 + i) for i in ids)
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return chr(97 + token)
+
+
+def test_the_work_of_a_growing_answer_grows_with_its_length_alone() -> None:
+    tokenizer, ids = Counting(), [1 + n % 20 for n in range(4000)]
+    growing = AnswerText(tokenizer).growing()
+    for n in range(len(ids)):
+        growing.settled(ids[: n + 1])
+    assert tokenizer.decoded < 60 * len(ids)
+    assert growing.whole(ids) == tokenizer.decode(ids)
+
+
+def test_a_tokenizer_that_decodes_otherwise_is_noticed() -> None:
+    tokenizer, ids = Counting(odd=True), [1 + n % 20 for n in range(300)]
+    growing = AnswerText(tokenizer).growing()
+    texts = [growing.whole(ids[: n + 1]) for n in range(len(ids))]
+    assert texts[200:] == [tokenizer.decode(ids[: n + 1]) for n in range(200, 300)]
