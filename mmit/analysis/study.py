@@ -379,6 +379,8 @@ class Study:
             raise StepFailed(_last_words(log) or f"it ended with code {code}", step=step, code=code)
         took = {"kind": step.kind, "name": step.name, "seconds": round(time.monotonic() - began, 1)}
         append(self.out / TIMES, json.dumps(took) + "\n")
+        if self.shared != self.out:
+            append(self.shared / TIMES, json.dumps({**took, "like": self._like()}) + "\n")
 
     def _write_build(self, step: Step) -> None:
         for cell in [*([self.start] if self.start else []), *self.cells]:
@@ -401,17 +403,38 @@ class Study:
         """Return the steps that are not done."""
         return [step for step in self.steps if not step.done]
 
-    def hours_left(self) -> float | None:
-        """Return how long the rest takes by the steps that were run here, None where a kind never was."""
-        found: dict[str, list[float]] = {}
-        path = self.out / TIMES
-        for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
-            took = json.loads(line)
-            found.setdefault(took["kind"], []).append(took["seconds"])
-        kinds = [step.kind for step in self.left()]
-        if any(kind not in found for kind in kinds if kind in ("train", "eval")):
+    def _like(self) -> str:
+        """What a step's time depends on beside its kind, as far as all arms have it in common."""
+        asked = {name: [one.limit, one.max_new_tokens] for name, one in self.config.questions.items()}
+        return _short([_digest(Path(self.at(self.config.base))), self.config.config, asked])
+
+    def hours_left(self, *, jobs: int = 1) -> float | None:
+        """Return how long the rest takes by the steps that were run, None where a kind never was.
+
+        By those of this study, and of others alike that share a folder with it. Steps of arms run `jobs` at once.
+        """
+        mine = _times(self.out / TIMES)
+        others = _times(self.shared / TIMES, like=self._like()) if self.shared != self.out else {}
+        found = {**others, **mine}
+        steps = self.left()
+        if any(step.kind not in found for step in steps if step.kind in ("train", "eval")):
             return None
-        return sum(sum(found[kind]) / len(found[kind]) for kind in kinds if kind in found) / 3600
+        seconds = 0.0
+        for step in steps:
+            several = found.get(step.kind, [0.0])
+            at_once = jobs if step.kind in ("data", "train", "eval") and not step.shared else 1
+            seconds += sum(several) / len(several) / at_once
+        return seconds / 3600
+
+
+def _times(path: Path, *, like: str | None = None) -> dict[str, list[float]]:
+    """Return the seconds of steps by their kind; with `like` those of studies of that likeness."""
+    found: dict[str, list[float]] = {}
+    for line in path.read_text("utf-8").splitlines() if path.is_file() else []:
+        took = json.loads(line)
+        if like is None or took.get("like") == like:
+            found.setdefault(took["kind"], []).append(took["seconds"])
+    return found
 
 
 class StepFailed(ConfigError):

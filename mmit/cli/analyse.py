@@ -34,7 +34,7 @@ def _command(kind: str) -> Callable[..., None]:
             raise ConfigError(f"is a study of kind {loaded.study}, not {kind}", where=str(config), remedy=remedy)
         study = Study(loaded, config, out)
         if plan:
-            _plan(study)
+            _plan(study, jobs)
             return
         study.run(jobs=jobs, say=echo)
         _report(study)
@@ -84,14 +84,14 @@ def intrinsic(
     echo(f"tune in it: tune.llm.mode=intrinsic tune.llm.options='{{subspace: {out}}}'")
 
 
-def _plan(study: object) -> None:
+def _plan(study: object, jobs: int) -> None:
     left = study.left()  # type: ignore[attr-defined]
     for step in left:
         echo(step.shown)
-    hours = study.hours_left()  # type: ignore[attr-defined]
+    hours = study.hours_left(jobs=jobs)  # type: ignore[attr-defined]
     told = "its time is known once the first arm has run"
     if hours is not None:
-        told = f"about {hours:.1f} hours by the steps that ran here"
+        told = f"about {hours:.1f} hours by the steps that have run"
     echo(f"{len(left)} steps left; {told}")
 
 

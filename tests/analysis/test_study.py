@@ -137,3 +137,18 @@ def test_what_arms_and_studies_share_is_made_once(tmp_path):
         load_study(other).model_copy(update={"start": {"config.train.steps": 2}}), other, tmp_path / "third"
     )
     assert [step.name for step in changed.left() if step.shared] == ["start, seed 0: data", "start, seed 0: train"]
+
+
+def test_the_plan_states_hours_by_what_ran_here_and_in_studies_alike(tmp_path):
+    path = write_world(tmp_path, shared="shared", seeds=[0])
+    study = Study(load_study(path), path, tmp_path / "out", execute=here)
+    row = {"kind": "train", "name": "a, seed 0: train", "like": study._like()}
+    rows = [row | {"seconds": 3000}, row | {"kind": "eval", "seconds": 600}, row | {"seconds": 9, "like": "another"}]
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / TIMES).write_text("".join(json.dumps(one) + "\n" for one in rows))
+    assert study.hours_left() == 2 and study.hours_left(jobs=2) == 1
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / TIMES).write_text(json.dumps(row | {"seconds": 1200}) + "\n")
+    assert study.hours_left() == 1  # its own steps count before those of others
+    longer = write_world(tmp_path, shared="shared", seeds=[0], config={"train.steps": 9})
+    assert Study(load_study(longer), longer, tmp_path / "longer", execute=here).hours_left() is None

@@ -3,9 +3,10 @@
 In: counts or one number per answer, and which answers belong together. Out: 95 % intervals, and differences of two
 models on the same questions with their p-value. All randomness comes from the `seed` argument.
 
-Questions about one image are right or wrong together, so n of them say less than n images would. `clustered` and
-`paired_clusters` count images, not questions; the others treat answers as independent draws. Known limit: all of them
-describe this one model. Another seed of its training is a source of variance that no interval here contains.
+Questions about one image are right or wrong together, so n of them say less than n images would. `clustered`,
+`cluster_bootstrap_counts` and `paired_clusters` count images, not questions; the others treat answers as independent
+draws. Known limit: all of them describe this one model. Another seed of its training is a source of variance that no
+interval here contains.
 """
 
 from __future__ import annotations
@@ -120,6 +121,41 @@ def bootstrap_counts(
     """
     draws = resample_counts(counts, seed=seed, resamples=resamples)
     return _quantiles(np.asarray(statistic(draws), dtype=np.float64))
+
+
+def cluster_bootstrap_counts(
+    cells: Sequence[int] | np.ndarray,
+    clusters: Sequence[str],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    *,
+    count: int,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float]:
+    """Return the 95 % interval of a statistic of a table of counts where answers of one cluster are not independent.
+
+    Clusters are drawn whole. One cluster says nothing about others: all that a share can be.
+
+    Args:
+        cells: (n,) the cell that each answer fell in, 0 to C - 1.
+        clusters: (n,) what each answer belongs to.
+        statistic: maps (resamples, C) counts to (resamples,) shares.
+        count: C.
+
+    Raises:
+        MmitError: no answers.
+    """
+    if not len(cells):
+        raise MmitError("no counts", where="cluster_bootstrap_counts", remedy="Give at least one answer.")
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    tables = np.zeros((int(index.max()) + 1, count))
+    np.add.at(tables, (index, np.asarray(cells)), 1)
+    if len(tables) == len(cells):  # as without clusters
+        return bootstrap_counts(tables.sum(0), statistic, seed=seed, resamples=resamples)
+    if len(tables) < 2:
+        return 0.0, 1.0
+    drawn = resample_counts(np.ones(len(tables)), seed=seed, resamples=resamples)
+    return _quantiles(np.asarray(statistic(drawn @ tables), dtype=np.float64))
 
 
 def t_quantile(df: int) -> float:

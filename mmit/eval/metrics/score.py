@@ -13,7 +13,29 @@ from typing import Any
 import numpy as np
 
 from mmit.errors import MmitError, nearest
-from mmit.eval.metrics.intervals import bootstrap_mean, clustered, wilson
+from mmit.eval.metrics.intervals import bootstrap_mean, cluster_bootstrap_counts, clustered, wilson
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A number of a table of counts, such as F1: what its interval over clusters needs.
+
+    Attributes:
+        key: of `Score.details`; its interval is `KEY_ci95` there, and that of the score where this is its value.
+        cells: (n,) the cell that each answer fell in, 0 to `count` - 1.
+        statistic: (R, count) counts -> (R,) shares.
+    """
+
+    key: str
+    cells: Sequence[int]
+    count: int
+    statistic: Callable[[np.ndarray], np.ndarray]
+
+    def interval(self, clusters: Sequence[str], at: Sequence[int], *, seed: int) -> tuple[float, float]:
+        """Return the interval of the answers `at`, drawn in their clusters."""
+        cells, own = [self.cells[i] for i in at], [clusters[i] for i in at]
+        return cluster_bootstrap_counts(cells, own, self.statistic, count=self.count, seed=seed)
+
 
 # Keys of `Score.details` with one entry per answer, in input order: what a report shows and `compare` pairs.
 PER_ANSWER = ("values", "parsed")
@@ -36,6 +58,7 @@ class Score:
     unparsed_rate: float = 0.0
     by_group: Mapping[str, Score] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    counted: Counted | None = None
 
     def to_json(self, *, per_answer: bool = False) -> dict[str, Any]:
         """Return plain JSON data; the lists with one entry per answer only when `per_answer` is set."""
@@ -201,8 +224,8 @@ def mean_score(
 def by_cluster(score: Score, clusters: Sequence[str], *, groups: Sequence[str] | None = None, seed: int = 0) -> Score:
     """Return the score with intervals that count clusters, such as images, where they counted answers.
 
-    For scores that are the mean of one number per answer; others (F1, sums over pairs of questions, corpus scores) come
-    back as they are. `details["interval_by_image"]` is set where it was done.
+    For scores that are the mean of one number per answer, and for what `Score.counted` names; others (sums over pairs
+    of questions, corpus scores) come back as they are. `details["interval_by_image"]` is set where it was done.
 
     Args:
         score: of n answers.
@@ -211,18 +234,26 @@ def by_cluster(score: Score, clusters: Sequence[str], *, groups: Sequence[str] |
         seed: of a bootstrap.
     """
     values = np.asarray(score.details.get("values", ()), dtype=np.float64)
-    if len(values) != len(clusters) or not len(values) or abs(values.mean() - score.value) > 1e-9:
+    counted = score.counted
+    if len(values) != len(clusters) or not len(values):
+        return score
+    if abs(values.mean() - score.value) > 1e-9 and (counted is None or score.details[counted.key] != score.value):
         return score
 
     def part(found: Score, at: list[int]) -> Score:
         some = values[at]
-        if abs(some.mean() - found.value) > 1e-9:
+        if abs(some.mean() - found.value) <= 1e-9:
+            found = replace(found, ci95=clustered(some, [clusters[i] for i in at], seed=seed))
+        if counted is None:
             return found
-        return replace(found, ci95=clustered(some, [clusters[i] for i in at], seed=seed))
+        ends = counted.interval(clusters, at, seed=seed)
+        if found.details[counted.key] == found.value != some.mean():
+            found = replace(found, ci95=ends)
+        return replace(found, details={**found.details, f"{counted.key}_ci95": list(ends)})
 
     by_group = {name: part(score.by_group[name], at) for name, at in split(groups).items() if name in score.by_group}
     whole = part(score, list(range(len(values))))
-    details = {**score.details, "interval_by_image": len(set(clusters))}
+    details = {**whole.details, "interval_by_image": len(set(clusters))}
     return replace(whole, by_group={**score.by_group, **by_group}, details=details)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmit.errors import MmitError
 from mmit.eval.metrics.intervals import bootstrap_counts, resample_counts, wilson
-from mmit.eval.metrics.score import Score, check_lengths, each, mean_score, memo, pick, split
+from mmit.eval.metrics.score import Counted, Score, check_lengths, each, mean_score, memo, pick, split
 from mmit.eval.metrics.vqa import vlmeval_words
 
 
@@ -110,12 +110,15 @@ def pope(
     gold = [_binary(r, where=f"pope: question {i}") for i, r in enumerate(references)]
     vague = [(said[i] if profile == "lmms" else clear(p)) == "other" for i, p in enumerate(predictions)]
 
+    cells = [_CELLS.index(pair) for pair in zip(gold, said, strict=True)]
+
+    def f1(draws: np.ndarray) -> np.ndarray:
+        return _pope_numbers(draws, profile)["f1"]
+
     def part(at: Sequence[int], by_group: Mapping[str, Score], more: Mapping[str, Any]) -> Score:
-        table = [0] * len(_CELLS)
-        for i in at:
-            table[_CELLS.index((gold[i], said[i]))] += 1
-        numbers = {k: float(v) for k, v in _pope_numbers(np.array(table), profile).items()}
-        f1_ci = bootstrap_counts(table, lambda draws: _pope_numbers(draws, profile)["f1"], seed=seed)
+        table = np.bincount([cells[i] for i in at], minlength=len(_CELLS))
+        numbers = {k: float(v) for k, v in _pope_numbers(table, profile).items()}
+        f1_ci = bootstrap_counts(table, f1, seed=seed)
         by_f1 = profile == "vlmeval"
         return Score(
             name="pope",
@@ -126,6 +129,7 @@ def pope(
             unparsed_rate=sum(vague[i] for i in at) / len(at),
             by_group=by_group,
             details={**numbers, "f1_ci95": list(f1_ci), **more},
+            counted=Counted("f1", cells, len(_CELLS), f1),
         )
 
     values = [float(g == s) for g, s in zip(gold, said, strict=True)]

@@ -2,12 +2,14 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmit.errors import MmitError
 from mmit.eval.metrics import METRICS, wilson
+from mmit.eval.metrics.score import by_cluster
 from mmit.eval.metrics.yesno import MME, MME_COGNITION, MME_PERCEPTION
 
 answers = st.lists(st.tuples(st.sampled_from(["yes", "no"]), st.sampled_from(["yes", "no"])), min_size=1)
@@ -140,3 +142,27 @@ def test_nlvr2_consistency():
     said = ["Yes, both.", "true", "No.", "the left one"]
     assert METRICS["nlvr2:words"](said, references).details["parsed"] == ["true", "true", "false", "other"]
     assert METRICS["nlvr2:official"](said, references).unparsed_rate == 0.75
+
+
+@pytest.mark.parametrize("profile", ["official", "vlmeval"])
+def test_the_interval_of_f1_counts_images(profile):
+    said = ["yes", "no", "yes", "yes", "no", "yes", "no", "yes"] * 3
+    gold = ["yes", "yes", "no", "yes", "no", "yes", "no", "no"] * 3
+    groups = ["random", "popular"] * 12
+    alone = [str(number) for number in range(24)]
+    once = METRICS[f"pope:{profile}"](said, gold, groups=groups, seed=1)
+    assert by_cluster(once, alone, groups=groups, seed=1).details["f1_ci95"] == once.details["f1_ci95"]
+
+    def ends(score):
+        return np.array(score.details["f1_ci95"])
+
+    # The same question asked five times says no more than once; an interval over answers believes it does.
+    many, images = METRICS[f"pope:{profile}"](said * 5, gold * 5, groups=groups * 5, seed=1), alone * 5
+    found = by_cluster(many, images, groups=groups * 5, seed=1)
+    assert np.ptp(ends(many)) < 0.6 * np.ptp(ends(once))
+    assert np.abs(ends(found) - ends(once)).max() < 0.04
+    part = found.by_group["random"]
+    assert np.ptp(ends(part)) > 1.5 * np.ptp(ends(many.by_group["random"]))
+    assert found.details["interval_by_image"] == 24 and (profile == "official" or found.ci95 == tuple(ends(found)))
+    one = by_cluster(many, ["a"] * 120, seed=1)
+    assert list(ends(one)) == [0, 1]
