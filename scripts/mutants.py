@@ -649,8 +649,8 @@ MUTANTS = [
     Mutant(
         "preferences: a model counts as not having moved",
         "mmit/train/objective.py",
-        "return Whole(moved=max(moved / (count or 1.0), 0.0))",
-        "return Whole(moved=0.0)",
+        "return Shared(moved=max(moved / (count or 1.0), 0.0))",
+        "return Shared(moved=0.0)",
         T_OBJECTIVE,
     ),
     Mutant(

@@ -58,7 +58,7 @@ FIRST = (
     "forecast/test_forecast.py", "test_plugins.py", "test_generate.py", "data/shards/test_shards.py",
     "models/test_decoding.py", "interop/test_read_prismatic.py", "interop/test_export_llava_hf.py",
     "models/test_vision_fused.py", "interop/test_llava_next.py", "train/checks/test_identity.py", "test_recipes.py",
-    "interop/test_placement.py", "interop/test_portable.py", "train/test_settle.py", "models/test_vision.py",
+    "interop/test_placement.py", "interop/test_portable.py", "train/test_resolve.py", "models/test_vision.py",
     "train/test_tiled_runs.py", "data/test_content.py", "interop/test_read_tinyllava.py",
     "interop/test_read_llava_hf.py", "models/test_vision_layers.py", "test_layers.py", "forecast/test_dry_run.py",
     "train/monitor/test_watching.py", "data/test_template_families.py", "data/test_template_process.py",

@@ -15,8 +15,8 @@ from mmit import cores, precision
 from mmit.config import load_config
 from mmit.errors import ConfigError
 from mmit.train.engines.world import World
+from mmit.train.resolve import planned, resolve_precision
 from mmit.train.run import run
-from mmit.train.settle import planned, settle_precision
 from tests import fresh
 from tests.tiny_run import tiny_config
 
@@ -81,7 +81,7 @@ def test_ranks_agree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake(monkeypatch, fast=True)
     said: list[str] = []
     config = tiny_config(tmp_path, train={"steps": 1, "precision": "auto"})
-    found = settle_precision(config, None, world=Two(0, 2, CPU, deepspeed=True), say=said.append)
+    found = resolve_precision(config, None, world=Two(0, 2, CPU, deepspeed=True), say=said.append)
     assert found.train.precision == "fp32" and "another rank" in said[0]
 
 

@@ -24,6 +24,11 @@ def make_subspace(
 ) -> list[tuple[str, float]]:
     """Find the subspace of the runs' soft prompts and write it to `out`.
 
+    Args:
+        runs: of one model, each with a soft prompt of as many tokens as the others.
+        out: a folder that is not there, or empty.
+        dim: of the subspace. hidden, steps, seed: of the autoencoder that finds it.
+
     Returns:
         each run with the share of its prompt that is lost: squared error over squared distance to the mean prompt.
 

@@ -175,6 +175,7 @@ def renderer(
 ) -> Renderer:
     """Return the stage of a build. Arguments and errors as `annotated`."""
     check_banks(banks, recipe)
+    # Examples for held-out questions come from held-out rows alone, and the others from the others.
     pools = {}
     if any(count and share for count, share in recipe.shots.items()):
         for aside in {False, bool(recipe.held_out)}:
@@ -247,6 +248,7 @@ def _of_row(
     pool: _Examples | None,
     at: _Place,
 ) -> Iterator[Made | Dropped]:
+    # Seeded by the row's own number: a worker that begins in the middle draws what one process would have drawn.
     rng = random.Random(f"{recipe.seed}|{bank.task}|{at.number}")
     templates = draw(recipe.wordings(bank), rng=rng, inversion=recipe.inversion, count=recipe.per_row)
     for template in templates:
@@ -316,6 +318,7 @@ class _Examples:
             seen += 1
             if len(kept) < POOL:
                 kept.append((number, row))
+            # Each further row takes a place with probability POOL / seen: at the end all rows were equally likely.
             elif (at := rng.randrange(seen)) < POOL:
                 kept[at] = (number, row)
         self._recipe = recipe

@@ -154,6 +154,8 @@ class RayPool:
         """Yield the results in the order of the batches; two a worker are under way."""
         waiting: deque[Any] = deque()
         for batch, actor in zip(batches, itertools.cycle(self._actors), strict=False):
+            # Dealt in turn, and waited for in the order of the batches: two under way keep an actor from standing still
+            # while an earlier batch is slow, and no more results wait in memory.
             waiting.append(actor.run.remote(batch))
             if len(waiting) >= 2 * len(self._actors):
                 yield self._got(waiting.popleft())

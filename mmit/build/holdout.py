@@ -114,6 +114,8 @@ def _misplaced(record: Record, plan: Plan, names: _Names) -> str | None:
     """Why a record may stand on neither side where images are set apart."""
     if plan.images is None:
         return None
+    # Drawn for each image by itself, from its digest: a further record or another order changes nobody's side. A record
+    # of several images stands on a side only where all of them are.
     keys = names.of(record) or [f"{record.source}:{record.row}"]
     aside = [random.Random(f"{plan.seed}|aside|{key}").random() < plan.images for key in keys]
     if plan.holds(record):
@@ -122,6 +124,8 @@ def _misplaced(record: Record, plan: Plan, names: _Names) -> str | None:
 
 
 def _leaks(open_records: Callable[[], Iterable[Record]], plan: Plan) -> Iterator[Leak]:
+    # Two passes: every held-out record has to be known before the first training one can be compared, and only digests
+    # and words of them fit into memory.
     names = _Names()
     images: dict[str, str] = {}
     rows: dict[tuple[str, str], str] = {}
@@ -177,6 +181,8 @@ class _Wordings:
 
     def near(self) -> dict[tuple[str, str], tuple[str, str]]:
         """Return {key in training: (a held-out record, both wordings)} for wordings that are nearly held-out ones."""
+        # One wording with another, not prompt with prompt: the fields that a template fills in would hide what is
+        # alike.
         kept = [(key, self._wording(key)) for key in self._held_out]
         found = {}
         for key in self._prompts:

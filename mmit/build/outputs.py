@@ -99,6 +99,11 @@ def outputs(
 ) -> Iterator[Made | Dropped]:
     """Yield a record for each instruction, from every teacher or from the one whose turn it is.
 
+    Args:
+        items: instructions; what was dropped before is passed on.
+        draw, seed: how a teacher writes; each instruction has a seed of its own.
+        system: a turn before every instruction, "" for none.
+
     Raises BudgetError and MmitError as `Desk.ask` does.
     """
     usable = []

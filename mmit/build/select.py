@@ -138,6 +138,7 @@ def losses(records: Sequence[Record], desk: Desk) -> list[Scored]:
 def select(scored: Sequence[Scored], keep: Keep) -> Iterator[Made | Dropped]:
     """Yield the kept records and what is dropped, in the order given. Ties go to the earlier record."""
     reasons = [one.reason or _out_of_bounds(one.score, keep) for one in scored]
+    # A share is one of all that have a score, bounds or not: the control is drawn from the same.
     usable = [n for n, one in enumerate(scored) if not one.reason]
     sign = -1 if keep.highest else 1
     order = sorted(
@@ -148,6 +149,7 @@ def select(scored: Sequence[Scored], keep: Keep) -> Iterator[Made | Dropped]:
         limit = min(limit, int(keep.share * len(usable)))
     unlike = _Unlike(keep, [scored[n].record for n in order])
     taken = 0
+    # From the best down, so that of two that are alike the better one stays.
     for place, n in enumerate(order):
         if taken >= limit:
             reasons[n] = "not among the best"

@@ -61,6 +61,7 @@ def session(
     Raises ConfigError: another process holds it, it holds something else, or its journal is of another config.
     """
     journal = out / JOURNAL
+    # The lock is no content: it is there before the journal, also after a start that was refused.
     if out.exists() and any(path.name != ".lock" for path in out.iterdir()) and not journal.is_file():
         problem = "the folder is not empty and holds no journal"
         raise ConfigError(problem, where=str(out), remedy="Give --out a new folder, or remove this one.")

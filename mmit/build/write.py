@@ -121,6 +121,7 @@ def write_build(
         if not resumed and out.exists() and any(out.iterdir()):
             problem = "the folder is not empty"
             raise ConfigError(problem, where=str(out), remedy="Give --out a new folder, or remove this one.")
+        # In the folder above, so that the rename that publishes it stays within one file system.
         draft = beside.with_name(f".{beside.name}.draft")
         try:
             shutil.rmtree(draft, ignore_errors=True)  # of a build that was killed
@@ -189,6 +190,7 @@ def _write_records(made: Iterable[Made | Line | Dropped], draft: Path, out: Path
             name = f"{folder}/{_file_name(line.task)}.jsonl"
             if name not in files:
                 (draft / folder).mkdir(exist_ok=True)
+                # Open until the end: tasks come in the order of the rows, mixed.
                 files[name] = open(draft / name, "w", encoding="utf-8", newline="\n")
             for image, data in line.files.items():
                 if not (draft / folder / image).exists():

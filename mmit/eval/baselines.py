@@ -146,8 +146,15 @@ def run_baselines(
 ) -> Baselines:
     """Evaluate the baselines of a task.
 
-    Chance and the majority answer all `items`. The untuned model and the blind one answer `beside.n` of the questions
-    `asked` of the tuned model, or of all if that are fewer. Raises what `evaluate` does.
+    Chance and the majority answer all of them. The untuned model and the blind one answer `beside.n` of those that the
+    tuned model was asked, or of all if that are fewer.
+
+    Args:
+        items: all questions of the task. asked: those of the tuned model.
+        out_dir: folder of the files of answers, one an arm.
+        beside: which baselines are wanted. how: as the tuned model was asked.
+
+    Raises what `evaluate` does.
     """
     seed = task.seed if how.seed is None else how.seed
     # Of the same questions as the tuned model, wherever these suffice: only then is the difference one of models.
@@ -216,9 +223,14 @@ def run_wordings(
     out_dir: str | os.PathLike[str],
     how: How,
 ) -> dict[str, Any]:
-    """Ask the questions of the ids `names` in n wordings, the task's own first.
+    """Ask some questions in n wordings, the task's own first.
 
-    Returns mean, min, max and sensitivity of the scores, and "each": prompt, accuracy, ci95, n, invalid_rate.
+    Args:
+        names: ids of the questions.
+        out_dir: folder of the files of answers, one a wording.
+
+    Returns:
+        mean, min, max and sensitivity of the scores, and "each": prompt, accuracy, ci95, n, invalid_rate.
     """
     each: list[dict[str, Any]] = []
     whole = task.model_copy(update={"sample": None})

@@ -82,6 +82,7 @@ def _files(path: Path) -> dict[str, Path]:
 
 def _compare(task: str, path_a: Path, path_b: Path, *, seed: int, resamples: int) -> Comparison:
     rows_a, rows_b = scored_answers(path_a), scored_answers(path_b)
+    # By question, never by position: either may have been asked a sample, or have been sampled otherwise.
     both = [name for name in rows_a if name in rows_b]
     for name in both:
         changed = [key for key in _SAME if rows_a[name][key] != rows_b[name][key]]

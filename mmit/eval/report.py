@@ -98,7 +98,13 @@ def ledger_of(*askers: Any) -> dict[str, dict[str, float]]:
 def build_report(
     task: Task, tuned: Result, beside: Baselines, *, model: str, seed: int, seconds: float
 ) -> dict[str, Any]:
-    """Return the content of report.json; `seconds` is what it all took, less what was on file."""
+    """Return the content of report.json.
+
+    Args:
+        tuned, beside: the model's result, and those it stands beside.
+        model: its name, as the report gives it. seed: of samples and intervals.
+        seconds: what it all took, less what was on file.
+    """
     details = {key: value for key, value in tuned.score.details.items() if key not in PER_ANSWER}
     images = details.pop("interval_by_image", None)
     by_type = {name: _numbers(score) for name, score in sorted(tuned.score.by_group.items())}

@@ -2,7 +2,7 @@
 
 In: names of tasks and how many questions of each. Out: a callable for `mmit.train.run.run` that gives one score a task,
 under the task's name. Ranks share the questions, and every rank gets all scores. Writes no answers: `mmit eval` does
-that with a checkpoint. Refuses tasks that need a judge; a run refuses ZeRO-3 (`train.settle.check_zero3`).
+that with a checkpoint. Refuses tasks that need a judge; a run refuses ZeRO-3 (`train.resolve.check_zero3`).
 """
 
 from __future__ import annotations

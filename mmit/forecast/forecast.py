@@ -21,7 +21,7 @@ from mmit.models.tuning import check_options, parameter_table
 from mmit.train.data.order import walk_of
 from mmit.train.data.setup import cache_folder
 from mmit.train.memory.estimate import crops_of, empty_model, sample_data, sample_micro_batches, stages, step_memory
-from mmit.train.settle import objective_of, planned, settled
+from mmit.train.resolve import objective_of, planned, resolved
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -73,7 +73,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
     config = planned(config, cuda=flash)
     notes: list[str] = []
     vlm, groups, tokenizer = empty_model(config, say=notes.append)
-    config = settled(config, vlm, tokenizer, measure=False, say=notes.append)
+    config = resolved(config, vlm, tokenizer, measure=False, say=notes.append)
     if read_rules(vlm.llm).experts:
         notes.append(
             "the memory of experts is forecast from above: as if each token had a copy of its experts' weights"

@@ -103,6 +103,8 @@ class Desk:
             BudgetError: the budget is spent. MmitError: a teacher cannot be asked. What came in before is kept.
         """
         asked = [(request, teacher or self._choose(request)) for request in requests]
+        # Equal requests are sent once: `wanted` goes by what a reply is found by, the teacher and the request's
+        # content.
         for one in self.teachers if teacher is None else [teacher]:
             wanted = {reply_id(one, r): r for r, chosen in asked if chosen is one}
             missing = {name: r for name, r in wanted.items() if name not in self.journal.entries}
@@ -134,6 +136,7 @@ class Desk:
     def _fetch(self, teacher: Teacher, missing: Mapping[str, Request]) -> None:
         spent, total = "", self.fetched + len(missing)
 
+        # Asked before each request and not once: what replies cost is known only when they are there.
         def feed() -> Iterator[Request]:
             nonlocal spent
             for request in missing.values():
@@ -147,6 +150,7 @@ class Desk:
                 self.unrecorded[name] = replace(reply, id=name, teacher=teacher.name)
                 continue
             cost = priced(reply, teacher.price)
+            # On disk before anybody sees it: a build that is killed never pays for a reply twice.
             self.journal.add(request, replace(reply, id=name, teacher=teacher.name, cost=cost))
             self._tokens += reply.tokens
             self._cost += cost or 0.0

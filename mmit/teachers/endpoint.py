@@ -88,6 +88,7 @@ class Endpoint:
         left, running, threads = iter(requests), 0, 0
         failed: BaseException | None = None
         try:
+            # Requests are taken from the caller one by one, as places get free: the desk's budget can stop them at any.
             while True:
                 while failed is None and running < self.in_flight and (request := next(left, None)) is not None:
                     if threads <= running:
@@ -126,6 +127,8 @@ class Endpoint:
         began = time.monotonic()
         status, answer, attempts = self._post(json.dumps(body).encode(), began + self.deadline)
         seconds = round(time.monotonic() - began, 3)
+        # The server will not answer this request, and asking again changes nothing: a reply that says so, no error of
+        # the whole build.
         if status != 200:
             return Reply("", self.name, "", "refused" if status == 403 else "length", 0, 0, seconds, attempts)
         usage = answer.get("usage") if isinstance(answer.get("usage"), dict) else {}
@@ -161,6 +164,7 @@ class Endpoint:
         problem = ""
         for attempt in range(1, self.tries + 1):
             self._pace.wait(end)
+            # Doubled each time, with some chance in it: threads that failed together must not come back together.
             wait = self.pause * 2 ** (attempt - 1) * random.uniform(0.8, 1.2)
             request = urllib.request.Request(address, data=body, headers=headers, method="POST")
             try:
@@ -179,6 +183,7 @@ class Endpoint:
                     self._pace.hold(told)
             except (OSError, ValueError, http.client.HTTPException) as error:
                 problem = f"no answer: {error or type(error).__name__}"
+            # A wait that the deadline would cut is not begun: the user learns it now.
             if time.monotonic() + wait >= end:
                 problem += f" (no answer within {self.deadline:g} s)"
                 break
@@ -193,6 +198,7 @@ def _read(request: urllib.request.Request, end: float) -> dict[str, Any]:
     left = end - time.monotonic()
     if left <= 0:
         raise TimeoutError("the deadline has passed")
+    # The timeout holds for each read alone: a server that sends a byte a second would keep us for ever.
     with urllib.request.urlopen(request, timeout=left) as reply:
         body = b""
         while chunk := reply.read1(1 << 16):

@@ -55,6 +55,7 @@ class Local:
 
         Raises MmitError: the model cannot be loaded.
         """
+        # A window at a time, and not all: replies reach the journal while later ones are written.
         left = iter(requests)
         while taken := list(islice(left, self.window)):
             groups: dict[object, list[Request]] = {}

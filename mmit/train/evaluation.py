@@ -43,7 +43,7 @@ class Best:
 
     def better(self, value: float, best: Mapping[str, Any] | None) -> bool:
         """Whether `value` beats the best so far; the earlier of two equals stays."""
-        if not math.isfinite(value):
+        if not math.isfinite(value):  # no comparison with NaN is true, so one kept as the best would stay it for ever
             return False
         return best is None or (value > best["value"] if self.higher else value < best["value"])
 
@@ -98,6 +98,7 @@ class HeldOut:
     def _watched(self, batches: Iterable[MicroBatch]) -> Iterator[MicroBatch]:
         """Notes bad records on the way; raises StopNow where a rank has to stop."""
         for batch in batches:
+            # Asked of all ranks before each micro-batch: one that left alone would be waited for in the next sum.
             if self.engine.all_sum([float(self.should_stop())])[0]:
                 raise StopNow
             for record, error in batch.bad.items():
@@ -150,7 +151,7 @@ class Evaluations:
         except StopNow:
             self.log.say(f"the evaluation at step {progress.step} is broken off and comes again on resume")
             return False
-        progress.evaluated = progress.step
+        progress.evaluated = progress.step  # only now: one that was broken off is due again after the resume
         self.log.evaluation(progress.step, results, seconds=time.perf_counter() - began)
         return self.best is not None and self._is_best(self.best, results, progress)
 
@@ -176,6 +177,8 @@ class Evaluations:
 @contextmanager
 def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode without gradients inside; afterwards modes and random states are as before."""
+    # An evaluation may freeze the model (a `generate.Model` does), draw random numbers and switch dropout off: training
+    # must go on with the bits that it would have had without.
     frozen = [(p, p.requires_grad) for p in model.parameters()]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):

@@ -182,11 +182,13 @@ class _Distinct:
         """Batches of at least so many crops, and the rest. Raises ImageError."""
         batch = _Batch()
         for key, image in self._pictures:
+            # By key first, which is cheap (a path); by contents then, which needs the bytes.
             if key in self.number:
                 continue
             digest = image_digest(image, remedy="check the path and data.train.N.image_root")
             if digest not in self.place:
                 self.place[digest] = len(self.rows)
+                # A place at once, filled by `take`: a picture that comes again before its batch is computed finds it.
                 self.rows.append(self._known.get(digest, torch.empty(0)))
                 if digest not in self._known:
                     self.new = True
@@ -246,6 +248,7 @@ class _Store:
     """
 
     def __init__(self, folder: Path, tower: VisionTower, preparation: ImagePreparation, dtype: torch.dtype) -> None:
+        # Everything that decides a bit: weights and constants, how a picture is prepared, code of the user's own.
         key = json.dumps([tower.fingerprint(), asdict(preparation), *tower.own_code], sort_keys=True)
         self.folder = folder / f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.shape, self.dtype = (tower.tokens, tower.dim), dtype
@@ -287,7 +290,9 @@ class _Store:
         every = {**others, **rows} if size <= max_bytes else dict(rows)
         crops = {digest: len(kept) for digest, kept in every.items()}
         table = torch.cat(list(every.values()))
+        # numpy has no bfloat16: its bits travel as integers.
         numbers = table.view(torch.int16) if table.dtype == torch.bfloat16 else table
+        # Named by what is in it, so that a reader of the old index never finds a file of other contents under its name.
         before, name = self._index().get("file"), f"features-{_checksum(json.dumps(crops)):014x}.bin"
         with whole_file(self.folder / name) as file:
             file.write(numbers.contiguous().numpy().data)

@@ -79,7 +79,7 @@ class Items:
 
 
 @dataclass
-class Whole:
+class Shared:
     """What the comparisons of one step, or of an evaluation, share."""
 
     moved: float = 0.0  # KTO: mean log-ratio of mismatched answers, 0 at least
@@ -92,7 +92,7 @@ def answer_logps(losses: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     return -torch.stack([part.sum() for part in losses.split(list(lengths))])
 
 
-def comparison_losses(method: Method, items: Items, whole: Whole) -> torch.Tensor:
+def comparison_losses(method: Method, items: Items, shared: Shared) -> torch.Tensor:
     """(B,) the loss of each comparison.
 
     DPO (arXiv:2305.18290), with IPO's squared loss over mean log-ratios (arXiv:2310.12036), the hinge of SLiC, and
@@ -103,8 +103,8 @@ def comparison_losses(method: Method, items: Items, whole: Whole) -> torch.Tenso
         ratio = items.logps[:, 0] - items.reference[:, 0]
         sign = torch.where(items.good, 1.0, -1.0)
         weight = torch.where(items.good, method.desirable_weight, method.undesirable_weight)
-        return weight * (1 - torch.sigmoid(method.beta * (sign * (ratio - whole.moved))))
-    likelihood = -items.logps[:, 0] * whole.per_token
+        return weight * (1 - torch.sigmoid(method.beta * (sign * (ratio - shared.moved))))
+    likelihood = -items.logps[:, 0] * shared.per_token
     if method.kind == "orpo":
         chosen, rejected = (items.logps / items.counts.clamp(min=1)).unbind(1)
         odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
@@ -139,8 +139,8 @@ def _log1mexp(x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def told(method: Method, items: Items, whole: Whole) -> list[float]:
-    """Sums over comparisons that `means` makes metrics of: they add up over micro-batches and ranks."""
+def metric_sums(method: Method, items: Items) -> list[float]:
+    """Sums over comparisons that `metric_means` makes metrics of: they add up over micro-batches and ranks."""
     count = float(len(items.good))
     ratios = (items.logps - items.reference).detach() * method.beta
     if method.kind == "orpo":
@@ -155,7 +155,7 @@ def told(method: Method, items: Items, whole: Whole) -> list[float]:
     return [float(good.sum()), float((~good).sum()), 0.0, *sums]
 
 
-def means(method: Method, sums: Sequence[float], whole: Whole) -> dict[str, float]:
+def metric_means(method: Method, sums: Sequence[float], shared: Shared) -> dict[str, float]:
     """Metrics under TRL's names, of sums over all ranks."""
     good, bad, better, *rest = sums
     names = ("rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
@@ -166,7 +166,7 @@ def means(method: Method, sums: Sequence[float], whole: Whole) -> dict[str, floa
         found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     if method.compares == "pairs":
         return found | {"rewards/accuracies": better / (good or 1.0)}
-    return found | {"kl": whole.moved}
+    return found | {"kl": shared.moved}
 
 
 @dataclass
@@ -180,7 +180,7 @@ class Preference:
     method: Method
     model: nn.Module
     reference: torch.Tensor | None = None
-    whole: Whole = field(default_factory=Whole)
+    shared: Shared = field(default_factory=Shared)
     _sums: list[float] = field(default_factory=list)
     _seen: list[Items] = field(default_factory=list)
 
@@ -202,7 +202,7 @@ class Preference:
                 sums[2] += batch.loss_weight
                 pairs = zip(batch.compared.weights, batch.compared.lengths[::2], strict=True)
                 sums[3] += sum(weight * length for weight, length in pairs)
-        self.whole = _whole(self.method, engine.all_sum(sums) if self._asks_whole else sums)
+        self.shared = _shared(self.method, engine.all_sum(sums) if self._asks_whole else sums)
 
     @property
     def _asks_whole(self) -> bool:
@@ -214,23 +214,23 @@ class Preference:
             return losses[:1] * 0  # of an idle rank: still a part of the graph, so that its backward pass runs
         items = self.items(losses, batch.compared)
         self._seen.append(Items(items.logps.detach(), items.counts, items.reference, items.good, items.weights))
-        return comparison_losses(self.method, items, self.whole)
+        return comparison_losses(self.method, items, self.shared)
 
     def metrics(self, engine: Engine) -> dict[str, float]:
         """Metrics of the step, the same on all ranks, which call this together."""
-        sums = told(self.method, Items.joined(self._seen), self.whole) if self._seen else [0.0] * 7
+        sums = metric_sums(self.method, Items.joined(self._seen)) if self._seen else [0.0] * 7
         self._seen = []
-        return means(self.method, engine.all_sum(sums), self.whole)
+        return metric_means(self.method, engine.all_sum(sums), self.shared)
 
     def evaluate(self, engine: Engine, data: TrainData, batches: Any) -> dict[str, float]:
-        """Loss and metrics of held-out comparisons, exact over ranks: one `Whole` for all of them."""
+        """Loss and metrics of held-out comparisons, exact over ranks: one `Shared` for all of them."""
         seen: list[Items] = []
         for batch in batches:
             losses = engine.losses(data.prepare(batch))
             moved = self._mismatched(engine, data, batch) if self.method.kind == "kto" else None
             if batch.weight and batch.compared is not None:
                 seen.append(self.items(losses, batch.compared, moved))
-        whole, sums = Whole(), [0.0] * 9
+        shared, sums = Shared(), [0.0] * 9
         items = Items.joined(seen) if seen else None
         found = [0.0] * 4
         if items is not None:
@@ -238,13 +238,13 @@ class Preference:
             ratio = (items.logps - items.reference)[:, 1].double()
             found = [float(ratio.sum()), float(len(ratio)), float(weights.sum())]
             found.append(float((weights * items.counts[:, 0]).sum()))
-        whole = _whole(self.method, engine.all_sum(found))
+        shared = _shared(self.method, engine.all_sum(found))
         if items is not None:
-            losses = comparison_losses(self.method, items, whole).double()
+            losses = comparison_losses(self.method, items, shared).double()
             sums = [float((losses * items.weights).sum()), float(items.weights.double().sum())]
-            sums += told(self.method, items, whole)
+            sums += metric_sums(self.method, items)
         loss, weight, *rest = engine.all_sum(sums)
-        return {"loss": loss / (weight or 1.0), **means(self.method, rest, whole)}
+        return {"loss": loss / (weight or 1.0), **metric_means(self.method, rest, shared)}
 
     def items(self, losses: torch.Tensor, compared: Compared, moved: torch.Tensor | None = None) -> Items:
         """The comparisons of a micro-batch; `moved` (B,) are the log-probabilities of mismatched answers."""
@@ -291,9 +291,9 @@ class Preference:
         return torch.tensor(engine.all_sum(table.flatten().tolist()), dtype=torch.float32).view(units, 2)
 
 
-def _whole(method: Method, sums: Sequence[float]) -> Whole:
+def _shared(method: Method, sums: Sequence[float]) -> Shared:
     """Of (moved, how many, weight of comparisons, weight of tokens), summed over ranks."""
     moved, count, weight, tokens = sums
     if method.kind == "kto":
-        return Whole(moved=max(moved / (count or 1.0), 0.0))  # an estimate of a divergence, which is never negative
-    return Whole(per_token=weight / (tokens or 1.0))
+        return Shared(moved=max(moved / (count or 1.0), 0.0))  # an estimate of a divergence, which is never negative
+    return Shared(per_token=weight / (tokens or 1.0))

@@ -1,7 +1,7 @@
 """The parts of a run, built from its config one after the other: model, records, features, engine, reference.
 
 `run.py` calls them in this order. Config sections are taken apart here, and what is called takes plain arguments.
-Each part refuses what cannot be trained; only the last, `settle_folder`, writes into the run's folder.
+Each part refuses what cannot be trained; only the last, `take_folder`, writes into the run's folder.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from mmit.train.features import CachePlan, FeatureCache, compute_features, featu
 from mmit.train.memory.estimate import least_recompute
 from mmit.train.monitor.describe import describe, introduce, note_start
 from mmit.train.reference import References
-from mmit.train.settle import check_divided, objective_of, open_records, settled, with_whole_paths
+from mmit.train.resolve import check_divided, objective_of, open_records, resolved, with_whole_paths
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -90,7 +90,7 @@ class Start:
 class Model:
     """The composite, tuned as the config says, and what later parts ask about it."""
 
-    loaded: checkpoint.Loaded  # with the config as the model settled it
+    loaded: checkpoint.Loaded  # with the config as the model resolved it
     groups: list[Group]  # of trained parameters
     preparation: ImagePreparation | None  # of images; None for a model of text
     tower: str | None  # identifies the vision encoder as it came
@@ -98,7 +98,7 @@ class Model:
 
     @property
     def config(self) -> Config:
-        """The config as the model settled it."""
+        """The config as the model resolved it."""
         return self.loaded.config
 
     @property
@@ -208,13 +208,17 @@ def feed(start: Start, model: Model, records: Records, *, engine: Engine, featur
     return Feeds(train, held_out, references)
 
 
-def settle_folder(start: Start, model: Model, records: Records, *, feeds: Feeds, progress: Progress) -> None:
-    """Make the folder this run's: newer checkpoints set aside, what is trained written down. Rank 0 does it alone."""
+def take_folder(start: Start, model: Model, records: Records, *, feeds: Feeds, progress: Progress) -> None:
+    """Make the folder this run's: newer checkpoints set aside, what is trained written down. Rank 0 does it alone.
+
+    Args:
+        progress: where the run begins, and the best checkpoint so far, which is forgotten where its folder is gone.
+    """
     # Last, when nothing can refuse the run any more: until here the folder is as it was found.
     if start.world.main:
         run_dir, say, keep = start.run_dir, start.say, model.config.train.keep_best
         resume.set_aside_later(run_dir, progress.step, say=say)
-        resume.settle_best(run_dir, progress, metric=keep.metric if keep else None, say=say)
+        resume.match_best(run_dir, progress, metric=keep.metric if keep else None, say=say)
         told = describe(
             model.vlm, records.train, records.scan, walk=records.walk, held_out=feeds.eval, world=start.world
         )
@@ -245,7 +249,7 @@ def _untuned(
         check_divided(vlm)
     tower = identity.tower_content(vlm.vision) if world.main else None  # before a checkpoint's weights go in
     vlm.to(world.device)
-    config = settled(config, vlm, tokenizer, measure=divided is None, say=start.say)
+    config = resolved(config, vlm, tokenizer, measure=divided is None, say=start.say)
     chat = chat_of(config.model.chat.model_dump(), tokenizer, date=checkpoint.chat_date(start.begin))
     with located("model.vision"):
         image = checkpoint.image_preparation(vlm.vision, config.model.vision)

@@ -55,6 +55,10 @@ class References:
     ) -> References:
         """Measure the tables, or read those of the checkpoint `begin`. All ranks call this together.
 
+        Args:
+            data: "train" and "eval", each unit once; None where there are none.
+            begin: the checkpoint that the run continues, None for a new one.
+
         Raises:
             CheckpointError: it has none for these data.
         """

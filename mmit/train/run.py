@@ -43,10 +43,10 @@ from mmit.train.parts import (
     feed,
     prepare_model,
     read_records,
-    settle_folder,
+    take_folder,
 )
+from mmit.train.resolve import check_zero3, objective_of, resolve_precision
 from mmit.train.schedule import Schedule, Spikes
-from mmit.train.settle import check_zero3, objective_of, settle_precision
 from mmit.train.signals import EXIT_STOPPED, Stop, StopNow, stop_asked
 
 if TYPE_CHECKING:
@@ -79,9 +79,11 @@ def _started(config: Config, evaluate: Evaluate | None) -> int:
     """The run, from what can be refused at once to its exit code."""
     require(config.train.report_to)
     _check_evaluation(config, evaluate)
+    # Ranks first: everything below either happens on all of them, or is refused by all of them.
     world = join_ranks(kind=config.engine.kind, device=config.device)
     run_dir = Path(config.run.dir)
     say = speaker(world.main)
+    # No weights and no data are read for these, so that what they refuse is told at once.
     check_options(config.tune.model_dump())
     objective_of(config)
     check_exports(config)
@@ -98,8 +100,8 @@ def _started(config: Config, evaluate: Evaluate | None) -> int:
 
 def _run(config: Config, evaluate: Evaluate | None, run_dir: Path, *, world: World, say: Say) -> int:
     """The run, in a folder that it has for itself: what watches over it, and its report at the end."""
-    begin = resume.choose(run_dir, config.run.resume, say=say)  # first: nothing of another run may be touched
-    config = settle_precision(config, begin, world=world, say=say)
+    begin = resume.pick_checkpoint(run_dir, config.run.resume, say=say)  # first: nothing of another run may be touched
+    config = resolve_precision(config, begin, world=world, say=say)
     trackers = open_trackers(config.train.report_to, run_dir, config.flat()) if world.main else []
     report = partial(_report_stall, run_dir, speaker(True))
     heart = Heartbeat(run_dir, rank=world.rank, world=world.size, stall=config.run.stall_seconds, report=report)
@@ -130,7 +132,7 @@ def _train(start: Start, evaluate: Evaluate | None, *, log: RunLog, stopped: Sto
         engine = build_engine(start, model, records)  # torch, or DeepSpeed over ranks
         progress = resume.restore(engine, start.begin, seed=start.config.run.seed, say=start.say)
         feeds = feed(start, model, records, engine=engine, features=features)  # micro-batches
-        settle_folder(start, model, records, feeds=feeds, progress=progress)  # until here nothing was written
+        take_folder(start, model, records, feeds=feeds, progress=progress)  # until here nothing was written
         if (others := watch.crowd()) is not None:
             start.say(f"warning: {others}: steps take longer, and their times say little")
     schedule = _schedule(model.config, model.groups, steps=records.walk.steps)
@@ -304,6 +306,7 @@ def _evaluations(
 def _say_the_end(start: Start, progress: Progress, *, finished: bool, say: Say) -> None:
     """Say where the run stands, and leave `finished.json` for programs that wait for it."""
     newest = checkpoint.checkpoints(start.run_dir)[-1]
+    # A stopped run has none: whoever waits for the file starts the run again instead.
     if finished and start.world.main:
         done = {"steps": progress.step, "checkpoint": str(newest.relative_to(start.run_dir))}
         write_atomic(start.run_dir / "finished.json", json.dumps(done))

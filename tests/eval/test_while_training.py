@@ -11,8 +11,8 @@ import torch
 from mmit.cli import main
 from mmit.errors import ConfigError
 from mmit.eval.while_training import task_scores
+from mmit.train.resolve import check_zero3
 from mmit.train.run import run
-from mmit.train.settle import check_zero3
 from mmit.yamlio import dump_yaml
 from tests.tiny_run import DROPOUT, tiny_config
 from tests.train.launch import ROOT, start_ranks

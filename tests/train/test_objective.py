@@ -20,10 +20,10 @@ from mmit.errors import CheckpointError, ConfigError, MmitError, RecordError
 from mmit.models.tuning import apply_tuning
 from mmit.records import Record, Text, Turn
 from mmit.train.engines.world import World
-from mmit.train.objective import Items, Method, Preference, Whole, comparison_losses
+from mmit.train.objective import Items, Method, Preference, Shared, comparison_losses
 from mmit.train.reference import FILE
+from mmit.train.resolve import check_zero3
 from mmit.train.run import run
-from mmit.train.settle import check_zero3
 from tests.tiny_run import DROPOUT, tiny_config
 from tests.train.launch import start_ranks
 from tests.train.preference_bench import Bench, Data, write_pairs
@@ -90,7 +90,7 @@ def test_losses_are_those_of_the_papers(name):
     lengths, good = torch.randint(1, 9, (count, 2)), torch.arange(count) % 3 > 0
     moved = max(float((logps - reference)[:, 1].mean()), 0.0) if method.kind == "kto" else 0.0
     items = Items(logps, lengths, reference, good, torch.ones(count))
-    losses = comparison_losses(method, items, Whole(moved, count / float(lengths[:, 0].sum())))
+    losses = comparison_losses(method, items, Shared(moved, count / float(lengths[:, 0].sum())))
     expected = published(method, logps, lengths=lengths.tolist(), reference=reference, good=good)
     torch.testing.assert_close(losses.mean(), expected, atol=1e-12, rtol=1e-12)
 
@@ -98,7 +98,7 @@ def test_losses_are_those_of_the_papers(name):
 def test_an_answer_that_is_certain_has_a_finite_odds_ratio():
     logps = torch.tensor([[-1e-6, -40.0], [-90.0, -1e-6]], requires_grad=True)
     items = Items(logps, torch.ones(2, 2), torch.zeros(2, 2), torch.ones(2, dtype=torch.bool), torch.ones(2))
-    losses = comparison_losses(METHODS["orpo"], items, Whole(per_token=1.0))
+    losses = comparison_losses(METHODS["orpo"], items, Shared(per_token=1.0))
     losses.sum().backward()
     assert losses.isfinite().all() and logps.grad is not None and logps.grad.isfinite().all()
 

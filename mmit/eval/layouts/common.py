@@ -146,7 +146,17 @@ class Folder:
         choices: Sequence[str] | None = None,
         parts: Sequence[Text | Image] | None = None,
     ) -> Record:
-        """Return a question: pictures, then text, or `parts` in their own order."""
+        """Return a question: pictures, then text, or `parts` in their own order.
+
+        Args:
+            id: of the question, unlike any other's in the benchmark.
+            reference: what the metric compares an answer with.
+            group: the type of question, each of which gets a score of its own.
+            choices: the possible answers, where they are known.
+
+        Raises:
+            RecordError: it has no text, or a picture that is none.
+        """
         meta: dict[str, Any] = {"reference": reference}
         if group is not None:
             meta["group"] = str(group)

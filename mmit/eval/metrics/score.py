@@ -120,6 +120,12 @@ def each(
 ) -> Iterator[tuple[str, str, Any]]:
     """Yield (where, prediction, reference), columns and the references' keys being checked.
 
+    Args:
+        name: metric, for messages. unit: what a row is called there.
+        predictions, references: (n,) each.
+        keys: that every reference must have.
+        groups: (n,) or None; only their number is checked.
+
     Raises:
         MmitError: columns of different length, or a reference without one of `keys`.
     """

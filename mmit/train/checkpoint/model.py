@@ -119,7 +119,17 @@ def write_model(
     step: int,
     include_base: bool = False,
 ) -> None:
-    """Write everything but the trainer's state (see the module docstring)."""
+    """Write everything but the trainer's state (see the module docstring).
+
+    Args:
+        folder: exists; a draft of `write_folder`.
+        vlm: of plain weights or gathered ones; under ZeRO-3 the caller gathers what is written.
+        step: that the weights are of.
+        include_base: the base weights too, so that the checkpoint refers to nothing outside.
+
+    Raises:
+        CheckpointError: the base of a PiSSA or OLoRA adapter is to be written.
+    """
     (folder / "config.yaml").write_text(config.to_yaml())
     meta = {
         "format": FORMAT,
@@ -134,12 +144,14 @@ def write_model(
     if vlm.projector is not None:
         save_file(_state(vlm.projector), folder / "projector.safetensors")
     if isinstance(vlm.llm, PeftModel):
+        # What the config says, not where the base was loaded from, which may be a cache of this machine.
         for adapter in vlm.llm.peft_config.values():
             adapter.base_model_name_or_path = config.model.llm.name
         # The embeddings belong to the base; peft would otherwise ask the base's folder about its vocabulary.
         vlm.llm.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     if vlm.vision is not None and isinstance(vlm.vision.encoder, PeftModel):
         vlm.vision.encoder.save_pretrained(str(folder / "vision_adapter"))
+    # Methods that train single parameters of a part: these alone are written, its base is referenced.
     for part, names in vlm.partly.items():
         tensors = {n: getattr(vlm, part).get_parameter(n).detach().cpu().contiguous() for n in names}
         save_file(tensors, folder / f"{part}_tuned.safetensors")
@@ -194,7 +206,7 @@ def read_weights(vlm: VLM, folder: Path) -> None:
     if (folder / "vision.safetensors").exists() and vlm.vision is not None:
         tensors, own = load_file(folder / "vision.safetensors"), _tower_state(vlm.vision)
         compare(own, tensors, folder / "vision.safetensors")
-        for name, tensor in tensors.items():
+        for name, tensor in tensors.items():  # they share memory with the tower, under an adapter too
             own[name].copy_(tensor)
         vlm.whole.add("vision")
     for part in ("llm", "vision"):
@@ -229,6 +241,7 @@ def _read_partly(vlm: VLM, part: str, path: Path) -> None:
 
 
 def _read_adapter(model: Any, adapter: Path) -> PeftModel:
+    # A config that trains no adapter (frozen) makes none, and the checkpoint brings its own.
     if not isinstance(model, PeftModel):
         with quietly():
             model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=False)
@@ -242,6 +255,7 @@ def _read_adapter(model: Any, adapter: Path) -> PeftModel:
 
 def compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: Path) -> None:
     """Raise CheckpointError where tensors are missing, left over or of another shape."""
+    # All three kinds at once: a name that is missing and one that is left over are most often the same tensor renamed.
     problems = [f"missing {k}" for k in expected if k not in found]
     problems += [f"left over {k}" for k in found if k not in expected]
     problems += [

@@ -80,6 +80,7 @@ def save_imported(found: Foreign, folder: Path, config: Config) -> None:
         raise ModelError(problem, where=towers.where, remedy=remedy) from towers
     encoders = parts_of(vision.as_encoder())
 
+    # No adapter is on it and nothing was trained: LLM and tower are written beside what `write_model` writes.
     def fill(draft: Path) -> None:
         write_model(draft, found.vlm, config=config, tokenizer=found.tokenizer, chat=found.chat, step=0)
         found.vlm.llm.save_pretrained(str(draft / "llm"))

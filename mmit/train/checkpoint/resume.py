@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Say = Callable[[Any], None]
 
 
-def choose(run_dir: Path, resume: str | None, *, say: Say) -> Path | None:
+def pick_checkpoint(run_dir: Path, resume: str | None, *, say: Say) -> Path | None:
     """The verified checkpoint to continue from, or None for a fresh start.
 
     Args:
@@ -147,7 +147,7 @@ def _restore_random(engine: Engine, trainer: Path, ranks: int, say: Say) -> None
         torch.cuda.set_rng_state(state["cuda"], engine.device)
 
 
-def settle_best(run_dir: Path, progress: Progress, *, metric: str | None, say: Say) -> None:
+def match_best(run_dir: Path, progress: Progress, *, metric: str | None, say: Say) -> None:
     """Make best.json agree with the checkpoint the run goes on from.
 
     Forgets a best whose folder is gone, and one by another metric than `metric` (None: no further best is looked for).

@@ -34,6 +34,7 @@ def text_facts_of(config: Config, format: str) -> TextFacts | None:
 def _here(config: Config) -> bool:
     """Whether the base of the LLM can be asked."""
     llm = config.model.llm
+    # A hub id counts as there: what the check reads of it is in the cache, or is fetched for the run anyway.
     return llm.random_init is not None or not Path(llm.name).is_absolute() or Path(llm.name).exists()
 
 

@@ -95,7 +95,7 @@ ROLES: dict[str, Role] = {
     ),
 }
 # fmt: on
-SETTLED = ("train.precision", "data.packing")
+RESOLVED = ("train.precision", "data.packing")
 SAID = {
     "content": "",
     "past": "; it had its effect before the first step and has none now",
@@ -118,7 +118,7 @@ def check_config(then: Mapping[str, Any], now: Mapping[str, Any], *, folder: Pat
     """
     changed = [key for key in dict.fromkeys([*then, *now]) if _value(then, key) != _value(now, key)]
     # A checkpoint's config holds what `auto` came to; where that is another thing now, the data order differs.
-    changed = [key for key in changed if not (key in SETTLED and now.get(key) == "auto")]
+    changed = [key for key in changed if not (key in RESOLVED and now.get(key) == "auto")]
     # The model may have switched it off, as it will again; where it does not, the data order differs.
     changed = [key for key in changed if key != "data.share_prefix" or then.get(key) or not now.get(key)]
     # An empty list or mapping is a leaf of its own in a flat config: what is below it says more.

@@ -30,6 +30,8 @@ def check_start(folder: Path, *, then: Sections, now: Sections, say: Callable[[s
     Raises:
         ConfigError: naming the part that does not fit.
     """
+    # Another encoder or kind of projector cannot be meant: its weights would have no place. Other names and resolutions
+    # may be; whether shapes fit is then seen tensor by tensor.
     for key, old, new in differences(then["model"], now["model"]):
         if key in ("vision", "projector.kind"):
             part, _, _ = key.partition(".")

@@ -44,6 +44,7 @@ def unit_costs(vlm: VLM, scan: Scan, *, cached: bool) -> np.ndarray:
     Args:
         cached: the tower's features come from a cache.
     """
+    # An estimate is enough: ranks are dealt rows by it, and a wrong one costs waiting, never a wrong gradient.
     config: Any = vlm.llm.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)  # a model without attention has no squares
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
@@ -181,6 +182,7 @@ def _row_counts(
     store: Store | None,
 ) -> list[int]:
     """Rows in each segment of an order, which `order` decides; planned on all cores, or read from the store."""
+    # The code's version is part of the key: another way to pack rows would have other counts.
     key = key_of(order, len(segments), code_version())
     found = store.find("planned", key) if store is not None else None
     if found is not None:

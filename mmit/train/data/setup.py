@@ -1,6 +1,6 @@
 """From the sources of a run to its micro-batches: open, measure, refuse or leave out, order, load.
 
-Owns what has to be settled about the data before the first step, and the policy for bad records. Takes plain
+Owns what has to be known about the data before the first step, and the policy for bad records. Takes plain
 arguments, gives `InstructionData`, its `Scan` and the `Walk`. Refuses a run whose records cannot fit its rows.
 """
 
@@ -74,6 +74,7 @@ def cache_folder(given: str | None, *, run_dir: Path) -> Path:
         return Path(given).expanduser()
     if "MMIT_CACHE" in os.environ:
         return Path(os.environ["MMIT_CACHE"]) / "data"
+    # Asked without making it: a forecast or a refused run must leave nothing behind.
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmit" / "data"
         there = next(place for place in (folder, *folder.parents) if place.exists())
@@ -145,6 +146,7 @@ def open_data(
 
 def encoding_key(chat: ChatFormat, tokenizer: Any) -> str:
     """Stands for all that decides the tokens of a conversation, but for mmit's own code."""
+    # Versions too: a tokenizer library that splits otherwise would make lengths on file wrong without a sign.
     special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
     libraries = [_version(name) for name in ("tokenizers", "transformers", "jinja2")]
     code = source_hash(chat.name, where="model.chat.format") if chat.own else ""

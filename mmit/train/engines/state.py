@@ -42,10 +42,11 @@ def write_state(
     def flush() -> None:
         name = f"optimizer-{len(files) + 1:05d}.safetensors"
         save_file(waiting, folder / name)
-        files[name] = sorted(waiting)
+        files[name] = sorted(waiting)  # so that reading knows what is where without opening every file
         waiting.clear()
 
     for name, tensors in states:
+        # Not a `break`: the next parameter is gathered by all ranks, or by none.
         if not write:
             continue
         for key, tensor in tensors.items():
@@ -72,10 +73,12 @@ def read_state(folder: Path, *, shapes: Shapes) -> Iterator[tuple[str, dict[str,
         raise CheckpointError(
             "holds no optimizer state", where=str(folder), remedy="start from its weights with run.init_from"
         ) from None
+    # Before a tensor is read: a state of other parameters would partly fit, and training would go on with half of it.
     _same_parameters({n: tuple(s) for n, s in index["parameters"].items()}, shapes, folder)
     for name, keys in index["files"].items():
         with safe_open(folder / name, framework="pt") as file:
             for parameter in dict.fromkeys(k.rpartition("|")[0] for k in keys):
+                # A parameter that never had a gradient has no state, and one in float32 no master.
                 mine = [k for k in KEYS if f"{parameter}|{k}" in keys]
                 yield parameter, {k: file.get_tensor(f"{parameter}|{k}") for k in mine}
 

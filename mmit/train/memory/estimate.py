@@ -33,7 +33,7 @@ from mmit.train.data.setup import BadRecordPolicy, Say, cache_folder, chat_of, c
 from mmit.train.engines.zero import bucket_size
 from mmit.train.memory.devices import find_device
 from mmit.train.memory.step_bytes import Bytes, measure_bytes
-from mmit.train.settle import open_records, settled
+from mmit.train.resolve import open_records, resolved
 
 if TYPE_CHECKING:
     from mmit.config import Config
@@ -57,7 +57,7 @@ def least_recompute(config: Config, *, ranks: int, stage: int | None) -> tuple[s
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     room = device.memory if device.cuda else device.memory // ranks_here
     vlm, _, tokenizer = empty_model(config)
-    config = settled(config, vlm, tokenizer, measure=False, say=lambda _: None)
+    config = resolved(config, vlm, tokenizer, measure=False, say=lambda _: None)
     cache = cache_folder(config.data.cache_dir, run_dir=Path(config.run.dir))
     data, scan, _ = sample_data(config, vlm, tokenizer, cache=cache)
     built = list(sample_micro_batches(config, data, scan, walk_of(config, scan, store=Store(cache))[0], ranks=ranks))
@@ -96,7 +96,16 @@ def sample_data(
 ) -> tuple[InstructionData, Scan, float]:
     """Measure an even sample of the records, or read what a run found about all of them.
 
-    `say` gets what a start would report of the data. Returns a scan as long as the whole data, and whole over sample.
+    Args:
+        vlm, tokenizer: of `empty_model`.
+        cache: see `setup.cache_folder`.
+        say: gets what a start would report of the data.
+
+    Returns:
+        the data, a scan as long as all of them, and how many records each measured one stands for.
+
+    Raises:
+        RecordError: as a run, of the records that were measured. MmitError: none can be used.
     """
     options = config.data
     chat = chat_of(config.model.chat.model_dump(), tokenizer)
@@ -145,7 +154,7 @@ def _preparation(config: Config, vlm: VLM) -> ImagePreparation | None:
 def sample_micro_batches(
     config: Config, data: InstructionData, scan: Scan, walk: Walk, *, ranks: int
 ) -> Iterator[MicroBatch]:
-    """Some micro-batches, evenly over the run, without pictures.
+    """Some micro-batches, evenly over the run of so many `ranks`, without pictures.
 
     Those of grouped records grow from the first in a step to the last, so their places are spread too: from the
     largest, which decides about memory, to the smallest.
@@ -182,7 +191,12 @@ def step_memory(
     flash: bool,
     recompute: str,
 ) -> Bytes:
-    """Bytes of a step with the largest of the micro-batches."""
+    """Bytes of a step with the largest of the micro-batches.
+
+    Args:
+        vlm, groups: of `empty_model`, of no use afterwards. built: micro-batches to choose from.
+        micros: of a step on each rank. flash, recompute: see `measure_bytes`.
+    """
     cached = config.model.vision is not None and config.model.vision.cache != "off"
     # Two candidates for the peak: tokens decide in the LLM, crops in the tower, and no row need have most of both.
     longest = max(built, key=lambda b: (b.tokens, b.targets))

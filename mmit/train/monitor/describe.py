@@ -100,7 +100,11 @@ def describe(
     held_out: TrainData | None,
     world: World,
 ) -> dict[str, Any]:
-    """Facts of a run as JSON values."""
+    """Facts of a run as JSON values.
+
+    Args:
+        data, scan, walk: of training. held_out: None without data.eval.
+    """
     return {
         "versions": dict(_versions()),
         "hardware": _hardware(world),

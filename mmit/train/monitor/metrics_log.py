@@ -134,6 +134,7 @@ def _keep_before(path: Path, start: int) -> None:
     """Drop rows that a resumed run will write again (and a half-written last line)."""
     if not path.exists():
         return
+    # Steps after the checkpoint run again; both courses in one file would draw a curve that goes back in time.
     kept = [json.dumps(row) for row in read_rows(path) if row["step"] <= start]
     write_atomic(path, "".join(line + "\n" for line in kept))
 

@@ -44,6 +44,7 @@ class TensorBoard:
         """Open the writer."""
         from torch.utils.tensorboard import SummaryWriter
 
+        # Event files cannot be edited: TensorBoard is told to hide the steps that come again.
         self._writer = SummaryWriter(str(self._folder), purge_step=step + 1)
         if step == 0:
             lines = "\n".join(f"    {key}: {value}" for key, value in self._config.items())

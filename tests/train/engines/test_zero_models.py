@@ -16,8 +16,8 @@ from mmit.cli import app
 from mmit.errors import ConfigError
 from mmit.models.llm import why_not_4bit
 from mmit.train.checkpoint import model as checkpoint
+from mmit.train.resolve import check_divided, check_zero3
 from mmit.train.run import run
-from mmit.train.settle import check_divided, check_zero3
 from tests.models.small_llms import family
 from tests.models.test_families import pair
 from tests.test_plugins import PROJECTOR

@@ -25,7 +25,7 @@ from mmit.generate import Model
 from mmit.records import Record, write_jsonl
 from mmit.train.checkpoint import folders
 from mmit.train.checkpoint import model as checkpoint
-from mmit.train.checkpoint.resume import settle_best
+from mmit.train.checkpoint.resume import match_best
 from mmit.train.data.setup import Encoding, image_loader, open_data
 from mmit.train.loop import Progress, sum_by_source
 from mmit.train.monitor import trackers
@@ -143,7 +143,7 @@ def test_a_best_by_another_metric_is_no_measure(straight, tmp_path):
     (tmp_path / "checkpoints" / "step-000004").mkdir(parents=True)
     for metric, kept in (("score", True), (None, True), ("eval_loss", False)):
         progress, said = Progress(best={"metric": "score", "value": 0.9, "step": 4}), []
-        settle_best(tmp_path, progress, metric=metric, say=said.append)
+        match_best(tmp_path, progress, metric=metric, say=said.append)
         assert (progress.best is not None) == kept == (tmp_path / "best.json").exists() == (not said)
     assert "by score (0.9)" in said[0] and "by eval_loss" in said[0]
 

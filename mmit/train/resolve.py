@@ -1,4 +1,4 @@
-"""What a config leaves open, settled before anything is measured: paths, number format, how records share rows.
+"""What a config leaves open, resolved before anything is measured: paths, number format, how records share rows.
 
 In: a config, the machine and the model. Out: the config with what they decide, and what they refuse said in one
 sentence. The dry run asks the same without forwards.
@@ -91,6 +91,7 @@ def objective_of(config: Config) -> Method:
     method = Method(**{field.name: given[field.name] for field in fields(Method)})
     if not method.compares:
         return method
+    # What the user asked for and a comparison has no place for must not be dropped in silence.
     loss, plain = config.data.loss.model_dump(), type(config.data.loss)().model_dump()
     for key in plain:
         if key != "sources" and loss[key] != plain[key]:
@@ -127,7 +128,14 @@ def open_records(
     preparation: ImagePreparation | None,
     **reading: Any,
 ) -> InstructionData:
-    """Open the sources of data.train or data.eval as this config asks; `reading` is the rest of `open_data`."""
+    """Open the sources of data.train or data.eval as this config asks.
+
+    Args:
+        part: which of the two lists.
+        chat, tokenizer: how conversations become tokens.
+        preparation: of images, None for a model of text.
+        reading: cache, on_bad and say of `open_data`.
+    """
     options = config.data
     return open_data(
         [source.model_dump() for source in getattr(options, part)],
@@ -145,7 +153,7 @@ def open_records(
     )
 
 
-def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> dict[str, Any]:
+def resolve_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> dict[str, Any]:
     """Decide how records lie in rows, and check what can be known of the LLM before data are read.
 
     Args:
@@ -166,6 +174,8 @@ def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure
     if asked is not False:
         reason = rules.why_not_packed
         if reason is None and measure:
+            # Measured, not looked up by the model's name: whether records in one row see each other shows in its
+            # logits.
             try:
                 vlm.check_isolation()
             except ModelError as error:
@@ -191,13 +201,13 @@ def settle_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measure
     return update
 
 
-def settled(config: Config, vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> Config:
-    """The config with what the model decides about its data, see `settle_packing`."""
-    update = settle_packing(config.data.model_dump(), vlm, tokenizer, measure=measure, say=say)
+def resolved(config: Config, vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> Config:
+    """The config with what the model decides about its data, see `resolve_packing`."""
+    update = resolve_packing(config.data.model_dump(), vlm, tokenizer, measure=measure, say=say)
     return config.model_copy(update={"data": config.data.model_copy(update=update)})
 
 
-def settle_precision(config: Config, begin: Path | None, *, world: World, say: Say) -> Config:
+def resolve_precision(config: Config, begin: Path | None, *, world: World, say: Say) -> Config:
     """The config with bf16, fp32 or fp16 in place of `train.precision=auto`, the same on all ranks.
 
     A run that goes on from the checkpoint `begin` keeps the format it was begun in, on whatever machine.
@@ -208,9 +218,11 @@ def settle_precision(config: Config, begin: Path | None, *, world: World, say: S
             say(f"warning: train.precision: {slow}: set train.precision=auto")
         return config
     name, reason = precision.choose(world.device)
+    # On nodes that differ one takes the other's: all ranks of a run train in one format.
     shared = world.most(name, ("bf16", "fp32"))
     if shared != name:
         reason = "another rank's device multiplies bf16 slower than fp32"
+    # A machine that is faster in the other format must not make another run of it half-way.
     began = checkpoint.read_config(begin).train.precision if begin is not None else "auto"
     if began not in ("auto", shared):
         say(f"train.precision stays {began}, as this run was begun; a new run would take {shared} here: {reason}")
