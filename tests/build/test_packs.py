@@ -19,7 +19,7 @@ from mmit.yamlio import dump_yaml, parse_yaml
 from tests.tiny_run import tiny_config
 
 ROOT = Path(__file__).parents[2]
-PACKS = sorted(path.parent.name for path in (ROOT / "configs" / "packs").glob("*/train.yaml"))
+PACKS = sorted(path.parent.name for path in (ROOT / "configs" / "packs").glob("*/eval.yaml"))
 NEEDS = {
     "charts": "vega_datasets",
     "counting": "easy_vqa",
@@ -80,6 +80,25 @@ def test_a_pack_is_built_trained_and_evaluated(pack, project):
     told = ran("eval", f"runs/{pack}", "--task", f"configs/packs/{pack}/eval.yaml", "--limit", "6", "--baseline-n", "4")
     for line in ("tuned model", "majority answer", "blank image"):
         assert re.search(rf"{line} .* %", told), told
+
+
+@pytest.mark.slow
+def test_the_medical_pack_is_trained_and_evaluated_on_its_makers_layouts(project):
+    """The files are made for the test: no image of these sets comes with a package."""
+    from tests.eval.benchmarks import pmc_vqa, slake, vqa_rad
+
+    for make in (pmc_vqa, slake, vqa_rad):
+        make(Path("data", make.__name__))
+    shutil.copy("data/pmc_vqa/test_clean.csv", "data/pmc_vqa/train.csv")
+    config = "configs/packs/medical/train.yaml"
+    Path(config).write_text(Path(config).read_text().replace("image_size: 256", "image_size: 16"))
+    assert "0 errors" in ran("data", "check", config)
+    ran("train", config, "run.dir=runs/medical")
+    told = ran("eval", "runs/medical", "--tasks", "vqa_rad,slake,pmc_vqa", "--data-root", "data", "--no-baselines")
+    assert all(task in told for task in ("vqa_rad", "slake", "pmc_vqa"))
+    Path("data/slake/imgs/xmlab0/source.jpg").unlink()
+    told = CliRunner().invoke(app, ["eval", "runs/medical", "--task", "slake", "--data-root", "data"])
+    assert told.exit_code == 2 and "BoKelvin/SLAKE" in re.sub(r"\s+", " ", told.output)
 
 
 def test_solar_cells_are_refused_unless_their_licence_is_named(project):

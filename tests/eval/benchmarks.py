@@ -69,6 +69,41 @@ def textvqa(at: Path) -> None:
     png(at / "train_images" / "ab12.jpg")
 
 
+def vqa_rad(at: Path) -> None:
+    row = {
+        "qid": "1",
+        "image_name": "synpic54610.jpg",
+        "question": "Are regions of the brain infarcted? ",
+        "answer": "Yes",
+    }
+    row |= {"phrase_type": "test_freeform", "answer_type": "CLOSED ", "question_type": "PRES"}
+    more = {"phrase_type": "test_para", "answer": 3, "answer_type": "OPEN"}
+    rows = [row | {"phrase_type": "freeform"}, row, row | more, row | {"phrase_type": "para"}]
+    write(at / "VQA_RAD Dataset Public.json", rows)
+    png(at / "VQA_RAD Image Folder" / "synpic54610.jpg")
+
+
+def slake(at: Path) -> None:
+    row = {
+        "img_id": 0,
+        "img_name": "xmlab0/source.jpg",
+        "question": "What modality is used?",
+        "answer": "MRI",
+        "qid": 9,
+    }
+    row |= {"q_lang": "en", "answer_type": "OPEN", "content_type": "Modality", "base_type": "vqa"}
+    for name in ("test", "train"):
+        write(at / f"{name}.json", [row, row | {"q_lang": "zh", "question": "?", "qid": 10}])
+    png(at / "imgs" / "xmlab0" / "source.jpg")
+
+
+def pmc_vqa(at: Path) -> None:
+    head = "Figure_path,Question,Answer,Choice A,Choice B,Choice C,Choice D,Answer_label\n"
+    row = 'PMC1_F1.jpg,What is the uptake? ,Focal, A:Diffuse , B:Focal , C:None ," D:x, y ",B\n'
+    write(at / "test_clean.csv", head + row)
+    png(at / "images" / "PMC1_F1.jpg")
+
+
 def scienceqa(at: Path) -> None:
     row = {"question": "Which?", "choices": ["dog", "cat"], "answer": 1, "hint": "Look.", "image": "image.png"}
     problems = {"7": row | {"subject": "natural science", "split": "test"}, "8": row | {"image": None}}
@@ -409,5 +444,14 @@ CASES: dict[str, Case] = {
         "Where is it?",
         {"question": "Where is it?", "context": "A beach in Hawaii.", "answer": "In Hawaii.", "category": "conv"},
         "conv",
+    ),
+    "vqa_rad": (vqa_rad, 2, "Are regions of the brain infarcted?" + WORD, "Yes", "CLOSED"),
+    "slake": (slake, 1, "What modality is used?" + WORD, "MRI", "OPEN"),
+    "pmc_vqa": (
+        pmc_vqa,
+        1,
+        "What is the uptake?\nA. Diffuse\nB. Focal\nC. None\nD. x, y" + LETTER,
+        {"answer": "B", "options": ["Diffuse", "Focal", "None", "x, y"]},
+        None,
     ),
 }

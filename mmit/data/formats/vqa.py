@@ -1,4 +1,4 @@
-"""Question files: VQAv2 and OK-VQA, GQA, TextVQA, and the question JSONL of LLaVA's evaluation.
+"""Question files: VQAv2 and OK-VQA, GQA, TextVQA, VQA-RAD, SLAKE, and the question JSONL of LLaVA's evaluation.
 
 Each question makes one Record; without an answer, as in test splits, it ends with the user's turn and is for
 generation. Of several human answers one is learnt, all stay in meta["answers"]. No instruction about the form of the
@@ -17,6 +17,7 @@ from mmit.data.formats.common import (
     file_name,
     id_of,
     json_object,
+    json_rows,
     keyed,
     most_frequent,
     object_of,
@@ -137,6 +138,58 @@ def llava_questions(row: Row, *, image_root: str = "", suffix: str = "") -> Reco
     return _record(row, row.get("text"), image, suffix=suffix, answers=[], meta=meta)
 
 
+def is_test_phrase(phrase_type: Any) -> bool:
+    """Tell whether a VQA-RAD question is of the test split: freeform and para are its training, test_... its test."""
+    return text_of(phrase_type, "phrase_type").startswith("test_")
+
+
+def vqa_rad_rows(path: str, *, split: str = "train") -> Rows:
+    """Yield the questions of one split; the file holds both."""
+    one_of(split, "split", ("train", "test", "all"))
+    for number, row in json_rows(path):
+        phrase = row.get("phrase_type") if isinstance(row, dict) else None
+        if split == "all" or not isinstance(phrase, str) or is_test_phrase(phrase) == (split == "test"):
+            yield number, row
+
+
+def vqa_rad(row: Row, *, image_root: str = "", suffix: str = "") -> Record:
+    """VQA-RAD: "VQA_RAD Dataset Public.json", a list of {"qid", "image_name", "question", "answer", ...}.
+
+    Pictures are in "VQA_RAD Image Folder": set `image_root` to it. Answers may be numbers, and answer_type may end
+    with a space. Both splits ask about the same pictures. The question in other words (question_rephrase,
+    question_frame) is in the meta.
+    """
+    is_test_phrase(row.get("phrase_type"))  # a row of no split must not pass for training
+    return _medical(row, row.get("image_name"), image_root, suffix)
+
+
+def slake_rows(path: str, *, language: str = "all") -> Rows:
+    """Yield the questions of one language, or of both."""
+    one_of(language, "language", ("all", "en", "zh"))
+    for number, row in json_rows(path):
+        if language == "all" or not isinstance(row, dict) or row.get("q_lang") == language:
+            yield number, row
+
+
+def slake(row: Row, *, image_root: str = "", suffix: str = "") -> Record:
+    """SLAKE: train.json, validation.json, test.json, lists of {"qid", "img_name", "question", "answer", "q_lang", ...}.
+
+    Pictures are imgs/xmlab0/source.jpg: set `image_root` to imgs. Questions are in English and in Chinese.
+    """
+    return _medical(row, row.get("img_name"), image_root, suffix)
+
+
+def _medical(row: Row, name: Any, root: str, suffix: str) -> Record:
+    image = image_part(text_of(name, "the image's name"), root)
+    answer = row.get("answer")
+    said = str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
+    meta = rest(row, "qid", "question", "answer", "image_name", "img_name")
+    if isinstance(meta.get("answer_type"), str):
+        meta["answer_type"] = meta["answer_type"].strip()
+    turns = (ask(text_of(row.get("question"), "question").strip() + text_option(suffix, "suffix"), [image]),)
+    return Record((*turns, reply(text_of(said, "answer").strip())), id=id_of(row, "qid"), meta=meta)
+
+
 def _record(
     row: Row,
     question: Any,
@@ -198,6 +251,24 @@ FORMATS = {
         textvqa_rows,
         options=_SUFFIX | {"image_pattern": 'name of an image file, default "{image_id}.jpg"'},
         detect=("data.question_id", "data.image_id", "data.question"),
+    ),
+    "vqa_rad": Format(
+        "VQA-RAD's questions about radiology images",
+        vqa_rad,
+        vqa_rad_rows,
+        options=_SUFFIX,
+        file_options={"split": "train (default), test or all, as phrase_type has it"},
+        detect=("qid", "image_name", "phrase_type"),
+        licence="CC0-1.0",
+    ),
+    "slake": Format(
+        "SLAKE's questions about medical images",
+        slake,
+        slake_rows,
+        options=_SUFFIX,
+        file_options={"language": "all (default), en or zh"},
+        detect=("qid", "img_name", "q_lang"),
+        licence="CC-BY-4.0",
     ),
     "llava_questions": Format(
         "LLaVA's question files, without answers",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, RecordError, nearest
-from mmit.eval.layouts import captions, choice, judged, text, vqa, yesno
+from mmit.eval.layouts import captions, choice, judged, medical, text, vqa, yesno
 from mmit.eval.layouts.common import LETTER, SHORT, Folder, Layout, Questions
 from mmit.plugins import FORM, is_spec, own_object
 
@@ -27,6 +27,7 @@ LAYOUTS: dict[str, Layout] = {
     **captions.LAYOUTS,
     **text.LAYOUTS,
     **judged.LAYOUTS,
+    **medical.LAYOUTS,
 }
 
 

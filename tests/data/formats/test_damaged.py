@@ -43,6 +43,8 @@ ROWS: dict[str, Any] = {
         "Answer": "BB",
         "Answer_label": "B",
     },
+    "vqa_rad": {"qid": "1", "image_name": "a.jpg", "phrase_type": "freeform", "question": "q", "answer": "Yes"},
+    "slake": {"qid": 1, "img_name": "x/a.jpg", "q_lang": "en", "question": "q", "answer": "MRI", "answer_type": "OPEN"},
     "llava_questions": {"question_id": 1, "image": "a.png", "text": "q"},
     "parquet": {"instruction": "a", "image": {"bytes": None, "path": "a.png"}, "output": "b", "id": 3},
 }

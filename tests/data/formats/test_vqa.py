@@ -170,3 +170,46 @@ def test_an_answer_file_is_no_question_file(tmp_path: Path) -> None:
     rows = [{"question_id": 1, "prompt": "What?", "text": "A cat.", "answer_id": "x", "model_id": "m", "metadata": {}}]
     with pytest.raises(RecordError, match="cannot tell the format"):
         detect_format(write(tmp_path / "answers.jsonl", rows, lines=True))
+
+
+RAD: dict[str, Any] = {
+    "qid": "1",
+    "phrase_type": "freeform",
+    "image_name": "synpic54610.jpg",
+    "image_organ": "HEAD",
+    "question": "Are regions of the brain infarcted? ",
+    "question_rephrase": "NULL",
+    "answer": "Yes",
+    "answer_type": "CLOSED ",
+}
+
+
+def test_vqa_rad_learns_from_its_training_questions_alone(tmp_path: Path) -> None:
+    rows = [RAD, RAD | {"phrase_type": "test_para", "qid": "2"}, RAD | {"phrase_type": "para", "answer": 4, "qid": "3"}]
+    path = write(tmp_path / "VQA_RAD Dataset Public.json", rows)
+    assert detect_format(path)[0] == "vqa_rad"
+    records = imported(path, "vqa_rad", image_root="images")
+    assert [(record.id, record.turns[1].text) for record in records] == [("1", "Yes"), ("3", "4")]
+    assert records[0].turns[0].text == "Are regions of the brain infarcted?"
+    assert shape(records[0])[0] == ("user", ["[images/synpic54610.jpg]", "Are regions of the brain infarcted?"])
+    assert records[0].meta["answer_type"] == "CLOSED" and records[0].licence == "CC0-1.0"
+    assert [record.id for record in imported(path, "vqa_rad", split="test")] == ["2"]
+    assert len(imported(path, "vqa_rad", split="all")) == 3
+    with pytest.raises(ConfigError, match="split"):
+        list(import_file(path, "vqa_rad", split="dev"))
+    bad = [
+        {**RAD, "answer": None},
+        *({k: v for k, v in RAD.items() if k != key} for key in ("image_name", "phrase_type")),
+    ]
+    assert len(bad_rows(write(tmp_path / "bad.json", bad), "vqa_rad")) == 3
+
+
+def test_slake_in_one_language_or_both(tmp_path: Path) -> None:
+    row = {"img_id": 0, "img_name": "xmlab0/source.jpg", "question": "What modality?", "answer": "MRI", "qid": 9}
+    rows = [row | {"q_lang": "en"}, row | {"q_lang": "zh", "question": "什么?", "qid": 10}]
+    path = write(tmp_path / "train.json", rows)
+    assert detect_format(path)[0] == "slake"
+    assert [record.id for record in imported(path, "slake", image_root="imgs")] == ["9", "10"]
+    (english,) = imported(path, "slake", image_root="imgs", language="en", suffix="!")
+    assert shape(english) == [("user", ["[imgs/xmlab0/source.jpg]", "What modality?!"]), ("assistant", ["MRI"])]
+    assert english.licence == "CC-BY-4.0"
