@@ -79,6 +79,7 @@ class HeldOut:
             return {f"eval_{name}": value for name, value in found.items()}
         names = self.data.names
         count = len(names)
+        # Sums and weights, divided once at the end: a mean of means would weigh short rows more than long ones.
         sums = torch.zeros(count, dtype=torch.float64, device=self.engine.device)
         weights = torch.zeros(count, dtype=torch.float64)
         with closing(self.data.batches()) as batches:

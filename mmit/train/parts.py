@@ -229,6 +229,7 @@ def take_folder(start: Start, model: Model, records: Records, *, feeds: Feeds, p
 
 def _weights_from(config: Config, begin: Path | None, *, say: Say) -> Path | None:
     """The checkpoint that weights come from: `begin`, or that of run.init_from; its config fits this one."""
+    # A run that goes on ignores run.init_from: its weights have moved on since.
     if begin is not None:
         identity.check_config(checkpoint.read_config(begin).flat(), config.flat(), folder=begin, say=say)
         return begin
@@ -261,6 +262,7 @@ def _order(start: Start, model: Model, data: InstructionData, scan: Scan) -> tup
     """The rows in their order, and what decides it; refuses to continue a checkpoint with other contents."""
     config, world, begin = model.config, start.world, start.begin
     known = resume.order_of(begin)
+    # Rank 0 alone reads and hashes the base; the others learn of a refusal at the end of the block.
     store = Store(cache_folder(config.data.cache_dir, run_dir=start.run_dir))
     same: dict[str, Any] | None = None
     with world.together():
@@ -358,6 +360,8 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
     adapter = (
         probe and method_of(tune["llm"]["mode"]).starts_at_base and tune["llm"]["options"].get("init") is not False
     )
+    # Two forwards for a promise that is easily broken: an adapter whose layers are not all called, or that a model
+    # reads around, changes the base before anything is trained, or is never trained itself.
     before = answers(vlm) if adapter else None
     groups = apply_tuning(vlm, tune, say=say)
     if {"llava-hf", "llava"} & set(config.export) and (added := changes_layout(vlm.llm)) is not None:
@@ -433,6 +437,7 @@ def _assemble(config: Config, start: Path | None, divided: dict[str, Any] | None
     dtype = torch.float32 if config.train.precision == "fp32" else DTYPES[config.train.precision]
     model = config.model.model_dump()
     tokenizer = None
+    # A fully tuned LLM is in the checkpoint, and so is its tokenizer: neither is asked of the base again.
     named = Path(model["llm"]["name"]).absolute()  # the config itself may point there, as a base like any other
     if start is not None and (start / "llm").exists() and named != (start / "llm").absolute():
         model["llm"].update(name=str(start / "llm"), revision=None, random_init=None)

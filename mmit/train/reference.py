@@ -64,7 +64,7 @@ class References:
         """
         there = {name: held for name, held in data.items() if held is not None}
         contents = {name: _content(held) for name, held in there.items()}
-        if not method.referenced:
+        if not method.referenced:  # ORPO compares the model with nothing but itself
             return cls(method, vlm, {}, contents)
         if begin is not None:  # never measured again: the weights have moved, and the zero of every ratio with them
             return cls(method, vlm, _read(begin, contents), contents)

@@ -33,7 +33,7 @@ def lr_factor(step: int, *, steps: int, schedule: str, warmup: float, min_ratio:
     """
     warm = round(warmup * steps) if warmup < 1 else int(warmup)
     if step < warm:
-        return (step + 1) / warm
+        return (step + 1) / warm  # the first step already moves: a rate of 0 would waste its data
     progress = (step - warm) / max(steps - warm, 1)
     return min_ratio + (1 - min_ratio) * SCHEDULES[schedule](progress)
 
@@ -53,6 +53,7 @@ class Spikes:
 
     def bound(self, recent: list[float]) -> float:
         """Largest loss that is no spike."""
+        # A deviation of a few losses says nothing, and in the first steps every loss is far from the one before.
         if self.sigma is None or len(recent) < min(LEAST, self.window):
             return math.inf
         return statistics.fmean(recent) + self.sigma * statistics.pstdev(recent)

@@ -30,7 +30,7 @@ class Stop:
         self._first: tuple[int, float] | None = None
         self._told = False
         self._leaving = False
-        self._process = os.getpid()
+        self._process = os.getpid()  # loader processes inherit the handler, and must not answer for the run
 
     def __call__(self) -> bool:
         """Say whether a signal came, and tell it the first time."""

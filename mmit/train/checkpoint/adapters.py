@@ -98,6 +98,7 @@ def _check_same_base(path: Path, config: Config, base: Path, own: Config) -> Non
             raise CheckpointError(problem, where=str(folder), remedy=ALONE)
     if not (path / "adapter").exists():
         raise CheckpointError("holds no adapter of the LLM", where=str(path), remedy=ALONE)
+    # One tokenizer encodes for all adapters of a base.
     files = [folder / "tokenizer" / "tokenizer.json" for folder in (path, base)]
     if [file.exists() and file.read_bytes() for file in files] != [files[0].exists() and files[0].read_bytes()] * 2:
         raise CheckpointError(f"its tokenizer is not that of the base {base}", where=str(path), remedy=ALONE)

@@ -140,6 +140,7 @@ def write_model(
         "versions": {"mmit": mmit.__version__, "torch": torch.__version__},
     }
     (folder / "mmit.json").write_text(json.dumps(meta, indent=1))
+    # Always, though the base has one: its ids are what the weights were trained on, and a hub's repository may change.
     tokenizer.save_pretrained(folder / "tokenizer")
     if vlm.projector is not None:
         save_file(_state(vlm.projector), folder / "projector.safetensors")
@@ -292,6 +293,7 @@ def own_code(config: Config, meta: Mapping[str, Any]) -> dict[str, object]:
     if model.vision is not None:
         named["model.vision.kind"] = model.vision.kind
         named |= {f"model.vision.towers.{n}.kind": tower.kind for n, tower in enumerate(model.vision.towers)}
+    # A template is data, which is rendered in a sandbox; only a format by its name may be code of the user's own.
     named["model.chat.format"] = meta.get("chat", {}).get("name") if "template" not in meta.get("chat", {}) else None
     return named
 

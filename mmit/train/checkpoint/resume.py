@@ -81,6 +81,7 @@ class TrainerState:
     @classmethod
     def of(cls, engine: Engine, progress: Progress, *, order: dict[str, Any]) -> TrainerState:
         """Take the state now; `order` comes back from `order_of`."""
+        # Each rank's own: dropout draws from it. The order of the data is no state but a function of the step.
         random = {"cpu": torch.get_rng_state()}
         if engine.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(engine.device)
@@ -129,6 +130,7 @@ def restore(engine: Engine, folder: Path | None, *, seed: int, say: Say) -> Prog
         return Progress()
     saved = _saved(folder)
     engine.load_state(folder / "trainer")
+    # fp16: from its first value the loss scale would have to come down again, and each time a step is skipped.
     take_scaler_state(engine.optimizer, saved.get("scaler", {}))
     _restore_random(engine, folder / "trainer", saved["world"], say)
     # progress.json holds more than Progress, and one written by an older version less: the defaults fill that in.
@@ -156,6 +158,8 @@ def match_best(run_dir: Path, progress: Progress, *, metric: str | None, say: Sa
         by, value = progress.best["metric"], progress.best["value"]
         say(f"the best checkpoint so far was so by {by} ({value:.4g}): the next evaluation sets a new one by {metric}")
         progress.best = None
+    # Removed by hand, or the run was moved without it: a best that nobody can load must not keep later ones from
+    # winning.
     if progress.best is not None and not checkpoint_folder(run_dir, progress.best["step"]).is_dir():
         say(f"the best checkpoint so far, of step {progress.best['step']}, is gone: the next evaluation sets a new one")
         progress.best = None

@@ -142,6 +142,8 @@ def check_start_of_adapter(vlm: VLM, before: torch.Tensor) -> None:
 def without_gradient(vlm: VLM) -> list[str]:
     """Names of the trained tensors of the LLM that a forward of a few tokens gives no gradient."""
     trained = {n: p for n, p in vlm.llm.named_parameters() if p.requires_grad}
+    # allow_unused gives None for what the loss does not depend on; a gradient of zeros is one (LoRA's A before B
+    # moves).
     with evaluation_mode(vlm), torch.enable_grad():
         loss = vlm.row_logits(**_words(vlm)).float().square().mean()
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)

@@ -184,6 +184,7 @@ def _row_counts(
     """Rows in each segment of an order, which `order` decides; planned on all cores, or read from the store."""
     # The code's version is part of the key: another way to pack rows would have other counts.
     key = key_of(order, len(segments), code_version())
+    # Planning reads every unit of the run, the one thing at its start that grows with epochs as well as with records.
     found = store.find("planned", key) if store is not None else None
     if found is not None:
         return found[1]["rows"].tolist()

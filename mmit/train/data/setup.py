@@ -50,6 +50,7 @@ def check_lengths(*, max_length: int, capacity: int, limit: int | None, virtual:
     Raises:
         ConfigError: they may be longer.
     """
+    # Refused, not cut: an answer without its end teaches a model not to stop.
     if max_length > capacity:
         raise ConfigError(
             f"max_length={max_length} is more than pack_tokens={capacity}: a record may not fit",
@@ -245,6 +246,7 @@ def note_bad(run_dir: Path, rank: int, error: RecordError, *, part: str = "train
 
 def source_names(data: InstructionData) -> list[str]:
     """Names of the sources for metrics: equal ones are numbered."""
+    # Metrics are kept by name: two sources of one name would overwrite each other.
     names: list[str] = []
     for source in data.sources:
         name, count = source.name, 1

@@ -79,6 +79,7 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
         where, path = f"{WHERE}.zero_optimization.{key}", section.get("nvme_path")
         if not path or not Path(path).is_dir():
             raise ConfigError(f"nvme_path {path}: no such folder", where=where, remedy="name one on the local NVMe")
+        # DeepSpeed itself would find out when it makes the optimizer, with everything loaded already.
         builder = get_accelerator().create_op_builder("AsyncIOBuilder")
         if builder is None or not builder.is_compatible(verbose=False):
             raise ConfigError(
@@ -206,7 +207,7 @@ class DeepSpeedEngine(Engine):
         number = {n: p for n, p in zip(self.names, self.parameters, strict=True)}
         if self._plain:
             for name, state in states:
-                state.pop("master", None)
+                state.pop("master", None)  # in fp32 without ZeRO the parameters are the masters
                 p = number[name]
                 self._inner.state[p] = placed(state, p, self._inner)
             return

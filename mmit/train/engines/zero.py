@@ -97,6 +97,7 @@ def complete(
     _refuse_keys(options)
     whole = _agreed(options, mine)
     stage = zero_stage(whole)
+    # "auto" is what Hugging Face's Trainer fills in: left out here, DeepSpeed's own defaults hold.
     if isinstance(whole.get("zero_optimization"), Mapping):
         zero = {k: v for k, v in whole["zero_optimization"].items() if v != "auto"}
         if zero.get("compute_grad_norm") is False:  # without it every step would pass for one that is not finite

@@ -61,6 +61,7 @@ def find_device(name: str | None, *, kind: str) -> Device:
         if kind != "cpu" and torch.cuda.is_available():
             facts = torch.cuda.get_device_properties(0)
             return Device(facts.name, facts.total_memory, None, cuda=True)
+        # All of it, also what is in use now: the forecast is about the machine, not about this minute.
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return Device("this machine's memory", memory, None, cuda=False)
     if name.lower() in GPUS:

@@ -121,6 +121,7 @@ def sample_data(
     reading: dict[str, Any] = {"preparation": _preparation(config, vlm), "cache": cache}
     data = open_records(config, "train", chat, tokenizer, **reading, on_bad=unreadable.append if policy.skip else None)
     numbers: np.ndarray | None = None
+    # Evenly over all sources, so that each is met; a run that measured everything before is asked instead.
     if len(data) > SAMPLE and not is_kept(data, store):
         numbers = np.unique(np.linspace(0, len(data) - 1, SAMPLE).astype(int))
     scan = data.scan(numbers=numbers, store=store, workers=allowed_cores())
@@ -235,6 +236,7 @@ def stages(memory: Bytes, *, ranks: int, precision: str) -> dict[str, int]:
     bucket = bucket_size(memory.trained)
     element = 4 if precision == "fp32" else 2
     weights = memory.llm + memory.rest
+    # Of what stages divide, a rank keeps its share; what they do not, it holds whole.
     states = 12 * memory.trained  # masters and moments, which stages 1 to 3 keep in float32 whatever the precision
     gradients = 4 * memory.trained
     gathered = min(memory.llm, 1_050_000_000 * element)

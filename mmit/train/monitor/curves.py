@@ -20,6 +20,7 @@ def thin(series: Series, most: int = POINTS) -> list[tuple[float, float | None]]
     """At most `most` points and a few: of each stretch the lowest and the highest, in order."""
     if len(series) <= most:
         return list(series)
+    # Not every n-th point: a spike of one step would be seen or not by where it happens to stand.
     size = -(-2 * len(series) // most)
     kept: list[tuple[float, float | None]] = []
     for at in range(0, len(series), size):
@@ -50,6 +51,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from `low` to `high`."""
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))
+    # 1, 2 or 5 times a power of ten, the first that gives no more lines than asked for; rounding must not skip it.
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -68,6 +70,7 @@ def figure(title: str, curves: Mapping[str, Series], *, from_zero: bool = True, 
     left, right = min(x for x, _ in points), max(x for x, _ in points)
     low, high = min(y for _, y in points), max(y for _, y in points)
     low = min(0.0, low) if from_zero else low
+    # One step, or a value that never changed: an axis needs some length.
     if right == left:
         left, right = left - 0.5, right + 0.5
     if high == low:

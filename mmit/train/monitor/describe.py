@@ -72,6 +72,8 @@ def introduce(
             f"{rate:g}" if rate is not None and row["trained"] else "-",
         )
     say(table)
+    # The first that is trained on, mask and all: a template that marks the wrong text shows here before hours of
+    # training.
     record = data.record(int(scan.record[0]))
     shown = split_pairs(record)[0] if data.split_turns else record
     _compare(data, scan, model.chat, say)
@@ -83,6 +85,7 @@ def introduce(
 
 def _compare(data: InstructionData, scan: Scan, chat: ChatFormat, say: Callable[[Any], None]) -> None:
     """Compare the first records with what the chat template itself writes, and name the first difference."""
+    # A few are enough: a format that writes otherwise than the model's own template does so in every record of a kind.
     for number in dict.fromkeys(scan.record[:FIRST].tolist()):
         record = data.record(int(number), outline=True)
         for part in split_pairs(record) if data.split_turns else [record]:
@@ -158,6 +161,7 @@ def _hardware(world: World) -> dict[str, Any]:
 
 def note_start(run_dir: Path, facts: dict[str, Any], *, step: int) -> None:
     """Write run.json: the facts of this start, and the moments of all."""
+    # Starts that a resume went behind belong to a course that was left, as the rows of metrics after it.
     earlier = read_json(run_dir / RUN, RUN)
     starts = [s for s in earlier.get("starts") or [] if s["step"] <= step] if step else []
     now = {"time": round(time.time(), 1), "step": step, "ranks": facts["hardware"]["ranks"]}

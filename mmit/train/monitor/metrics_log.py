@@ -56,6 +56,7 @@ class RunLog:
         if not self.active:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        # Before `_keep_before` writes the files anew, without them.
         for line in read_metrics(self.folder).left_out:
             self.say(f"warning: {line}")
         for name in (METRICS, EVENTS):
@@ -157,6 +158,7 @@ def draw_loss(metrics: Path, picture: Path) -> None:
     for axes in figure.axes:
         axes.relim()
         axes.autoscale_view()
+    # Up to the highest but for a hundredth of them: the first steps would press all others against the axis.
     figure.axes[0].set_ylim(0, max(sorted(losses)[int(0.99 * (len(losses) - 1))] * 1.1, 1e-3))
     with whole_file(picture, sync=False) as file:
         paint(figure, file)

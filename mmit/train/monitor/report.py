@@ -29,6 +29,7 @@ def write_report(run_dir: Path) -> Path:
     run, damaged = read_whole(run_dir / RUN, RUN)
     best, worse = read_whole(run_dir / BEST, BEST)
     left_out += [problem for problem in (damaged, worse) if problem]
+    # In the order in which somebody looks who was away: where it stands, how it went, what went wrong, what it was.
     sections = [
         f"<h1>{escape(run_dir.resolve().name)}</h1>",
         _summary(run_dir, run, best, steps),
@@ -82,6 +83,7 @@ def _curves(steps: Sequence[Mapping[str, Any]], evals: Sequence[Mapping[str, Any
         return out
 
     loss = of("loss")
+    # On one axis: that training falls and the held-out loss does not is what the curve is looked at for.
     losses: dict[str, Series] = {"loss": loss, "running mean": smooth(loss)}
     if any("eval_loss" in r["eval"] for r in evals):
         losses["eval_loss"] = [(r["step"], r["eval"].get("eval_loss")) for r in evals]
@@ -124,6 +126,7 @@ def _benchmarks(run_dir: Path) -> str:
         for report in reports:
             if isinstance(report, dict):
                 name = escape(f"{report.get('task', path.parent.name)} ({path.relative_to(run_dir)})")
+                # As it is: a report says more than any table here, and of one task other things than of another.
                 text = escape(json.dumps(report, indent=1, ensure_ascii=False)[:20000])
                 parts.append(f"<details><summary>{name}</summary><pre>{text}</pre></details>")
     return "".join(parts)

@@ -66,7 +66,7 @@ def read_metrics(run_dir: Path) -> Metrics:
     for number, line in enumerate(lines, 1):
         row, problem = _metrics_row(line)
         if problem and number == len(lines):
-            continue
+            continue  # of a run that is writing, or was killed in the middle of a line
         if problem:
             found.left_out.append(f"{METRICS}, line {number} is left out: {problem}")
         else:
