@@ -71,7 +71,7 @@ class Case:
 def make_case(folder: Path, *, batches: int, seed: int) -> Case:
     """Write weights and samples under `folder`."""
     from mmit.models.assemble import assemble
-    from mmit.models.interop.llava_hf_write import write_llava_hf
+    from mmit.models.interop.llava_hf_write import TextSide, write_llava_hf
     from mmit.records import Image, Record
 
     section = {
@@ -87,11 +87,8 @@ def make_case(folder: Path, *, batches: int, seed: int) -> Case:
     write_llava_hf(
         weights,
         vlm,
-        tokenizer=tokenizer,
-        chat_template=TEMPLATE,
-        image_token="<image>",
+        TextSide(tokenizer, TEMPLATE, "<image>", [tokenizer.convert_tokens_to_ids("<|im_end|>")]),
         image={"size": [side, side], "mode": "resize", "interpolation": "bicubic", "fill": [0, 0, 0]},
-        end_ids=[tokenizer.convert_tokens_to_ids("<|im_end|>")],
         dtype=torch.bfloat16,
     )
     rng = np.random.default_rng(seed)

@@ -24,7 +24,7 @@ from mmit.data.content import piece_tokenizer
 from mmit.data.preparation import ImagePreparation, Spread, grids_of, prepare_images, splice_index
 from mmit.errors import ModelError
 from mmit.interop.templates import processor_template
-from mmit.models.interop.llava_hf_write import check_writable, reload, write_llava_hf
+from mmit.models.interop.llava_hf_write import TextSide, check_writable, reload, write_llava_hf
 from mmit.models.tuning.merge import merge
 from mmit.models.vision_encoder import explained
 from mmit.records import Image, Text, Turn
@@ -176,13 +176,9 @@ def export_llava_hf(
     write_llava_hf(
         folder,
         vlm,
-        tokenizer=tokenizer,
-        chat_template=template,
-        image_token=token,
+        TextSide(tokenizer, template, token, beside.end_ids, drop_bos=bool(bos) and not begins.startswith(bos)),
         image=image,
-        end_ids=beside.end_ids,
         dtype=dtype,
-        drop_bos=bool(bos) and not begins.startswith(bos),
     )
     model, processor = reload(folder)
     preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)

@@ -22,7 +22,9 @@ from mmit.models.vlm import VLM
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mmit.models.projector_base import Projector
 
 
 def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionTower:
@@ -72,18 +74,14 @@ def has_line_end(vision: Mapping[str, Any]) -> bool:
     return vision["fit"] == "any_resolution" and vision["tiles"].get("line_ends", True)
 
 
-def assemble(  # noqa: PLR0913
+def assemble(
     model: Mapping[str, Any],
     *,
     dtype: torch.dtype,
     seed: int = 0,
-    device_map: str | dict[str, Any] | None = None,
-    offload: str | None = None,
     packed: bool = True,
     tokenizer: str | None = None,
-    quantization: Mapping[str, Any] | None = None,
-    empty: bool = False,
-    partition: Mapping[str, Any] | None = None,
+    **place: Any,
 ) -> tuple[VLM, PreTrainedTokenizerBase]:
     """Build the composite and its tokenizer from a `model` section.
 
@@ -91,49 +89,49 @@ def assemble(  # noqa: PLR0913
         model: {"vision": {...} | None, "projector": {...}, "llm": {...}, "chat": {...}} with every key present.
         dtype: number format of frozen weights where a section does not say.
         seed: of the weights that start random (the projector).
-        device_map, offload: placement of the LLM, see `load_llm`.
         packed: see `load_llm`; off, records of a row run as a padded batch.
         tokenizer: folder of the tokenizer where it is not the LLM's own (a checkpoint's copy).
-        quantization: 4-bit loading of the LLM, see `load_llm`.
-        empty: shapes alone, on torch's meta device; reads configurations and the tokenizer, no weights.
-        partition: divide the LLM among ranks while it is loaded, see `load_llm`; the other parts stay whole on each.
+        place: fields of `llm.Placement`, of the LLM. With `empty` all parts are shapes alone; with `partition` the
+            other parts stay whole on each rank.
 
     Raises:
         ModelError: a part cannot be built or parts do not fit.
     """
-    llm_options = model["llm"]
-    if tokenizer is not None:
-        tokens = load_tokenizer(tokenizer)
-    else:
-        with located("model.llm"):
-            tokens = load_tokenizer(llm_options["name"], revision=llm_options["revision"])
+    empty = bool(place.get("empty"))
+    options = model["llm"]
+    with located("model.llm") if tokenizer is None else nullcontext():
+        # The tokenizer before the weights: a wrong name fails in a second, not after minutes of loading.
+        tokens = load_tokenizer(tokenizer or options["name"], revision=None if tokenizer else options["revision"])
     torch.manual_seed(seed)
     with located("model.llm"):
         llm = load_llm(
-            llm_options["name"],
-            revision=llm_options["revision"],
-            dtype=DTYPES[llm_options["dtype"]] if llm_options["dtype"] else dtype,
-            random_init=llm_options["random_init"],
-            device_map=device_map,
-            offload=offload,
+            options["name"],
+            revision=options["revision"],
+            dtype=DTYPES[options["dtype"]] if options["dtype"] else dtype,
+            random_init=options["random_init"],
             packed=packed,
-            quantization=quantization,
-            empty=empty,
-            partition=partition,
-            attention_dropout=llm_options.get("attention_dropout"),
+            attention_dropout=options.get("attention_dropout"),
+            **place,
         )
     if model["vision"] is None:
         return VLM(llm, vision=None, projector=None, padded=not packed), tokens
     section = without_weights(model["vision"]) if empty else model["vision"]
     with torch.device("meta") if empty else nullcontext():
         vision = assemble_vision(section, dtype=dtype)
+        # Seeded again: how many numbers the LLM and the tower drew must not decide where the projector starts.
+        torch.manual_seed(seed)
+        projector = _projector(model, vision, llm)
+    return VLM(llm, vision=vision, projector=projector, padded=not packed), tokens
+
+
+def _projector(model: Mapping[str, Any], vision: VisionTower, llm: PreTrainedModel) -> Projector:
+    """The projector between this tower and this LLM, in the number format of the word embeddings."""
     words = VLM(llm, vision=None, projector=None).word_embeddings
-    torch.manual_seed(seed)
-    with located("model.projector"), torch.device("meta") if empty else nullcontext():
+    with located("model.projector"):
         projector = build_projector(
             model["projector"]["kind"],
             vision_dim=vision.dim,
-            llm_dim=shape(words)[1],
+            llm_dim=shape(words)[1],  # ZeRO-3 leaves (0,) for the shape of a divided weight
             grid=vision.grid,
             prefix=vision.prefix,
             line_end=has_line_end(model["vision"]),
@@ -141,4 +139,4 @@ def assemble(  # noqa: PLR0913
         ).to(words.dtype)
     if projector.deep:
         deep_layers(llm, projector.deep)
-    return VLM(llm, vision=vision, projector=projector, padded=not packed), tokens
+    return projector

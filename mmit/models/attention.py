@@ -14,7 +14,7 @@ longest query / key length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from mmit.models.row_state import ATTENTION, RowState, current_row, running
 from mmit.models.sending import send
 from mmit.models.varlen import Segments, make_segments
 from mmit.models.virtual import PREFIX
-from mmit.models.visibility import Visibility, row_mask, visibility, written_out
+from mmit.models.visibility import Scores, Visibility, row_mask, visibility, written_out
 
 NAME = "mmit"
 SMALL = 512  # keys; up to here writing attention out beats the CPU's fused kernel (4x on 50 keys, backward included)
@@ -153,21 +153,10 @@ Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values (KV, P, D) that ev
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a layer's attention is besides causal softmax attention; see `visibility.written_out`."""
+    """What a layer's attention is besides causal softmax attention."""
 
     pattern: Visibility | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
-    dropout: float = 0.0
-
-    @property
-    def plain(self) -> bool:
-        """Fused kernels compute it."""
-        return self.softcap is None and self.sinks is None and not self.dropout
-
-    def options(self) -> dict[str, Any]:
-        """Arguments of `written_out`."""
-        return {"softcap": self.softcap, "sinks": self.sinks, "dropout": self.dropout}
+    scores: Scores = Scores()
 
 
 PLAIN = Kind()
@@ -195,48 +184,73 @@ def forest_attention(
     Returns:
         (1, T, H, D)
     """
+    # A window that is wider than the longest record hides nothing: the row then runs as plain causal attention does.
     pattern = kind.pattern if kind.pattern is not None and plan.longest > kind.pattern.reach else None
     window = None if pattern is None else pattern.window
-    segments = plan.segments if prefix is None and kind.plain and (pattern is None or window is not None) else None
+    fused = prefix is None and kind.scores.plain and (pattern is None or window is not None)
+    segments = plan.segments if fused else None
     if segments is not None and varlen.usable(q):
         rows_q, rows_k, rows_v = (x[0].transpose(0, 1) for x in (q, k, v))
         return varlen.varlen_attention(rows_q, rows_k, rows_v, segments, scale, window=window)[None]
     heads, kv, tokens = q.shape[1], k.shape[1], q.shape[2]
+    # Layers of one model may differ in their numbers of heads, so the layout is kept by these.
     if (heads, kv) not in plan.layouts:
         plan.layouts[heads, kv] = make_layout(plan.placed(), tokens, heads=heads, kv=kv)
     layout = plan.layouts[heads, kv]
     tables = [x[0].transpose(0, 1).reshape(-1, x.shape[-1]) for x in (q, k, v)]
+    # One gather for all buckets, so that its backward is one sum over the keys that several nodes read.
     states = iter(pick(tables[0], tables[1], tables[2], layout))
     outs = []
     for n, b in enumerate(plan.placed()):
         g, lq, lk = b.size
-        queries, keys, values = (
-            next(states).view(g, count, length, -1) for count, length in ((heads, lq), (kv, lk), (kv, lk))
-        )
-        mask, count = b.mask if pattern is None else plan.visible(n, pattern, q.device), 0
+        bucket = [next(states).view(g, count, length, -1) for count, length in ((heads, lq), (kv, lk), (kv, lk))]
+        mask = b.mask if pattern is None else plan.visible(n, pattern, q.device)
         if prefix is not None:
-            count = prefix[0].shape[1]
-            keys, values = _join(prefix[0], keys), _join(prefix[1], values)
-            mask = _see_prefix(mask, count, queries=lq, keys=lk, device=q.device)
-        if not kind.plain:
-            out = written_out(queries, keys, values, mask, scale=scale, **kind.options())
-        elif mask is not None and q.device.type == "cpu" and lk <= SMALL:
-            case = (n, q.dtype, count, pattern)
-            if case not in layout.masks:
-                layout.masks[case] = additive(mask, heads=heads, kv=kv, dtype=q.dtype)
-            out = small_attention(queries, keys, values, layout.masks[case], scale)
-        else:
-            out = F.scaled_dot_product_attention(
-                queries,
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scale,
-                enable_gqa=heads != kv,
-            )
-        outs.append(out.reshape(g * heads * lq, -1))
+            bucket[1:] = _join(prefix[0], bucket[1]), _join(prefix[1], bucket[2])
+            mask = _see_prefix(mask, prefix[0].shape[1], queries=lq, keys=lk, device=q.device)
+        # The additive form of a mask is kept too: every layer of the model asks for the same ones.
+        case = (n, q.dtype, bucket[1].shape[2] - lk, pattern)
+        small = q.device.type == "cpu" and lk <= SMALL and kind.scores.plain
+        if small and mask is not None and case not in layout.masks:
+            layout.masks[case] = additive(mask, heads=heads, kv=kv, dtype=q.dtype)
+        added = layout.masks.get(case) if small else None
+        outs.append(_bucket_attention(bucket, mask, added, scale, kind.scores).reshape(g * heads * lq, -1))
     return place(outs, layout).view(1, tokens, heads, -1)
+
+
+def _bucket_attention(
+    states: list[torch.Tensor],
+    mask: torch.Tensor | None,
+    added: torch.Tensor | None,
+    scale: float,
+    scores: Scores,
+) -> torch.Tensor:
+    """Attention of one bucket, by whichever of three ways computes it fastest.
+
+    Args:
+        states: queries (G, H, Lq, D), keys and values (G, KV, Lk, D).
+        mask: (G, 1, Lq, Lk) True = visible; None for plain causal.
+        added: the same in additive form, where attention is to be written out for few keys.
+        scale: factor on the scores.
+        scores: what no fused kernel computes.
+
+    Returns:
+        (G, H, Lq, D)
+    """
+    queries, keys, values = states
+    if not scores.plain:
+        return written_out(queries, keys, values, mask, scale, scores)
+    if added is not None:
+        return small_attention(queries, keys, values, added, scale)
+    return F.scaled_dot_product_attention(
+        queries,
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
 
 
 # Arguments of attention functions that change what is computed -> what they mean.
@@ -312,10 +326,10 @@ def layer_attention(
     given = kwargs.get("scaling")
     scale = query.shape[-1] ** -0.5 if given is None else given
     dropout = (kwargs.get("dropout") or 0.0) if module.training else 0.0
-    kind = Kind(None, kwargs.get("softcap"), kwargs.get("s_aux"), dropout)
+    scores = Scores(kwargs.get("softcap"), kwargs.get("s_aux"), dropout)
     if row is not None:
         row.calls.append(ATTENTION)
-        kind = replace(kind, pattern=visibility(attention_mask))
+        kind = Kind(visibility(attention_mask), scores)
         plan = row.on(query.device).plan
         return forest_attention(query, key, value, plan, scale, prefix=prefix, kind=kind), None
     if prefix is not None:
@@ -323,10 +337,9 @@ def layer_attention(
         count = prefix[0].shape[1]
         attention_mask = _see_prefix(attention_mask, count, queries=queries, keys=keys, device=query.device)
         key, value = _join(prefix[0], key), _join(prefix[1], value)
-    if kind.plain:
+    if scores.plain:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    out = written_out(query, key, value, attention_mask, scale=scale, **kind.options())
-    return out.transpose(1, 2), None
+    return written_out(query, key, value, attention_mask, scale, scores).transpose(1, 2), None
 
 
 def run_row(

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,19 +88,45 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         raise _explain(name, error) from error
 
 
-def load_llm(  # noqa: PLR0913
+@dataclass(frozen=True)
+class Placement:
+    """Where the weights of an LLM go and in what form they are kept; the further options of `load_llm`.
+
+    Attributes:
+        device_map: passed to transformers (accelerate) for models larger than one device.
+        offload: folder for what the device map puts on disk.
+        quantization: {"quant": "nf4" or "fp4", "double_quant": bool} loads linear layers in 4 bits (QLoRA); see
+            `fewer_bits` for those that only answer.
+        empty: shapes alone, on torch's meta device; reads the configuration and no weights.
+        partition: a complete DeepSpeed config of stage 3, whose number format is that of the weights: each rank keeps
+            its part of every weight as it is read from the files. Not for random weights, `.gguf` files and 4-bit
+            loading, all of which are made whole on every rank.
+    """
+
+    device_map: str | dict[str, Any] | None = None
+    offload: str | None = None
+    quantization: Mapping[str, Any] | None = None
+    empty: bool = False
+    partition: Mapping[str, Any] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` that say where weights go."""
+        device_map = self.device_map
+        # bitsandbytes packs weights while they are loaded, so they must go at once to where they are used.
+        if device_map is None and self.quantization is not None:
+            device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        return {"device_map": device_map} | ({} if self.offload is None else {"offload_folder": self.offload})
+
+
+def load_llm(
     name: str,
     *,
     revision: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     random_init: dict[str, Any] | None = None,
-    device_map: str | dict[str, Any] | None = None,
-    offload: str | None = None,
     packed: bool = True,
-    quantization: Mapping[str, Any] | None = None,
-    empty: bool = False,
-    partition: Mapping[str, Any] | None = None,
     attention_dropout: float | None = None,
+    **place: Any,
 ) -> PreTrainedModel:
     """Load a causal LM, ready for packed rows.
 
@@ -108,21 +135,16 @@ def load_llm(  # noqa: PLR0913
         revision: branch, tag or commit on the hub.
         dtype: of the weights.
         random_init: a model config (with `model_type`) to build with random weights instead of loading any.
-        device_map: passed to transformers (accelerate) for models larger than one device.
-        offload: folder for what the device map puts on disk.
         packed: use mmit's attention function, which runs packed rows, where the architecture takes another one;
             off leaves the model's own.
-        quantization: {"quant": "nf4" or "fp4", "double_quant": bool} loads linear layers in 4 bits (QLoRA); see
-            `fewer_bits` for those that only answer.
-        empty: shapes alone, on torch's meta device; reads the configuration and no weights.
-        partition: a complete DeepSpeed config of stage 3, whose number format is `dtype`: each rank keeps its part of
-            every weight as it is read from the files. Not for random weights, `.gguf` files and 4-bit loading.
         attention_dropout: of attention weights in training, in the place of what the model's config says.
+        place: fields of `Placement`.
 
     Raises:
         ModelError: it cannot be found, read or built, or this machine cannot run 4-bit weights.
     """
-    if quantization is not None and random_init is not None:
+    where = Placement(**place)
+    if where.quantization is not None and random_init is not None:
         raise ModelError(
             "a model with random weights cannot be loaded in 4 or 8 bits",
             remedy="set random_init: null, or use mode lora",
@@ -131,42 +153,46 @@ def load_llm(  # noqa: PLR0913
         if random_init is not None:
             config = _with_dropout(_described(random_init), attention_dropout)
             implementation = _attention_of(config, packed)
-            if empty:
+            if where.empty:
                 return _empty(config, dtype, implementation)
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **implementation)
-            return ready(model)
+            made = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **implementation)
+            return ready(made)
         with _reading(name):
             source = _source(name)
             config = AutoConfig.from_pretrained(**source, revision=revision, trust_remote_code=False)
             config = _with_dropout(config, attention_dropout)
             implementation = _attention_of(config, packed)
-            if empty:
+            if where.empty:
                 return _empty(config, dtype, implementation)
-            if "gguf_file" in source:  # packed GGUF weights are slow and cannot be trained
-                if quantization is not None:
-                    raise ModelError(
-                        "a .gguf file cannot be loaded in 4 or 8 bits", where=name, remedy="use the original weights"
-                    )
-                source["quantization_config"] = GgufConfig(dequantize=True)
-            elif quantization is not None:
-                source["quantization_config"] = bits_config(quantization, dtype)
-            place = placement(device_map, offload, quantized=quantization is not None)
-            with partitioned(None if "quantization_config" in source else partition):
-                if attention_dropout is not None:
-                    source["config"] = config
-                model = AutoModelForCausalLM.from_pretrained(
-                    **source, revision=revision, dtype=dtype, trust_remote_code=False, **place, **implementation
-                )
+            if attention_dropout is not None:
+                source["config"] = config
+            options = {"revision": revision, "dtype": dtype, **implementation}
+            model = _from_files(name, source, where, options)
     except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
         raise _explain(name, error) from error
-    if "gguf_file" in source:
+    return ready(model)
+
+
+def _from_files(name: str, source: dict[str, Any], where: Placement, options: Mapping[str, Any]) -> PreTrainedModel:
+    """Read the weights. `source` says what is read, `options` are further arguments of `from_pretrained`."""
+    gguf = "gguf_file" in source
+    if gguf and where.quantization is not None:
+        raise ModelError("a .gguf file cannot be loaded in 4 or 8 bits", where=name, remedy="use the original weights")
+    if gguf:  # packed GGUF weights are slow and cannot be trained
+        source["quantization_config"] = GgufConfig(dequantize=True)
+    elif where.quantization is not None:
+        source["quantization_config"] = bits_config(where.quantization, options["dtype"])
+    with partitioned(None if "quantization_config" in source else where.partition):
+        given = {**source, **options, **where.arguments()}
+        model = AutoModelForCausalLM.from_pretrained(**given, trust_remote_code=False)
+    if gguf:
         _forget_quantization(model)
     for module in model.modules():
         # bitsandbytes packs 4-bit weights in place at the first forward in evaluation mode on some CPUs: scales become
         # bf16, layers of other than a multiple of 32 outputs fail, and training goes on with other weights.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    return ready(model)
+    return model
 
 
 def _empty(config: Any, dtype: torch.dtype, implementation: Mapping[str, Any]) -> PreTrainedModel:
@@ -245,15 +271,6 @@ def fewer_bits(*, load_in_8bit: bool, load_in_4bit: bool) -> dict[str, Any] | No
             remedy="pip install 'mmit-tune[qlora]', or leave it out",
         )
     return {"bits": 8} if load_in_8bit else {"bits": 4, "quant": "nf4", "double_quant": False}
-
-
-def placement(
-    device_map: str | dict[str, Any] | None, offload: str | None, *, quantized: bool = False
-) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that say where weights go."""
-    if device_map is None and quantized:
-        device_map = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    return {"device_map": device_map} | ({} if offload is None else {"offload_folder": offload})
 
 
 def bits_config(options: Mapping[str, Any], dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -79,6 +79,13 @@ class Level:
         return Level(self.queries.to(device), self.keys.to(device), self.call.to(device))
 
 
+class Tree(NamedTuple):
+    """The calls of a row: every node on itself, and for each depth what goes on from its inner nodes."""
+
+    own: Call
+    levels: list[Level]
+
+
 class Parts(NamedTuple):
     """A kernel that computes a call: forward and backward."""
 
@@ -210,20 +217,15 @@ class TreeAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        own: Call,
-        levels: list[Level],
-        scale: float,
-        parts: Parts,
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tree: Tree, scale: float, parts: Parts
     ) -> torch.Tensor:
-        """Every node on itself, then what goes on from it on its keys."""
-        first, sums = parts.forward(q, k, v, own, scale)
+        """Every node on itself, then what goes on from it on its keys: (T, H, D), 2 x (T, KV, D) -> (T, H, D)."""
+        first, sums = parts.forward(q, k, v, tree.own, scale)
         sums = sums.T.contiguous()  # (T, H)
         out = first.to(sums.dtype)
-        for level in levels:
+        for level in tree.levels:
+            # With a and b the log-sums of two sets of keys, the softmax over both is the two results weighed by
+            # exp(a - log(e^a + e^b)) and exp(b - log(e^a + e^b)): exact, whatever the order of the levels.
             keys, values = level.keys.pick(k), level.keys.pick(v)
             more, added = parts.forward(level.queries.pick(q), keys, values, level.call, scale)
             before, added = level.queries.pick(sums), added.T
@@ -233,22 +235,26 @@ class TreeAttention(torch.autograd.Function):
             level.queries.put(sums, total)
         out = out.to(first.dtype)
         ctx.save_for_backward(q, k, v, out, sums)
-        ctx.own, ctx.levels, ctx.scale, ctx.parts = own, levels, scale, parts
+        ctx.tree, ctx.scale, ctx.parts = tree, scale, parts
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        """The same parts, each with the merged result and log-sums."""
+        """(T, H, D) -> (T, H, D), 2 x (T, KV, D): the same parts, each with the merged result and log-sums.
+
+        With the log-sum over all keys a part's weights come out as they are in the whole softmax, so the gradients of
+        the parts add up to that of the whole without a correction.
+        """
         q, k, v, out, sums = ctx.saved_tensors
         grad = grad.contiguous()
-        found = ctx.parts.backward(grad, (q, k, v), (out, sums.T.contiguous()), ctx.own, ctx.scale)
+        found = ctx.parts.backward(grad, (q, k, v), (out, sums.T.contiguous()), ctx.tree.own, ctx.scale)
         totals = [x.to(sums.dtype) for x in found]
-        for level in ctx.levels:
+        for level in ctx.tree.levels:
             blocks = (level.queries, level.keys, level.keys)
             states = tuple(block.pick(x) for block, x in zip(blocks, (q, k, v), strict=True))
             known = (level.queries.pick(out), level.queries.pick(sums).T.contiguous())
             more = ctx.parts.backward(level.queries.pick(grad), states, known, level.call, ctx.scale)
             for block, total, part in zip(blocks, totals, more, strict=True):
                 block.put(total, block.pick(total) + part)
-        return (*(total.to(x.dtype) for total, x in zip(totals, (q, k, v), strict=True)), None, None, None, None)
+        return (*(total.to(x.dtype) for total, x in zip(totals, (q, k, v), strict=True)), None, None, None)

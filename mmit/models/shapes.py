@@ -111,7 +111,7 @@ def _planned(
         window = window if window is not None and plan.longest > window else None
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         parts = Parts(_forward, _backward)
-        out = varlen.varlen_attention(q, k, v, plan.segments, 1.0, window=window, run=_flash, parts=parts)
+        out = varlen.varlen_attention(q, k, v, plan.segments, 1.0, window=window, kernels=varlen.Kernels(_flash, parts))
         return out[None], None
     with running(_current.row):
         return attention._attention(module, query, key, value, None, **options)

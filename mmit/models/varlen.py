@@ -15,11 +15,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from mmit.models.prefix_tree import FEW, FLASH, Call, Level, Parts, TreeAttention, make_levels
+from mmit.models.prefix_tree import FEW, FLASH, Call, Level, Parts, Tree, TreeAttention, make_levels
 from mmit.models.sending import send
 
 try:
@@ -111,6 +111,16 @@ def kernel(
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float, int | None], torch.Tensor]
 
 
+class Kernels(NamedTuple):
+    """What computes a row: `run` one whose keys are gathered or its own, `parts` one whose keys are shared."""
+
+    run: Kernel
+    parts: Parts
+
+
+TORCH = Kernels(kernel, FLASH)
+
+
 def varlen_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -119,22 +129,32 @@ def varlen_attention(
     scale: float,
     *,
     window: int | None = None,
-    run: Kernel = kernel,
-    parts: Parts = FLASH,
+    kernels: Kernels = TORCH,
 ) -> torch.Tensor:
-    """Attention of one row: (T, H, D), (T, KV, D), (T, KV, D) -> (T, H, D). `window`: of a sliding window, in keys.
+    """Attention of one row.
 
-    A path's keys follow each other in their order, so a window over keys is one over positions. `parts`: the kernel of
-    rows that share keys, in place of `run`.
+    A path's keys follow each other in their order, so a window over keys is one over positions.
+
+    Args:
+        q: (T, H, D).
+        k, v: (T, KV, D).
+        segments: from `make_segments` on the row's nodes, on the same device.
+        scale: factor on the scores.
+        window: of a sliding window, in keys, the query's own among them; None for none.
+        kernels: what computes it; others count operations, or run in float64.
+
+    Returns:
+        (T, H, D)
     """
+    # A window cuts through the levels: which of an ancestor's keys a query sees then depends on the query.
     if segments.levels is not None and window is None:
         longest = segments.longest_query
         own = Call(segments.cu_queries, segments.cu_queries, longest, longest, causal=True)
-        out: torch.Tensor = TreeAttention.apply(q, k, v, own, segments.levels, scale, parts)
+        out: torch.Tensor = TreeAttention.apply(q, k, v, Tree(own, segments.levels), scale, kernels.parts)
         return out
     if segments.keys is not None:
         k, v = (_Gather.apply(x, segments.keys) for x in (k, v))
-    return run(q, k, v, segments, scale, window)
+    return kernels.run(q, k, v, segments, scale, window)
 
 
 class _Gather(torch.autograd.Function):

@@ -94,25 +94,37 @@ def visibility(mask: Any) -> Visibility | None:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a layer does to its scores on the way to attention weights, besides the softmax.
+
+    Attributes:
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
+        sinks: (H,) a score per head that takes part in the softmax and has no value (gpt-oss).
+        dropout: share of attention weights that is dropped.
+    """
+
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    dropout: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Fused kernels compute it."""
+        return self.softcap is None and self.sinks is None and not self.dropout
+
+
 def written_out(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    dropout: float = 0.0,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, scores: Scores
 ) -> torch.Tensor:
     """Attention step by step, softmax in float32.
 
     Args:
-        q: (G, H, Lq, D). k, v: (G, KV, Lk, D).
+        q: (G, H, Lq, D).
+        k, v: (G, KV, Lk, D).
         mask: (G, 1, Lq, Lk) True = visible, or additive; None is causal, aligned at the end.
-        softcap: scores become softcap * tanh(score / softcap) (Gemma 2, arXiv:2408.00118).
-        sinks: (H,) a score per head that takes part in the softmax and has no value (gpt-oss).
-        dropout: share of attention weights that is dropped.
+        scale: factor on the scores.
+        scores: what else is done to them.
 
     Returns:
         (G, H, Lq, D of v)
@@ -122,36 +134,33 @@ def written_out(
         mask = mask[None, None]
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    # All weights of a long record at once would be Lq * Lk numbers per head, in the forward pass and again in what
+    # autograd keeps. Blocks of queries bound the first, and recomputing them in the backward pass the second.
     rows = max(1, BLOCK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
     if rows >= q.shape[2]:
-        return _block(q, k, v, mask, scale, softcap, sinks, dropout)
+        return _query_block(q, k, v, mask, scale, scores)
     parts = []
     for start in range(0, q.shape[2], rows):
         part = mask[:, :, start : start + rows] if mask.shape[2] > 1 else mask
-        given = (q[:, :, start : start + rows], k, v, part, scale, softcap, sinks, dropout)
-        parts.append(checkpoint(_block, *given, use_reentrant=False))
+        block = q[:, :, start : start + rows]
+        parts.append(checkpoint(_query_block, block, k, v, part, scale, scores, use_reentrant=False))
     return torch.cat(parts, dim=2)
 
 
-def _block(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    dropout: float,
+def _query_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float, scores: Scores
 ) -> torch.Tensor:
-    scores = q @ k.transpose(2, 3) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.float()
+    """(G, H, L, D) some of the queries, (G, H, Lk, D) all keys and values -> (G, H, L, D)."""
+    found = q @ k.transpose(2, 3) * scale
+    if scores.softcap is not None:
+        found = scores.softcap * torch.tanh(found / scores.softcap)
+    found = found.float()
     # Not minus infinity: a query of padding may see nothing, and its softmax must stay finite.
     hidden = torch.finfo(torch.float32).min
-    scores = scores.masked_fill(~mask, hidden) if mask.dtype == torch.bool else scores + mask.float()
-    if sinks is not None:
-        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
-        scores = torch.cat([scores, column], dim=-1)
-    weights = scores.softmax(-1)[..., : k.shape[2]].to(q.dtype)
-    return F.dropout(weights, dropout) @ v if dropout else weights @ v
+    found = found.masked_fill(~mask, hidden) if mask.dtype == torch.bool else found + mask.float()
+    if scores.sinks is not None:
+        # A column of its own that takes a share of the softmax; it is cut off again, since it has no value to add.
+        column = scores.sinks.float().view(1, -1, 1, 1).expand(*found.shape[:3], 1)
+        found = torch.cat([found, column], dim=-1)
+    weights = found.softmax(-1)[..., : k.shape[2]].to(q.dtype)
+    return F.dropout(weights, scores.dropout) @ v if scores.dropout else weights @ v

@@ -13,13 +13,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from mmit.errors import ModelError, nearest
-from mmit.models.vision_encoder import SELECT, Encoder
+from mmit.models.vision_encoder import SELECT, Encoder, Reading
 from mmit.models.vision_fused import fuse
 from mmit.models.vision_hf import hf_encoder
 from mmit.models.vision_open_clip import open_clip_encoder
@@ -31,19 +32,13 @@ FUSED = "fused"
 ENCODERS: dict[str, Any] = {"open_clip": open_clip_encoder, "timm": timm_encoder, "hf": hf_encoder}
 
 
-def build_vision(  # noqa: PLR0913
+def build_vision(
     kind: str,
     name: str | Mapping[str, Any],
     *,
-    weights: str | bool | None = None,
-    layer: int | Sequence[int] | None = None,
-    select: str = "patch",
-    image_size: int | tuple[int, int] | None = None,
-    normalize: bool | None = None,
-    key_order: bool | None = None,
-    native: Mapping[str, Any] | None = None,
     towers: Sequence[Mapping[str, Any]] = (),
     dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> VisionTower:
     """Build a frozen vision tower.
 
@@ -52,28 +47,30 @@ def build_vision(  # noqa: PLR0913
             whose `towers` are named in place of everything else.
         name: an open_clip architecture, `hf-hub:org/repo` or `local-dir:/folder`; a timm model name; a
             transformers hub id or folder, or the dict of a CLIP / SigLIP vision config.
-        weights: a file (`path` or `package:some_package/file`); a pretrained tag (open_clip); True for what
-            the library publishes under that name; False for random. None takes the weights a hub id or folder
-            brings, and random ones for a bare architecture.
-        layer: of a transformer, counted as Hugging Face's `hidden_states` for every kind: 1 is the output of
-            the first block, -1 of the last; default -2, as LLaVA (arXiv:2310.03744). Of an encoder whose
-            stages shrink the picture (convolutions, Swin), the stage counted from 0; default -1, as of Qwen's ViT
-            and MoonViT. A list of a transformer's layers joins their features, in that order, along D.
-        select: "patch" leaves the CLS token out, "cls_patch" puts it first.
-        image_size: side or (H, W) when it is not the encoder's own; position embeddings are interpolated.
-        normalize: apply the encoder's final norm, which is possible at the last layer only.
-        key_order: timm only; name the tensors of a weight file by their order.
-        native: of encoders of native resolution, min_pixels, max_pixels and merge (see `vision_native`).
         towers: of kind fused, the arguments of each: kind, name, and where they are not the default weights, layer,
             image_size and key_order.
         dtype: of the weights and of the features.
+        options: fields of `Reading`:
+            weights: a file (`path` or `package:some_package/file`); a pretrained tag (open_clip); True for what
+                the library publishes under that name; False for random. None takes the weights a hub id or folder
+                brings, and random ones for a bare architecture.
+            layer: of a transformer, counted as Hugging Face's `hidden_states` for every kind: 1 is the output of
+                the first block, -1 of the last; default -2, as LLaVA (arXiv:2310.03744). Of an encoder whose
+                stages shrink the picture (convolutions, Swin), the stage counted from 0; default -1, as of Qwen's
+                ViT and MoonViT. A list of a transformer's layers joins their features, in that order, along D.
+            select: "patch" leaves the CLS token out, "cls_patch" puts it first.
+            image_size: side or (H, W) when it is not the encoder's own; position embeddings are interpolated.
+            normalize: apply the encoder's final norm, which is possible at the last layer only.
+            key_order: timm only; name the tensors of a weight file by their order.
+            native: of encoders of native resolution, min_pixels, max_pixels and merge (see `vision_native`).
 
     Raises:
         ModelError: unknown kind, name, tag, layer or option (with the nearest valid one), weights that do not
             fit or were trained with another activation.
     """
+    reading = Reading(**options)
     if kind == FUSED:
-        if select != "patch" or native or image_size is not None or layer is not None or weights is not None:
+        if replace(reading, native=reading.native or None) != Reading():
             problem = "layer, weights, select, image_size and native belong to each of the towers"
             raise ModelError(problem, where="fused", remedy="set them under towers")
         fused = VisionTower(kind, fuse([_encoder(**tower) for tower in towers])).to(dtype)
@@ -81,9 +78,7 @@ def build_vision(  # noqa: PLR0913
         return fused
     if towers:
         raise ModelError("towers is for kind fused", where=f"{kind} {name}", remedy="remove it, or set kind: fused")
-    given: dict[str, Any] = {"weights": weights, "layer": layer, "select": select, "image_size": image_size}
-    given |= {"normalize": normalize, "key_order": key_order, "native": native}
-    tower = VisionTower(kind, _encoder(kind, name, **given)).to(dtype)
+    tower = VisionTower(kind, _encoder(kind, name, **options)).to(dtype)
     tower.own_code = _own_code(kind)
     return tower
 
@@ -92,47 +87,24 @@ def _own_code(*kinds: str) -> list[str]:
     return [source_hash(kind, where="model.vision.kind") for kind in kinds if is_spec(kind)]
 
 
-def _encoder(  # noqa: PLR0913
-    kind: str,
-    name: str | Mapping[str, Any],
-    *,
-    weights: str | bool | None = None,
-    layer: int | Sequence[int] | None = None,
-    select: str = "patch",
-    image_size: int | tuple[int, int] | None = None,
-    normalize: bool | None = None,
-    key_order: bool | None = None,
-    native: Mapping[str, Any] | None = None,
-) -> Encoder:
+def _encoder(kind: str, name: str | Mapping[str, Any], **options: Any) -> Encoder:
     """One encoder of a library; see `build_vision`."""
+    reading, where = Reading(**options), f"{kind} {name}"
     if kind not in ENCODERS and not is_spec(kind):
         remedy = f"{nearest(kind, [*ENCODERS, FUSED])}, or {FORM} of your own"
         raise ModelError(f"unknown vision kind '{kind}'", remedy=remedy)
-    if select not in SELECT:
-        raise ModelError(f"unknown select '{select}'", where=f"{kind} {name}", remedy=nearest(select, SELECT))
-    options: dict[str, Any] = (
-        {"key_order": bool(key_order)} if kind == "timm" else {"native": native} if kind == "hf" else {}
-    )
-    if native and kind != "hf":
-        raise ModelError("native is for kind hf", where=f"{kind} {name}", remedy="remove model.vision.native")
-    if key_order and (kind != "timm" or not isinstance(weights, str)):
-        raise ModelError(
-            "key_order is for a timm model with a weight file",
-            where=f"{kind} {name}",
-            remedy="leave key_order out",
-        )
+    if reading.select not in SELECT:
+        remedy = nearest(reading.select, SELECT)
+        raise ModelError(f"unknown select '{reading.select}'", where=where, remedy=remedy)
+    # What one library alone knows is refused here for the others, or a key that does nothing would look obeyed.
+    if reading.native and kind != "hf":
+        raise ModelError("native is for kind hf", where=where, remedy="remove model.vision.native")
+    if reading.key_order and (kind != "timm" or not isinstance(reading.weights, str)):
+        raise ModelError("key_order is for a timm model with a weight file", where=where, remedy="leave key_order out")
     if not isinstance(name, str) and kind != "hf":
         raise ModelError("only kind hf takes a config dict", where=kind, remedy="give the name of an architecture")
     build = ENCODERS[kind] if kind in ENCODERS else own_builder(kind)
-    return build(
-        name,
-        weights=weights,
-        layer=layer,
-        select=select,
-        image_size=image_size,
-        normalize=bool(normalize),
-        **options,
-    )
+    return build(name, reading)
 
 
 class VisionTower(nn.Module):

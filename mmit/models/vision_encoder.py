@@ -87,6 +87,48 @@ class Encoder:
     native: Mapping[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What is read of an encoder; the options of `build_vision` that say so, with what each means."""
+
+    weights: str | bool | None = None
+    layer: int | Sequence[int] | None = None
+    select: str = "patch"
+    image_size: int | tuple[int, int] | None = None
+    normalize: bool = False
+    key_order: bool = False
+    native: Mapping[str, Any] | None = None
+
+    @property
+    def with_cls(self) -> bool:
+        """Whether a class token stands before the patches."""
+        return self.select == "cls_patch"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an encoder comes from, and the constants that belong to its weights; see `Encoder`.
+
+    `constants` holds mean, std and interpolation, and may hold more, as timm's data config does.
+    """
+
+    name: str
+    weights_id: str
+    identity: str
+    constants: Mapping[str, Any]
+
+    def facts(self) -> dict[str, Any]:
+        """Arguments of `Encoder`."""
+        return {
+            "name": self.name,
+            "weights_id": self.weights_id,
+            "identity": self.identity,
+            "mean": triple(self.constants["mean"]),
+            "std": triple(self.constants["std"]),
+            "interpolation": str(self.constants["interpolation"]),
+        }
+
+
 def layers_to_read(layer: int | Sequence[int] | None, default: int, *, where: str) -> tuple[int, ...]:
     """Return the layers that are read, in their order. Raises ModelError for none, and for one given twice."""
     found = (default,) if layer is None else (layer,) if isinstance(layer, int) else tuple(layer)

@@ -10,7 +10,7 @@ B images, h x w patches, N = tokens, D = hidden size.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ from mmit.models.vision_encoder import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     Encoder,
+    Origin,
     Reader,
+    Reading,
     blocks_to_run,
     check_norm,
     explained,
@@ -34,7 +36,6 @@ from mmit.models.vision_encoder import (
     one_or_more,
     pair,
     quiet_loading,
-    triple,
 )
 from mmit.models.vision_native import native_encoder
 from mmit.models.vision_native_kinds import NATIVE, NATIVE_TYPES
@@ -101,82 +102,75 @@ class HFReader(Reader):
         return self.norm(torch.cat([hidden[:, :1], patches], dim=1) if self.with_cls else patches)
 
 
-def hf_encoder(
-    name: str | Mapping[str, Any],
-    *,
-    weights: str | bool | None,
-    layer: int | Sequence[int] | None,
-    select: str,
-    image_size: int | tuple[int, int] | None,
-    normalize: bool,
-    native: Mapping[str, Any] | None = None,
-) -> Encoder:
+def hf_encoder(name: str | Mapping[str, Any], reading: Reading) -> Encoder:
     """Build an encoder from a hub id, a folder, or a config dict (random weights).
 
-    `weights` is None or True (those of the hub id or folder; a config dict has none), False (random), or a
-    file with the keys of the transformers class. `native` holds limits for towers of native resolution.
+    `reading.weights` is None or True (those of the hub id or folder; a config dict has none), False (random), or a
+    file with the keys of the transformers class; `native` holds limits for towers of native resolution.
     """
     config, kind = _config(name)
     shown = name if isinstance(name, str) else kind
     where = f"hf {shown}"
     if kind in NATIVE:
-        if isinstance(weights, str):
-            raise ModelError("a weight file is for towers of one size", where=where, remedy="leave weights out")
-        options: dict[str, Any] = {"weights": weights, "layer": layer, "select": select, "image_size": image_size}
-        return native_encoder(name, config, kind, limits=native or {}, normalize=normalize, where=where, **options)
-    if native:
+        return native_encoder(name, config, kind, reading, where=where)
+    if reading.native:
         raise ModelError(
-            f"native has {', '.join(native)}, and this encoder takes pictures of one size",
+            f"native has {', '.join(reading.native)}, and this encoder takes pictures of one size",
             where=where,
             remedy=f"remove model.vision.native; encoders of native resolution: {', '.join(sorted(NATIVE_TYPES))}",
         )
-    layers = layers_to_read(layer, -2, where=where)
-    total = config.num_hidden_layers
-    blocks = tuple(blocks_to_run(one, total, where=where) for one in layers)
-    model, weights_id = _model(name, kind, config=config, weights=weights, where=where)
-
-    # Versions of transformers differ in whether the vision model sits one level down.
-    core: Any = getattr(model, "vision_model", model)
-    has_cls = any(hasattr(core.embeddings, name) for name in ("class_embedding", "cls_token"))
-    if select == "cls_patch" and not has_cls:
-        raise ModelError("this encoder has no CLS token", where=where, remedy="use select: patch")
-    norm_name = next(name for name in _NORMS if hasattr(core, name))
-    own_norm = getattr(core, norm_name)
-    check_norm(normalize, last=blocks == (total,), norm=own_norm, where=where)
-    full = {key: value.shape for key, value in core.state_dict().items()}
-    identity = _identity(kind, config)
-    _cut(core, max(blocks), norm_name)
-    own_size = pair(config.image_size)
-    size = pair(image_size or own_size)
-    clip_like = kind in ("CLIPVisionModel", "SiglipVisionModel")  # DINO's classes follow the pixels by themselves
-    reader = HFReader(
-        model,
-        norm=own_norm if normalize else nn.Identity(),
-        blocks=blocks,
-        special=int(has_cls) + int(getattr(config, "num_register_tokens", 0) or 0),
-        with_cls=select == "cls_patch",
-        resized=size != own_size if clip_like else None,
-    )
-    if isinstance(weights, str):
-        path = resolve_file(weights)
-        _load_file(reader, core, load_tensors(path), full=full, where=f"{where}, weights {path}", norm=norm_name)
-
+    layers = layers_to_read(reading.layer, -2, where=where)
+    blocks = tuple(blocks_to_run(one, config.num_hidden_layers, where=where) for one in layers)
+    model, weights_id = _model(name, kind, config=config, weights=reading.weights, where=where)
+    size, identity = pair(reading.image_size or pair(config.image_size)), _identity(kind, config)  # before the cut
+    reader = _cut_reader(model, kind, reading, config=config, blocks=blocks, size=size, where=where)
     constants = _constants(name, kind) if isinstance(name, str) else DEFAULT_CONSTANTS[kind]
     return Encoder(
         reader=reader,
-        name=shown,
-        weights_id=weights_id,
-        identity=identity,
         layer=one_or_more(layers),
-        normalize=normalize,
+        normalize=reading.normalize,
         image_size=size,
         grid=(size[0] // config.patch_size, size[1] // config.patch_size),
-        prefix=int(select == "cls_patch"),
+        prefix=int(reading.with_cls),
         dim=config.hidden_size * len(blocks),
-        mean=triple(constants["mean"]),
-        std=triple(constants["std"]),
-        interpolation=str(constants["interpolation"]),
+        **Origin(shown, weights_id, identity, constants).facts(),
     )
+
+
+def _cut_reader(
+    model: Any,
+    kind: str,
+    reading: Reading,
+    *,
+    config: Any,
+    blocks: tuple[int, ...],
+    size: tuple[int, int],
+    where: str,
+) -> HFReader:
+    """Cut the model above the highest block that is read, and load a weight file into what is left."""
+    # Versions of transformers differ in whether the vision model sits one level down.
+    core: Any = getattr(model, "vision_model", model)
+    has_cls = any(hasattr(core.embeddings, name) for name in ("class_embedding", "cls_token"))
+    if reading.with_cls and not has_cls:
+        raise ModelError("this encoder has no CLS token", where=where, remedy="use select: patch")
+    norm_name = next(name for name in _NORMS if hasattr(core, name))
+    own_norm = getattr(core, norm_name)
+    check_norm(reading.normalize, last=blocks == (config.num_hidden_layers,), norm=own_norm, where=where)
+    full = {key: value.shape for key, value in core.state_dict().items()}
+    _cut(core, max(blocks), norm_name)
+    clip_like = kind in ("CLIPVisionModel", "SiglipVisionModel")  # DINO's classes follow the pixels by themselves
+    reader = HFReader(
+        model,
+        norm=own_norm if reading.normalize else nn.Identity(),
+        blocks=blocks,
+        special=int(has_cls) + int(getattr(config, "num_register_tokens", 0) or 0),
+        with_cls=reading.with_cls,
+        resized=size != pair(config.image_size) if clip_like else None,
+    )
+    if isinstance(reading.weights, str):
+        path = resolve_file(reading.weights)
+        _load_file(reader, core, load_tensors(path), full=full, where=f"{where}, weights {path}", norm=norm_name)
+    return reader
 
 
 def _cut(core: Any, blocks: int, norm: str) -> None:

@@ -9,7 +9,7 @@ each other. What stands above the layer that is read is gone, the merger into th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -19,74 +19,68 @@ from PIL.Image import Resampling
 from mmit.errors import ModelError, nearest
 from mmit.models.vision_encoder import (
     Encoder,
+    Origin,
+    Reading,
     blocks_to_run,
     check_norm,
     explained,
     layers_to_read,
     one_or_more,
     quiet_loading,
-    triple,
 )
 from mmit.models.vision_native_kinds import NATIVE, Kind
 
 
-def native_encoder(  # noqa: PLR0913
-    name: str | Mapping[str, Any],
-    config: Any,
-    class_name: str,
-    *,
-    weights: str | bool | None,
-    layer: int | Sequence[int] | None,
-    select: str,
-    image_size: Any,
-    normalize: bool,
-    limits: Mapping[str, Any],
-    where: str,
+def native_encoder(
+    name: str | Mapping[str, Any], config: Any, class_name: str, reading: Reading, *, where: str
 ) -> Encoder:
     """Build an encoder of native resolution.
 
     Args:
-        name: hub id, folder, or the dict of a vision config. config: its vision config. class_name: a key of NATIVE.
-        weights, layer, select, normalize: see `build_vision`.
-        limits: min_pixels and max_pixels of a picture, and for NaFlex `merge`, in place of the published ones.
+        name: hub id, folder, or the dict of a vision config.
+        config: its vision config.
+        class_name: a key of NATIVE.
+        reading: see `build_vision`; its `native` are min_pixels and max_pixels of a picture, and for NaFlex `merge`,
+            in place of the published ones.
+        where: begins its errors.
 
     Raises:
         ModelError: options it does not have, or weights that are missing.
     """
     kind = NATIVE[class_name]
-    if image_size is not None:
+    if isinstance(reading.weights, str):
+        raise ModelError("a weight file is for towers of one size", where=where, remedy="leave weights out")
+    if reading.image_size is not None:
         raise ModelError(
             "takes pictures at their own size, so there is no image_size",
             where=where,
             remedy="remove model.vision.image_size; max_pixels or max_edge under model.vision.native bounds a picture",
         )
-    if select != "patch":
+    if reading.with_cls:
         raise ModelError("this encoder has no CLS token", where=where, remedy="use select: patch")
     total = getattr(config, "depth", None) or config.num_hidden_layers
-    layers = layers_to_read(layer, kind.layer, where=where)
+    layers = layers_to_read(reading.layer, kind.layer, where=where)
     blocks = tuple(blocks_to_run(one, total, where=where) for one in layers)
-    model, weights_id = _model(name, class_name, config=config, kind=kind, weights=weights, where=where)
+    model, weights_id = _model(name, class_name, config=config, kind=kind, weights=reading.weights, where=where)
     core = getattr(model, "vision_model", model)
-    check_norm(normalize, last=blocks == (total,), norm=getattr(core, "post_layernorm", None), where=where)
-    kind.cut(model, max(blocks), last=blocks == (total,), normalize=normalize)
-    rule, constants = _rule(name, config, kind, limits, where=where)
+    last = blocks == (total,)
+    check_norm(reading.normalize, last=last, norm=getattr(core, "post_layernorm", None), where=where)
+    kind.cut(model, max(blocks), last=last, normalize=reading.normalize)
+    rule, constants = _rule(name, config, kind, reading.native or {}, where=where)
     patch, merge = rule["patch"], rule["merge"]
     width = getattr(config, "embed_dim", None) or config.hidden_size  # of Qwen2-VL the latter is its LLM's
+    shown = name if isinstance(name, str) else class_name
     return Encoder(
         reader=kind.reader(model, patch=patch, merge=merge, blocks=blocks),
-        name=name if isinstance(name, str) else class_name,
-        weights_id=weights_id,
-        identity=_identity(class_name, config),
         layer=one_or_more(layers),
-        normalize=normalize,
+        normalize=reading.normalize,
+        # A unit stands where a picture does in a tower of one size: its side, and its patches.
         image_size=(patch * merge, patch * merge),
         grid=(merge, merge),
         prefix=0,
         dim=width * len(blocks),
-        mean=triple(constants["mean"]),
-        std=triple(constants["std"]),
-        interpolation=str(constants["interpolation"]),
         native=rule,
+        **Origin(shown, weights_id, _identity(class_name, config), constants).facts(),
     )
 
 

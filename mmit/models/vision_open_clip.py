@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from mmit.models.files import PACKAGE, resolve_file
 from mmit.models.hub import unasked
 from mmit.models.vision_encoder import (
     Encoder,
+    Origin,
     Reader,
+    Reading,
     blocks_to_run,
     check_norm,
     explained,
@@ -31,7 +33,6 @@ from mmit.models.vision_encoder import (
     pair,
     single_layer,
     stage_to_read,
-    triple,
 )
 from mmit.models.vision_timm import cut_timm
 
@@ -79,51 +80,29 @@ class ResNetReader(Reader):
         return out["image_intermediates"][0].flatten(2).transpose(1, 2)
 
 
-def open_clip_encoder(
-    name: str,
-    *,
-    weights: str | bool | None,
-    layer: int | Sequence[int] | None,
-    select: str,
-    image_size: int | tuple[int, int] | None,
-    normalize: bool,
-) -> Encoder:
+def open_clip_encoder(name: str, reading: Reading) -> Encoder:
     """Build an encoder from an open_clip name.
 
     `name` is an architecture, or `hf-hub:org/repo` / `local-dir:/folder`, which bring weights of their own.
-    `weights` is a pretrained tag, a file, None (random for an architecture, its own for a hub or folder
+    `reading.weights` is a pretrained tag, a file, None (random for an architecture, its own for a hub or folder
     name), True (its own) or False (random).
     """
-    config = _config(name)
+    config, weights = _config(name), reading.weights
     own = name.startswith(SCHEMES)
     pretrained, weights_id = _weights(name, weights, own=own)
-    visual = _visual(name, pretrained, load=weights_id != "random", image_size=image_size)
+    visual = _visual(name, pretrained, load=weights_id != "random", image_size=reading.image_size)
     constants = dict(visual.preprocess_cfg)
     if not own and not _is_tag(name, weights):
         constants.update(_agreed_constants(name))
-    config["vision_cfg"]["image_size"] = pair(visual.image_size)
-    shared: dict[str, Any] = {
-        "name": name,
-        "weights_id": weights_id,
-        "identity": json.dumps(["open_clip", config["vision_cfg"], config.get("quick_gelu", False)], sort_keys=True),
-    }
-    cut: dict[str, Any] = {"layer": layer, "select": select, "normalize": normalize}
+    size = pair(visual.image_size)
+    config["vision_cfg"]["image_size"] = size
+    identity = json.dumps(["open_clip", config["vision_cfg"], config.get("quick_gelu", False)], sort_keys=True)
+    origin = Origin(name, weights_id, identity, constants)
     if hasattr(visual, "trunk"):
-        return cut_timm(
-            visual.trunk,
-            built_size=pair(visual.image_size),
-            image_size=None,
-            constants=constants,
-            **cut,
-            **shared,
-        )
-    shared.update(
-        image_size=pair(visual.image_size),
-        mean=triple(constants["mean"]),
-        std=triple(constants["std"]),
-        interpolation=constants["interpolation"],
-    )
-    return _cut_vit(visual, **cut, **shared) if hasattr(visual, "transformer") else _cut_resnet(visual, **cut, **shared)
+        # open_clip has built the trunk for the wanted size; timm must not resize it a second time.
+        return cut_timm(visual.trunk, replace(reading, image_size=None), origin=origin, built_size=size)
+    cut = _cut_vit if hasattr(visual, "transformer") else _cut_resnet
+    return Encoder(normalize=reading.normalize, image_size=size, **origin.facts(), **cut(visual, reading, origin.name))
 
 
 def _visual(name: str, pretrained: str | None, *, load: bool, image_size: int | tuple[int, int] | None) -> Any:
@@ -145,54 +124,50 @@ def _visual(name: str, pretrained: str | None, *, load: bool, image_size: int | 
     return model.visual
 
 
-def _cut_vit(visual: Any, *, layer: int | Sequence[int] | None, select: str, normalize: bool, **shared: Any) -> Encoder:
-    where = f"open_clip {shared['name']}"
-    layers = layers_to_read(layer, -2, where=where)
+def _cut_vit(visual: Any, reading: Reading, name: str) -> dict[str, Any]:
+    """Cut a VisionTransformer; gives the arguments of `Encoder` that depend on the layer."""
+    where = f"open_clip {name}"
+    layers = layers_to_read(reading.layer, -2, where=where)
     total = len(visual.transformer.resblocks)
     blocks = tuple(blocks_to_run(one, total, where=where) for one in layers)
     # After an attention pool the norm is sized for the pooled token, so it is no norm over patches.
     norm = visual.ln_post if visual.attn_pool is None and not visual.final_ln_after_pool else None
-    check_norm(normalize, last=blocks == (total,), norm=norm, where=where)
-    visual.prune_intermediate_layers([max(blocks) - 1], prune_norm=not normalize, prune_head=True)
+    check_norm(reading.normalize, last=blocks == (total,), norm=norm, where=where)
+    visual.prune_intermediate_layers([max(blocks) - 1], prune_norm=not reading.normalize, prune_head=True)
     visual.attn_pool = visual.attn_pool_contrastive = None
-    with_cls = select == "cls_patch"
-    return Encoder(
-        reader=ViTReader(visual, index=tuple(block - 1 for block in blocks), normalize=normalize, with_cls=with_cls),
-        layer=one_or_more(layers),
-        normalize=normalize,
-        grid=pair(visual.grid_size),
-        prefix=int(with_cls),
-        dim=visual.conv1.out_channels * len(blocks),
-        **shared,
-    )
+    read = {"normalize": reading.normalize, "with_cls": reading.with_cls}
+    return {
+        "reader": ViTReader(visual, index=tuple(block - 1 for block in blocks), **read),
+        "layer": one_or_more(layers),
+        "grid": pair(visual.grid_size),
+        "prefix": int(reading.with_cls),
+        "dim": visual.conv1.out_channels * len(blocks),
+    }
 
 
-def _cut_resnet(
-    visual: Any, *, layer: int | Sequence[int] | None, select: str, normalize: bool, **shared: Any
-) -> Encoder:
-    where = f"open_clip {shared['name']}"
-    layer = single_layer(layer, where=where)
+def _cut_resnet(visual: Any, reading: Reading, name: str) -> dict[str, Any]:
+    """Cut CLIP's modified ResNet, as `_cut_vit` does."""
+    where = f"open_clip {name}"
+    layer = single_layer(reading.layer, where=where)
     layer = -1 if layer is None else layer
     index = stage_to_read(layer, 5, where=where)
-    check_norm(normalize, last=index == 4, norm=None, where=where)
-    if select == "cls_patch":
+    check_norm(reading.normalize, last=index == 4, norm=None, where=where)
+    if reading.with_cls:
         raise ModelError("this encoder has no CLS token", where=where, remedy="use select: patch")
     for stage in range(index + 1, 5):
         setattr(visual, f"layer{stage}", nn.Identity())
     visual.attnpool = nn.Identity()
     # The stem and the first stage shrink by 4, each later stage by 2.
     shrink = 4 * 2 ** max(0, index - 1)
-    height, width = shared["image_size"]
+    height, width = pair(visual.image_size)
     last = visual.bn3 if index == 0 else getattr(visual, f"layer{index}")[-1].bn3
-    return Encoder(
-        reader=ResNetReader(visual, index=index),
-        layer=layer,
-        normalize=normalize,
-        grid=(height // shrink, width // shrink),
-        prefix=0,
-        dim=last.num_features,
-        **shared,
-    )
+    return {
+        "reader": ResNetReader(visual, index=index),
+        "layer": layer,
+        "grid": (height // shrink, width // shrink),
+        "prefix": 0,
+        "dim": last.num_features,
+    }
 
 
 def _config(name: str) -> dict[str, Any]:

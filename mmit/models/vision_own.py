@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mmit.errors import MmitError, ModelError
-from mmit.models.vision_encoder import Encoder, Reader
+from mmit.models.vision_encoder import Encoder, Reader, Reading
 from mmit.plugins import own_function
 
 TAKES = ("weights", "layer", "select", "image_size", "normalize")
@@ -27,10 +27,10 @@ def own_builder(spec: str) -> Callable[..., Encoder]:
     gives = "mmit.models.vision_encoder.Encoder"
     function = own_function(spec, positional=("name",), keywords=TAKES, gives=gives, where="model.vision.kind")
 
-    def build(name: Any, **options: Any) -> Encoder:
+    def build(name: Any, reading: Reading) -> Encoder:
         where = f"vision encoder {spec}"
         try:
-            encoder = function(name, **options)
+            encoder = function(name, **{option: getattr(reading, option) for option in TAKES})
         except MmitError:
             raise
         except Exception as error:

@@ -23,7 +23,9 @@ from mmit.models.files import load_tensors, resolve_file
 from mmit.models.vision_encoder import (
     Encoder,
     Layer,
+    Origin,
     Reader,
+    Reading,
     blocks_to_run,
     check_norm,
     explained,
@@ -34,7 +36,6 @@ from mmit.models.vision_encoder import (
     pair_by_order,
     single_layer,
     stage_to_read,
-    triple,
 )
 
 
@@ -97,24 +98,16 @@ class TimmReader(Reader):
         return tokens if cls_token is None else torch.cat([cls_token, tokens], dim=1)
 
 
-def timm_encoder(
-    name: str,
-    *,
-    weights: str | bool | None,
-    layer: int | Sequence[int] | None,
-    select: str,
-    image_size: int | tuple[int, int] | None,
-    normalize: bool,
-    key_order: bool,
-) -> Encoder:
+def timm_encoder(name: str, reading: Reading) -> Encoder:
     """Build an encoder from a timm name, or from `hf-hub:org/repo` / `local-dir:/folder`.
 
-    `weights` is None (random for a name, its own for a hub or folder name), True (timm's own), False (random)
+    `reading.weights` is None (random for a name, its own for a hub or folder name), True (timm's own), False (random)
     or a file.
     """
     import timm
     from timm.data import resolve_data_config
 
+    weights = reading.weights
     _check_name(name, timm.list_models(), timm.list_pretrained())
     pretrained = weights is True or (weights is None and ":" in name)
     with explained(f"timm {name}", remedy="without a network, give a weight file that is already here"):
@@ -125,75 +118,68 @@ def timm_encoder(
         path = resolve_file(weights)
         tensors = load_tensors(path)
         full = {key: value.shape for key, value in model.state_dict().items()}
-        if key_order:
+        if reading.key_order:
             tensors = pair_by_order(tensors, full=full, where=str(path))
-    return cut_timm(
-        model,
-        name=name,
-        weights_id=weights if isinstance(weights, str) else "timm" if pretrained else "random",
-        identity=json.dumps(["timm", model.default_cfg.get("architecture") or name.split(".")[0]]),
-        layer=layer,
-        select=select,
-        built_size=tuple(facts["input_size"][1:]),
-        image_size=image_size,
-        normalize=normalize,
-        constants=facts,
-        tensors=tensors,
-    )
+    weights_id = weights if isinstance(weights, str) else "timm" if pretrained else "random"
+    # Of the name only the architecture: a tag (`.openai`) names weights, which the fingerprint reads by themselves.
+    identity = json.dumps(["timm", model.default_cfg.get("architecture") or name.split(".")[0]])
+    origin = Origin(name, weights_id, identity, facts)
+    return cut_timm(model, reading, origin=origin, built_size=tuple(facts["input_size"][1:]), tensors=tensors)
 
 
-def cut_timm(  # noqa: PLR0913
+def cut_timm(
     model: Any,
+    reading: Reading,
     *,
-    name: str,
-    weights_id: str,
-    identity: str,
-    layer: int | Sequence[int] | None,
-    select: str,
+    origin: Origin,
     built_size: tuple[int, int],
-    image_size: int | tuple[int, int] | None,
-    normalize: bool,
-    constants: dict[str, Any],
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> Encoder:
-    """Cut a timm model above `layer`, load `tensors` into what is left, and measure what it gives.
+    """Cut a timm model above the layer that is read, load weights into what is left, and measure what it gives.
 
     A model whose blocks all keep one resolution is read at a block (default -2); any other one at a feature
-    stage (default -1). `constants` carries mean, std and interpolation.
-    """
-    where = f"timm {name}"
-    layer, index, total, plain = _locate(model, layer, where)
-    with_cls = select == "cls_patch"
-    if with_cls and getattr(model, "cls_token", None) is None:
-        raise ModelError("this encoder has no CLS token", where=where, remedy="use select: patch")
-    check_norm(normalize, last=index == (total - 1,), norm=getattr(model, "norm", None), where=where)
+    stage (default -1).
 
+    Args:
+        model: as timm built it, with its head.
+        reading: layer, select, image_size and normalize count.
+        origin: what the encoder states of itself.
+        built_size: (H, W) that the model was built for.
+        tensors: of the whole model, under its keys; None where the weights are in it already.
+
+    Raises:
+        ModelError: no such layer, no class token, no norm to apply, or weights that do not fit.
+    """
+    where = f"timm {origin.name}"
+    layer, index, total, plain = _locate(model, reading.layer, where)
+    if reading.with_cls and getattr(model, "cls_token", None) is None:
+        raise ModelError("this encoder has no CLS token", where=where, remedy="use select: patch")
+    check_norm(reading.normalize, last=index == (total - 1,), norm=getattr(model, "norm", None), where=where)
+
+    # Keys and shapes are taken before the cut: a file holds the whole model, and unknown keys are told by these.
     full = {key: value.shape for key, value in model.state_dict().items()}
     if hasattr(model, "prune_intermediate_layers"):
-        model.prune_intermediate_layers([max(index)], prune_norm=not normalize, prune_head=True)
+        model.prune_intermediate_layers([max(index)], prune_norm=not reading.normalize, prune_head=True)
     if tensors is not None:
-        load_needed(model, tensors, full=full, where=f"{where}, weights {weights_id}")
-    size = pair(image_size or built_size)
+        load_needed(model, tensors, full=full, where=f"{where}, weights {origin.weights_id}")
+    # After loading: the file's position embeddings have the size the model was built for, and are interpolated here.
+    size = pair(reading.image_size or built_size)
     if size != pair(built_size) and hasattr(model, "set_input_size"):
         with explained(where, remedy=f"the encoder's own image size is {built_size}"):
             model.set_input_size(img_size=size)
 
-    reader = TimmReader(model.eval(), index=index, normalize=normalize, with_cls=with_cls, stages=not plain)
+    read = {"normalize": reading.normalize, "with_cls": reading.with_cls}
+    reader = TimmReader(model.eval(), index=index, stages=not plain, **read)
     dim, grid = _measure(reader, size, where=where)
     return Encoder(
         reader=reader,
-        name=name,
-        weights_id=weights_id,
-        identity=identity,
         layer=layer,
-        normalize=normalize,
+        normalize=reading.normalize,
         image_size=size,
         grid=grid,
-        prefix=int(with_cls),
+        prefix=int(reading.with_cls),
         dim=dim,
-        mean=triple(constants["mean"]),
-        std=triple(constants["std"]),
-        interpolation=constants["interpolation"],
+        **origin.facts(),
     )
 
 

@@ -10,7 +10,7 @@ for each distinct picture, or its tiles), N vision tokens and M image tokens per
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +31,45 @@ from mmit.models.virtual import virtual_tokens, with_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from typing_extensions import Unpack
 
     from mmit.models.projector_base import Projector
     from mmit.models.routers import Routers
     from mmit.models.vision import VisionTower
+
+
+CHOOSING = ("choices", "shares", "questions", "lm", "temperature")  # arguments of `objectives.choice_losses`
+
+
+class RowNeeds(TypedDict):
+    """What `VLM.forward` needs of every row. `image_tokens` is M as the row was laid out; see `VLM.embed`."""
+
+    input_ids: torch.Tensor  # (T,)
+    positions: torch.Tensor  # (T,)
+    nodes: torch.Tensor  # (K, 3), on the CPU; see `attention.make_plan`
+    predict_at: torch.Tensor  # (S,) positions whose next token is a target
+    targets: torch.Tensor  # (S,)
+    image_positions: torch.Tensor  # (P,)
+    image_index: torch.Tensor  # (P,)
+    image_tokens: int
+
+
+class RowTensors(RowNeeds, total=False):
+    """The keywords of `VLM.forward`: a packed row as the data loader makes it. Leave out, or None, what is not there.
+
+    Pictures come as `pixels`, with `grids` for a tower of native resolution, or as `features` computed before.
+    """
+
+    pixels: torch.Tensor | None  # (C, 3, H, W) uint8
+    grids: torch.Tensor | None  # (K, 2) rows and columns of units
+    features: torch.Tensor | None  # (C, N, D_v)
+    records: torch.Tensor | None  # (S,) the record of each target, on the CPU; for the auxiliary loss of routers
+    samples: torch.Tensor | None  # (S,) the sample of each target, where records are choices
+    choices: torch.Tensor  # and the rest, see `objectives.choice_losses`
+    shares: torch.Tensor
+    questions: torch.Tensor
+    lm: float
+    temperature: float
 
 
 class VLM(nn.Module):
@@ -144,63 +179,60 @@ class VLM(nn.Module):
         embeddings = as_wide(embeddings, images)
         return embeddings.index_copy(0, image_positions, images.to(embeddings))
 
-    def forward(  # noqa: PLR0913
-        self,
-        *,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        nodes: torch.Tensor,
-        predict_at: torch.Tensor,
-        targets: torch.Tensor,
-        image_positions: torch.Tensor,
-        image_index: torch.Tensor,
-        image_tokens: int,
-        pixels: torch.Tensor | None = None,
-        grids: torch.Tensor | None = None,
-        features: torch.Tensor | None = None,
-        records: torch.Tensor | None = None,
-        samples: torch.Tensor | None = None,
-        **choosing: Any,
-    ) -> torch.Tensor:
+    def forward(self, **row: Unpack[RowTensors]) -> torch.Tensor:
         """Cross-entropy of one packed row, per supervised target; of choices one loss per record.
 
         Args:
-            input_ids, positions: (T,). nodes: (K, 3), on the CPU. predict_at, targets: (S,).
-            image_positions, image_index: (P,). image_tokens: M; see `embed`.
-            pixels: (C, 3, H, W) uint8, with grids (K, 2) of a tower of native resolution; or features: (C, N, D_v)
-                computed before.
-            records: (S,) the record of each target, on the CPU; only for the auxiliary loss of `routers`.
-            samples: (S,) the sample of each target where records are choices; `choosing`: what else
-                `objectives.choice_losses` takes.
+            row: see `RowTensors`, by keyword: (T,) tokens, (P,) image positions, (C, 3, H, W) crops, (S,) targets.
 
         Returns:
             (S,) float32 losses, of G records with choices (G,). Logits exist only at the S positions.
+
+        Raises:
+            ModelError: images and image positions do not belong together, or the model cannot run such a row.
         """
+        features, pixels = row.get("features"), row.get("pixels")
         if features is None and pixels is not None and len(pixels):
-            features = self.see(pixels, grids)
-        idle = self._unseen() if features is None and self.projector is not None and self.projector.training else None
+            features = self.see(pixels, row.get("grids"))
+        # Before the words are embedded, as with images: all ranks must call trained modules in one order.
+        trained = self.projector is not None and self.projector.training
+        idle = self._unseen() if features is None and trained else None
         embeddings = self.embed(
-            input_ids,
-            image_positions=image_positions,
-            image_index=image_index,
-            image_tokens=image_tokens,
+            row["input_ids"],
+            image_positions=row["image_positions"],
+            image_index=row["image_index"],
+            image_tokens=row["image_tokens"],
             features=features,
         )
         if idle is not None:
-            assert self.projector is not None
-            nothing = self.image_embeddings(idle).sum() * 0
-            if self.projector.line_end is not None:
-                nothing = nothing + self.projector.line_end.sum().to(nothing) * 0
-            embeddings = embeddings + nothing.to(embeddings)
-        ids = input_ids.index_fill(0, image_positions, -1)
-        row: dict[str, Any] = {"positions": positions, "nodes": nodes, "at": predict_at, "ids": ids}
+            embeddings = embeddings + self._idle_projector(idle).to(embeddings)
+        # An image position has no token: a layer that looks ids up again must not take the placeholder for one.
+        ids = row["input_ids"].index_fill(0, row["image_positions"], -1)
+        given: dict[str, Any] = {"positions": row["positions"], "nodes": row["nodes"], "at": row["predict_at"]}
+        losses = self._routed_losses(embeddings, row, given | {"ids": ids})
+        samples = row.get("samples")
+        if samples is None:
+            return losses
+        chosen: dict[str, Any] = {key: row[key] for key in CHOOSING if key in row}  # type: ignore[literal-required]
+        return choice_losses(losses, samples, **chosen)
+
+    def _routed_losses(self, embeddings: torch.Tensor, row: RowTensors, given: dict[str, Any]) -> torch.Tensor:
+        """(S,) losses of a row, raised by the auxiliary loss of routers where that is trained."""
+        records = row.get("records")
         if self.routers is None or records is None or not self.training:
-            losses = self.row_losses(embeddings, targets=targets, **row)
-            return losses if samples is None else choice_losses(losses, samples, **choosing)
+            return self.row_losses(embeddings, targets=row["targets"], **given)
         with self.routers.watched() as seen:
-            losses = self.row_losses(embeddings, targets=targets, **row)
-        given, at = self._row(embeddings, **row)  # as it ran, with a soft prompt in front
-        return losses + self.routers.losses(seen, nodes=given["nodes"], at=at, records=records, padded=self.padded)
+            losses = self.row_losses(embeddings, targets=row["targets"], **given)
+        ran, at = self._row(embeddings, **given)  # as it ran, with a soft prompt in front
+        return losses + self.routers.losses(seen, nodes=ran["nodes"], at=at, records=records, padded=self.padded)
+
+    def _idle_projector(self, idle: torch.Tensor) -> torch.Tensor:
+        """() zero that hangs on every parameter of the projector, from the features of `_unseen`."""
+        assert self.projector is not None
+        nothing = self.image_embeddings(idle).sum() * 0
+        if self.projector.line_end is not None:
+            nothing = nothing + self.projector.line_end.sum().to(nothing) * 0
+        return nothing
 
     def split(self) -> Split | None:
         """Body and head of the LLM, or None where they cannot be told apart; asked once."""

@@ -220,6 +220,7 @@ def test_open_clip_towers_are_converted(name: str) -> None:
     from transformers import CLIPVisionModel
 
     from mmit.models import vision_open_clip
+    from mmit.models.vision_encoder import Encoder, Origin, Reading
 
     config = {"image_size": 16, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8}
     options = {"quick_gelu": name.endswith("quickgelu")}
@@ -228,19 +229,9 @@ def test_open_clip_towers_are_converted(name: str) -> None:
     with torch.no_grad():
         for parameter in visual.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    encoder = vision_open_clip._cut_vit(
-        visual,
-        layer=-2,
-        select="patch",
-        normalize=False,
-        name=name,
-        weights_id="random",
-        identity="",
-        image_size=(16, 16),
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        interpolation="bicubic",
-    )
+    origin = Origin(name, "random", "", {"mean": 0.5, "std": 0.5, "interpolation": "bicubic"})
+    cut = vision_open_clip._cut_vit(visual, Reading(layer=-2), name)
+    encoder = Encoder(normalize=False, image_size=(16, 16), **origin.facts(), **cut)
     tower = VisionTower("open_clip", encoder)
     settings, state = hf_tower(tower)
     theirs = CLIPVisionModel(settings)
@@ -255,6 +246,7 @@ def test_siglip_of_timm_is_converted() -> None:
     import timm
     from transformers import SiglipVisionModel
 
+    from mmit.models.vision_encoder import Origin, Reading
     from mmit.models.vision_timm import cut_timm
 
     torch.manual_seed(0)
@@ -273,15 +265,9 @@ def test_siglip_of_timm_is_converted() -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
     encoder = cut_timm(
         model,
-        name="siglip",
-        weights_id="random",
-        identity="",
-        layer=-2,
-        select="patch",
+        Reading(layer=-2),
+        origin=Origin("siglip", "random", "", {"mean": 0.5, "std": 0.5, "interpolation": "bicubic"}),
         built_size=(16, 16),
-        image_size=None,
-        normalize=False,
-        constants={"mean": 0.5, "std": 0.5, "interpolation": "bicubic"},
     )
     tower = VisionTower("timm", encoder)
     settings, state = hf_tower(tower)

@@ -87,7 +87,7 @@ def by_segments(row, q, k, v, window=None):
     """Output and gradients through the segments, with the kernel written out."""
     rows = (x[0].transpose(0, 1) for x in (q, k, v))
     segments = make_plan(row.nodes).segments
-    out = varlen.varlen_attention(*rows, segments, 0.3, window=window, run=written_out, parts=PARTS)
+    out = varlen.varlen_attention(*rows, segments, 0.3, window=window, kernels=varlen.Kernels(written_out, PARTS))
     return with_gradients(out[None], q, k, v)
 
 
@@ -139,7 +139,7 @@ def test_the_tree_is_dense_attention(seed):
     assert levels is not None  # rows are laid out depth first
     call = prefix_tree.Call(own.cu_queries, own.cu_queries, own.longest_query, own.longest_query, causal=True)
     rows = (x[0].transpose(0, 1) for x in (q, k, v))
-    out = prefix_tree.TreeAttention.apply(*rows, call, levels, 0.3, PARTS)[None]
+    out = prefix_tree.TreeAttention.apply(*rows, prefix_tree.Tree(call, levels), 0.3, PARTS)[None]
     mine, exact = with_gradients(out, q, k, v), with_gradients(dense(row, q, k, v), q, k, v)
     for a, b in zip((mine[0], *mine[1]), (exact[0], *exact[1]), strict=True):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
@@ -161,7 +161,7 @@ def test_what_is_kept_of_many_questions_on_one_picture_is_a_copy_of_each_key():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        varlen.varlen_attention(q, k, v, make_plan(nodes).segments, 0.3, run=written_out, parts=PARTS)
+        varlen.varlen_attention(q, k, v, make_plan(nodes).segments, 0.3, kernels=varlen.Kernels(written_out, PARTS))
     floats = total * (4 + 2 + 2 + 4) * 8 + total * 4  # queries, keys, values, the result, its log-sums
     assert sum(kept.values()) <= 1.01 * 4 * floats
 

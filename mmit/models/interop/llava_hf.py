@@ -14,7 +14,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL.Image import Resampling
@@ -30,11 +30,14 @@ import mmit.models.vision_hf as vision_hf
 from mmit.errors import ModelError, nearest
 from mmit.models import attention
 from mmit.models.interop.tensors import complain, fill_module, folder_tensors, split_by_prefix
-from mmit.models.llm import bits_config, placement, ready
+from mmit.models.llm import Placement, bits_config, ready
 from mmit.models.projectors import build_projector
 from mmit.models.vision import VisionTower
-from mmit.models.vision_encoder import explained, load_needed, triple
+from mmit.models.vision_encoder import Reading, explained, load_needed, triple
 from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.projector_base import Projector
 
 ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 # (prefix in the file, part, prefix in the part): transformers up to 4.51 and what it still writes, then the names
@@ -120,21 +123,9 @@ def read_llava_hf(
         picture |= _tiles(config, processor, where)
     tower, options = _tower(config, parts["vision"], picture=picture, where=where)
     llm = language_model(_text(config), parts["llm"], dtype=dtype, packed=packed, where=where, **place)
-    projector = build_projector(
-        "mlp",
-        vision_dim=tower.dim,
-        llm_dim=config.text_config.hidden_size,
-        grid=tower.grid,
-        prefix=tower.prefix,
-        depth=2,
-        line_end=tiled,
-    )
-    newline = parts.get("newline", {}).get("")
-    renamed = {} if newline is None else {"line_end": newline.to(dtype)}
-    for key, tensor in parts["projector"].items():
-        name, _, leaf = key.rpartition(".")
-        renamed[f"{PROJECTOR.get(name, name)}.{leaf}"] = tensor.to(dtype)
-    fill_module(projector.to(dtype), renamed, where=f"{where}, multi_modal_projector")
+    like: dict[str, Any] = {"vision_dim": tower.dim, "llm_dim": config.text_config.hidden_size, "grid": tower.grid}
+    projector = build_projector("mlp", **like, prefix=tower.prefix, depth=2, line_end=tiled).to(dtype)
+    _fill_projector(projector, parts, dtype=dtype, where=where)
     told = ("size", "mode", "interpolation", "fill", *(("tiles",) if tiled else ()))
     return LlavaHF(
         vlm=VLM(llm, vision=tower.to(dtype), projector=projector),
@@ -148,6 +139,18 @@ def read_llava_hf(
         vision_state=parts["vision"],
         dtype=dtype,
     )
+
+
+def _fill_projector(
+    projector: Projector, parts: Mapping[str, Mapping[str, torch.Tensor]], *, dtype: torch.dtype, where: str
+) -> None:
+    """Give the projector the folder's weights, and the vector that ends a line, which lies beside them."""
+    newline = parts.get("newline", {}).get("")
+    renamed = {} if newline is None else {"line_end": newline.to(dtype)}
+    for key, tensor in parts["projector"].items():
+        name, _, leaf = key.rpartition(".")
+        renamed[f"{PROJECTOR.get(name, name)}.{leaf}"] = tensor.to(dtype)
+    fill_module(projector, renamed, where=f"{where}, multi_modal_projector")
 
 
 def _check_config(config: Any, where: str) -> None:
@@ -200,10 +203,7 @@ def _tower(
     options: dict[str, Any] = {"layer": layer, "select": "cls_patch" if clip and strategy == "full" else "patch"}
     encoder = vision_hf.hf_encoder(
         {key: value for key, value in vision.to_dict().items() if key in valid},
-        weights=None,
-        image_size=None,
-        normalize=False,  # transformers reads hidden states, which come before the final norm
-        **options,
+        Reading(**options),  # without the final norm: transformers reads hidden states, which come before it
     )
     if picture["size"] != list(encoder.image_size):
         raise ModelError(
@@ -255,14 +255,20 @@ def language_model(
     dtype: torch.dtype,
     where: str,
     packed: bool = True,
-    device_map: str | dict[str, Any] | None = None,
-    offload: str | None = None,
-    quantization: Mapping[str, Any] | None = None,
+    **place: Any,
 ) -> PreTrainedModel:
-    """Build a causal LM from its config and exactly its tensors; the rest as for `load_llm`.
+    """Build a causal LM from its config and exactly its tensors.
 
-    Raises ModelError with what does not fit.
+    Args:
+        text: config of the LLM.
+        tensors: under the names of its class, every one of which must find its place.
+        dtype, packed, place: as for `load_llm`.
+        where: begins the errors.
+
+    Raises:
+        ModelError: tensors are missing, left over or of another shape; with what does not fit.
     """
+    placed = Placement(**place)
     head, words = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
     if text.tie_word_embeddings and head is not None:
         if words is None or not torch.equal(head, words):
@@ -283,9 +289,9 @@ def language_model(
             dtype=dtype,
             output_loading_info=True,
             trust_remote_code=False,
-            **placement(device_map, offload, quantized=quantization is not None),
+            **placed.arguments(),
             **({"attn_implementation": attention.NAME} if packed else {}),
-            **({} if quantization is None else {"quantization_config": bits_config(quantization, dtype)}),
+            **({} if (bits := placed.quantization) is None else {"quantization_config": bits_config(bits, dtype)}),
         )
     complain(
         "the weights do not fit the language model",

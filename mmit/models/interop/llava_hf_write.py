@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,79 +72,90 @@ def check_writable(vlm: VLM, image: Mapping[str, Any]) -> None:
         )
 
 
-def write_llava_hf(  # noqa: PLR0913
-    folder: Path,
-    vlm: VLM,
-    *,
-    tokenizer: Any,
-    chat_template: str,
-    image_token: str,
-    image: Mapping[str, Any],
-    end_ids: Sequence[int],
-    dtype: torch.dtype,
-    drop_bos: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class TextSide:
+    """What a llava-hf folder holds for text, besides the LLM.
+
+    Attributes:
+        tokenizer: copied before the image token is added.
+        chat_template: Jinja, for messages whose contents are lists of parts.
+        image_token: text of the image token.
+        end_ids: ids that end an answer.
+        drop_bos: the chat format writes no BOS, so the tokenizer must not put one in front by itself.
+    """
+
+    tokenizer: Any
+    chat_template: str
+    image_token: str
+    end_ids: Sequence[int]
+    drop_bos: bool = False
+
+
+def write_llava_hf(folder: Path, vlm: VLM, text: TextSide, *, image: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Write the folder.
 
     Args:
         folder: exists and is empty.
         vlm: composite with a plain LLM; its word embeddings grow by a row if the image token is new and there is no
             unused row for it.
-        tokenizer: copied before the image token is added.
-        chat_template: Jinja, for messages whose contents are lists of parts.
-        image_token: text of the image token.
+        text: tokenizer, chat template and what belongs to them.
         image: how pictures are prepared; any_resolution makes it a LLaVA-NEXT.
-        end_ids: ids that end an answer.
         dtype: number format of the weights written.
-        drop_bos: the chat format writes no BOS, so the tokenizer must not put one in front by itself.
 
     Raises:
         ModelError: see `check_writable`; the image token means something else to the tokenizer.
     """
     check_writable(vlm, image)
-    assert vlm.vision is not None and vlm.projector is not None
-    tokens = copy.deepcopy(tokenizer)
-    image_id = _add_image_token(tokens, image_token)
-    if drop_bos:
+    assert vlm.vision is not None
+    tokens = copy.deepcopy(text.tokenizer)
+    image_id = _add_image_token(tokens, text.image_token)
+    if text.drop_bos:
         tokens.backend_tokenizer.post_processor = None
         tokens.add_bos_token = False
-    llm: Any = vlm.llm
-    _grow(llm, max(len(tokens), image_id + 1))
+    _grow(vlm.llm, max(len(tokens), image_id + 1))
 
     vision_config, vision_state = hf_tower(vlm.vision)
-    blocks = read_blocks(vlm.vision)
+    # transformers counts a class token among the features of CLIP alone, and leaves it out by "default".
     with_cls = vision_config.model_type == "clip_vision_model"
     strategy: Any = "default" if with_cls and not vlm.vision.prefix else "full"
-    text_config = text_config_of(llm.config)
-    text_config.dtype = None
+    config = _config(vlm, image, vision_config, image_id=image_id, strategy=strategy)
+    config.architectures, config.dtype = [ARCHITECTURES[config.model_type]], dtype
+    config.save_pretrained(folder)
+    state = _state(vlm, vision_state, tied=config.tie_word_embeddings)
+    save_torch_state_dict({key: value.to(dtype) for key, value in state.items()}, folder, max_shard_size="5GB")
+    _write_generation(folder, tokens, text.end_ids)
+    (LlavaNextProcessor if image["mode"] == "any_resolution" else LlavaProcessor)(
+        _image_processor(image, mean=vlm.vision.mean, std=vlm.vision.std),
+        tokens,
+        patch_size=vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(with_cls),
+        chat_template=text.chat_template,
+        image_token=text.image_token,
+    ).save_pretrained(folder)
+
+
+def _config(vlm: VLM, image: Mapping[str, Any], vision_config: Any, *, image_id: int, strategy: str) -> Any:
+    """config.json of the whole model: of LLaVA-NEXT where pictures are cut into tiles, else of LLaVA."""
+    assert vlm.vision is not None
+    blocks = read_blocks(vlm.vision)
+    text_config = text_config_of(vlm.llm.config)
+    text_config.dtype = None  # one number format for all parts stands in the whole's config
     tiled = image["mode"] == "any_resolution"
     canvases: dict[str, Any] = {"image_grid_pinpoints": _canvases(image)} if tiled else {}
     config_class: Any = LlavaNextConfig if tiled else LlavaConfig
-    config = config_class(
+    return config_class(
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=image_id,
         image_seq_length=vlm.vision.tokens,
+        # The tower is written only up to what is read, so that its last layer is the one.
         vision_feature_layer=-1 if len(blocks) == 1 else list(blocks),
         vision_feature_select_strategy=strategy,
         projector_hidden_act="gelu",
         tie_word_embeddings=text_config.tie_word_embeddings,
         **canvases,
     )
-    config.architectures, config.dtype = [ARCHITECTURES[config.model_type]], dtype
-    config.save_pretrained(folder)
-    state = _state(vlm, vision_state, tied=config.tie_word_embeddings)
-    save_torch_state_dict({key: value.to(dtype) for key, value in state.items()}, folder, max_shard_size="5GB")
-    _write_generation(folder, tokens, end_ids)
-    (LlavaNextProcessor if tiled else LlavaProcessor)(
-        _image_processor(image, mean=vlm.vision.mean, std=vlm.vision.std),
-        tokens,
-        patch_size=vision_config.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(with_cls),
-        chat_template=chat_template,
-        image_token=image_token,
-    ).save_pretrained(folder)
 
 
 def _write_generation(folder: Path, tokens: Any, end_ids: Sequence[int]) -> None:
