@@ -550,13 +550,13 @@ class Model:
         samples = [prompt.samples[0] for prompt in batch]
         if store is None or not self._remembers:
             rows = [self._row(group, features)[1] for group in self._groups(samples)]
-            return decoding.prefill(self.vlm.llm, rows, able=self.support), [0] * len(batch)
+            return decoding.prefill(self.vlm.llm, rows, support=self.support), [0] * len(batch)
         tokens = [token_keys(sample) for sample in samples]
         found = [store.find(each) for each in tokens]
         prompts, known = self._row_beyond(samples, features, store, found)
 
         keep = partial(store.add, tokens)
-        return decoding.prefill(self.vlm.llm, [prompts], able=self.support, keep=keep), known
+        return decoding.prefill(self.vlm.llm, [prompts], support=self.support, keep=keep), known
 
     def remember(
         self, store: PrefixCache, prompt: Prompt, ids: Sequence[int], state: decoding.State, place: int

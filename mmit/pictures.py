@@ -100,7 +100,9 @@ def look(vlm: VLM, spreads: Mapping[Hashable, Spread], pixels: Callable[[Hashabl
         count = max(1, sum(total <= most for total in crops))
         keys, missing = missing[:count], missing[count:]
         cuts = [pixels(key) for key in keys]
-        seen = vlm.see(torch.cat(cuts).to(next(vlm.vision.parameters()).device), grids_of(spreads[key] for key in keys))
+        seen = vlm.encode_images(
+            torch.cat(cuts).to(next(vlm.vision.parameters()).device), grids_of(spreads[key] for key in keys)
+        )
         for key, features in zip(keys, seen.split([len(cut) for cut in cuts]), strict=True):
             found[key] = features, spreads[key]
     return found

@@ -41,27 +41,27 @@ print(json.dumps({"rows": size, "seconds": round(seconds, 3), "rss_mb": round(rs
 RESUME = """
 import json, sys, time
 import numpy as np
-from mmit.data.measure import Scan
+from mmit.data.measure import Measurements
 from mmit.data.shards.reader import open_shards
-from mmit.train.data.order import Ordering, make_walk
+from mmit.train.data.order import Ordering, make_row_order
 def asked(epochs, steps=None):
     mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
     return Ordering([1.0], mixing, seed=1, capacity=2048, rows_per_step=8, epochs=epochs, steps=steps)
-def walk_of(known):
-    return make_walk(scan, asked(10), known=known)
+def row_order_of(known):
+    return make_row_order(scan, asked(10), known=known)
 size = len(open_shards(sys.argv[1]))
 lengths = np.random.default_rng(0).integers(100, 700, size)
 zeros = np.zeros(size, np.int64)
-scan = Scan(np.arange(size), zeros, zeros, lengths, zeros)
+scan = Measurements(np.arange(size), zeros, zeros, lengths, zeros)
 facts = {"segment": 0, "first_row": 0, "rows": 1, "epochs": 10}
-facts |= make_walk(scan, asked(None, steps=1))[1]
+facts |= make_row_order(scan, asked(None, steps=1))[1]
 found, segments = {}, -(-size // 65536)
 for name, share in (("at_10_percent", 0.1), ("at_90_percent", 0.9), ("in_epoch_8", 7.5)):
     begin = time.perf_counter()
     source = open_shards(sys.argv[1])
     segment = int(share * segments)
-    walk, _ = walk_of({**facts, "segment": segment, "first_row": segment * 10000, "rows": 10**7})
-    (first, *_) = walk.row(segment * 10000 + 77)
+    row_order, _ = row_order_of({**facts, "segment": segment, "first_row": segment * 10000, "rows": 10**7})
+    (first, *_) = row_order.row(segment * 10000 + 77)
     source.key(first)
     found[name + "_s"] = round(time.perf_counter() - begin, 3)
 print(json.dumps(found))

@@ -43,7 +43,7 @@ def one_by_one(model: Model, item: Item, limit: int) -> tuple[str, int]:
         if len(pixels) > 1:
             problem = f"{len(pixels)} crops of one picture, which this comparison does not lay out"
             raise ModelError(problem, where=item.id, remedy="Take a model that sees pictures whole.")
-        parts.append(vlm.image_embeddings(vlm.see(pixels))[0])
+        parts.append(vlm.image_embeddings(vlm.encode_images(pixels))[0])
     embeddings = torch.cat(parts)[None]
     out = vlm.llm.generate(
         inputs_embeds=embeddings,

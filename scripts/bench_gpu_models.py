@@ -274,14 +274,14 @@ def answers(vlm: VLM, micro: Micro, new: int, device: torch.device) -> tuple[lis
     able = decoding.support(vlm.llm)
     given = Upload(device)(micro.tensors)
     images = ("image_positions", "image_index", "image_tokens")
-    seen = vlm.see(given["pixels"]) if "pixels" in given else None
+    seen = vlm.encode_images(given["pixels"]) if "pixels" in given else None
     ids = given["input_ids"]
     embeddings = vlm.embed(ids, **{k: given[k] for k in images}, features=seen)
     inner = set(micro.row.nodes[:, 2].tolist())
     ends = [a + n - 1 for i, (a, n, _) in enumerate(micro.row.nodes.tolist()) if i not in inner]
     row = decoding.Prompts(embeddings, given["positions"], micro.row.nodes, torch.tensor(ends, device=device))
     begin = time.perf_counter()
-    state = decoding.prefill(vlm.llm, [row], able=able)
+    state = decoding.prefill(vlm.llm, [row], support=able)
     float(state.logits.sum())  # waits
     middle = time.perf_counter()
     made = decoding.decode(vlm.llm, state, limits=[new] * len(ends), end_ids=())

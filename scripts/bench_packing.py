@@ -15,16 +15,16 @@ import numpy as np
 
 from mmit.data.balance import imbalance
 from mmit.data.packing import plan_rows
-from mmit.data.walk import SEGMENT, Walk
+from mmit.data.row_order import SEGMENT, Duration, RowOrder
 
 LLM, WIDTH, LAYERS, TOWER = 6.5e9, 4096, 32, 0.3e9  # weights, attention width, layers, weights
 
 
-def imbalances(walk: Walk, costs: np.ndarray, *, ranks: int) -> dict[str, list[float]]:
+def imbalances(row_order: RowOrder, costs: np.ndarray, *, ranks: int) -> dict[str, list[float]]:
     """Mean, 99th percentile and largest of max/mean over full steps, dealt and in turn."""
     dealt, turns = [], []
-    for step in range(walk.steps - 1):
-        rows = [walk.row(step * walk.rows_per_step + i) or [] for i in range(walk.rows_per_step)]
+    for step in range(row_order.steps - 1):
+        rows = [row_order.row(step * row_order.rows_per_step + i) or [] for i in range(row_order.rows_per_step)]
         cost = [float(costs[row].sum()) for row in rows]
         dealt.append(imbalance(cost, ranks))
         turns.append(max(sum(cost[r::ranks]) for r in range(ranks)) * ranks / sum(cost))
@@ -66,8 +66,8 @@ def main() -> None:
         "max_over_mean_cost": {"ranks": args.ranks, "rows_per_step": args.rows_per_step, "of": "mean, p99, max"},
     }
     for name, rows_of in (("packed", packed), ("one record a row", alone)):
-        walk = Walk(rows_of, units=args.records, rows_per_step=args.rows_per_step, epochs=1.0)
-        report["max_over_mean_cost"][name] = imbalances(walk, costs, ranks=args.ranks)
+        row_order = RowOrder(rows_of, Duration(args.rows_per_step, epochs=1.0), units=args.records)
+        report["max_over_mean_cost"][name] = imbalances(row_order, costs, ranks=args.ranks)
     print(json.dumps(report, indent=1))
 
 

@@ -218,20 +218,20 @@ def plan(folder: str) -> None:
     """Plan an epoch of what was kept, in this process."""
     import numpy as np
 
-    from mmit.data.measure import Scan
+    from mmit.data.measure import Measurements
     from mmit.data.store import Store
-    from mmit.train.data.order import Ordering, make_walk
+    from mmit.train.data.order import Ordering, make_row_order
 
     store = Store(Path(folder))
     found = store.find("measured", "index")
     assert found is not None
     record, first, last, length, seen = found[1]["units"]
-    scan = Scan(record, first, last, length, np.zeros(len(record), np.int64), seen=seen)
+    scan = Measurements(record, first, last, length, np.zeros(len(record), np.int64), seen=seen)
     mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
     asked = Ordering([1.0], mixing, seed=0, capacity=4096, rows_per_step=64, epochs=1.0, steps=None)
-    walk, _ = make_walk(scan, asked, store=store)
-    step = [walk.row(p) for p in range(64)]
-    print(json.dumps({"planned_rows": walk.total_rows, "first_step_records": sum(len(row or ()) for row in step)}))
+    row_order, _ = make_row_order(scan, asked, store=store)
+    step = [row_order.row(p) for p in range(64)]
+    print(json.dumps({"planned_rows": row_order.total_rows, "first_step_records": sum(len(row or ()) for row in step)}))
 
 
 def conversation(pairs: int) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def floor(vlm: Any, row: dict[str, torch.Tensor]) -> int:
     attention = 3 * 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * pairs
     head = 2 * 2 * llm.get_output_embeddings().weight.numel() * targets
     with FlopCounterMode(display=False) as tower, torch.no_grad():
-        features = vlm.see(row["pixels"])
+        features = vlm.encode_images(row["pixels"])
     with FlopCounterMode(display=False) as bridge:
         vlm.image_embeddings(features).sum().backward()
     vlm.zero_grad()

@@ -192,7 +192,7 @@ def decoded(name: str) -> dict[str, Any]:
                 row = build_row(group)
                 words = vlm.llm.get_input_embeddings()(row.input_ids)  # type: ignore[operator]
                 rows.append(decoding.Prompts(words, row.positions, row.nodes, row.predict_at))
-            state = decoding.prefill(vlm.llm, rows, able=able)
+            state = decoding.prefill(vlm.llm, rows, support=able)
             out += decoding.decode(vlm.llm, state, limits=[NEW] * len(part), end_ids=())
         return out
 

@@ -36,7 +36,7 @@ class Mutant(NamedTuple):
     tests: str
 
 
-ATTENTION, PACKING, WALK = "mmit/models/attention.py", "mmit/data/packing.py", "mmit/data/walk.py"
+ATTENTION, PACKING, WALK = "mmit/models/attention.py", "mmit/data/packing.py", "mmit/data/row_order.py"
 MIXTURE = "mmit/data/mixture.py"
 RESUME, FOLDERS = "mmit/train/checkpoint/resume.py", "mmit/train/checkpoint/folders.py"
 LOOP, SETUP, READER = "mmit/train/loop.py", "mmit/train/data/setup.py", "mmit/data/shards/reader.py"
@@ -44,7 +44,7 @@ LORA, TILES, FUSED = "mmit/models/tuning/lora.py", "mmit/data/tiles.py", "mmit/m
 T_ATTENTION, T_PACKING, T_WALK = (
     "tests/models/test_attention.py",
     "tests/data/test_packing.py",
-    "tests/data/test_walk.py",
+    "tests/data/test_row_order.py",
 )
 T_MIXTURE, T_STATE, T_FOLDERS = (
     "tests/data/test_mixture.py",

@@ -112,7 +112,7 @@ def reference(model: Model, record: Record, limit: int) -> str:
             parts.append(table(torch.tensor([token])))
         else:
             pixels = fit(load_rgb(next(images)), (16, 16), mode="pad", fill=(120, 110, 100))
-            parts.append(model.vlm.image_embeddings(model.vlm.see(pixels[None]))[0])
+            parts.append(model.vlm.image_embeddings(model.vlm.encode_images(pixels[None]))[0])
     embeddings = torch.cat(parts)[None]
     out = model.vlm.llm.generate(
         inputs_embeds=embeddings,
@@ -249,7 +249,7 @@ def likelihood(model: Model, record: Record, answer: str, with_end: bool) -> flo
             parts.append(embed(torch.tensor([token])))
         else:
             pixels = fit(load_rgb(next(images)), (16, 16), mode="pad", fill=(120, 110, 100))
-            parts.append(model.vlm.image_embeddings(model.vlm.see(pixels[None]))[0])
+            parts.append(model.vlm.image_embeddings(model.vlm.encode_images(pixels[None]))[0])
     log_probabilities = model.vlm.llm(inputs_embeds=torch.cat(parts)[None]).logits[0].log_softmax(-1)
     rows = log_probabilities[-len(content) - 1 : -1]
     return float(rows.gather(-1, torch.tensor(content)[:, None]).sum())

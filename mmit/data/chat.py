@@ -12,6 +12,7 @@ import datetime
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import groupby
 from operator import attrgetter
@@ -31,17 +32,32 @@ from mmit.errors import ConfigError, MmitError, RecordError, nearest
 from mmit.plugins import FORM, is_spec
 from mmit.records import Record, Text, Turn
 
-_KEYS = (
-    "name",
-    "template",
-    "image_token",
-    "template_args",
-    "as_processor",
-    "content_tokens",
-    "date",
-    "thinks",
-    "thoughts",
-)
+
+@dataclass(frozen=True)
+class FormatOptions:
+    """What a chat format is told besides its name.
+
+    Attributes:
+        image_token: the text that stands for one image in a template that takes image parts, where mmit cannot tell.
+        template_args: variables of the template, such as enable_thinking.
+        as_processor: see `ChatFormat`.
+        content_tokens: control tokens that an assistant's text may hold as themselves, besides those that are not
+            special and stand in the template.
+        date: the day (ISO) of a template that asks for it; None takes today, from then on kept in `to_json`.
+        thinks: prompts end before a thought, see `ChatFormat`.
+        thoughts: further marks of a thought in an answer's text, as <thinking>...</thinking>.
+    """
+
+    image_token: str | None = None
+    template_args: Mapping[str, Any] | None = None
+    as_processor: bool = False
+    content_tokens: Sequence[str] = ()
+    date: str | None = None
+    thinks: bool = False
+    thoughts: str | None = None
+
+
+_KEYS = ("name", "template", *(field.name for field in fields(FormatOptions)))
 
 
 class ChatFormat(ABC):
@@ -94,22 +110,10 @@ class ChatFormat(ABC):
                 raise ConfigError(f"unknown key '{key}'", where="chat format", remedy=nearest(key, _KEYS))
         if "name" not in obj:
             raise ConfigError("the key 'name' is missing", where="chat format", remedy=f"keys: {', '.join(_KEYS)}")
+        given = {key: obj[key] for key in _KEYS[2:] if obj.get(key)}
         if "template" not in obj:
-            return chat_format(
-                obj["name"], tokenizer, content_tokens=obj.get("content_tokens") or (), thoughts=obj.get("thoughts")
-            )
-        return TemplateFormat(
-            obj["name"],
-            obj["template"],
-            tokenizer,
-            image_token=obj.get("image_token"),
-            template_args=obj.get("template_args"),
-            as_processor=bool(obj.get("as_processor")),
-            content_tokens=obj.get("content_tokens") or (),
-            date=obj.get("date"),
-            thinks=bool(obj.get("thinks")),
-            thoughts=obj.get("thoughts"),
-        )
+            return chat_format(obj["name"], tokenizer, **given)
+        return TemplateFormat(obj["name"], obj["template"], tokenizer, FormatOptions(**given))
 
     def with_template_args(self, args: Mapping[str, Any]) -> ChatFormat:
         """Return this format with further template arguments, such as enable_thinking. Raises ConfigError."""
@@ -150,35 +154,25 @@ class ChatFormat(ABC):
 class TemplateFormat(ChatFormat):
     """A Jinja chat template, the tokenizer's own or the user's."""
 
-    def __init__(  # noqa: PLR0913
-        self,
-        name: str,
-        template: str,
-        tokenizer: Any,
-        *,
-        image_token: str | None = None,
-        template_args: Mapping[str, Any] | None = None,
-        as_processor: bool = False,
-        content_tokens: Sequence[str] = (),
-        date: str | None = None,
-        thinks: bool = False,
-        thoughts: str | None = None,
-    ) -> None:
-        self.name, self._tokenizer, self.thoughts = name, tokenizer, checked_marks(thoughts)
+    def __init__(self, name: str, template: str, tokenizer: Any, options: FormatOptions) -> None:
+        self.name, self._tokenizer, self.thoughts = name, tokenizer, checked_marks(options.thoughts)
+        date = options.date
         if date is None and writes_date(template):
             date = datetime.date.today().isoformat()  # from here on its day, in a checkpoint too
         self._template = ChatTemplate(
             template,
             tokenizer,
             where=f"chat template '{name}'",
-            image_token=image_token,
-            args=template_args,
+            image_token=options.image_token,
+            args=options.template_args,
             date=date,
-            add_ends=not as_processor,
+            # Where the template writes no end of an answer one is added, or the model would never learn to stop; not
+            # for a processor's own rendering, which must come out token for token.
+            add_ends=not options.as_processor,
         )
-        self.end, self.as_processor = self._template.end, as_processor
-        self.thinks = thinks
-        self._given_tokens = checked_tokens(content_tokens, tokenizer)
+        self.end, self.as_processor = self._template.end, options.as_processor
+        self.thinks = options.thinks
+        self._given_tokens = checked_tokens(options.content_tokens, tokenizer)
         named = piece_tokenizer(tokenizer).named_in(template)
         self.content_tokens = self._given_tokens | named - {self._template.image_token or ""}
 
@@ -294,68 +288,68 @@ class BuiltInFormat(ChatFormat):
         return {"name": self.name} | {key: value for key, value in more.items() if value}
 
 
-def chat_format(
-    name: str,
-    tokenizer: Any,
-    *,
-    image_token: str | None = None,
-    template_args: Mapping[str, Any] | None = None,
-    content_tokens: Sequence[str] = (),
-    date: str | None = None,
-    thoughts: str | None = None,
-) -> ChatFormat:
+def chat_format(name: str, tokenizer: Any, **options: Any) -> ChatFormat:
     """Build a chat format for a fast Hugging Face tokenizer.
 
-    `name` is a key of BUILT_IN, `module:name` of a function of the user's own, "hf" for the tokenizer's own chat
-    template, the path of a .jinja file or of a .json file that holds what `to_json` gives, or the text of a template.
-    `image_token` names the text that stands for one image in a template that takes image parts, where mmit cannot
-    tell; `template_args` go to the template as variables, such as enable_thinking. `content_tokens` are control tokens
-    that an assistant's text may hold as themselves, besides those that are not special and stand in the template.
-    `date` (ISO) is the day of a template that asks for it; None takes today, from then on kept in `to_json`.
-    `thoughts` are further marks of a thought in an answer's text, as <thinking>...</thinking>.
-    Raises ConfigError if the name is unknown or the template cannot be used.
+    Args:
+        name: a key of BUILT_IN, `module:name` of a function of the user's own, "hf" for the tokenizer's own chat
+            template, the path of a .jinja file or of a .json file that holds what `to_json` gives, or the text of a
+            template.
+        tokenizer: gives the template of "hf", and says which texts are control tokens.
+        options: fields of `FormatOptions`.
+
+    Raises:
+        ConfigError: the name is unknown, the template cannot be used, or an option has no place in the format.
     """
+    given = FormatOptions(**options)
     if name in BUILT_IN or is_spec(name):
-        if image_token is not None or template_args:
+        if given.image_token is not None or given.template_args:
             problem = f"the chat format '{name}' takes neither image_token nor template_args"
             raise ConfigError(problem, remedy="Leave them out, or use a chat template.")
-        return BuiltInFormat(name, tokenizer, content_tokens=content_tokens, thoughts=thoughts)
+        return BuiltInFormat(name, tokenizer, content_tokens=given.content_tokens, thoughts=given.thoughts)
+    if name.endswith(".json") and not _is_text(name):
+        return _from_file(name, tokenizer, given)
+    shown, template = _template_of(name, tokenizer)
+    return TemplateFormat(shown, template, tokenizer, given)
+
+
+def _is_text(name: str) -> bool:
+    """Whether this is a template itself and no name of one."""
+    return "{%" in name or "{{" in name
+
+
+def _template_of(name: str, tokenizer: Any) -> tuple[str, str]:
+    """The name of a template in messages, and its text."""
     if name == "hf":
         if not tokenizer.chat_template:
             problem = "the chat format 'hf' needs the tokenizer's chat template, and it has none"
             remedy = f"Name another chat format: {', '.join(BUILT_IN)}, or the path of a .jinja file."
             raise ConfigError(problem, remedy=remedy)
-        template = tokenizer.get_chat_template()
-    elif "{%" in name or "{{" in name:
-        name, template = "custom", name
-    elif name.endswith(".json"):
+        return name, tokenizer.get_chat_template()
+    if _is_text(name):
+        return "custom", name
+    if name.endswith(".jinja"):
         try:
-            told = json.loads(Path(name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            problem = f"cannot read the chat format: {error}"
-            raise ConfigError(problem, where=name, remedy="Check the path.") from error
-        given = {"image_token": image_token, "template_args": template_args, "content_tokens": list(content_tokens)}
-        given |= {"thoughts": thoughts, "date": date if told.get("date") is None else None}
-        return ChatFormat.from_json({**told, **{key: value for key, value in given.items() if value}}, tokenizer)
-    elif name.endswith(".jinja"):
-        try:
-            name, template = Path(name).stem, Path(name).read_text(encoding="utf-8")
+            return Path(name).stem, Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             problem = f"cannot read the chat template: {error}"
             raise ConfigError(problem, where=name, remedy="Check the path.") from error
-    else:
-        remedy = f"{nearest(name, [*BUILT_IN, 'hf'])}, the path of a .jinja file, or {FORM} of your own"
-        raise ConfigError(f"unknown chat format '{name}'", remedy=remedy)
-    return TemplateFormat(
-        name,
-        template,
-        tokenizer,
-        image_token=image_token,
-        template_args=template_args,
-        content_tokens=content_tokens,
-        date=date,
-        thoughts=thoughts,
-    )
+    remedy = f"{nearest(name, [*BUILT_IN, 'hf'])}, the path of a .jinja file, or {FORM} of your own"
+    raise ConfigError(f"unknown chat format '{name}'", remedy=remedy)
+
+
+def _from_file(path: str, tokenizer: Any, given: FormatOptions) -> ChatFormat:
+    """The format that a file of `to_json` describes; options that are given now go before those of the file."""
+    try:
+        told = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problem = f"cannot read the chat format: {error}"
+        raise ConfigError(problem, where=path, remedy="Check the path.") from error
+    # But for the day: a model was trained on that of its file, and today's would be another prompt.
+    date = given.date if told.get("date") is None else None
+    more = {field.name: getattr(given, field.name) for field in fields(given)} | {"date": date}
+    more["content_tokens"] = list(given.content_tokens)
+    return ChatFormat.from_json({**told, **{key: value for key, value in more.items() if value}}, tokenizer)
 
 
 def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = False, loss: Loss = ANSWERS) -> Encoded:

@@ -11,14 +11,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmit.data.chat_turns import OwnThought, no_marks
 from mmit.data.chat_writer import Encoded
 from mmit.data.choices import branches
 from mmit.data.formats.boxes import WRITTEN
 from mmit.data.image_identity import image_key
-from mmit.data.measure import Progress, Scan, scan
+from mmit.data.measure import Measurements, Progress, scan
 from mmit.data.packing import Sample, trie_length
 from mmit.data.preference import Compares, conversations
 from mmit.errors import ConfigError, RecordError
@@ -77,6 +77,32 @@ def split_pairs(record: Record) -> list[Record]:
     return pairs
 
 
+@dataclass(frozen=True, slots=True)
+class SampleRules:
+    """What becomes of a record, and how large it may be; the further options of `InstructionData`.
+
+    Attributes:
+        max_length: longest sample in tokens, image tokens included.
+        capacity: tokens in a row; a unit never exceeds it.
+        split_turns: make each question-answer pair a sample of its own.
+        share_prefix: count shared beginnings once.
+        choosing: the loss is over the choices of each record; None for the mean over tokens.
+        compares: what the method learns from, see `preference.METHODS`; the answers of a pair are never parted.
+    """
+
+    max_length: int
+    capacity: int
+    split_turns: bool = False
+    share_prefix: bool = True
+    choosing: Choosing | None = None
+    compares: Compares = ""
+
+    def __post_init__(self) -> None:
+        if self.compares and self.split_turns:
+            problem = "preference methods compare the last answers of whole records"
+            raise ConfigError(problem, where="data.split_turns", remedy="set data.split_turns=false")
+
+
 class InstructionData:
     """Records of several sources as samples.
 
@@ -84,41 +110,30 @@ class InstructionData:
         sources: opened files.
         encode: record -> ids and loss weights.
         preparation: what pictures become in the model; None for one that sees nothing.
-        max_length: longest sample in tokens, image tokens included.
-        capacity: tokens in a row; a unit never exceeds it.
-        split_turns: make each question-answer pair a sample of its own.
-        share_prefix: count shared beginnings once.
         key: stands for all that `encode` depends on, so that measurements can be kept; "" if that is not known.
         source_weights: factor on the loss weights of each source; None for 1.
-        choosing: the loss is over the choices of each record; None for the mean over tokens.
-        compares: what the method learns from, see `preference.METHODS`; the answers of a pair are never parted.
+        rules: fields of `SampleRules`.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         sources: Sequence[Source],
         encode: Encode,
         *,
         preparation: ImagePreparation | None,
-        max_length: int,
-        capacity: int,
-        split_turns: bool = False,
-        share_prefix: bool = True,
         key: str = "",
         source_weights: Sequence[float] | None = None,
-        choosing: Choosing | None = None,
-        compares: Compares = "",
+        **rules: Any,
     ) -> None:
-        if compares and split_turns:
-            problem = "preference methods compare the last answers of whole records"
-            raise ConfigError(problem, where="data.split_turns", remedy="set data.split_turns=false")
-        self.compares = compares
+        given = SampleRules(**rules)
+        self.max_length, self.capacity = given.max_length, given.capacity
+        self.split_turns, self.share_prefix = given.split_turns, given.share_prefix
+        self.choosing, self.compares = given.choosing, given.compares
         self.sources, self.encode = list(sources), encode
         self.source_weights = list(source_weights or [1.0] * len(self.sources))
-        self.preparation, self.max_length, self.capacity = preparation, max_length, capacity
-        self.split_turns, self.share_prefix, self.key = split_turns, share_prefix, key
-        self.choosing = choosing
+        self.preparation, self.key = preparation, key
         self.own_thought: OwnThought = no_marks  # of the chat format: what opens and closes a thought
+        # Records are numbered over all sources, so that one integer names a record in orders, caches and messages.
         self._starts = [*accumulate((len(source) for source in self.sources), initial=0)]
 
     def __len__(self) -> int:
@@ -218,7 +233,7 @@ class InstructionData:
         sized = image if size is None else replace(image, size=size)
         return PlacedImage(image, self.preparation.spread(sized, where=where))
 
-    def unit_samples(self, scan: Scan, unit: int) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
+    def unit_samples(self, scan: Measurements, unit: int) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
         """Samples of one unit of a scan, as `samples` gives them."""
         samples, images, where = self.samples(int(scan.record[unit]))
         return samples[int(scan.first[unit]) : int(scan.last[unit])], images, where
@@ -230,6 +245,6 @@ class InstructionData:
         numbers: Sequence[int] | np.ndarray | None = None,
         store: Store | None = None,
         progress: Progress | None = None,
-    ) -> Scan:
+    ) -> Measurements:
         """Measure every record, or those of `numbers`; see `mmit.data.measure.scan`."""
         return scan(self, workers=workers, numbers=numbers, store=store, progress=progress)

@@ -23,7 +23,7 @@ from mmit.records import Image
 
 if TYPE_CHECKING:
     from mmit.data.dataset import Choosing, InstructionData
-    from mmit.data.measure import Scan
+    from mmit.data.measure import Measurements
 
 LoadImage = Callable[[Image, str], torch.Tensor]  # picture, place -> its crops (C, 3, H, W) uint8
 
@@ -158,7 +158,7 @@ class _Maker:
     """Units of a micro-batch -> the micro-batch; no unit gives an idle one."""
 
     data: InstructionData
-    scan: Scan
+    scan: Measurements
     load_image: LoadImage | None
     skip_bad: bool
     mates: np.ndarray | None = None  # under KTO, whose answer goes with the prompt of each unit
@@ -240,7 +240,7 @@ class _Maker:
 
 def micro_batches(
     data: InstructionData,
-    scan: Scan,
+    scan: Measurements,
     units: Iterable[Sequence[int]],
     *,
     load_image: LoadImage | None,

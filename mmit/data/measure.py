@@ -1,9 +1,9 @@
 """The first pass over the data of a run: what every record takes, found once and kept.
 
-In: `InstructionData`. Out: a `Scan`, numbers alone, one row a unit. Records are measured in pieces by as many processes
-as are allowed; nothing of a record stays in memory but its numbers. What was found for a source is kept in a `Store`
-under everything it depends on (content, format, chat, tokenizer, pictures' preparation, lengths, this code), verdicts
-on bad records included, and mapped at the next start if all picture files are as they were.
+In: `InstructionData`. Out: `Measurements`, numbers alone, one row a unit. Records are measured in pieces by as many
+processes as are allowed; nothing of a record stays in memory but its numbers. What was found for a source is kept in a
+`Store` under everything it depends on (content, format, chat, tokenizer, pictures' preparation, lengths, this code),
+verdicts on bad records included, and mapped at the next start if all picture files are as they were.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Progress = Callable[[int, int], Any]  # records measured, of how many
 
 
 @dataclass
-class Scan:
+class Measurements:
     """What the scan found; arrays have one entry per unit."""
 
     record: np.ndarray  # (U,) int64, number of the record over all sources
@@ -99,7 +99,7 @@ def scan(
     numbers: Sequence[int] | np.ndarray | None = None,
     store: Store | None = None,
     progress: Progress | None = None,
-) -> Scan:
+) -> Measurements:
     """Measure every record, or those of `numbers`; bad ones are listed in the result, not raised.
 
     Args:
@@ -220,7 +220,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
     )
 
 
-def _whole(data: InstructionData, pieces: Sequence[Piece]) -> Scan:
+def _whole(data: InstructionData, pieces: Sequence[Piece]) -> Measurements:
     """The sources' measurements as those of the run; of one source they are not copied."""
     starts = data.starts
     if len(pieces) == 1:
@@ -236,7 +236,7 @@ def _whole(data: InstructionData, pieces: Sequence[Piece]) -> Scan:
         pictures = _distinct([piece.pictures for piece in pieces])
     record, first, last, length, seen = columns
     head = _common_head(piece.head for piece in pieces)
-    return Scan(
+    return Measurements(
         record,
         first,
         last,

@@ -1,8 +1,8 @@
 """Order: which unit of data comes when, as a pure function of (seed, epoch, position).
 
-Owns the weights of a mixture and its shuffling; `walk.py` fills rows in this order. Holds no state and reads nothing
-but the sizes of the sources. Up to GLOBAL_LIMIT units an epoch is one shuffled array; above that it is shuffled block
-by block (see BlockOrder).
+Owns the weights of a mixture and its shuffling; `row_order.py` fills rows in this order. Holds no state and
+reads nothing but the sizes of the sources. Up to GLOBAL_LIMIT units an epoch is one shuffled array; above that it is
+shuffled block by block (see BlockOrder).
 """
 
 from __future__ import annotations

@@ -74,6 +74,8 @@ class Row:
 
 
 class _Node:
+    """A piece of the trie: symbols that follow each other without a branch, and what goes on from the last of them."""
+
     __slots__ = ("children", "parent", "symbols")
 
     def __init__(self, parent: _Node | None, symbols: list[Symbol]) -> None:
@@ -116,12 +118,14 @@ def _insert(root: _Node, symbols: Sequence[Symbol], share: bool) -> list[tuple[_
         child = node.children.get(symbols[i]) if share else None
         if child is None:
             leaf = _Node(node, list(symbols[i:]))
+            # Without sharing the key must meet nothing, or equal records would fall together.
             node.children[symbols[i] if share else (len(node.children), object())] = leaf
             path.append(leaf)
             break
         n = 0
         while n < len(child.symbols) and i + n < len(symbols) and child.symbols[n] == symbols[i + n]:
             n += 1
+        # An image is one symbol and its key, so paths never part inside an image: it is shared whole or not at all.
         if n < len(child.symbols):  # paths part inside the node: keep its head, hang the tail below
             head = _Node(node, child.symbols[:n])
             node.children[symbols[i]] = head
@@ -137,6 +141,8 @@ def trie_length(samples: Sequence[Sample], *, share: bool = True) -> int:
     """Tokens that the samples take in a row of their own."""
     if len(samples) == 1:  # most records: there is nothing to share
         return _alone_length(samples[0])
+    # Built for real and not estimated: this length decides whether a record fits a row, and a row that turned out
+    # longer could not be cut.
     root = _Node(None, [])
     for s in samples:
         _insert(root, _symbols(s), share)
@@ -152,6 +158,20 @@ def _integers(values: Sequence[object]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
+@dataclass(slots=True)
+class _Layout:
+    """A trie written down as one sequence, node after node."""
+
+    ids: list[int] = field(default_factory=list)  # (T,)
+    positions: list[int] = field(default_factory=list)  # (T,)
+    image_positions: list[int] = field(default_factory=list)  # (P,)
+    images: list[Hashable] = field(default_factory=list)
+    nodes: list[tuple[int, int, int]] = field(default_factory=list)
+    # (id of node, index of symbol) -> row position of the symbol's last token. It is the last that predicts what
+    # follows: behind an image that is the last of its tokens.
+    last_at: dict[tuple[int, int], int] = field(default_factory=dict)
+
+
 def build_row(samples: Sequence[Sample], *, share: bool = True) -> Row:
     """Lay samples into one row.
 
@@ -165,64 +185,80 @@ def build_row(samples: Sequence[Sample], *, share: bool = True) -> Row:
     root = _Node(None, [])
     symbol_lists = []
     for s in samples:
-        slots = sum(t < 0 for t in s.ids)
-        if not slots == len(s.images) == len(s.widths):
-            problem = f"{slots} image slots but {len(s.images)} images and {len(s.widths)} widths of them"
-            raise RecordError(problem, where=f"record {s.record}")
-        if not any(weight > 0 for weight in s.weights[1:]):
-            raise RecordError("no supervised token: there is nothing to learn from it", where=f"record {s.record}")
+        _check(s)
         symbol_lists.append(_symbols(s))
         _insert(root, symbol_lists[-1], share)
-
-    ids: list[int] = []
-    positions: list[int] = []
-    image_positions: list[int] = []
-    images: list[Hashable] = []
-    nodes: list[tuple[int, int, int]] = []
-    last_at: dict[tuple[int, int], int] = {}  # (id of node, symbol index) -> last row position of the symbol
-    stack = [(child, -1, 0) for child in reversed(list(root.children.values()))]
-    while stack:
-        node, parent, depth = stack.pop()
-        start = len(ids)
-        for j, (token, image) in enumerate(node.symbols):
-            width = 1 if token >= 0 else -token
-            if token < 0:
-                images.append(image)
-                image_positions.extend(range(len(ids), len(ids) + width))
-            ids.extend([max(token, 0)] * width)
-            last_at[id(node), j] = len(ids) - 1
-        length = len(ids) - start
-        positions.extend(range(depth, depth + length))
-        nodes.append((start, length, parent))
-        mine = len(nodes) - 1
-        stack.extend((c, mine, depth + length) for c in reversed(list(node.children.values())))
-
+    laid = _lay_out(root)
     predict_at: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
     weights: list[float] = []
+    # Asked for only now: a later sample may have split the nodes of an earlier one.
     paths = _paths(root, symbol_lists, share)
     for s, path in zip(samples, paths, strict=True):
+        # The label shift: the state at a token's predecessor predicts it, which for the first token of a branch lies in
+        # the parent node. Targets belong to samples, so a token that two of them share has a target for each, and a
+        # loss is counted as often as it would be in rows of their own.
         for i in range(1, len(s.ids)):
             if s.weights[i] > 0:
                 node, j = path[i - 1]
-                predict_at.append(last_at[id(node), j])
+                predict_at.append(laid.last_at[id(node), j])
                 targets.append(s.ids[i])
                 owners.append(s.record)
                 weights.append(float(s.weights[i]))
     return Row(
-        input_ids=_integers(ids),
-        positions=_integers(positions),
-        image_positions=_integers(image_positions),
-        nodes=_integers(nodes).reshape(-1, 3),
+        input_ids=_integers(laid.ids),
+        positions=_integers(laid.positions),
+        image_positions=_integers(laid.image_positions),
+        nodes=_integers(laid.nodes).reshape(-1, 3),
         predict_at=_integers(predict_at),
         targets=_integers(targets),
         weights=torch.tensor(weights, dtype=torch.float32),
         target_records=_integers(owners),
-        images=images,
+        images=laid.images,
         records=[s.record for s in samples],
         unshared_tokens=sum(-t if t < 0 else 1 for symbols in symbol_lists for t, _ in symbols),
     )
+
+
+def _check(sample: Sample) -> None:
+    slots = sum(t < 0 for t in sample.ids)
+    if not slots == len(sample.images) == len(sample.widths):
+        problem = f"{slots} image slots but {len(sample.images)} images and {len(sample.widths)} widths of them"
+        raise RecordError(problem, where=f"record {sample.record}")
+    # The first token has no predecessor that could predict it, so its weight alone would teach nothing.
+    if not any(weight > 0 for weight in sample.weights[1:]):
+        raise RecordError("no supervised token: there is nothing to learn from it", where=f"record {sample.record}")
+
+
+def _lay_out(root: _Node) -> _Layout:
+    """Write the trie down depth first, parents before children.
+
+    Depth first, so that all that goes on from a node is one piece behind it: `models.prefix_tree` reads it as a block.
+    A token's position is its depth, and not its place in the row: so every branch counts on from its parent, as the
+    record would alone.
+    """
+    laid = _Layout()
+    # A stack and no recursion: a row of records that nest in each other would be deeper than Python allows. Children
+    # go onto it in reverse, so that they come off, and stand in the row, in the order of the samples.
+    stack = [(child, -1, 0) for child in reversed(list(root.children.values()))]
+    while stack:
+        node, parent, depth = stack.pop()
+        start = len(laid.ids)
+        for j, (token, image) in enumerate(node.symbols):
+            width = 1 if token >= 0 else -token
+            if token < 0:
+                laid.images.append(image)
+                laid.image_positions.extend(range(len(laid.ids), len(laid.ids) + width))
+            # 0 under an image token: some id must be there, and its embedding is replaced.
+            laid.ids.extend([max(token, 0)] * width)
+            laid.last_at[id(node), j] = len(laid.ids) - 1
+        length = len(laid.ids) - start
+        laid.positions.extend(range(depth, depth + length))
+        laid.nodes.append((start, length, parent))
+        mine = len(laid.nodes) - 1
+        stack.extend((c, mine, depth + length) for c in reversed(list(node.children.values())))
+    return laid
 
 
 def token_keys(sample: Sample) -> list[Hashable]:
@@ -254,7 +290,7 @@ def without(row: Row, places: Sequence[int]) -> tuple[Row, torch.Tensor]:
 
 def _paths(root: _Node, symbol_lists: Sequence[list[Symbol]], share: bool) -> list[list[tuple[_Node, int]]]:
     """Where every symbol of every sample ended up, after all splits."""
-    if not share:
+    if not share:  # one node for each sample, in their order
         return [[(n, j) for j in range(len(n.symbols))] for n in root.children.values()]
     paths = []
     for symbols in symbol_lists:
@@ -286,6 +322,7 @@ def plan_rows(
     Returns:
         rows as lists of unit numbers.
     """
+    # What all units share is taken off the capacity once, and off every unit: a row holds it a single time.
     sizes = np.maximum(lengths[order] - shared, 0).tolist()  # by place in the order
     room = capacity - shared
     pool = _Pool(sizes, room, window)
@@ -293,12 +330,15 @@ def plan_rows(
     rows: list[list[int]] = []
     while (place := pool.oldest()) is not None:
         row, left = [place], room - pool.take(place)
+        # Until about two more units fit, age decides; then fit does. Largest-first would use the long units up together
+        # and then have nothing that fits what they leave; age alone leaves part of a typical unit empty in every row.
         while left > 2.5 * typical and (place := pool.oldest(at_most=left)) is not None:
             row.append(place)
             left -= pool.take(place)
         while left > 0 and (closing := pool.best(left)):
             row.extend(closing)
             left -= sum(pool.take(p) for p in closing)
+        # Sorted by place: the order inside a row is that of the shuffle, not that in which the gaps were filled.
         rows.append([int(order[p]) for p in sorted(row)])
     return rows
 
@@ -329,6 +369,7 @@ class _Pool:
             self.first += 1
         if at_most is None:
             return self.first if self.first < self.filled else None
+        # 64 places and no more: the search is in the innermost loop, and a unit that is a little younger will do.
         for place in range(self.first, min(self.first + 64, self.filled)):
             if not self.taken[place] and self.sizes[place] <= at_most:
                 return place
@@ -351,6 +392,8 @@ class _Pool:
 
     def best(self, left: int) -> tuple[int, ...]:
         """Places of the unit, or of the two, that fill `left` best; () when none fits."""
+        # All pairs at once: for each size that waits, the largest other one that still fits beside it. Linear in the
+        # room of a row, whatever the number of units in the pool.
         count = self.count[: left + 1]
         present = np.flatnonzero(count)
         if not len(present):

@@ -18,7 +18,7 @@ from mmit.data.store import Store, borrowed
 from mmit.forecast.rates import RowFacts, count_pairs, measure_rates
 from mmit.models.rules import read_rules
 from mmit.models.tuning import check_options, parameter_table
-from mmit.train.data.order import walk_of
+from mmit.train.data.order import row_order_of
 from mmit.train.data.setup import cache_folder
 from mmit.train.memory.estimate import crops_of, empty_model, sample_data, sample_micro_batches, stages, step_memory
 from mmit.train.resolve import objective_of, planned, resolved
@@ -80,8 +80,8 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
         )
     with borrowed(cache_folder(config.data.cache_dir, run_dir=Path(config.run.dir))) as cache:
         data, scan, share = sample_data(config, vlm, tokenizer, cache=cache, say=notes.append)
-        walk = walk_of(config, scan, store=Store(cache))[0]
-        built = list(sample_micro_batches(config, data, scan, walk, ranks=ranks))
+        row_order = row_order_of(config, scan, store=Store(cache))[0]
+        built = list(sample_micro_batches(config, data, scan, row_order, ranks=ranks))
     mode = recompute or config.train.checkpointing
     mode = "none" if mode == "auto" else mode
     cached = config.model.vision is not None and config.model.vision.cache != "off"
@@ -92,9 +92,9 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
     share_again = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]
     per_micro = rates.flops(mean, recompute=share_again, cached=cached)
-    step = min(config.train.rows_per_step, walk.total_rows) / config.train.micro_rows
+    step = min(config.train.rows_per_step, row_order.total_rows) / config.train.micro_rows
     pictures = scan.pictures * share
-    rows = walk.total_rows / max(walk.epoch_at(walk.total_rows), 1e-9)  # in an epoch
+    rows = row_order.total_rows / max(row_order.epoch_at(row_order.total_rows), 1e-9)  # in an epoch
     memory = step_memory(config, vlm, groups, built, micros=micros, flash=flash, recompute=mode)
     return Forecast(
         records=len(data),
@@ -102,8 +102,8 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
         pictures=pictures,
         tokens=rows * mean.tokens / config.train.micro_rows,
         supervised=scan.supervised * share,
-        steps=walk.steps,
-        epochs=walk.epoch_at(walk.total_rows),
+        steps=row_order.steps,
+        epochs=row_order.epoch_at(row_order.total_rows),
         fill=mean.tokens / (config.train.micro_rows * config.data.pack_tokens),
         rows_per_step=config.train.rows_per_step,
         micro_batches=micros,

@@ -99,7 +99,7 @@ def measure_rates(vlm: VLM) -> Rates:
     grad = False
     if vlm.vision is not None and vlm.projector is not None:
         pixels = torch.zeros(1, 3, *vlm.vision.image_size, dtype=torch.uint8, device="meta")
-        features, tower = _count(lambda: vlm.see(pixels))
+        features, tower = _count(lambda: vlm.encode_images(pixels))
         leaf = features.detach().requires_grad_(features.requires_grad)
         images, projector = _count(lambda: vlm.image_embeddings(leaf))
         grad = images.requires_grad

@@ -108,7 +108,7 @@ def logits_of(vlm: VLM, ids: Sequence[int], talk: Talk, *, preparation: ImagePre
         image_positions=torch.tensor(places, dtype=torch.int64, device=device),
         image_index=splice_index(spreads, spreads, vlm.image_tokens).to(device),
         image_tokens=vlm.image_tokens,
-        features=vlm.see(torch.cat(pixels).to(device), grids_of(spreads.values())) if pixels else None,
+        features=vlm.encode_images(torch.cat(pixels).to(device), grids_of(spreads.values())) if pixels else None,
     )
     at = torch.arange(len(long), device=device)
     nodes = torch.tensor([[0, len(long), -1]])

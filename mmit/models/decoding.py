@@ -104,14 +104,14 @@ class State:
     turn: int | None = None
 
 
-def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support, keep: Keep | None = None) -> State:
+def prefill(llm: LLM, rows: Sequence[Prompts], *, support: Support, keep: Keep | None = None) -> State:
     """Run the prompts and lay them into one batch, row after row.
 
     Args:
         llm: the language model.
-        rows: one row of many prompts where `able.shared`; else rows of one prompt each, and just one such row
-            unless `able.batched`.
-        able: `support(llm)`.
+        rows: one row of many prompts where `support.shared`; else rows of one prompt each, and just one such row
+            unless `support.batched`.
+        support: `support(llm)`.
         keep: given each row's cache, and where in it the tokens of each prompt are.
 
     Raises:
@@ -120,7 +120,7 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, able: Support, keep: Keep | No
     rows = [row if row.before is not None else Prompts(*with_prompt(llm, *row[:4])) for row in rows]
     turn = turning_point(llm)
     kept: dict[str, Any] = {} if turn is None else {"rows": list(rows), "turn": turn}
-    if not able.batched:
+    if not support.batched:
         (row,) = rows
         out = _run(llm, row, None)
         cache_name(llm)  # refuses a model whose next step could not be given the cache

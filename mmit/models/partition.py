@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def partitioned(options: Mapping[str, Any] | None) -> Iterator[None]:
-    """Inside, models are loaded in parts and `whole` works.
+    """Inside, models are loaded in parts and `gathered` works.
 
     Args:
         options: a complete DeepSpeed config of stage 3; None changes nothing.
@@ -38,7 +38,7 @@ def partitioned(options: Mapping[str, Any] | None) -> Iterator[None]:
 
 
 @contextmanager
-def whole(*parameters: nn.Parameter, changed: bool = False) -> Iterator[None]:
+def gathered(*parameters: nn.Parameter, changed: bool = False) -> Iterator[None]:
     """Gather parameters on every rank, inside `partitioned`; all ranks must come here. Nothing to do elsewhere.
 
     Args:

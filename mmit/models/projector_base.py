@@ -29,7 +29,7 @@ class Projector(nn.Module):
         self, *, vision_dim: int, llm_dim: int, grid: tuple[int, int], prefix: int, tokens: int, norm: bool
     ) -> None:
         super().__init__()
-        whole(vision_dim=vision_dim, llm_dim=llm_dim, h=grid[0], w=grid[1])
+        check_counts(vision_dim=vision_dim, llm_dim=llm_dim, h=grid[0], w=grid[1])
         self.vision_dim, self.llm_dim, self.grid = vision_dim, llm_dim, grid
         self.tokens_in = prefix + grid[0] * grid[1]
         self.tokens = tokens
@@ -63,7 +63,7 @@ class Projector(nn.Module):
 
 def mlp(dim_in: int, dim_out: int, *, depth: int) -> nn.Sequential:
     """Return Linear, then (GELU, Linear) depth - 1 times; every hidden layer has the output's width."""
-    whole(depth=depth)
+    check_counts(depth=depth)
     layers: list[nn.Module] = [nn.Linear(dim_in, dim_out)]
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(dim_out, dim_out)]
@@ -77,7 +77,7 @@ def space_to_depth(features: torch.Tensor, grid: tuple[int, int], factor: int) -
     return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
 
 
-def whole(**values: int) -> None:
+def check_counts(**values: int) -> None:
     """Refuse numbers that are not whole and from 1 up."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mmit.errors import MmitError, ModelError, nearest
-from mmit.models.projector_base import Projector, common_divisors, divides, divisors, mlp, space_to_depth, whole
+from mmit.models.projector_base import Projector, check_counts, common_divisors, divides, divisors, mlp, space_to_depth
 from mmit.models.resampler import Resampler
 from mmit.plugins import FORM, is_spec, own_class, takes_any_keyword
 
@@ -83,7 +83,7 @@ class FusedMLP(MLP):
         widen: int = 4,
         norm: bool = False,
     ) -> None:
-        whole(widen=widen)
+        check_counts(widen=widen)
         super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, depth=1, norm=norm)
         self.widen, wide = widen, widen * vision_dim
         tail = mlp(wide, llm_dim, depth=2)
@@ -105,7 +105,7 @@ class PixelShuffleMLP(Projector):
         depth: int = 2,
         norm: bool = False,
     ) -> None:
-        whole(factor=factor)
+        check_counts(factor=factor)
         divides(
             factor,
             factor,
@@ -190,7 +190,7 @@ class DeepStackMLP(Projector):
         depth: int = 2,
         norm: bool = False,
     ) -> None:
-        whole(levels=levels)
+        check_counts(levels=levels)
         if levels < 2 or vision_dim % levels:
             raise ModelError(
                 f"the features are {vision_dim} wide, and levels is {levels}",
@@ -339,7 +339,7 @@ def _pooled(grid: tuple[int, int], side: int | tuple[int, int] | None, tokens: i
             remedy=f"side: one of {common_divisors(grid)}, or tokens: its square",
         )
     if tokens is not None:
-        whole(tokens=tokens)
+        check_counts(tokens=tokens)
         root = round(tokens**0.5)
         if root**2 != tokens:
             raise ModelError(
@@ -352,7 +352,7 @@ def _pooled(grid: tuple[int, int], side: int | tuple[int, int] | None, tokens: i
     if len(sides) != 2:
         raise ModelError(f"side is {side!r}", where=where, remedy="give one number, or [rows, columns]")
     rows, columns = sides
-    whole(rows=rows, columns=columns)
+    check_counts(rows=rows, columns=columns)
     if grid[0] % rows or grid[1] % columns:
         raise ModelError(
             f"{rows} x {columns} does not divide the grid of {grid[0]} x {grid[1]}",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmit.errors import ModelError
-from mmit.models.projector_base import Projector, whole
+from mmit.models.projector_base import Projector, check_counts
 
 
 class Resampler(Projector):
@@ -33,7 +33,7 @@ class Resampler(Projector):
         heads: int = 8,
         norm: bool = False,
     ) -> None:
-        whole(queries=queries, depth=depth, heads=heads)
+        check_counts(queries=queries, depth=depth, heads=heads)
         if vision_dim % heads:
             raise ModelError(
                 f"{heads} heads do not divide the vision width {vision_dim}",

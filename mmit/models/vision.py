@@ -138,7 +138,7 @@ class VisionTower(nn.Module):
         self._learned = [name for name, weight in self.encoder.named_parameters() if weight.requires_grad]
         # A buffer, since made in each forward pass the host would wait for its copy to the device.
         self.register_buffer("_constants", torch.tensor([self.mean, self.std]).view(2, 3, 1, 1), persistent=False)
-        self.trainable = self.partly = False
+        self.trainable = self.adapted = False
         self.freeze()
 
     @property
@@ -148,14 +148,14 @@ class VisionTower(nn.Module):
 
     def freeze(self) -> None:
         """Stop training the encoder: no gradients, eval mode whatever the parent does."""
-        self.trainable = self.partly = False
+        self.trainable = self.adapted = False
         self.encoder.requires_grad_(False)
         self.encoder.set_frozen(True)
         self.eval()
 
     def unfreeze(self) -> None:
         """Train the encoder: gradients flow, and train() and eval() act on it."""
-        self.trainable, self.partly = True, False
+        self.trainable, self.adapted = True, False
         self.encoder.set_frozen(False)
         for name in self._learned:
             self.encoder.get_parameter(name).requires_grad_(True)
@@ -166,7 +166,7 @@ class VisionTower(nn.Module):
 
         The tower stays in eval mode: running statistics must not move, for a checkpoint would not hold them.
         """
-        self.trainable = self.partly = True
+        self.trainable = self.adapted = True
         self.encoder.set_frozen(False)
         for name in set(names) & set(self._learned):
             self.encoder.get_parameter(name).requires_grad_(True)
@@ -181,7 +181,7 @@ class VisionTower(nn.Module):
 
     def train(self, mode: bool = True) -> VisionTower:
         """Switch to train mode only when trainable: frozen batch norm and dropout must not wake up."""
-        super().train(mode and self.trainable and not self.partly)
+        super().train(mode and self.trainable and not self.adapted)
         return self
 
     def forward(self, pixels: torch.Tensor, grids: torch.Tensor | None = None) -> torch.Tensor:

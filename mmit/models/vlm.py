@@ -93,10 +93,10 @@ class VLM(nn.Module):
         # In training every record's loss is raised by the auxiliary loss of these (`routers.read_routers`).
         self.routers: Routers | None = None
         # Per component the parameters that a tuning method chose or added, which a checkpoint keeps by name.
-        self.partly: dict[str, tuple[str, ...]] = {}
+        self.tuned_names: dict[str, tuple[str, ...]] = {}
         # Components that checkpoints hold whole: every weight is trained, or they came whole out of a checkpoint, so
         # that no hub id leads to them.
-        self.whole: set[str] = set()
+        self.whole_parts: set[str] = set()
         # Found at the first loss, or before by whoever must not meet a forward of its own there (ZeRO-3).
         self._split: tuple[Split | None] | None = None
 
@@ -120,7 +120,7 @@ class VLM(nn.Module):
         """(V, D) input embeddings of the LLM."""
         return self.llm.get_input_embeddings().weight  # type: ignore[return-value]
 
-    def see(self, pixels: torch.Tensor, grids: torch.Tensor | None = None) -> torch.Tensor:
+    def encode_images(self, pixels: torch.Tensor, grids: torch.Tensor | None = None) -> torch.Tensor:
         """Features of crops: (C, 3, H, W) uint8 -> (C, N, D_v); `grids` as for `VisionTower.forward`."""
         if self.vision is None:
             raise ModelError("this model has no vision tower", remedy="set model.vision, or send text only")
@@ -193,7 +193,7 @@ class VLM(nn.Module):
         """
         features, pixels = row.get("features"), row.get("pixels")
         if features is None and pixels is not None and len(pixels):
-            features = self.see(pixels, row.get("grids"))
+            features = self.encode_images(pixels, row.get("grids"))
         # Before the words are embedded, as with images: all ranks must call trained modules in one order.
         trained = self.projector is not None and self.projector.training
         idle = self._unseen() if features is None and trained else None
@@ -373,7 +373,9 @@ class VLM(nn.Module):
         assert self.projector is not None and self.vision is not None
         weight = next(self.projector.parameters())
         if any(p.requires_grad for p in self.vision.parameters()):
-            return self.see(torch.zeros(1, 3, *self.vision.image_size, dtype=torch.uint8, device=weight.device))
+            return self.encode_images(
+                torch.zeros(1, 3, *self.vision.image_size, dtype=torch.uint8, device=weight.device)
+            )
         return torch.zeros(1, self.vision.tokens, self.vision.dim, dtype=weight.dtype, device=weight.device)
 
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from mmit.data.image_identity import image_key
 from mmit.data.sources import open_source, split_subset
 from mmit.errors import ConfigError, RecordError, located
-from mmit.models.partition import shape, whole
+from mmit.models.partition import gathered, shape
 from mmit.train.features import CachePlan, FeatureCache, compute_features
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def align_to_captions(
         features = compute_features(vlm.vision, pictures, preparation.whole(), cache, world=world, begin=begin)
     seen, result = features.get(keys), ""
     begin("word alignment")
-    with whole(vlm.word_embeddings):
+    with gathered(vlm.word_embeddings):
         ids = torch.arange(shape(vlm.word_embeddings)[0], device=vlm.device)
         # What the LLM gets for a word: some scale the table's rows inside the embedding module.
         embeddings = vlm.llm.get_input_embeddings()(ids).detach()

@@ -36,7 +36,7 @@ from mmit.train.checks import identity
 from mmit.train.checks.init_from import check_start
 from mmit.train.checks.probes import answers, check_records, check_start_of_adapter, without_gradient
 from mmit.train.data.batches import TrainData
-from mmit.train.data.order import Ordering, make_walk, unit_costs, walk_of
+from mmit.train.data.order import Ordering, make_row_order, row_order_of, unit_costs
 from mmit.train.data.setup import (
     BadRecordPolicy,
     Say,
@@ -60,8 +60,8 @@ from mmit.train.resolve import check_divided, objective_of, open_records, resolv
 if TYPE_CHECKING:
     from mmit.config import Config
     from mmit.data.dataset import InstructionData
-    from mmit.data.measure import Scan
-    from mmit.data.walk import Walk
+    from mmit.data.measure import Measurements
+    from mmit.data.row_order import RowOrder
     from mmit.models.vlm import VLM
     from mmit.train.engines.base import Engine
     from mmit.train.engines.world import World
@@ -112,10 +112,10 @@ class Records:
     """The records of a run: opened, measured, and in the order of their rows."""
 
     train: InstructionData
-    scan: Scan
-    walk: Walk
+    scan: Measurements
+    row_order: RowOrder
     order: dict[str, Any]  # what decides the order, kept in checkpoints
-    eval: tuple[InstructionData, Scan] | None  # held out
+    eval: tuple[InstructionData, Measurements] | None  # held out
 
 
 def build_model(start: Start) -> Model:
@@ -146,8 +146,8 @@ def read_records(start: Start, model: Model) -> Records:
     data, scan = _read_data(start, model, "train")
     if scan.thoughts:
         model.loaded.chat.thinks = True  # in the checkpoint's format too: whether to think is left to the model
-    walk, order = _order(start, model, data, scan)
-    return Records(data, scan, walk, order, _read_data(start, model, "eval") if model.config.data.eval else None)
+    row_order, order = _order(start, model, data, scan)
+    return Records(data, scan, row_order, order, _read_data(start, model, "eval") if model.config.data.eval else None)
 
 
 def prepare_model(start: Start, model: Model, records: Records) -> FeatureCache | None:
@@ -163,7 +163,7 @@ def prepare_model(start: Start, model: Model, records: Records) -> FeatureCache 
         _align(start, model, features)
     if start.world.main:
         rates = {c: getattr(config.tune, c).lr for c in ("vision", "projector", "llm")}
-        introduce(model.loaded, records.train, records.scan, walk=records.walk, lr=rates, say=start.say)
+        introduce(model.loaded, records.train, records.scan, row_order=records.row_order, lr=rates, say=start.say)
     return features
 
 
@@ -204,7 +204,7 @@ def feed(start: Start, model: Model, records: Records, *, engine: Engine, featur
         start.heart.phase("measuring the reference", 0)
         data = {"train": _each_once(config, records.train, records.scan, world=world, **given), "eval": held_out}
         references = References.of(method, engine, data, vlm=model.vlm, begin=start.begin, say=start.say)
-    train = _train_data(config, records.train, records.scan, records.walk, world=world, **given)
+    train = _train_data(config, records.train, records.scan, records.row_order, world=world, **given)
     return Feeds(train, held_out, references)
 
 
@@ -220,7 +220,7 @@ def take_folder(start: Start, model: Model, records: Records, *, feeds: Feeds, p
         resume.set_aside_later(run_dir, progress.step, say=say)
         resume.match_best(run_dir, progress, metric=keep.metric if keep else None, say=say)
         told = describe(
-            model.vlm, records.train, records.scan, walk=records.walk, held_out=feeds.eval, world=start.world
+            model.vlm, records.train, records.scan, row_order=records.row_order, held_out=feeds.eval, world=start.world
         )
         note_start(run_dir, told, step=progress.step)
         write_atomic(run_dir / "config.yaml", model.config.to_yaml())
@@ -258,7 +258,7 @@ def _untuned(
     return checkpoint.Loaded(vlm, tokenizer, chat, image, start.run_dir, {}, config), preparation, tower
 
 
-def _order(start: Start, model: Model, data: InstructionData, scan: Scan) -> tuple[Walk, dict[str, Any]]:
+def _order(start: Start, model: Model, data: InstructionData, scan: Measurements) -> tuple[RowOrder, dict[str, Any]]:
     """The rows in their order, and what decides it; refuses to continue a checkpoint with other contents."""
     config, world, begin = model.config, start.world, start.begin
     known = resume.order_of(begin)
@@ -277,12 +277,12 @@ def _order(start: Start, model: Model, data: InstructionData, scan: Scan) -> tup
     if world.size > 1:
         world.first(lambda alive: _plan_rows(config, scan, known, store))
     costs = unit_costs(model.vlm, scan, cached=_cached(config)) if world.size > 1 else None
-    walk, order = walk_of(config, scan, costs=costs, known=known, store=store)
-    return walk, order | {"content": same}
+    row_order, order = row_order_of(config, scan, costs=costs, known=known, store=store)
+    return row_order, order | {"content": same}
 
 
-def _plan_rows(config: Config, scan: Scan, known: dict[str, Any] | None, store: Store) -> None:
-    walk_of(config, scan, known=known, store=store)
+def _plan_rows(config: Config, scan: Measurements, known: dict[str, Any] | None, store: Store) -> None:
+    row_order_of(config, scan, known=known, store=store)
 
 
 def _cached(config: Config) -> bool:
@@ -320,12 +320,12 @@ def _align(start: Start, model: Model, features: FeatureCache | None) -> None:
 
 
 def _train_data(
-    config: Config, data: InstructionData, scan: Scan, walk: Walk, *, world: World, **feed: Any
+    config: Config, data: InstructionData, scan: Measurements, row_order: RowOrder, *, world: World, **feed: Any
 ) -> TrainData:
     return TrainData(
         data,
         scan,
-        walk,
+        row_order,
         rank=world.rank,
         world=world.size,
         device=world.device,
@@ -339,7 +339,7 @@ def _train_data(
     )
 
 
-def _each_once(config: Config, data: InstructionData, scan: Scan, *, world: World, **feed: Any) -> TrainData:
+def _each_once(config: Config, data: InstructionData, scan: Measurements, *, world: World, **feed: Any) -> TrainData:
     """These records once each, in rows as in training; without `features` images go through the tower each time."""
     each = Ordering(
         [1.0] * len(data.sources),
@@ -351,7 +351,7 @@ def _each_once(config: Config, data: InstructionData, scan: Scan, *, world: Worl
         steps=None,
         group=config.data.group,
     )
-    return _train_data(config, data, scan, make_walk(scan, each)[0], world=world, **feed)
+    return _train_data(config, data, scan, make_row_order(scan, each)[0], world=world, **feed)
 
 
 def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
@@ -376,7 +376,9 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
     return groups
 
 
-def _contents(model: Model, data: InstructionData, scan: Scan, *, store: Store, deepspeed: bool) -> dict[str, Any]:
+def _contents(
+    model: Model, data: InstructionData, scan: Measurements, *, store: Store, deepspeed: bool
+) -> dict[str, Any]:
     """What this run learns from and builds on, by hashes: two runs with the same go on from each other."""
     config, llm, told = model.config, model.config.model.llm, model.loaded.chat.to_json()
     zero = config.engine.deepspeed
@@ -452,11 +454,11 @@ def _assemble(config: Config, start: Path | None, divided: dict[str, Any] | None
         partition=divided,
     )
     if tokenizer is not None:
-        vlm.whole.add("llm")
+        vlm.whole_parts.add("llm")
     return vlm, tokens
 
 
-def _read_data(start: Start, model: Model, part: Literal["train", "eval"]) -> tuple[InstructionData, Scan]:
+def _read_data(start: Start, model: Model, part: Literal["train", "eval"]) -> tuple[InstructionData, Measurements]:
     """Open and measure the records, and apply the policy for bad ones. Rank 0 measures; all read what it kept.
 
     Nodes that do not see its files measure for themselves, one rank of each.

@@ -135,7 +135,7 @@ def _train(start: Start, evaluate: Evaluate | None, *, log: RunLog, stopped: Sto
         take_folder(start, model, records, feeds=feeds, progress=progress)  # until here nothing was written
         if (others := watch.crowd()) is not None:
             start.say(f"warning: {others}: steps take longer, and their times say little")
-    schedule = _schedule(model.config, model.groups, steps=records.walk.steps)
+    schedule = _schedule(model.config, model.groups, steps=records.row_order.steps)
     log.begin(total=schedule.steps, start=progress.step)
     # Closed in this order when the loop fails: first the save under way, which must not be lost with the process.
     with closing(_saves(start, model, engine, feeds, order=records.order, say=log.say)) as saves:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmit.data.balance import imbalance, spread
-from mmit.data.walk import Walk
+from mmit.data.row_order import Duration, RowOrder, Sharing
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
@@ -35,14 +35,14 @@ def test_a_step_holds_the_same_rows_on_any_number_of_ranks():
     def rows_of(epoch, begin, end):
         return [[i] for i in range(begin, end)]
 
-    walk = Walk(rows_of, units=40, rows_per_step=12, epochs=1.0, cost_of=lambda row: float(row[0] % 7))
-    for step in range(walk.steps):
+    row_order = RowOrder(rows_of, Duration(12, epochs=1.0), units=40, sharing=Sharing(lambda row: float(row[0] % 7)))
+    for step in range(row_order.steps):
         for world, micro_rows in ((1, 1), (2, 1), (4, 3), (8, 1)):
-            ranks = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
+            ranks = [row_order.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
             assert len({len(micros) for micros in ranks}) == 1
             places = sorted(p for micros in ranks for micro in micros for p in micro)
             assert places == list(range(12 * step, 12 * step + 12))
-        assert walk.imbalance(step, world=4) >= 1.0 == walk.imbalance(step, world=1)
+        assert row_order.imbalance(step, world=4) >= 1.0 == row_order.imbalance(step, world=1)
 
 
 @pytest.mark.parametrize(("world", "micro_rows"), [(1, 4), (2, 3), (4, 2), (3, 5)])
@@ -56,23 +56,23 @@ def test_like_rows_share_a_micro_batch_and_the_step_stays_what_it_was(world, mic
     def key(row):
         return int(pictured[row[0]]), int(length[row[0]])
 
-    def padding(walk):
+    def padding(row_order):
         waste = 0
-        for step in range(walk.steps):
+        for step in range(row_order.steps):
             for rank in range(world):
-                for micro in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
+                for micro in row_order.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
                     lengths = [int(length[p]) for p in micro if p < 31]
                     waste += sum(max(lengths) - n for n in lengths)
         return waste
 
-    options = {"units": 31, "rows_per_step": 12, "epochs": 1.0}
-    walk, plain = Walk(rows_of, alike=key, **options), Walk(rows_of, **options)
-    for step in range(walk.steps):
-        ranks = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
+    duration = Duration(12, epochs=1.0)
+    row_order, plain = (RowOrder(rows_of, duration, units=31, sharing=Sharing(alike=a)) for a in (key, None))
+    for step in range(row_order.steps):
+        ranks = [row_order.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
         assert {len(micros) for micros in ranks} == {-(-12 // (world * micro_rows))}
         places = [p for micros in ranks for micro in micros for p in micro]
         assert sorted(places) == list(range(12 * step, min(12 * step + 12, 31)))
         assert all(len(micro) <= micro_rows for micros in ranks for micro in micros)
         in_order = [p for at_once in zip(*ranks, strict=True) for micro in at_once for p in micro]
         assert in_order == sorted(in_order, key=lambda p: (key([p]), p))
-    assert padding(walk) < padding(plain)
+    assert padding(row_order) < padding(plain)

@@ -242,7 +242,7 @@ def answer(sampling: Sampling = Sampling()) -> dict[str, Any]:  # noqa: B008
         first, token = Traffic(), Traffic()
         with torch.no_grad(), mode, patch.object(decoding, "paths_of", lambda *args: made):
             with first:
-                state = decoding.prefill(llm, [decoding.Prompts(embeddings, positions, nodes, at)], able=able)
+                state = decoding.prefill(llm, [decoding.Prompts(embeddings, positions, nodes, at)], support=able)
             logits = state.logits
             with token:
                 for _ in range(4):

@@ -122,7 +122,7 @@ def test_several_layers_are_written_and_come_back(tmp_path: Path, name: str, sel
     again = read_llava_hf(tmp_path / "out").vlm
     assert again.vision is not None and again.vision.dim == vision.dim
     pixels = torch.randint(0, 256, (1, 3, *vision.image_size), dtype=torch.uint8)
-    torch.testing.assert_close(again.see(pixels), vision(pixels), atol=2e-3, rtol=1e-2)  # noise as weights
+    torch.testing.assert_close(again.encode_images(pixels), vision(pixels), atol=2e-3, rtol=1e-2)  # noise as weights
 
 
 @pytest.mark.parametrize("spare", [0, 5])

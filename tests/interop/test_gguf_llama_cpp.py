@@ -132,7 +132,7 @@ def test_pictures_become_the_image_tokens_of_the_model(tmp_path: Path, layer: in
         for picture in (fixed_pictures()[0].resize((16, 16)), fixed_pictures()[0].resize((48, 48))):
             pixels = fit(picture, (16, 16), mode="pad", interpolation="bicubic", fill=(127, 127, 127))[None]
             with torch.no_grad():
-                expected = vlm.projector(vlm.see(pixels))[0].numpy()
+                expected = vlm.projector(vlm.encode_images(pixels))[0].numpy()
             before, seen, after = eye.chunks(f"What is {MARK} there?", picture)
             assert tokenizer.decode(before) == "What is " and tokenizer.decode(after) == " there?"
             assert seen.shape == expected.shape

@@ -79,7 +79,7 @@ def logits(model: Model, talks: list[list[Any]]) -> list[torch.Tensor]:
     keys = list(dict.fromkeys(row.images))
     features = None
     if pixels is not None:
-        seen = dict(zip(spreads, vlm.see(pixels).split([s.crops for s in spreads.values()]), strict=True))
+        seen = dict(zip(spreads, vlm.encode_images(pixels).split([s.crops for s in spreads.values()]), strict=True))
         features = torch.cat([seen[key] for key in keys])
     embeddings = vlm.embed(
         row.input_ids,
@@ -168,7 +168,7 @@ def test_the_layer_and_tokens_that_the_config_names_are_read(
     _, pixels = samples(model, [TALKS["one image"]])
     with torch.no_grad():
         expected = theirs.get_image_features(pixel_values=model.vlm.vision._normalise(pixels)).pooler_output[0]
-        ours = model.vlm.image_embeddings(model.vlm.see(pixels))[0]
+        ours = model.vlm.image_embeddings(model.vlm.encode_images(pixels))[0]
     torch.testing.assert_close(ours, expected, atol=TOLERANCE, rtol=0)
 
 

@@ -108,10 +108,10 @@ def picture(llm: PreTrainedModel, name: str) -> torch.Tensor:
 def batch(llm: PreTrainedModel, some: list[Sample], able: Support) -> list[decoding.State]:
     """Prefill as the model allows."""
     if able.shared:
-        return [decoding.prefill(llm, [lay(llm, some)], able=able)]
+        return [decoding.prefill(llm, [lay(llm, some)], support=able)]
     if able.batched:
-        return [decoding.prefill(llm, [lay(llm, [s]) for s in some], able=able)]
-    return [decoding.prefill(llm, [lay(llm, [s])], able=able) for s in some]
+        return [decoding.prefill(llm, [lay(llm, [s]) for s in some], support=able)]
+    return [decoding.prefill(llm, [lay(llm, [s])], support=able) for s in some]
 
 
 @torch.inference_mode()
@@ -193,7 +193,7 @@ def test_a_model_without_mmit_attention_is_batched_but_shares_no_rows(config: di
 def test_a_row_of_many_needs_a_model_that_supports_it() -> None:
     llm = model(packed=False)
     with pytest.raises(ModelError, match="route"):
-        decoding.prefill(llm, [lay(llm, samples())], able=Support(True, True))
+        decoding.prefill(llm, [lay(llm, samples())], support=Support(True, True))
 
 
 def test_adapters_decode_too() -> None:
@@ -203,7 +203,7 @@ def test_adapters_decode_too() -> None:
     tuned = peft.get_peft_model(llm, config, autocast_adapter_dtype=False).eval()
     assert decoding.support(tuned) == Support(True, True)
     with torch.inference_mode():
-        state = decoding.prefill(tuned, [lay(tuned, samples())], able=Support(True, True))
+        state = decoding.prefill(tuned, [lay(tuned, samples())], support=Support(True, True))
         got = decoding.decode(tuned, state, limits=[30] * len(PROMPTS), end_ids=())
     assert got == reference(tuned.merge_and_unload(), 30)
 

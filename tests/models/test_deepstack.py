@@ -39,7 +39,7 @@ def composite(*, layers: int = 3) -> VLM:
 
 
 def embedded(vlm: VLM) -> torch.Tensor:
-    features = vlm.see(
+    features = vlm.encode_images(
         torch.randint(0, 255, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     )
     index = torch.arange(TOKENS)
@@ -129,7 +129,7 @@ def test_greedy_decoding_goes_on_from_the_levels_and_a_soft_prompt_fits_in_front
         row = {"positions": torch.arange(8), "nodes": torch.tensor([[0, 8, -1]])}
         prompts = decoding.Prompts(wide, row["positions"], row["nodes"], torch.tensor([7]))
         able = decoding.support(vlm.llm)
-        state = decoding.prefill(vlm.llm, [prompts], able=able)
+        state = decoding.prefill(vlm.llm, [prompts], support=able)
         answer = decoding.decode(vlm.llm, state, limits=[4], end_ids=())[0]
         words = vlm.llm.get_input_embeddings()(torch.tensor(answer))
         whole = torch.cat([wide, torch.nn.functional.pad(words, (0, 64))])

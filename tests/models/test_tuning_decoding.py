@@ -65,14 +65,14 @@ def test_cached_and_batched_equals_computed_anew(vlm):
     assert able.batched and able.shared
     expected = [slowly(vlm, ids, 6) for ids in PROMPTS]
     for rows in ([shared_row(vlm)], [single(vlm, ids) for ids in PROMPTS]):
-        state = decoding.prefill(vlm.llm, rows, able=able)
+        state = decoding.prefill(vlm.llm, rows, support=able)
         assert decoding.decode(vlm.llm, state, limits=[6] * 3, end_ids=()) == expected
 
 
 def test_a_model_that_is_not_batched_decodes_the_same(vlm):
     alone = decoding.Support(batched=False, shared=False)
     for ids in PROMPTS:
-        state = decoding.prefill(vlm.llm, [single(vlm, ids)], able=alone)
+        state = decoding.prefill(vlm.llm, [single(vlm, ids)], support=alone)
         assert decoding.decode(vlm.llm, state, limits=[6], end_ids=()) == [slowly(vlm, ids, 6)]
 
 

@@ -49,7 +49,7 @@ def pictures(count):
 
 
 def test_image_tokens_go_where_the_slots_are(vlm):
-    features = vlm.see(pictures(2))
+    features = vlm.encode_images(pictures(2))
     ids = ints(5, *[0] * 4, 6, *[0] * 4)
     places = ints(1, 2, 3, 4, 6, 7, 8, 9)
     swapped = ints(4, 5, 6, 7, 0, 1, 2, 3)
@@ -62,7 +62,7 @@ def test_image_tokens_go_where_the_slots_are(vlm):
 
 
 def test_misalignment_states_both_counts_and_the_likely_cause(vlm):
-    features = vlm.see(pictures(1))
+    features = vlm.encode_images(pictures(1))
     given = {"image_positions": ints(0, 1, 2), "image_index": ints(0, 1, 2)}
     with pytest.raises(ModelError, match="1 images give 4 image tokens each, but the text was laid out for 3") as error:
         vlm.embed(ints(0, 0, 0), **given, image_tokens=3, features=features)
@@ -116,6 +116,6 @@ def test_a_text_only_model_refuses_pictures():
     vlm = VLM(load_llm("tiny", random_init=LLAMA, dtype=torch.float32), vision=None, projector=None)
     assert vlm.image_tokens == 0
     with pytest.raises(ModelError, match="no vision tower"):
-        vlm.see(pictures(1))
+        vlm.encode_images(pictures(1))
     with pytest.raises(ModelError, match="needs a projector"):
         VLM(vlm.llm, vision=build_vision("hf", CLIP), projector=None)

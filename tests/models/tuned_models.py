@@ -71,7 +71,7 @@ def logits(vlm: VLM, *, path: list[int] | None = None) -> torch.Tensor:
         image_positions=given["image_positions"],
         image_index=given["image_index"],
         image_tokens=4,
-        features=vlm.see(given["pixels"]),
+        features=vlm.encode_images(given["pixels"]),
     )
     if path is None:
         return vlm.row_logits(embeddings, positions=POSITIONS, nodes=NODES, at=torch.arange(27))

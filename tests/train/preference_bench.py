@@ -144,7 +144,7 @@ class Bench:
     def alone(self, vlm: Any, number: int, sample: Sample) -> torch.Tensor:
         """Log-probability of one answer in a sequence of its own, by the model's own forward, no row and no packing."""
         image = self.data.record(number).images[0]
-        features = vlm.image_embeddings(vlm.see(self.load_image(image, "")))[0]
+        features = vlm.image_embeddings(vlm.encode_images(self.load_image(image, "")))[0]
         words = vlm.llm.get_input_embeddings()
         ids = [t for t in sample.ids]
         slot = ids.index(next(t for t in ids if t < 0))

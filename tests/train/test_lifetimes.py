@@ -152,11 +152,11 @@ def test_the_ceiling_is_exact() -> None:
 
 
 def _scan(bad: int, records: int):
-    from mmit.data.dataset import Scan
+    from mmit.data.dataset import Measurements
 
     zero = torch.zeros(records - bad, dtype=torch.int64).numpy()
     errors = [RecordError("is bad", where=f"{n}") for n in range(bad)]
-    return Scan(zero, zero, zero, zero, zero, bad=errors, records=records)
+    return Measurements(zero, zero, zero, zero, zero, bad=errors, records=records)
 
 
 def test_the_scan_is_judged_by_the_same_ceiling(tmp_path: Path) -> None:

@@ -116,25 +116,25 @@ def import_file(
     path: str | os.PathLike[str],
     format: str,
     *,
-    image_root: str | os.PathLike[str] | None = None,
-    source: str | None = None,
-    licence: str | None = None,
-    check_images: bool = False,
     on_bad: OnBad | None = None,
-    kept: Counter[str] | None = None,
     **options: Any,
 ) -> Iterator[Record]:
-    """Yield the records of a file in one of FORMATS; `options` are those that the format documents.
+    """Yield the records of a file in one of FORMATS.
 
-    JSON lists, JSONL and tables are streamed; a file that is one JSON object has to be loaded whole. Relative image
-    paths start at `image_root`, by default the file's folder. `source` (by default the path), `licence` (by default the
-    format's) and the row's line, or position in a list, are noted where a row does not state its own. `check_images`
-    asks for every image file to exist. A bad row raises RecordError naming file and row or, with `on_bad`, is handed to
-    it and left out, for the caller to count; a file that cannot be read always raises. `kept` counts the keys that stay
-    in the meta unread. Unknown format or option: ConfigError.
+    JSON lists, JSONL and tables are streamed; a file that is one JSON object has to be loaded whole.
+
+    Args:
+        path: the file; it may be packed.
+        format: a key of FORMATS, or `module:name` of the user's own.
+        on_bad: takes a bad row, which is left out, for the caller to count; None raises the first.
+        options: those that the format documents, and those of `row_reader` (image_root, source, licence,
+            check_images, kept).
+
+    Raises:
+        RecordError: a bad row, naming file and row; a file that cannot be read, with `on_bad` too.
+        ConfigError: unknown format or option.
     """
-    given: dict[str, Any] = {"source": source, "licence": licence, "check_images": check_images, "kept": kept}
-    read = row_reader(path, format, image_root=image_root, **given, **options)
+    read = row_reader(path, format, **options)
     entry = find_format(format)
     file_options = {key: value for key, value in options.items() if key in entry.file_options}
     return _import(_rows(os.fspath(path), entry, file_options), read, on_bad=on_bad)
@@ -165,10 +165,20 @@ def row_reader(
     kept: Counter[str] | None = None,
     **options: Any,
 ) -> Callable[[Any, int], Record]:
-    """Return the function (row, line or position) -> Record of a file in one of FORMATS; arguments as `import_file`.
+    """Return the function (row, line or position) -> Record of a file in one of FORMATS.
 
     It raises RecordError naming file and row for a bad row, and for one that is its RecordError already; ConfigError
     for an option that cannot work.
+
+    Args:
+        path: of the file, for messages.
+        format: a key of FORMATS, or `module:name` of the user's own.
+        image_root: where relative image paths start; None takes the file's folder.
+        source, licence: noted where a row states none of its own, by default the path and the format's licence; with
+            the source goes the row's line, or its position in a list.
+        check_images: every image file must exist.
+        kept: counts the keys that stay in the meta unread.
+        options: those that the format documents.
     """
     entry, name = find_format(format), os.fspath(path)
     for option in options:

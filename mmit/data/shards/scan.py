@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -35,14 +35,40 @@ from mmit.records import OnBad, Record, short
 
 @dataclass(frozen=True)
 class ScanOptions:
-    """What a scan accepts: see `index_tars`."""
+    """What a scan accepts, and what it makes of captions; the further options of `index_tars`.
+
+    Attributes:
+        instruction: what the user says beside the picture of a caption: nothing, a text, or several of which `seed`
+            and the key choose one.
+        seed: of that choice.
+        ignore: extensions ("npy") or suffixes ("seg.png") of members to leave out; counted. Others that are not
+            accepted are an error of their sample.
+        max_pixels: larger pictures are an error.
+        limits: of members and samples.
+        shared: options that all formats share: how boxes beside conversations are written, what marks their thoughts.
+    """
 
     instruction: str | tuple[str, ...] | None = None
     seed: int = 0
     ignore: tuple[str, ...] = ()
     max_pixels: int = 50_000_000
     limits: Limits = Limits()
-    shared: tuple[tuple[str, str], ...] = ()  # options that all formats share
+    shared: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> ScanOptions:
+        """From plain values: sequences become tuples, since the options go to other processes and into a hash.
+
+        `options` of `shared` come as a mapping under that name. Raises ConfigError for one that cannot work.
+        """
+        given = dict(options)
+        said = given.get("instruction")
+        given["instruction"] = said if said is None or isinstance(said, str) else tuple(said)
+        given["ignore"] = tuple(sorted(word.lower().lstrip(".") for word in given.get("ignore") or ()))
+        given["shared"] = tuple(sorted((given.pop("options", None) or {}).items()))
+        given["limits"] = given.get("limits") or Limits()
+        check_shared(dict(given["shared"]))
+        return cls(**given)
 
     @property
     def caption(self) -> dict[str, Any]:
@@ -218,36 +244,27 @@ class _Scan:
         return width, height
 
 
-def index_tars(  # noqa: PLR0913
+def index_tars(
     paths: Iterable[str | os.PathLike[str]],
     out_dir: str | os.PathLike[str],
     *,
-    instruction: str | Sequence[str] | None = None,
-    seed: int = 0,
-    ignore: Iterable[str] = (),
-    options: Mapping[str, str] | None = None,
-    max_pixels: int = 50_000_000,
-    limits: Limits | None = None,
     workers: int = 1,
     on_bad: OnBad | None = None,
     kept: Counter[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **accepted: Any,
 ) -> int:
     """Index WebDataset tars where they lie, each read once; return the number of samples.
 
     Args:
         paths: tars, local or hf://, s3://, http(s)://; their order is the order of the samples.
         out_dir: folder of the index; tars inside it are named relative to it, so that it can be moved.
-        instruction: what the user says beside the picture of a caption: nothing, a text, or several of which `seed`
-            and the key choose one.
-        ignore: extensions ("npy") or suffixes ("seg.png") of members to leave out; counted. Others that are not
-            accepted are an error of their sample.
-        options: those that all formats share: how boxes beside conversations are written, what marks their thoughts.
-        max_pixels: larger pictures are an error. limits: of members and samples.
         workers: processes.
         on_bad: takes what is wrong, sample by sample; None raises the first.
         kept: counts the keys that stay in the meta of samples unread; the index keeps these numbers too.
         progress: called with (tars done, tars in all).
+        accepted: instruction, seed, ignore, max_pixels and limits, see `ScanOptions`; its `shared` as a mapping under
+            the name `options`.
 
     Raises:
         RecordError: a damaged tar or sample, unless `on_bad` takes it. ConfigError: no tar, or no sample.
@@ -255,13 +272,9 @@ def index_tars(  # noqa: PLR0913
     names = [os.fspath(path) for path in paths]
     if not names:
         raise ConfigError("no tar to index", where=str(out_dir), remedy="Give the paths of .tar files.")
-    ignored = tuple(sorted(word.lower().lstrip(".") for word in ignore))
-    said = instruction if instruction is None or isinstance(instruction, str) else tuple(instruction)
-    given = tuple(sorted((options or {}).items()))
-    check_shared(dict(given))
-    accepted = ScanOptions(said, seed, ignored, max_pixels, limits or Limits(), given)
+    options = ScanOptions.of(accepted)
     folder = os.path.abspath(out_dir)
-    jobs = [(path, _shard_name(path, folder), accepted) for path in names]
+    jobs = [(path, _shard_name(path, folder), options) for path in names]
     parts = []
     for done, part in enumerate(run_jobs(scan_tar, jobs, workers=workers), 1):
         for error in part.bad:
@@ -273,7 +286,7 @@ def index_tars(  # noqa: PLR0913
             kept.update(part.kept)
         if progress is not None:
             progress(done, len(jobs))
-    return write_index(parts, out_dir, caption=accepted.caption, options=dict(given))
+    return write_index(parts, out_dir, caption=options.caption, options=dict(options.shared))
 
 
 def _shard_name(path: str, folder: str) -> str:

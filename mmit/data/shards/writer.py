@@ -31,7 +31,6 @@ from mmit.data.shards.index import (
     write_index,
 )
 from mmit.data.shards.records import (
-    Limits,
     check_members,
     from_record,
     picture_format,
@@ -82,17 +81,16 @@ class _Options:
     scan: ScanOptions
 
 
-def build_shards(  # noqa: PLR0913
+def build_shards(
     records: Iterable[Record],
     out_dir: str | os.PathLike[str],
     *,
     max_bytes: int = 256 << 20,
     workers: int = 1,
     max_side: int | None = None,
-    max_pixels: int = 50_000_000,
-    limits: Limits | None = None,
     on_bad: OnBad | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **accepted: Any,
 ) -> BuildReport:
     """Write records as shards of about `max_bytes` with an index, one sample per record, in their order.
 
@@ -104,9 +102,9 @@ def build_shards(  # noqa: PLR0913
         max_bytes: a shard is closed before it would exceed this; a single larger record is a shard of its own.
         workers: processes.
         max_side: scale larger pictures down to this longer side, JPEG staying JPEG (quality 95), others PNG.
-        max_pixels: larger pictures make a bad record. limits: of members and samples.
         on_bad: takes each record that cannot be written; None raises the first.
         progress: called with (records, shards) done.
+        accepted: max_pixels and limits of `ScanOptions`; a record that exceeds them is a bad one.
 
     Raises:
         RecordError: a bad record without `on_bad`. ConfigError: no record, a folder that cannot be written.
@@ -116,15 +114,8 @@ def build_shards(  # noqa: PLR0913
     if max_side is not None and max_side < 2:
         raise ConfigError(f"max_side {max_side} is below 2 pixels", remedy="Leave it out to keep pictures as they are.")
     out = Path(out_dir)
-    options = _Options(str(out), max_side, ScanOptions(max_pixels=max_pixels, limits=limits or Limits()))
-    count = {"bad": 0}
-
-    def bad(error: RecordError) -> None:
-        if on_bad is None:
-            raise error
-        count["bad"] += 1
-        on_bad(error)
-
+    options = _Options(str(out), max_side, ScanOptions.of(accepted))
+    bad = _Bad(on_bad)
     parts: list[Part] = []
     done = kept = 0
     with _locked(out):
@@ -142,10 +133,25 @@ def build_shards(  # noqa: PLR0913
         if not parts:
             raise ConfigError("no record to write", where=str(out), remedy="Check the input and what was reported.")
         write_index(parts, out, build={"max_side": max_side, "max_bytes": max_bytes})
+        # Only after the index, which says what is in the folder: a kill before this leaves files that no reader opens.
         for name in earlier - {part.name for part in parts}:
             (out / name).unlink(missing_ok=True)
             _part_path(out, name).unlink(missing_ok=True)
-    return BuildReport(done, len(parts), kept, count["bad"], sum(part.size for part in parts))
+    return BuildReport(done, len(parts), kept, bad.count, sum(part.size for part in parts))
+
+
+@dataclass
+class _Bad:
+    """Hands bad records on and counts them; raises the first where nobody takes them."""
+
+    take: OnBad | None
+    count: int = 0
+
+    def __call__(self, error: RecordError) -> None:
+        if self.take is None:
+            raise error
+        self.count += 1
+        self.take(error)
 
 
 @contextlib.contextmanager

@@ -87,12 +87,12 @@ def apply_tuning(
     """
     options = check_options(tune)
     vlm.requires_grad_(False)
-    vlm.partly.clear()
+    vlm.tuned_names.clear()
     mode = tune["llm"]["mode"]
     method = method_of(mode)
     method.apply(vlm, options["llm"])
     if method.whole:
-        vlm.whole.add("llm")
+        vlm.whole_parts.add("llm")
     for line in left_out(vlm, mode=mode):
         say(line)
     if vlm.vision is not None and vlm.projector is not None:
@@ -158,7 +158,7 @@ def _tune_vision(vlm: VLM, tower: VisionTower, mode: str, options: Mapping[str, 
     choose: dict[str, Callable[[nn.Module], list[str]]] = {"layernorm": norm_parameters, "bitfit": biases}
     if mode == "full":
         tower.unfreeze()
-        vlm.whole.add("vision")
+        vlm.whole_parts.add("vision")
     elif mode == "lora":
         tower.encoder = tune_vision_lora(tower.encoder, options)
         tower.adapt([])
@@ -167,7 +167,7 @@ def _tune_vision(vlm: VLM, tower: VisionTower, mode: str, options: Mapping[str, 
         names = tuple(n for n, p in tower.named_parameters() if p.requires_grad)
         if not names:
             raise ModelError(f"the encoder has nothing that {mode} trains", where="tune.vision.mode", remedy="use full")
-        vlm.partly["vision"] = names
+        vlm.tuned_names["vision"] = names
 
 
 def _check_share(component: str, module: nn.Module, trained: list[tuple[str, nn.Parameter]], *, mode: str) -> None:

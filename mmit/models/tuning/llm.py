@@ -1,7 +1,7 @@
 """Tuning methods of the language model, one function each, in one table.
 
 In: a composite whose parameters are all frozen, and checked options. Out: the LLM with the method's modules in place
-and its parameters trainable. Methods whose tensors a checkpoint keeps by name put the names into `vlm.partly`.
+and its parameters trainable. Methods whose tensors a checkpoint keeps by name put the names into `vlm.tuned_names`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from mmit.errors import ModelError
 from mmit.models import attention
 from mmit.models.intrinsic import HASH, Back, IntrinsicPrompt, read_facts, read_subspace
-from mmit.models.partition import shape, whole
+from mmit.models.partition import gathered, shape
 from mmit.models.rules import takes_attention
 from mmit.models.tuning.bottleneck import insert_adapters
 from mmit.models.tuning.lora import IA3, LORA, QLORA, tune_ia3, tune_lora, tune_qlora
@@ -60,7 +60,7 @@ def _lora(vlm: VLM, options: Mapping[str, Any]) -> None:
 
 
 def _needs_named_base(vlm: VLM, reason: str) -> None:
-    if "llm" in vlm.whole:
+    if "llm" in vlm.whole_parts:
         raise ModelError(
             f"{reason}, which therefore cannot be kept in the checkpoints of a run that starts from a tuned LLM",
             where="tune.llm",
@@ -82,7 +82,7 @@ def train_only(vlm: VLM, component: str, names: Sequence[str]) -> None:
     module = getattr(vlm, component)
     for name in names:
         module.get_parameter(name).requires_grad_(True)
-    vlm.partly[component] = tuple(names)
+    vlm.tuned_names[component] = tuple(names)
 
 
 def _houlsby(vlm: VLM, options: Mapping[str, Any]) -> None:
@@ -106,7 +106,7 @@ def _list(value: Any) -> list[str] | None:
 
 def _soft_prompt(vlm: VLM, options: Mapping[str, Any]) -> None:
     count = options["tokens"]
-    with whole(vlm.word_embeddings), torch.no_grad():
+    with gathered(vlm.word_embeddings), torch.no_grad():
         table = vlm.word_embeddings
         # What the model gets for a word: some scale the table's rows inside the embedding module.
         words: Any = vlm.llm.get_input_embeddings()
@@ -134,7 +134,7 @@ def _intrinsic(vlm: VLM, options: Mapping[str, Any]) -> None:
     prompt = IntrinsicPrompt(back, start.to(table), digest)
     base_model(vlm.llm).add_module(PROMPT, prompt)
     train_only(vlm, "llm", [f"{PROMPT}.z"])
-    vlm.partly["llm"] = (f"{PROMPT}.z", f"{PROMPT}.{HASH}")
+    vlm.tuned_names["llm"] = (f"{PROMPT}.z", f"{PROMPT}.{HASH}")
 
 
 def _prefix(vlm: VLM, options: Mapping[str, Any]) -> None:

@@ -77,4 +77,4 @@ def merge(vlm: VLM) -> None:
         vlm.llm = vlm.llm.merge_and_unload(safe_merge=True)
     if vlm.vision is not None and isinstance(vlm.vision.encoder, PeftModel):
         vlm.vision.encoder = vlm.vision.encoder.merge_and_unload(safe_merge=True)
-    vlm.partly.clear()
+    vlm.tuned_names.clear()

@@ -58,7 +58,7 @@ def apply_own(spec: str, vlm: VLM, options: Mapping[str, Any]) -> None:
         remedy = "set requires_grad of what it trains; to train the projector alone use mode frozen"
         raise ModelError(f"{spec} trains nothing of the LLM", where=WHERE, remedy=remedy)
     if not isinstance(vlm.llm, PeftModel):
-        vlm.partly["llm"] = tuple(trained)
+        vlm.tuned_names["llm"] = tuple(trained)
     elif len(trained) != len(get_peft_model_state_dict(vlm.llm, save_embedding_layers=False)):
         problem = f"{spec} trains {len(trained)} tensors, and PEFT would save another number of them"
         raise ModelError(problem, where=WHERE, remedy="train what PEFT's adapter holds, modules_to_save included")

@@ -37,7 +37,7 @@ from mmit.errors import CheckpointError, ConfigError
 from mmit.models.assemble import assemble, with_own_towers, without_weights
 from mmit.models.intrinsic import HASH
 from mmit.models.llm import bring_adapters, multiplied_out, usable_device, why_not_4bit
-from mmit.models.partition import shape, whole
+from mmit.models.partition import gathered, shape
 from mmit.models.tuning import apply_tuning, base_name, is_added, method_of, quantization, unquantised
 from mmit.models.tuning.lora import put_adapter, quietly
 from mmit.models.virtual import PROMPT
@@ -153,13 +153,13 @@ def write_model(
     if vlm.vision is not None and isinstance(vlm.vision.encoder, PeftModel):
         vlm.vision.encoder.save_pretrained(str(folder / "vision_adapter"))
     # Methods that train single parameters of a part: these alone are written, its base is referenced.
-    for part, names in vlm.partly.items():
+    for part, names in vlm.tuned_names.items():
         tensors = {n: getattr(vlm, part).get_parameter(n).detach().cpu().contiguous() for n in names}
         save_file(tensors, folder / f"{part}_tuned.safetensors")
-    if "llm" in vlm.whole or include_base:
+    if "llm" in vlm.whole_parts or include_base:
         _refuse_residual(vlm.llm)
         _base_llm(vlm).save_pretrained(folder / "llm", state_dict=_plain_state(_base_llm(vlm)))
-    if vlm.vision is not None and ("vision" in vlm.whole or include_base):
+    if vlm.vision is not None and ("vision" in vlm.whole_parts or include_base):
         tower = {k: v.detach().cpu().contiguous() for k, v in _tower_state(vlm.vision).items()}
         save_file(tower, folder / "vision.safetensors")
 
@@ -209,7 +209,7 @@ def read_weights(vlm: VLM, folder: Path) -> None:
         compare(own, tensors, folder / "vision.safetensors")
         for name, tensor in tensors.items():  # they share memory with the tower, under an adapter too
             own[name].copy_(tensor)
-        vlm.whole.add("vision")
+        vlm.whole_parts.add("vision")
     for part in ("llm", "vision"):
         if (folder / f"{part}_tuned.safetensors").exists():
             _read_partly(vlm, part, folder / f"{part}_tuned.safetensors")
@@ -222,7 +222,7 @@ def read_weights(vlm: VLM, folder: Path) -> None:
 def _read_partly(vlm: VLM, part: str, path: Path) -> None:
     """Copy tensors of single parameters; the model must have been tuned with the checkpoint's own method."""
     tensors = load_file(path)
-    expected = {n: getattr(vlm, part).get_parameter(n) for n in vlm.partly.get(part, ())}
+    expected = {n: getattr(vlm, part).get_parameter(n) for n in vlm.tuned_names.get(part, ())}
     if expected.keys() != tensors.keys():
         raise CheckpointError(
             f"holds tensors of another tuning method than this config has for {part}, such as {min(tensors)}",
@@ -231,7 +231,7 @@ def _read_partly(vlm: VLM, part: str, path: Path) -> None:
         )
     compare(expected, tensors, path)
     for name, tensor in tensors.items():
-        with whole(expected[name], changed=True):
+        with gathered(expected[name], changed=True):
             if name == f"{PROMPT}.{HASH}" and not torch.equal(expected[name].detach().cpu().float(), tensor.float()):
                 raise CheckpointError(
                     "holds the numbers of a point in another subspace than tune.llm.options.subspace names",
@@ -387,7 +387,7 @@ def load_model(
         tune = {**config.tune.model_dump(), "llm": unquantised(config.tune.llm.model_dump())}
         config = Config.from_dict({**config.model_dump(), "tune": tune})
     if (path / "llm").exists():
-        vlm.whole.add("llm")
+        vlm.whole_parts.add("llm")
     if not untuned:
         with _placed(device_map):
             _tune(vlm, config, path, unquantized=four_bits is None)

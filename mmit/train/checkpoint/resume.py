@@ -2,8 +2,8 @@
 
 Owns `trainer/` in a checkpoint (progress, optimizer state, random state of every rank), the choice of the checkpoint
 to continue from, and which older ones are kept. Engine, ZeRO stage and number of ranks may change in between.
-Other data or another seed are refused where the order is made (`data.order.make_walk`), because the result would look
-like the same run without being it.
+Other data or another seed are refused where the order is made (`data.order.make_row_order`), because the result would
+look like the same run without being it.
 """
 
 from __future__ import annotations

@@ -217,7 +217,7 @@ class Saves:
 
     def _model_fill(self, step: int) -> Callable[[Path], None]:
         # Under ZeRO-3 only what is written is gathered: a frozen LLM is not, and may not fit into one rank's memory.
-        named, everything = self.contents.vlm.named_parameters(), "llm" in self.contents.vlm.whole
+        named, everything = self.contents.vlm.named_parameters(), "llm" in self.contents.vlm.whole_parts
         written = [p for n, p in named if everything or p.requires_grad or not n.startswith("llm.")]
 
         def model(draft: Path) -> None:

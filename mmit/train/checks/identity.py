@@ -26,7 +26,7 @@ from mmit.yamlio import flatten, inline_yaml
 
 if TYPE_CHECKING:
     from mmit.data.dataset import InstructionData
-    from mmit.data.measure import Scan
+    from mmit.data.measure import Measurements
     from mmit.models.vision import VisionTower
 
 Say = Callable[[str], None]
@@ -156,7 +156,7 @@ def _endless(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return all(schedule == "constant" and not share for schedule, share in ends)
 
 
-def contents(data: InstructionData, scan: Scan) -> list[dict[str, str]]:
+def contents(data: InstructionData, scan: Measurements) -> list[dict[str, str]]:
     """What is learned from each source: {"path", "content"}."""
     found = []
     for source, learned in zip(data.sources, scan.contents, strict=True):

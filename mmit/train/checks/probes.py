@@ -20,14 +20,14 @@ from mmit.models.vlm import VLM, same_logits
 
 if TYPE_CHECKING:
     from mmit.data.dataset import InstructionData
-    from mmit.data.measure import Scan
+    from mmit.data.measure import Measurements
 
 LAST = 32  # targets of a record that are compared
 SAMPLES = 3
 
 
 @torch.no_grad()
-def check_records(vlm: VLM, data: InstructionData, scan: Scan) -> None:
+def check_records(vlm: VLM, data: InstructionData, scan: Measurements) -> None:
     """Compare a row of real records, the longest of all among them, with each of them alone.
 
     Raises:
@@ -47,7 +47,7 @@ def check_records(vlm: VLM, data: InstructionData, scan: Scan) -> None:
                 )
 
 
-def _some(data: InstructionData, scan: Scan) -> list[Sample]:
+def _some(data: InstructionData, scan: Measurements) -> list[Sample]:
     """The longest sample and the shortest of some others, numbered from 0."""
     # The longest, since what changes with length shows there first (windows, scaled positions, running states).
     order = scan.length.argsort(kind="stable")

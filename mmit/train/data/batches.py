@@ -18,8 +18,8 @@ from mmit.train.data.setup import source_names
 
 if TYPE_CHECKING:
     from mmit.data.dataset import InstructionData
-    from mmit.data.measure import Scan
-    from mmit.data.walk import Walk
+    from mmit.data.measure import Measurements
+    from mmit.data.row_order import RowOrder
     from mmit.train.features import FeatureCache
 
 STAY = ("nodes", "records")  # on the CPU, where the attention plan is made
@@ -30,8 +30,8 @@ class TrainData:
     """One rank's view of the records of a run; a step takes `micros` micro-batches of every rank."""
 
     data: InstructionData
-    scan: Scan
-    walk: Walk
+    scan: Measurements
+    row_order: RowOrder
     rank: int
     world: int
     device: torch.device
@@ -52,12 +52,12 @@ class TrainData:
     @cached_property
     def micros(self) -> int:
         """Micro-batches of a step on each rank."""
-        return self.walk.micros(world=self.world, micro_rows=self.micro_rows)
+        return self.row_order.micros(world=self.world, micro_rows=self.micro_rows)
 
     @property
     def step_capacity(self) -> int:
         """Tokens that the rows of a step have room for, over all ranks."""
-        return self.walk.rows_per_step * self.row_tokens
+        return self.row_order.rows_per_step * self.row_tokens
 
     @cached_property
     def _upload(self) -> Upload:
@@ -65,7 +65,7 @@ class TrainData:
 
     def batches(self, start: int = 0) -> Generator[MicroBatch]:
         """This rank's micro-batches from step `start` on, in order; close the generator to end its processes."""
-        # Why units and not records: a long record is cut into units, and the walk orders these.
+        # Why units and not records: a long record is cut into units, and the row order is one of these.
         # Contract: rank r of W reads rows r, r + W, ... of a step, all counted from (seed, epoch, step), so resuming
         # costs the same anywhere in an epoch and another number of ranks sees the same steps.
         return micro_batches(
@@ -79,13 +79,13 @@ class TrainData:
         )
 
     def _units(self, start: int) -> Iterator[list[int]]:
-        for step in range(start, self.walk.steps):
+        for step in range(start, self.row_order.steps):
             for positions in self._positions(step, self.rank):
-                rows = [self.walk.row(p) for p in positions]
+                rows = [self.row_order.row(p) for p in positions]
                 yield [u for row in rows if row for u in row]
 
     def _positions(self, step: int, rank: int) -> list[list[int]]:
-        return self.walk.micro_positions(step, rank=rank, world=self.world, micro_rows=self.micro_rows)
+        return self.row_order.micro_positions(step, rank=rank, world=self.world, micro_rows=self.micro_rows)
 
     def prepare(self, batch: MicroBatch) -> dict[str, Any]:
         """The arguments of the model's forward pass, on the device; cached features in place of pixels."""
@@ -102,22 +102,22 @@ class TrainData:
     def record_names(self, step: int, places: Sequence[tuple[int, int]], *, most: int = 5) -> str:
         """Say which records are in micro-batches of a step, given as (rank, micro-batch); any rank can tell for all."""
         positions = [self._positions(step, rank)[i] for rank, i in places]
-        units = [u for place in positions for p in place for u in self.walk.row(p) or ()]
+        units = [u for place in positions for p in place for u in self.row_order.row(p) or ()]
         numbers = list(dict.fromkeys(int(self.scan.record[u]) for u in units))
         names = ", ".join(self.data.record(n).where for n in numbers[:most])
         return f"{names} and {len(numbers) - most} more" if len(numbers) > most else names or "no record"
 
     def epoch_after(self, step: int) -> float:
         """Epochs that the first `step` steps make."""
-        return self.walk.epoch_at(step * self.walk.rows_per_step)
+        return self.row_order.epoch_at(step * self.row_order.rows_per_step)
 
     def imbalance(self, step: int) -> float:
-        """How much more the busiest rank computes in a step than the mean, see `Walk.imbalance`."""
-        return self.walk.imbalance(step, world=self.world, micro_rows=self.micro_rows)
+        """How much more the busiest rank computes in a step than the mean, see `RowOrder.imbalance`."""
+        return self.row_order.imbalance(step, world=self.world, micro_rows=self.micro_rows)
 
     def order_after(self, step: int) -> dict[str, Any]:
         """The place in the order after `step` steps, which a checkpoint keeps."""
-        return self.walk.state(step * self.walk.rows_per_step)
+        return self.row_order.state(step * self.row_order.rows_per_step)
 
 
 class Upload:

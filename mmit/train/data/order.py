@@ -1,7 +1,7 @@
 """The order of a run's rows, and what a unit of data costs, by which they are dealt to ranks.
 
-Takes what was measured of the data and plain numbers; gives the `Walk`. Refuses to go on in another order than that of
-the checkpoint.
+Takes what was measured of the data and plain numbers; gives the `RowOrder`. Refuses to go on in another order than
+that of the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import nn
 from mmit.data.mixture import WINDOW, mixing_weights, mixture_order, units_in_epoch
 from mmit.data.packing import plan_rows
 from mmit.data.prefetch import allowed_cores, in_order
+from mmit.data.row_order import Duration, RowOrder, Sharing
 from mmit.data.store import Store, code_version, key_of
-from mmit.data.walk import Walk
 from mmit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mmit.config import Config
-    from mmit.data.measure import Scan
+    from mmit.data.measure import Measurements
     from mmit.models.vlm import VLM
 
 
@@ -35,7 +35,7 @@ def _weights(module: nn.Module) -> int:
     return sum(sizes) or sum(p.numel() for p in module.parameters())
 
 
-def unit_costs(vlm: VLM, scan: Scan, *, cached: bool) -> np.ndarray:
+def unit_costs(vlm: VLM, scan: Measurements, *, cached: bool) -> np.ndarray:
     """(U,) float64, the cost of each unit in the time of one token.
 
     Three terms: its tokens through the LLM's weights, the square of its length through attention, its pictures through
@@ -91,7 +91,7 @@ class Ordering:
             return list(self.weights)
         return [w * m for w, m in zip(self.weights, mixing_weights(sizes, **self.mixing), strict=True)]
 
-    def facts(self, scan: Scan, weights: Sequence[float]) -> dict[str, Any]:
+    def facts(self, scan: Measurements, weights: Sequence[float]) -> dict[str, Any]:
         """Everything that decides the order, small enough for a checkpoint."""
         # Not the number of ranks, nor how long the run is: a run may go on with others. What the records say is not
         # in it either: `checks.identity` compares that, and can name the source that changed.
@@ -106,18 +106,18 @@ class Ordering:
         }
 
 
-def make_walk(
-    scan: Scan,
+def make_row_order(
+    scan: Measurements,
     asked: Ordering,
     *,
     known: Mapping[str, Any] | None = None,
     costs: np.ndarray | None = None,
     store: Store | None = None,
-) -> tuple[Walk, dict[str, Any]]:
+) -> tuple[RowOrder, dict[str, Any]]:
     """The rows of the run in order, and the facts that decide this order.
 
     Args:
-        known: facts and `Walk.state` of the checkpoint that the run goes on from.
+        known: facts and `RowOrder.state` of the checkpoint that the run goes on from.
         costs: (U,) of the units; ranks get equal work by them.
         store: keeps how many rows the segments of the order take, which all have to be planned to know.
 
@@ -148,19 +148,17 @@ def make_walk(
     counts: Sequence[int] = ()
     # Only a run that counts epochs has to know beforehand how many rows they take; one that goes on knows already.
     if known is None and asked.epochs is not None and asked.capacity is not None:
-        counts = _row_counts(rows_of, Walk.whole_segments(units, asked.epochs), [facts, sizes, scan.shared], store)
-    walk = Walk(
+        counts = _row_counts(rows_of, RowOrder.whole_segments(units, asked.epochs), [facts, sizes, scan.shared], store)
+    cost_of = None if costs is None else lambda row: float(costs[row].sum())
+    row_order = RowOrder(
         rows_of,
+        Duration(asked.rows_per_step, asked.epochs, asked.steps),
         units=units,
-        rows_per_step=asked.rows_per_step,
-        epochs=asked.epochs,
-        steps=asked.steps,
         known=known,
         counts=counts,
-        cost_of=None if costs is None else lambda row: float(costs[row].sum()),
-        alike=alike if asked.group and asked.capacity is None else None,
+        sharing=Sharing(cost_of, alike if asked.group and asked.capacity is None else None),
     )
-    return walk, facts
+    return row_order, facts
 
 
 def _refuse_another_order(facts: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -195,15 +193,15 @@ def _row_counts(
     return counts
 
 
-def walk_of(
+def row_order_of(
     config: Config,
-    scan: Scan,
+    scan: Measurements,
     *,
     known: dict[str, Any] | None = None,
     costs: Any = None,
     store: Store | None = None,
-) -> tuple[Walk, dict[str, Any]]:
-    """The rows of a run, forecast or real, and what decides their order; the rest: see `make_walk`."""
+) -> tuple[RowOrder, dict[str, Any]]:
+    """The rows of a run, forecast or real, and what decides their order; the rest: see `make_row_order`."""
     t = config.train
     asked = Ordering(
         weights=[s.weight for s in config.data.train],
@@ -217,4 +215,4 @@ def walk_of(
         window=config.data.shuffle_window,
         group=config.data.group,
     )
-    return make_walk(scan, asked, known=known, costs=costs, store=store)
+    return make_row_order(scan, asked, known=known, costs=costs, store=store)

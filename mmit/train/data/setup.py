@@ -1,7 +1,8 @@
 """From the sources of a run to its micro-batches: open, measure, refuse or leave out, order, load.
 
 Owns what has to be known about the data before the first step, and the policy for bad records. Takes plain
-arguments, gives `InstructionData`, its `Scan` and the `Walk`. Refuses a run whose records cannot fit its rows.
+arguments, gives `InstructionData`, its `Measurements` and the `RowOrder`. Refuses a run whose records cannot fit its
+rows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from mmit.data.chat_writer import Encoded
     from mmit.data.loader import LoadImage
-    from mmit.data.measure import Scan
+    from mmit.data.measure import Measurements
     from mmit.data.preparation import ImagePreparation
     from mmit.records import Image, Record
 
@@ -172,7 +173,9 @@ def source_weights(sources: Sequence[Source], given: Mapping[str, float], *, str
     return [float(given.get(source.name, 1.0)) for source in sources]
 
 
-def measure(data: InstructionData, *, store: Store, shown: bool, alive: Callable[[], None] = lambda: None) -> Scan:
+def measure(
+    data: InstructionData, *, store: Store, shown: bool, alive: Callable[[], None] = lambda: None
+) -> Measurements:
     """Measure all records on all cores, or read what an earlier start found.
 
     Args:
@@ -201,7 +204,7 @@ class BadRecordPolicy:
     skip: bool
     max_fraction: float
 
-    def apply(self, scan: Scan, *, run_dir: Path | None, main: bool, say: Say, part: str = "train") -> None:
+    def apply(self, scan: Measurements, *, run_dir: Path | None, main: bool, say: Say, part: str = "train") -> None:
         """Refuse the run or leave bad records out; all of them are listed in the run's folder, if there is one.
 
         Args:

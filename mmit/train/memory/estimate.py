@@ -17,7 +17,7 @@ import torch
 
 from mmit.data.formats.keys import told
 from mmit.data.loader import MicroBatch, micro_batches
-from mmit.data.measure import Scan, is_kept
+from mmit.data.measure import Measurements, is_kept
 from mmit.data.prefetch import allowed_cores
 from mmit.data.preparation import ImagePreparation, prepare_images
 from mmit.data.store import Store
@@ -28,7 +28,7 @@ from mmit.models.recompute import MODES
 from mmit.models.tuning import Group, apply_tuning, method_of, unquantised
 from mmit.models.virtual import virtual_tokens
 from mmit.train.checkpoint.model import image_preparation
-from mmit.train.data.order import walk_of
+from mmit.train.data.order import row_order_of
 from mmit.train.data.setup import BadRecordPolicy, Say, cache_folder, chat_of, check_lengths
 from mmit.train.engines.zero import bucket_size
 from mmit.train.memory.devices import find_device
@@ -38,7 +38,7 @@ from mmit.train.resolve import open_records, resolved
 if TYPE_CHECKING:
     from mmit.config import Config
     from mmit.data.dataset import InstructionData
-    from mmit.data.walk import Walk
+    from mmit.data.row_order import RowOrder
     from mmit.models.vlm import VLM
 
 SAMPLE = 2000  # records measured; more are told from them
@@ -60,7 +60,9 @@ def least_recompute(config: Config, *, ranks: int, stage: int | None) -> tuple[s
     config = resolved(config, vlm, tokenizer, measure=False, say=lambda _: None)
     cache = cache_folder(config.data.cache_dir, run_dir=Path(config.run.dir))
     data, scan, _ = sample_data(config, vlm, tokenizer, cache=cache)
-    built = list(sample_micro_batches(config, data, scan, walk_of(config, scan, store=Store(cache))[0], ranks=ranks))
+    built = list(
+        sample_micro_batches(config, data, scan, row_order_of(config, scan, store=Store(cache))[0], ranks=ranks)
+    )
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
     tried = []
     # From the cheapest in time to the one that saves most. Each on a model of its own: measuring makes it useless.
@@ -93,7 +95,7 @@ def empty_model(config: Config, *, say: Say = lambda _: None) -> tuple[VLM, list
 
 def sample_data(
     config: Config, vlm: VLM, tokenizer: Any, *, cache: Path, say: Say = lambda _: None
-) -> tuple[InstructionData, Scan, float]:
+) -> tuple[InstructionData, Measurements, float]:
     """Measure an even sample of the records, or read what a run found about all of them.
 
     Args:
@@ -139,7 +141,7 @@ def sample_data(
         raise MmitError("no usable record was found", where="data.train", remedy="check the files and formats")
     share = len(data) / len(numbers)
     wanted = round(len(scan.length) * share)
-    # Every unit as often as the next; sources keep their order, which the walk relies on.
+    # Every unit as often as the next; sources keep their order, which the row_order relies on.
     pick = np.sort(np.resize(np.arange(len(scan.length)), wanted))
     for name in ("record", "first", "last", "length", "source"):
         setattr(scan, name, getattr(scan, name)[pick])
@@ -153,7 +155,7 @@ def _preparation(config: Config, vlm: VLM) -> ImagePreparation | None:
 
 
 def sample_micro_batches(
-    config: Config, data: InstructionData, scan: Scan, walk: Walk, *, ranks: int
+    config: Config, data: InstructionData, scan: Measurements, row_order: RowOrder, *, ranks: int
 ) -> Iterator[MicroBatch]:
     """Some micro-batches, evenly over the run of so many `ranks`, without pictures.
 
@@ -163,14 +165,14 @@ def sample_micro_batches(
     t = config.train
     units: list[list[int]] = []
     short: list[list[int]] = []  # of a last step that has fewer rows
-    steps = np.unique(np.linspace(0, walk.steps - 1, MICROS).astype(int)).tolist()
+    steps = np.unique(np.linspace(0, row_order.steps - 1, MICROS).astype(int)).tolist()
     micros = -(-t.rows_per_step // (ranks * t.micro_rows))
     grouped = config.data.group and not config.data.packing and t.micro_rows > 1
     last = ranks * micros - 1 if grouped else 0
     for step, place in zip(steps, np.linspace(last, 0, len(steps)).astype(int).tolist(), strict=True):
         micro, rank = divmod(place, ranks)
-        positions = walk.micro_positions(step, rank=rank, world=ranks, micro_rows=t.micro_rows)[micro]
-        rows = [walk.row(p) for p in positions]
+        positions = row_order.micro_positions(step, rank=rank, world=ranks, micro_rows=t.micro_rows)[micro]
+        rows = [row_order.row(p) for p in positions]
         (units if rows and all(rows) else short).append([u for row in rows if row for u in row])
     skip = config.run.on_bad_record == "skip"
     yield from micro_batches(data, scan, units or short[:1], load_image=None, skip_bad=skip)

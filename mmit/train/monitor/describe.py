@@ -28,8 +28,8 @@ from mmit.train.monitor.run_files import RUN, read_json, write_json
 
 if TYPE_CHECKING:
     from mmit.data.chat import ChatFormat
-    from mmit.data.measure import Scan
-    from mmit.data.walk import Walk
+    from mmit.data.measure import Measurements
+    from mmit.data.row_order import RowOrder
     from mmit.models.vlm import VLM
     from mmit.train.checkpoint.model import Loaded
     from mmit.train.data.batches import TrainData
@@ -42,9 +42,9 @@ FIRST = 16  # records compared with what the chat template writes
 def introduce(
     model: Loaded,
     data: InstructionData,
-    scan: Scan,
+    scan: Measurements,
     *,
-    walk: Walk,
+    row_order: RowOrder,
     lr: Mapping[str, float | None],
     say: Callable[[Any], None],
 ) -> None:
@@ -57,7 +57,7 @@ def introduce(
     tokens = int(scan.length.sum())
     say(
         f"{scan.records - len(scan.bad)} records of {len(data.sources)} sources, {scan.pictures} pictures, "
-        f"{tokens} tokens, {scan.supervised} supervised; {walk.steps} steps of {walk.rows_per_step} rows of "
+        f"{tokens} tokens, {scan.supervised} supervised; {row_order.steps} steps of {row_order.rows_per_step} rows of "
         f"{data.capacity} tokens"
     )
     table = Table("component", "parameters", "trained", "share", "dtype", "lr")
@@ -83,7 +83,7 @@ def introduce(
     say(to_rich(data.encode(shown), model.tokenizer, image_tokens=model.vlm.image_tokens if fixed else None))
 
 
-def _compare(data: InstructionData, scan: Scan, chat: ChatFormat, say: Callable[[Any], None]) -> None:
+def _compare(data: InstructionData, scan: Measurements, chat: ChatFormat, say: Callable[[Any], None]) -> None:
     """Compare the first records with what the chat template itself writes, and name the first difference."""
     # A few are enough: a format that writes otherwise than the model's own template does so in every record of a kind.
     for number in dict.fromkeys(scan.record[:FIRST].tolist()):
@@ -97,30 +97,30 @@ def _compare(data: InstructionData, scan: Scan, chat: ChatFormat, say: Callable[
 def describe(
     vlm: VLM,
     data: InstructionData,
-    scan: Scan,
+    scan: Measurements,
     *,
-    walk: Walk,
+    row_order: RowOrder,
     held_out: TrainData | None,
     world: World,
 ) -> dict[str, Any]:
     """Facts of a run as JSON values.
 
     Args:
-        data, scan, walk: of training. held_out: None without data.eval.
+        data, scan, row_order: of training. held_out: None without data.eval.
     """
     return {
         "versions": dict(_versions()),
         "hardware": _hardware(world),
         "parameters": parameter_table(vlm),
-        "steps": walk.steps,
-        "rows_per_step": walk.rows_per_step,
+        "steps": row_order.steps,
+        "rows_per_step": row_order.rows_per_step,
         "row_tokens": data.capacity,
         "train": _data(data, scan),
         "eval": _data(held_out.data, held_out.scan) if held_out is not None else None,
     }
 
 
-def _data(data: InstructionData, scan: Scan) -> dict[str, Any]:
+def _data(data: InstructionData, scan: Measurements) -> dict[str, Any]:
     sources = []
     for i, (name, source) in enumerate(zip(source_names(data), data.sources, strict=True)):
         mine = scan.source == i

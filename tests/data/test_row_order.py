@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmit.data.mixture import epoch_order
-from mmit.data.walk import Walk
+from mmit.data.row_order import Duration, RowOrder
 from mmit.errors import ConfigError
 
 UNITS = 23
@@ -24,8 +24,12 @@ def rows_of(epoch: int, begin: int, end: int) -> list[list[int]]:
     return [order[i : i + width] for i in range(0, len(order), width)]
 
 
-def walk_of(**options) -> Walk:
-    return Walk(rows_of, units=UNITS, **options)
+def made(rows, *, rows_per_step, epochs=None, steps=None, **options) -> RowOrder:
+    return RowOrder(rows, Duration(rows_per_step, epochs, steps), **options)
+
+
+def row_order_of(**options) -> RowOrder:
+    return made(rows_of, units=UNITS, **options)
 
 
 RUNS = st.tuples(st.integers(1, 9), st.floats(0.1, 4.0), st.integers(1, 5), st.integers(1, 4))
@@ -34,28 +38,28 @@ RUNS = st.tuples(st.integers(1, 9), st.floats(0.1, 4.0), st.integers(1, 5), st.i
 @given(run=RUNS, segment=SEGMENTS)
 def test_ranks_and_micro_batches_partition_every_step(run: tuple[int, float, int, int], segment: int) -> None:
     rows_per_step, epochs, world, micro_rows = run
-    walk = walk_of(rows_per_step=rows_per_step, epochs=epochs, segment=segment)
+    row_order = row_order_of(rows_per_step=rows_per_step, epochs=epochs, segment=segment)
     seen: list[int] = []
-    for step in range(walk.steps):
-        ranks = [walk.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
+    for step in range(row_order.steps):
+        ranks = [row_order.micro_positions(step, rank=r, world=world, micro_rows=micro_rows) for r in range(world)]
         assert len({len(micros) for micros in ranks}) == 1  # or ranks would wait for each other for ever
         assert all(len(micro) <= micro_rows for micros in ranks for micro in micros)
         seen.extend(sorted(p for micros in ranks for micro in micros for p in micro))
-    assert seen == list(range(walk.steps * rows_per_step))
-    assert [walk.row(p) is None for p in seen] == [p >= walk.total_rows for p in seen]
+    assert seen == list(range(row_order.steps * rows_per_step))
+    assert [row_order.row(p) is None for p in seen] == [p >= row_order.total_rows for p in seen]
 
 
 @given(run=RUNS, segment=SEGMENTS)
 def test_every_unit_comes_once_an_epoch_whatever_the_division(run: tuple[int, float, int, int], segment: int) -> None:
     rows_per_step, _, world, micro_rows = run
-    walk = walk_of(rows_per_step=rows_per_step, epochs=3, segment=segment)
+    row_order = row_order_of(rows_per_step=rows_per_step, epochs=3, segment=segment)
     rows = []
-    for step in range(walk.steps):
+    for step in range(row_order.steps):
         for rank in range(world):
-            for micro in walk.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
-                rows.extend(row for p in micro if (row := walk.row(p)) is not None)
+            for micro in row_order.micro_positions(step, rank=rank, world=world, micro_rows=micro_rows):
+                rows.extend(row for p in micro if (row := row_order.row(p)) is not None)
     assert np.bincount([unit for row in rows for unit in row]).tolist() == [3] * UNITS
-    assert len(rows) == walk.total_rows
+    assert len(rows) == row_order.total_rows
 
 
 @given(run=RUNS, at=st.floats(0, 1), segment=SEGMENTS, with_state=st.booleans())
@@ -64,11 +68,11 @@ def test_a_fresh_walk_continues_where_another_stopped(
 ) -> None:
     rows_per_step, epochs, _, _ = run
     options = {"rows_per_step": rows_per_step, "epochs": epochs, "segment": segment}
-    whole = walk_of(**options)
+    whole = row_order_of(**options)
     everything = [whole.row(p) for p in range(whole.total_rows)]
     position = int(at * whole.total_rows)
     known = json.loads(json.dumps(whole.state(position))) if with_state else None
-    resumed = walk_of(**options, known=known)
+    resumed = row_order_of(**options, known=known)
     assert resumed.steps == whole.steps
     assert [resumed.row(p) for p in range(position, whole.total_rows)] == everything[position:]
     assert resumed.row(whole.total_rows) is None
@@ -78,9 +82,9 @@ def test_a_fresh_walk_continues_where_another_stopped(
 
 @given(steps=st.integers(1, 30), rows_per_step=st.integers(1, 9), segment=SEGMENTS)
 def test_steps_instead_of_epochs(steps: int, rows_per_step: int, segment: int) -> None:
-    walk = walk_of(rows_per_step=rows_per_step, steps=steps, segment=segment)
-    assert walk.steps == steps and walk.total_rows == steps * rows_per_step
-    assert walk.row(walk.total_rows - 1) is not None and walk.row(walk.total_rows) is None
+    row_order = row_order_of(rows_per_step=rows_per_step, steps=steps, segment=segment)
+    assert row_order.steps == steps and row_order.total_rows == steps * rows_per_step
+    assert row_order.row(row_order.total_rows - 1) is not None and row_order.row(row_order.total_rows) is None
 
 
 @pytest.mark.parametrize("limit", [{"epochs": 9.5}, {"steps": 80}])
@@ -93,13 +97,13 @@ def test_resuming_costs_the_same_anywhere(limit: dict[str, float]) -> None:
         return [[unit] for unit in epoch_order([100], [1.0], seed=0, epoch=epoch)[begin:end].tolist()]
 
     options = {"units": 100, "rows_per_step": 10, "segment": 10, **limit}
-    whole = Walk(counted, **options)
+    whole = made(counted, **options)
     for position in (10, 90, 715):
         expected = whole.row(position)
         state = whole.state(position)
         assert len(json.dumps(state)) < 100
         planned.clear()
-        resumed = Walk(counted, **options, known=state)
+        resumed = made(counted, **options, known=state)
         assert resumed.steps == whole.steps and resumed.row(position) == expected
         assert len(planned) <= 2, planned
         with pytest.raises(IndexError, match="lies before row"):
@@ -108,9 +112,9 @@ def test_resuming_costs_the_same_anywhere(limit: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("epochs", [0.5, 2.0, 3.25])
 def test_a_resumed_run_may_be_longer_or_shorter(epochs: float) -> None:
-    first = walk_of(rows_per_step=2, epochs=1.5, segment=4)
-    resumed = walk_of(rows_per_step=2, epochs=epochs, segment=4, known=first.state(first.total_rows))
-    anew = walk_of(rows_per_step=2, epochs=epochs, segment=4)
+    first = row_order_of(rows_per_step=2, epochs=1.5, segment=4)
+    resumed = row_order_of(rows_per_step=2, epochs=epochs, segment=4, known=first.state(first.total_rows))
+    anew = row_order_of(rows_per_step=2, epochs=epochs, segment=4)
     if epochs > 1.5:
         assert resumed.total_rows == anew.total_rows
     else:  # it is over already
@@ -124,18 +128,18 @@ def test_segments_are_planned_when_they_are_reached() -> None:
         planned.append((epoch, begin))
         return [[unit] for unit in range(begin, end)]
 
-    walk = Walk(counted, units=1000, rows_per_step=1, steps=100, segment=10)
-    assert [walk.row(p) for p in range(15)] == [[p] for p in range(15)]
+    row_order = made(counted, units=1000, rows_per_step=1, steps=100, segment=10)
+    assert [row_order.row(p) for p in range(15)] == [[p] for p in range(15)]
     assert planned == [(0, 0), (0, 10)]
-    walk.epoch_at(20), walk.state(20)
+    row_order.epoch_at(20), row_order.state(20)
     assert len(planned) == 2
 
 
 def test_a_walk_over_nothing_is_an_error() -> None:
     with pytest.raises(ConfigError, match="no row"):
-        Walk(lambda epoch, begin, end: [], units=0, rows_per_step=2, steps=3)
+        made(lambda epoch, begin, end: [], units=0, rows_per_step=2, steps=3)
     with pytest.raises(ConfigError, match="no row"):
-        Walk(lambda epoch, begin, end: [], units=3, rows_per_step=2, steps=3).row(0)
+        made(lambda epoch, begin, end: [], units=3, rows_per_step=2, steps=3).row(0)
 
 
 @given(run=RUNS, segment=SEGMENTS)
@@ -143,8 +147,8 @@ def test_counts_known_before_change_nothing_and_are_not_planned_again(
     run: tuple[int, float, int, int], segment: int
 ) -> None:
     rows_per_step, epochs, _, _ = run
-    plain = walk_of(rows_per_step=rows_per_step, epochs=epochs, segment=segment)
-    whole = Walk.whole_segments(UNITS, epochs, segment)
+    plain = row_order_of(rows_per_step=rows_per_step, epochs=epochs, segment=segment)
+    whole = RowOrder.whole_segments(UNITS, epochs, segment)
     planned: list[tuple[int, int, int]] = []
 
     def noted(*place: int) -> list[list[int]]:
@@ -152,7 +156,7 @@ def test_counts_known_before_change_nothing_and_are_not_planned_again(
         return rows_of(*place)
 
     counts = [len(rows_of(*place)) for place in whole]
-    known = Walk(noted, units=UNITS, rows_per_step=rows_per_step, epochs=epochs, segment=segment, counts=counts)
+    known = made(noted, units=UNITS, rows_per_step=rows_per_step, epochs=epochs, segment=segment, counts=counts)
     assert not set(planned) & set(whole)
     assert known.total_rows == plain.total_rows and known.steps == plain.steps
     assert [known.row(p) for p in range(plain.total_rows + 1)] == [plain.row(p) for p in range(plain.total_rows + 1)]

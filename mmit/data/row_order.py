@@ -1,4 +1,4 @@
-"""The walk of a run: which units fill row 0, 1, 2, ..., epoch after epoch.
+"""The order of a run: which units fill row 0, 1, 2, ..., epoch after epoch.
 
 Takes a pure function that fills rows from a stretch of the order; plans segment by segment, when one is reached, so
 that memory and the cost of starting anywhere are those of one segment. A position is one integer, the rows taken. Its
@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -21,58 +22,84 @@ SEGMENT = 65_536
 _KEPT = 3  # segments in memory: loading runs ahead of the step whose records may be asked for
 
 
-class Walk:
+@dataclass(frozen=True)
+class Duration:
+    """How long a run is.
+
+    Attributes:
+        rows_per_step: rows in an optimizer step, over all ranks.
+        epochs: passes, possibly fractional; or
+        steps: optimizer steps. Exactly one is given. With `epochs` all rows are planned once, to count them.
+    """
+
+    rows_per_step: int
+    epochs: float | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the rows of a step are shared out among ranks and micro-batches; with nothing set, one after the other.
+
+    Attributes:
+        cost_of: predicts what a row costs; ranks then get equal work instead of every world-th row.
+        alike: a row's key; rows of a step with near keys then share micro-batches, and near ones run at the same time
+            on all ranks.
+    """
+
+    cost_of: Callable[[list[int]], float] | None = None
+    alike: Callable[[list[int]], tuple[int, ...]] | None = None
+
+
+class RowOrder:
     """The rows of a run.
 
     Args:
         rows_of: (epoch, begin, end) -> rows filled from these places of the epoch's order; a pure function.
+        duration: how long the run is.
         units: in an epoch.
-        epochs: passes, possibly fractional; or
-        steps: optimizer steps. Exactly one is given. With `epochs` all rows are planned once, to count them.
-        rows_per_step: rows in an optimizer step, over all ranks.
-        known: the `state` of an earlier walk of the same order; rows before it cannot be asked for.
+        known: the `state` of an earlier run over the same order; rows before it cannot be asked for.
         counts: rows in the first segments, as far as they are known; these are not planned to be counted.
-        cost_of: predicts what a row costs; ranks then get equal work instead of every world-th row.
-        alike: a row's key; rows of a step with near keys then share micro-batches, and near ones run at the same time
-            on all ranks.
+        segment: units planned together; part of the order, so a resumed run must have the same.
+        sharing: among ranks and micro-batches.
 
     Raises:
-        ConfigError: nothing to walk over.
+        ConfigError: there is no row.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         rows_of: Callable[[int, int, int], list[list[int]]],
+        duration: Duration,
         *,
         units: int,
-        rows_per_step: int,
-        epochs: float | None = None,
-        steps: int | None = None,
         known: Mapping[str, Any] | None = None,
         counts: Iterable[int] = (),
         segment: int = SEGMENT,
-        cost_of: Callable[[list[int]], float] | None = None,
-        alike: Callable[[list[int]], tuple[int, ...]] | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         if units < 1:
-            # A walk over nothing would never reach its end.
+            # Planning would go from epoch to epoch for ever, looking for the first row.
             raise ConfigError("an epoch holds no row", remedy="Check the sources and their weights.")
+        sharing = sharing or Sharing()
         self._rows_of, self._units, self._segment = rows_of, units, segment
-        self._cost_of, self._alike = cost_of, alike
+        self._cost_of, self._alike = sharing.cost_of, sharing.alike
         self._segments = -(-units // segment)  # in an epoch; numbered on through the epochs
-        # The first segment known, first row of it and of those after it.
+        # The first segment known, first row of it and of those after it. How many rows a segment gives is known only
+        # once it is planned, since that depends on how its units fit; so rows are found by these sums, not by division.
         self._base, self._starts = 0, list(accumulate(counts, initial=0))
         if known is not None:
             self._base, self._starts = int(known["segment"]), [int(known["first_row"])]
         self._kept: OrderedDict[int, list[list[int]]] = OrderedDict()
-        self.rows_per_step, self._epochs = rows_per_step, epochs
-        if steps is not None:
-            self.steps, self.total_rows = steps, steps * rows_per_step
+        self.rows_per_step, self._epochs = duration.rows_per_step, duration.epochs
+        if duration.steps is not None:
+            self.steps, self.total_rows = duration.steps, duration.steps * self.rows_per_step
             return
-        assert epochs is not None
-        counted = known is not None and known["epochs"] == epochs
-        self.total_rows = int(known["rows"]) if known and counted else self._count(epochs)
-        self.steps = -(-self.total_rows // rows_per_step)
+        assert self._epochs is not None
+        # The count of an earlier run holds only for as many epochs: a run may be resumed to go on longer.
+        counted = known is not None and known["epochs"] == self._epochs
+        self.total_rows = int(known["rows"]) if known and counted else self._count(self._epochs)
+        self.steps = -(-self.total_rows // self.rows_per_step)
 
     @staticmethod
     def whole_segments(units: int, epochs: float, segment: int = SEGMENT) -> list[tuple[int, int, int]]:
@@ -132,7 +159,7 @@ class Walk:
 
     def _check(self, position: int) -> None:
         if position < self._starts[0]:
-            raise IndexError(f"row {position} lies before row {self._starts[0]}, from which this walk knows the order")
+            raise IndexError(f"row {position} lies before row {self._starts[0]}, from which the order is known")
 
     def row(self, position: int) -> list[int] | None:
         """Units of the row at `position`, or None past the end of the run (the last step may be short)."""
@@ -142,7 +169,7 @@ class Walk:
         return self._rows(segment)[position - self._start(segment)]
 
     def state(self, position: int) -> dict[str, Any]:
-        """What a later walk needs to go on at row `position`: four numbers."""
+        """What a later run needs to go on at row `position`: four numbers."""
         segment = self._segment_behind(min(position, self.total_rows))
         first = self._start(segment)
         return {"segment": segment, "first_row": first, "rows": self.total_rows, "epochs": self._epochs}
@@ -162,7 +189,9 @@ class Walk:
     def micro_positions(self, step: int, *, rank: int, world: int, micro_rows: int) -> list[list[int]]:
         """Row positions of one step on one rank, micro-batch by micro-batch.
 
-        Without costs row p of a step belongs to rank p mod world. Every rank gets the same number of micro-batches.
+        Without costs row p of a step belongs to rank p mod world. Every rank gets the same number of micro-batches: a
+        rank that had one fewer would not come to the reduction that the others wait in. Past the end of the run
+        positions name no row, and their micro-batches are idle.
         """
         first = step * self.rows_per_step
         if self._alike is not None and micro_rows > 1:
@@ -180,6 +209,7 @@ class Walk:
         first = step * self.rows_per_step
         rows = [(self.row(p), p) for p in range(first, first + self.rows_per_step)]
         order = [p for _, p in sorted((self._alike(row), p) for row, p in rows if row)]
+        # Cut evenly and not into pieces of micro_rows: the last step has fewer rows, and all ranks get some of them.
         count = world * self.micros(world=world, micro_rows=micro_rows)
         cuts = [i * len(order) // count for i in range(count + 1)]
         return [order[begin:end] for begin, end in pairwise(cuts)]
