@@ -390,19 +390,25 @@ def run_row(
             optional=("use_cache", "position_ids"),
             remedy=ELSEWHERE if row is None else "set data.packing=false",
         )
-    if row is not None and ATTENTION in row.calls and not takes(llm, "position_ids"):
+    if row is not None:
+        _check_kept_apart(llm, row)
+    return out
+
+
+def _check_kept_apart(llm: torch.nn.Module, row: RowState) -> None:
+    """Refuse a model that ran a row without asking for it. After the forward: only then its layers have shown it."""
+    if ATTENTION in row.calls and not takes(llm, "position_ids"):
         raise ModelError(
             f"the forward of {type(llm).__name__} does not take position_ids, so that it would count on from one "
             "record of a row to the next",
             remedy="set data.packing=false",
         )
-    if row is not None and not row.calls:
+    if not row.calls:
         raise ModelError(
             f"{type(llm).__name__} does not route its attention through transformers' attention interface, so "
             "records packed in one row would see each other",
             remedy="set data.packing=false, or use an architecture that supports attention backends",
         )
-    return out
 
 
 AttentionInterface.register(NAME, _attention)

@@ -255,12 +255,41 @@ def build_projector(
         ModelError: unknown kind or option (with the nearest valid one), or a grid the kind cannot divide; a class of
             the user's own whose tokens are not those it states. ConfigError: it cannot be imported, or is no Projector.
     """
+    made = _class_of(kind)
+    given = _checked(kind, made, options, prefix)
+
+    def build() -> Projector:
+        if is_spec(kind):
+            projector = _own(kind, made, vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **given)
+        else:
+            projector = made(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **given)
+        if line_end:
+            projector.add_line_end()
+        return projector
+
+    if generator is None:
+        return build()
+    # torch's initialisers draw from the global state only, so that is set from the generator and put back.
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _class_of(kind: str) -> Any:
+    """The class of a kind, the user's own included. Raises ModelError for an unknown one."""
     if is_spec(kind):
-        made: Any = own_class(kind, Projector, keywords=SIZES, methods=("project", "forward"), where="kind")
-    elif kind in PROJECTORS:
-        made = PROJECTORS[kind]
-    else:
+        return own_class(kind, Projector, keywords=SIZES, methods=("project", "forward"), where="kind")
+    if kind not in PROJECTORS:
         raise ModelError(f"unknown projector '{kind}'", remedy=f"{nearest(kind, PROJECTORS)}, or {FORM} of your own")
+    return PROJECTORS[kind]
+
+
+def _checked(kind: str, made: Any, options: dict[str, Any], prefix: int) -> dict[str, Any]:
+    """The options of a class, with `prefix` where it has a place for one.
+
+    What a class takes stands in its signature and nowhere else, so that a new projector needs no second list.
+    """
     valid = set(inspect.signature(made).parameters) - set(SIZES)
     for name in options:
         if name not in valid - {"prefix"} and not takes_any_keyword(made):
@@ -270,29 +299,14 @@ def build_projector(
                 remedy=nearest(name, valid - {"prefix"}),
             )
     if "prefix" in valid:
-        options["prefix"] = prefix
-    elif prefix:
+        return {**options, "prefix": prefix}
+    if prefix:
         raise ModelError(
             "a CLS token has no place in the grid that this projector reshapes",
             where=f"projector {kind}",
             remedy="read the tower with select: patch",
         )
-
-    def build() -> Projector:
-        if is_spec(kind):
-            projector = _own(kind, made, vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **options)
-        else:
-            projector = made(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, **options)
-        if line_end:
-            projector.add_line_end()
-        return projector
-
-    if generator is None:
-        return build()
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
+    return options
 
 
 def _own(kind: str, made: Any, *, vision_dim: int, llm_dim: int, **given: Any) -> Projector:

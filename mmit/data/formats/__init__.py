@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -181,12 +181,7 @@ def row_reader(
         options: those that the format documents.
     """
     entry, name = find_format(format), os.fspath(path)
-    for option in options:
-        known = format_options(format)
-        if option not in known and option not in entry.options:
-            problem = f"the format {format} has no option '{option}'"
-            remedy = nearest(option, known) if known else "It has no options: leave them out."
-            raise ConfigError(problem, where=name, remedy=remedy)
+    _check_names(format, entry, options, where=name)
     row_options = {key: value for key, value in options.items() if key in entry.options or key in SHARED_OPTIONS}
     folder = "" if format == "hf" else os.path.dirname(name)  # what "hf" is given may be a name, not a path
     root = folder if image_root is None else os.fspath(image_root)
@@ -220,6 +215,15 @@ def row_reader(
             raise ConfigError(error.problem, where=error.where or name, remedy=error.remedy) from error
 
     return read
+
+
+def _check_names(format: str, entry: Format, options: Iterable[str], *, where: str) -> None:
+    for option in options:
+        known = format_options(format)
+        if option not in known and option not in entry.options:
+            problem = f"the format {format} has no option '{option}'"
+            remedy = nearest(option, known) if known else "It has no options: leave them out."
+            raise ConfigError(problem, where=where, remedy=remedy)
 
 
 def _import(

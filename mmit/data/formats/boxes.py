@@ -22,7 +22,7 @@ from typing import Any
 
 from mmit.data.images import image_size
 from mmit.errors import ConfigError, RecordError, nearest
-from mmit.records import Image, Part, Record, Text, short
+from mmit.records import Image, Part, Record, Text, Turn, short
 
 OPTIONS = {
     "boxes": "how boxes are written into the text: as numbers (norm1, norm1000) or with tokens (qwen2_vl, qwen_vl, "
@@ -68,16 +68,27 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
     held = {key: told for key, value in record.meta.items() if (told := _held(key, value)) is not None}
     if not held:
         return record
-    if record.rejected is not None and _PLACES.search(record.rejected.text):
-        remedy = "Write the boxes of compared answers as text."
-        raise RecordError(
-            "the rejected answer has a place for a box, and which box it is cannot be told", remedy=remedy
-        )
     if len(held) > 1:
         raise RecordError(f"boxes stand in {' and '.join(held)}", remedy="Keep one of these keys.")
     key, objects = next(iter(held.items()))
     found = [_box(value, key) for value in objects["bbox"]]
     names = objects.get("ref") or []
+    how = _check_places(record, key, found, names, boxes)
+    unit = _unit(key, objects, boxes_in)
+    sizes = _sizes(record, key, objects, len(found)) if unit == "pixels" else [(1, 1)] * len(found)
+    shares = [_shares(box, unit, size, key) for box, size in zip(found, sizes, strict=True)]
+    # Iterators over the whole record: boxes are given in the order of their places, thoughts before texts in each turn.
+    written = {PLACE: iter([_written(share, how) for share in shares]), NAME: iter(names)}
+    turns = tuple(_filled_turn(turn, written, how) for turn in record.turns)
+    meta = {name: value for name, value in record.meta.items() if name != key} | {WRITTEN: how}
+    return replace(record, turns=turns, meta=meta)
+
+
+def _check_places(record: Record, key: str, found: Sequence[Box], names: Any, boxes: str | None) -> str:
+    """Refuse boxes that have no place of their own in the text, or no way to be written; returns that way."""
+    if record.rejected is not None and _PLACES.search(record.rejected.text):
+        problem = "the rejected answer has a place for a box, and which box it is cannot be told"
+        raise RecordError(problem, remedy="Write the boxes of compared answers as text.")
     texts = [text for turn in record.turns for text in (turn.thinking or "", turn.text)]
     marks = [mark for text in texts for mark in _PLACES.findall(text)]
     if PLACE not in marks:
@@ -96,27 +107,24 @@ def with_boxes(record: Record, *, boxes: str | None = None, boxes_in: str | None
             raise RecordError(problem, remedy=f"Write one {mark} for each.")
     if bad := [name for name in names if not isinstance(name, str)]:
         raise RecordError(f"ref of '{key}' holds '{short(bad[0])}', not text", remedy="Write it as a JSON string.")
-    unit = _unit(key, objects, boxes_in)
-    sizes = _sizes(record, key, objects, len(found)) if unit == "pixels" else [(1, 1)] * len(found)
-    shares = [_shares(box, unit, size, key) for box, size in zip(found, sizes, strict=True)]
-    written = {PLACE: iter([_written(share, boxes) for share in shares]), NAME: iter(names)}
-    turns = []
-    for turn in record.turns:
-        thinking = turn.thinking
-        if thinking is not None and _PLACES.search(thinking):
-            if boxes in TOKENS:
-                remedy = "Give boxes=norm1000 or norm1, which write numbers alone, or keep boxes out of thoughts."
-                raise RecordError("a thought has a box, and its tokens stand in text alone", remedy=remedy)
-            thinking = "".join(text for text, _ in _filled(thinking, written, boxes))
-        parts: list[Part] = []
-        for part in turn.parts:
-            if isinstance(part, Image) or part.token or not _PLACES.search(part.text):
-                parts.append(part)
-            else:
-                parts += [replace(part, text=text, token=own) for text, own in _filled(part.text, written, boxes)]
-        turns.append(replace(turn, thinking=thinking, parts=tuple(parts)))
-    meta = {name: value for name, value in record.meta.items() if name != key} | {WRITTEN: boxes}
-    return replace(record, turns=tuple(turns), meta=meta)
+    return boxes
+
+
+def _filled_turn(turn: Turn, written: Mapping[str, Iterator[str]], boxes: str) -> Turn:
+    """A turn with names and boxes in their places."""
+    thinking = turn.thinking
+    if thinking is not None and _PLACES.search(thinking):
+        if boxes in TOKENS:
+            remedy = "Give boxes=norm1000 or norm1, which write numbers alone, or keep boxes out of thoughts."
+            raise RecordError("a thought has a box, and its tokens stand in text alone", remedy=remedy)
+        thinking = "".join(text for text, _ in _filled(thinking, written, boxes))
+    parts: list[Part] = []
+    for part in turn.parts:
+        if isinstance(part, Image) or part.token or not _PLACES.search(part.text):
+            parts.append(part)
+        else:
+            parts += [replace(part, text=text, token=own) for text, own in _filled(part.text, written, boxes)]
+    return replace(turn, thinking=thinking, parts=tuple(parts))
 
 
 def spelt(shares: Box) -> str:

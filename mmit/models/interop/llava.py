@@ -79,14 +79,13 @@ def read_llava(
         raise ModelError("its config.json declares none of LLaVA's classes", where=where)
     fit = picture_fit(config, where)
     line_end = fit.get("tiles", {}).get("line_ends", False)
-    vision = build_vision(
-        "hf",
-        tower or config["mm_vision_tower"],
-        layer=config.get("mm_vision_select_layer", -2),
-        select=config.get("mm_vision_select_feature", "patch"),
-        dtype=dtype,
-    )
+    read = {
+        "layer": config.get("mm_vision_select_layer", -2),
+        "select": config.get("mm_vision_select_feature", "patch"),
+    }
+    vision = build_vision("hf", tower or config["mm_vision_tower"], dtype=dtype, **read)
     rest = next((folder / n for n in ("non_lora_trainables.bin", "mm_projector.bin") if (folder / n).exists()), None)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
     if rest is None:
         prefixes = (*NEWLINE, *PREFIXES) if line_end else PREFIXES
         parts = split_by_prefix(folder_tensors(folder), prefixes, where=where)
@@ -96,31 +95,13 @@ def read_llava(
         tokenizer = load_tokenizer(where)
     else:
         if base is None:
-            raise ModelError(
-                f"holds {rest.name}, which belongs to a base", where=where, remedy="name the base with --base"
-            )
-        llm, tokenizer = load_llm(base, dtype=dtype, **place), load_tokenizer(base)
-        _same_base(config, llm, base=base, where=where)
-        if (folder / "adapter_config.json").exists():
-            if place.get("quantization") or place.get("device_map"):
-                raise ModelError(
-                    "its adapter is merged into the LLM, which must be whole and in one place for that",
-                    where=where,
-                    remedy="make a model of it first: mmit import-model, then load that",
-                )
-            with explained(where, remedy="is this the base that the adapter was trained on?"), quietly():
-                llm = PeftModel.from_pretrained(llm, where).merge_and_unload()
+            problem = f"holds {rest.name}, which belongs to a base"
+            raise ModelError(problem, where=where, remedy="name the base with --base")
+        llm, tokenizer = _llm_over_base(folder, config, base, dtype=dtype, **place), load_tokenizer(base)
     depth = projector_depth(config.get("mm_projector_type", "linear"), where)
-    width = llm.get_input_embeddings().weight.shape[1]
-    projector = build_projector(
-        "mlp",
-        vision_dim=vision.dim,
-        llm_dim=width,
-        grid=vision.grid,
-        prefix=vision.prefix,
-        depth=depth,
-        line_end=line_end,
-    )
+    between: dict[str, Any] = {"vision_dim": vision.dim, "llm_dim": llm.get_input_embeddings().weight.shape[1]}
+    between |= {"grid": vision.grid, "prefix": vision.prefix}
+    projector = build_projector("mlp", depth=depth, line_end=line_end, **between)
     if rest is not None:
         read_llava_projector(rest, projector)
     else:
@@ -128,12 +109,26 @@ def read_llava(
         if newline := parts.get("newline"):
             own["line_end"] = newline[""]
         fill_module(projector, own, where=f"{where}, mm_projector and image_newline (line_end)")
-    image = {
-        "size": list(vision.image_size),
-        "interpolation": vision.interpolation,
-        "fill": [int(255 * m) for m in vision.mean],
-    }
+    image = {"size": list(vision.image_size), "interpolation": vision.interpolation}
+    image["fill"] = [int(255 * m) for m in vision.mean]
     return VLM(llm, vision=vision, projector=projector.to(dtype)), tokenizer, {**image, **fit}
+
+
+def _llm_over_base(folder: Path, config: dict[str, Any], base: str, *, dtype: torch.dtype, **place: Any) -> Any:
+    """The base, with the folder's adapter merged into it where there is one."""
+    where = str(folder)
+    llm: Any = load_llm(base, dtype=dtype, **place)
+    _same_base(config, llm, base=base, where=where)
+    if not (folder / "adapter_config.json").exists():
+        return llm
+    if place.get("quantization") or place.get("device_map"):
+        raise ModelError(
+            "its adapter is merged into the LLM, which must be whole and in one place for that",
+            where=where,
+            remedy="make a model of it first: mmit import-model, then load that",
+        )
+    with explained(where, remedy="is this the base that the adapter was trained on?"), quietly():
+        return PeftModel.from_pretrained(llm, where).merge_and_unload()
 
 
 def picture_fit(config: dict[str, Any], where: str) -> dict[str, Any]:
