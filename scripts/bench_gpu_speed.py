@@ -15,8 +15,7 @@ import torch
 from bench_gpu_models import Bench, Finding, Micro, answers, make_micro, make_vlm, needed_flops, tune, verdict
 from torch.profiler import ProfilerActivity, profile
 
-from mmit.models.compiled import compile_layers, why_not_compile
-from mmit.models.recompute import set_recompute
+from mmit.models.llm_layers import compile_layers, set_recompute, why_not_compile
 from mmit.train.data.batches import Upload
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.memory.step_bytes import measure_bytes

@@ -13,9 +13,8 @@ import time
 
 import numpy as np
 
-from mmit.data.balance import imbalance
 from mmit.data.packing import plan_rows
-from mmit.data.row_order import SEGMENT, Duration, RowOrder
+from mmit.data.row_order import SEGMENT, Duration, RowOrder, imbalance
 
 LLM, WIDTH, LAYERS, TOWER = 6.5e9, 4096, 32, 0.3e9  # weights, attention width, layers, weights
 

@@ -19,8 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
-from mmit.data.chat_builtin import BUILT_IN, Piece, Said, Words, merged
-from mmit.data.chat_own import own_writer
+from mmit.data.chat_builtin import BUILT_IN, Piece, Said, Words, merged, own_writer
 from mmit.data.chat_render import Extras, Shape, writes_date
 from mmit.data.chat_template import ChatTemplate
 from mmit.data.chat_turns import Talk, as_record, extras_of, flat, outline_of
@@ -238,7 +237,7 @@ class TemplateFormat(ChatFormat):
 
 
 class BuiltInFormat(ChatFormat):
-    """One of BUILT_IN, or a function of the user's own (see `chat_own`).
+    """One of BUILT_IN, or a function of the user's own (see `chat_builtin`).
 
     The tokenizer's BOS comes first if it puts one in front of every text by itself.
     """

@@ -3,7 +3,7 @@
 Reads `meta["choices"]` of a record, the answers it chooses from (builds from templates write them), and
 `meta["shares"]`, numbers that add up to 1. In: a record. Out: one record for each choice, which differ in their last
 answer alone, and one whose loss is on its question. All are samples of one unit, so that they lie in one row and share
-all tokens before the answer; `models.objectives` joins their losses. Without shares the record's own answer has all.
+all tokens before the answer; `models.head` joins their losses. Without shares the record's own answer has all.
 Refuses fewer than two choices, one that occurs twice or is empty, and an answer that is not among them.
 """
 

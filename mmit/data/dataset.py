@@ -36,7 +36,7 @@ Encode = Callable[[Record], Encoded]
 
 @dataclass(frozen=True, slots=True)
 class Choosing:
-    """Every record is an answer among choices, see `data.choices`, and its loss that of `models.objectives`."""
+    """Every record is an answer among choices, see `data.choices`, and its loss that of `models.head`."""
 
     lm: float = 0.0  # part of the loss on the question
     temperature: float = 1.0

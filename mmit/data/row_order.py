@@ -2,20 +2,44 @@
 
 Takes a pure function that fills rows from a stretch of the order; plans segment by segment, when one is reached, so
 that memory and the cost of starting anywhere are those of one segment. A position is one integer, the rows taken. Its
-`state` is one small JSON from which any number of ranks and workers goes on without planning what came before.
+`state` is one small JSON from which any number of ranks and workers goes on without planning what came before. Which
+rows a step holds never depends on the ranks, so its loss does not either; only who computes a row does.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
-from mmit.data.balance import spread
 from mmit.errors import ConfigError
+
+
+def spread(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Places of `costs` for each rank, in the order they are to run.
+
+    Rows are dealt in rounds of neighbours in cost, since ranks wait for each other in every micro-batch too, and the
+    dearest row of a round goes to the rank that has least so far.
+    """
+    order = sorted(range(len(costs)), key=lambda place: (-costs[place], place))
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for begin in range(0, len(order), ranks):
+        poorest = sorted(range(ranks), key=lambda rank: (load[rank], rank))
+        for rank, place in zip(poorest, order[begin : begin + ranks], strict=False):
+            hands[rank].append(place)
+            load[rank] += costs[place]
+    return hands
+
+
+def imbalance(costs: Sequence[float], ranks: int) -> float:
+    """Largest over mean cost of a rank; 1.0 is perfect."""
+    loads = [sum(costs[place] for place in hand) for hand in spread(costs, ranks)]
+    return max(loads) * ranks / sum(loads) if sum(loads) else 1.0
+
 
 # Units planned together. A row is filled from one segment only: the last row of each may stay emptier.
 SEGMENT = 65_536

@@ -16,7 +16,7 @@ import torch
 from mmit.data.chat import ChatFormat, chat_format
 from mmit.errors import ConfigError, ModelError, nearest
 from mmit.models.generation import read_generation
-from mmit.models.interop.hf_held import held_towers
+from mmit.models.interop.hf_towers import held_towers
 from mmit.models.interop.llava import declared, read_llava
 from mmit.models.interop.llava_hf import LlavaHF, is_llava_hf, read_llava_hf
 from mmit.models.interop.prismatic import prismatic_config, read_prismatic

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmit.errors import ModelError, nearest
-from mmit.models.vision_encoder import SELECT, Encoder, Reading
+from mmit.errors import MmitError, ModelError, nearest
+from mmit.models.vision_encoder import SELECT, Encoder, Reader, Reading
 from mmit.models.vision_fused import fuse
 from mmit.models.vision_hf import hf_encoder
 from mmit.models.vision_open_clip import open_clip_encoder
-from mmit.models.vision_own import own_builder
 from mmit.models.vision_timm import timm_encoder
-from mmit.plugins import FORM, is_spec, source_hash
+from mmit.plugins import FORM, is_spec, own_function, source_hash
 
 FUSED = "fused"
 ENCODERS: dict[str, Any] = {"open_clip": open_clip_encoder, "timm": timm_encoder, "hf": hf_encoder}
@@ -43,7 +42,7 @@ def build_vision(
     """Build a frozen vision tower.
 
     Args:
-        kind: "open_clip", "timm" or "hf"; `module:name` of a builder of the user's own (see `vision_own`); or "fused",
+        kind: "open_clip", "timm" or "hf"; `module:name` of a builder of the user's own (see `vision`); or "fused",
             whose `towers` are named in place of everything else.
         name: an open_clip architecture, `hf-hub:org/repo` or `local-dir:/folder`; a timm model name; a
             transformers hub id or folder, or the dict of a CLIP / SigLIP vision config.
@@ -257,3 +256,54 @@ class VisionTower(nn.Module):
             digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+TAKES = ("weights", "layer", "select", "image_size", "normalize")
+
+
+def own_builder(spec: str) -> Callable[..., Encoder]:
+    """Import a function (name, *, weights, layer, select, image_size, normalize) -> Encoder.
+
+    Raises ConfigError: it cannot be imported or called so. What is returned raises ModelError where the function fails
+    or its encoder is none.
+    """
+    gives = "mmit.models.vision_encoder.Encoder"
+    function = own_function(spec, positional=("name",), keywords=TAKES, gives=gives, where="model.vision.kind")
+
+    def build(name: Any, reading: Reading) -> Encoder:
+        where = f"vision encoder {spec}"
+        try:
+            encoder = function(name, **{option: getattr(reading, option) for option in TAKES})
+        except MmitError:
+            raise
+        except Exception as error:
+            remedy = f"it is called with a name and {', '.join(TAKES)}"
+            raise ModelError(f"raised {type(error).__name__}: {error}", where=where, remedy=remedy) from error
+        if not isinstance(encoder, Encoder) or not isinstance(encoder.reader, Reader):
+            problem = f"returned a {type(encoder).__name__}"
+            raise ModelError(problem, where=where, remedy=f"return a {gives} whose reader is a Reader")
+        _try(encoder, where)
+        return encoder
+
+    return build
+
+
+@torch.no_grad()
+def _try(encoder: Encoder, where: str) -> None:
+    if encoder.native is not None:  # whose units come with grids: `VisionTower` checks these
+        return
+    reader = encoder.reader
+    weight = next(reader.parameters(), torch.empty(0))
+    dtype = torch.uint8 if reader.own_constants else weight.dtype
+    try:
+        out = reader.eval()(torch.zeros(1, 3, *encoder.image_size, dtype=dtype, device=weight.device))
+    except MmitError:
+        raise
+    except Exception as error:
+        problem = f"its reader raised {type(error).__name__}: {error}"
+        remedy = f"it is called with pixels (B, 3, {encoder.image_size[0]}, {encoder.image_size[1]})"
+        raise ModelError(problem, where=where, remedy=remedy) from error
+    expected = (1, encoder.prefix + encoder.grid[0] * encoder.grid[1], encoder.dim)
+    if tuple(getattr(out, "shape", ())) != expected:
+        problem = f"gives features {tuple(getattr(out, 'shape', ())) or type(out).__name__}, and states {expected}"
+        raise ModelError(problem, where=where, remedy="state prefix, grid and dim of what the reader gives")

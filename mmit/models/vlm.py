@@ -20,10 +20,9 @@ from torch import nn
 from mmit.errors import ModelError
 from mmit.models.attention import NAME, run_row
 from mmit.models.deepstack import as_wide
-from mmit.models.head import Split, check_rows, cross_entropy, split_head
+from mmit.models.head import Split, check_rows, choice_losses, cross_entropy, split_head
 from mmit.models.llm import input_device
 from mmit.models.modes import evaluation_mode, training_mode
-from mmit.models.objectives import choice_losses
 from mmit.models.padded import is_flat, run_padded
 from mmit.models.partition import shape
 from mmit.models.per_record import rotary_limit
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from mmit.models.vision import VisionTower
 
 
-CHOOSING = ("choices", "shares", "questions", "lm", "temperature")  # arguments of `objectives.choice_losses`
+CHOOSING = ("choices", "shares", "questions", "lm", "temperature")  # arguments of `head.choice_losses`
 
 
 class RowNeeds(TypedDict):
@@ -65,7 +64,7 @@ class RowTensors(RowNeeds, total=False):
     features: torch.Tensor | None  # (C, N, D_v)
     records: torch.Tensor | None  # (S,) the record of each target, on the CPU; for the auxiliary loss of routers
     samples: torch.Tensor | None  # (S,) the sample of each target, where records are choices
-    choices: torch.Tensor  # and the rest, see `objectives.choice_losses`
+    choices: torch.Tensor  # and the rest, see `head.choice_losses`
     shares: torch.Tensor
     questions: torch.Tensor
     lm: float

@@ -20,11 +20,10 @@ from mmit.data.store import Store
 from mmit.errors import ConfigError, RecordError, located
 from mmit.io import write_atomic
 from mmit.models.assemble import assemble
-from mmit.models.compiled import compile_layers
 from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, context_length
+from mmit.models.llm_layers import MODES, compile_layers, set_recompute
 from mmit.models.partition import partitioned
-from mmit.models.recompute import MODES, set_recompute
 from mmit.models.routers import read_routers
 from mmit.models.tuning import Group, apply_tuning, method_of, quantization
 from mmit.models.tuning.own import changes_layout

@@ -19,7 +19,7 @@ from mmit.errors import ConfigError
 from mmit.forecast.forecast import forecast
 from mmit.forecast.rates import RowFacts, count_pairs, measure_rates
 from mmit.models.assemble import assemble
-from mmit.models.recompute import set_recompute
+from mmit.models.llm_layers import set_recompute
 from mmit.models.tuning import apply_tuning
 from mmit.train.engines.torch_engine import TorchEngine
 from mmit.train.engines.zero import BUCKET, bucket_size

@@ -14,7 +14,7 @@ from mmit.data.preparation import ImagePreparation, grids_of
 from mmit.errors import ModelError
 from mmit.models.vision import VisionTower, build_vision
 from mmit.models.vision_native import native_class
-from mmit.models.vision_native_reader import _apart, batches
+from mmit.models.vision_native_kinds import _apart, batches
 from mmit.records import Image
 
 DIMS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24}

@@ -24,7 +24,7 @@ from mmit.data.store import Store
 from mmit.errors import MmitError, RecordError, located
 from mmit.models.assemble import assemble
 from mmit.models.llm import DTYPES, context_length
-from mmit.models.recompute import MODES
+from mmit.models.llm_layers import MODES
 from mmit.models.tuning import Group, apply_tuning, method_of, unquantised
 from mmit.models.virtual import virtual_tokens
 from mmit.train.checkpoint.model import image_preparation

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mmit.models.fakes import CpuFakes
-from mmit.models.recompute import set_recompute
+from mmit.models.llm_layers import set_recompute
 from mmit.models.shapes import make_fake, planned_attention
 from mmit.models.tuning import Group
 from mmit.train.engines.torch_engine import TorchEngine

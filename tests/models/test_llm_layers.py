@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmit.errors import ConfigError
-from mmit.models import compiled
+from mmit.models import llm_layers
 from mmit.models.llm import load_llm
 from mmit.models.tuning.fused_lora import fuse_lora
 from mmit.models.tuning.fused_norm import fuse_norms
@@ -70,26 +70,26 @@ def test_one_graph_each_serves_all_layers_and_row_lengths():
     other, counter = copy.deepcopy(plain), CompileCounterWithBackend("eager")
     other.split()
     names = list(other.state_dict())
-    assert compiled.compile_layers(other.llm, device="cpu", backend=counter) == 4 * 3
+    assert llm_layers.compile_layers(other.llm, device="cpu", backend=counter) == 4 * 3
     same(plain, other, [(5, 7), (3, 9, 4), (20,)])
     assert list(other.state_dict()) == names
     assert 0 < counter.frame_count <= 4
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(compiled.why_not_compile("cpu") is not None, reason="no compiler")
+@pytest.mark.skipif(llm_layers.why_not_compile("cpu") is not None, reason="no compiler")
 def test_inductor_computes_the_same():
     torch._dynamo.reset()
     plain = model()
     other = copy.deepcopy(plain)
-    compiled.compile_layers(other.llm, device="cpu")
+    llm_layers.compile_layers(other.llm, device="cpu")
     same(plain, other, [(5, 7), (3, 9, 4)])
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch):
-    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    monkeypatch.setattr(llm_layers.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="C\\+\\+ compiler"):
-        compiled.compile_layers(model().llm, device="cpu")
+        llm_layers.compile_layers(model().llm, device="cpu")
 
 
 class Products(TorchDispatchMode):
