@@ -91,6 +91,7 @@ class ChatFormat(ABC):
         """
         record = as_record(talk)
         record.validate(for_training=not generate)
+        # An answer that the template strips to nothing would leave no token to learn; `merged` refuses one.
         answers = {number for number, turn in enumerate(record.turns) if turn.role == "assistant"}
         return merged(self._lay_out(record, generate), answers)
 
@@ -141,6 +142,8 @@ class ChatFormat(ABC):
             pieces = self.pieces(talk)
         except MmitError:
             return None
+        # Found by asking the format itself: what opens and closes a thought differs, and no list of it would be
+        # complete.
         at = next((n for n, piece in enumerate(pieces) if (piece.kind, piece.part) == ("content", "thought")), 0)
         around = pieces[at - 1 : at + 2] if at else []
         if len(around) < 3 or any(piece.part != "thought" for piece in around):
@@ -196,6 +199,7 @@ class TemplateFormat(ChatFormat):
 
     def _lay_out(self, record: Record, generate: bool) -> list[Piece]:
         shape, extras, said = self.outline(record)
+        # Words are put in by order: the slots name a turn, and its texts come in the order in which they are written.
         texts = [iter([words for words in turn.parts if words is not None]) for turn in said]
         pieces = []
         for slot in self._template.slots(shape, extras, generate=generate):
@@ -275,6 +279,7 @@ class BuiltInFormat(ChatFormat):
         said = [flat(turn, number, self.own_thought) for number, turn in enumerate(record.turns)]
         pieces: list[Piece] = self._bos + self._write(said, self.end, generate)
         marks = sum(len(words.marks) for turn in said for words in turn.parts if words is not None)
+        # A format of the user's own may have dropped them; its boxes would then be letters that look like tokens.
         if marks != sum(len(piece.marks) for piece in pieces):
             problem = f"the record's boxes have control tokens, which the chat format '{self.name}' writes as letters"
             remedy = 'In its function write Piece("content", part.text, turn.number, "text", part.spans, part.marks).'
@@ -363,6 +368,8 @@ def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = Fal
     tokens = piece_tokenizer(tokenizer)
     out = Writer(tokens, as_processor=chat.as_processor, allowed=chat.content_tokens)
     weigh = loss.weigher(record)
+    # Runs of one kind: neighbouring template pieces are encoded as one text, so that a token may span what the template
+    # wrote in two steps.
     runs = [list(run) for _, run in groupby(chat.pieces(record, generate=generate), key=attrgetter("kind"))]
     if chat.as_processor and tokens.bos and not runs[0][0].text.startswith(tokens.bos):
         out.bos()
@@ -376,6 +383,7 @@ def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = Fal
             following = runs[number + 1][0].kind if number + 1 < len(runs) else "end"
             weights = [(piece, cast("float", weigh(piece))) for piece in run]
             out.template(weights, lend_space=following == "content" or (generate and following == "end"))
+    # Nothing predicts the first token, so a weight there would count a loss that is never computed.
     if out.weights:
         out.weights[0] = 0.0
     if not generate and not any(weight > 0 for weight in out.weights):

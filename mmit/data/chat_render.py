@@ -136,6 +136,8 @@ class Renderer:
                 texts = [{"type": "text", "text": content}] if isinstance(content, str) else content
                 content = [{"type": "thinking", "thinking": thought}, *texts]
             else:
+                # Under all three names: which one a template reads cannot be seen from outside, and the others do no
+                # harm.
                 out |= dict.fromkeys(FIELDS, thought)
         out["content"] = content
         if turn.calls:

@@ -93,10 +93,12 @@ class ChatTemplate:
         not promise; with `thinks` the prompt is the template's own. Raises RecordError if the template refuses these
         turns or cannot write them.
         """
+        # A rendering takes a process and milliseconds. Most conversations of a data set have one of a few shapes.
         key = (shape, extras, generate, self.thinks)
         if key not in self._slots:
             found = self._read(shape, extras, generate)
             self._held += len(found)
+            # By slots and not by shapes: one conversation of a thousand turns is worth a thousand short ones.
             if self._held > KEPT:
                 self._slots.clear()
                 self._held = len(found)
@@ -133,6 +135,7 @@ class ChatTemplate:
 
     def _read(self, shape: Shape, extras: Extras, generate: bool) -> tuple[Slot, ...]:
         self._check_extras(shape, extras)
+        # A prompt is cut out of the rendering with an answer: training then begins exactly so.
         slots = self._slots_of((*shape, ANSWER) if generate else shape, extras)
         assert slots is not None
         if not generate:
@@ -149,12 +152,16 @@ class ChatTemplate:
         spans, rendered = self._locator.locate(shape, items, extras, prompt=prompt)
         if prompt and rendered == self._locator.locate(shape, items, extras)[1]:
             return None
+        # Which whitespace a template strips from a content is asked of the template, with padded sentinels, and applied
+        # to the words later.
         rules = self._locator.strip_rules(shape, items, extras, gaps_of(spans, rendered), prompt=prompt)
         last_answer = max((n for n, turn in enumerate(shape) if turn.role == "assistant"), default=-1)
         slots: list[Slot] = []
         position, before = 0, None
         for number, (item, span) in enumerate(zip(items, spans, strict=True)):
             if span is None:
+                # Templates cut thoughts of earlier answers on purpose, and training follows them; of the last answer, a
+                # cut thought is lost.
                 if item.turn == last_answer and not prompt and shape[-1].role == "assistant":
                     problem = f"the template cuts the thought of turn {item.turn + 1}, so that it cannot be learnt"
                     self._locator.fail(problem, "Use a template that keeps it, or remove the thought from the record.")
@@ -178,6 +185,7 @@ class ChatTemplate:
             find_thought(self._locator)
             self._thought_known = True
         for text in (extras.tools, *(turn.calls for turn in shape)):
+            # Rendered as they are, unlike contents: so here a control token would be one.
             spelt = [text[a:b] for a, b in self._pieces.control_spans(text)] if text else []
             if spelt:
                 problem = f"tools or tool calls hold the control token '{spelt[0].strip()}'"
@@ -232,6 +240,8 @@ class Gaps:
     def between(self, gap: str, shape: Shape, before: Item | None, after: Item | None) -> list[Slot]:
         """Split the text between two items into what belongs to an answer and the rest."""
         if before is not None and after is not None and before.turn == after.turn:
+            # Between two parts of one turn: what stands there is written by the template around the answer's own, and
+            # learnt with it.
             part: Part = "thought" if before.kind == "k" else "calls" if after.kind == "c" else "text"
             own = shape[before.turn].role == "assistant"
             return [Slot("template", gap, before.turn, part) if own else Slot("template", gap)]
@@ -285,6 +295,8 @@ class Gaps:
             alone = self._locator.renderer.messages(
                 shape[: turn + 1], [sentinel(n) for n in range(len(items_of(shape)))]
             )
+            # Where the calls end cannot be seen in the text alone; the same calls as the last words of a conversation
+            # show it.
             tail = self._locator.render(alone, NO_EXTRAS).rpartition(sentinel(len(items_of(shape[: turn + 1])) - 1))[2]
             at = stop = common(tail, gap)
         if stop == 0:
@@ -299,6 +311,7 @@ class Gaps:
             return len(opening)
         if not opening or opening.startswith(gap):
             return len(gap)
+        # The opening with less and less of its beginning, for templates that write only the end of it here.
         for length in range(len(opening) - 1, 2, -1):
             at = gap.rfind(opening[-length:])
             if at >= 0:
@@ -332,6 +345,7 @@ class Gaps:
 
     def _control_end(self, text: str) -> int | None:
         if text not in self._stops:
+            # Gaps hold tools and calls, all of them different, so this would grow with the data.
             if len(self._stops) > 10_000:
                 self._stops.clear()
             end = next((end for _, end in self._pieces.control_spans(text)), None)

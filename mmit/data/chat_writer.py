@@ -77,6 +77,7 @@ class Writer:
             else:
                 ids = self._tokens.content(part, self._after)
             if isinstance(weight, tuple):
+                # Spans count from the text's own beginning, tokens from the space that was lent to it.
                 shift = at - len(self._space)
                 for token, (start, end) in zip(ids, offsets or [(0, len(part))] * len(ids), strict=True):
                     self._add([token], _least(weight, start + shift, end + shift), "content")

@@ -60,12 +60,15 @@ class PieceTokenizer:
         self._spellable: set[str] = set()
         self._prefix_each_section = _prefixes_each_section(spec)
 
+        # Names with a nonce of 128 bits: whoever writes a record cannot know them, and so cannot write a control token.
         _rename(spec, self.control_ids)
+        # A tokenizer.json may cut, pad or add tokens by itself; here every token must come from a piece.
         spec.update(truncation=None, padding=None, post_processor=None)
         build = type(backend)
         self._full = _assemble(backend, backend.model, [added[i] for i in sorted(added)])
         self._start = build.from_str(json.dumps(spec))
         renamed = self._start.get_added_tokens_decoder()
+        # Ids are what the model knows. Were one to move, every token after it would be another word.
         if renamed.keys() != added.keys():
             raise ConfigError(
                 "the tokenizer's added tokens change their ids when it is reloaded",
@@ -76,6 +79,8 @@ class PieceTokenizer:
             self._start.model,
             [renamed[i] for i in sorted(renamed)],
         )
+        # Asked by trying: whether a BOS is put in front stands in a post-processor, a flag or a class, depending on the
+        # tokenizer.
         first = tokenizer("a")["input_ids"][0]
         self.bos = tokenizer.bos_token if tokenizer.bos_token and first == tokenizer.bos_token_id else ""
         self._templates: dict[tuple[str, After], tuple[int, ...]] = {}
@@ -99,6 +104,8 @@ class PieceTokenizer:
             ids = self.template("".join(texts), after)
             cuts = [0]
             for number in range(1, len(texts)):
+                # Encoded as one text, as the tokenizer would see it; a token over a seam goes to the piece it begins
+                # in.
                 cuts.append(max(cuts[-1], min(len(ids), len(self.template("".join(texts[:number]), after)))))
             self._runs[key] = tuple(ids[begin:end] for begin, end in zip(cuts, [*cuts[1:], len(ids)], strict=True))
         return self._runs[key]
@@ -153,6 +160,7 @@ class PieceTokenizer:
         """Raise RecordError if ids of content leave out, or stand for something else than, a part of its text."""
         if not ids and text.strip():
             _refuse(text)
+        # The renaming makes this impossible but for the unknown token, which would lose a character without a word.
         if not self.control_ids.isdisjoint(ids):
             _refuse(next((char for char in text if self._unknown_id in self._alone(char)), text))
         if self._alphabet is not None and not self._spellable.issuperset(text):
@@ -207,6 +215,7 @@ def cut_tokens(text: str, allowed: frozenset[str]) -> list[tuple[str, bool]]:
     """Cut a text at the names of tokens: (part, whether it is one of `allowed`) pairs."""
     if not allowed or not any(token in text for token in allowed):
         return [(text, False)]
+    # Longest first, so that a token that begins with another is found whole.
     pattern = "|".join(re.escape(token) for token in sorted(allowed, key=lambda token: (-len(token), token)))
     parts = re.split(f"({pattern})", text)
     return [(part, number % 2 == 1) for number, part in enumerate(parts) if part]

@@ -171,10 +171,12 @@ class InstructionData:
         self, record: Record, number: int, *, sizes: Mapping[Hashable, tuple[int, int]] | None = None
     ) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
         """Tokenise a record that has been read already; see `samples`. `sizes` are the (W, H) that are known."""
+        # Here and not when a row is read: data may be looked at, exported and answered although it cannot be learned.
         record.validate(for_training=True)
         images, where = record.images, record.where
         if images and self.preparation is None:
             raise RecordError("has images, but the model has no vision tower", where=where, remedy="set model.vision")
+        # Boxes are shares of the whole picture.
         if WRITTEN in record.meta and self.preparation is not None and self.preparation.mode == "crop":
             raise RecordError(
                 "has boxes, and fit crop cuts off what they may point at",
@@ -189,6 +191,7 @@ class InstructionData:
         samples = []
         for conversation, share in self._conversations(record):
             encoded = self.encode(conversation)
+            # A source's weight multiplies loss weights, not how often it is drawn: that is `weight` of the mixture.
             weights = encoded.weights if factor == 1 else tuple(weight * factor for weight in encoded.weights)
             sample = Sample(encoded.ids, weights, keys, number, widths, share)
             if sample.length > self.max_length:
@@ -209,6 +212,7 @@ class InstructionData:
 
     def _conversations(self, record: Record) -> list[tuple[Record, float | None]]:
         """What the samples of a record are made of, with the share of each that is a choice."""
+        # Asked of plain tuning too: a pair or a verdict that nobody looks at would teach the bad answer.
         if self.compares or record.rejected is not None or record.label is not None:
             record, *others = conversations(record, self.compares)
             if others:
@@ -219,6 +223,7 @@ class InstructionData:
 
     def _check_together(self, samples: Sequence[Sample], where: str) -> None:
         """Refuse choices, or the answers of a pair, that do not fit one row, in which their losses meet."""
+        # A softmax over choices, and a comparison of two answers, need all losses of a record in one forward pass.
         tokens = trie_length(samples, share=self.share_prefix)
         if tokens > self.capacity:
             what = "choices" if self.choosing is not None else "compared answers"

@@ -108,6 +108,7 @@ def to_micro_batch(row: Row, *, spreads: Mapping[Hashable, Spread], tokens: int)
         "image_index": splice_index(row.images, spreads, tokens),
         "image_tokens": tokens,
     }
+    # Distinct pictures in the order of first appearance: `splice_index` counts crops in the same order.
     keys = list(dict.fromkeys(row.images))
     return MicroBatch(tensors, keys, row.records, row.target_records, row.weights, 1.0, row.unshared_tokens)
 
@@ -117,6 +118,7 @@ def _choose(batch: MicroBatch, samples: Sequence[Sample], groups: Sequence[int],
 
     A record that is there twice is two units, and has two losses.
     """
+    # As `build_row` counts targets: the first token has none.
     counts = torch.tensor([sum(weight > 0 for weight in sample.weights[1:]) for sample in samples])
     most = max(sum(s.share is not None for s in part) for part in _parts(samples, groups))
     choices, questions = torch.full((len(groups), most), -1), torch.full((len(groups),), -1)
@@ -145,6 +147,8 @@ def _parts(samples: Sequence[Sample], groups: Sequence[int]) -> list[Sequence[Sa
 def idle_batch(compares: Compares = "") -> MicroBatch:
     """A row of one token and no weight, for a rank that has none left in the last step."""
     zero = torch.zeros(1, dtype=torch.int64)
+    # One token with a target, so that the forward and backward run as they do elsewhere; its weight of 0 keeps it out
+    # of the loss.
     row = Row(zero, zero, zero[:0], torch.tensor([[0, 1, -1]]), zero, zero, torch.ones(1), zero)
     batch = to_micro_batch(row, spreads={}, tokens=0)
     batch.weight = 0.0
@@ -180,6 +184,8 @@ class _Maker:
                 other = self._mismatched(unit, new)
                 spreads |= {key: shown.spread for key, shown in images.items()}
             except RecordError as error:
+                # Measuring has looked at headers only. A picture that is damaged behind its header shows here for the
+                # first time.
                 if not self.skip_bad:
                     raise
                 bad[int(self.scan.record[unit])] = error
@@ -188,6 +194,7 @@ class _Maker:
             others += other
             taken.append(int(unit))
         if not samples:
+            # A rank must have as many micro-batches as the others, even if all of its records turned out bad.
             batch = idle_batch(self.data.compares)
         else:
             batch = self._batch([sample for new in samples for sample in new], spreads, pixels)
@@ -231,6 +238,7 @@ class _Maker:
     def most_bytes(self, units: Sequence[int]) -> int:
         """About the most that a micro-batch of these units takes, by its tokens alone: each crop takes tokens too."""
         tokens = int(self.scan.length[list(units)].sum()) if len(units) else 1
+        # Eight numbers of 8 bytes a token are more than the index tensors of a row take; pictures are counted on top.
         size = 8 * 8 * tokens
         shown = self.data.preparation
         if shown is not None and self.load_image is not None:

@@ -37,6 +37,8 @@ def content_of(
     marks = {} if marks is None else marks
     digest = hashlib.blake2b(digest_size=16)
     for sample in samples:
+        # All fields but number and share of the sample, found by name: a new field is learned from as well, and must
+        # not be forgotten here.
         facts = [getattr(sample, name) for name in _FACTS]
         written = [written_floats(fact) if fact is sample.weights else repr(fact) for fact in facts]
         written += [] if sample.share is None else [repr(sample.share)]
@@ -71,6 +73,7 @@ class Contents:
 
     def extend(self, after: Contents) -> None:
         """Append the contents of the records that follow."""
+        # The digits of the pieces before move up by as many places as this one has records.
         self._value = (self._value * pow(_BASE, after._count, _PRIME) + after._value) % _PRIME
         self._count += after._count
 

@@ -120,6 +120,8 @@ def scan(
     pieces = []
     for source in range(len(data.sources)):
         if chosen is None:
+            # Source by source, so that a change of one leaves what is kept of the others. Parts of a source are never
+            # kept.
             places: Sequence[int] | np.ndarray = range(len(data.sources[source]))
             pieces.append(_kept(data, source, store, workers, advance))
         else:
@@ -139,6 +141,7 @@ def source_key(data: InstructionData, source: int) -> str:
     seen = None if data.preparation is None else asdict(data.preparation)
     lengths: list[Any] = [data.max_length, data.capacity, data.split_turns, data.share_prefix, data.compares]
     lengths += [] if data.choosing is None else [asdict(data.choosing)]
+    # The weight is in the key because it multiplies the loss weights, of which the content hash is made.
     weight = data.source_weights[source]
     return key_of(opened.fingerprint, len(opened), data.key, weight, seen, lengths, code_version())
 
@@ -162,6 +165,7 @@ def _kept(
         facts, arrays = found
         head = None if facts["head"] is None else tuple(facts["head"])
         piece = Piece(**{**facts, **arrays, "head": head})
+        # The key names rows, not pictures: a picture file that changed may give other tokens, or none.
         changed = _changed(piece, workers=workers)
         if not changed:
             advance(len(places))
@@ -185,6 +189,7 @@ def _measured(
 ) -> Piece:
     """Measure records of a source."""
     cut = [places[begin : begin + PIECE] for begin in range(0, len(places), PIECE)]
+    # Pieces are measured by whoever is free and joined in order, so the result does not depend on the workers.
     workers = workers if len(places) > FEW else 0
 
     def results() -> Iterator[Piece]:
@@ -197,6 +202,7 @@ def _measured(
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
     """Pieces of one source as one."""
+    # Where each piece's names begin among all names: its `ends` count from there.
     before = np.cumsum([0, *(len(piece.names) for piece in pieces)])
     contents = Contents()
     for piece in pieces:
@@ -223,6 +229,7 @@ def _joined(pieces: Sequence[Piece]) -> Piece:
 def _whole(data: InstructionData, pieces: Sequence[Piece]) -> Measurements:
     """The sources' measurements as those of the run; of one source they are not copied."""
     starts = data.starts
+    # One source is the common case, and its arrays may be mapped from the store: gigabytes that need not be copied.
     if len(pieces) == 1:
         columns = list(pieces[0].units)
         source = np.zeros(len(columns[0]), dtype=np.int64)
@@ -270,6 +277,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int], known: P
         count += 1
         number = start + int(place)
         try:
+            # Without the bytes of pictures: a size is all that tokens depend on.
             record = data.record(number, outline=True)
             if not data.sources[source].judged:
                 kept += kept_keys(record)
@@ -278,14 +286,17 @@ def _measure(data: InstructionData, source: int, places: Iterable[int], known: P
                     _refuse_missing(image.source, record.where)
             samples, shown, _ = data.samples_of(record, number, sizes=files.sizes)
         except RecordError as error:
+            # As facts, not as an exception: what is kept must be JSON, and comes from another process.
             bad.append(_placed(data, number, error).facts)
             continue
+        # Pictures by a hash of 8 bytes: their paths would be many times that.
         crops = {hash_of(key): picture.spread.crops for key, picture in shown.items()}
         pictures.update(crops)
         seen = sum(crops.values())
         units += [(int(place), *span, seen) for span in _chunks(samples, data.capacity, data.share_prefix)]
         supervised += sum(len(sample.weights) - sample.weights.count(0.0) for sample in samples)
         thoughts += has_thought(record, data.own_thought)
+        # The system prompt is found and not told: whatever all records begin with is stored once in a row.
         head = _common_head([head, _head(samples)])
         learned.add(content_of(samples, shown, files.marks))
     names = [os.fsencode(name) for name in files.stamps]
@@ -351,6 +362,7 @@ def _head(samples: Sequence[Sample]) -> tuple[int, ...]:
     head = samples[0].ids
     for sample in samples[1:]:
         head = head[: _common(head, sample.ids)]
+    # Not past an image: its width differs, and sharing images is the trie's business.
     return head[: next((i for i, t in enumerate(head) if t < 0), None)]
 
 
@@ -375,6 +387,7 @@ def _chunks(samples: Sequence[Sample], capacity: int, share: bool) -> list[tuple
     whole = trie_length(samples, share=share)
     if whole <= capacity:
         return [(0, len(samples), whole)]
+    # A unit is a range of neighbouring pairs, filled from the first on.
     spans: list[tuple[int, int, int]] = []
     first, length = 0, 0
     for i in range(len(samples)):

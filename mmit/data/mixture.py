@@ -82,6 +82,8 @@ def epoch_order(sizes: Sequence[int], weights: Sequence[float], *, seed: int, ep
     _check_weights(sizes, weights)
     rng = np.random.Generator(np.random.PCG64([seed, epoch]))
     pairs = list(zip(sizes, weights, strict=True))
+    # Which units come is decided source by source and before the shuffle: an epoch holds the same number of each,
+    # whatever the seed.
     counts = [_drawn(size, weight) for size, weight in pairs]
     order = np.empty(sum(counts), dtype=np.int64)
     start = at = 0
@@ -91,6 +93,8 @@ def epoch_order(sizes: Sequence[int], weights: Sequence[float], *, seed: int, ep
             order[at : at + size] = np.arange(start, start + size)
             at += size
         if weight > int(weight):
+            # The fraction of a weight is a fresh draw in each epoch, without repetition, so that in the long run every
+            # unit comes as often.
             order[at:end] = start + rng.choice(size, size=end - at, replace=False) if size else 0
         at, start = end, start + size
     rng.shuffle(order)
@@ -134,6 +138,7 @@ class BlockOrder:
             if rest:
                 some = rng.permutation(len(own))
                 ends = np.cumsum(length[some])
+                # As many whole blocks as the fraction needs; the last of them is cut, so that the count is exact.
                 some = some[: int(np.searchsorted(ends, rest)) + 1]
                 part = length[some]
                 part[-1] -= ends[len(some) - 1] - rest
@@ -214,6 +219,7 @@ def mixture_order(
     """
     if shuffle not in SHUFFLES:
         raise ConfigError(f"unknown shuffle '{shuffle}'", remedy=nearest(shuffle, SHUFFLES))
+    # By units of an epoch and not of the sources: weights multiply what has to lie in memory.
     if shuffle == "global" or (shuffle == "auto" and units_in_epoch(sizes, weights) <= limit):
         return epoch_order(sizes, weights, seed=seed, epoch=epoch)
     return BlockOrder(sizes, weights, seed=seed, epoch=epoch, block=max(window // 256, 1), window=256)

@@ -48,6 +48,7 @@ def conversations(record: Record, compares: Compares) -> list[Record]:
     if kind != compares:
         problem, remedy = _other(kind, compares)
         raise RecordError(problem, where=where, remedy=remedy)
+    # Only the last answer is compared: earlier ones are the same in both, and their losses would cancel.
     prompt = tuple(weighed(turn, 0.0) for turn in record.turns[:-1])
     answers = [record.turns[-1], *([record.rejected] if record.rejected is not None else [])]
     for answer in answers:
@@ -120,6 +121,7 @@ def mates(count: int) -> np.ndarray:
         raise ConfigError(problem, where="data", remedy="add records, or set train.objective.kind to another method")
     order = np.random.default_rng(0).permutation(count)
     found = np.empty(count, dtype=np.int64)
+    # One cycle, so that nobody is paired with itself and every answer is used once.
     found[order] = np.roll(order, 1)
     return found
 

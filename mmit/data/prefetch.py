@@ -75,8 +75,10 @@ def prefetched(
     following = next(source, None)
     try:
         while following is not None or waiting:
+            # Results are taken in order, so a slow one holds back those behind it: the budget counts them as well.
             while following is not None and len(waiting) < _MOST_PER_WORKER * workers:
                 more = expected(following)
+                # By what arguments may come to at most as long as they are not made, then by what they are.
                 if len(waiting) >= workers and _held(waiting, size) + more > budget:
                     break
                 waiting.append((pool.submit(_run, following), more))
@@ -86,6 +88,7 @@ def prefetched(
         remedy = "it was probably out of memory: use fewer data.workers, or a smaller data.prefetch_mb"
         raise MmitError("a worker process that prepares data was killed", remedy=remedy) from error
     finally:
+        # Waited for: workers that outlive their caller would hold its file descriptors and locks.
         pool.shutdown(wait=True, cancel_futures=True)
 
 

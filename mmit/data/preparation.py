@@ -105,6 +105,7 @@ class ImagePreparation:
                 f"are {'no grid' if self.grid is None else f'a grid of {self.grid[0]} x {self.grid[1]}'}",
                 remedy="set model.vision.fit=dynamic, or a projector and model.vision.select that keep the grid",
             )
+        # Tried once: an option that cannot work fails before the first picture, not in a worker hours later.
         self.tiling((self.size[1], self.size[0]))  # values of the options, before any picture is read
 
     @property
@@ -143,6 +144,7 @@ class ImagePreparation:
         if not self.tiled:
             options: dict[str, Any] = {"mode": self.mode, "interpolation": self.interpolation, "fill": self.fill}
             return fit(picture, self.size, **options)[None]
+        # Rows were planned by the size in the index; other pixels would give another number of tokens.
         if image.size is not None and picture.size != image.size:
             raise ImageError(
                 f"is {picture.width} x {picture.height} pixels, {image.size[0]} x {image.size[1]} were indexed",
@@ -216,6 +218,7 @@ def splice_index(slots: Iterable[Hashable], spreads: Mapping[Hashable, Spread], 
     slots = list(slots)
     first: dict[Hashable, int] = {}
     rows = 0
+    # A picture that stands in a row several times has its crops in the table once.
     for key in dict.fromkeys(slots):
         first[key] = rows
         rows += spreads[key].crops * tokens
@@ -250,6 +253,7 @@ def _spread(tiling: Tiling, tokens: int, grid: tuple[int, int] | None) -> Spread
     # (rows, h, columns, w): the tokens of the tiles, read as one picture
     joined = torch.arange(rows * columns * tokens).view(rows, columns, h, w).permute(0, 2, 1, 3)
     lines = joined.reshape(rows * h, columns * w)[top : top + height, left : left + width] + ahead * tokens
+    # Whether lines end with a token of their own shows in the count that the tiling states.
     if tiling.tokens == ahead * tokens + height * (width + 1):
         lines = torch.cat([lines, torch.full((height, 1), LINE_END)], dim=1)
     index = torch.cat([torch.arange(ahead * tokens), lines.flatten()])

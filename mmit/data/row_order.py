@@ -24,10 +24,14 @@ def spread(costs: Sequence[float], ranks: int) -> list[list[int]]:
     Rows are dealt in rounds of neighbours in cost, since ranks wait for each other in every micro-batch too, and the
     dearest row of a round goes to the rank that has least so far.
     """
+    # Longest first: what is left for the last rounds is small enough to even the loads out. Ties by place, so that all
+    # ranks deal alike.
     order = sorted(range(len(costs)), key=lambda place: (-costs[place], place))
     hands: list[list[int]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
     for begin in range(0, len(order), ranks):
+        # Every rank gets one row a round: the numbers of rows must be equal, or ranks would have other numbers of
+        # micro-batches.
         poorest = sorted(range(ranks), key=lambda rank: (load[rank], rank))
         for rank, place in zip(poorest, order[begin : begin + ranks], strict=False):
             hands[rank].append(place)
@@ -136,6 +140,8 @@ class RowOrder:
     def _count(self, epochs: float) -> int:
         """Rows in so many epochs; where they end inside a segment, the share of its units is rounded to rows."""
         epoch, units = int(epochs), (epochs - int(epochs)) * self._units
+        # Whole segments are counted exactly; of the last one, a share of its rows, since a row's place inside says
+        # nothing about its units.
         segment = epoch * self._segments + int(units // self._segment)
         if segment < self._base:  # fewer epochs than were gone already
             return self._starts[0]
@@ -151,6 +157,7 @@ class RowOrder:
         if segment not in self._kept:
             epoch, place = divmod(segment, self._segments)
             begin = place * self._segment
+            # Planned whole even if one row of it is asked for: which units share a row depends on all that could.
             rows = self._rows_of(epoch, begin, begin + self._length(segment))
             if not rows:
                 raise ConfigError("an epoch holds no row", remedy="Check the sources and their weights.")
@@ -177,6 +184,7 @@ class RowOrder:
         """The segment of the row before `position`, so that the end of one does not ask for the next."""
         self._check(position)
         segment = self._base + max(bisect_left(self._starts, position) - 1, 0)
+        # Grows the list of starts as it goes: a run that is resumed far on plans only from its own segment.
         while position > self._start(segment + 1):
             segment += 1
         return segment

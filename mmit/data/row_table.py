@@ -60,6 +60,7 @@ def _line_table(path: Path) -> RowTable:
         at = 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                # An empty line is no row, and still counts as a line in messages.
                 if not line.isspace():
                     yield at
                     yield at + len(line)
@@ -81,9 +82,11 @@ class RowFile:
         """Bytes of a row. Raises OSError."""
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        # pread takes the place as an argument: workers that share the descriptor do not move each other.
         return os.pread(self._descriptor, stop - start, start)
 
     def __getstate__(self) -> dict[str, Any]:
+        # A process that was not forked has no such descriptor; it opens its own at the first row.
         return {"path": self.path, "_descriptor": None}
 
     def __del__(self) -> None:

@@ -227,6 +227,7 @@ def open_source(  # noqa: PLR0913
     else:
         store = None if cache is None else Store(Path(cache), say)
         opened, verdicts = _open_file(Path(path), format, image_root, options or {}, store=store, on_bad=on_bad)
+        # Both count records, so bad rows have to be known before any number means anything.
         if not opened.judged and (judge or limit is not None or subset is not None):
             opened, verdicts = _usable(opened, store=store)
         bad = verdicts.among(limit)
@@ -257,16 +258,20 @@ def _open_file(
     if not path.is_file():
         raise ConfigError("no such file", where=str(path), remedy="check the path")
     native = format == "mmit" and image_root is None and not options and not packing(str(path))
+    # By content and not by time: a file that was copied or touched keeps what is known of it.
     content = digest(path, store)
     # An option may name a second file (annotations, images): a change there must not meet an old conversion.
     files = [Path(value) for value in options.values() if isinstance(value, str) and os.path.isfile(value)]
     others = [[str(file.resolve()), digest(file, store)] for file in files]
     root = None if image_root is None else os.path.abspath(image_root)
+    # The code too: an importer that reads a row otherwise must not meet an old conversion.
     code = [VERSION, code_version()] + ([] if native else [format_code(format)])
     key = key_of(str(path), str(path.resolve()), content, format, root, sorted(options.items()), others, code)
     file, read, verdicts, judged = path, _native_row(path), Verdicts(), True
     if not native:
         importer = row_reader(path, format, image_root=root, **options)
+        # Rows that stand in the file one by one are read where they stand; only tables, archives and single objects are
+        # converted.
         if find_format(format).rows is json_rows and _first_byte(path) in (b"[", b"{"):
             read, judged = _foreign_row(importer), False
         else:
@@ -318,6 +323,7 @@ def _foreign_row(importer: Callable[[Any, int], Record]) -> Callable[[bytes, int
 
 def _absolute(record: Record) -> Record:
     """Name every picture file by its one absolute path, by which equal pictures are known."""
+    # The same file under two spellings would be encoded twice, and not be shared in a row.
     files = [image.source for image in record.images if isinstance(image.source, str)]
     if all(os.path.isabs(file) and os.path.normpath(file) == file for file in files):
         return record

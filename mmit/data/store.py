@@ -61,6 +61,7 @@ class Store:
         draft: Path | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # In the same folder, so that the rename is one step of the file system and never a copy.
             draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=self.folder))
             draft.chmod(0o755)  # others of a group may share the folder
             _write(draft, [kind, key], facts, arrays)
@@ -104,6 +105,7 @@ def _write(folder: Path, name: Sequence[str], facts: Mapping[str, Any], arrays: 
             os.fsync(file.fileno())
         told[label] = {"dtype": array.dtype.str, "shape": list(array.shape), "crc32": _crc(array)}
     body = json.dumps({"mmit_store": VERSION, "name": list(name), "arrays": told, "facts": facts})
+    # The body as a string inside JSON: a checksum over text does not depend on how JSON would be written again.
     text = json.dumps({"crc32": zlib.crc32(body.encode()), "body": body})
     with open(folder / ENTRY, "w", encoding="utf-8") as file:
         file.write(text)
@@ -125,6 +127,7 @@ def _read(folder: Path, name: Sequence[str]) -> tuple[dict[str, Any], Arrays]:
         except Exception as error:
             # numpy reads the header as a Python literal: damage surfaces as whatever its tokenizer raises.
             raise ValueError(f"{label}.npy cannot be read") from error
+        # Read whole once for the checksum; mapped pages stay in the page cache, where the ranks of a node share them.
         if [array.dtype.str, list(array.shape)] != [told["dtype"], told["shape"]] or _crc(array) != told["crc32"]:
             raise ValueError(f"{label}.npy is not what was written")
         arrays[label] = array.view(np.ndarray)

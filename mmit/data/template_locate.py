@@ -78,6 +78,7 @@ class Locator:
         if any(in_list) and self.image_token is None:
             problem, remedy = self.unclear
             self.fail(problem or "the template writes nothing for an image in a list of parts", remedy)
+        # Sentinels are numbered, so that a template that writes contents in another order, or twice, is found out.
         marks = [pad[0] + sentinel(n) + pad[1] if item.kind in "kt" else sentinel(n) for n, item in enumerate(items)]
         rendered = self.render(self.renderer.messages(shape, marks), extras, shape=shape, prompt=prompt)
         found: dict[int, list[tuple[int, int]]] = {}
@@ -95,14 +96,17 @@ class Locator:
             else:
                 places = found.get(number, [])
                 count = len(places)
+                # The one item that a template may leave out: many show only the thought of the last answer.
                 if item.kind == "k" and not places:
                     spans.append(None)
                     continue
+                # Once and in order. A content that moved would be taught at a place where it never stands again.
                 places = places if count == 1 and places[0][0] >= position else []
             if not places:
                 self._misplaced(item, shape[item.turn].role, count)
             spans.append(places[0])
             position = places[0][1]
+        # Image parts carry no sentinel, so they are told by their token alone, and must be as many as were given.
         if len(images) != sum(in_list):
             problem = f"the template writes {self.image_token!r} more often than there are images"
             self.fail(problem, name_token("the text that stands for exactly one image"))
@@ -134,6 +138,7 @@ class Locator:
     ) -> list[tuple[str | None, str | None]]:
         """Find, for each text, which whitespace the template strips from its left and its right."""
         stripped: list[tuple[set[str], set[str]]] = [(set(), set()) for _ in items]
+        # Each by itself: a template may strip newlines and keep blanks.
         for space in " \n\t":
             for side, pad in enumerate(((space, ""), ("", space))):
                 padded = gaps_of(*self.locate(shape, items, extras, pad=pad, prompt=prompt))
@@ -159,6 +164,7 @@ class Locator:
                 remedy = "The template takes no system turn: fold its text into the first user turn."
             problem = f"the template refuses this conversation: {refusal.problem}"
             raise RecordError(problem, where="" if self.ready else self.where, remedy=remedy) from refusal
+        # No other form of the messages will take less, so it is not tried again.
         except TooMuch as error:
             raise Exceeded(error.problem, where=self.where, remedy="Correct the template.") from None
         except Failure as failure:
@@ -245,6 +251,8 @@ def find_styles(locator: Locator, tokenizer: Any, image_token: str | None) -> No
         except MmitError as error:
             problem = error if user == "string" else problem  # what went wrong in the common style
             continue
+        # A template for lists that writes nothing for an image is tried on as one for strings: the image then stands in
+        # the text.
         if not wants_images or locator.image_token or locator.unclear[0]:
             break
     else:

@@ -69,6 +69,7 @@ def best_canvas(size: Size, canvases: Sequence[Size]) -> Size:
 
     def fit(canvas: Size) -> tuple[int, int]:
         scale = min(canvas[0] / W, canvas[1] / H)
+        # Pixels of the picture that survive: never more than it has, since enlarging shows nothing new.
         kept = min(int(W * scale) * int(H * scale), W * H)
         return kept, kept - canvas[0] * canvas[1]
 
@@ -118,6 +119,8 @@ def _unpadded(size: Size, height: int, width: int) -> tuple[int, int, int, int]:
     """
     W, H = size
     if W / H > width / height:
+        # The 7 digits are those of transformers' LLaVA-NEXT: a quotient that a float puts just below a whole number
+        # must not lose a line.
         cut = min((height - int(round(H * (width / W), 7))) // 2, (height - 1) // 2)
         return cut, 0, height - 2 * cut, width
     cut = min((width - int(round(W * (height / H), 7))) // 2, (width - 1) // 2)
@@ -147,6 +150,8 @@ def dynamic_tiles(
     aspect, best, nearest = W / H, (1, 1), math.inf
     for columns, rows in _grids(min_tiles, max_tiles):
         distance = abs(aspect - columns / rows)
+        # InternVL's rule for ties, from its published code: 2 x 2 and 1 x 1 are equally square, and a small picture
+        # stays one tile.
         filled = W * H > 0.5 * tile * tile * columns * rows
         if distance < nearest or (distance == nearest and filled):
             best, nearest = (rows, columns), distance
@@ -159,6 +164,7 @@ def _grids(low: int, high: int) -> list[tuple[int, int]]:
     """Every (columns, rows) of `low` to `high` tiles, the smallest first."""
     sides = range(1, high + 1)
     grids = [(columns, rows) for columns in sides for rows in sides if low <= columns * rows <= high]
+    # The order decides ties.
     return sorted(grids, key=lambda grid: (grid[0] * grid[1], grid))
 
 

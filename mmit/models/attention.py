@@ -68,6 +68,7 @@ class AttentionPlan:
 
     def to(self, device: torch.device | str) -> AttentionPlan:
         """The plan for a device. Buckets stay until they are asked for: a variable-length kernel never reads them."""
+        # Layouts and masks are made anew there: they hold index tensors of this device.
         segments = None if self.segments is None else self.segments.to(device)
         return AttentionPlan(self.buckets, self.longest, segments, torch.device(device))
 
@@ -96,6 +97,7 @@ def make_plan(nodes: torch.Tensor, known: int = 0) -> AttentionPlan:
         nodes: (K, 3) first token, length, parent node (or -1); they follow each other, parents before children.
         known: tokens of the first nodes whose keys are there already: no queries; those of the others count from 0.
     """
+    # Python lists: the plan is built once for a row on the CPU, and walks the nodes one by one.
     table: list[list[int]] = nodes.tolist()
     paths: list[list[int]] = []  # row positions a node's tokens may see before the node itself
     for _, _, parent in table:
@@ -105,9 +107,12 @@ def make_plan(nodes: torch.Tensor, known: int = 0) -> AttentionPlan:
             start, length, _ = table[parent]
             paths.append(paths[parent] + list(range(start, start + length)))
     new = [n for n in range(len(table)) if table[n][0] >= known]
+    # Sorted, so that nodes that may share a bucket are neighbours and one pass finds all buckets.
     by_size = sorted(new, key=lambda n: (table[n][1], len(paths[n])))
     groups: list[list[int]] = []
     for n in by_size:
+        # Against the first of the bucket, its smallest node: against the last, sizes could creep up, and padding with
+        # them.
         if groups and _alike(table, paths, groups[-1][0], n):
             groups[-1].append(n)
         else:
@@ -137,6 +142,8 @@ def _bucket(table: list[list[int]], paths: list[list[int]], group: list[int], kn
         own = torch.arange(start, start + length)
         queries[g, :length] = own - known
         real[g, :length] = True
+        # Ancestors first, then the node: in every node of the bucket query i then sees keys 0 .. b + i, and one
+        # comparison makes the mask of all.
         keys[g, : len(paths[n])] = torch.tensor(paths[n], dtype=torch.int64)
         keys[g, len(paths[n]) : len(paths[n]) + length] = own
     mask = None
@@ -271,6 +278,7 @@ def _see_prefix(
 ) -> torch.Tensor | None:
     """The mask with `count` visible keys in front; None stands for causal, or for nothing to hide from one query."""
     if mask is None:
+        # A single query sees every key behind the prefix: no mask at all is faster than one that hides nothing.
         if queries == 1:
             return None
         mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
@@ -290,10 +298,12 @@ def _attention(
     virtual = getattr(module, PREFIX, None)
     if virtual is None:
         return layer_attention(module, query, key, value, attention_mask, row, **kwargs)
+    # A call of the module and no look at its attributes: ZeRO-3 brings the weights together for calls.
     keys, values, gate = virtual()
     prefix = (keys.to(query), values.to(query))
     if gate is None:
         return layer_attention(module, query, key, value, attention_mask, row, prefix=prefix, **kwargs)
+    # With a gate the prefix has a softmax of its own: at a gate of 0, where training starts, the layer is what it was.
     out, _ = layer_attention(module, query, key, value, attention_mask, row, **kwargs)
     added = F.scaled_dot_product_attention(
         query,
@@ -328,6 +338,8 @@ def layer_attention(
     dropout = (kwargs.get("dropout") or 0.0) if module.training else 0.0
     scores = Scores(kwargs.get("softcap"), kwargs.get("s_aux"), dropout)
     if row is not None:
+        # How `run_row` learns that this layer kept the row's records apart; a model none of whose layers says so is
+        # refused.
         row.calls.append(ATTENTION)
         kind = Kind(visibility(attention_mask), scores)
         plan = row.on(query.device).plan
@@ -373,6 +385,7 @@ def run_row(
     """
     row = None
     if len(nodes) > 1:
+        # One node needs no plan: it is ordinary causal attention, in whatever way the model has it.
         table = nodes.cpu()
         row = RowState(table.tolist(), make_plan(table, known).to(embeddings.device), embeddings.device)
     with running(row):

@@ -25,6 +25,8 @@ class GrowingLayer(DynamicLayer):
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        # transformers would make the tensors at the first update, and then grow them by concatenation, a copy of
+        # everything at each token.
         self.lazy_initialization(keys, values)
         self._buffers = [keys, values]
         self._show(len(keys), 0, length)
@@ -51,6 +53,7 @@ class GrowingLayer(DynamicLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append (B, KV, new, D) states and return all."""
         new = key_states.shape[-2]
+        # A copy of all buffers every ROOM tokens, in place of one at every token.
         if self._end + new > self._buffers[0].shape[2]:
             self._renew(len(self._buffers[0]), left=0, right=new + ROOM)
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
@@ -64,6 +67,8 @@ class GrowingLayer(DynamicLayer):
 
     def join(self, other: GrowingLayer) -> None:
         """Put the prompts of another layer behind those of this one."""
+        # Ends meet: a prompt's last token stands in the last column, whatever its length, so that those who join can be
+        # of any.
         used, width = self._places, other._end - other._begin
         places, room = used + other._places, len(self._buffers[0])
         if places > room or width > self._end:
@@ -74,6 +79,8 @@ class GrowingLayer(DynamicLayer):
         for buffer, theirs in zip(self._buffers, other._buffers, strict=True):
             if begin < self._begin:  # what others have left there; hidden, but it must be finite
                 buffer[:used, :, begin : self._begin] = 0
+            # Padding of the new prompts, left of their tokens: the mask hides it, but NaN times a weight of zero would
+            # still be NaN.
             buffer[used:places, :, self._begin : self._end] = 0
             buffer[used:places, :, begin : self._end] = theirs[: other._places, :, other._begin : other._end]
         self._show(places, min(self._begin, begin), self._end)
@@ -84,6 +91,7 @@ class GrowingLayer(DynamicLayer):
         if moved:
             target, source = send(torch.tensor(moved).T.contiguous(), self._buffers[0].device)
             for buffer in self._buffers:
+                # Only places that change are copied: whoever stays where it was costs nothing.
                 window = buffer[:, :, self._end - width : self._end]
                 window.index_copy_(0, target, window.index_select(0, source))
         self._show(len(places), self._end - width, self._end)
@@ -96,6 +104,8 @@ def batch_cache(caches: Sequence[Cache], paths: Sequence[Sequence[Sequence[int]]
         caches: of rows, (1, KV, T, D) in each layer.
         paths: for each row, the positions in it of each prompt's tokens.
     """
+    # The row's cache holds a shared prefix once; the batch holds it for every prompt, because decoding attends to plain
+    # rectangles.
     batch, width = sum(map(len, paths)), max(len(path) for row in paths for path in row)
     indices = []
     for row in paths:

@@ -67,6 +67,7 @@ def support(llm: LLM) -> Support:
     attention) cannot, so such a model decodes one prompt at a time with the cache it makes itself. Layers with a
     sliding window are kept whole: transformers' mask hides what lies outside the window.
     """
+    # The kinds of layer that transformers itself makes for this config: names of models are not asked.
     layers = DynamicCache(config=llm.config).layers
     chunked = getattr(llm.config.get_text_config(), "attention_chunk_size", None) is not None
     if chunked or not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
@@ -117,6 +118,7 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, support: Support, keep: Keep |
     Raises:
         ModelError: the model does not support rows of this kind.
     """
+    # What is known of a row was run with the soft prompt in front, and has its keys.
     rows = [row if row.before is not None else Prompts(*with_prompt(llm, *row[:4])) for row in rows]
     turn = turning_point(llm)
     kept: dict[str, Any] = {} if turn is None else {"rows": list(rows), "turn": turn}
@@ -134,6 +136,7 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, support: Support, keep: Keep |
     caches: list[Cache] = [DynamicCache() if row.before is None else row.before.cache for row in rows]
     logits = [_run(llm, row, cache).logits[0] for row, cache in zip(rows, caches, strict=True)]
     known = [0 if row.before is None else row.before.length for row in rows]
+    # `predict_at` counts without the known tokens, the nodes with them.
     paths = [paths_of(row.nodes.tolist(), (row.predict_at + n).tolist()) for row, n in zip(rows, known, strict=True)]
     for cache, each in zip(caches, paths, strict=True):
         if keep is not None:
@@ -230,6 +233,7 @@ def steps(
         for prompt, token in zip(places, chosen, strict=True):
             if prompt not in running:
                 continue
+            # The end itself is no part of the answer: neither yielded, nor counted, nor shown to `stop`.
             if token in end_ids:
                 running.remove(prompt)
                 continue
@@ -241,6 +245,7 @@ def steps(
             yield new
         if not running:
             return
+        # A finished prompt's place computes for nothing; closing up copies keys. So only when enough of them are done.
         if len(running) <= CROWDED * len(places):
             kept = [place for place, prompt in enumerate(places) if prompt in running]
             leave(state, kept)
@@ -252,6 +257,7 @@ def steps(
 def step(llm: LLM, state: State, chosen: Sequence[int]) -> torch.Tensor:
     """Feed one token per place; return (B, V) logits."""
     device = input_device(llm)
+    # Columns left of a prompt's first token. A batch of one has none, whatever its cache counts.
     padding = state.cache.get_seq_length() - state.lengths if len(chosen) > 1 else torch.zeros(1, dtype=torch.int64)
     # One copy to the device for all that a step needs there.
     ids, positions, *rest = send(torch.stack([torch.tensor(chosen), state.lengths, padding]), device)
@@ -281,6 +287,8 @@ def renew(llm: LLM, state: State, logits: torch.Tensor, written: Sequence[Sequen
         written: (B,) each place's new ids, the one just fed among them; None for a finished one.
     """
     for place, answer in enumerate(written if state.turn is not None else ()):
+        # Once for each prompt: at the step in which it grows past the point, and not after, when all its keys are of
+        # the new factors.
         if answer is not None and int(state.lengths[place]) - 1 == state.turn:
             logits[place] = _anew(llm, state, place, answer)
 

@@ -32,6 +32,8 @@ Split = tuple[nn.Module, nn.Module]
 def split_head(llm: Any) -> Split | None:
     """Find body and head of a causal LM, or None where its logits are more than the head of the body's output."""
     inner: Any = llm.get_base_model() if isinstance(llm, PeftModel) else llm
+    # A model may scale or cap its logits, or norm behind the body. One forward of two tokens tells: head and body are
+    # apart if the head was given what the body returned, and what it made is the logits.
     body, head = inner.base_model, inner.get_output_embeddings()
     if body is inner or head is None:
         return None
@@ -139,6 +141,7 @@ class _FrozenHead(torch.autograd.Function):
             logits = F.linear(hidden[span], weight, bias)
             losses[span] = _softmax_loss(logits, targets[span], slope=slope is not None)
             if slope is not None:
+                # `logits` holds its own gradient by now: the product with it is made while it is there.
                 slope[span] = logits @ weight
         if slope is not None:
             ctx.save_for_backward(slope)
@@ -147,6 +150,7 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (slope,) = ctx.saved_tensors
+        # A loss of a position reaches its own hidden state alone, so the gradient for any weight is that for 1, scaled.
         return (slope * grad[:, None]).to(slope.dtype), None, None, None, None
 
 

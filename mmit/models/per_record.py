@@ -27,6 +27,7 @@ _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 def run_per_record(model: Any) -> None:
     """Change, in place, every module of a model that must be shown one record at a time."""
+    # By identity: a module may hang in a model under several names, and is changed once.
     inside = {id(module) for _, module in mixers(model)}
     for module in model.modules():
         if type(module) in _classes.values():
@@ -88,6 +89,8 @@ def _change(module: nn.Module, make: Callable[[type[nn.Module]], type[nn.Module]
     kind = type(module)
     if kind not in _classes:
         _classes[kind] = make(kind)
+    # Only the class: weights, buffers, hooks and names stay, so checkpoints and adapters fit as before. One subclass
+    # for each class, made once.
     module.__class__ = _classes[kind]
 
 
@@ -104,6 +107,7 @@ def _mixer(base: type[nn.Module]) -> type[nn.Module]:
         extra = arguments.pop("kwargs", {})
         arguments |= {k: v for k, v in extra.items() if k not in WHOLE_ROW}
         del arguments["self"]
+        # A device map may have put this layer on another device than the row's first.
         row = row.on(next(v.device for v in arguments.values() if isinstance(v, torch.Tensor)))
         outs = []
         for batch in row.batches:
@@ -138,6 +142,7 @@ def _rotary(base: type[nn.Module]) -> type[nn.Module]:
         out = None
         for length in lengths.unique().tolist():
             mine = lengths == length
+            # transformers' own dynamic NTK remembers the longest sequence it has seen and would go on with its factors.
             _fresh(self)
             states = base.forward(self, x, torch.where(mine, position_ids, 0), *args, **kwargs)
             out = states if out is None else _choose(mine, states, out)
@@ -158,6 +163,7 @@ def _lengths(position_ids: torch.Tensor, *, limit: int, grows: bool) -> torch.Te
     def classes(lengths: torch.Tensor) -> torch.Tensor:
         return lengths.clamp(min=limit) if grows else (lengths > limit).long()
 
+    # A token that several records share has one position and one key, so its factors must be those of all of them.
     found = classes(high)
     if row is not None and not torch.equal(classes(low), found):
         raise ModelError(

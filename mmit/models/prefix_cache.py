@@ -65,7 +65,10 @@ class PrefixCache:
     def find(self, tokens: Sequence[Hashable]) -> list[Block]:
         """Return the blocks of the longest known beginning that leaves a token to run."""
         found: list[Block] = []
+        # Stops short of the last token: at least one must run, or there would be no logits to go on from.
         for start in range(0, len(tokens) - BLOCK, BLOCK):
+            # A block is named by all that stands before it, not by its tokens alone: the keys of equal tokens differ
+            # with what they have seen.
             block = self._blocks.get((found[-1].name if found else 0, tuple(tokens[start : start + BLOCK])))
             if block is None:
                 break
@@ -87,10 +90,13 @@ class PrefixCache:
         stacked: list[torch.Tensor] | None = None
         for mine, path in zip(tokens, paths, strict=True):
             above, used = 0, []
+            # As `find` looks: a block that holds a prompt's last token would never be found.
             for start in range(0, len(mine) - BLOCK, BLOCK):
                 key = above, tuple(mine[start : start + BLOCK])
                 block = self._blocks.get(key)
                 if block is None:
+                    # Layers of one shape are cut by one call: a model has dozens, and each would be a kernel launch for
+                    # 8 tokens.
                     stacked = self._stacked(cache, place) if stacked is None else stacked
                     places = send(torch.tensor(path[start : start + BLOCK]), stacked[0].device)
                     block = Block(next(self._names), key, tuple(s.index_select(2, places) for s in stacked))
@@ -98,6 +104,8 @@ class PrefixCache:
                     self._bytes += sum(s.nbytes for s in block.states)
                 used.append(key)
                 above = block.name
+            # From the end, so that the beginning is the most recent: a block whose predecessor is gone can never be
+            # found again.
             for key in reversed(used):
                 self._blocks.move_to_end(key)
         while self._bytes > self._limit:
@@ -116,6 +124,8 @@ class PrefixCache:
                 number, _ = used.setdefault(block.name, (len(used), block))
                 for offset, place in enumerate(path[n * BLOCK : (n + 1) * BLOCK]):
                     at[place] = number * BLOCK + offset
+        # Blocks lie one after the other in `joined`; the row wants its tokens in its own order, where prompts share
+        # some of them.
         places = torch.tensor([at[place] for place in division.order[: division.length]])
         layers: dict[int, list[Any]] = {}
         for states, group in zip(
@@ -156,6 +166,8 @@ def divide(nodes: Sequence[Sequence[int]], paths: Sequence[Sequence[int]], count
     order: list[int] = []
     table: list[list[int]] = []
     last = [-1] * len(nodes)  # of each node's tokens that are in the table: where the last of them are
+    # Two passes: first the known head of every node, in the old order, then what is left of it. A node that is known in
+    # part becomes two, the second below the first.
     for wanted in (True, False):
         for n, (start, length, parent) in enumerate(nodes):
             held = sum(place in known for place in range(start, start + length))  # its first ones

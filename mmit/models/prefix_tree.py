@@ -127,9 +127,12 @@ def make_levels(table: list[list[int]]) -> list[Level] | None:
         None where nodes do not lie depth first, so that what goes on from a node is no single block.
     """
     depths: list[int] = []
+    # Where the last token below a node ends; grows as descendants are met.
     ends = [start + length for start, length, _ in table]
     path: list[int] = []  # from a root to the node before
     for n, (start, length, parent) in enumerate(table):
+        # Depth first means that a node's parent is the node before it or one of that one's ancestors. Whoever is not
+        # there any more when the path is empty was laid elsewhere, and has no block.
         while path and path[-1] != parent:
             path.pop()
         if parent >= 0 and not path:
@@ -140,6 +143,7 @@ def make_levels(table: list[list[int]]) -> list[Level] | None:
         path.append(n)
     levels = []
     for depth in range(max(depths)):
+        # A leaf has nothing below it, and takes part in the call of each node on itself alone.
         inner = [n for n, d in enumerate(depths) if d == depth and ends[n] > table[n][0] + table[n][1]]
         below = [(table[n][0] + table[n][1], ends[n]) for n in inner]
         own = [(table[n][0], table[n][0] + table[n][1]) for n in inner]
@@ -228,6 +232,8 @@ class TreeAttention(torch.autograd.Function):
             # exp(a - log(e^a + e^b)) and exp(b - log(e^a + e^b)): exact, whatever the order of the levels.
             keys, values = level.keys.pick(k), level.keys.pick(v)
             more, added = parts.forward(level.queries.pick(q), keys, values, level.call, scale)
+            # Log-sums in the kernel's float32; merged there too, since exp of a difference in bf16 would lose what a
+            # small part adds.
             before, added = level.queries.pick(sums), added.T
             total = torch.logaddexp(before, added)
             merged = level.queries.pick(out) * (before - total).exp()[..., None]
@@ -247,8 +253,11 @@ class TreeAttention(torch.autograd.Function):
         the parts add up to that of the whole without a correction.
         """
         q, k, v, out, sums = ctx.saved_tensors
+        # The kernels read it as rows of H * D numbers without gaps.
         grad = grad.contiguous()
         found = ctx.parts.backward(grad, (q, k, v), (out, sums.T.contiguous()), ctx.tree.own, ctx.scale)
+        # Sums of all parts in float32, rounded once at the end: an ancestor's key gets a part from every level below
+        # it.
         totals = [x.to(sums.dtype) for x in found]
         for level in ctx.tree.levels:
             blocks = (level.queries, level.keys, level.keys)

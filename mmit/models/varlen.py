@@ -59,6 +59,7 @@ def make_segments(table: list[list[int]], paths: list[list[int]]) -> Segments:
         table: first token, length, parent of each node, which follow each other in the row.
         paths: row positions of each node's ancestors.
     """
+    # The kernel takes where sequences end, not a mask: a sequence of queries is a node, its keys are the node's path.
     lengths = [row[1] for row in table]
     queries = _ends(lengths)
     if not any(paths):
@@ -69,6 +70,8 @@ def make_segments(table: list[list[int]], paths: list[list[int]]) -> Segments:
         for position in (*path, *range(start, start + length))
     ]
     sizes = [len(path) + length for path, length in zip(paths, lengths, strict=True)]
+    # The keys above are a copy for every node that reads them. Where they would be many more than the row has, the
+    # calls of `prefix_tree` read each where it lies instead.
     levels = make_levels(table) if len(keys) > (1 + FEW) * sum(lengths) else None
     return Segments(torch.tensor(keys), queries, _ends(sizes), max(lengths), max(sizes), levels)
 
@@ -91,6 +94,8 @@ def usable(q: torch.Tensor) -> bool:
 
 def as_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values (G, KV, D) as the kernel takes them, and keeps them: torch 2.11 wants one for each query head."""
+    # Repeated outside of the autograd of the kernel: torch's own backward of the repetition then adds the gradients of
+    # a group up.
     groups = 1 if _GROUPS else q.shape[1] // k.shape[1]
     return (k, v) if groups == 1 else (k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1))
 
@@ -169,5 +174,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (index,) = ctx.saved_tensors
+        # In float32 whatever the format: in bf16 a sum of many small gradients stops growing.
         total = torch.zeros(ctx.length, *grad.shape[1:], dtype=torch.float32, device=grad.device)
         return total.index_add_(0, index, grad.float()).to(grad.dtype), None

@@ -46,6 +46,7 @@ class Prefix(nn.Module):
         shape = (key_heads, tokens, head_dim)
         self.keys = nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device).normal_(std=0.02))
         self.values = nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device).normal_(std=0.02))
+        # Zero, so that tanh is: the model starts as the one without a prefix.
         gate = torch.zeros(heads, 1, dtype=like.dtype, device=like.device)
         self.gate = nn.Parameter(gate) if gated else None
 
@@ -82,6 +83,7 @@ def with_prompt(
     prompt = getattr(llm, PROMPT, None)
     if prompt is None:
         return embeddings, positions, nodes, at
+    # With DeepStack embeddings carry the levels as further channels; a prompt has none, so nothing is added for it.
     rows = as_wide(prompt().to(embeddings), embeddings)
     count = len(rows)
     before = torch.arange(count, device=positions.device, dtype=positions.dtype)
@@ -89,6 +91,7 @@ def with_prompt(
         lengths: list[int] = nodes[:, 1].tolist()
         starts = nodes[:, 0].contiguous().to(at.device)
         table = nodes.cpu().clone()
+        # Every node moves by the prompts before it, its own not counted, and is longer by its own.
         table[:, 0] += count * torch.arange(len(nodes))
         table[:, 1] += count
         return (
@@ -101,6 +104,7 @@ def with_prompt(
         table = torch.tensor([[0, count + len(embeddings), -1]])
     else:
         below = nodes.cpu().clone()
+        # Keys of a prompt do not depend on what follows, so one node of it serves all records, as a common prefix does.
         below[:, 0] += count
         below[:, 2] += 1  # -1, no parent, becomes 0, the prompt
         table = torch.cat([torch.tensor([[0, count, -1]]), below])

@@ -58,12 +58,17 @@ def row_mask(
     row = current_row()
     if row is None:
         return sdpa_mask(mask_function=mask_function, local_size=local_size, use_vmap=use_vmap, device=device, **given)
+    # transformers asks for vmap where the pattern is more than an expression of index tensors: it then reads something
+    # of the row besides positions, which would be that of other records.
     if use_vmap:
         raise ModelError(
             "the model lays a pattern of its own over its attention, which hangs on more than positions",
             remedy="set data.packing=false",
         )
+    # A tensor, because a mask goes through transformers' own code, which asks for its shape; of one element, because
+    # nothing is to be computed with it.
     marker = torch.zeros(1, 1, 1, 1, device=device)
+    # Nothing on the marker means plain causal, the case that every fused kernel has.
     if mask_function is not causal_mask_function:
         setattr(marker, MARK, Visibility(mask_function, local_size or 0, _window(mask_function, local_size)))
     return marker
@@ -75,6 +80,8 @@ def _window(function: Callable[..., Any], size: int | None) -> int | None:
         return None
     pattern = Visibility(function, 0)
     try:
+        # Three queries tell: the last that still sees all before it, the first that does not, and one far behind both.
+        # A chunk or a pattern with gaps differs at one of them.
         seen = [int(pattern.mask(torch.tensor([q]), 1, q + 1).sum()) for q in (size - 1, size, 2 * size + 1)]
     except RuntimeError:  # it holds tensors of another device, as chunks do, and windows do not
         return None
@@ -132,6 +139,7 @@ def written_out(
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
         mask = mask[None, None]
+    # Query heads of a group share their keys; a plain matrix product wants one set of keys for each query head.
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
     # All weights of a long record at once would be Lq * Lk numbers per head, in the forward pass and again in what

@@ -155,6 +155,8 @@ class VLM(nn.Module):
         Raises:
             ModelError: the image tokens do not fill the image positions exactly.
         """
+        # A call of the table, not an index into its weight: ZeRO-3 gathers for calls, and some models scale what they
+        # look up.
         embeddings = self.llm.get_input_embeddings()(input_ids)
         if features is None or len(image_index) == 0:
             if len(image_positions):
@@ -163,6 +165,7 @@ class VLM(nn.Module):
                     remedy="the record's images were not loaded; check its image parts",
                 )
             return embeddings
+        # Checked where text and vision meet and nowhere trusted: one token too few would move every later image by one.
         if len(image_index) != len(image_positions) or image_tokens != self.image_tokens:
             raise ModelError(
                 f"{len(features)} images give {self.image_tokens} image tokens each, but the text was laid out for "
@@ -172,6 +175,7 @@ class VLM(nn.Module):
         assert self.projector is not None
         table = self.image_embeddings(features).flatten(0, 1)
         if self.projector.line_end is not None:
+            # One row more at the end of the table, which every -1 points to; so one gather places images and line ends.
             table = torch.cat([table, self.projector.line_end[None].to(table)])
             image_index = torch.where(image_index < 0, len(table) - 1, image_index)
         images = table.index_select(0, image_index.to(table.device))
@@ -222,6 +226,7 @@ class VLM(nn.Module):
             return self.row_losses(embeddings, targets=row["targets"], **given)
         with self.routers.watched() as seen:
             losses = self.row_losses(embeddings, targets=row["targets"], **given)
+        # The hooks have seen tokens as they ran.
         ran, at = self._row(embeddings, **given)  # as it ran, with a soft prompt in front
         return losses + self.routers.losses(seen, nodes=ran["nodes"], at=at, records=records, padded=self.padded)
 
@@ -293,6 +298,7 @@ class VLM(nn.Module):
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """Arguments of `run_row` and `run_padded` with the soft prompt in its place, and where logits are wanted."""
         # Where factors hang on a record's length, a prompt that all records share would need several.
+        # Ids do not fit a row that a soft prompt stands in front of: they are then found out from the embeddings.
         prompt = virtual_tokens(self.llm) > 0
         alone = prompt and is_flat(nodes) and (self.padded or rotary_limit(self.llm) is not None)
         embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at, repeated=alone)
@@ -302,6 +308,7 @@ class VLM(nn.Module):
         """From now on records of a row run side by side as a padded batch, with the model's own attention."""
         self.padded = True
         model: Any = self.llm.get_base_model() if isinstance(self.llm, PeftModel) else self.llm
+        # mmit's attention knows rows and no padding; the batch takes what the model itself would use.
         if model.config._attn_implementation == NAME:
             model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
 

@@ -108,6 +108,7 @@ class ShardSource:
         a picture inside a JSON (interleaved documents) is bytes as ever. Raises as `__getitem__`, for the text alone.
         """
         shard, place, wanted = self._wanted(number)
+        # Measuring reads the text of a sample alone, a small part of its bytes.
         texts = [m for m in wanted if extension(self._suffixes[m[_SUFFIX]]) not in IMAGES]
         found = self._read(self._path(shard), texts, place) if texts else {}
         names = {self._suffixes[m[_SUFFIX]]: f"{shard}/{self.key(number)}.{self._suffixes[m[_SUFFIX]]}" for m in wanted}
@@ -159,6 +160,7 @@ class ShardSource:
         first, count = int(row["member"]), int(row["members"])
         rows = self.index.members[first : first + count].tolist()
         wanted = [m for m in rows if not m[_INLINE]]
+        # The index may come from anywhere, and its numbers become places in files: none is trusted.
         if len(rows) != count or not wanted or any(m[_SUFFIX] >= len(self._suffixes) for m in wanted):
             raise RecordError("the index is damaged", where=place, remedy=_REBUILD)
         sizes = [(self._suffixes[m[_SUFFIX]], m[_SIZE]) for m in wanted]
@@ -175,6 +177,7 @@ class ShardSource:
                 if len(piece) < end - begin:
                     left = f"member {short(suffix)} is cut short ({len(piece):,} of {end - begin:,} bytes)"
                     raise RecordError(left, where=place, remedy=_CHANGED)
+                # Over header and content: a member that was renamed or replaced in place shows too.
                 if zlib.crc32(piece) != m[_CRC]:
                     problem = f"member {short(suffix)} is not what was indexed (crc32 differs)"
                     raise RecordError(problem, where=place, remedy=_CHANGED)
@@ -214,6 +217,7 @@ class ShardSource:
         group: list[Member] = []
         end = 0
         for m in members:
+            # Over a network a request costs more than 64 KiB of bytes that nobody wants.
             if group and not 0 <= m[_START] - end <= _GAP:
                 yield self._span(path, group, end)
                 group = []
@@ -276,6 +280,8 @@ def _check_shards(source: ShardSource) -> None:
         if is_remote(path):
             continue
         try:
+            # Sizes alone: checking every byte at each start would read the whole data set. Each record checks its own
+            # when it is read.
             size = os.stat(path).st_size
         except OSError as error:
             wrong.append(f"{shard['name']}: {error.strerror}")

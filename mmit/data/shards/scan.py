@@ -159,6 +159,7 @@ class _Scan:
         except RecordError as error:
             self.part.bad.append(error)
             return
+        # WebDataset has no list of samples: one ends where the next key begins, so its members must be neighbours.
         if key != self.key:
             self.close_sample()
             self.key = key
@@ -167,6 +168,7 @@ class _Scan:
                 remedy = "Give every sample of a tar its own key, its members one after the other."
                 self.fail(RecordError(problem, where=where, remedy=remedy))
             self.first_at.setdefault(key, member.start)
+        # One report for each sample: the other members of a bad one would repeat it.
         if self.failed:
             return
         found = [*((p.suffix, p.member.size) for p in self.open), (suffix, member.size)]
@@ -178,6 +180,7 @@ class _Scan:
         except RecordError as error:
             self.fail(error)
             return
+        # Header and content in one read, which is what the checksum in the index covers.
         data = reader.span(member.start, member.end)
         if len(data) < member.end - member.start:
             problem = f"{short(key)}: member {short(suffix)} is cut short"
@@ -217,6 +220,7 @@ class _Scan:
             suffix = part.suffixes.setdefault(p.suffix, len(part.suffixes))
             m = p.member
             rows.append((m.start, m.offset - m.start, m.size, p.crc, *size, suffix, 0))
+        # Pictures inside a JSON (interleaved documents) have no member, and are listed by size alone.
         stored = {p.data for p in self.open}
         if len(record.images) > self.options.limits.members:
             problem = f"{len(record.images)} pictures are more than the {self.options.limits.members} allowed"

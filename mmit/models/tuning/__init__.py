@@ -86,6 +86,7 @@ def apply_tuning(
         ModelError: unknown component, mode or option; the model does not allow the method; nothing to train.
     """
     options = check_options(tune)
+    # Everything frozen first: a method states what it trains, and never what it does not.
     vlm.requires_grad_(False)
     vlm.tuned_names.clear()
     mode = tune["llm"]["mode"]
@@ -102,6 +103,7 @@ def apply_tuning(
     groups = []
     for component in COMPONENTS:
         module = getattr(vlm, component)
+        # Asked of the model and not of the plan: what a method of the user's own trains is found like any other.
         trained = [] if module is None else [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         if trained:
             _check_share(component, module, trained, mode=tune[component]["mode"])

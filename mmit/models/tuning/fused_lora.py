@@ -32,6 +32,8 @@ class FusedLinear(Linear):
         if name is None:
             return super().forward(x, *args, **kwargs)
         base, a, b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
+        # PEFT casts where formats differ, and autocast casts inside products; what this class computes would then not
+        # be what PEFT does.
         if not x.dtype == base.weight.dtype == a.dtype == b.dtype or autocast_on(x.device.type):
             return super().forward(x)
         # Views are made outside: models may add to what comes out in place, which a view from inside would refuse.
@@ -95,6 +97,8 @@ class _Fused(torch.autograd.Function):
         b: torch.Tensor,
         scale: float,
     ) -> torch.Tensor:
+        # PEFT makes three tables of (T, O): the adapter's product, its scaled form and the sum. Here it is added into
+        # the base's own output.
         inner = rows @ a.t()  # (T, R)
         out = F.linear(rows, weight, bias)
         if torch.compiler.is_compiling():  # of torch 2.11: wrong gradients for an output that is changed in place
@@ -109,7 +113,9 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, inner, weight, a, b = ctx.saved_tensors
         needs = ctx.needs_input_grad
+        # Scaled here, on R columns, and not in the products below, on I or O of them.
         slope = (grad @ b).mul_(ctx.scale)  # (T, R)
+        # The adapter's share is added into the product of the frozen weight: one table of (T, I) less.
         dx = (grad @ weight).addmm_(slope, a) if needs[0] else None
         dweight = grad.t() @ rows if needs[1] else None
         dbias = grad.sum(0) if needs[2] else None

@@ -106,6 +106,7 @@ def mark_adapter(model: PeftModel) -> None:
     prefix = str(model.base_model.prefix)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(prefix in name)
+    # Where its config says so, PEFT trains biases of the model besides the adapter; they were frozen with all the rest.
     bias = getattr(model.active_peft_config, "bias", "none")
     for module_name, module in model.named_modules():
         own = getattr(module, "bias", None)
@@ -129,6 +130,7 @@ def tune_lora(llm: Any, options: Mapping[str, Any]) -> PeftModel:
         routers = not_matrices(llm)
         refuse_routers(targets, routers)
         config = lora_config({**options, "targets": targets})
+        # Excluded by name too, since peft matches targets by the end of a name.
         if excluded := sorted({*unheard, *routers}):
             config.exclude_modules = "|".join(map(re.escape, excluded))
         if options["experts"]:
