@@ -70,8 +70,14 @@ def write_arm(
     return len(made)
 
 
-def write_questions(records: Iterable[Record], asked: QuestionsConfig, folder: Path, *, name: str) -> None:
-    """Write questions.jsonl, a fixed sample with as many of each task as can be, and task.yaml. Raises ConfigError."""
+def write_questions(
+    records: Iterable[Record], asked: QuestionsConfig, folder: Path, *, name: str, banks: Sequence[str] = ()
+) -> None:
+    """Write questions.jsonl, a fixed sample with as many of each task as can be, and task.yaml. Raises ConfigError.
+
+    Args:
+        banks: that they were built by, for other wordings in `mmit eval --templates`.
+    """
     by_task: dict[str, list[Record]] = {}
     where = f"questions '{name}'"
     for record in records:
@@ -87,11 +93,13 @@ def write_questions(records: Iterable[Record], asked: QuestionsConfig, folder: P
         kept += sorted(random.Random(f"0|{task}").sample(own, share), key=lambda record: record.row or 0)
         left -= share
     write_jsonl(kept, folder / "questions.jsonl")
-    settings = {
+    settings: dict[str, Any] = {
         "name": name,
         "records": "questions.jsonl",
         "metric": asked.metric,
         "group_by": "task",
         "max_new_tokens": asked.max_new_tokens,
     }
+    if banks:
+        settings["bank"] = list(banks)
     write_atomic(folder / "task.yaml", dump_yaml(settings))

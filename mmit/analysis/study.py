@@ -293,13 +293,15 @@ class Study:
         folder = self.out / "questions" / name
         if asked.task is not None or (folder / "task.yaml").is_file():
             return
+        banks: list[str] = []
         if asked.records is not None:
             source = Path(self.at(asked.records))
         elif self.config.build is not None:
             step = self.question_build(asked)
             self._do(step, say, threads=0)
             source = step.folder / "data"
-        write_questions(base_records(source), asked, folder, name=name)
+            banks = self._build_settings(asked.build, 0)["bank"]
+        write_questions(base_records(source), asked, folder, name=name, banks=banks)
 
     def make_arm(self, arm: str, seed: int) -> int:
         """Write the records and the training config of an arm; returns the number of records."""

@@ -62,6 +62,7 @@ def annotated(
     from mmit.build.licences import check_stated
     from mmit.build.rows import open_rows
     from mmit.build.write import Stated, write_build
+    from mmit.templates import open_banks
 
     settings = read_config(config, KEYS, INNER)
     if allow_licence:
@@ -109,6 +110,8 @@ def _counted(rows: Iterator[Any]) -> Iterator[Any]:
 @templates_app.command("check")
 def check(bank: BankArgument) -> None:
     """Check a bank: ids, fields, wordings, separators; every template compiles."""
+    from mmit.templates import open_banks
+
     for opened in open_banks(bank, Path()):
         splits = {split: sum(t.split == split for t in opened.templates) for split in ("train", "held_out")}
         turned = sum(t.inverted for t in opened.templates)
@@ -129,7 +132,7 @@ def show(
     from mmit.build.rows import open_rows
     from mmit.errors import RecordError
     from mmit.records import Text
-    from mmit.templates import render
+    from mmit.templates import open_banks, render
 
     path, _, number = row.partition("#")
     rows, _, source = open_rows({"path": path, "images": image or []})
@@ -141,25 +144,6 @@ def show(
             out = render(template, found, rng=random.Random(seed), row=row)
             asked = "".join(part.text if isinstance(part, Text) else "[image]" for part in out.parts)
             echo(f"--- {opened.task}/{template.id}\n{asked}\n=> {out.target}")
-
-
-def open_banks(named: Any, folder: Path) -> list[Bank]:
-    """Open the banks of a config: a shipped name, a file, a spec, or a list of these. Raises ConfigError."""
-    from mmit.configs import shipped_banks
-    from mmit.templates import load
-
-    banks = []
-    for name in named if isinstance(named, list) else [named]:
-        if not isinstance(name, str) or not name:
-            raise ConfigError("'bank' is missing", where="bank", remedy="Name a bank: a file, or a shipped one: shapes")
-        if (files := shipped_banks().get(name)) is not None:
-            banks += [load(str(file)) for file in files]
-        elif ":" in name:
-            kind, _, rest = name.partition(":")
-            banks.append(load(f"{kind}:{folder / rest}"))
-        else:
-            banks.append(load(str(folder / name)))
-    return banks
 
 
 def _recipe(settings: Mapping[str, Any]) -> Any:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mmit.errors import MmitError
 from mmit.eval.judges import JUDGES
-from mmit.eval.probes import chance, sensitivity, swapped, wordings
+from mmit.eval.probes import bank_wordings, chance, sensitivity, swapped, wordings
 from mmit.eval.runner import Arm, Generates, How, Lazy, Result, evaluate
 from mmit.eval.tasks import Item, Task, prompt_text, sample_items, task_items, training_items
 
@@ -233,16 +233,26 @@ def run_wordings(
         mean, min, max and sensitivity of the scores, and "each": prompt, accuracy, ci95, n, invalid_rate.
     """
     each: list[dict[str, Any]] = []
-    whole = task.model_copy(update={"sample": None})
-    pictures: bool | None = None
-    tasks = [whole]
-    for number in range(n):
-        items = [item for item in task_items(tasks[number]) if item.id in names]
-        if pictures is None:
-            pictures = any(item.prompt.images for item in items)
-            tasks = wordings(whole, n, pictures=pictures)
-        arm = subject.arm(f"wording {tasks[number].prompt!r}, ", label=f"wording-{number + 1}")
-        found = evaluate(subject.model, tasks[number], arm, items=items, out_dir=out_dir, how=how)
+    for number, (worded, prompt, items) in enumerate(_worded(task, n, names), 1):
+        arm = subject.arm(f"wording {prompt!r}, ", label=f"wording-{number}")
+        found = evaluate(subject.model, worded, arm, items=items, out_dir=out_dir, how=how)
         numbers = {"accuracy": found.score.value, "ci95": list(found.score.ci95), "n": found.score.n}
-        each.append({"prompt": tasks[number].prompt, **numbers, "invalid_rate": found.invalid_rate})
+        each.append({"prompt": prompt, **numbers, "invalid_rate": found.invalid_rate})
     return {**sensitivity([one["accuracy"] for one in each]), "each": each}
+
+
+def _worded(task: Task, n: int, names: Container[str]) -> Iterator[tuple[Task, str, list[Item]]]:
+    """Yield each wording as (task, its prompt or the names of its templates, the questions of the ids `names`)."""
+    whole = task.model_copy(update={"sample": None})
+
+    def asked(task: Task) -> list[Item]:
+        return [item for item in task_items(task) if item.id in names]
+
+    own = asked(whole)
+    if whole.bank:
+        for name, items in bank_wordings(whole, own, n):
+            yield whole, name, items
+        return
+    pictures = any(item.prompt.images for item in own)
+    for number, one in enumerate(wordings(whole, n, pictures=pictures)):
+        yield one, one.prompt, asked(one) if number else own

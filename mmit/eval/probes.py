@@ -9,16 +9,18 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean, pstdev
 from string import ascii_uppercase
 from typing import TYPE_CHECKING, Any
 
-from mmit.errors import ConfigError, MmitError
+from mmit.errors import ConfigError, MmitError, nearest
 from mmit.records import Image, Record, Text
 
 if TYPE_CHECKING:
     from mmit.eval.questions import Item
     from mmit.eval.tasks import Task
+    from mmit.templates import Template
 
 # A yes-or-no benchmark's answers, told by its metric.
 _CLOSED = {"pope": ("yes", "no"), "mme": ("yes", "no"), "nlvr": ("true", "false"), "nlvr2": ("True", "False")}
@@ -109,6 +111,40 @@ def wordings(task: Task, n: int, *, pictures: bool) -> list[Task]:
         remedy = f"Ask for 2 to {len(prompts)}, or list more under `templates` in the task."
         raise ConfigError(f"{n} wordings", where=where, remedy=remedy)
     return [task.model_copy(update={"prompt": prompt}) for prompt in prompts[:n]]
+
+
+def bank_wordings(task: Task, items: Sequence[Item], n: int) -> list[tuple[str, list[Item]]]:
+    """Return (name, questions) for each of `n` wordings: the questions as they are, then in held-out ones of the bank.
+
+    What stands before the question, such as a system turn, stays. Raises ConfigError: there are not so many wordings,
+    a question is of no task of the bank, or a template asks by more than the images.
+    """
+    from mmit.templates import open_banks
+
+    banks = {bank.task: bank.of_split("held_out") for bank in open_banks(task.bank, Path())}
+    groups = sorted({str(item.group) for item in items})
+    where = f"task '{task.name}': bank"
+    for group in groups:
+        if group not in banks:
+            remedy = f"{nearest(group, banks)}\nSet group_by to the meta key that names the task of a question."
+            raise ConfigError(f"questions of the task '{group}' have no templates", where=where, remedy=remedy)
+    most = 1 + min(len(banks[group]) for group in groups)
+    if not 2 <= n <= most:
+        raise ConfigError(f"{n} wordings", where=where, remedy=f"Ask for 2 to {most}: the own one and held-out ones.")
+    found = [("as built", list(items))]
+    for number in range(n - 1):
+        names = ", ".join(f"{group}/{banks[group][number].id}" for group in groups)
+        found.append((names, [_asked_by(item, banks[str(item.group)][number]) for item in items]))
+    return found
+
+
+def _asked_by(item: Item, template: Template) -> Item:
+    from mmit.templates import ask
+
+    images = list(item.prompt.images)
+    fields = {"images": images} | ({"image": images[0]} if images else {})
+    user = replace(item.prompt.turns[-1], parts=ask(template, fields, row=item.id))
+    return replace(item, prompt=replace(item.prompt, turns=(*item.prompt.turns[:-1], user)))
 
 
 def sensitivity(values: Sequence[float]) -> dict[str, float | None]:

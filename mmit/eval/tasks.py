@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
 from mmit import sections
-from mmit.configs import moved, shipped
+from mmit.configs import moved, shipped, shipped_banks
 from mmit.data.formats import FORMATS, easy_vqa, find_format, import_file
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.eval import layouts
@@ -105,6 +105,9 @@ class Task(Section):
     """what is asked: {question} and any words around it"""
     templates: list[str] = []
     """other wordings of the prompt, for --templates; without any, mmit's general ones are put around it"""
+    bank: list[str] = []
+    """banks of templates, shipped names or files, that the questions were built by: --templates then asks in their
+    held-out wordings; the group of a question (group_by) is the task of its bank"""
     metric: str
     """name of a metric in mmit.eval.metrics.METRICS, e.g. exact, vqa:official, pope:official, or
     my_pkg.my_mod:name of a function (predictions, references) -> one number for each answer"""
@@ -249,7 +252,10 @@ def load_task(path_or_name: str | os.PathLike[str], *, data_root: str | os.PathL
         origins = {keys: f"{path}:{line}" for keys, line in lines.items()}
         raise sections.config_error(error, Task, raw, where=str(path), origins=origins) from None
     base = os.path.abspath(_home(task, path, data_root))
-    places = {key: _anchored(getattr(task, key), base) for key in ("records", "train_records", "image_root")}
+    places: dict[str, Any] = {
+        key: _anchored(getattr(task, key), base) for key in ("records", "train_records", "image_root")
+    }
+    places["bank"] = [name if name in shipped_banks() else os.path.join(base, name) for name in task.bank]
     if task.layout:
         places["folder"] = _anchored(task.folder or task.name, base)
     return task.model_copy(update=places)

@@ -5,7 +5,7 @@ literal PATTERNS). Templates are text from strangers: they are rendered in a bou
 """
 
 from mmit.templates.bank import Bank, Template
-from mmit.templates.load import load
-from mmit.templates.render import Rendered, render
+from mmit.templates.load import load, open_banks
+from mmit.templates.render import Rendered, ask, render
 
-__all__ = ["Bank", "Rendered", "Template", "load", "render"]
+__all__ = ["Bank", "Rendered", "Template", "ask", "load", "open_banks", "render"]

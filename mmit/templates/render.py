@@ -18,7 +18,7 @@ from typing import Any
 
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Part, Text
-from mmit.templates.bank import RENDERED, SEPARATOR, Template, check_choices
+from mmit.templates.bank import RENDERED, SANDBOX, SEPARATOR, Template, check_choices
 from mmit.templates.options import Options, OptionStyle, shown
 
 MAX_FIELD = 100_000  # characters of one field
@@ -103,6 +103,23 @@ def render(
     target = target.replace(_BAR, SEPARATOR)
     allowed = None if choices is None else tuple(choice.replace(_BAR, SEPARATOR) for choice in choices)
     return Rendered(parts, target, allowed, listed)
+
+
+def ask(template: Template, fields: Mapping[str, Any], *, row: str = "") -> tuple[Part, ...]:
+    """Return what a template asks, for a row whose answer is known otherwise: fields that the answer needs may lack.
+
+    Raises:
+        ConfigError: the question needs more than `fields`, or a list of choices.
+    """
+    question = SANDBOX.compiled(template.jinja.split(SEPARATOR)[0], where=template.where or template.id)
+    if missing := sorted(question.names - set(fields)):
+        known = ", ".join(fields)
+        problem = f"the question needs '{missing[0]}', and of a question that is asked only {known} is known"
+        raise ConfigError(problem, where=template.where or template.id, remedy="Take a template that needs no more.")
+    images: list[Image] = []
+    values = {name: _value(name, value, images, row) for name, value in fields.items()}
+    asked = question.render(values, row=row)
+    return _parts(asked.strip() if template.strip else asked, images, row)
 
 
 def _value(name: str, value: Any, images: list[Image], row: str) -> Any:

@@ -18,12 +18,13 @@ from rich.console import Console
 from mmit.errors import ConfigError, ModelError
 from mmit.eval.baselines import Beside, Subject
 from mmit.eval.page import mistakes, words_of, worst_answers
-from mmit.eval.probes import GENERAL, chance, possible_answers, sensitivity, swapped, wordings
+from mmit.eval.probes import GENERAL, bank_wordings, chance, possible_answers, sensitivity, swapped, wordings
 from mmit.eval.questions import Item
 from mmit.eval.runner import How, Lazy
 from mmit.eval.summary import latex, run_tasks
 from mmit.eval.tasks import Task, load_task, task_items
 from mmit.records import Image, Record, Text, Turn, write_jsonl
+from mmit.yamlio import dump_yaml
 from tests.eval.benchmarks import CASES
 from tests.eval.loose import answered, reported
 
@@ -120,6 +121,44 @@ def test_wordings(colours: Path, tmp_path: Path) -> None:
     plain = wordings(load_task(colours), len(GENERAL) - 1, pictures=False)
     assert not any("picture" in one.prompt for one in plain)
     assert sensitivity([0.0, 0.0])["sensitivity"] is None
+
+
+COLOUR_NAMES = ("red", "blue")
+BANK = """\
+task: colour
+fields: [image, name, colour]
+templates:
+  - {id: a, input: "{{ image }}Which colour?", target: "{{ colour }}"}
+  - {id: h, input: "{{ image }}Name the colour.", target: "{{ colour }}", split: held_out}
+  - {id: i, input: "Colour? {{ image }}", target: "{{ colour }}", split: held_out}
+"""
+
+
+def test_a_task_with_a_bank_is_asked_in_its_held_out_wordings(tmp_path: Path) -> None:
+    (tmp_path / "bank.yaml").write_text(BANK)
+    for name in COLOUR_NAMES:
+        PIL.Image.new("RGB", (4, 4), name).save(tmp_path / f"{name}.png")
+    given = {"meta": {"task": "colour"}}
+    rows = [Record.triple("Which colour?", c, images=[str(tmp_path / f"{c}.png")], id=c, **given) for c in COLOUR_NAMES]
+    write_jsonl(rows, tmp_path / "rows.jsonl")
+    task = {"name": "t", "records": "rows.jsonl", "metric": "exact", "group_by": "task", "bank": ["bank.yaml"]}
+    (tmp_path / "task.yaml").write_text(dump_yaml(task))
+    loaded = load_task(tmp_path / "task.yaml")
+    items = task_items(loaded)
+    asked = bank_wordings(loaded, items, 3)
+    assert [name for name, _ in asked] == ["as built", "colour/h", "colour/i"]
+    assert [one[0].text for _, one in asked] == ["Which colour?", "Name the colour.", "Colour? "]
+    assert [one[1].prompt.images for _, one in asked] == [items[1].prompt.images] * 3
+    assert [one[1].reference for _, one in asked] == ["blue"] * 3
+    spread = report_of(tmp_path / "task.yaml", tmp_path / "out", templates=3)["wordings"]
+    assert [one["prompt"] for one in spread["each"]] == ["as built", "colour/h", "colour/i"] and spread["min"] == 0
+    with pytest.raises(ConfigError, match="4 wordings"):
+        bank_wordings(loaded, items, 4)
+    with pytest.raises(ConfigError, match="task 'None' have no templates"):
+        bank_wordings(loaded, task_items(loaded.model_copy(update={"group_by": None})), 2)
+    (tmp_path / "bank.yaml").write_text(BANK.replace("Name the colour.", "Name it: {{ name }}."))
+    with pytest.raises(ConfigError, match="the question needs 'name', and .* only images, image is known"):
+        bank_wordings(loaded, items, 2)
 
 
 class Page(HTMLParser):
