@@ -247,6 +247,7 @@ class Study:
                 self._make_questions(name, asked, say)
             for step in self.start.steps if self.start else ():
                 self._do(step, say, threads=0)
+            # Once each and before the cells: several arms read what one build wrote, and cells may run at once.
             builds = {step.folder: step for cell in self.cells for step in cell.steps if step.kind == "build"}
             for step in builds.values():
                 self._do(step, say, threads=0)
@@ -264,7 +265,7 @@ class Study:
             try:
                 for one in as_completed([pool.submit(self._run_cell, cell, say, jobs) for cell in self.cells]):
                     one.result()
-            except BaseException:
+            except BaseException:  # Ctrl-C: commands that run end by the signal themselves, no further one begins
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -349,6 +350,8 @@ class Study:
             try:
                 self._do(step, say, threads=0 if jobs == 1 else max(1, len(usable()) // jobs))
             except StepFailed as failure:
+                # An arm that fails leaves a hole in the study, not its end: the others go on, and a further run of the
+                # study tries it again.
                 say(f"{step.name} FAILED: {failure}")
                 told = {"step": step.name, "command": step.shown, "error": str(failure)}
                 write_atomic(cell.folder / FAILED, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
@@ -371,12 +374,14 @@ class Study:
             self._write_build(step)
         append(step.folder / COMMANDS, step.shown + "\n")
         environment = dict(os.environ)
+        # Cells that run at once share the cores; otherwise each would start a thread for every one of them.
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)
         say(step.name)
         began = time.monotonic()
         log = step.folder / f"{step.kind}.log"
         code = self._execute(step.command, log, environment)
+        # Also where it ended well: a step is done when the file is there that the next one reads.
         if code != 0 or not step.done:
             raise StepFailed(_last_words(log) or f"it ended with code {code}", step=step, code=code)
         took = {"kind": step.kind, "name": step.name, "seconds": round(time.monotonic() - began, 1)}

@@ -173,19 +173,16 @@ def run_baselines(
         results[key] = evaluate(model, written, Arm(key, key), items=items, out_dir=out_dir, how=anew)
 
     _thoughtless(run_thoughtless, task, items, notes, seed=seed)
-    has_pictures = any(item.prompt.images for item in some)
     if "blank" not in beside.probes:
         notes["blank_image"] = "not asked for"
-    elif has_pictures:
+    elif any(item.prompt.images for item in some):
         run("blank_image", subject.model, some, prefix="blank images, ", blank_images=True)
     else:
         notes["blank_image"] = "the questions have no pictures"
-    if "swap" in beside.probes:
-        changed = swapped(some, seed=seed)
-        if changed:
-            run("swapped_images", subject.model, changed, prefix=f"swapped images {seed}, ")
-        else:
-            notes["swapped_images"] = "there are no two different pictures"
+    if "swap" in beside.probes and (changed := swapped(some, seed=seed)):
+        run("swapped_images", subject.model, changed, prefix=f"swapped images {seed}, ")
+    elif "swap" in beside.probes:
+        notes["swapped_images"] = "there are no two different pictures"
     if subject.untuned is None:
         notes["untuned"] = "not asked for"
     else:

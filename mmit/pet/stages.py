@@ -195,6 +195,7 @@ def fit(
             for repetition in range(how.repetitions):
                 name = f"g{generation}/{position}_{_named(pattern.id)}-{repetition}"
                 rows = given.get(f"{position}-{repetition}", list(labelled))
+                # Written down when it is fitted: the same command goes on with the next one.
                 if name not in done["models"]:
                     records = [_record(pattern, row) for row in rows]
                     seed = how.seed * 1000 + generation * 100 + repetition
@@ -271,6 +272,7 @@ def scored(
 ) -> np.ndarray:
     """What a fitted model says of rows, (N, K); kept beside its run."""
     pattern = patterns.by_id[fitted.pattern]
+    # Kept for whoever asks the same: the next generation and `label` do, and each would load the model again.
     wanted = json.dumps([calibrate, pattern.template.jinja, pattern.answers, [row.where for row in rows]])
     digest = hashlib.sha256(wanted.encode()).hexdigest()
     path = folder / f"{fitted.run}.scores.npz"
@@ -296,11 +298,13 @@ def _next(
 ) -> dict[str, list[Example]]:
     """Rows of each model's next generation: the labelled ones, and some that other models are sure of."""
     generation = models[0].generation
+    # As many of each label as the labelled rows have, grown: without that the commonest answer would take over.
     growth = generations.factor ** (generation + 1) - 1
     wanted = {name: round(sum(row.label == name for row in labelled) * growth) for name in patterns.labels}
     given: dict[str, list[Example]] = {}
     for place, fitted in enumerate(models):
         draw = random.Random(f"{seed}/{generation}/{fitted.run}")
+        # Never itself: a model that is fitted to its own answers only grows surer of them.
         others = [n for n in range(len(models)) if n != place]
         chosen = draw.sample(others, max(1, round(len(others) * generations.share)))
         together = [found[n] for n in chosen]

@@ -310,9 +310,4 @@ def mmbench(
         unparsed=[not all(parsed[row] for row in questions[q]) for q in order],
         groups=[groups[first[q]] for q in order] if groups else None,
         seed=seed,
-        details={
-            "parsed": parsed,
-            "rows": len(parsed),
-            "vanilla": sum(right[first[q]] for q in order) / len(order),
-        },
-    )
+    ).with_details(parsed=parsed, rows=len(parsed), vanilla=sum(right[first[q]] for q in order) / len(order))

@@ -148,5 +148,4 @@ def ifeval(
         unparsed=[not p.strip() for p in predictions],
         groups=groups,
         seed=seed,
-        details=details,
-    )
+    ).with_details(**details)

@@ -60,6 +60,10 @@ class Score:
     details: Mapping[str, Any] = field(default_factory=dict)
     counted: Counted | None = None
 
+    def with_details(self, **more: Any) -> Score:
+        """Return the score with further facts, kept as they are."""
+        return replace(self, details={**self.details, **more})
+
     def to_json(self, *, per_answer: bool = False) -> dict[str, Any]:
         """Return plain JSON data; the lists with one entry per answer only when `per_answer` is set."""
         details = {k: v for k, v in self.details.items() if per_answer or k not in PER_ANSWER}
@@ -185,7 +189,6 @@ def mean_score(
     unparsed: Sequence[bool] | np.ndarray | None = None,
     groups: Sequence[str] | None = None,
     seed: int = 0,
-    details: Mapping[str, Any] | None = None,
 ) -> Score:
     """Build the Score of a metric that is the mean of one number per answer.
 
@@ -197,7 +200,6 @@ def mean_score(
         unparsed: (n,) True where nothing could be read; default: none.
         groups: (n,) group of each answer; each group gets its own Score.
         seed: of the bootstrap.
-        details: further facts, kept as they are.
 
     Raises:
         MmitError: no values, or columns of different length.
@@ -221,7 +223,7 @@ def mean_score(
         )
 
     groups_of = {g: part(at, {}, {}) for g, at in split(groups).items()}
-    kept: dict[str, Any] = {"values": array.tolist(), **(details or {})}
+    kept: dict[str, Any] = {"values": array.tolist()}
     if parsed is not None:
         kept["parsed"] = list(parsed)
     return part(slice(None), groups_of, kept)

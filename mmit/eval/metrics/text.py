@@ -143,8 +143,7 @@ def ocrbench(
         unparsed=[not p.strip() for p in predictions],
         groups=groups,
         seed=seed,
-        details={"points": int(sum(values))},
-    )
+    ).with_details(points=int(sum(values)))
 
 
 _INVALID = "[invalid]"

@@ -307,11 +307,10 @@ def _statements(
         unparsed=[s == "other" for s in said],
         groups=groups,
         seed=seed,
-        details={
-            "consistency": consistent / len(sentences),
-            "consistency_ci95": list(wilson(consistent, len(sentences))),
-            "sentences": len(sentences),
-        },
+    ).with_details(
+        consistency=consistent / len(sentences),
+        consistency_ci95=list(wilson(consistent, len(sentences))),
+        sentences=len(sentences),
     )
 
 
