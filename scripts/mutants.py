@@ -484,6 +484,27 @@ MUTANTS = [
     ),
     # serving
     Mutant(
+        "serve: a prompt's last token is taken for known",
+        "mmit/models/prefix_cache.py",
+        "for start in range(0, len(tokens) - BLOCK, BLOCK):",
+        "for start in range(0, len(tokens) - BLOCK + 1, BLOCK):",
+        "tests/models/test_prefix_cache.py",
+    ),
+    Mutant(
+        "serve: the text of a growing answer is kept up to the middle of a character",
+        "mmit/data/answers.py",
+        'if head.strip() and not head.endswith("\\ufffd"):',
+        "if head.strip():",
+        "tests/data/test_answers.py",
+    ),
+    Mutant(
+        "serve: what is decoded of a growing answer begins a text of its own",
+        "mmit/data/answers.py",
+        "self._decode([*self._before, *new])[len(self._head) :]",
+        "self._decode(new)",
+        "tests/data/test_answers.py",
+    ),
+    Mutant(
         "serve: a node hangs below what is known of its parent, not below all of it",
         "mmit/models/prefix_cache.py",
         "above = last[n] if held and not wanted else",

@@ -178,8 +178,9 @@ class _Growing:
             if self._may_change(ids[place - 1]):
                 continue
             before = ids[place - CONTEXT : place]
-            head, text = self._decode(before), self._text + self._added(ids[known:place])
-            if head.strip() and not head.endswith("\ufffd") and not text.endswith("\ufffd"):
+            head = self._decode(before)
+            if head.strip() and not head.endswith("\ufffd"):
+                text = self._text + self._added(ids[known:place])
                 self._ids, self._text, self._before, self._head = ids[:place], text, before, head
                 return
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicCache
 
 from mmit.data.prompts import Prompt
 from mmit.generate import Model
@@ -95,6 +96,16 @@ def test_a_prompt_that_goes_on_from_an_answer_runs_what_is_new() -> None:
         got, (known,) = model.prefill([longer], features, store=store)
         assert prompt.length + 29 - BLOCK <= known <= prompt.length + 29
         torch.testing.assert_close(got.logits, expected.logits, atol=2e-4, rtol=1e-4)
+
+
+def test_what_is_found_leaves_a_token_to_run() -> None:
+    """Also where a longer prompt made whole blocks of all tokens of a shorter one."""
+    store, tokens = PrefixCache(MEBIBYTE), list(range(100, 100 + 3 * BLOCK + 1))
+    cache, drawn = DynamicCache(), torch.randn(1, 1, len(tokens), 2)
+    cache.update(drawn, drawn, 0)
+    store.add([tokens], cache, [range(len(tokens))])
+    for length in range(1, len(tokens) + 1):
+        assert len(store.find(tokens[:length])) == (length - 1) // BLOCK
 
 
 def test_what_was_used_last_stays_and_bytes_have_a_bound() -> None:
