@@ -4,6 +4,10 @@ Rounds take turns: the same number of requests by one client, then by all at onc
 that nothing one has computed serves the other. Two kinds of requests: questions about pictures, whose answers the
 model ends by itself, and texts to continue for a given number of tokens. Of an engine in this process a hundred answers
 are first compared with `Model.chat`; of a server only the times are taken.
+
+With --hours and the --pid of a server it is asked for so long, by all clients at once, what people ask and do:
+questions, conversations that go on, texts, several answers, clients that leave, mistakes. Told are the memory, the open
+files and the threads of its process, eleven times.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ import statistics
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -155,6 +161,79 @@ def run(tell: Teller, requests: list[Ask], clients: int) -> tuple[float, list[To
     return time.perf_counter() - begin, [found[n] for n in range(len(requests))]
 
 
+LEAVE, MISTAKE = "clients that left", "mistakes, refused"
+
+
+def one_of_many(url: str, model: str, draw: random.Random, tokens: int) -> str:
+    """Ask a server one of the things that clients ask; returns what it was. Raises where the answer is not as due."""
+    kind = draw.choice(["questions", "questions", "goes on", "texts", "several", LEAVE, MISTAKE])
+    (ask,) = asks("texts" if kind == "texts" else "questions", 1, tokens, draw.randrange(10**9))
+    options: dict[str, Any] = draw.choice([{}, {"temperature": 1.0}, {"stop": ["e"]}, {"stream": False}])
+    if kind == "several":
+        options = {"n": 3, "temperature": 0.7}
+    elif kind == MISTAKE:
+        options = draw.choice([{"temperature": "hot"}, {"model": "another"}, {"max_tokens": -1}, {"messages": [{}]}])
+    elif kind == LEAVE:
+        options = {"max_tokens": 200}
+    asked = {"prompt": ask.prompt} if ask.messages is None else {"messages": [_as_json(m) for m in ask.messages]}
+    body: dict[str, Any] = {"model": model, "max_tokens": ask.max_tokens, "stream": True, **asked, **options}
+    if kind == "goes on":
+        said = {"role": "assistant", "content": draw.choice(["red", "yes", "circle"])}
+        body["messages"] += [said, {"role": "user", "content": QUESTIONS[0].format("circle", "red")}]
+    path = "completions" if ask.messages is None else "chat/completions"
+    head = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), head)
+    try:
+        with urllib.request.urlopen(request, timeout=300) as reply:
+            whole = reply.read(60 if kind == LEAVE else -1)
+    except urllib.error.HTTPError as error:
+        if kind == MISTAKE and error.code in (400, 404):
+            return kind
+        raise
+    if kind == MISTAKE or b'"error"' in whole:
+        raise ValueError(f"{kind}: {whole[:300]!r}")
+    return kind
+
+
+def held(pid: int) -> tuple[float, int, int]:
+    """Memory in MB, open files and threads of a process."""
+    told = open(f"/proc/{pid}/status", encoding="utf-8").read()
+    memory = next(int(line.split()[1]) / 1024 for line in told.splitlines() if line.startswith("VmRSS"))
+    return memory, len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+
+
+def soak(args: argparse.Namespace) -> Iterator[str]:
+    """Lines that tell what the process held over the time, and what it was asked."""
+    begin, seconds, counts, lock = time.monotonic(), args.hours * 3600, Counter[str](), threading.Lock()
+
+    def client(number: int) -> None:
+        draw = random.Random(number)
+        while time.monotonic() - begin < seconds:
+            try:
+                kind = one_of_many(args.run, args.model, draw, args.tokens)
+            except (OSError, ValueError) as error:
+                kind = f"FAILED {type(error).__name__}: {error}"
+            with lock:
+                counts[kind] += 1
+
+    threads = [threading.Thread(target=client, args=[n]) for n in range(args.clients)]
+    for thread in threads:
+        thread.start()
+    yield "| minute | memory | open files | threads | requests so far |"
+    yield "|---|---|---|---|---|"
+    for tenth in range(11):
+        if tenth == 10:
+            for thread in threads:
+                thread.join()
+            time.sleep(10)  # connections that clients left are closed
+        else:
+            time.sleep(max(0.0, begin + seconds * max(tenth, 0.05) / 10 - time.monotonic()))
+        memory, files, alive = held(args.pid)
+        minute = (time.monotonic() - begin) / 60
+        yield f"| {minute:.1f} | {memory:,.0f} MB | {files} | {alive} | {sum(counts.values()):,} |"
+    yield ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
+
+
 def p95(values: list[float]) -> float:
     """The value that 95 of 100 do not exceed."""
     return sorted(values)[max(0, -(-len(values) * 95 // 100) - 1)]
@@ -208,9 +287,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--kinds", nargs="+", default=["questions", "texts"], choices=["questions", "texts"])
+    parser.add_argument("--hours", type=float, help="load a server for so long, see above")
+    parser.add_argument("--pid", type=int, help="of the server's process, with --hours")
     args = parser.parse_args()
     watch = Watch()
-    if args.run.startswith("http"):
+    if args.hours is not None:
+        if args.pid is None or not args.run.startswith("http"):
+            parser.error("--hours needs the address of a server, and --pid")
+        for line in soak(args):
+            print(line, flush=True)
+    elif args.run.startswith("http"):
         print(*table(by_url(args.run, args.model), args), sep="\n")
     else:
         torch.set_num_threads(args.threads)
