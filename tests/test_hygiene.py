@@ -28,7 +28,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("mmit/analysis/report.py", "a template without bounds"): "mmit's own page",
     ("mmit/pages/__init__.py", "a template without bounds"): "mmit's own pages",
     ("mmit/cli/launch.py", "a process of its own"): "a rank; the kernel ends it with its parent",
-    ("mmit/analysis/study.py", "a process of its own"): "a run of a study; the kernel ends it with its parent",
+    ("mmit/analysis/forks.py", "a process of its own"): "a command of a study; the kernel ends it with its parent",
     ("mmit/processes.py", "a process of its own"): "what all workers are started by: they end with their parent",
     (
         "mmit/data/template_process.py",

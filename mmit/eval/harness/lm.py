@@ -118,6 +118,7 @@ class TextModel(TemplateLM):
         """Return (log-probability, whether greedy decoding says so) for each context and continuation."""
         chats: list[tuple[Record, str]] = []
         places: list[int] = []
+        # The choices of a question come one after the other: they share a Record, so that its prompt runs once.
         for context, group in groupby(range(len(requests)), key=lambda n: requests[n].args[0]):
             record = asking.unpack_chat(context, name=f"question {len(chats)}")
             if record is not None:
