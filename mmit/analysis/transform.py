@@ -112,6 +112,11 @@ def task_of(record: Record, *, where: str) -> str:
 def transformed(records: Sequence[Record], transform: Transform, *, seed: int, where: str) -> list[Record]:
     """Return the records of an arm.
 
+    Args:
+        records: of all tasks, the same for every arm.
+        seed: of the arm; what is drawn depends on it and on `transform.draw` alone.
+        where: the arm, for messages.
+
     Raises:
         ConfigError: a task that no record has, more records asked for than there are, or a change that cannot be made.
     """

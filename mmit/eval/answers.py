@@ -42,7 +42,16 @@ def _line(row: Mapping[str, Any]) -> str:
 def open_answers(
     path: Path, settings: AnswerRow, asked: Mapping[str, AnswerRow], *, overwrite: bool
 ) -> dict[str, AnswerRow]:
-    """Return the usable rows on file by id, and leave a file that ends with a whole line."""
+    """Return the usable rows on file by id, and leave a file that ends with a whole line.
+
+    Args:
+        settings: the first line, which the file's own must be equal to.
+        asked: {id: row without its answer} of the questions asked now.
+        overwrite: drop what is on file.
+
+    Raises:
+        MmitError: the answers are of another model, task or setting, or the file is damaged.
+    """
     rows: dict[str, AnswerRow] = {}
     parts = list(path.parent.glob(f"{path.stem}.rank*.jsonl"))
     if overwrite:

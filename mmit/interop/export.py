@@ -92,7 +92,13 @@ def pixels_of(talk: Talk, preparation: ImagePreparation | None) -> list[torch.Te
 
 @torch.no_grad()
 def logits_of(vlm: VLM, ids: Sequence[int], talk: Talk, *, preparation: ImagePreparation | None) -> torch.Tensor:
-    """Logits (T, V) in float32 of a prompt alone, image tokens included in T."""
+    """Logits (T, V) in float32 of a prompt alone, image tokens included in T.
+
+    Args:
+        ids: of the text, with a slot where an image stands.
+        talk: whose images fill the slots, in order.
+        preparation: of these; None for a model of text.
+    """
     pictures = [Image(picture) for picture in pictures_of(talk)] if preparation else []
     spreads: dict[Hashable, Spread] = {n: preparation.spread(p) for n, p in enumerate(pictures)} if preparation else {}
     long: list[int] = []
@@ -116,7 +122,11 @@ def logits_of(vlm: VLM, ids: Sequence[int], talk: Talk, *, preparation: ImagePre
 
 
 def source_logits(vlm: VLM, tokenizer: Any, chat: ChatFormat, image: dict[str, Any]) -> list[torch.Tensor]:
-    """Logits of the fixed batch, to be taken before a model is changed or written."""
+    """Logits of the fixed batch, (T, V) each, to be taken before a model is changed or written.
+
+    Args:
+        tokenizer, chat, image: as in `Companions`; the batch is of this chat format.
+    """
     preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
     return [
         logits_of(vlm, encode(talk, chat, tokenizer, generate=True).ids, talk, preparation=preparation)

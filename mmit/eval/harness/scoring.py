@@ -51,7 +51,7 @@ def by_settings(
 
 
 def write(model: Model, records: Sequence[Record], how: Generation, *, batch_size: int, seed: int = 0) -> list[str]:
-    """Answer questions."""
+    """Answer questions, in their order, as a harness's settings `how` say; `seed` is of sampled answers."""
     return model.generate(
         records,
         batch_size=batch_size,

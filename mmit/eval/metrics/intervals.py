@@ -345,6 +345,11 @@ def paired_clusters(
     sign of each cluster's sum of differences at random (one added to both counts): exact under the hypothesis that
     the models are exchangeable on every image, whatever the questions of an image have in common.
 
+    Args:
+        values_a, values_b: (n,) one number per question.
+        clusters: (n,) what each question belongs to, such as its image.
+        seed, resamples: of the sign flips.
+
     Raises:
         MmitError: columns of different length or no questions.
     """

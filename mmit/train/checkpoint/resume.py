@@ -121,6 +121,10 @@ def order_of(folder: Path | None) -> dict[str, Any] | None:
 def restore(engine: Engine, folder: Path | None, *, seed: int, say: Say) -> Progress:
     """Bring the optimizer, the random state and the position back; a fresh start only seeds.
 
+    Args:
+        folder: the checkpoint, None for a fresh start.
+        say: told when random numbers start afresh, with another number of ranks.
+
     Raises:
         CheckpointError: the checkpoint has no trainer state.
     """

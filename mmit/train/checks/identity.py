@@ -113,6 +113,11 @@ def role(key: str) -> Role | None:
 def check_config(then: Mapping[str, Any], now: Mapping[str, Any], *, folder: Path, say: Say) -> None:
     """Compare the flat config of a checkpoint with that of the run which goes on from it.
 
+    Args:
+        then, now: {dotted key: value}, of which neither need have all.
+        folder: the checkpoint, for messages.
+        say: gets every change that is allowed, with what it means.
+
     Raises:
         CheckpointError: naming every key that decides the result, with both values.
     """

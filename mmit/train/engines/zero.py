@@ -77,10 +77,15 @@ def bucket_size(trained: int) -> int:
 def complete(
     options: Mapping[str, Any], *, precision: str, clip: float | None, trained: int | None = None
 ) -> dict[str, Any]:
-    """The whole DeepSpeed config; `trained` is the number of trained elements, None where it is not known yet.
+    """The whole DeepSpeed config, with all that mmit decides.
 
-    What is "auto" among the options of ZeRO has DeepSpeed's default. Raises ConfigError where `options` contradicts the
-    training config.
+    Args:
+        options: the JSON; what is "auto" among the options of ZeRO has DeepSpeed's default.
+        precision, clip: of the training config.
+        trained: number of trained elements, None where it is not known yet.
+
+    Raises:
+        ConfigError: a key that DeepSpeed does not have, or a value that contradicts the training config.
     """
     mine: dict[str, tuple[Any, str]] = {
         "bf16.enabled": (precision == "bf16", f"train.precision={precision}"),
