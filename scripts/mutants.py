@@ -53,7 +53,7 @@ T_MIXTURE, T_STATE, T_FOLDERS = (
 )
 T_LIFE, T_SHARDS, T_TILES = (
     "tests/train/test_lifetimes.py",
-    "tests/data/shards/test_shards.py",
+    "tests/data/shards/test_reader.py",
     "tests/data/test_tiles.py",
 )
 MEASURE, MARKS = "mmit/data/measure.py", "mmit/data/marks.py"

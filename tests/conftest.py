@@ -55,12 +55,12 @@ FORKING = (
 # The files that take longest, by what they were measured to take. One of them begun last would leave a core idle.
 FIRST = (
     "models/test_tuning.py", "train/test_native_runs.py", "test_cli.py", "train/test_run.py", "test_precision.py",
-    "forecast/test_forecast.py", "test_plugins.py", "test_generate.py", "data/shards/test_shards.py",
-    "models/test_decoding.py", "interop/test_read_prismatic.py", "interop/test_export_llava_hf.py",
+    "forecast/test_forecast.py", "test_plugins.py", "test_generate.py", "data/shards/test_reader.py",
+    "models/test_decoding.py", "interop/test_prismatic.py", "interop/test_llava_hf_write.py",
     "models/test_vision_fused.py", "interop/test_llava_next.py", "train/checks/test_identity.py", "test_recipes.py",
     "interop/test_placement.py", "interop/test_portable.py", "train/test_resolve.py", "models/test_vision.py",
-    "train/test_tiled_runs.py", "data/test_content.py", "interop/test_read_tinyllava.py",
-    "interop/test_read_llava_hf.py", "models/test_vision_layers.py", "test_layers.py", "forecast/test_dry_run.py",
+    "train/test_tiled_runs.py", "data/test_content.py", "interop/test_tinyllava.py",
+    "interop/test_llava_hf.py", "models/test_vision_layers.py", "test_layers.py", "forecast/test_dry_run.py",
     "train/monitor/test_watching.py", "data/test_template_families.py", "data/test_template_process.py",
     "train/test_warm_start.py", "train/test_lifetimes.py", "train/test_loss_weights.py", "data/test_measure.py",
     "eval/metrics/test_table.py", "data/test_prefetch.py",

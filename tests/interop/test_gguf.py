@@ -28,8 +28,8 @@ from mmit.models.tuning import apply_tuning
 from mmit.models.vision import build_vision
 from tests.data.small_tokenizers import FAMILIES as TOKENIZERS
 from tests.data.small_tokenizers import SENTENCES, byte_level
-from tests.interop.test_export_llava_hf import SIGLIP, composite
 from tests.interop.test_holds import sections
+from tests.interop.test_llava_hf_write import SIGLIP, composite
 from tests.tiny_run import CHATML
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")

@@ -23,8 +23,8 @@ from mmit.models.vlm import VLM
 from tests.data.small_tokenizers import FAMILIES as TOKENIZERS
 from tests.data.small_tokenizers import SENTENCES, byte_level
 from tests.interop.gguf_models import Eye, logits, opened
-from tests.interop.test_export_llava_hf import SIGLIP, composite
 from tests.interop.test_gguf import BY_WORDS, BYTES, DIGITS, fast, llama, split, written
+from tests.interop.test_llava_hf_write import SIGLIP, composite
 
 pytestmark = [
     pytest.mark.slow,

@@ -31,7 +31,7 @@ MAPS: dict[str, Any] = {"auto": "auto", "one place": {"": "cpu"}, "partly on dis
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: Any) -> dict[str, Path]:
     """A llava-hf folder, and a run with an adapter on a saved base."""
-    from tests.interop.test_export_llava_hf import composite
+    from tests.interop.test_llava_hf_write import composite
 
     folder = tmp_path_factory.mktemp("models")
     make_llava_hf(folder / "llava-hf")

@@ -36,7 +36,7 @@ def command(*arguments: Any, code: int = 0) -> str:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: Any) -> Path:
     """A run of a tiny model on a saved base, with an adapter."""
-    from tests.interop.test_export_llava_hf import composite
+    from tests.interop.test_llava_hf_write import composite
 
     folder = tmp_path_factory.mktemp("run")
     tokenizer = write_tokenizer(folder / "tokenizer")

@@ -19,7 +19,7 @@ from mmit.errors import ModelError
 from mmit.interop.export import Talk, logits_of
 from mmit.records import Image, Text, Turn
 from tests.interop.llava_models import CANVASES, make_llava_hf
-from tests.interop.test_read_llava import FIELDS, THEIRS
+from tests.interop.test_llava import FIELDS, THEIRS
 
 GRID = [[48, 16], [16, 32]]  # (width, height)
 SIZES = ((45, 13), (14, 50), (30, 30))

@@ -25,8 +25,8 @@ from mmit.interop.foreign import read_foreign
 from mmit.models.interop.prismatic import FUSED_TOWERS
 from mmit.records import Image, Text, Turn
 from mmit.train.checkpoint.model import load_model
-from tests.interop.test_read_llava import parts
-from tests.interop.test_read_prismatic import save, timm_tower
+from tests.interop.test_llava import parts
+from tests.interop.test_prismatic import save, timm_tower
 from tests.tiny_run import write_records
 
 SIGLIP, CLIP = "dinosiglip-vit-so-224px", "dinoclip-vit-l-336px"

@@ -15,7 +15,7 @@ from mmit.models.tuning import apply_tuning
 from mmit.models.vision import build_vision
 from mmit.models.vlm import VLM
 from mmit.train.run import run
-from tests.interop.test_export_llava_hf import CLIP
+from tests.interop.test_llava_hf_write import CLIP
 from tests.models.small_llms import family
 from tests.models.test_reach import FROZEN
 from tests.tiny_run import two_layers as tiny_config

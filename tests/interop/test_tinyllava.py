@@ -17,7 +17,7 @@ from mmit.interop.foreign import is_foreign, read_foreign
 from mmit.models.projectors import build_projector
 from mmit.models.vlm import VLM
 from mmit.train.checkpoint.model import load_model
-from tests.interop.test_read_llava import compare, parts
+from tests.interop.test_llava import compare, parts
 from tests.tiny_run import write_records
 
 

@@ -21,7 +21,7 @@ from mmit.models.interop.hf_towers import hf_tower
 from mmit.models.interop.prismatic import TOWERS
 from mmit.models.vision import build_vision
 from mmit.train.checkpoint.model import load_model
-from tests.interop.test_read_llava import parts
+from tests.interop.test_llava import parts
 from tests.tiny_run import write_records
 
 CLIP, SIGLIP = "clip-vit-l-336px", "siglip-vit-so400m"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 import multiprocessing
@@ -19,28 +18,21 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from shard_samples import Collected, picture, records, tar_bytes, write_tar
+from shard_samples import Collected, picture, records, write_tar
 
 from mmit.data.decode import decode_rgb
 from mmit.data.images import load_rgb
 from mmit.data.shards import files as shard_files
-from mmit.data.shards import writer as shards
 from mmit.data.shards.files import RangeReader, run_jobs
 from mmit.data.shards.index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMAGES
 from mmit.data.shards.reader import ShardSource, open_shards
-from mmit.data.shards.records import Limits
 from mmit.data.shards.scan import index_tars
 from mmit.data.shards.writer import build_shards
 from mmit.data.sources import open_source
-from mmit.errors import ConfigError, ImageError, MmitError, RecordError, WriteError
+from mmit.errors import ConfigError, ImageError, MmitError, RecordError
 from mmit.records import Image, Record, Text, Turn
-from tests.test_cli import good, mmit
 
 SMALL = 20_000  # bytes of a shard here
-
-
-def tars(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
 
 
 def caption(key: str, seed: int = 0, **facts: Any) -> list[tuple[str, bytes]]:
@@ -60,190 +52,7 @@ def indexed(tmp_path: Path, members: list[tuple[str, bytes]], **options: Any) ->
     return open_shards(tmp_path / "index")
 
 
-def test_boxes_of_an_index_are_those_of_its_records(tmp_path: Path) -> None:
-    row = {
-        "messages": [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": "<bbox>"}],
-        "objects": {"bbox": [[3, 2, 6, 8]], "bbox_type": "real"},
-    }
-    members = [("k.jpg", picture(1)), ("k.json", json.dumps(row).encode())]
-    source = indexed(tmp_path, members, options={"boxes": "norm1000"})
-    assert source[0].turns[1].text == source.outline(0).turns[1].text == "[250, 250, 500, 1000]"
-    with pytest.raises(ConfigError, match="option boxes is 'norm'"):
-        index_tars([tmp_path / "foreign.tar"], tmp_path / "other", options={"boxes": "norm"})
-    given = ("data", "index", tmp_path / "foreign.tar", "--out", tmp_path / "by-command")
-    refused = mmit(*given)
-    assert refused.exit_code == 2 and "`mmit data index`" in " ".join(refused.stderr.split())
-    good(*given, "--option", "boxes=norm1")
-    assert open_shards(tmp_path / "by-command")[0].turns[1].text == "[0.250, 0.250, 0.500, 1.000]"
-
-
-def test_thoughts_of_an_index_are_those_of_its_records(tmp_path: Path) -> None:
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "[THINK]x[/THINK]a"}]}
-    members = [("k.json", json.dumps(row).encode())]
-    for name in ("plain", "read"):
-        (tmp_path / name).mkdir()
-    assert indexed(tmp_path / "plain", members)[0].turns[1].thinking is None
-    answer = indexed(tmp_path / "read", members, options={"thoughts": "[THINK]...[/THINK]"})[0].turns[1]
-    assert (answer.thinking, answer.text) == ("x", "a")
-    with pytest.raises(ConfigError, match="option thoughts is '<think>'"):
-        index_tars([tmp_path / "read" / "foreign.tar"], tmp_path / "other", options={"thoughts": "<think>"})
-
-
 # --- building -------------------------------------------------------------------------------------------------------
-
-
-def test_what_goes_in_comes_out(tmp_path: Path) -> None:
-    given = records(20)
-    report = build_shards(given, tmp_path, max_bytes=SMALL)
-    source = open_shards(tmp_path)
-    assert [source[i] for i in range(len(source))] == given == list(source)
-    assert (report.records, report.bad, report.kept) == (20, 0, 0) and report.shards == len(tars(tmp_path)) > 2
-    assert source.verify() == []
-    with pytest.raises(IndexError):
-        source[20]
-
-
-def test_plain_webdataset_reads_the_tars(tmp_path: Path) -> None:
-    import webdataset
-
-    given = records(9)
-    build_shards(given, tmp_path, max_bytes=SMALL)
-    paths = [str(tmp_path / name) for name in tars(tmp_path)]
-    read = list(webdataset.WebDataset(paths, shardshuffle=False))
-    assert [sample["__key__"] for sample in read] == [f"{i:09d}" for i in range(9)]
-    for sample, record in zip(read, given, strict=True):
-        row = json.loads(sample["json"])
-        names = [part["image"] for turn in row["turns"] for part in turn["parts"] if "image" in part]
-        found = [sample[name.removeprefix(f"{sample['__key__']}.")] for name in names]
-        assert found == [image.source for image in record.images]
-        assert row["id"] == record.id and row["meta"] == record.meta
-
-
-def test_the_bytes_do_not_depend_on_workers_or_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = records(15)
-    build_shards(given, tmp_path / "a", max_bytes=SMALL, workers=1)
-    monkeypatch.setattr("time.time", lambda: 4e9)
-    build_shards(iter(given), tmp_path / "b", max_bytes=SMALL, workers=3)
-    assert tars(tmp_path / "a") == tars(tmp_path / "b")
-    assert open_shards(tmp_path / "a").fingerprint == open_shards(tmp_path / "b").fingerprint
-
-
-def test_paths_bytes_and_pil_pictures_are_kept(tmp_path: Path) -> None:
-    data = picture(1)
-    (tmp_path / "a.jpg").write_bytes(data)
-    pil = PIL.Image.open(io.BytesIO(picture(2, format="PNG")))
-    given = Record.triple("q", "a", images=[str(tmp_path / "a.jpg"), data, pil], id="x")
-    build_shards([given], tmp_path / "out")
-    source = open_shards(tmp_path / "out")
-    first, second, third = (image.source for image in source[0].images)
-    assert first == second == data
-    assert list(source.members(0)) == ["0.jpg", "1.png", "json"]  # equal pictures are stored once
-    assert np.array_equal(load_rgb(Image(third)), pil)
-
-
-def test_a_build_is_resumed_and_keeps_what_is_unchanged(tmp_path: Path) -> None:
-    given = records(20)
-    build_shards(given, tmp_path / "whole", max_bytes=SMALL)
-
-    class Killed(Exception):
-        pass
-
-    def kill(done: int, shards_done: int) -> None:
-        if shards_done == 2:
-            raise Killed
-
-    out = tmp_path / "resumed"
-    with pytest.raises(Killed):
-        build_shards(given, out, max_bytes=SMALL, progress=kill)
-    with pytest.raises(ConfigError, match="no index of shards"):
-        open_shards(out)
-    report = build_shards(given, out, max_bytes=SMALL)
-    assert report.kept == 2 and tars(out) == tars(tmp_path / "whole")
-    assert open_shards(out).fingerprint == open_shards(tmp_path / "whole").fingerprint
-    assert build_shards(given, out, max_bytes=SMALL).kept == report.shards
-
-    changed = [replace(given[0], meta={"n": 9}), *given[1:]]
-    assert build_shards(changed, out, max_bytes=SMALL).kept == report.shards - 1
-    assert list(open_shards(out)) == changed
-
-
-def test_a_changed_file_is_written_anew(tmp_path: Path) -> None:
-    path = tmp_path / "a.jpg"
-    path.write_bytes(picture(1))
-    given = [Record.triple("q", "a", images=[str(path)])]
-    build_shards(given, tmp_path / "out")
-    path.write_bytes(picture(2, (13, 9)))
-    assert build_shards(given, tmp_path / "out").kept == 0
-    assert open_shards(tmp_path / "out")[0].images[0].source == path.read_bytes()
-
-
-def test_a_smaller_build_leaves_no_old_shards(tmp_path: Path) -> None:
-    build_shards(records(20), tmp_path, max_bytes=SMALL)
-    (tmp_path / ".shard-000000.tar.1.tmp").write_bytes(b"left by a kill")
-    report = build_shards(records(4), tmp_path, max_bytes=SMALL)
-    assert len(tars(tmp_path)) == report.shards and len(list(tmp_path.glob("index-*"))) == 1
-    assert list(open_shards(tmp_path)) == records(4) and not list(tmp_path.glob(".shard*"))
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_bad_records_are_counted_and_named(tmp_path: Path, workers: int) -> None:
-    (tmp_path / "text.jpg").write_text("<html>not found</html>")
-    good = records(3)
-    bad = [
-        Record.triple("q", "a", images=[str(tmp_path / "missing.jpg")], id="missing"),
-        Record.triple("q", "a", images=[str(tmp_path / "text.jpg")], id="html"),
-        Record.triple("q", "a", images=[b"\x89PNG\r\n\x1a\n"], id="cut"),
-        Record((Turn("user", (Text("q"),)), Turn("user", (Text("q"),))), id="twice"),
-    ]
-    reported = Collected()
-    report = build_shards([*good, *bad], tmp_path / "out", on_bad=reported, workers=workers)
-    assert report.bad == len(reported) == 4 and report.records == 3
-    for name in ("missing", "html", "cut", "twice"):
-        assert sum(f"({name})" in str(error) for error in reported) == 1
-    assert all(error.remedy for error in reported)
-    assert list(open_shards(tmp_path / "out")) == good
-    again = Collected()
-    build_shards([*good, *bad], tmp_path / "out", on_bad=again, workers=workers)
-    assert sorted(map(str, again)) == sorted(map(str, reported))  # a kept shard still says what it lacks
-    with pytest.raises(RecordError, match="missing.jpg"):
-        build_shards([*good, *bad], tmp_path / "strict", workers=workers)
-
-
-def test_a_maximum_side_scales_and_keeps_the_rest(tmp_path: Path) -> None:
-    small, large, turned = picture(1, (8, 8)), picture(2, (64, 32)), picture(3, (64, 32), orientation=6)
-    png = picture(4, (64, 32), format="PNG")
-    given = [
-        Record.triple("q", "a", images=[data], row=i, source="s")
-        for i, data in enumerate((small, large, turned, png), 1)
-    ]
-    build_shards(given, tmp_path, max_side=16)
-    source = open_shards(tmp_path)
-    got = [record.images[0].source for record in source]
-    assert got[0] == small
-    assert [PIL.Image.open(io.BytesIO(data)).size for data in got] == [(8, 8), (16, 8), (8, 16), (16, 8)]
-    assert [PIL.Image.open(io.BytesIO(data)).format for data in got] == ["JPEG", "JPEG", "JPEG", "PNG"]
-
-
-def test_what_a_build_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no record to write"):
-        build_shards([], tmp_path / "none")
-    with pytest.raises(ConfigError, match="max_side"):
-        build_shards(records(1), tmp_path / "side", max_side=0)
-    with pytest.raises(ImageError, match="pixels are more than"):
-        build_shards([Record.triple("q", "a", images=[picture(0)])], tmp_path / "bomb", max_pixels=50)
-    with pytest.raises(RecordError, match="over the limit"):
-        build_shards(records(3), tmp_path / "large", limits=Limits(member_bytes=100))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="cannot write"):
-        build_shards(records(1), tmp_path / "file")
-    with shards._locked(tmp_path / "busy"), pytest.raises(ConfigError, match="another build"):
-        build_shards(records(1), tmp_path / "busy")
-
-
-def test_a_build_does_not_replace_an_index_of_foreign_tars(tmp_path: Path) -> None:
-    index_tars([write_tar(tmp_path / "a.tar", caption("k"))], tmp_path)
-    with pytest.raises(ConfigError, match="index of other tars"):
-        build_shards(records(1), tmp_path)
 
 
 # --- the index ------------------------------------------------------------------------------------------------------
@@ -313,175 +122,6 @@ def test_an_index_from_anywhere_is_checked(tmp_path: Path, change: dict[str, Any
 
 
 # --- foreign tars ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_img2dataset(tmp_path: Path, format: int) -> None:
-    long = "folder/" + "x" * (60 if format == tarfile.USTAR_FORMAT else 200)
-    name = "" if format == tarfile.USTAR_FORMAT else "é"
-    members = caption("000", 1, license="CC-BY-4.0") + caption(long + name, 2)
-    source = indexed(tmp_path, members, format=format)
-    assert [record.turns[-1].text for record in source] == ["a caption 1", "a caption 2"]
-    assert [record.images[0].source for record in source] == [picture(1), picture(2)]
-    assert source[0].turns[0].parts == (Image(picture(1)),)
-    assert source[0].meta["url"] == "http://x/y.jpg"
-    assert source[0].row == 1 and source[0].source == source.origin and source.key(1) == long + name
-
-
-def test_captions_with_an_instruction(tmp_path: Path) -> None:
-    source = indexed(tmp_path, caption("0") + caption("1"), instruction=["Describe.", "What is it?"], seed=3)
-    said = [record.turns[0].text for record in source]
-    assert set(said) <= {"Describe.", "What is it?"} and said == [record.turns[0].text for record in source]
-
-
-def test_openflamingo_documents(tmp_path: Path) -> None:
-    row = {
-        "text_list": ["Before.", "A cat.", "It sleeps.", "A dog."],
-        "image_info": [
-            {"image_base64": base64.b64encode(picture(1)).decode(), "matched_text_index": 1},
-            {"image_base64": base64.b64encode(picture(2)).decode(), "matched_text_index": 3},
-        ],
-        "similarity_matrix": [[0.1], [0.2]],
-        "url": "http://x",
-    }
-    source = indexed(tmp_path, [("doc.json", json.dumps(row).encode())])
-    turns = source[0].turns
-    assert [turn.text for turn in turns] == ["Before.\n", "A cat. It sleeps.", "", "A dog."]
-    assert [image.source for image in source[0].images] == [picture(1), picture(2)]
-    assert source[0].meta == {"url": "http://x"}
-    inline = source.index.members[source.index.members["inline"] == 1]
-    assert inline[["width", "height"]].tolist() == [(12, 8)] * 2
-
-
-def test_llava_rows_beside_their_pictures(tmp_path: Path) -> None:
-    row = {
-        "id": "7",
-        "image": "coco/7.jpg",
-        "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
-    }
-    source = indexed(tmp_path, [("7.jpg", picture(7)), ("7.json", json.dumps(row).encode())])
-    assert source[0].id == "7" and source[0].images == (Image(picture(7)),) and source[0].turns[1].text == "A cat."
-
-
-def sample(*members: tuple[str, bytes]) -> list[tuple[str, bytes]]:
-    return [*members, *caption("good")]
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        (sample(*caption("a"), ("a.pyd", b"x")), "type that is not accepted"),
-        (sample(*caption("a"), ("a.PKL", b"x")), "type that is not accepted"),
-        (sample(("a.jpg", picture(0))), "cannot tell what the sample is"),
-        (sample(("a.txt", b"x")), "cannot tell what the sample is"),
-        (sample(("a", b"x")), "has no extension"),
-        (sample(("a.jpg", b""), ("a.txt", b"x")), "is empty"),
-        (sample(("a.jpg", b"x"), ("a.txt", b"x")), "cannot read its header"),
-        (sample(("a.jpg", picture(0)), ("a.txt", b"\xff")), "not UTF-8"),
-        (sample(("a.json", b'{"turns": ')), "not JSON"),
-        (sample(("a.json", b"[" * 100_000)), "not JSON"),
-        (sample(("a.json", b'{"turns": []}')), "no user turn"),
-        (sample(*caption("a"), ("a.txt", b"x")), "there twice"),
-        (sample(*caption("a", status="failed_to_download")), "failed_to_download"),
-        (sample(*caption("a"), *caption("b"), *caption("a")), "was there before"),
-    ],
-)
-def test_an_unusable_sample_is_named_and_the_others_kept(
-    tmp_path: Path, members: list[tuple[str, bytes]], message: str
-) -> None:
-    with pytest.raises(RecordError, match=message):
-        indexed(tmp_path, members)
-    reported = Collected()
-    source = indexed(tmp_path, members, on_bad=reported)
-    assert len(reported) == 1 and message in str(reported[0])
-    assert "foreign.tar" in reported[0].where
-    keys = [source.key(i) for i in range(len(source))]
-    assert keys[-1] == "good" and len(keys) == len({n.partition(".")[0] for n, _ in members}) - (
-        "before" not in message
-    )
-
-
-def test_ignored_members_are_counted(tmp_path: Path) -> None:
-    members = [*caption("a"), ("a.npy", b"x"), *caption("b"), ("b.npy", b"y")]
-    source = indexed(tmp_path, members, ignore=["npy"])
-    assert len(source) == 2 and source.index.header["left_out"] == {"npy": 2}
-
-
-def test_mmit_samples_must_use_their_pictures(tmp_path: Path) -> None:
-    row = json.dumps(Record.triple("q", "a", images=["k.0.jpg"]).to_json()).encode()
-    assert len(indexed(tmp_path, [("k.json", row), ("k.0.jpg", picture(0))])) == 1
-    with pytest.raises(RecordError, match="shown by no image part"):
-        indexed(tmp_path, [("k.json", row), ("k.0.jpg", picture(0)), ("k.1.jpg", picture(1))])
-    with pytest.raises(RecordError, match="is no member"):
-        indexed(tmp_path, [("k.json", row), ("k.1.jpg", picture(0))])
-
-
-def odd_member(kind: bytes, **fields: Any) -> bytes:
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as tar:
-        for name, data in caption("a"):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        info = tarfile.TarInfo("b.txt")
-        info.type = kind
-        for key, value in fields.items():
-            setattr(info, key, value)
-        tar.addfile(info)
-    return out.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (odd_member(tarfile.SYMTYPE, linkname="/etc/passwd"), "a symbolic link"),
-        (odd_member(tarfile.LNKTYPE, linkname="a.jpg"), "a hard link"),
-        (odd_member(tarfile.CHRTYPE), "a character device"),
-        (odd_member(tarfile.FIFOTYPE), "a pipe"),
-        (tar_bytes(caption("a")) + tar_bytes(caption("b")), "data after the end-of-archive marker"),
-        (tar_bytes(caption("a"))[: 512 * 8], "no end-of-archive marker"),
-        (tar_bytes(caption("a"))[:2000], "cut short"),
-        (b"", "cut short"),
-        (b"PK\x03\x04" + bytes(600), "a zip file"),
-        (b"\x1f\x8b" + bytes(600), "a gzip file"),
-        (os.urandom(2048).replace(b"\x1f\x8b", b"xx"), "not a tar header"),
-    ],
-)
-def test_what_a_tar_must_not_hold(tmp_path: Path, data: bytes, message: str) -> None:
-    (tmp_path / "odd.tar").write_bytes(data)
-    with pytest.raises(RecordError, match=message) as caught:
-        index_tars([tmp_path / "odd.tar"], tmp_path / "index")
-    assert "odd.tar" in caught.value.where and caught.value.remedy
-
-
-def test_directories_hold_nothing(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(odd_member(tarfile.DIRTYPE))
-    assert index_tars([tmp_path / "a.tar"], tmp_path) == 1
-
-
-@pytest.mark.parametrize("path", ["pipe:cat x.tar", "file:///x.tar", "ssh://host/x.tar", "no/such.tar"])
-def test_refused_paths(tmp_path: Path, path: str) -> None:
-    with pytest.raises(MmitError, match="scheme|No such file"):
-        index_tars([path], tmp_path)
-
-
-def test_limits(tmp_path: Path) -> None:
-    for limits in (Limits(members=2), Limits(member_bytes=50), Limits(sample_bytes=400), Limits(key_bytes=2)):
-        with pytest.raises(RecordError):
-            indexed(tmp_path, caption("abc"), limits=limits)
-    source = indexed(tmp_path, caption("abc"))
-    strict = ShardSource(source.origin, limits=Limits(member_bytes=50))
-    with pytest.raises(RecordError, match="over the limit"):
-        strict[0]
-
-
-def test_many_tars_in_processes(tmp_path: Path) -> None:
-    paths = [write_tar(tmp_path / f"{n}.tar", caption(f"{n}-0", n) + caption(f"{n}-1", n)) for n in range(5)]
-    seen = []
-    assert index_tars(paths, tmp_path, workers=2, progress=lambda done, total: seen.append((done, total))) == 10
-    source = open_shards(tmp_path)
-    assert [source.key(i) for i in range(10)] == [f"{n}-{k}" for n in range(5) for k in range(2)]
-    assert seen[-1] == (5, 5)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
