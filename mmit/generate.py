@@ -231,6 +231,7 @@ class Model:
     ) -> None:
         if vlm.vision is not None and not image:
             raise ConfigError("a model with a vision tower needs its image preparation")
+        # Dropout and batch statistics must not play a part in an answer, whatever the caller did before.
         self.vlm, self.tokenizer, self.chat_format = vlm.eval(), tokenizer, chat_format
         self.image, self.folder, self.meta = dict(image or {}), folder, dict(meta or {})
         self.preparation = prepare_images(self.image, tokens=vlm.image_tokens, grid=vlm.image_grid)
@@ -302,6 +303,8 @@ class Model:
         for new in self._steps([prompt], features, reader, max_new_tokens=max_new_tokens, sampling=sampling):
             ids += [token for _, token in new]
             text = reader.settled(ids)
+            # A token may change text that stood before it (byte tokens, spaces of a tokenizer); what was sent cannot be
+            # taken back.
             if text.startswith(sent) and text != sent:
                 yield text[len(sent) :]
                 sent = text
@@ -370,6 +373,7 @@ class Model:
     ) -> list[str]:
         """Continue prompts that are tokens already, one sample each, numbered by their place; see `generate`."""
         texts = [""] * len(prompts)
+        # Batches come in the order that shares pictures and lengths best; answers go back to their numbers.
         ids = self._continued(prompts, reader, batch_size, max_new_tokens, sampling, draws=None, progress=progress)
         for number, tokens in ids:
             texts[number] = reader.whole(tokens)
@@ -404,6 +408,7 @@ class Model:
         ids = self._continued(prompts, reader, batch_size, max_new_tokens, sampling, draws=seeds)
         for number, tokens in ids:
             length = prompts[number].length
+            # Cut off means that the room was used up and nothing ended the answer.
             room = max_new_tokens if context is None else min(max_new_tokens, context - length)
             ended = bool(tokens) and (tokens[-1] in self.end_ids or (bool(stop) and reader.ended(tokens)))
             yield number, Completion(reader.whole(tokens), len(tokens) >= room and not ended, length, len(tokens))
@@ -425,6 +430,7 @@ class Model:
         for batch in plan:
             features = self._see(pictures, batch)
             # A model that cannot be batched takes its prompts one by one.
+            # Pictures of the batch have been encoded together all the same.
             for part in [batch] if self.support.batched else [[prompt] for prompt in batch]:
                 ids: list[list[int]] = [[] for _ in part]
                 steps = self._steps(
@@ -513,6 +519,7 @@ class Model:
         features = self._see(Pictures(self.vlm, self.preparation, [[prompt]]), [prompt])
         row, prompts = self._row(list(prompt.samples), features)
         at = torch.arange(len(row.input_ids), device=self.vlm.device)
+        # An image position has no token; layers that look ids up must see that.
         tokens = row.input_ids.index_fill(0, row.image_positions, -1).to(self.vlm.device)
         placed = {"positions": prompts.positions, "nodes": prompts.nodes}
         return self.vlm.row_logits(prompts.embeddings, **placed, at=at, ids=tokens)
@@ -531,6 +538,7 @@ class Model:
 
     def _likelihoods(self, batch: list[Prompt], features: Features) -> list[Likelihood]:
         samples = [sample for prompt in batch for sample in prompt.samples]
+        # Numbered by place: the row's `target_records` then say which continuation a token belongs to.
         samples = [replace(sample, record=n) for n, sample in enumerate(samples)]
         totals = torch.zeros(len(samples)), torch.zeros(len(samples), dtype=torch.int64)
         for group in self._groups(samples):
@@ -618,6 +626,7 @@ class Model:
         whole = build_row(samples)
         paths = decoding.paths_of(whole.nodes.tolist(), whole.predict_at.tolist())
         division = divide(whole.nodes.tolist(), paths, [len(blocks) * BLOCK for blocks in found])
+        # Nothing is known: the plain way keeps the row as it is.
         if not division.length:
             return self._row(samples, features)[1], [0] * len(samples)
         row, kept = without(whole, division.order[: division.length])
@@ -650,7 +659,9 @@ class Model:
     def _embedded(self, row: Row, features: Features, kept: torch.Tensor | None = None) -> torch.Tensor:
         """(T, D) embeddings of a row; `kept`: which of its pictures' tokens it still has, None for all."""
         vlm = self.vlm
+        # Before anything of the LLM runs, the look-up of embeddings included.
         self.activate()
+        # The order in which `splice_index` counts the crops of distinct pictures.
         keys = list(dict.fromkeys(row.images))
         spreads = {key: features[key][1] for key in keys}
         index = splice_index(row.images, spreads, vlm.image_tokens)

@@ -86,6 +86,7 @@ class FusedMLP(MLP):
         check_counts(widen=widen)
         super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, depth=1, norm=norm)
         self.widen, wide = widen, widen * vision_dim
+        # Replaces the layer that MLP made, whose first width is the features' own.
         tail = mlp(wide, llm_dim, depth=2)
         self.layers = nn.Sequential(nn.Linear(vision_dim, wide), nn.GELU(), *tail)
 
@@ -210,6 +211,7 @@ class DeepStackMLP(Projector):
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, D_v) -> (B, N, levels * D_llm): image tokens, then what is added after layer 1, 2, ..."""
         *inner, last = features.chunk(len(self.levels), dim=-1)
+        # The projector of the last layer comes first: it makes the image tokens themselves.
         first, *others = self.levels
         parts = [first(last), *(layer(part) for layer, part in zip(others, inner, strict=True))]
         return torch.cat(parts, dim=-1)

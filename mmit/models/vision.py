@@ -180,6 +180,7 @@ class VisionTower(nn.Module):
 
     def train(self, mode: bool = True) -> VisionTower:
         """Switch to train mode only when trainable: frozen batch norm and dropout must not wake up."""
+        # Called by every `train()` of a parent, so the tower itself must know better.
         super().train(mode and self.trainable and not self.adapted)
         return self
 
@@ -251,6 +252,8 @@ class VisionTower(nn.Module):
         ]
         # What a picture becomes is keyed by its preparation; how patches are joined, by the identity and this.
         facts += [] if self.native is None else [self.native["patch"], self.native["merge"]]
+        # Everything that a feature depends on and nothing else: a cache that was keyed by a path would serve features
+        # of other weights.
         digest = hashlib.sha256(json.dumps(facts).encode())
         for key, value in sorted(self.encoder.state_dict().items()):
             digest.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())

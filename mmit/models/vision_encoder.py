@@ -42,6 +42,8 @@ class Reader(nn.Module):
     exact_buffers = False
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # A cast of the module reaches its buffers too. Angles of rotary embeddings in bf16 would be those of other
+        # positions.
         kept = self._buffers_of_float32() if self.exact_buffers else []
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, before in kept:
@@ -270,6 +272,8 @@ def load_needed(
             remedy="check the architecture's name; key_order: true loads a file whose tensors are "
             "in the same order under other names",
         )
+    # Not strict, since step counters may be missing; all else has been compared above, with an error that says more
+    # than torch's.
     module.load_state_dict({key: tensors[key] for key in needed if key in tensors}, strict=False)
 
 

@@ -45,6 +45,7 @@ class NativeReader(Reader):
         f, p = self.merge, self.patch
         # (C, f, f, 3, p, p): the patches of each unit, row by row.
         patches = pixels.unflatten(3, (f, p)).unflatten(2, (f, p)).permute(0, 2, 4, 1, 3, 5)
+        # Grids are read as numbers to cut pictures apart, and tensors without data have none.
         hidden = self.outline(patches) if without_data(pixels) else self.run(patches, grids)
         return hidden.reshape(len(pixels), f * f, -1)
 
@@ -140,6 +141,7 @@ def _apart(
         q, k, v = (table[tokens].transpose(1, 2) for table in tables)  # (G, heads, L, head dim)
         mask = None if seen is None else seen[:, None, None]
         out = F.scaled_dot_product_attention(q, k, v, scale=scaling, dropout_p=dropout, attn_mask=mask).transpose(1, 2)
+        # Where each output belongs in the row; sorted once at the end, in place of a scatter for each batch.
         order.append(tokens.flatten() if seen is None else tokens[seen])
         made.append(out.flatten(0, 1) if seen is None else out[seen])
     return torch.cat(made)[torch.cat(order).argsort()][None], None
@@ -154,6 +156,8 @@ def batches(lengths: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor |
         of the padding; None where there is none
     """
     starts = np.cumsum([0, *lengths]).tolist()
+    # Longest first, each with those of at least LIKE times its length: padding of one batch is bounded, and a few
+    # batches serve any mix.
     groups: list[list[int]] = []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         if groups and lengths[n] >= LIKE * lengths[groups[-1][0]]:

@@ -101,10 +101,13 @@ class Format:
 
     def __call__(self, row: Row, *, image_root: str = "", **options: Any) -> Record:
         """Make the Record of one row; keys with a meaning that its layout does not define are read or refused."""
+        # What is in the meta of mmit's own rows was put there on purpose; reading it by name a second time could change
+        # a record.
         if self.own:
             return self.row(row, image_root=image_root)
         shared = {key: options.pop(key) for key in SHARED_OPTIONS if key in options and key not in self.options}
         record = read_keys(self.row(row, image_root=image_root, **options))
+        # Formats that define boxes in text: as letters, they would teach the numbers of another coordinate system.
         if self.spells_boxes and "boxes" not in shared:
             boxes.refuse_spelt(record)
         return with_shared(record, shared)
@@ -155,6 +158,7 @@ def pick(instructions: Any, *, seed: int, key: str) -> str:
     choices = [instructions] if isinstance(instructions, str) else list(instructions or [""])
     if not all(isinstance(choice, str) for choice in choices):
         raise ConfigError("option instruction holds what is not text", remedy="Give one text or a list of texts.")
+    # A hash of the row and no generator: the draw depends on nothing that was read before it.
     digest = hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()
     return choices[int.from_bytes(digest[:8], "big") % len(choices)]
 

@@ -39,6 +39,7 @@ def mimicit_rows(path: str, *, images: str | None = None, train: str | None = No
     The whole file and, if pictures are stored in a JSON or parquet file, all of them in base64 are held in memory.
     """
     pairs = object_of(json_object(path, "data")["data"], "data", where=path)
+    # Text-only tasks have no picture file, and must not need one.
     table = _pictures(path, images) if _shows_pictures(pairs) else {}
     chosen = json_object(train) if train else None
     for number, key in enumerate(pairs if chosen is None else chosen, 1):
@@ -87,6 +88,7 @@ def mimicit(
     for name in [*(before if relations == "turns" else []), key]:
         pair = _pair(pairs, name)
         ids = _image_ids(pair, name)
+        # A conversation about one picture shows it once; an in-context example of another picture shows its own.
         shown = [] if turns and ids == last else ids
         images = [_image(picture, row["pictures"], image_root, pattern=image_pattern) for picture in shown]
         turns += [

@@ -85,6 +85,7 @@ def vision_flan(row: Row, *, image_root: str = "") -> Record:
     """
     record = llava(row, image_root=image_root)
     dataset, task = vision_flan_task(row)
+    # Copies of the file without `task_name` keep it in the picture's name.
     if not task and isinstance(row.get("image"), str):
         dataset, task = vision_flan_task({"id": os.path.basename(row["image"])})
     told = {"dataset": dataset, "task": task} if dataset else {"task": task} if task else {}
@@ -118,6 +119,8 @@ def m3it_rows(path: str, *, instructions: str | None = None, seed: int = 0) -> R
     for number, row in json_rows(path):
         if isinstance(row, dict) and "instruction" not in row:
             bank = bank or _instruction_bank(place)
+            # Drawn by the row's number and a seed, so that the same row has the same instruction in every run and on
+            # every rank.
             row = {**row, "instruction": pick(bank, seed=seed, key=str(number))}
         yield number, row
 
@@ -156,6 +159,7 @@ def m3it(row: Row, *, image_root: str = "") -> Record:
     key = next((name for name in M3IT_IMAGES if row.get(name)), "image_base64_str")
     value = row.get(key)
     pictures = value if isinstance(value, list) else [] if value is None else [value]
+    # Exports to parquet hold pictures as bytes, files from the repository as base64.
     images = [base64_image(p, key) if isinstance(p, str) else image_part(p, image_root) for p in pictures]
     if not images:
         remedy = f"Give the picture in base64 under one of {', '.join(M3IT_IMAGES)}."

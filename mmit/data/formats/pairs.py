@@ -44,6 +44,8 @@ def pair(row: Row, *, image_root: str = "") -> Record:
     """
     asked = next(key for key in ASKED if key in row)
     answered = next((key for key in ANSWERED if key in row), "response")
+    # TRL allows messages on both sides; together they are one conversation, which the importer of messages knows how to
+    # read.
     if isinstance(row[asked], list):
         return _of_messages(row, asked, answered, image_root)
     dialogue, used = _asking(row, asked)
@@ -59,6 +61,8 @@ def _asking(row: Row, asked: str) -> tuple[Dialogue, tuple[str, ...]]:
         if not isinstance(entry, list) or len(entry) != 2:
             raise RecordError("'history' is not a list of pairs", remedy="Write [[question, answer], ...].")
         dialogue += [said("user", text_of(entry[0], "history")), said("assistant", text_of(entry[1], "history"))]
+    # Only under `instruction` do context and input mean text to be read; beside a question they may be anything, and
+    # stay in the meta.
     beside = [key for key in ("context", "input") if row.get(key)] if asked == "instruction" else []
     if len(beside) > 1:
         raise RecordError("the row has both 'context' and 'input'", remedy="Keep one of them, or import it as json.")
@@ -90,7 +94,9 @@ def preference(row: Row, *, image_root: str = "") -> Record:
     if isinstance(value, list):
         return messages({**beside, "messages": value}, image_root=image_root)
     if whole:
+        # Without its last message: that is the chosen answer, which `preferences` reads from the meta.
         talk = messages({**beside, "messages": objects_of({"chosen": chosen}, "chosen")[:-1]}, image_root=image_root)
+        # The text of the prompt is said twice then, and must be the same, or one of the two is not what was answered.
         if isinstance(value, str) and value.strip() not in [turn.text.strip() for turn in talk.turns]:
             problem = f"'{asked}' is said nowhere in the conversation of the chosen answer"
             raise RecordError(problem, remedy="Keep the one that is right.")
@@ -174,6 +180,7 @@ def self_instruct(row: Row, *, image_root: str = "") -> Record:
     A task with several instances becomes as many records.
     """
     instances = objects_of(row, "instances")
+    # As a row of JSONL a task cannot become several records, since a row is one; the file's own reader cuts it.
     if len(instances) != 1:
         problem = f"the row has {len(instances)} instances"
         raise RecordError(problem, remedy="Import the file as self_instruct, which makes a record of each.")

@@ -51,6 +51,7 @@ def _paired(record: Record) -> Record:
     if chosen and answered:
         problem = f"the row has an answer, and another in '{chosen}'"
         raise RecordError(problem, remedy="Keep one of them.")
+    # Sets with a list of messages put the better answer into it; those with a prompt keep both answers beside it.
     prompt = record.turns[:-1] if answered else record.turns
     turns = record.turns if answered else (*prompt, _answer(meta.pop(chosen), chosen, prompt))
     worse = _answer(meta.pop(rejected), rejected, prompt)
@@ -105,6 +106,7 @@ def _text(content: Any) -> str | None:
 
 def check_prompt(turns: list[Turn], prompt: tuple[Turn, ...], key: str) -> None:
     """Refuse a conversation whose turns before its answer are not the record's prompt; one of none is its answer."""
+    # Without system turns, which sets often write on one side only, and without image markers and blanks at the ends.
     mine, theirs = ([(t.role, _plain(t)) for t in part if t.role != "system"] for part in (turns, prompt))
     if mine and mine != theirs:
         place = next((n for n, (a, b) in enumerate(zip(mine, theirs, strict=False), 1) if a != b), None)
@@ -129,6 +131,7 @@ def _labelled(record: Record) -> Record:
             del meta[key]
     if not found:
         return record
+    # Several marks may say the same; a verdict that nobody can tell must not be learned.
     if len(set(found.values())) > 1:
         told = " and ".join(f"{key} ({str(value).lower()})" for key, value in found.items())
         raise RecordError(f"the row has {told}, which contradict each other", remedy="Keep one of them.")
@@ -138,6 +141,7 @@ def _labelled(record: Record) -> Record:
 def _verdict(key: str, value: Any) -> bool | None:
     if isinstance(value, bool):
         return value
+    # 0 and 1 are a verdict only under keys that are flags: elsewhere they may be a score or a count.
     if key in FLAGS and isinstance(value, int) and value in (0, 1):
         return value == 1
     word = value.strip().lower() if isinstance(value, str) else ""

@@ -40,6 +40,7 @@ def vqav2_rows(path: str, *, annotations: str | None = None) -> Rows:
         raise RecordError("'questions' is not a list", where=path, remedy="Check that this is the right file.")
     answers = None
     if annotations:
+        # By id and not by order: the two files of a release are sorted differently.
         answers = keyed(json_object(annotations, "annotations")["annotations"], "question_id", where=annotations)
     for number, question in enumerate(questions, 1):
         if isinstance(question, dict):
@@ -69,6 +70,8 @@ def vqav2(
     meta = rest(row, "question", "question_id", "annotation", "data_subtype")
     if "annotation" not in row:
         return _record(row, row.get("question"), image, suffix=suffix, answers=[], meta=meta)
+    # The annotation file was given, so a question that it lacks is a mistake of the pair of files; without the file it
+    # is a test split.
     if row["annotation"] is None:
         remedy = "Give the annotation file of the same split and version."
         raise RecordError(f"the annotation file has no question {id_of(row)}", remedy=remedy)

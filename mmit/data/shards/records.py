@@ -134,12 +134,14 @@ def to_record(
     if empty := [s for s, data in images.items() if not data]:
         _fail(f"member {short(empty[0])} is empty", where, "Fetch the picture again, or leave the sample out.")
     row: Any = None
+    # Other texts could be captions, alt texts or prompts. Which of them to learn is the user's to say.
     if unread := [s for s in members if extension(s) in TEXTS and s not in TEXTS]:
         remedy = f"Only KEY.json and KEY.txt are read. Leave such members out: --ignore {unread[0]}."
         _fail(f"member '{short(unread[0])}' is neither the row nor the caption", where, remedy)
     if "json" in members:
         row = _json(members["json"], "json", where)
     keys = row.keys() if isinstance(row, dict) else ()
+    # Told by keys, in the order of how sure they are; a caption is what is left with one picture and a text.
     if "turns" in keys and not texts:
         # Checked by from_json; filling in the bytes breaks no rule.
         return _with_bytes(Record.from_json(row, where=where), key, images, where=where)
@@ -171,6 +173,7 @@ def from_record(record: Record, key: str, pictures: Sequence[bytes]) -> dict[str
     known: dict[bytes, str] = {}
     names = []
     for data in pictures:
+        # By bytes: two parts that show the same picture name one member.
         if data not in known:
             known[data] = f"{len(known)}.{_EXTENSION[picture_format(data, where=record.where)]}"
             members[known[data]] = data
@@ -256,6 +259,7 @@ def _with_bytes(record: Record, key: str, images: Mapping[str, bytes], *, where:
         return Image(images[suffix])
 
     turns = tuple(replace(turn, parts=tuple(fill(part) for part in turn.parts)) for turn in record.turns)
+    # A picture that nobody shows is a sign that row and pictures do not belong together.
     if unused := images.keys() - used:
         problem = f"{', '.join(map(short, sorted(unused)))} is shown by no image part"
         _fail(problem, where, "Name it in an image part, or leave it out of the tar.")
@@ -272,6 +276,7 @@ def _placed(work: Callable[[], T], where: str) -> T:
 
 def _foreign(row: dict[str, Any], images: Mapping[str, Image], key: str, where: str) -> Record:
     """Read a conversation or messages by their importer; the members take the places of what the row names."""
+    # Only where the row names nothing does the order of members decide, numbers in them counted as numbers.
     names = sorted(images, key=_natural)
     given = next((row[name] for name in ("image", "images") if row.get(name)), None)
     if names and given is None and not _parts_name_files(row):
@@ -367,6 +372,8 @@ def _interleaved(row: dict[str, Any], images: Mapping[str, bytes], where: str) -
     for n, start in enumerate(starts):
         end = starts[n + 1] if n + 1 < len(starts) else len(sentences)
         context = (Text(" ".join(sentences[:start]) + "\n"),) if n == 0 and start else ()
+        # The pictures open a user turn and the sentences after them are the answer, so that text is learned given what
+        # it describes.
         turns.append(Turn("user", (*context, *at[start])))
         turns.append(Turn("assistant", (Text(" ".join(sentences[start:end])),)))
     # The matrix and the pictures are what the turns were made of; the rest is provenance.

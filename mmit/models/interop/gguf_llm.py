@@ -109,12 +109,15 @@ def llm_tensors(llm: Any) -> dict[str, torch.Tensor]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.arch], config.num_hidden_layers)
     found: dict[str, torch.Tensor] = {}
     for key, tensor in named_tensors(llm).items():
+        # Tied in the file by being left out: a copy would be read as a head of its own.
         if key == "lm_head.weight" and config.tie_word_embeddings:
             continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ModelError(f"gguf has no name for the tensor {key}", where="model.llm", remedy="use --format mmit")
         module = key.split(".")[-2]
+        # llama.cpp rotates neighbouring channels of these families; the rows of queries and keys are laid so that the
+        # same pairs meet.
         if family.paired and module in ("q_proj", "k_proj"):
             tensor = paired(tensor, config.num_attention_heads if module == "q_proj" else config.num_key_value_heads)
         found[name] = tensor
@@ -196,6 +199,7 @@ def _token_keys(writer: Any, words: Vocabulary, ends: tuple[int, ...], told: Map
     if len(ends) > 1:
         writer.add_eot_token_id(ends[1])
     writer.add_add_bos_token(told["add_bos"])
+    # The chat template ends an answer; a tokenizer that added an end by itself would end the prompt.
     writer.add_add_eos_token(False)
     writer.add_chat_template(told["template"])
 

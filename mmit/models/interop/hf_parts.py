@@ -94,6 +94,7 @@ def write_adapter(folder: Path, vlm: VLM, *, base: str) -> None:
             where="export --format peft",
             remedy="it was trained in full or stayed frozen; use --format llava-hf or --format mmit",
         )
+    # Where the adapter was trained the base may have been a folder that others do not have.
     for adapter in vlm.llm.peft_config.values():
         adapter.base_model_name_or_path = base
     vlm.llm.save_pretrained(str(folder), save_embedding_layers=False)
@@ -217,6 +218,8 @@ def read_llava_projector(path: Path, projector: torch.nn.Module) -> None:
     mark, own = "mm_projector.", _llava_projector(projector)
     found, other = {}, []
     for key, value in load_tensors(path).items():
+        # Training with DeepSpeed, PEFT or neither puts other prefixes in front; what follows the mark is the same in
+        # all.
         if mark in key:
             found[key.split(mark, 1)[1]] = value.float()
         elif "line_end" in own and key.split(".")[-1] == "image_newline":

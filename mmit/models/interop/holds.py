@@ -53,6 +53,7 @@ class TextFacts:
 def text_facts(llm: Mapping[str, Any]) -> TextFacts:
     """Read the facts of a `model.llm` section from the model's shapes; no weights are read."""
     given: dict[str, Any] = {"revision": llm.get("revision"), "random_init": llm.get("random_init")}
+    # On the meta device: shapes alone, and nothing is downloaded but the config.
     model: Any = load_llm(llm["name"], **given, dtype=torch.float32, empty=True)
     config = model.config
     head = model.get_output_embeddings()
@@ -99,6 +100,7 @@ def beyond_body_and_head(model: Any) -> str | None:
     if built not in type(body).__mro__:
         return f"transformers builds another body for its config than {type(body).__name__}"
     embeddings = torch.empty(1, 2, config.hidden_size, dtype=torch.float32, device="meta")
+    # No numbers are needed: whether the class hands on the very tensor that it was given is a question of identity.
     hidden = torch.empty_like(embeddings)
     seen: dict[str, Any] = {}
 
@@ -119,6 +121,7 @@ def beyond_body_and_head(model: Any) -> str | None:
     if seen["inputs_embeds"] is not embeddings:
         return "it changes embeddings before its body"
     given = seen.get("given")
+    # A view counts as the tensor itself: classes cut out the positions whose logits are wanted.
     if given is None or (given is not hidden and given._base is not hidden):
         return "it changes hidden states between body and head"
     return None if seen["made"] is logits else AFTER_HEAD

@@ -90,6 +90,7 @@ def read_llava(
         prefixes = (*NEWLINE, *PREFIXES) if line_end else PREFIXES
         parts = split_by_prefix(folder_tensors(folder), prefixes, where=where)
         llm: Any = _whole_llm(config, parts["llm"], dtype=dtype, where=where, **place)
+        # A run that tuned its tower keeps it in the shards; others leave it with its hub id.
         if parts["vision"]:
             own_tower(vision, parts["vision"], where)
         tokenizer = load_tokenizer(where)
@@ -105,6 +106,7 @@ def read_llava(
     if rest is not None:
         read_llava_projector(rest, projector)
     else:
+        # One linear layer has no number in LLaVA's names.
         own = {f"layers.{'0.' if depth == 1 else ''}{key}": value for key, value in parts["projector"].items()}
         if newline := parts.get("newline"):
             own["line_end"] = newline[""]

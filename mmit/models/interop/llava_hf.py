@@ -146,6 +146,8 @@ def _fill_projector(
 ) -> None:
     """Give the projector the folder's weights, and the vector that ends a line, which lies beside them."""
     newline = parts.get("newline", {}).get("")
+    # The vector that ends a line lies beside the projector in the file, and is a part of it here: tuning and saving
+    # reach it so.
     renamed = {} if newline is None else {"line_end": newline.to(dtype)}
     for key, tensor in parts["projector"].items():
         name, _, leaf = key.rpartition(".")

@@ -93,7 +93,7 @@ def measure_bytes(
         groups: what is trained. batches: model arguments of the largest micro-batches, with pixels or features.
         accumulate: whether a step has more than one micro-batch.
         flash: whether attention keeps what a fused CUDA kernel keeps, or what mmit's CPU attention does.
-        recompute: activation checkpointing, see `models.recompute`.
+        recompute: activation checkpointing, see `models.llm_layers`.
     """
     mode = CpuFakes(allow_non_fake_inputs=True)
     new = make_fake(vlm, mode)
