@@ -203,6 +203,7 @@ class Record:
         A record for training ends with an assistant turn, one for generation (`for_training=False`) with a
         user or tool turn; None accepts either ending, which is what a reader that knows no purpose asks for.
         """
+        # What cannot change is checked once, though it is asked at every station.
         if not self._sound:
             self._check_all()
         last = self.turns[-1].role if self.turns else "system"
@@ -213,6 +214,7 @@ class Record:
             self._fail(f"the record has {name} but no answer beside it", "End its turns with the assistant's.")
         if for_training is True and last != "assistant":
             self._fail(f"the last turn is the {last}'s: there is no answer to learn", "Add the assistant turn.")
+        # A prompt that ends with an answer would have the model continue it, and not give its own.
         if for_training is False and last == "assistant":
             self._fail("the last turn is the assistant's", "For generation, end with the user turn.")
 
@@ -220,6 +222,7 @@ class Record:
         self._check_provenance()
         self._check_extras()
         previous: str | None = None
+        # Mappings can be changed after a check; texts and pictures of frozen parts cannot.
         plain = not self.tools and not self.template_args
         for number, turn in enumerate(self.turns, 1):
             if not isinstance(turn, Turn):
@@ -327,6 +330,7 @@ class Record:
         Weights, tools, thinking and the like are written where they are set.
         """
         row = {"source": self.source, "row": self.row, "licence": self.licence, "meta": dict(self.meta)}
+        # Before anything is written: a value that JSON cannot hold would end a file of many records in its middle.
         self._check(*json_problem([self.id, row], "id, source or meta holds"))
         told = {"id": self.id, "turns": [self._turn_json(turn) for turn in self.turns]} | row | _set(self, _EXTRAS)
         if self.rejected is not None:
@@ -362,6 +366,7 @@ class Record:
             told["rejected"] = _turn(obj["rejected"], f"{where}: rejected", root)
         record = cls(tuple(turns), **_given(obj, _PROVENANCE, where), **_given(obj, _EXTRAS, where), **told)
         try:
+            # Either ending: a reader does not know what the record is for.
             record.validate(for_training=None)
         except RecordError as error:
             raise RecordError(error.problem, where=where, remedy=error.remedy) from error

@@ -57,6 +57,7 @@ class SourceStats:
         self.text_tokens += len(encoded.ids) - slots
         self.image_tokens += slots * image_tokens
         self.supervised += sum(encoded.supervised)
+        # A slot stands for all tokens of its image.
         self.tokens.append(len(encoded.ids) + slots * (image_tokens - 1))
 
     def to_json(self) -> dict[str, Any]:
@@ -179,6 +180,7 @@ def collect(
         source = stats.sources.setdefault(row.source or "not stated", SourceStats())
         source.add(row)
         stats.licences[row.licence or "not stated"] += 1
+        # System turns are left out: one text of the format, and not what somebody asked.
         for turn in row.turns:
             if turn.role == "user" and turn.text.strip():
                 prompts.take(turn.text)

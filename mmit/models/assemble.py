@@ -54,6 +54,7 @@ def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionT
 def without_weights(vision: Mapping[str, Any]) -> dict[str, Any]:
     """A `model.vision` section whose encoders are built with random weights, to be measured or filled later."""
     towers = [{**tower, "weights": False, "key_order": False} for tower in vision.get("towers", ())]
+    # Of a fused tower `weights` belong to each of the encoders, and must stay unset on the whole.
     alone = None if vision["kind"] == FUSED else False
     return {**vision, "weights": alone, "key_order": False, "towers": towers}
 

@@ -50,9 +50,12 @@ def make_layout(buckets: Sequence[Indexed], tokens: int, *, heads: int, kv: int)
         layout.queries.append((b.queries.view(g, 1, lq) * heads + head[:, None]).view(-1))
         layout.keys.append((b.keys.view(g, 1, lk) * kv + kv_head[:, None]).view(-1))
         node, place = b.keep // lq, b.keep % lq
+        # Inside a bucket's output: node by node, in it head by head, in it query by query.
         rows = (node * heads * lq + place)[:, None] + head * lq
         tokens_of = b.queries.index_select(0, b.keep)
         inverse.index_copy_(0, tokens_of, rows + before)
+        # Padding points to a row of zeros behind the table, so that the gradient of what nobody reads is 0 and not some
+        # other token's.
         slots = torch.full((g * heads * lq,), tokens * heads, dtype=torch.int64, device=device)
         slots.index_copy_(0, rows.view(-1), (tokens_of[:, None] * heads + head).view(-1))
         layout.slots.append(slots)
@@ -100,6 +103,7 @@ class _Pick(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         dk, dv = (_sum_rows(grads[i::3], ctx.layout.keys, ctx.rows) for i in (1, 2))
+        # Every query is in one bucket, so its gradient is picked; a key may be in several, so those are summed.
         return _join(grads[0::3]).index_select(0, ctx.layout.inverse), dk, dv, None
 
 
@@ -138,6 +142,7 @@ class _SmallAttention(torch.autograd.Function):
         grad = grad.reshape(len(weights), -1, grad.shape[-1])
         dv = torch.bmm(weights.transpose(1, 2), grad)
         slope = torch.bmm(grad, values.transpose(1, 2))
+        # torch's own kernel: weights * (slope - sum(weights * slope)) in one pass over the scores.
         slope = ops.aten._softmax_backward_data(slope, weights, -1, weights.dtype)
         dq = torch.bmm(slope, keys).mul_(ctx.scale).view(*shape, -1)
         dk = torch.bmm(slope.transpose(1, 2), queries)

@@ -96,12 +96,14 @@ def find_subspace(
     if count < 2 or not 1 <= dim <= tokens * width:
         problem = f"{count} prompts of {tokens} x {width} numbers give no space of {dim}"
         raise ModelError(problem, where="dim", remedy="Give two prompts or more, and fewer numbers than one has.")
+    # In float64: with few prompts the directions of the decomposition hang on small differences.
     flat = prompts.detach().double().flatten(1)
     mean = flat.mean(0)
     spread = (flat - mean).std().clamp_min(1e-12)
     given = (flat - mean) / spread
     tensors: dict[str, torch.Tensor]
     if hidden == 0:
+        # All directions only where more are asked for than there are prompts; the rest are orthogonal and empty.
         _, _, directions = torch.linalg.svd(given, full_matrices=dim > count)
         kept = directions[:dim]  # (d, P * D)
         z, tensors = given @ kept.T, {"outer.weight": kept.T, "outer.bias": torch.zeros_like(mean)}
@@ -153,6 +155,7 @@ def read_subspace(folder: Path) -> tuple[dict[str, torch.Tensor], torch.Tensor, 
     try:
         data = (folder / WEIGHTS).read_bytes()
         layers = load(data)
+        # Tuning starts in the middle of the prompts that the space was found from.
         start = layers.pop("numbers").mean(0)
         layers["outer.weight"]
     except (OSError, KeyError, SafetensorError):

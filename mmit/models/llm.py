@@ -209,6 +209,7 @@ def _described(options: Mapping[str, Any]) -> Any:
     if kind not in CONFIG_MAPPING:
         close = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=3) or ["llama", "qwen2"]
         raise ModelError(f"unknown model_type '{kind}'", where=where, remedy=f"e.g. {', '.join(close)}")
+    # Keys of every version and of published files: a config that works elsewhere must not be refused for its age.
     names = config_keys(kind)
     for key in options:
         if key not in names:
@@ -354,6 +355,8 @@ def _attention_of(config: Any, packed: bool) -> dict[str, str]:
     """Arguments that choose the attention function; none for a model that has its own."""
     kind: Any = AutoModelForCausalLM._model_mapping.get(type(config), None)
     kind = kind[0] if isinstance(kind, (tuple, list)) else kind
+    # Its own attention stays where mmit's would not be asked, or where layers choose keys over the whole row: records
+    # then run as a padded batch.
     if not packed or kind is None or not takes_attention(kind) or chosen_keys(config.get_text_config()):
         return {}
     return {"attn_implementation": attention.NAME}
@@ -361,6 +364,7 @@ def _attention_of(config: Any, packed: bool) -> dict[str, str]:
 
 def _forget_quantization(model: PreTrainedModel) -> None:
     """A dequantised model is a plain one: without this, saving and tuning would treat it as quantised."""
+    # transformers asks both the config and the model whether weights are quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.is_quantized = False  # type: ignore[assignment]

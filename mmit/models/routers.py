@@ -66,12 +66,15 @@ class Routers:
         Returns:
             (S,) float32
         """
+        # Shared tokens count for every record that has them: alone, each would run them.
         paths, owners = record_paths(nodes, at, records)
         if padded and is_flat(nodes):
             paths = [_in_batch(path, nodes) for path in paths]
         found = []
         for path in paths:
             mine = tuple(logits.index_select(0, path.to(logits.device)) for logits in seen)
+            # transformers' own function, on one record: over a row it would average over records, and a record's loss
+            # would hang on its neighbours.
             found.append(self.loss(mine, self.experts, self.chosen).float())
         return self.factor * torch.stack(found)[owners.to(found[0].device)]
 

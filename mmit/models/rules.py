@@ -132,6 +132,8 @@ def read_rules(llm: Any) -> Rules:
 
 def takes_attention(kind: type[nn.Module]) -> bool:
     """Whether models of this class hand their queries, keys and values to transformers' table of functions."""
+    # The table's name in the class's own module: whoever imports it uses it, and a class without it computes attention
+    # itself. (`run_row` sees to it once more that layers did ask.)
     return hasattr(sys.modules.get(kind.__module__), "ALL_ATTENTION_FUNCTIONS")
 
 
@@ -148,6 +150,7 @@ def changed_logits(config: Any) -> tuple[str, float] | None:
 
 
 def _embedding_scale(llm: Any, config: Any) -> float:
+    # A buffer in some classes, a number in others.
     own = getattr(llm.get_input_embeddings(), "embed_scale", None)
     if isinstance(own, torch.Tensor):
         own = None if own.is_meta else float(own)
@@ -157,6 +160,7 @@ def _embedding_scale(llm: Any, config: Any) -> float:
 
 def _per_layer(config: Any) -> list[str]:
     count = getattr(config, "num_hidden_layers", None) or 0
+    # Configs of one kind of layer do not list them.
     default = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     return list(getattr(config, "layer_types", None) or [default] * count)
 

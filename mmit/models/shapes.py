@@ -65,6 +65,7 @@ def _free(
     calls.layers += 1
     calls.width += per_pair
     calls.backward |= query.requires_grad or key.requires_grad or value.requires_grad
+    # A sum hangs on every key and value, and costs next to nothing to count.
     out = query[..., : value.shape[-1]].transpose(1, 2) + (key.sum() + value.sum())
     if (prefix := getattr(module, PREFIX, None)) is not None:
         keys, values, gate = prefix()
@@ -110,6 +111,7 @@ def _planned(
         plan, window = _current.row.plan, options.get("sliding_window")
         window = window if window is not None and plan.longest > window else None
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        # What counts is what is kept: shapes of results and log-sums, as the kernels have them.
         parts = Parts(_forward, _backward)
         out = varlen.varlen_attention(q, k, v, plan.segments, 1.0, window=window, kernels=varlen.Kernels(_flash, parts))
         return out[None], None

@@ -116,6 +116,7 @@ def lint(
     for row in rows:
         report.records += 1
         if isinstance(row, RecordError):
+            # The reader could not make a record of it, and its error says which rule was broken.
             report.add(rule_of(row), row.where or f"record {report.records}", row.problem)
             continue
         _check_record(row, report, checks)
@@ -196,6 +197,7 @@ class _State:
         self._report.licences[record.licence or "not stated"] += 1
         row, text = len(self._where), self._keep(record, test=False)
         self._train = row + 1
+        # Hashes and lengths are kept, not texts: millions of records must fit into memory.
         answers = [turn.text for turn in record.turns if turn.role == "assistant"]
         self._scripts.append(main_script(text))
         self._prompts.append(sum(len(turn.text) for turn in record.turns if turn.role == "user"))
@@ -204,6 +206,7 @@ class _State:
             if len(answer) < _LONG_ANSWER:
                 continue
             first, code = self._answers.setdefault(hash(answer), (row, self._codes[row]))
+            # A copy of the whole record is told as that, and not a second time for its answers.
             if first != row and code != self._codes[row]:
                 self._report.add("duplicate-answer", record.where, f"as in {self._where[first]}: '{answer[:60]}'")
 
@@ -233,6 +236,7 @@ class _State:
             if first != row:
                 copies.add(row)
                 self._report.add("duplicate-record", self._where[row], f"is {self._where[first]}")
+        # Exact copies have been told above.
         for row, model in sorted(self._texts.pairs(first=self._train).items()):
             if row >= self._train or row in copies or self._codes[row] in test:
                 continue
@@ -283,7 +287,9 @@ def _outliers(
             most = counts.most_common(1)[0][0].capitalize()
             report.add("script-outlier", where[row], f"{script.capitalize()} among mostly {most} records")
     for name, values in lengths.items():
+        # In logarithms: lengths spread over orders of magnitude, and a long tail is no outlier by itself.
         logs = np.log1p(np.array(values, dtype=np.float64))
+        # Median and MAD, since the outliers that are looked for would move mean and standard deviation.
         middle = float(np.median(logs))
         # 1.4826 MADs are a standard deviation of normal data; the least keeps near-constant lengths from being strict.
         spread = max(1.4826 * float(np.median(np.abs(logs - middle))), 0.25)

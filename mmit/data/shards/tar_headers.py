@@ -78,6 +78,8 @@ def read_members(file: BinaryIO, size: int, *, where: str) -> Iterator[Member]:
         header = _Header(block, at, where=f"{where}, byte {at:,} of {size:,}")
         data = at + BLOCK
         extends = header.kind in (b"x", b"L", b"g", b"K")
+        # A pax header may state a size that the member's own field cannot hold; it counts for the member, not for
+        # further extensions.
         length = header.size if extra.size is None or extends else extra.size
         if data + length > size:
             left = f"{short(header.name)} needs {length:,} bytes where {max(size - data, 0):,} are left"
@@ -86,6 +88,7 @@ def read_members(file: BinaryIO, size: int, *, where: str) -> Iterator[Member]:
             extra.take(header, _extension(file, data, header), at)
         elif header.kind in (b"0", b"\0", b"7"):
             name = extra.name or header.name
+            # From the first extension on: a member that is checked later must be read with the blocks that name it.
             yield Member(name, at if extra.start is None else extra.start, data, length)
             extra = _Extensions()
         elif header.kind == b"5" and not length:
@@ -102,6 +105,8 @@ def read_members(file: BinaryIO, size: int, *, where: str) -> Iterator[Member]:
 
 def _check_end(file: BinaryIO, at: int, size: int, where: str) -> None:
     """Two zero blocks end a tar; without them the last members may be missing."""
+    # tarfile takes the end of the file for the end of the archive, so a tar that was cut between members looks whole to
+    # it.
     end = _read(file, at, 2 * BLOCK)
     if end != 2 * _ZEROS:
         problem = f"cut short at byte {at:,}: no end-of-archive marker, so members may be missing after it"
@@ -110,6 +115,8 @@ def _check_end(file: BinaryIO, at: int, size: int, where: str) -> None:
         chunk = _read(file, at, _CHUNK)
         if not chunk:
             break
+        # Padding up to a record of 20 blocks is zeros. Anything else is a second tar behind the first, which no reader
+        # would see.
         if chunk.count(0) != len(chunk):
             problem = f"data after the end-of-archive marker ({size - at:,} bytes from byte {at:,})"
             remedy = "Tars joined with cat hide all but the first: give them as separate files."
@@ -148,6 +155,7 @@ class _Extensions:
         if header.kind in (b"g", b"K"):
             return
         self.start = at if self.start is None else self.start
+        # A tar could stack extensions for ever, and be read for ever without a member.
         if at - self.start > 4 * MAX_EXTENSION_BYTES:
             raise TarError("too many names and pax headers for one member", where=header.where, remedy=_CUT)
         if header.kind == b"L":
@@ -192,6 +200,7 @@ def _sound_checksum(block: bytes) -> bool:
 
 def _number(field: bytes, where: str) -> int:
     """Octal digits, or GNU's big-endian number for 8 GiB and more."""
+    # The high bit marks a binary number; eleven octal digits end below 8 GiB.
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")

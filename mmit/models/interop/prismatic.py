@@ -97,6 +97,7 @@ def read_prismatic(
     config, where = prismatic_config(folder), str(folder)
     if config is None:
         raise ModelError("its config.json describes no Prismatic VLM", where=where)
+    # Everything that can be refused from config.json is, before a checkpoint of many GB is read.
     mode, (kind, options) = _fit(config, where), _projector(str(config["arch_specifier"]), where)
     backbone = str(config["vision_backbone_id"])
     if backbone not in FUSED_TOWERS:
@@ -247,11 +248,13 @@ def _own_llm(
     """The checkpoint's LLM. Its embeddings have rows for a pad token and up to a multiple of 64."""
     where = f"{where}, llm_backbone"
     own = split_by_prefix(tensors, (("llm.", "own", ""),), where=where)["own"]
+    # The base's config alone: its weights would be thrown away again.
     text = load_llm(base, empty=True).config
     words = own.get("model.embed_tokens.weight")
     if words is None:
         raise ModelError("holds no llm.model.embed_tokens.weight", where=where, remedy="is the file complete?")
     rows, width = words.shape
+    # Prismatic adds a pad token and rounds up to 64 rows. Another difference means another base.
     if not 0 <= rows - len(tokenizer) <= 64 or width != text.hidden_size:
         raise ModelError(
             f"has {rows} word embeddings of width {width}, and the base {base} has {len(tokenizer)} tokens "
@@ -259,5 +262,6 @@ def _own_llm(
             where=where,
             remedy="name the LLM that the model was trained from with --base",
         )
+    # As many rows as the checkpoint has, or the loader would refuse its embeddings.
     text.vocab_size = rows
     return language_model(text, own, dtype=dtype, where=where, **place)

@@ -39,6 +39,7 @@ class _Fused(torch.autograd.Function):
             dweight = (grad * (wide * factor).to(x.dtype)).flatten(0, -2).sum(0)
         if ctx.needs_input_grad[0]:
             slope = (grad * weight).float()
+            # d/dx of x * r with r = (mean(x^2) + eps)^-1/2: r * slope - x * r^3 * mean(slope * x).
             along = (slope * wide).mean(-1, keepdim=True).mul_(factor.pow(3)).neg_()
             dx = slope.mul_(factor).addcmul_(wide, along).to(x.dtype)
         return dx, dweight, None
@@ -80,6 +81,7 @@ def _epsilon(module: nn.Module) -> float | None:
         return None
     if type(weight) is not nn.Parameter or is_part(weight):
         return None
+    # Which attribute it is differs from class to class (eps, variance_epsilon, ...), so all that could be it are tried.
     found = [v for k, v in module.__dict__.items() if isinstance(v, float) and 0 <= v < 1]
     draw = torch.Generator().manual_seed(0)
     twin = copy.copy(module)
@@ -98,6 +100,8 @@ def _epsilon(module: nn.Module) -> float | None:
                 AttributeError,
             ):  # it takes more than one tensor, or another shape
                 return None
+            # To the last bit: norms that add 1 to their weight, or multiply before rounding, differ somewhere and stay
+            # as they are.
             found = [v for v in found if _same(expected, _Fused.apply(x, twin.weight, v))]
     return found[0] if found else None
 

@@ -46,8 +46,11 @@ def find_targets(model: nn.Module, given: Any, *, layers: Sequence[int] | None, 
         ModelError: a name or the expression matches nothing, or there is no such layer.
     """
     names = [n for n, _ in model.named_modules()]
+    # PEFT passes over what it does not find as long as it finds something; a mistyped name would train less than was
+    # asked for.
     _check_layers(model, layers or ())
     if given == ALL_LINEAR:
+        # PEFT restricts layers for lists alone, so the word is spelt out.
         return sorted({n.rpartition(".")[2] for n in linear_names(model)}) if layers else given
     if isinstance(given, str):
         if not any(_ends(n, given) for n in names):
@@ -104,9 +107,12 @@ def bypassed(llm: Any) -> list[str]:
         return past
     suspects = {n for n, m in inner.named_modules() if isinstance(m, nn.Linear)}
     inside = {id(m) for owner in held for m in owner.modules()}
+    # Only inside of such owners: everywhere else a layer that is not called in two tokens may be an expert that got
+    # none.
     suspects = {n for n in suspects if id(inner.get_submodule(n)) in inside}
     if any(is_part(p) for p in inner.parameters()):
         with torch.device("meta"):
+            # Weights that ranks have divided would all have to be gathered for this forward.
             inner = type(inner)(copy.deepcopy(inner.config))
     called: set[str] = set()
     hooks = [
@@ -211,6 +217,7 @@ def left_out(vlm: VLM, *, mode: str) -> Iterator[str]:
     inner = base_model(vlm.llm)
     trained = [n for n, p in inner.named_parameters() if p.requires_grad]
     total = numel(p for n, p in inner.named_parameters() if "lora_" not in n)
+    # As the model names them: PEFT may have wrapped experts by now.
     owners = [name.rpartition(".")[0].replace(".base_layer", "") for name in expert_parameters(vlm.llm)]
     missed = {o for o in owners if not any(t.startswith(f"{o}.") for t in trained)}
     if missed:
