@@ -81,6 +81,7 @@ class AnswerText:
             text = text.rstrip("\ufffd")
             if any(opening.startswith(text.strip()) for opening, _ in self._marks):
                 return ""
+            # What may be the beginning of a stop text is held back: it could not be taken back once it was sent.
             awaited = (*self.stop, *(closing for _, closing in self._marks))
             begun = (n for s in awaited for n in range(1, len(s)) if text.endswith(s[:n]))
             text = text[: len(text) - max(begun, default=0)]
@@ -96,6 +97,7 @@ class AnswerText:
     def _cut(self, ids: Sequence[int]) -> tuple[str, bool]:
         """Text up to the first stop text, and whether there is one."""
         text = self._shown(list(ids))
+        # The first of them in the text ends the answer, not the first in the list.
         ends = [at for s in self.stop if (at := text.find(s)) >= 0]
         return (text[: min(ends)], True) if ends else (text, False)
 

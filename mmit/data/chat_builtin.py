@@ -211,6 +211,7 @@ def own_writer(spec: str) -> tuple[Any, str]:
     question = Said("user", (None, Words("first question")), 0)
     answer = Said("assistant", (Words("first answer"),), 1)
     more = (Said("user", (Words("second question"),), 2), Said("assistant", (Words("second answer"),), 3))
+    # One turn and two, with an image: a function that only knows a first turn, or loses a part, shows in these.
     for turns in ([question, answer], [question, answer, *more]):
         _try(spec, write, turns, end=end or "</s>", where=where)
     return write, end
@@ -230,6 +231,8 @@ def _try(spec: str, write: Any, turns: list[Said], *, end: str, where: str) -> N
     if ended != answers:
         remedy = 'write Piece("template", end, turn.number, "end") after each answer'
         raise ConfigError(f"{spec} does not end every answer with `end`", where=where, remedy=remedy)
+    # A prompt that training never began with is one that the model has not learned to answer. A space at its end may
+    # belong to the answer's first token.
     if not _text(whole).startswith(_text(prompt).rstrip(" ")):
         problem = f"{spec} writes a prompt, {_text(prompt)!r}, that its own conversations do not begin with"
         remedy = f"with generate=True give what stands before the answer; the conversation is {_text(whole)!r}"

@@ -89,6 +89,7 @@ class Renderer:
 
     def render(self, messages: Sequence[Mapping[str, Any]], extras: Extras, *, prompt: bool = False) -> str:
         """Return the rendered text; raises Refusal, Failure or TooMuch."""
+        # Counted, since a rendering takes a process: tests hold the number down.
         self.renders += 1
         # As apply_chat_template of transformers: the special tokens by name, which the arguments may replace.
         variables = {
@@ -165,6 +166,7 @@ class Renderer:
 
 def _parsed(arguments: Any) -> Any:
     """Arguments as an object, which templates expect, also where OpenAI's JSON text was given."""
+    # Templates iterate over arguments; OpenAI's API gives them as JSON text.
     if not isinstance(arguments, str):
         return arguments
     try:

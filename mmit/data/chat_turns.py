@@ -71,11 +71,13 @@ def flat(turn: Turn, number: int, marks: OwnThought = no_marks) -> Said:
             before = parts.pop() if parts and parts[-1] is not None else Words("")
             assert before is not None
             text = before.text + part.text
+            # A control token is a part of its own in the record; in the joined text its place is what is left of that.
             tokens = (*before.marks, (len(before.text), len(text))) if part.token else before.marks
             parts.append(Words(text, (*before.spans, (len(text), part.weight)), tokens))
     for place, words in enumerate(parts):
         if words is not None and all(weight is None for _, weight in words.spans):
             parts[place] = words._replace(spans=())
+    # A thought in the turn's own field goes before one in its text: the text then is all answer.
     thought, inline = turn.thinking, None
     first = parts[0] if parts and turn.role == "assistant" and thought is None else None
     found = _THOUGHT.match(first.text) if first is not None else None
@@ -84,8 +86,10 @@ def flat(turn: Turn, number: int, marks: OwnThought = no_marks) -> Said:
         found = next((match for pair in marks() if (match := _between(*pair).match(first.text))), None)
         own = found is not None
     if found is not None and first is not None and not first.spans and _behind(first, found.end()):
+        # The whitespace around <think> is kept: a template that shows thoughts inline writes them as they were.
         thought, inline = found[2], None if own else (found[1], found[3])
         rest = first.text[found.end() :]
+        # Marks of boxes count from the text's beginning, which has moved.
         parts[:1] = [Words(rest, marks=first.marks_from(found.end()))] if rest else []
     more = tuple((key, value) for key in ("name", "tool_call_id") if (value := getattr(turn, key)) is not None)
     return Said(turn.role, tuple(parts), number, thought, inline, tuple(turn.tool_calls), more)

@@ -42,6 +42,7 @@ class NativeLayout:
 def qwen(size: Size, *, unit: int, patch: int, min_pixels: int, max_pixels: int) -> NativeLayout:
     """Qwen2-VL's `smart_resize` (arXiv:2409.12191): the nearest multiples of a unit, within a range of areas."""
     width, height = size
+    # Python's round, to even at halves, as transformers has it.
     rows, columns = round(height / unit), round(width / unit)
     if rows * columns * unit * unit > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -61,6 +62,7 @@ def naflex(size: Size, *, unit: int, patch: int, max_pixels: int) -> NativeLayou
     def units(scale: float) -> tuple[int, int]:
         return max(1, math.ceil(height * scale / unit)), max(1, math.ceil(width * scale / unit))
 
+    # The bounds and the tolerance of the published code: another search would end at another grid for some sizes.
     low, high = 1e-6, 100.0
     while high - low >= 1e-5:
         middle = (low + high) / 2
@@ -73,6 +75,7 @@ def naflex(size: Size, *, unit: int, patch: int, max_pixels: int) -> NativeLayou
 def moonvit(size: Size, *, unit: int, patch: int, max_pixels: int, max_side: int = 512) -> NativeLayout:
     """MoonViT (arXiv:2504.07491): never enlarged; black is added up to whole units. `max_side` counts patches."""
     width, height = size
+    # Whole patches are counted before the scale and pixels are cut after it, as the published code does.
     count = max(1.0, height // patch) * max(1.0, width // patch)
     limit = max_side * patch
     scale = min(1.0, math.sqrt(max_pixels // patch**2 / count), limit / height, limit / width)

@@ -167,6 +167,7 @@ class ImagePreparation:
         (rows, columns), (high, wide) = laid.grid, self.size
         below, beside = rows * high - laid.scaled[0], columns * wide - laid.scaled[1]
         pixels = torch.nn.functional.pad(pixels, (0, beside, 0, below))
+        # Units in the order in which the tower reads them: row by row of the picture.
         units = pixels.unflatten(2, (columns, wide)).unflatten(1, (rows, high)).permute(1, 3, 0, 2, 4)
         crops: torch.Tensor = units.flatten(0, 1).contiguous()
         return crops
@@ -237,6 +238,7 @@ def _plain(tokens: int) -> Spread:
 def _unit_spread(units: tuple[int, int], tokens: int, grid: tuple[int, int] | None) -> Spread:
     """Tokens of a picture of units; where those of a unit are a grid, they are read row by row of the picture."""
     rows, columns = units
+    # The tower gives units one after the other; a reader of the picture wants its lines, across units.
     index = torch.arange(rows * columns * tokens)
     if grid is not None:
         index = index.view(rows, columns, *grid).transpose(1, 2).flatten()

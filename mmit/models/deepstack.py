@@ -36,6 +36,7 @@ def deep_layers(llm: Any, levels: int) -> list[nn.Module]:
     """
     inner: Any = llm.get_base_model() if isinstance(llm, PeftModel) else llm
     count = inner.config.get_text_config().num_hidden_layers
+    # Found by its length: models call their layers `layers`, `h`, `blocks`, ...
     lists = [m for m in inner.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if len(lists) != 1 or levels > count:
         reason = f"has {count} layers" if len(lists) == 1 else "keeps its layers in no single list"
@@ -55,6 +56,7 @@ def stacked(llm: Any, embeddings: torch.Tensor) -> Iterator[torch.Tensor]:
     if width is None or embeddings.shape[-1] == width:
         yield embeddings
         return
+    # Only here, around the one call of the LLM, are they apart; everything before lays them out as one tensor.
     plain, *levels = embeddings.split(width, dim=-1)
     # Not needed when activation checkpointing runs a layer again: a sum keeps nothing for its gradient.
     hooks = [

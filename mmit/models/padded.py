@@ -45,6 +45,7 @@ def run_padded(
     Raises:
         ModelError: more logits at once than memory can be expected to hold.
     """
+    # Nodes are on the CPU, so this waits for no device.
     lengths: list[int] = nodes[:, 1].tolist()
     given: dict[str, Any] = {
         "inputs_embeds": pad_sequence(list(embeddings.split(lengths)), batch_first=True),

@@ -58,6 +58,7 @@ class RowState:
         """(G, L) row positions of paths of like length, padded on the right with the row's first token."""
         groups: list[list[list[int]]] = []
         for path in sorted(self.paths, key=len):
+            # Sorted by length, so a path of a batch is at most half longer than its shortest, and SLACK.
             if groups and len(path) <= 1.5 * len(groups[-1][0]) + SLACK:
                 groups[-1].append(path)
             else:
@@ -75,6 +76,7 @@ class RowState:
             count, width = batch.shape
             for row in range(count):
                 for column, token in enumerate(next(by_length)):
+                    # A token on several paths is computed on each, and alike: the first is taken.
                     found.setdefault(token, before + row * width + column)
             before += count * width
         return torch.tensor([found[token] for token in range(len(found))]).to(self.device)

@@ -179,6 +179,8 @@ def _cut(core: Any, blocks: int, norm: str) -> None:
     parent = core.get_submodule(holder)
     setattr(parent, name, getattr(parent, name)[:blocks])
     core.config.num_hidden_layers = blocks
+    # The model would apply its final norm to whatever block is now the last; `HFReader` applies it where it was asked
+    # for.
     setattr(core, norm, nn.Identity())
     if hasattr(core, "head"):
         core.use_head = False
@@ -265,6 +267,7 @@ def _load_file(
     norm: str,
 ) -> None:
     prefix = "vision_model."
+    # Files of a whole CLIP and of its vision model alone name the same tensors with and without it.
     if all(key.startswith(prefix) for key in tensors):
         tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     final = {key.removeprefix(f"{norm}."): value for key, value in tensors.items() if key.startswith(f"{norm}.")}
@@ -293,6 +296,7 @@ def _constants(name: str, kind: str) -> Mapping[str, Any]:
         return DEFAULT_CONSTANTS[kind]
     with open(path, encoding="utf-8") as file:
         found = json.load(file)
+    # The tower divides by 255 itself. Other scales (-1 to 1 without constants) would feed it other pixels.
     if abs(found.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-4 or not found.get("do_rescale", True):
         raise ModelError("pixels are not scaled by 1/255", where=where, remedy="mmit cannot feed this encoder")
     default = DEFAULT_CONSTANTS[kind]

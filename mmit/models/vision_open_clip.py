@@ -89,6 +89,7 @@ def open_clip_encoder(name: str, reading: Reading) -> Encoder:
     """
     config, weights = _config(name), reading.weights
     own = name.startswith(SCHEMES)
+    # Before anything is built: a wrong tag or activation is told in a second.
     pretrained, weights_id = _weights(name, weights, own=own)
     visual = _visual(name, pretrained, load=weights_id != "random", image_size=reading.image_size)
     constants = dict(visual.preprocess_cfg)
@@ -160,6 +161,7 @@ def _cut_resnet(visual: Any, reading: Reading, name: str) -> dict[str, Any]:
     # The stem and the first stage shrink by 4, each later stage by 2.
     shrink = 4 * 2 ** max(0, index - 1)
     height, width = pair(visual.image_size)
+    # The norm that ends the stage states its width; the stem has one of its own.
     last = visual.bn3 if index == 0 else getattr(visual, f"layer{index}")[-1].bn3
     return {
         "reader": ResNetReader(visual, index=index),

@@ -151,6 +151,7 @@ def cut_timm(
         ModelError: no such layer, no class token, no norm to apply, or weights that do not fit.
     """
     where = f"timm {origin.name}"
+    # Blocks or stages: what a layer number means depends on whether the encoder keeps one resolution.
     layer, index, total, plain = _locate(model, reading.layer, where)
     if reading.with_cls and getattr(model, "cls_token", None) is None:
         raise ModelError("this encoder has no CLS token", where=where, remedy="use select: patch")

@@ -65,6 +65,7 @@ def minigpt4(
 def coco_captions_rows(path: str) -> Rows:
     """Yield the annotations of a captions file, each with the entry of its image."""
     file = json_object(path, "images", "annotations")
+    # A table, since a picture of COCO has five captions, which are not neighbours in the file.
     images = keyed(file["images"], "id", where=path)
     for number, annotation in enumerate(_annotations(path, file), 1):
         if not isinstance(annotation, dict):

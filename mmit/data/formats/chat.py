@@ -135,6 +135,7 @@ def chat(
     """
     known = {**ROLES, **_roles_option(roles)}
     outer, _, key = turns.rpartition(".")
+    # Dots step into objects, since exports of chats nest their turns.
     inner: Any = row
     for step in outer.split(".") if outer else ():
         inner = inner.get(step) if isinstance(inner, Mapping) else None
@@ -215,6 +216,7 @@ def _turns(
     if beside:
         _no_images_in(items)
     for number, item in enumerate(items, 1):
+        # Told turn by turn: some files mix both spellings.
         named = keys or (("from", "value") if "from" in item or "role" not in item else ("role", "content"))
         label = "turn" if named[0] == "from" else "message"
         said_by = item.get(named[0])
@@ -227,6 +229,7 @@ def _turns(
         if isinstance(content, list) and not call:
             thoughts, content = _thoughts(content)
             found = {**({"thinking": thoughts} if thoughts is not None else {}), **found}
+            # Image parts without a picture take those of the turn, else the next of the row, in the order of reading.
             places = iter(own) if own else left
             parts = tuple(_part(part, role, number, rest_of, root=root, beside=places) for part in content)
             if own and (unplaced := len(list(places))):
@@ -301,6 +304,7 @@ def _pictured(turns: Dialogue, beside: Sequence[Image], unused: list[Image], *, 
     """Give the row's pictures their places: markers in texts, or the image parts that have taken them."""
     if not in_lists:
         return place_images(turns, beside)
+    # By identity: a picture of the row that has taken a place is the same object, and an equal one in a part is not.
     own = {id(image) for image in beside}
     named = [p.source for turn in turns for p in turn.parts if isinstance(p, Image) and id(p) not in own]
     # A picture that a part names may be listed beside the messages as well.
@@ -329,6 +333,8 @@ def conversation_format(rows: Sequence[Any]) -> tuple[str, str]:
     dicts = [row for row in rows if isinstance(row, dict)]
     lists = [row.get("conversations") for row in dicts]
     turns = [t for value in lists if isinstance(value, list) for t in value if isinstance(t, dict)]
+    # Keys decide before contents: LLaVA and ShareGPT share `conversations`, and only speakers and pictures tell them
+    # apart.
     if turns and "role" in turns[0]:
         return "messages", "the first row has 'conversations' whose turns have 'role'"
     pictured = any("image" in holder or "images" in holder for holder in (*dicts, *turns))

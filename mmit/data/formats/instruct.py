@@ -66,6 +66,7 @@ def instructions(row: Row, *, image_root: str = "") -> Record:
     record ends with the user's turn: it is for generating answers, and training refuses it. A row that has an
     answer is refused, so that it is not lost.
     """
+    # Such a row would become a question without an answer, and its answer be forgotten in the meta.
     if answered := [key for key in ANSWERS if row.get(key)]:
         remedy = "Import the file as alpaca, or as json with a mapping such as columns=instruction=A,output=B."
         raise RecordError(f"the row has an answer: '{answered[0]}'", remedy=remedy)
@@ -135,6 +136,7 @@ def inputs_targets(row: Row, *, image_root: str = "") -> Record:
     """
     suffix = "_pretokenized" if "inputs_pretokenized" in row or "targets_pretokenized" in row else ""
     asked, answer = row.get(f"inputs{suffix}"), row.get(f"targets{suffix}")
+    # Ids of T5's tokenizer are numbers that any tokenizer would take.
     if isinstance(asked, list) or isinstance(answer, list):
         problem = "'inputs' or 'targets' is a list, probably the token ids of another tokenizer"
         raise RecordError(problem, remedy="Export inputs_pretokenized and targets_pretokenized as well.")

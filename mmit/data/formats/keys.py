@@ -121,6 +121,7 @@ def turn_extras(turn: Row, role: str, number: int, used: tuple[str, ...]) -> tup
     """
     found: dict[str, Any] = {}
     left: Row = {}
+    # Nearly every turn of a data set; the rest of this function would look at nothing.
     if len(turn) == 2 and used[0] in turn and used[1] in turn:
         return found, left
     names: dict[str, str] = {}
@@ -141,6 +142,7 @@ def turn_extras(turn: Row, role: str, number: int, used: tuple[str, ...]) -> tup
         if value is None or (meaning != "thinking" and _empty(value)):
             continue
         read = _turn_value(key, meaning, value, role=role, number=number)
+        # The same said twice is no contradiction: files keep old keys beside new ones.
         if meaning in found and found[meaning] != read:
             problem = f"turn {number} ({role}) has {names[meaning]} and {key}, which contradict each other"
             raise RecordError(problem, remedy="Keep one of them.")
@@ -170,6 +172,8 @@ def with_spans(text: str, spans: list[tuple[int, int, float]], *, number: int) -
     """Cut a text at the spans that axolotl's train_detail states; they must cover it."""
     parts: list[Part] = []
     at = 0
+    # Offsets are inclusive in the file, and every character must be covered: what is not named would get a weight that
+    # nobody chose.
     for start, end, weight in sorted(spans):
         if start != at or end > len(text) or end <= start:
             problem = f"turn {number}: train_detail says nothing, or two things, about characters {min(at, start)} on"
@@ -187,6 +191,7 @@ def with_spans(text: str, spans: list[tuple[int, int, float]], *, number: int) -
 def tools_of(value: Any, what: str) -> tuple[Mapping[str, Any], ...]:
     """Read the schemas of tools: a list of objects, or the JSON text of one."""
     value = _parsed(value)
+    # Tables have no objects, so sets in parquet keep tools as JSON text.
     tools = [value] if isinstance(value, Mapping) else value
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         problem = f"{what} is '{short(value)}', not a list of tools"
@@ -226,6 +231,7 @@ def _refuse(key: str, value: Any, what: str) -> None:
     if key in REFUSED and not _empty(value) and value is not False:
         kind, remedy = REFUSED[key]
         raise RecordError(f"{what} {'' if what.endswith(':') else 'is '}{kind}", remedy=remedy)
+    # A good mark is read elsewhere and harmless; a bad one must not pass unread into plain tuning.
     no = value is False or (key in FLAGS and value == 0)
     if key in MARKS and (no or (isinstance(value, str) and value.strip().lower() in BAD_MARKS)):
         word = what.removesuffix(":")
@@ -277,6 +283,7 @@ def _system(record: Record, key: str, value: Any) -> Record:
     if not isinstance(value, str):
         raise RecordError(f"'{key}' is '{short(value)}', not text", remedy="Write it as a JSON string.")
     if record.turns and record.turns[0].role == "system":
+        # Some exports write the system text in both places.
         if record.turns[0].text == value:
             return record
         raise RecordError(f"the row has a system turn and another text in '{key}'", remedy="Keep one of them.")
@@ -291,6 +298,7 @@ def _thinking(record: Record, key: str, value: Any) -> Record:
     answers = [number for number, turn in enumerate(record.turns) if turn.role == "assistant"]
     if not isinstance(value, str):
         raise RecordError(f"'{key}' is '{short(value)}', not text", remedy="Write it as a JSON string.")
+    # Beside a row of several answers nothing says whose thought it is.
     if len(answers) != 1 or record.turns[answers[0]].thinking is not None:
         problem = f"'{key}' stands beside a row with {len(answers)} answers"
         raise RecordError(problem, remedy="Put each thought into its turn, as reasoning_content.")

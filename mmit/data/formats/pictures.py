@@ -73,6 +73,7 @@ def _file_url(url: str, name: str) -> str:
         split = urlsplit(url)
     except ValueError as error:
         raise RecordError(f"{name}a broken file:// URL: {error}", remedy=remedy) from error
+    # A file on another host would be opened as one of the same name here.
     if split.netloc not in ("", "localhost"):
         raise RecordError(f"{name}a file:// URL of the host '{short(split.netloc)}'", remedy=remedy)
     return unquote(split.path)
@@ -91,6 +92,7 @@ def base64_image(value: Any, what: str) -> Image:
     """Decode base64 in either alphabet, with or without padding and line breaks, as data sets write it."""
     if not isinstance(value, str):
         raise RecordError(f"{what} is '{short(value)}', not text", remedy="Write it as a JSON string.")
+    # Data sets use both alphabets and drop the padding; which of them was meant cannot change the bytes.
     text = "".join(value.split()).replace("-", "+").replace("_", "/").rstrip("=")
     try:
         data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -159,6 +161,7 @@ def place_images(dialogue: Sequence[Turn], images: Sequence[Image] | None, *, fr
             remedy = "A system turn shows no image" if turn.role == "system" else "Only a human turn shows images"
             raise RecordError(f"turn {number} ({turn.role}) has {name}", remedy=f"{remedy}: move or remove the marker.")
     count = sum(counts)
+    # LLaVA's own rule. With several pictures nobody could tell where each belongs.
     if count == 0 and len(images) == 1:
         return images_first(dialogue, images, strip=front)
     if count != len(images):
@@ -179,6 +182,7 @@ def place_images(dialogue: Sequence[Turn], images: Sequence[Image] | None, *, fr
 def _marker_of(texts: Sequence[str]) -> tuple[re.Pattern[str], str]:
     """Return the marker that the texts use: "<image>" unless they have only those of another family."""
     text = "\n".join(texts)
+    # Only where the common marker is missing: beside it, another family's marker is text that somebody quotes.
     if MARKER not in text:
         for name, pattern in FOREIGN.items():
             if pattern.search(text):
@@ -191,6 +195,7 @@ def _in_order(dialogue: Sequence[Turn], images: Sequence[Image], pattern: re.Pat
     if not pattern.groups:
         return images
     asked = [int(number) for turn in dialogue for number in pattern.findall(turn.text)]
+    # Numbered markers may come in any order, and each picture must be asked for once.
     if sorted(asked) != list(range(1, len(images) + 1)):
         problem = f"the markers have the numbers {short(asked)}, but the row {len(images)} images"
         raise RecordError(problem, remedy="Number them from 1, each picture once.")

@@ -41,6 +41,7 @@ def csv_rows(path: str, *, delimiter: str | None = None, encoding: str = "utf-8-
     """
     sign = delimiter or ("\t" if path.lower().endswith((".tsv", ".tab")) else ",")
     plain = one_of(quoting, "quoting", ("minimal", "none")) == "none"
+    # The limit belongs to the process; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), _CELL_LIMIT))
     line = 0
     try:
@@ -65,6 +66,7 @@ def _cells(reader: Any, path: str) -> Rows:
     header: list[str] | None = None
     start = 1
     for cells in reader:
+        # A quoted cell may span lines: a row is known by where it begins.
         line, start = start, reader.line_num + 1
         if not cells:
             continue
@@ -102,6 +104,7 @@ def parquet_rows(path: str) -> Rows:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             number = 0
+            # Batches, since a column of pictures would not fit into memory as a whole.
             for batch in file.iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
@@ -133,6 +136,7 @@ def hf_rows(path: str, *, split: str = "train", config: str | None = None, revis
             rows = datasets.load_from_disk(path)
         else:
             rows = datasets.load_dataset(path, config, split=split, revision=revision, streaming=True, **safe)
+        # Left encoded: the library would decode every picture, and mmit keeps the bytes as they came.
         for name, feature in (rows.features or {}).items():
             if (kept := _encoded(feature, datasets.Image)) != feature:
                 rows = rows.cast_column(name, kept)
@@ -199,6 +203,7 @@ def _columns(columns: Any, row: Row) -> dict[str, str]:
     taken = set(named.values())
     found = named | {role: role for role in ROLES if role in row and role not in named and role not in taken}
     for name in row:
+        # A column that is a role but for its case would be kept in the meta, and a record learned without it.
         role = str(name).strip().lower()
         if role in ROLES and name != role and name not in taken and role not in found:
             remedy = f"Rename it to '{role}' in the header, or map it by the option columns."
@@ -253,6 +258,7 @@ def rows_as(formats: Mapping[str, Format]) -> Callable[..., Record]:
 
     def table_row(row: Row, *, image_root: str = "", columns: Any = None, as_format: str | None = None) -> Record:
         if as_format is None and columns is None:
+            # A table has every column in every row, so empty cells must not count as keys.
             as_format = _layout(_present(row), formats)
         if as_format is None:
             return column_row(row, image_root=image_root, columns=columns)
@@ -274,6 +280,7 @@ def _layout(row: Row, formats: Mapping[str, Format]) -> str | None:
             return name
     if {"instruction", "input", "image_base64"} & row.keys() and not {"response", "completion"} & row.keys():
         return None
+    # The format that names most of the columns fits best: dolly's three before instruction and response.
     fits = [name for name in _PAIRS if row.keys() >= set(formats[name].detect)]
     return max(fits, key=lambda name: len(formats[name].detect), default=None)
 
