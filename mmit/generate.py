@@ -239,7 +239,7 @@ class Model:
         self.notes = list(notes)
         self.usage = Usage()
         self.activate: Callable[[], None] = _nothing
-        self._able: decoding.Support | None = None
+        self._support: decoding.Support | None = None
 
     @property
     def number_format(self) -> str:
@@ -681,9 +681,9 @@ class Model:
     @property
     def support(self) -> decoding.Support:
         """Whether its prompts can be decoded together, and run as one row."""
-        if self._able is None:
-            self._able = decoding.support(self.vlm.llm)
-        return self._able
+        if self._support is None:
+            self._support = decoding.support(self.vlm.llm)
+        return self._support
 
     def prompt_maker(self, *, blank: bool = False) -> PromptMaker:
         """Return what turns questions into this model's prompts."""

@@ -279,7 +279,7 @@ def _measure(data: InstructionData, source: int, places: Iterable[int], known: P
         try:
             # Without the bytes of pictures: a size is all that tokens depend on.
             record = data.record(number, outline=True)
-            if not data.sources[source].judged:
+            if not data.sources[source].rows_checked:
                 kept += kept_keys(record)
             for image in record.images:
                 if not files.at(image, where=record.where):

@@ -251,12 +251,12 @@ def _spread(tiling: Tiling, tokens: int, grid: tuple[int, int] | None) -> Spread
         return Spread(tiling.crops, torch.arange(tiling.crops * tokens))
     assert grid is not None
     (rows, columns), (h, w), (top, left, height, width) = tiling.grid, grid, tiling.kept
-    ahead = int(tiling.thumbnail == "first")
+    first = int(tiling.thumbnail == "first")
     # (rows, h, columns, w): the tokens of the tiles, read as one picture
     joined = torch.arange(rows * columns * tokens).view(rows, columns, h, w).permute(0, 2, 1, 3)
-    lines = joined.reshape(rows * h, columns * w)[top : top + height, left : left + width] + ahead * tokens
+    lines = joined.reshape(rows * h, columns * w)[top : top + height, left : left + width] + first * tokens
     # Whether lines end with a token of their own shows in the count that the tiling states.
-    if tiling.tokens == ahead * tokens + height * (width + 1):
+    if tiling.tokens == first * tokens + height * (width + 1):
         lines = torch.cat([lines, torch.full((height, 1), LINE_END)], dim=1)
-    index = torch.cat([torch.arange(ahead * tokens), lines.flatten()])
+    index = torch.cat([torch.arange(first * tokens), lines.flatten()])
     return Spread(tiling.crops, index)

@@ -21,7 +21,7 @@ from mmit.data.sources import Source, Subset, open_source, split_subset
 from mmit.errors import ConfigError, RecordError
 from mmit.records import OnBad, Record
 
-Row = Record | RecordError
+FileRow = Record | RecordError
 
 
 def read_rows(
@@ -32,7 +32,7 @@ def read_rows(
     limit: int | None = None,
     options: Mapping[str, Any] | None = None,
     kept: Counter[str] | None = None,
-) -> Iterator[Row]:
+) -> Iterator[FileRow]:
     """Yield the records and bad rows of a file in one of FORMATS, or of a folder of shards ("shards").
 
     Without `format` it is found out; `options` are the format's. `limit` ends after that many rows, bad ones included.
@@ -64,7 +64,9 @@ def read_rows(
         yield row
 
 
-def _take(make: Callable[[], Iterator[Row]], subset: Subset, *, where: str, count_bad: bool = False) -> Iterator[Row]:
+def _take(
+    make: Callable[[], Iterator[FileRow]], subset: Subset, *, where: str, count_bad: bool = False
+) -> Iterator[FileRow]:
     """Yield the rows of a subset; `make` begins a pass over all rows, of which the first counts them.
 
     Bad rows are counted where `count_bad`; else they are yielded all, since what they would have been is not known.
@@ -84,7 +86,7 @@ def _file_rows(
     format: str,
     image_root: str | os.PathLike[str] | None,
     options: Mapping[str, Any],
-) -> Iterator[Row]:
+) -> Iterator[FileRow]:
     bad: list[RecordError] = []
     for record in import_file(path, format, image_root=image_root, on_bad=bad.append, **options):
         yield from bad  # met on the way to this record
@@ -93,7 +95,7 @@ def _file_rows(
     yield from bad
 
 
-def _shard_rows(source: Source) -> Iterator[Row]:
+def _shard_rows(source: Source) -> Iterator[FileRow]:
     for index in range(len(source)):
         try:
             yield source[index]
@@ -120,13 +122,13 @@ def import_records(
             yield record
 
 
-def sample_rows(rows: Iterable[Row], count: int, *, seed: int) -> tuple[list[tuple[int, Row]], int]:
+def sample_rows(rows: Iterable[FileRow], count: int, *, seed: int) -> tuple[list[tuple[int, FileRow]], int]:
     """Return `count` rows drawn evenly, as (number from 1, row) in file order, and how many there were.
 
     One pass that holds `count` rows (reservoir sampling, Vitter 1985); the same seed draws the same rows.
     """
     rng = random.Random(seed)
-    kept: list[tuple[int, Row]] = []
+    kept: list[tuple[int, FileRow]] = []
     total = 0
     for total, row in enumerate(rows, 1):
         if len(kept) < count:

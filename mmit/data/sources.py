@@ -100,7 +100,7 @@ class Source(Protocol):
         """Keys of its rows that stay in the meta unread, and in how many rows."""
 
     @property
-    def judged(self) -> bool:
+    def rows_checked(self) -> bool:
         """Whether `unreadable` and `kept` are known; else they show as the rows are read."""
 
     def __len__(self) -> int: ...
@@ -123,7 +123,7 @@ class RowSource:
     read: Callable[[bytes, int, int], Record]  # the row's bytes, its line or position, its index -> the record
     unreadable: int = 0
     kept: Mapping[str, int] = field(default_factory=dict)
-    judged: bool = True
+    rows_checked: bool = True
 
     def __len__(self) -> int:
         return len(self.table)
@@ -173,9 +173,9 @@ class SubsetSource:
         return self.whole.kept
 
     @property
-    def judged(self) -> bool:
+    def rows_checked(self) -> bool:
         """As the whole source, which always is."""
-        return self.whole.judged
+        return self.whole.rows_checked
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -199,7 +199,7 @@ def open_source(  # noqa: PLR0913
     cache: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
     on_bad: OnBad | None = None,
-    judge: bool = True,
+    check_rows: bool = True,
     say: Callable[[str], Any] = lambda text: None,
 ) -> Source:
     """Open a source. A file that is no JSON list and no JSONL is first converted into a JSONL under `cache`, once.
@@ -214,8 +214,9 @@ def open_source(  # noqa: PLR0913
         options: the format's own options, as `import_file` takes them.
         on_bad: receives rows of another format that are no records, also where an earlier opening found them; None
             raises the first.
-        judge: off, rows that are read where they stand are not read before they are asked for: bad ones have numbers
-            too and raise their error then. `limit` and "#N" count records, so with them rows are judged all the same.
+        check_rows: off, rows that are read where they stand are not read before they are asked for: bad ones have
+            numbers too and raise their error then. `limit` and "#N" count records, so with them rows are checked all
+            the same.
         say: gets a line where the cache is damaged or cannot be written.
 
     Raises:
@@ -228,7 +229,7 @@ def open_source(  # noqa: PLR0913
         store = None if cache is None else Store(Path(cache), say)
         opened, verdicts = _open_file(Path(path), format, image_root, options or {}, store=store, on_bad=on_bad)
         # Both count records, so bad rows have to be known before any number means anything.
-        if not opened.judged and (judge or limit is not None or subset is not None):
+        if not opened.rows_checked and (check_rows or limit is not None or subset is not None):
             opened, verdicts = _usable(opened, store=store)
         bad = verdicts.among(limit)
         for error in bad:
@@ -267,20 +268,22 @@ def _open_file(
     # The code too: an importer that reads a row otherwise must not meet an old conversion.
     code = [VERSION, code_version()] + ([] if native else [format_code(format)])
     key = key_of(str(path), str(path.resolve()), content, format, root, sorted(options.items()), others, code)
-    file, read, verdicts, judged = path, _native_row(path), Verdicts(), True
+    file, read, verdicts, rows_checked = path, _native_row(path), Verdicts(), True
     if not native:
         importer = row_reader(path, format, image_root=root, **options)
         # Rows that stand in the file one by one are read where they stand; only tables, archives and single objects are
         # converted.
         if find_format(format).rows is json_rows and _first_byte(path) in (b"[", b"{"):
-            read, judged = _foreign_row(importer), False
+            read, rows_checked = _foreign_row(importer), False
         else:
             file = (store.folder if store is not None else Path()) / f"{path.stem}-{key}.jsonl"
             given: dict[str, Any] = {"format": format, "image_root": image_root, "options": options}
             verdicts = convert(path, file, on_bad=on_bad, **given)
             content, read = digest(file, store), _native_row(file, origin=path)
     table = row_table(file, content, store)
-    return RowSource(path.stem, str(path), key, RowFile(file.resolve()), table, read, judged=judged), verdicts
+    return RowSource(
+        path.stem, str(path), key, RowFile(file.resolve()), table, read, rows_checked=rows_checked
+    ), verdicts
 
 
 def _first_byte(path: Path) -> bytes:
@@ -343,10 +346,10 @@ def _usable(source: RowSource, *, store: Store | None) -> tuple[RowSource, Verdi
         size = 1024
         pieces = [range(begin, min(begin + size, len(source))) for begin in range(0, len(source), size)]
         workers = allowed_cores() if len(source) > 4 * size else 0
-        judged = list(in_order(lambda piece: _judged(source, piece), pieces, workers=workers))
-        good = np.concatenate([np.zeros(0, np.int64), *(numbers for numbers, _, _ in judged)])
-        bad = [told for _, errors, _ in judged for told in errors]
-        kept = sum((counts for _, _, counts in judged), Counter[str]())
+        rows_checked = list(in_order(lambda piece: _check_rows(source, piece), pieces, workers=workers))
+        good = np.concatenate([np.zeros(0, np.int64), *(numbers for numbers, _, _ in rows_checked)])
+        bad = [told for _, errors, _ in rows_checked for told in errors]
+        kept = sum((counts for _, _, counts in rows_checked), Counter[str]())
         if store is not None:
             store.keep("usable", key, {"bad": bad, "kept": kept}, {"good": good})
     else:
@@ -354,10 +357,12 @@ def _usable(source: RowSource, *, store: Store | None) -> tuple[RowSource, Verdi
     # Of a bad row its place among the rows is told; before it stand so many records.
     placed = tuple((int(np.searchsorted(good, place)), from_facts(facts)) for place, facts in bad)
     fingerprint = f"{source.fingerprint}-usable"
-    return replace(source, table=source.table.take(good), fingerprint=fingerprint, judged=True), Verdicts(placed, kept)
+    return replace(source, table=source.table.take(good), fingerprint=fingerprint, rows_checked=True), Verdicts(
+        placed, kept
+    )
 
 
-def _judged(source: RowSource, piece: range) -> tuple[np.ndarray, list[tuple[int, list[str]]], Counter[str]]:
+def _check_rows(source: RowSource, piece: range) -> tuple[np.ndarray, list[tuple[int, list[str]]], Counter[str]]:
     """Which of these rows are records, what is wrong with the others, and which keys nothing reads."""
     good, bad, kept = [], [], Counter[str]()
     for index in piece:

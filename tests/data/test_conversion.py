@@ -55,8 +55,8 @@ def test_a_refused_file_is_refused_again(tmp_path: Path) -> None:
 
 
 def test_rows_that_are_not_judged_have_numbers_and_raise_when_asked_for(tmp_path: Path) -> None:
-    bad, source = opened(rows_file(tmp_path), tmp_path, judge=False)
-    assert bad == [] and len(source) == 6 and not source.judged
+    bad, source = opened(rows_file(tmp_path), tmp_path, check_rows=False)
+    assert bad == [] and len(source) == 6 and not source.rows_checked
     assert source[1].turns[0].text == "q1" and source[1].row == 2
     with pytest.raises(RecordError, match="value of turn 2 is 'None'") as refused:
         source[2]

@@ -144,7 +144,7 @@ def record(text: str, *pictures: int) -> Any:
 
 def test_a_model_whose_prompts_share_no_row_is_batched_all_the_same(own: Any) -> None:
     model = build(vision=False)
-    model._able = decoding.Support(batched=True, shared=False)
+    model._support = decoding.Support(batched=True, shared=False)
     expected = [model.chat(text=q, max_new_tokens=8) for q in QUESTIONS]
     engine = own(model, max_running=4)
     assert [text_of(a) for a in [engine.submit(Ask("tiny", messages(q), max_tokens=8)) for q in QUESTIONS]] == expected

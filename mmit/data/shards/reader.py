@@ -72,7 +72,7 @@ class ShardSource:
         self._suffixes: list[str] = header["suffixes"]
         self.unreadable = 0  # samples that are none have been left out of the index, and told then
         self.kept: dict[str, int] = dict(header.get("kept") or {})  # of the whole folder
-        self.judged = True
+        self.rows_checked = True
 
     @property
     def index(self) -> Index:

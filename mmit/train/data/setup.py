@@ -138,7 +138,9 @@ def open_data(
     opened = []
     for i, source in enumerate(sources):
         with located(f"{key}.{i}"):
-            opened.append(open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad, say=say, judge=False))
+            opened.append(
+                open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad, say=say, check_rows=False)
+            )
     # Held-out sources may lack the names that data.loss.sources weighs: it is written for the training data.
     weights = source_weights(opened, encoding.loss.get("sources", {}), strict=key == "data.train")
     data = InstructionData(opened, encoding.encoder(), key=encoding.key(), source_weights=weights, **options)

@@ -129,7 +129,7 @@ def sample_data(
     scan = data.scan(numbers=numbers, store=store, workers=allowed_cores())
     for source, kept in zip(data.sources, scan.kept, strict=True):
         if kept:
-            some = "" if numbers is None or source.judged else f"of {len(numbers):,} records that were measured, "
+            some = "" if numbers is None or source.rows_checked else f"of {len(numbers):,} records that were measured, "
             say(f"{source.origin}: {some}kept in meta only: {told(kept)}")
     if numbers is None:
         scan.bad = unreadable + scan.bad
