@@ -88,7 +88,10 @@ def small_attention(
 
 
 class _Pick(torch.autograd.Function):
-    """Its backward sums in float32: a prefix key collects gradient from many branches."""
+    """Tables (T * H, D), (T * KV, D), (T * KV, D) -> for each bucket (G * H * Lq, D) and twice (G * KV * Lk, D).
+
+    Its backward sums in float32: a prefix key collects gradient from many branches.
+    """
 
     @staticmethod
     def forward(
@@ -108,7 +111,7 @@ class _Pick(torch.autograd.Function):
 
 
 class _Place(torch.autograd.Function):
-    """Its backward gives padding nothing."""
+    """The buckets' outputs (G * H * Lq, D) -> (T * H, D); its backward gives padding nothing."""
 
     @staticmethod
     def forward(ctx: Any, layout: BucketLayout, *outs: torch.Tensor) -> torch.Tensor:
@@ -122,7 +125,11 @@ class _Place(torch.autograd.Function):
 
 
 class _SmallAttention(torch.autograd.Function):
-    """Keeps the attention weights in the input's dtype."""
+    """(G, H, Lq, D), 2 x (G, KV, Lk, D), mask (G * KV, H / KV * Lq, Lk) -> (G, H, Lq, D).
+
+    Keeps the attention weights, (G * KV, H / KV * Lq, Lk), in the input's dtype. The heads of a group lie below each
+    other, so that the products with the keys they share are one.
+    """
 
     @staticmethod
     def forward(

@@ -119,8 +119,9 @@ def _softmax_loss(logits: torch.Tensor, targets: torch.Tensor, *, slope: bool) -
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Loss and its gradient together, chunk by chunk; nothing of size V outlives its chunk.
+    """Hidden states (S, D), head (V, D) and (V,), targets (S,) -> losses (S,) float32.
 
+    Loss and its gradient together, chunk by chunk; nothing of size V outlives its chunk. What is kept is (S, D).
     The loss of a position depends on its own hidden state alone, so the gradient for a weight of 1 is made at once
     and multiplied by the real one later.
     """

@@ -76,7 +76,10 @@ def _free(
 
 
 class _Flash(torch.autograd.Function):
-    """Keeps what a variable-length kernel keeps: queries, keys, values, the result, a log-sum per query and head."""
+    """(T, H, Dh), 2 x (G, KV, Dh) -> (T, H, Dh) without numbers.
+
+    Keeps what a variable-length kernel keeps: queries, keys, values, the result, a log-sum per query and head.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

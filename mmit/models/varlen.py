@@ -163,7 +163,10 @@ def varlen_attention(
 
 
 class _Gather(torch.autograd.Function):
-    """`rows[index]` whose backward sums in float32: a prefix key collects gradient from many branches."""
+    """(T, KV, D), index (G,) -> (G, KV, D), `rows[index]`.
+
+    Its backward sums in float32: a prefix key collects gradient from many branches.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

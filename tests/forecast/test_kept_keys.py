@@ -79,7 +79,7 @@ def told(folder: Any, nodes: torch.Tensor) -> int:
 
 def test_many_questions_on_one_picture_keep_what_the_forecast_says(tmp_path, monkeypatch):
     forecast = told(tmp_path, ONE_PICTURE)
-    kernel = partial(varlen.varlen_attention, run=written_out, parts=Parts(forward, part_backward))
+    kernel = partial(varlen.varlen_attention, kernels=varlen.Kernels(written_out, Parts(forward, part_backward)))
     monkeypatch.setattr(varlen, "usable", lambda q: True)
     monkeypatch.setattr(varlen, "varlen_attention", kernel)
     vlm, tensors = model(tmp_path), arguments(ONE_PICTURE)

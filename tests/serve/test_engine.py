@@ -362,7 +362,7 @@ def test_a_prompt_that_fails_spoils_no_other(own: Any, slow: Slow, monkeypatch: 
     first = engine.submit(Ask("tiny", messages("Hello"), max_tokens=100))
     until(lambda: slow.steps == 1)
     bad, good = (engine.submit(Ask("tiny", messages("Hello", *p), max_tokens=4)) for p in ((7,), ()))
-    monkeypatch.setattr(engine.models["tiny"].vlm, "see", lambda *_: torch.zeros(1, 1, 1, 1, 1))
+    monkeypatch.setattr(engine.models["tiny"].vlm, "encode_images", lambda *_: torch.zeros(1, 1, 1, 1, 1))
     slow.open.set()
     assert ends_of(bad)[0].reason == "error"
     assert text_of(good) == expected

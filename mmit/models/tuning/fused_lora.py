@@ -85,7 +85,10 @@ def _plain(module: nn.Module) -> bool:
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps x and x A' for the backward pass; no gradient for weights that are frozen."""
+    """x (T, I), W (O, I), b (O,), A (R, I), B (O, R), scale -> (T, O).
+
+    Keeps x and x A' (T, R) for the backward pass; no gradient for weights that are frozen.
+    """
 
     @staticmethod
     def forward(

@@ -21,7 +21,7 @@ from mmit.models.tuning.structure import norms
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps x and the factor of each row."""
+    """x (..., D), weight (D,) -> (..., D). Keeps x, and the factor of each row, (..., 1) in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
