@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from mmit.eval.answers import TUNED, scored_answers
 
 if TYPE_CHECKING:
     from mmit.records import Record
+
+LABELS, REPEATED = 50, 4  # a task whose answers repeat is one of labels
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,26 @@ def _question(row: Mapping[str, Any], known: Question | None) -> Question:
     return Question(known.id, image, known.task, known.wording, known.choices, known.reference)
 
 
+def with_spaces(table: Table, trained: Sequence[Record]) -> set[str]:
+    """Give questions without choices the label space of their task in training; returns the tasks that got one.
+
+    That is known where a task's answers repeat as labels do: at most LABELS different ones, each REPEATED times on
+    average, and every reference is one of them. Else the space stays unknown.
+    """
+    counts = _answer_counts(trained)
+    closed = {}
+    for task, places in table.by("task").items():
+        own = counts.get(task, Counter())
+        references = {plain_answer(table.questions[place].reference) for place in places}
+        if own and len(own) <= LABELS and own.total() >= REPEATED * len(own) and references <= own.keys():
+            closed[task] = tuple(sorted(own))
+    given = {q.task for q in table.questions if not q.choices and q.task in closed}
+    table.questions = [
+        replace(q, choices=closed[q.task]) if not q.choices and q.task in closed else q for q in table.questions
+    ]
+    return given
+
+
 def chance(table: Table) -> float | None:
     """Return the expected score of a guess in the label space, None where that of some question is not known."""
     if not table.questions or not all(question.choices for question in table.questions):
@@ -134,17 +156,27 @@ def chance(table: Table) -> float | None:
     return float(np.mean([1 / len(question.choices) for question in table.questions]))
 
 
+def plain_answer(answer: Any) -> str:
+    """Return an answer as it is counted."""
+    return str(answer).strip().lower()
+
+
+def _answer_counts(trained: Sequence[Record]) -> dict[str, Counter[str]]:
+    counts: dict[str, Counter[str]] = {}
+    for record in trained:
+        counts.setdefault(str(record.meta.get("task") or ""), Counter())[plain_answer(record.turns[-1].text)] += 1
+    return counts
+
+
 def majority(table: Table, trained: Sequence[Record]) -> float | None:
     """Return the share of questions whose answer is the commonest one of its task in the training records."""
     # From the training records: taken from the test, it would know the answers it is scored by.
-    counts: dict[str, Counter[str]] = {}
-    for record in trained:
-        counts.setdefault(str(record.meta.get("task") or ""), Counter())[record.turns[-1].text.strip().lower()] += 1
+    counts = _answer_counts(trained)
     if not table.questions or any(question.task not in counts for question in table.questions):
         return None
     # Of equally common answers the first by name, so that it does not depend on the order of the records.
     common = {task: min(c for c, n in found.items() if n == max(found.values())) for task, found in counts.items()}
-    return float(np.mean([str(q.reference).strip().lower() == common[q.task] for q in table.questions]))
+    return float(np.mean([plain_answer(q.reference) == common[q.task] for q in table.questions]))
 
 
 def sensitivity(table: Table, arm: str) -> dict[str, Any] | None:

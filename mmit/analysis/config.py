@@ -33,7 +33,7 @@ class QuestionsConfig(Section):
     build: dict[str, Any] = {}
     """keys of the study's build config that are others for these questions, such as rows.split: test"""
     records: str | None = None
-    """mmit records with answers, in place of a build"""
+    """file with questions and answers, in place of a build; in any format, as the study's records"""
     tasks: list[str] = []
     """only questions of these tasks; all by default"""
     limit: PositiveInt = 500
@@ -56,7 +56,10 @@ class StudyConfig(Section):
     build: str | None = None
     """build config (`mmit build annotated`) that makes each arm's records"""
     records: str | None = None
-    """mmit records to train on, with `task` in meta, in place of a build"""
+    """file to train on, in place of a build: mmit records or another format that `mmit data import` reads, such as
+    LLaVA's; each row with a `task`"""
+    image_root: str | None = None
+    """where relative image paths of `records` start, of questions too; null: each file's own folder"""
     start_from: str | None = None
     """run or checkpoint whose weights every arm starts from; null: each starts as the training config says"""
     start: dict[str, Any] | None = None

@@ -11,24 +11,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.analysis.transform import Transform, task_of, transformed
+from mmit.data.formats import detect_format, import_file
 from mmit.errors import ConfigError, nearest
 from mmit.io import write_atomic
 from mmit.records import Record, read_jsonl, write_jsonl
-from mmit.yamlio import dump_yaml
+from mmit.yamlio import dump_yaml, merge
 
 if TYPE_CHECKING:
     from mmit.analysis.config import QuestionsConfig
 
 
-def base_records(source: Path) -> list[Record]:
-    """Return the records of a build's folder, in the order of its tasks, or of one file. Raises ConfigError."""
+def base_records(source: Path, *, image_root: str | None = None) -> list[Record]:
+    """Return the records of a build's folder, in the order of its tasks, or of one file in any format of mmit.
+
+    Args:
+        image_root: where relative image paths of a file start; None takes the file's folder.
+
+    Raises:
+        ConfigError: there are none. RecordError: a bad row, or rows of no known format.
+    """
     if source.is_dir():
         files = sorted((source / "records").glob("*.jsonl")) or sorted(source.glob("*.jsonl"))
     else:
         files = [source] if source.is_file() else []
     if not files:
         raise ConfigError("there are no records", where=str(source), remedy="Give mmit records, or a build's folder.")
-    return [record for file in files for record in read_jsonl(file)]
+    if source.is_dir():
+        return [record for file in files for record in read_jsonl(file)]
+    options: dict[str, Any] = {} if image_root is None else {"image_root": image_root}
+    return list(import_file(source, detect_format(source)[0], **options))
 
 
 def write_arm(
@@ -37,14 +48,15 @@ def write_arm(
     folder: Path,
     *,
     seed: int,
-    base: str,
+    base: Mapping[str, Any],
     keys: Mapping[str, Any],
     where: str,
 ) -> int:
     """Write records/TASK.jsonl and train.yaml, the latter last; returns the number of records.
 
     Args:
-        given: keys of a `Transform`. keys: dotted keys of the training config, over those of `base`.
+        given: keys of a `Transform`.
+        base: the training config that the arm begins with. keys: dotted keys over it.
         where: place of the arm, for messages.
 
     Raises:
@@ -59,12 +71,14 @@ def write_arm(
         file = folder / "records" / f"{number:02d}.jsonl"
         write_jsonl(own, file)
         sources.append({"path": str(file.resolve()), "name": task})
-    config: dict[str, Any] = {"base": base, "data": {"train": sources}}
+    config: dict[str, Any] = merge(base, {"data": {"train": sources}})
     for key, value in keys.items():
         *path, last = key.split(".")
         section = config
         for part in path:
-            section = section.setdefault(part, {})
+            if not isinstance(section.get(part), dict):
+                section[part] = {}  # also where the base has null
+            section = section[part]
         section[last] = value
     write_atomic(folder / "train.yaml", dump_yaml(config))
     return len(made)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mmit.analysis.cells import Question, Table, chance, majority, question_of, sensitivity, table_of
+from mmit.analysis.cells import Question, Table, chance, majority, question_of, sensitivity, table_of, with_spaces
 from mmit.analysis.config import pairs, transforms, varied
 from mmit.analysis.curves import saturating, slope_per_doubling
 from mmit.analysis.data import base_records
@@ -96,8 +96,11 @@ def _of_table(study: Study, table: Table) -> dict[str, Any]:
     if not table.questions:
         return {"n": 0, "arms": {}, "baselines": {}, "by_task": {}}
     trained = _trained(study)
+    # A small arm may lack answers: a study's own file has them all.
+    spaces = with_spaces(table, study.own_records() or trained)
     by_task = table.by("task")
     return {
+        "spaces_from_answers": sorted(spaces),
         "n": len(table.questions),
         "images": len(set(table.images)),
         "arms": {arm: estimate(table.stacked(arm), table.images).to_json() for arm in table.scores},

@@ -1,6 +1,6 @@
-"""Reports of a study: report.json, report.md and report.html with one plot.
+"""Reports of a study: report.json, report.md, report.html with one plot, and plot.svg.
 
-In: the findings of a study. Out: three files that say the same. Every mean has its number of seeds, images and
+In: the findings of a study. Out: files that say the same. Every mean has its number of seeds, images and
 questions; every verdict its numbers; baselines stand in every table, "not known" where they are.
 """
 
@@ -21,12 +21,15 @@ if TYPE_CHECKING:
 
 
 def write_report(study: Study) -> str:
-    """Write all three files and return the Markdown."""
+    """Write all files and return the Markdown."""
     found = findings(study)
     text = markdown(found)
     write_atomic(study.out / "report.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     write_atomic(study.out / "report.md", plain(text))
-    write_atomic(study.out / "report.html", html(found))
+    drawn = plot(found)
+    write_atomic(study.out / "report.html", html(found, drawn))
+    if drawn:
+        write_atomic(study.out / "plot.svg", drawn)
     return text
 
 
@@ -45,6 +48,9 @@ def sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
             continue
         heading = f"Questions: {name} ({asked['n']:,} about {asked['images']:,} images)"
         parts.append((heading, _arms(asked)))
+        if asked["spaces_from_answers"]:
+            tasks = ", ".join(asked["spaces_from_answers"])
+            parts.append(("", f"Guessing for {tasks} is among the answers that the task has in the study's records."))
         if asked["by_task"]:
             parts.append((f"{name}, by task", _by_task(asked)))
         if asked["sensitivity"]:
@@ -179,8 +185,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def html(found: Mapping[str, Any]) -> str:
-    """Return the report as one HTML page with its plot inside."""
+def html(found: Mapping[str, Any], drawn: str) -> str:
+    """Return the report as one HTML page with its plot `drawn` inside, "" for none."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -189,7 +195,7 @@ def html(found: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=lambda value: plain(value) if type(value) is str else value,
     )
-    body = environment.from_string(_BODY).render(parts=sections(found), plot=plot(found))
+    body = environment.from_string(_BODY).render(parts=sections(found), plot=drawn)
     return page(f"Study: {found['study']}", body, kind="evaluation")
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmit.analysis.config import START, QuestionsConfig, StudyConfig, overrides, transforms
 from mmit.analysis.data import base_records, write_arm, write_questions
@@ -38,6 +38,9 @@ from mmit.errors import ConfigError
 from mmit.io import append, write_atomic
 from mmit.processes import only_one
 from mmit.yamlio import dump_yaml, merge, parse_yaml
+
+if TYPE_CHECKING:
+    from mmit.records import Record
 
 FREE = ("seeds", "contrasts", "question", "margin", "controls", "style")  # leave what was run as it is
 STUDY, FAILED, COMMANDS, TIMES = "study.json", "failed.json", "commands.txt", "times.jsonl"
@@ -302,7 +305,26 @@ class Study:
             self._do(step, say, threads=0)
             source = step.folder / "data"
             banks = self._build_settings(asked.build, 0)["bank"]
-        write_questions(base_records(source), asked, folder, name=name, banks=banks)
+        write_questions(self._records(source), asked, folder, name=name, banks=banks)
+
+    def _base(self) -> tuple[str, dict[str, Any]]:
+        """Return the training config that arms begin with, and keys over it.
+
+        A base has no base: of one that has, its base is taken and its own keys go into each arm's config.
+        """
+        file = self.at(self.config.base)
+        keys, _ = parse_yaml(_text(Path(file)), where=file)
+        if not isinstance(keys, dict) or not isinstance(keys.get("base"), str):
+            return file, {}
+        return os.path.join(os.path.dirname(file), keys.pop("base")), keys
+
+    def own_records(self) -> list[Record]:
+        """Return the records of a study that trains on a file; [] where a build makes them."""
+        return [] if self.config.records is None else self._records(Path(self.at(self.config.records)))
+
+    def _records(self, source: Path) -> list[Record]:
+        root = self.config.image_root
+        return base_records(source, image_root=None if root is None else self.at(root))
 
     def make_arm(self, arm: str, seed: int) -> int:
         """Write the records and the training config of an arm; returns the number of records."""
@@ -320,14 +342,14 @@ class Study:
             keys = {**self._measured_by_start(), **keys, "run.init_from": str(self.start.folder / "run")}
         elif self.config.start_from is not None:
             keys["run.init_from"] = self.at(self.config.start_from)
-        base = os.path.relpath(self.at(self.config.base), folder / "data")
+        base, own = self._base()
         where = f"{self.path}: arms.{arm}"
         return write_arm(
-            base_records(source),
+            self._records(source),
             self._transforms(arm),
             folder / "data",
             seed=seed,
-            base=base,
+            base={"base": os.path.relpath(base, folder / "data"), **own},
             keys=keys,
             where=where,
         )

@@ -99,4 +99,4 @@ def _report(study: object) -> None:
     from mmit.analysis.report import write_report
 
     echo(write_report(study))  # type: ignore[arg-type]
-    echo(f"wrote {study.out}/report.html, report.md and report.json")  # type: ignore[attr-defined]
+    echo(f"wrote {study.out}/report.html, report.md, report.json and plot.svg")  # type: ignore[attr-defined]

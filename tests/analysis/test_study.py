@@ -11,8 +11,8 @@ from mmit.analysis.config import load_study
 from mmit.analysis.report import write_report
 from mmit.analysis.study import TIMES, Study
 from mmit.errors import ConfigError
-from mmit.records import read_jsonl
-from mmit.yamlio import parse_yaml
+from mmit.records import Record, read_jsonl, write_jsonl
+from mmit.yamlio import dump_yaml, parse_yaml
 from tests.analysis.worlds import here, write_world
 
 
@@ -152,3 +152,24 @@ def test_the_plan_states_hours_by_what_ran_here_and_in_studies_alike(tmp_path):
     assert study.hours_left() == 1  # its own steps count before those of others
     longer = write_world(tmp_path, shared="shared", seeds=[0], config={"train.steps": 9})
     assert Study(load_study(longer), longer, tmp_path / "longer", execute=here).hours_left() is None
+
+
+def test_a_base_may_have_a_base_of_its_own(tmp_path):
+    write_jsonl([Record.triple("q", "a", meta={"task": "t"})] * 4, tmp_path / "rows.jsonl")
+    given = {"base": "mine.yaml", "build": None, "records": "rows.jsonl", "config": {"align.epochs": 3}}
+    arms = {"a": {"data.size": 1}, "b": {"data.size": 2}}
+    path = write_world(tmp_path, study="size", arms=arms, questions={"q": {"task": "pope"}}, **given)
+    own = {
+        "base": "base.yaml",
+        "align": None,
+        "train": {"steps": 7},
+        "data": {"max_length": 99, "train": [{"path": "x"}]},
+    }
+    (tmp_path / "mine.yaml").write_text(dump_yaml(own))
+    study = Study(load_study(path), path, tmp_path / "out", execute=here)
+    study.make_arm("b", 0)
+    file = study.folder_of("b", 0) / "data" / "train.yaml"
+    made = parse_yaml(file.read_text(), where="arm")[0]
+    assert (file.parent / made["base"]).resolve() == (tmp_path / "base.yaml").resolve()
+    assert made["train"] == {"steps": 7} and made["data"]["max_length"] == 99 and made["align"] == {"epochs": 3}
+    assert [source["name"] for source in made["data"]["train"]] == ["t"]
