@@ -22,17 +22,20 @@ def _command(kind: str) -> Callable[..., None]:
         config: Config,
         *,
         out: Out,
-        jobs: Annotated[int, typer.Option(min=1, help="Arms that train at once.")] = 1,
+        jobs: Annotated[
+            int | None, typer.Option(min=1, help="Arms that train at once. (default: 2 on a CPU, 1 with a GPU)")
+        ] = None,
         plan: Annotated[bool, typer.Option("--plan", help="List what is left to do, and run nothing.")] = False,
     ) -> None:
         from mmit.analysis.config import load_study
-        from mmit.analysis.study import Study
+        from mmit.analysis.study import Study, usual_jobs
 
         loaded = load_study(config)
         if loaded.study != kind:
             remedy = f"Run it with: mmit analyse {loaded.study} {config}"
             raise ConfigError(f"is a study of kind {loaded.study}, not {kind}", where=str(config), remedy=remedy)
         study = Study(loaded, config, out)
+        jobs = jobs or usual_jobs()
         if plan:
             _plan(study, jobs)
             return

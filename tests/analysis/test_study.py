@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from mmit.analysis.config import load_study
 from mmit.analysis.report import write_report
-from mmit.analysis.study import TIMES, Study
+from mmit.analysis.study import TIMES, Study, usual_jobs
+from mmit.cores import usable
 from mmit.errors import ConfigError
 from mmit.records import Record, read_jsonl, write_jsonl
 from mmit.yamlio import dump_yaml, parse_yaml
@@ -173,3 +175,10 @@ def test_a_base_may_have_a_base_of_its_own(tmp_path):
     assert (file.parent / made["base"]).resolve() == (tmp_path / "base.yaml").resolve()
     assert made["train"] == {"steps": 7} and made["data"]["max_length"] == 99 and made["align"] == {"epochs": 3}
     assert [source["name"] for source in made["data"]["train"]] == ["t"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="devices are files on Linux")
+def test_an_accelerator_is_left_to_one_arm(tmp_path):
+    assert usual_jobs(tmp_path) == min(2, len(usable()))
+    (tmp_path / "nvidia0").write_text("")
+    assert usual_jobs(tmp_path) == 1
