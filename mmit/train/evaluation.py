@@ -146,6 +146,8 @@ class Evaluations:
         try:
             with untouched(self.model, self.engine.device):
                 for measure in self.measures:
+                    # Code of the user's own cannot ask `should_stop`: on one rank a signal breaks it off wherever it
+                    # is, on several the others would wait for the one that left.
                     alone = self.engine.world == 1 and not isinstance(measure, HeldOut)
                     with self.interruptible() if alone else nullcontext():
                         results |= {str(k): float(v) for k, v in measure(progress.step).items()}

@@ -142,6 +142,7 @@ def compute_features(
             world.share(features, source=source)
             distinct.take(one, features)
         more = len(round_) == world.size
+    # One tensor, so that a micro-batch's features are one lookup and not as many as it has images.
     rows = distinct.rows
     table = torch.cat(rows) if rows else torch.empty(0, tower.tokens, tower.dim, dtype=dtype)
     if store and distinct.new and world.keeper:

@@ -81,6 +81,7 @@ def check_zero3(config: Config, *, world: World) -> None:
     llm = config.model.llm
     if llm.random_init is None and Path(llm.name).is_absolute() and not Path(llm.name).exists():
         return  # its base is gone, and a checkpoint holds the LLM whole
+    # Made without weights: only its modules are looked at.
     given: dict[str, Any] = {"revision": llm.revision, "random_init": llm.random_init}
     check_divided(VLM(load_llm(llm.name, **given, dtype=torch.float32, empty=True), vision=None, projector=None))
 

@@ -231,6 +231,8 @@ def _read_partly(vlm: VLM, part: str, path: Path) -> None:
         )
     compare(expected, tensors, path)
     for name, tensor in tensors.items():
+        # Under ZeRO-3 each rank has a part: gathered for the copy, and the change divided again at the end of the
+        # block.
         with gathered(expected[name], changed=True):
             if name == f"{PROMPT}.{HASH}" and not torch.equal(expected[name].detach().cpu().float(), tensor.float()):
                 raise CheckpointError(

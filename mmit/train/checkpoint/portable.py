@@ -128,6 +128,8 @@ def save_whole(found: Loaded, folder: Path) -> None:
             include_base=True,
         )
         found.tokenizer.save_pretrained(draft / "llm")  # a run that begins with it reads it as any other LLM
+        # Towers of transformers are built from a folder with their config, those of other libraries from code by a
+        # name.
         if vlm.vision is not None and config.model.vision is not None:
             section = with_own_towers(config.model.vision.model_dump(), found.folder)
             named = section["towers"] or [section]

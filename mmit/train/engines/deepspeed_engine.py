@@ -119,6 +119,7 @@ class DeepSpeedEngine(Engine):
         self.device = device
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]
+        # By the shapes as they are whole: under ZeRO-3 a parameter holds its rank's part alone.
         trained = sum(math.prod(shape) for shape in self.shapes().values())
         whole = complete(config, precision=precision, clip=update.clip, trained=trained)
         self.stage = zero_stage(whole)
