@@ -218,6 +218,7 @@ class TemplateFormat(ChatFormat):
 
     def with_template_args(self, args: Mapping[str, Any]) -> ChatFormat:
         """Return this format with further template arguments, such as enable_thinking."""
+        # By way of its JSON, so that a format is always what a checkpoint would say of it.
         told = self.to_json()
         return ChatFormat.from_json({**told, "template_args": {**told["template_args"], **args}}, self._tokenizer)
 
@@ -260,6 +261,7 @@ class BuiltInFormat(ChatFormat):
             problem = f"the chat format '{name}' ends an answer with the EOS token, but the tokenizer has none"
             raise ConfigError(problem, remedy="Set tokenizer.eos_token.")
         self._bos = [Piece("template", tokens.bos)] if tokens.bos else []
+        # The format is nothing but these tokens; as letters they would teach the model a text that looks like them.
         if name == "chatml":
             for token in ("<|im_start|>", "<|im_end|>"):
                 if len(tokens.control_spans(token)) != 1:
@@ -272,6 +274,7 @@ class BuiltInFormat(ChatFormat):
             if found:
                 problem = f"turn {number} has {found}, for which the chat format '{self.name}' has no place"
                 raise RecordError(problem, remedy="Use a chat template that knows tools, or leave the record out.")
+        # Left out they would be missing in the prompt that the answer was written for.
         for key in ("tools", "template_args"):
             if getattr(record, key):
                 problem = f"the record has {key}, for which the chat format '{self.name}' has no place"

@@ -64,12 +64,15 @@ class Writer:
 
         What the piece marks is a control token in any turn. Raises RecordError if the tokenizer does not have it.
         """
+        # A space that the template ended with goes before the text: tokenizers keep a space with the word on its right.
         text = self._space + piece.text
         allowed = self._allowed if named else frozenset()
         at = 0
         cut = self._cut(text, allowed, piece.marks) if piece.marks else cut_tokens(text, allowed)
         for part, is_token in cut:
             offsets = None
+            # As template text, in which control tokens are meant: the record says that this one is, by a mark or by its
+            # template's own list.
             if is_token:
                 ids = list(self._tokens.template(part, self._after))
             elif isinstance(weight, tuple):
@@ -84,6 +87,7 @@ class Writer:
             else:
                 self._add(ids, weight, "content")
             at += len(part)
+            # What stands on the left decides whether the tokenizer puts its own space in front.
             self._after = "control" if is_token else "text"
         self._after, self._space = self._after if text else "text", ""
 
@@ -107,6 +111,7 @@ class Writer:
     def template(self, run: Sequence[tuple[Piece, float]], *, lend_space: bool) -> None:
         """Add neighbouring template pieces, encoded as one text; a token takes the weight of the piece it begins in."""
         texts = [piece.text for piece, _ in run]
+        # Only before content, or before an answer that is to be written: elsewhere the space is the template's own.
         if lend_space and texts[-1].endswith(" "):
             texts[-1], self._space = texts[-1][:-1], " "
         if not any(texts):
@@ -125,6 +130,7 @@ class Writer:
 
 def _least(spans: Spans, start: int, end: int) -> float:
     """The least weight of the characters of a token: what is masked is never learnt."""
+    # A token may lie over two spans. With the greater weight, text that was masked would be learned through it.
     begin, found = 0, []
     for stop, weight in spans:
         if begin < max(end, start + 1) and stop > start:

@@ -54,15 +54,18 @@ class Loss:
 
         def weigh(piece: Piece) -> float | Spans:
             turn = piece.turn
+            # Text between turns belongs to nobody; an image is never predicted.
             if turn < 0:
                 return 0.0 if piece.kind == "image" else between
             if piece.kind == "image" or not learnt[turn]:
                 return 0.0
             base = bases[turn]
+            # On top of the answer's weight and not in its place: an answer of weight 0 has no thought that is learned.
             if piece.part in factors:
                 base *= factors[piece.part]
             if not piece.spans:
                 return base * scale
+            # A span's own weight goes before the turn's; what the record is worth multiplies both.
             return tuple((end, (base if w is None else float(w)) * scale) for end, w in piece.spans)
 
         return weigh

@@ -160,6 +160,7 @@ class Locator:
             return self.renderer.render(messages, extras, prompt=prompt)
         except Refusal as refusal:
             remedy = "Change the record's turns, or use another chat format."
+            # Tried without the system turn, so that the remedy is one that works.
             if shape and shape[0].role == "system" and self._takes(shape[1:]):
                 remedy = "The template takes no system turn: fold its text into the first user turn."
             problem = f"the template refuses this conversation: {refusal.problem}"
@@ -218,6 +219,8 @@ def gaps_of(spans: Sequence[tuple[int, int] | None], rendered: str) -> list[tupl
 
 
 def _chars(stripped: set[str]) -> str | None:
+    # Blank, newline and tab: a template that strips all three calls strip() without an argument, which strips any
+    # whitespace.
     return None if len(stripped) == 3 else "".join(sorted(stripped))
 
 
@@ -239,6 +242,8 @@ def find_styles(locator: Locator, tokenizer: Any, image_token: str | None) -> No
         (False, "list", "list"),
     ]
     problem: MmitError | None = None
+    # Lists first, because a template that knows images knows them as parts; a template for strings prints a list as
+    # code, which shows.
     for wants_images, user, assistant in candidates:
         locator.renderer.styles = {"system": assistant, "user": user, "assistant": assistant, "tool": assistant}
         locator.image_token, locator.unclear = None, ("", "")
@@ -296,6 +301,7 @@ def _find_image_token(locator: Locator, tokenizer: Any, wanted: str | None) -> s
 
     # Image parts carry no sentinel, so the texts are numbered as if they were the only items.
     texts = [sentinel(0), sentinel(1)]
+    # The same conversation with and without an image: what is more in the second is what stands for it.
     without = locator.render(locator.renderer.messages(TALK, texts), NO_EXTRAS)
     shape: Shape = (Outline("user", "it"), ANSWER)
     with_image = locator.render(locator.renderer.messages(shape, [None, *texts]), NO_EXTRAS)
@@ -311,6 +317,7 @@ def _find_image_token(locator: Locator, tokenizer: Any, wanted: str | None) -> s
         for t in [written[a:b] for a, b in piece_tokenizer(tokenizer).control_spans(written)] or written.split()
     ]
     if wanted is None:
+        # Around the one token that is the image many families write where it begins and ends.
         single = tokens if len(tokens) == 1 else [t for t in tokens if "pad" in t.lower()]
         if len(tokens) == 3 and len(single) != 1 and len(set(tokens)) == 3:
             single = tokens[1:2]

@@ -15,7 +15,7 @@ longest query / key length.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,9 @@ from mmit.models.sending import send
 from mmit.models.varlen import Segments, make_segments
 from mmit.models.virtual import PREFIX
 from mmit.models.visibility import Scores, Visibility, row_mask, visibility, written_out
+
+if TYPE_CHECKING:
+    from mmit.models.prefix_cache import Before
 
 NAME = "mmit"
 SMALL = 512  # keys; up to here writing attention out beats the CPU's fused kernel (4x on 50 keys, backward included)
@@ -361,8 +364,7 @@ def run_row(
     positions: torch.Tensor,
     nodes: torch.Tensor,
     at: torch.Tensor | None = None,
-    cache: Any = None,
-    known: int = 0,
+    before: Before | None = None,
     ids: torch.Tensor | None = None,
 ) -> Any:
     """Run one row through a causal LM, or through its body alone.
@@ -373,8 +375,8 @@ def run_row(
     Args:
         embeddings: (T, D). positions: (T,). nodes: (K, 3), see `make_plan`.
         at: (S,) positions whose logits are wanted; None for a body, which has none.
-        cache: a transformers Cache that keeps the row's keys and values, None for none.
-        known: tokens of the first of `nodes` that the cache holds already; all else counts from the next one.
+        before: a cache that keeps the row's keys and values, and how many tokens of the first of `nodes` it holds
+            already; all else counts from the next one. None keeps nothing.
         ids: (T,) of the tokens, negative for none; see `calls.call`.
 
     Returns:
@@ -383,7 +385,7 @@ def run_row(
     Raises:
         ModelError: no layer asked for the row, so nodes would see each other.
     """
-    row = None
+    row, (known, cache) = None, before or (0, None)
     if len(nodes) > 1:
         # One node needs no plan: it is ordinary causal attention, in whatever way the model has it.
         table = nodes.cpu()

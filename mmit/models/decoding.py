@@ -27,12 +27,12 @@ from mmit.models.calls import cache_name, cache_of, call
 from mmit.models.deepstack import as_wide
 from mmit.models.llm import input_device
 from mmit.models.per_record import rotary_limit, turning_point
+from mmit.models.prefix_cache import Before
 from mmit.models.sampling import Sampling, choose
 from mmit.models.sending import send
 from mmit.models.virtual import with_prompt
 
 if TYPE_CHECKING:
-    from mmit.models.prefix_cache import Before
     from mmit.models.vlm import VLM
 
 LLM = PreTrainedModel | PeftModel
@@ -156,9 +156,9 @@ def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
             logits_to_keep=row.predict_at,
             optional=("use_cache", "position_ids"),
         )
-    known = 0 if row.before is None else row.before.length
+    before = Before(0 if row.before is None else row.before.length, cache)
     places: dict[str, Any] = {"positions": row.positions, "nodes": row.nodes, "at": row.predict_at}
-    return run_row(llm, row.embeddings, **places, cache=cache, known=known)
+    return run_row(llm, row.embeddings, **places, before=before)
 
 
 def paths_of(nodes: list[list[int]], predict_at: list[int]) -> list[list[int]]:

@@ -44,6 +44,7 @@ def gathered(*parameters: nn.Parameter, changed: bool = False) -> Iterator[None]
     Args:
         changed: the block writes to them; what rank 0 wrote is kept.
     """
+    # Gathering is a collective call: where nothing is divided it must not happen at all.
     if not is_deepspeed_zero3_enabled() or not any(is_part(p) for p in parameters):
         yield
         return

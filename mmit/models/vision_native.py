@@ -88,6 +88,7 @@ def native_class(name: str) -> Any:
     """The class of transformers that a key of NATIVE names."""
     import transformers
 
+    # By name of the class, which is what decides how it is cut; families share model types.
     if hasattr(transformers, name):
         return getattr(transformers, name)
     # Encoders that are not among the names of the package, that of Qwen2.5-VL in 5.17 alone.
@@ -131,6 +132,7 @@ def _rule(
     patch = int(config.patch_size)
     own = {key: value for key, value in kind.limits.items() if key != "max_patches"}
     if "max_patches" in kind.limits:
+        # NaFlex states a number of patches, the others an area in pixels; inside mmit it is an area.
         count = stated.get("max_patches") or stated.get("max_num_patches") or kind.limits["max_patches"]
         own["max_pixels"] = int(count) * patch**2
     size = stated.get("size") or {}
@@ -142,6 +144,7 @@ def _rule(
     }.items():
         if key in own and told:
             own[key] = int(told)
+    # The side is a bound of MoonViT's position table, and no choice.
     valid = [key for key in own if key != "max_side"] + ["merge"] * (kind.rule == "naflex")
     for key in limits:
         if key not in valid:

@@ -31,6 +31,7 @@ from mmit.data.preparation import Spread
 from mmit.models import attention, decoding
 from mmit.models.intrinsic import find_subspace, write_subspace
 from mmit.models.llm import load_llm
+from mmit.models.prefix_cache import Before
 from mmit.models.projectors import build_projector
 from mmit.models.sampling import Sampling, choose
 from mmit.models.tuning import Group, apply_tuning, fused_lora
@@ -286,7 +287,8 @@ def two_devices() -> dict[str, Any]:
             at = torch.zeros(2, dtype=torch.int64, device="cuda:0")
         seen = Traffic()
         with torch.no_grad(), mode, seen:
-            out = attention.run_row(llm, embeddings, positions=positions, nodes=nodes, at=at, cache=DynamicCache())
+            before = Before(0, DynamicCache())
+            out = attention.run_row(llm, embeddings, positions=positions, nodes=nodes, at=at, before=before)
             vlm = VLM(llm, vision=None, projector=None)
             given: dict[str, Any] = {"positions": positions, "nodes": nodes, "at": at, "ids": None}
             losses = vlm.row_losses(embeddings, targets=torch.zeros_like(at), **given)

@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mmit.data.formats import captions, chat, instruct, mimicit, multimodal, pairs, tabular, vqa
@@ -205,16 +206,17 @@ def row_reader(
             kept.update(kept_keys(record))
         return record
 
-    def read(row: Any, number: int) -> Record:
-        try:
-            return build(row, number)
-        except RecordError as error:
-            raise _at(error, f"{name}:{number}", row) from error
-        except ConfigError as error:
-            # An option that cannot work is wrong for every row: not a bad record to be left out.
-            raise ConfigError(error.problem, where=error.where or name, remedy=error.remedy) from error
+    return partial(_read_row, build, name)
 
-    return read
+
+def _read_row(build: Callable[[Any, int], Record], name: str, row: Any, number: int) -> Record:
+    try:
+        return build(row, number)
+    except RecordError as error:
+        raise _at(error, f"{name}:{number}", row) from error
+    except ConfigError as error:
+        # An option that cannot work is wrong for every row: not a bad record to be left out.
+        raise ConfigError(error.problem, where=error.where or name, remedy=error.remedy) from error
 
 
 def _check_names(format: str, entry: Format, options: Iterable[str], *, where: str) -> None:

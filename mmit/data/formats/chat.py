@@ -252,12 +252,10 @@ def _turns(
         if call and turns and turns[-1].role == "assistant":  # its text, or a parallel call, came before
             turns[-1] = replace(turns[-1], tool_calls=(*turns[-1].tool_calls, *turn.tool_calls))
             extras[-1] |= rest_of
-        else:
-            turns.append(turn)
-            extras.append(rest_of)
-    if not beside:
-        return tuple(turns), extras
-    return _pictured(turns, beside, list(left), in_lists=in_lists), extras
+            continue
+        turns.append(turn)
+        extras.append(rest_of)
+    return _pictured(turns, beside, list(left), in_lists=in_lists) if beside else tuple(turns), extras
 
 
 def _role_of(said_by: Any, roles: Mapping[str, str]) -> str:

@@ -314,6 +314,7 @@ def _open_index(folder: str, cache: str) -> Index:
         raise ConfigError("index.json is damaged", where=folder, remedy=_REBUILD) from error
     _check_header(header, folder)
     local = Path(folder) / header["folder"] if not is_remote(folder) else _fetched(folder, header, Path(cache))
+    # Mapped and not read: an index of a hundred million samples is some GB, of which a rank needs a part.
     arrays = {}
     for name in ARRAYS:
         try:

@@ -165,6 +165,7 @@ class _Scan:
             self.key = key
             if key in self.first_at:
                 problem = f"key {short(key)} was there before, at byte {self.first_at[key]:,}"
+                # Two samples of one key would be one for WebDataset's readers, with members of both.
                 remedy = "Give every sample of a tar its own key, its members one after the other."
                 self.fail(RecordError(problem, where=where, remedy=remedy))
             self.first_at.setdefault(key, member.start)

@@ -190,10 +190,12 @@ def _chunks(records: Iterable[Record], max_bytes: int, options: _Options, bad: O
             bad(error)
             continue
         size += len(row) + 1024 * (len(record.images) + 1)
+        # By what files weigh, before any is read: where a shard ends must not depend on who writes it.
         if chunk.records and chunk.size + size > max_bytes:
             yield _sealed(chunk)
             chunk = _Chunk(chunk.number + 1, chunk.first + len(chunk.records))
             chunk.digest = _digest(options)
+        # Lengths too, so that no two lists of records can make the same bytes.
         chunk.digest.update(b"%d %d " % (len(row), len(facts)) + row + facts)
         chunk.records.append(record)
         chunk.size += size
@@ -225,6 +227,7 @@ def _weigh(record: Record) -> tuple[bytes, int]:
                 problem = f"cannot open the image {short(image.source, 120)}: {error.strerror}"
                 remedy = "Check the path; relative paths start at the data file's folder, or at its image_root."
                 raise ImageError(problem, where=record.where, remedy=remedy) from error
+            # Size and time stand for the content: hashing every picture would read all of it.
             facts.append((stat.st_size, stat.st_mtime_ns))
             total += stat.st_size
         elif isinstance(image.source, bytes):
@@ -244,12 +247,15 @@ def _shard(chunk: _Chunk, options: _Options) -> tuple[Part, bool]:
     draft = out / f".{chunk.name}.{os.getpid()}.tmp"
     try:
         bad = _write_tar(chunk, draft, options)
+        # Indexed from the file as it was written, by the very code that indexes foreign tars: what the index says has
+        # been read once.
         part = scan_tar(str(draft), chunk.name, options.scan)
         if any(part.bad) and len(bad) < len(chunk.records):
             raise part.bad[0]
         part.bad = bad
         # An index of the earlier build would no longer describe the folder.
         (out / INDEX).unlink(missing_ok=True)
+        # The shard before its part, which says that the shard is whole.
         os.replace(draft, path)
         save_part(part, part_path, chunk.digest)
     except OSError as error:
@@ -272,6 +278,7 @@ def _write_tar(chunk: _Chunk, draft: Path, options: _Options) -> list[RecordErro
                     tar.write({"__key__": key, **_members(record, key, options)})
                 except RecordError as error:
                     bad.append(error)
+        # On the disk before the rename: after a power cut a shard of the right name would be empty.
         file.flush()
         os.fsync(file.fileno())
     return bad
@@ -307,6 +314,7 @@ def _picture(image: Image, where: str, options: _Options) -> bytes:
     if width * height > options.scan.max_pixels:
         problem = f"{width} x {height} pixels are more than the {options.scan.max_pixels:,} allowed"
         raise ImageError(problem, where=where, remedy="Scale it down, or raise max_pixels if it is trusted.")
+    # The bytes as they came: decoding and encoding again would lose quality, and make the bytes depend on Pillow.
     if options.max_side is None or max(width, height) <= options.max_side:
         return data
     picture = load_rgb(Image(data), where=where, max_pixels=options.scan.max_pixels)

@@ -89,6 +89,8 @@ def _from_hf(tower: VisionTower, reader: HFReader) -> Converted:
         _refuse(tower, f"its network is of the class {type(core).__name__}")
     config = copy.deepcopy(core.config)
     state = {key: _here(value) for key, value in core.state_dict().items()}
+    # The tower interpolates its position table for its own image size; the class is given the result, and interpolates
+    # nothing.
     if reader.resized:
         words = core.embeddings.position_embedding.weight
         with torch.no_grad():

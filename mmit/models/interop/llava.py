@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -27,6 +27,9 @@ from mmit.models.tuning.lora import quietly
 from mmit.models.vision import VisionTower, build_vision
 from mmit.models.vision_encoder import explained, load_needed
 from mmit.models.vlm import VLM
+
+if TYPE_CHECKING:
+    from mmit.models.projector_base import Projector
 
 # LLaVA's model_type -> the LLM's
 TEXT_TYPES = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_mpt": "mpt"}
@@ -103,6 +106,16 @@ def read_llava(
     between: dict[str, Any] = {"vision_dim": vision.dim, "llm_dim": llm.get_input_embeddings().weight.shape[1]}
     between |= {"grid": vision.grid, "prefix": vision.prefix}
     projector = build_projector("mlp", depth=depth, line_end=line_end, **between)
+    _fill_projector(projector, rest, parts, depth=depth, where=where)
+    image = {"size": list(vision.image_size), "interpolation": vision.interpolation}
+    image["fill"] = [int(255 * m) for m in vision.mean]
+    return VLM(llm, vision=vision, projector=projector.to(dtype)), tokenizer, {**image, **fit}
+
+
+def _fill_projector(
+    projector: Projector, rest: Path | None, parts: dict[str, dict[str, torch.Tensor]], *, depth: int, where: str
+) -> None:
+    """Give the projector its weights: from the file beside a base, else from the parts of a whole model."""
     if rest is not None:
         read_llava_projector(rest, projector)
     else:
@@ -111,9 +124,6 @@ def read_llava(
         if newline := parts.get("newline"):
             own["line_end"] = newline[""]
         fill_module(projector, own, where=f"{where}, mm_projector and image_newline (line_end)")
-    image = {"size": list(vision.image_size), "interpolation": vision.interpolation}
-    image["fill"] = [int(255 * m) for m in vision.mean]
-    return VLM(llm, vision=vision, projector=projector.to(dtype)), tokenizer, {**image, **fit}
 
 
 def _llm_over_base(folder: Path, config: dict[str, Any], base: str, *, dtype: torch.dtype, **place: Any) -> Any:

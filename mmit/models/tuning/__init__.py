@@ -139,6 +139,7 @@ def unquantised(plan: Mapping[str, Any]) -> dict[str, Any]:
     """The plan for a machine without 4-bit weights: of a QLoRA run the same adapter on plain weights."""
     if not method_of(plan["mode"]).four_bit:
         return dict(plan)
+    # The same adapter: how the base is kept makes no difference to its tensors.
     options = {k: v for k, v in (plan.get("options") or {}).items() if k in LORA}
     return {**plan, "mode": "lora", "options": options}
 
@@ -174,6 +175,7 @@ def _tune_vision(vlm: VLM, tower: VisionTower, mode: str, options: Mapping[str, 
 
 def _check_share(component: str, module: nn.Module, trained: list[tuple[str, nn.Parameter]], *, mode: str) -> None:
     count, total = numel(p for _, p in trained), numel(module.parameters())
+    # A method that finds a bias or two in a model without biases would run for days and learn nothing.
     if count < LEAST_SHARE * total:
         raise ModelError(
             f"mode '{mode}' trains {count} of {total} parameters, next to nothing",
