@@ -12,7 +12,8 @@ import transformers
 
 from mmit.errors import ModelError
 from mmit.models.vision import VisionTower, build_vision
-from tests.models.test_vision import CLIP, SIGLIP, noise, normalised, pictures
+from tests.models.test_vision import CLIP, SIGLIP, noise, pictures
+from tests.models.test_vision_hf import normalised
 
 DINO: dict[str, Any] = {
     "hidden_size": 16,
