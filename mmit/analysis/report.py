@@ -223,7 +223,8 @@ def plot(found: Mapping[str, Any]) -> str:
 
     with matplotlib.rc_context({"svg.hashsalt": "mmit", "svg.fonttype": "path"}):
         width = 1.5 + 0.8 * len(found["arms"])
-        figure = Figure(figsize=(width * len(asked), 3.6), layout="constrained")
+        figure = Figure(figsize=(max(width * len(asked), 5.0), 3.6), layout="constrained")
+        named: dict[str, Any] = {}  # the same baselines in every panel: one legend, which hides no dot
         for axis, (name, one) in zip(figure.subplots(1, len(asked), squeeze=False)[0], asked.items(), strict=True):
             for place, arm in enumerate(one["arms"].values()):
                 axis.plot([place] * len(arm["by_seed"]), arm["by_seed"], "o", color="tab:blue", alpha=0.5)
@@ -232,11 +233,13 @@ def plot(found: Mapping[str, Any]) -> str:
                 axis.plot([place + 0.2], [arm["mean"]], "_", color="black", markersize=12)
             for number, (label, value) in enumerate(one["baselines"].items()):
                 if value is not None:
-                    axis.axhline(value, linestyle=("--", ":", "-.")[number % 3], color=f"C{number + 1}", label=label)
+                    style = ("--", ":", "-.")[number % 3]
+                    named[label] = axis.axhline(value, linestyle=style, color=f"C{number + 1}")
             axis.set_xticks(range(len(one["arms"])), list(one["arms"]), rotation=30, ha="right")
             axis.set_title(name)
+            axis.set_xlim(-0.5, len(one["arms"]) - 0.5)
             axis.set_ylim(-0.02, 1.02)
-            axis.legend(fontsize=6)
+        figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=2, fontsize=7, frameon=False)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()[file.getvalue().index("<svg") :]

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from mmit.analysis.config import load_study
-from mmit.analysis.report import write_report
+from mmit.analysis.findings import findings
+from mmit.analysis.report import markdown, write_report
 from mmit.analysis.study import TIMES, Study, usual_jobs
 from mmit.cores import usable
-from mmit.errors import ConfigError
+from mmit.errors import ConfigError, MmitError
+from mmit.eval.answers import TUNED
 from mmit.records import Record, read_jsonl, write_jsonl
 from mmit.yamlio import dump_yaml, parse_yaml
 from tests.analysis.worlds import here, write_world
@@ -42,7 +44,32 @@ def test_every_arm_answers_the_same_questions(finished):
     assert found["questions"]["unseen"]["baselines"]["random in label space"] == 0.25
     assert found["contrasts"][0]["a"] == "two" and found["contrasts"][0]["holm"] is not None
     html = (finished.out / "report.html").read_text()
+    assert (finished.out / "plot.svg").read_text() in html
     assert "<svg" in html and "What this cannot tell" in html and "mmit train --config" in html
+
+
+def test_arms_that_answered_other_questions_and_scores_without_verdicts_are_refused(finished):
+    path = finished.answers_of("two", 1, "unseen") / TUNED
+    text = path.read_text()
+    settings, *lines = text.splitlines()
+    rows = [json.loads(line) for line in lines]
+    try:
+        for change, told in (
+            ({"prompt": "another"}, "arm 'two', seed 1 answered other questions than the first arm"),
+            ({"correct": None}, "no verdict on single answers"),
+        ):
+            changed = [rows[0] | change, *rows[1:]]
+            path.write_text("\n".join([settings, *map(json.dumps, changed)]) + "\n")
+            with pytest.raises(MmitError, match=told):
+                findings(finished)
+    finally:
+        path.write_text(text)
+
+
+def test_a_label_space_that_is_unknown_is_said_to_be(finished):
+    found = findings(finished)
+    found["questions"]["unseen"]["baselines"]["random in label space"] = None
+    assert "| random in label space | not known |" in markdown(found)
 
 
 def test_arms_differ_in_their_wordings_alone(finished):
