@@ -101,14 +101,14 @@ def together(samples: list[tuple[Any, list[int]]]) -> tuple[Any, Any]:
 
 
 def with_mmit(folder: Path, workers: int) -> Iterator[tuple[int, Any]]:
-    """The micro-batches of a run: measured, walked in random order, packed."""
+    """The micro-batches of a run: measured, in random order, packed."""
     from mmit.data.chat import chat_format, encode
     from mmit.data.dataset import InstructionData
     from mmit.data.loader import micro_batches
     from mmit.data.preparation import ImagePreparation
     from mmit.data.sources import open_source
     from mmit.models.llm import load_tokenizer
-    from mmit.train.data.order import Ordering, make_walk
+    from mmit.train.data.order import Ordering, make_row_order
     from mmit.train.data.setup import image_loader
 
     tokenizer = load_tokenizer(TOKENIZER)
@@ -123,8 +123,10 @@ def with_mmit(folder: Path, workers: int) -> Iterator[tuple[int, Any]]:
     )
     scan = data.scan(workers=workers)
     mixing = {"scheme": "weights", "cap": None, "temperature": 2.0}
-    walk, _ = make_walk(scan, Ordering([1.0], mixing, seed=0, capacity=640, rows_per_step=1, epochs=1, steps=None))
-    rows = (walk.row(position) or [] for position in range(walk.steps))
+    row_order, _ = make_row_order(
+        scan, Ordering([1.0], mixing, seed=0, capacity=640, rows_per_step=1, epochs=1, steps=None)
+    )
+    rows = (row_order.row(position) or [] for position in range(row_order.steps))
     for batch in micro_batches(data, scan, rows, load_image=image_loader(seen), workers=workers):
         yield len(set(batch.records)), batch.tensors["pixels"]
 
