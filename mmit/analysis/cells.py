@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmit.analysis.transform import label_space
 from mmit.errors import MmitError
 from mmit.eval.answers import TUNED, scored_answers
 
 if TYPE_CHECKING:
     from mmit.records import Record
-
-LABELS, REPEATED = 50, 4  # a task whose answers repeat is one of labels
 
 
 @dataclass(frozen=True)
@@ -132,16 +131,14 @@ def _question(row: Mapping[str, Any], known: Question | None) -> Question:
 def with_spaces(table: Table, trained: Sequence[Record]) -> set[str]:
     """Give questions without choices the label space of their task in training; returns the tasks that got one.
 
-    That is known where a task's answers repeat as labels do: at most LABELS different ones, each REPEATED times on
-    average, and every reference is one of them. Else the space stays unknown.
+    Where the task's answers are no labels, or a reference is none of them, it stays unknown.
     """
     counts = _answer_counts(trained)
     closed = {}
     for task, places in table.by("task").items():
-        own = counts.get(task, Counter())
-        references = {plain_answer(table.questions[place].reference) for place in places}
-        if own and len(own) <= LABELS and own.total() >= REPEATED * len(own) and references <= own.keys():
-            closed[task] = tuple(sorted(own))
+        space = label_space(list(counts.get(task, Counter()).elements()))
+        if space and {plain_answer(table.questions[place].reference) for place in places} <= set(space):
+            closed[task] = space
     given = {q.task for q in table.questions if not q.choices and q.task in closed}
     table.questions = [
         replace(q, choices=closed[q.task]) if not q.choices and q.task in closed else q for q in table.questions

@@ -11,7 +11,7 @@ words; a swapped image must change the right answer, or the record would be as g
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -22,6 +22,7 @@ from mmit.errors import ConfigError, nearest
 from mmit.records import Image, Part, Record, Text, Turn
 
 DEFINITIONS, IMAGES = ("full", "simplified", "empty"), ("right", "blank", "swapped")
+LABELS, REPEATED = 50, 4
 GREY = (127, 127, 127)
 ANSWER = "{answer}"
 
@@ -149,7 +150,7 @@ def transformed(records: Sequence[Record], transform: Transform, *, seed: int, w
             record = _corrupted(record, answers[tasks[place]], rng)
         if not transform.style_tasks or tasks[place] in transform.style_tasks:
             record = _answered(record, transform.style.replace(ANSWER, record.turns[-1].text))
-        record = _defined(record, transform.definition)
+        record = _defined(record, transform.definition, answers[tasks[place]])
         made.append(_seen(record, transform.images, others, place, rng))
     return made
 
@@ -224,12 +225,22 @@ def _corrupted(record: Record, answers: Sequence[str], rng: random.Random) -> Re
     return _answered(record, rng.choice(wrong))
 
 
-def _defined(record: Record, definition: str) -> Record:
-    """Leave of the user's words all, what the answer can be, or nothing; images stay."""
+def label_space(answers: Sequence[str]) -> tuple[str, ...]:
+    """Return the different answers of a task, () unless they repeat as labels do.
+
+    That is: at most LABELS different ones, each REPEATED times on average.
+    """
+    counts = Counter(answer.strip() for answer in answers)
+    closed = len(counts) <= LABELS and counts.total() >= REPEATED * len(counts)
+    return tuple(sorted(counts)) if closed else ()
+
+
+def _defined(record: Record, definition: str, answers: Sequence[str]) -> Record:
+    """Leave of the user's words all, what the answer can be, or nothing; images stay. `answers` are the task's."""
     if definition == "full":
         return record
     choices = record.meta.get("choices")
-    listed = ", ".join(choices) if isinstance(choices, list) else ""
+    listed = ", ".join(choices if isinstance(choices, list) else label_space(answers))
     words = f"Answer with one of: {listed}." if listed else "Answer."
     turns = []
     for turn in record.turns:

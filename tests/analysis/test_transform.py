@@ -84,7 +84,10 @@ def test_a_task_with_one_answer_cannot_be_corrupted():
 def test_definitions_leave_the_label_space_or_nothing():
     simplified = changed({"definition": "simplified"})
     assert simplified[0].turns[0].text == "Answer with one of: red, green, blue."
-    assert simplified[1].turns[0].text == "Answer."
+    assert simplified[1].turns[0].text == "Answer with one of: circle, square."  # no choices, but labels
+    labels = [Record.triple("Which side?", side, meta={"task": "side"}) for side in ("right", "left") * 4]
+    assert changed({"definition": "simplified"}, of=labels)[0].turns[0].text == "Answer with one of: left, right."
+    assert changed({"definition": "simplified"}, of=labels[:6])[0].turns[0].text == "Answer."  # three times each
     empty = changed({"definition": "empty"})
     assert all(r.turns[0].text == "" and len(r.images) == 1 for r in empty)
     assert [r.turns[-1] for r in empty] == [r.turns[-1] for r in records()]
