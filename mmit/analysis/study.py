@@ -376,7 +376,7 @@ class Study:
                 # An arm that fails leaves a hole in the study, not its end: the others go on, and a further run of the
                 # study tries it again.
                 say(f"{step.name} FAILED: {failure}")
-                told = {"step": step.name, "command": step.shown, "error": str(failure)}
+                told = {"step": step.name, "command": step.shown, "error": failure.problem}
                 write_atomic(cell.folder / FAILED, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
                 return
 

@@ -129,6 +129,8 @@ def test_a_failed_arm_is_told_and_stops_no_other(tmp_path):
     study.run(jobs=1, say=lambda text: None)
     report = write_report(study)
     assert "1000 records are asked for, but there are 24" in report
+    told = next(line for line in report.splitlines() if "1000 records" in line)
+    assert told.startswith("- too many, seed 0: ") and told.count("mmit analyse arm") == 1
     assert "| all 100 % |" in report and "One seed: there is no interval" in report
 
 
