@@ -118,7 +118,7 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, support: Support, keep: Keep |
     Raises:
         ModelError: the model does not support rows of this kind.
     """
-    # What is known of a row was run with the soft prompt in front, and has its keys.
+    # A part of a row is known only where there is no soft prompt, which would stand before all that is known.
     rows = [row if row.before is not None else Prompts(*with_prompt(llm, *row[:4])) for row in rows]
     turn = turning_point(llm)
     kept: dict[str, Any] = {} if turn is None else {"rows": list(rows), "turn": turn}
