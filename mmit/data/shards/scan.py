@@ -221,7 +221,7 @@ class _Scan:
             suffix = part.suffixes.setdefault(p.suffix, len(part.suffixes))
             m = p.member
             rows.append((m.start, m.offset - m.start, m.size, p.crc, *size, suffix, 0))
-        # Pictures inside a JSON (interleaved documents) have no member, and are listed by size alone.
+        # Pictures inside a JSON (interleaved documents) have no member: they are listed without a place in the tar.
         stored = {p.data for p in self.open}
         if len(record.images) > self.options.limits.members:
             problem = f"{len(record.images)} pictures are more than the {self.options.limits.members} allowed"
