@@ -36,8 +36,9 @@ def write_report(study: Study) -> str:
 def sections(found: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Return the report as (heading, text or table or list), whatever it is written in."""
     parts: list[tuple[str, Any]] = [("", found["question"])]
-    varies = found["varies"]
-    told = f"The arms differ in `{varies}`." if varies else "The arms differ in several shares or in nothing."
+    arms = [arm["keys"] for arm in found["arms"].values()]
+    varies = sorted({key for arm in arms for key in arm if any(other.get(key) != arm[key] for other in arms)})
+    told = f"The arms differ in {', '.join(f'`{key}`' for key in varies) or 'nothing'}."
     margin = found["margin"]
     parts.append(
         ("", f"{told} Seeds: {', '.join(map(str, found['seeds']))}. Differences below {margin:g} count as none.")

@@ -66,8 +66,13 @@ def test_arms_that_answered_other_questions_and_scores_without_verdicts_are_refu
         path.write_text(text)
 
 
-def test_a_label_space_that_is_unknown_is_said_to_be(finished):
+def test_the_report_says_what_differs_and_what_is_unknown(finished):
     found = findings(finished)
+    assert "The arms differ in `build.templates.count`." in markdown(found)
+    found["arms"]["two"]["keys"] = {"data.images": "blank"}
+    assert "The arms differ in `build.templates.count`, `data.images`." in markdown(found)
+    found["arms"]["two"]["keys"] = found["arms"]["one"]["keys"]
+    assert "The arms differ in nothing." in markdown(found)
     found["questions"]["unseen"]["baselines"]["random in label space"] = None
     assert "| random in label space | not known |" in markdown(found)
 
