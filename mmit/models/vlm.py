@@ -24,7 +24,7 @@ from mmit.models.head import Split, check_rows, choice_losses, cross_entropy, sp
 from mmit.models.llm import input_device
 from mmit.models.modes import evaluation_mode, training_mode
 from mmit.models.padded import is_flat, run_padded
-from mmit.models.partition import shape
+from mmit.models.partition import is_part, shape
 from mmit.models.per_record import rotary_limit
 from mmit.models.virtual import virtual_tokens, with_prompt
 
@@ -198,8 +198,7 @@ class VLM(nn.Module):
         if features is None and pixels is not None and len(pixels):
             features = self.encode_images(pixels, row.get("grids"))
         # Before the words are embedded, as with images: all ranks must call trained modules in one order.
-        trained = self.projector is not None and self.projector.training
-        idle = self._unseen() if features is None and trained else None
+        idle = self._unseen() if features is None and self._meets_others() else None
         embeddings = self.embed(
             row["input_ids"],
             image_positions=row["image_positions"],
@@ -369,6 +368,13 @@ class VLM(nn.Module):
                 "counts are not those of the record",
                 remedy="set data.packing=false for this architecture",
             )
+
+    def _meets_others(self) -> bool:
+        """Whether the projector must run in every row: where it learns, and where ranks divide it, also without
+        gradients."""
+        if self.projector is None:
+            return False
+        return self.projector.training or any(map(is_part, self.projector.parameters()))
 
     def _unseen(self) -> torch.Tensor:
         """(1, N, D_v) features of nothing, which a row without pictures multiplies by zero.

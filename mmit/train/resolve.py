@@ -68,12 +68,6 @@ def check_zero3(config: Config, *, world: World) -> None:
         problem = "benchmarks cannot be asked while ranks divide the weights (ZeRO-3)"
         remedy = "set engine.deepspeed=zero2, or run mmit eval on the checkpoints"
         raise ConfigError(problem, where="train.eval_tasks", remedy=remedy)
-    if config.train.objective.kind == "kto":
-        problem = (
-            "kto runs forwards of its own before those of a step, in which ranks that divide the weights stand still"
-        )
-        remedy = "set engine.deepspeed=zero2"
-        raise ConfigError(problem, where="train.objective.kind", remedy=remedy)
     if method_of(config.tune.llm.mode).four_bit:
         problem = "ZeRO-3 divides weights among ranks, and cannot divide 4-bit ones"
         remedy = "set engine.deepspeed=zero2, or use mode lora"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -91,6 +93,24 @@ def test_text_only_rows_touch_the_projector_with_zero_weight(vlm):
     row(vlm, ints(1, 2, 3), image_positions=ints(), image_index=ints(), image_tokens=4).sum().backward()
     gradients = [p.grad for p in vlm.projector.parameters()]
     assert all(g is not None and g.abs().max() == 0 for g in gradients)
+
+
+def test_a_divided_projector_runs_in_every_row_also_without_gradients(vlm):
+    """A rank that skipped it would wait for another layer than the ranks with pictures."""
+    vlm.eval()
+    calls = []
+    handle = vlm.projector.register_forward_hook(lambda *_: calls.append(1))
+    text: dict[str, Any] = {"image_positions": ints(), "image_index": ints(), "image_tokens": 4}
+    try:
+        plain = row(vlm, ints(1, 2, 3), **text)
+        assert not calls
+        for parameter in vlm.projector.parameters():
+            parameter.ds_shape = parameter.shape  # as ZeRO-3 marks what it divides
+        assert torch.equal(row(vlm, ints(1, 2, 3), **text), plain) and calls
+    finally:
+        handle.remove()
+        for parameter in vlm.projector.parameters():
+            parameter.__dict__.pop("ds_shape", None)
 
 
 def test_a_picture_changes_the_answer_and_the_tower_records_nothing(vlm):
