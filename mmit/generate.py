@@ -601,6 +601,36 @@ class Model:
         keep = partial(store.add, tokens)
         return decoding.prefill(self.vlm.llm, [prompts], support=self.support, keep=keep), known
 
+    def prefill_in_parts(
+        self, prompt: Prompt, features: Features, *, store: PrefixCache, most: int
+    ) -> Iterator[tuple[decoding.State, int] | None]:
+        """Run one prompt as `prefill` does, `most` tokens at a time; other work may be done between two of them.
+
+        Yields:
+            None after every part but the last, then the state and how many tokens were known. One that `store` keeps
+            nothing of is run in one.
+        """
+        sample = prompt.samples[0]
+        if not self._remembers:
+            state, (known,) = self.prefill([prompt], features, store=store)
+            yield state, known
+            return
+        tokens = token_keys(sample)
+        row, (known,) = self._row_beyond([sample], features, store, [store.find(tokens)])
+        *parts, last = decoding.in_parts(row, most)
+        for part in parts:
+            self.activate()  # between two parts another model of the same base may have worked
+            decoding.feed(self.vlm.llm, part)
+            yield None
+        self.activate()
+        keep = partial(store.add, [tokens])
+        yield decoding.prefill(self.vlm.llm, [last], support=self.support, keep=keep), known
+
+    def unknown(self, prompt: Prompt, store: PrefixCache) -> int:
+        """How many tokens of a prompt `prefill` would run."""
+        known = len(store.find(token_keys(prompt.samples[0]))) * BLOCK if self._remembers else 0
+        return prompt.length - known
+
     def remember(
         self, store: PrefixCache, prompt: Prompt, ids: Sequence[int], state: decoding.State, place: int
     ) -> None:

@@ -161,6 +161,24 @@ def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
     return run_row(llm, row.embeddings, **places, before=before)
 
 
+def in_parts(row: Prompts, most: int) -> list[Prompts]:
+    """A row of one prompt as rows of at most so many tokens, each of which goes on from the cache of those before."""
+    known, cache = (0, DynamicCache()) if row.before is None else row.before
+    parts = []
+    for begin in range(0, len(row.embeddings), most):
+        embeddings, positions = row.embeddings[begin : begin + most], row.positions[begin : begin + most]
+        size, above = len(positions), known + begin
+        nodes = torch.tensor([[0, above, -1], [above, size, 0]] if above else [[0, size, -1]])
+        parts.append(Prompts(embeddings, positions, nodes, row.predict_at.new_tensor([size - 1]), Before(above, cache)))
+    return parts
+
+
+def feed(llm: LLM, part: Prompts) -> None:
+    """Run a part of a prompt that is not its last one: its keys and values go into the cache."""
+    assert part.before is not None
+    _run(llm, part, part.before.cache)
+
+
 def paths_of(nodes: list[list[int]], predict_at: list[int]) -> list[list[int]]:
     """Row positions of each prompt's tokens, in order."""
     above: list[list[int]] = []

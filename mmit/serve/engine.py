@@ -12,26 +12,27 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from mmit.data.answers import AnswerText, token_text
+from mmit.data.answers import AnswerText
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.models import decoding
 from mmit.models.llm import context_length
 from mmit.models.prefix_cache import PrefixCache
-from mmit.models.sampling import NOT_FINITE, try_choose
-from mmit.pictures import FeatureMemory
+from mmit.models.sampling import NOT_FINITE
+from mmit.pictures import FeatureMemory, Features
 from mmit.serve.answering import Answer, Answering, Ask, End, Event, Piece, Reason, TokenLogprob, prompt_of, with_pixels
+from mmit.serve.lane import Coming, Lane, chosen_of, joining_of, logprobs_of, part_of
 
 if TYPE_CHECKING:
     from mmit.generate import Model
 
 MAX_TOKENS = 256  # of an answer that names no limit, as `Model.chat`
-PREFILL = 2048  # prompt tokens that join at once at most, but for a longer prompt: meanwhile the others wait
+PREFILL = 2048  # tokens of several prompts that are run at once at most
 FEATURE_BYTES = 128 << 20  # features of pictures kept for the next question about them
 PREFIX_BYTES = 256 << 20  # keys and values of beginnings of prompts kept for the next that begins so
 __all__ = ["Answering", "Ask", "Closing", "End", "Engine", "EngineState", "Event", "ModelUnknown", "Piece"]
@@ -48,22 +49,6 @@ class ModelUnknown(ConfigError):
 
 class Closing(MmitError):
     """The engine takes no more requests."""
-
-
-@dataclass(slots=True)
-class _Lane:
-    """A model and its batch: place n of the state works for answer n, whose last token it has not been fed yet."""
-
-    model: Model
-    features: FeatureMemory
-    prefixes: PrefixCache
-    state: decoding.State | None = None
-    answers: list[Answer] = field(default_factory=list)
-    fed: list[int] = field(default_factory=list)
-    ends: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        self.ends = self.model.end_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +85,7 @@ class Engine:
         # Models of one tower (adapters of one base) see a picture once.
         seen = {id(model.vlm.vision): FeatureMemory(FEATURE_BYTES) for model in self.models.values()}
         self._lanes = {
-            name: _Lane(model, seen[id(model.vlm.vision)], PrefixCache(share)) for name, model in self.models.items()
+            name: Lane(model, seen[id(model.vlm.vision)], PrefixCache(share)) for name, model in self.models.items()
         }
         self._reading = threading.Lock()  # tokenizers are not safe in two threads at once
         self._lock = threading.Lock()  # of everything below
@@ -162,7 +147,7 @@ class Engine:
         """Return what it does now, and its counts."""
         with self._lock:
             return EngineState(
-                running=sum(len(lane.answers) for lane in self._lanes.values()),
+                running=sum(len(lane.answers) + (lane.coming is not None) for lane in self._lanes.values()),
                 waiting=self._requests(),
                 ended=dict(self._ended),
                 refused=self._refused,
@@ -185,10 +170,16 @@ class Engine:
         while True:
             self._sweep()
             for lane, answers in self._admitted():
-                self._join(lane, answers)
-            busy = [lane for lane in self._lanes.values() if lane.answers]
+                if len(answers) == 1 and lane.model.unknown(answers[0].prompt, lane.prefixes) > part_of(lane.model):
+                    lane.coming = Coming(answers[0], self._parts(lane, answers[0]))
+                else:
+                    self._join(lane, answers)
+            busy = [lane for lane in self._lanes.values() if lane.answers or lane.coming]
             for lane in busy:
-                self._step(lane)
+                if lane.coming:
+                    self._advance(lane, lane.coming)
+                if lane.answers:
+                    self._step(lane)
             if busy:
                 continue
             with self._lock:
@@ -212,6 +203,9 @@ class Engine:
             for place, why in gone.items():
                 self._end(lane.answers[place], *why)
             self._leave(lane, set(gone))
+            if lane.coming and (why := self._over(lane.coming.answer)):
+                self._end(lane.coming.answer, *why)
+                lane.coming = None
 
     def _over(self, answer: Answer) -> tuple[Reason, str | None] | None:
         """Why an answer must end now, None where it may go on."""
@@ -224,36 +218,62 @@ class Engine:
             return "error", "the server is shutting down"
         return None
 
-    def _admitted(self) -> list[tuple[_Lane, list[Answer]]]:
+    def _admitted(self) -> list[tuple[Lane, list[Answer]]]:
         """Take from the queue what may join now, in its order."""
         found: dict[str, list[Answer]] = {}
-        room = self.max_running - sum(len(lane.answers) for lane in self._lanes.values())
+        lanes = self._lanes.values()
+        if any(lane.coming for lane in lanes):
+            return []  # what is run between two steps is bounded, and the queue has its order
+        room = self.max_running - sum(len(lane.answers) for lane in lanes)
+        bound = min((part_of(lane.model) for lane in lanes if lane.answers), default=PREFILL)
         tokens = 0
         with self._lock:
             for answer in list(self._waiting):
-                if room < 1 or (tokens and tokens + answer.prompt.length > PREFILL):
+                if room < 1:
                     break
                 name = answer.answering.ask.model
                 lane, mine = self._lanes[name], found.setdefault(name, [])
+                more = lane.model.unknown(answer.prompt, lane.prefixes)
+                if tokens and tokens + more > bound:
+                    break
                 if (lane.answers or mine) and not lane.model.support.batched:
                     continue  # such a model answers one at a time
                 mine.append(answer)
                 self._waiting.remove(answer)
                 room -= 1
-                tokens += answer.prompt.length
+                tokens += more
         return [(self._lanes[name], answers) for name, answers in found.items() if answers]
 
-    def _join(self, lane: _Lane, answers: list[Answer]) -> None:
+    def _join(self, lane: Lane, answers: list[Answer]) -> None:
         """Run prompts, put their first tokens, and let them join the batch of their model."""
-        joining = _Lane(lane.model, lane.features, lane.prefixes, None, list(answers))
+        joining = joining_of(lane, answers)
         try:
-            joining.state = state = self._prefill(lane, answers)
+            state = self._prefill(lane, answers)
         except Exception as error:  # noqa: BLE001 - whatever a prompt raises, the engine goes on
             if len(answers) == 1:
                 self._fail(joining, error)
             for answer in answers if len(answers) > 1 else ():
                 self._join(lane, [answer])  # one may spoil it for all
             return
+        self._enter(lane, joining, state)
+
+    def _advance(self, lane: Lane, coming: Coming) -> None:
+        """Run the next part of a prompt; after the last one its answer joins the batch."""
+        try:
+            done = next(coming.parts)
+        except Exception as error:  # noqa: BLE001 - whatever a prompt raises, the engine goes on
+            lane.coming = None
+            self._fail(joining_of(lane, [coming.answer]), error)
+            return
+        if done is not None:
+            lane.coming = None
+            state, known = done
+            self._count(coming.answer, known)
+            self._enter(lane, joining_of(lane, [coming.answer]), state)
+
+    def _enter(self, lane: Lane, joining: Lane, state: decoding.State) -> None:
+        """Put the first tokens of answers whose prompts were run, and let them join the batch of their model."""
+        joining.state = state
         self._take(joining, state.logits)
         if not joining.answers:
             return
@@ -269,21 +289,32 @@ class Engine:
         lane.answers += joining.answers
         lane.fed += joining.fed
 
-    def _prefill(self, lane: _Lane, answers: list[Answer]) -> decoding.State:
+    def _see(self, lane: Lane, answers: list[Answer]) -> Features:
         model, pixels = lane.model, {key: value for answer in answers for key, value in answer.pixels.items()}
         spreads = {key: shown.spread for answer in answers for key, shown in answer.prompt.pictures.items()}
         before = lane.features.seen
         features = lane.features.take(model.vlm, spreads, pixels.__getitem__)
         model.usage.pictures += lane.features.seen - before
+        return features
+
+    def _prefill(self, lane: Lane, answers: list[Answer]) -> decoding.State:
+        features = self._see(lane, answers)
         prompts = [replace(answer.prompt, number=n) for n, answer in enumerate(answers)]
-        state, known = model.prefill(prompts, features, store=lane.prefixes)
+        state, known = lane.model.prefill(prompts, features, store=lane.prefixes)
         for answer, count in zip(answers, known, strict=True):
-            answer.cached_tokens = count
-        self._prompt_tokens += sum(prompt.length for prompt in prompts)
-        self._cached_tokens += sum(known)
+            self._count(answer, count)
         return state
 
-    def _step(self, lane: _Lane) -> None:
+    def _parts(self, lane: Lane, answer: Answer) -> Iterator[tuple[decoding.State, int] | None]:
+        model, features = lane.model, self._see(lane, [answer])
+        yield from model.prefill_in_parts(answer.prompt, features, store=lane.prefixes, most=part_of(model))
+
+    def _count(self, answer: Answer, known: int) -> None:
+        answer.cached_tokens = known
+        self._prompt_tokens += answer.prompt.length
+        self._cached_tokens += known
+
+    def _step(self, lane: Lane) -> None:
         """Write one more token of every answer of a model."""
         assert lane.state is not None
         llm = lane.model.vlm.llm
@@ -296,23 +327,23 @@ class Engine:
             return
         self._take(lane, logits)
 
-    def _fail(self, lane: _Lane, error: Exception) -> None:
+    def _fail(self, lane: Lane, error: Exception) -> None:
         for answer in lane.answers:
             self._end(answer, "error", str(error) or type(error).__name__)
         lane.state, lane.answers, lane.fed = None, [], []
 
-    def _take(self, lane: _Lane, logits: torch.Tensor) -> None:
+    def _take(self, lane: Lane, logits: torch.Tensor) -> None:
         """Choose every answer's next token from (B, V) logits, put it, and let go of the answers that end with it."""
         try:
-            chosen = _chosen(lane.answers, logits)
-            told = _logprobs(lane, logits, chosen)
+            chosen = chosen_of(lane.answers, logits)
+            told = logprobs_of(lane, logits, chosen)
             reasons = [self._written(lane, *pair, told) for pair in enumerate(chosen)]
             lane.fed = chosen
             self._leave(lane, {place for place, reason in enumerate(reasons) if reason is not None})
         except Exception as error:  # noqa: BLE001
             self._fail(lane, error)
 
-    def _written(self, lane: _Lane, place: int, token: int, told: Mapping[int, TokenLogprob]) -> Reason | None:
+    def _written(self, lane: Lane, place: int, token: int, told: Mapping[int, TokenLogprob]) -> Reason | None:
         """Add a token to an answer, and end it where it ends; returns why."""
         answer, problem = lane.answers[place], None
         reason: Reason | None
@@ -333,7 +364,7 @@ class Engine:
             self._end(answer, reason, problem)
         return reason
 
-    def _leave(self, lane: _Lane, gone: set[int]) -> None:
+    def _leave(self, lane: Lane, gone: set[int]) -> None:
         """Give up places of the batch; the last ones move into them."""
         if not gone:
             return
@@ -350,33 +381,3 @@ class Engine:
         with self._lock:
             self._ended[reason] = self._ended.get(reason, 0) + 1
         answer.end(reason, error)
-
-
-def _chosen(answers: Sequence[Answer], logits: torch.Tensor) -> list[int]:
-    """The next token of each answer, by its own way to draw; NOT_FINITE where its logits are not."""
-    groups: dict[tuple[float, float, int], list[int]] = {}
-    for place, answer in enumerate(answers):
-        way = answer.sampling
-        groups.setdefault((way.temperature, way.top_p, way.top_k), []).append(place)
-    found = [NOT_FINITE] * len(answers)
-    for places in groups.values():
-        rows = logits if len(places) == len(answers) else logits[places]
-        draws = [answers[place].draw for place in places]
-        for place, token in zip(places, try_choose(rows, answers[places[0]].sampling, draws), strict=True):
-            found[place] = token
-    return found
-
-
-def _logprobs(lane: _Lane, logits: torch.Tensor, chosen: Sequence[int]) -> dict[int, TokenLogprob]:
-    """By place, the log-probability of the chosen token where it was asked for, and of the likeliest beside it."""
-    found = {}
-    for place, (answer, token) in enumerate(zip(lane.answers, chosen, strict=True)):
-        count = answer.answering.ask.logprobs
-        if count is None or token == NOT_FINITE:
-            continue
-        row = logits[place].float().log_softmax(-1)
-        best = row.topk(min(count, len(row)))
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        top = tuple(TokenLogprob(*token_text(lane.model.tokenizer, n), value) for n, value in pairs)
-        found[place] = TokenLogprob(*token_text(lane.model.tokenizer, token), float(row[token]), top)
-    return found

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from mmit.data.packing import token_keys
 from mmit.data.prompts import Prompt
 from mmit.generate import Model
 from mmit.models import decoding
@@ -62,6 +63,30 @@ def test_going_on_from_what_is_known_equals_running_all_of_it(config: dict[str, 
         assert model.usage.prefill_tokens - before <= sum(p.length - n for n, p in zip(known, batch, strict=True))
         total += sum(known)
     assert total >= 4 * BLOCK
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("config", [LLAMA, WINDOW, MIXED, LEARNT], ids=["llama", "window", "mixed", "learnt"])
+@pytest.mark.parametrize("most", [1, 7, 1000])
+def test_a_prompt_in_parts_is_the_prompt_at_once(config: dict[str, Any], most: int) -> None:
+    model = build(vision=config is LLAMA, config=described(LLAMA, config))
+    store = PrefixCache(MEBIBYTE)
+    batch = prompts(model, random.Random(2), 4)
+    features = Pictures(model.vlm, model.preparation, [batch] * 2).take(batch)
+    for prompt in batch:  # the later ones begin with what is known
+        expected, _ = model.prefill([prompt], features)
+        unknown, before = model.unknown(prompt, store), model.usage.prefill_tokens
+        *between, done = model.prefill_in_parts(prompt, features, store=store, most=most)
+        assert done is not None and between == [None] * ((unknown - 1) // most)
+        state, known = done
+        assert known == prompt.length - unknown and model.usage.prefill_tokens - before == unknown
+        torch.testing.assert_close(state.logits, expected.logits, atol=2e-4, rtol=1e-4)
+        assert state.lengths.tolist() == [prompt.length]
+        for mine, theirs in zip(state.cache.layers, expected.cache.layers, strict=True):
+            for name in ("keys", "values"):
+                got, want = (getattr(layer, name)[0, :, -prompt.length :] for layer in (mine, theirs))
+                torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+        assert len(store.find(token_keys(prompt.samples[0]))) == (prompt.length - 1) // BLOCK  # for the next one
 
 
 def test_the_same_prompt_again_runs_its_last_tokens_alone() -> None:

@@ -333,7 +333,7 @@ def test_the_queue_has_a_bound(own: Any, slow: Slow) -> None:
 def test_an_error_while_answering_ends_these_answers_and_the_engine_goes_on(
     where: str, own: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmit.serve import engine as module
+    from mmit.serve import lane as module
 
     engine = own(build(vision=False), max_running=4)
     holder = module if where == "try_choose" else decoding
@@ -418,6 +418,91 @@ def test_a_listener_is_told_of_events_and_may_fail(engine: Engine) -> None:
     other.listen(fails)
     assert ends_of(other)[0].completion_tokens == 30
     assert other.get() is None
+
+
+LONG = "Tell me what you see in it, and where. " * 8
+
+
+@pytest.fixture
+def short_parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Prompts are run 16 tokens at a time; the list tells parts and steps in the order in which they are done."""
+    from mmit.serve import lane
+
+    done: list[str] = []
+    monkeypatch.setattr(lane, "PART", {"cpu": 16})
+
+    def noting(name: str) -> Callable[..., Any]:
+        whole = getattr(decoding, name)
+
+        def noted(*args: Any) -> Any:
+            done.append(name)
+            return whole(*args)
+
+        return noted
+
+    for name in ("feed", "step"):
+        monkeypatch.setattr(decoding, name, noting(name))
+    return done
+
+
+@pytest.mark.parametrize("config", [LLAMA, WINDOW, MIXED, LONGROPE, MAMBA])
+def test_long_prompts_in_parts_change_no_answer(config: dict[str, Any], own: Any, short_parts: list[str]) -> None:
+    sees = config is LLAMA
+    model = build(vision=sees, config=({} if config in (MAMBA, LONGROPE) else LLAMA) | config)
+    asked = [(messages(q + LONG[: 40 * n], *([n] if sees else [])), 3 + 4 * n) for n, q in enumerate(QUESTIONS)]
+    expected = [model.chat(messages=m, max_new_tokens=limit) for m, limit in asked]
+    short_parts.clear()
+    engine = own(model, max_running=3)
+    waiting = [engine.submit(Ask("tiny", m, max_tokens=limit)) for m, limit in asked]
+    assert [text_of(a) for a in waiting] == expected
+    in_parts = model.support.shared  # others run a prompt at once
+    assert ("feed" in short_parts) == in_parts
+
+
+def test_answers_go_on_between_the_parts_of_a_long_prompt(own: Any, short_parts: list[str]) -> None:
+    engine = own(build(vision=False), max_running=4)
+    first = engine.submit(Ask("tiny", messages("Hello"), max_tokens=400))
+    until(lambda: "step" in short_parts)
+    long, short = (engine.submit(Ask("tiny", messages(text), max_tokens=2)) for text in (LONG, "Why?"))
+    (end,) = ends_of(long)
+    assert end.completion_tokens == 2 and ends_of(short)[0].completion_tokens == 2  # which waited behind it
+    first.cancel()
+    between = "".join(name[0] for name in short_parts).strip("s").split("f")[1:-1]
+    assert len(between) + 1 == (end.prompt_tokens - end.cached_tokens - 1) // 16 >= 5
+    assert set(between) == {"s"}  # a step after every part
+
+
+def test_a_prompt_that_is_run_in_parts_is_cancelled_between_them(own: Any, short_parts: list[str], slow: Slow) -> None:
+    engine = own(build(vision=False), max_running=4)
+    first = engine.submit(Ask("tiny", messages("Hello"), max_tokens=5))
+    until(lambda: slow.steps == 1)
+    long = engine.submit(Ask("tiny", messages(LONG), max_tokens=2))
+    last = engine.submit(Ask("tiny", messages("Why?"), max_tokens=2))
+    slow.open.set()
+    until(lambda: "feed" in short_parts)
+    long.cancel()
+    assert [ends_of(a)[0].reason for a in (first, last)] == ["length", "length"]
+    (end,) = ends_of(long)
+    assert end.completion_tokens in (0, 1, 2)  # it may have been quicker
+    until(lambda: engine.state().running == engine.state().waiting == 0)
+    assert sum(engine.state().ended.values()) == 3
+
+
+def test_an_error_in_a_part_ends_that_answer_alone(
+    own: Any, short_parts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(vision=False)
+    expected = model.chat(text="Hello", max_new_tokens=60)
+    engine = own(model, max_running=4)
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(decoding, "feed", broken)
+    first, long = (engine.submit(Ask("tiny", messages(text), max_tokens=60)) for text in ("Hello", LONG))
+    assert [(e.reason, e.error) for e in ends_of(long)] == [("error", "out of memory")]
+    assert text_of(first) == expected
+    until(lambda: engine.state().running == 0)
 
 
 @pytest.mark.slow
