@@ -13,7 +13,7 @@ fi
 
 unset PYTHONDONTWRITEBYTECODE # else every process compiles mmit and rewrites the asserts of all tests anew
 case " $* " in
-  *" -m "*) pytest "$@" ;; # the marked ones start ranks of their own, on ports of their own
+  *" -m long "*) pytest "$@" ;; # these take both cores, or measure
   *)
     export OMP_NUM_THREADS=1 # a core for each process
     pytest --numprocesses 2 --dist loadfile "$@" # two cores are what the time limits are stated for

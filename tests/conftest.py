@@ -66,6 +66,15 @@ FIRST = (
     "eval/metrics/test_table.py", "data/test_prefetch.py",
 )  # fmt: skip
 
+# The same for the slow tests.
+FIRST_SLOW = (
+    "test_readme.py", "train/test_recipes_run.py", "train/test_devices.py", "test_scripts.py",
+    "train/engines/test_zero_models.py", "test_notebook.py", "test_warnings.py", "train/test_kill.py",
+    "train/test_lock_of_ranks.py", "build/test_self_instruct_whole.py", "train/test_run.py",
+    "train/checkpoint/test_ranks_saving.py", "test_plugins.py", "train/engines/test_matrix.py", "test_new_user.py",
+    "serve/test_process.py",
+)  # fmt: skip
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist keep the order; its own begins with the files of most tests."""
@@ -91,7 +100,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
                 item.add_marker("slow")
     folder = Path(__file__).parent
-    rank = {folder / name: number for number, name in enumerate((*FORKING, *FIRST))}
+    first = FIRST_SLOW if config.option.markexpr == "slow" else FIRST
+    rank = {folder / name: number for number, name in enumerate((*FORKING, *first))}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
