@@ -130,6 +130,6 @@ def batch_cache(caches: Sequence[Cache], paths: Sequence[Sequence[Sequence[int]]
                 begin += n
             buffers.append(buffer)
         for cache in caches:
-            cache.layers[number].reset()
+            cache.layers[number] = DynamicLayer()  # `reset` of transformers 5.17 keeps the memory
         layers.append(GrowingLayer(buffers[0], buffers[1], width))
     return Cache(layers=layers)

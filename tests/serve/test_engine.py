@@ -499,7 +499,9 @@ def test_an_error_in_a_part_ends_that_answer_alone(
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(decoding, "feed", broken)
-    first, long = (engine.submit(Ask("tiny", messages(text), max_tokens=60)) for text in ("Hello", LONG))
+    first = engine.submit(Ask("tiny", messages("Hello"), max_tokens=60))
+    until(lambda: engine.state().waiting == 0)  # else both join at once, and nothing runs that would have to wait
+    long = engine.submit(Ask("tiny", messages(LONG), max_tokens=60))
     assert [(e.reason, e.error) for e in ends_of(long)] == [("error", "out of memory")]
     assert text_of(first) == expected
     until(lambda: engine.state().running == 0)

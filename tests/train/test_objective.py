@@ -19,10 +19,8 @@ from mmit.data.preference import conversations
 from mmit.errors import CheckpointError, ConfigError, MmitError, RecordError
 from mmit.models.tuning import apply_tuning
 from mmit.records import Record, Text, Turn
-from mmit.train.engines.world import World
 from mmit.train.objective import Items, Method, Preference, Shared, comparison_losses
 from mmit.train.reference import FILE
-from mmit.train.resolve import check_zero3
 from mmit.train.run import run
 from tests.tiny_run import DROPOUT, tiny_config
 from tests.train.launch import start_ranks
@@ -326,15 +324,6 @@ def test_a_pair_longer_than_a_row_is_a_bad_record(tmp_path):
     with pytest.raises(RecordError, match="with all of its compared answers, more than data.pack_tokens=40") as caught:
         run(config(tmp_path, {"kind": "dpo"}, data_keys={"max_length": 40, "pack_tokens": 40, "share_prefix": False}))
     assert "pairs.jsonl:" in caught.value.where
-
-
-def test_kto_under_zero3_is_refused(tmp_path):
-    """Its ranks stood still in the first step."""
-    ranks = World(0, 2, torch.device("cpu"), deepspeed=True)
-    given = config(tmp_path, {"kind": "kto"}, engine={"kind": "deepspeed", "deepspeed": "zero3"})
-    with pytest.raises(ConfigError, match="kto runs forwards of its own") as caught:
-        check_zero3(given, world=ranks)
-    assert caught.value.remedy == "set engine.deepspeed=zero2"
 
 
 def test_kto_needs_a_second_record(tmp_path):
