@@ -54,16 +54,17 @@ FORKING = (
 )
 # The files that take longest, by what they were measured to take. One of them begun last would leave a core idle.
 FIRST = (
-    "models/test_tuning.py", "train/test_native_runs.py", "test_cli.py", "train/test_run.py", "test_precision.py",
-    "forecast/test_forecast.py", "test_plugins.py", "test_generate.py", "data/shards/test_reader.py",
-    "models/test_decoding.py", "interop/test_prismatic.py", "interop/test_llava_hf_write.py",
-    "models/test_vision_fused.py", "interop/test_llava_next.py", "train/checks/test_identity.py", "test_recipes.py",
-    "interop/test_placement.py", "interop/test_portable.py", "train/test_resolve.py", "models/test_vision.py",
-    "train/test_tiled_runs.py", "data/test_content.py", "interop/test_tinyllava.py",
-    "interop/test_llava_hf.py", "models/test_vision_layers.py", "test_layers.py", "forecast/test_dry_run.py",
-    "train/monitor/test_watching.py", "data/test_template_families.py", "data/test_template_process.py",
-    "train/test_warm_start.py", "train/test_lifetimes.py", "train/test_loss_weights.py", "data/test_measure.py",
-    "eval/metrics/test_table.py", "data/test_prefetch.py",
+    "models/test_tuning.py", "train/test_native_runs.py", "test_cli.py", "interop/test_llava_hf_write.py",
+    "train/test_run.py", "test_generate.py", "forecast/test_forecast.py", "pet/test_stages.py",
+    "models/test_decoding.py", "data/test_content.py", "train/test_resolve.py", "test_plugins.py",
+    "train/test_objective.py", "serve/test_engine.py", "templates/test_sandbox.py", "interop/test_llava_next.py",
+    "interop/test_portable.py", "build/test_packages.py", "build/test_annotated.py", "interop/test_merge.py",
+    "interop/test_llava_hf.py", "data/test_answers.py", "forecast/test_dry_run.py", "data/test_measure.py",
+    "models/test_vision_layers.py", "train/test_tiled_runs.py", "models/test_vision_native.py",
+    "models/test_vision_fused.py", "train/checks/test_identity.py", "test_recipes.py", "test_layers.py",
+    "analysis/test_study.py", "models/test_llm.py", "interop/test_prismatic.py", "data/shards/test_reader.py",
+    "interop/test_read_prismatic_fused.py", "interop/test_tinyllava.py", "interop/test_gguf.py",
+    "serve/test_adapters.py", "test_hygiene.py",
 )  # fmt: skip
 
 # The same for the slow tests.

@@ -305,3 +305,10 @@ def test_files_that_come_first_exist() -> None:
     """A file that moved would lose its place, and one that forks its single thread."""
     named = [name for name in (*conftest.FORKING, *conftest.FIRST) if not (ROOT / "tests" / name).is_file()]
     assert not named, f"tests/conftest.py names {', '.join(named)}"
+
+
+def test_the_files_that_tests_begin_with_exist() -> None:
+    from tests.conftest import FIRST, FIRST_SLOW, FORKING
+
+    tests = Path(__file__).parent
+    assert [name for name in (*FORKING, *FIRST, *FIRST_SLOW) if not (tests / name).is_file()] == []
