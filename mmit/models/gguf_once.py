@@ -36,23 +36,26 @@ def read_once() -> Iterator[None]:
         yield
         return
     legacy: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-
-    class Reader(gguf.GGUFReader):  # type: ignore[misc]
-        data: Any
-
-        def _get(self, *args: Any, **kwargs: Any) -> Any:
-            # Slices of numpy's memmap cost five times those of a plain array over the same bytes.
-            self.data = self.data.view(np.ndarray)
-            return super()._get(*args, **kwargs)
-
-    def described(path: Any, return_tensors: bool = False, **kwargs: Any) -> Any:
-        if return_tensors:
-            return load(path, return_tensors=True, **kwargs)
-        stat = os.stat(path)
-        return copy.deepcopy(_described(str(path), (stat.st_size, stat.st_mtime_ns), load))
-
     with _lock:
+        if not isinstance(gguf.GGUFReader, type):  # replaced already, further up in this thread
+            yield
+            return
         load = legacy.load_gguf_checkpoint
+
+        class Reader(gguf.GGUFReader):  # type: ignore[misc]
+            data: Any
+
+            def _get(self, *args: Any, **kwargs: Any) -> Any:
+                # Slices of numpy's memmap cost five times those of a plain array over the same bytes.
+                self.data = self.data.view(np.ndarray)
+                return super()._get(*args, **kwargs)
+
+        def described(path: Any, return_tensors: bool = False, **kwargs: Any) -> Any:
+            if return_tensors:
+                return load(path, return_tensors=True, **kwargs)
+            stat = os.stat(path)
+            return copy.deepcopy(_described(str(path), (stat.st_size, stat.st_mtime_ns), load))
+
         found = (gguf.GGUFReader, gguf.get_tensor_name_map, load)
         gguf.GGUFReader = functools.lru_cache(maxsize=1)(Reader)
         gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)

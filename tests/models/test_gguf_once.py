@@ -68,3 +68,16 @@ def test_entries_are_read_once_and_a_changed_file_again(file: Path, monkeypatch:
     with read_once():
         legacy.load_gguf_checkpoint(str(file))
     assert len(reads) == 2
+
+
+def test_threads_and_callers_within_each_other_take_turns(file: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def vocabulary(_: int) -> int:
+        with read_once(), read_once():
+            return len(AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name))
+
+    own = (gguf.GGUFReader, gguf.get_tensor_name_map)
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(vocabulary, range(8)))) == 1
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == own
