@@ -20,6 +20,7 @@ from mmit.cli.loading import (
     ForeignChat,
     In4Bit,
     In8Bit,
+    RunArgument,
     TemplateArgs,
     load_told,
 )
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
 
 HELP = "/image PATH shows a picture with the next message, /reset begins anew, /quit leaves"
 
-RunArgument = Annotated[
-    str,
-    typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, a llava-hf folder, or a hub id."),
-]
 ImageOption = Annotated[
     list[Path] | None, typer.Option("--image", "-i", metavar="FILE", help="A picture; may be repeated.")
 ]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmit.cli.loading import AllowCode
+from mmit.cli.loading import AllowCode, OwnRunArgument
 from mmit.errors import ConfigError, nearest
 from mmit.io import write_atomic
 from mmit.text import echo, plain
@@ -39,7 +39,7 @@ PushToHubOption = Annotated[
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    run: OwnRunArgument,
     *,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write; must not exist.")],
     format: Annotated[str, typer.Option("--format", "-f", help=f"One of {', '.join(FORMATS)}.")] = "llava-hf",
@@ -262,7 +262,7 @@ def _tell(difference: float, limit: float, what: str = "logit") -> None:
 
 
 def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    run: OwnRunArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Checkpoint folder to write; must not exist.")],
     *,
     dtype: Annotated[str, typer.Option(help=f"Number format of the LLM: {', '.join(WHOLE)}.")] = WHOLE[0],

@@ -6,6 +6,7 @@ Each is declared once, for every command that has it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,11 @@ from mmit.text import echo
 if TYPE_CHECKING:
     from mmit.generate import Model
 
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, a llava-hf folder, or a hub id."),
+]
+OwnRunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Dtype = Annotated[
     str | None, typer.Option(help="bf16, fp16 or fp32. (default: as trained, or fp32 where that is faster)")

@@ -21,6 +21,7 @@ from mmit.cli.loading import (
     ForeignChat,
     In4Bit,
     In8Bit,
+    RunArgument,
     TemplateArgs,
     load_told,
 )
@@ -33,10 +34,6 @@ if TYPE_CHECKING:
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
-RunArgument = Annotated[
-    str,
-    typer.Argument(metavar="RUN", help="A run's folder, one of its checkpoints, a llava-hf folder, or a hub id."),
-]
 AdaptersOption = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME=DIR,...", help="Checkpoints of LoRA on the same base, each a model of its own."),
