@@ -6,7 +6,7 @@ own questions name a colour or a shape, the measurement must agree, or the row i
 `easy-vqa-composites` and `easy-vqa-pairs` put these together (`mmit.build.composites`), `mnist-5k` and `mnist-5k-pairs`
 are handwritten digits (`mmit.build.digits`), `vega-charts` and `vega-tables` small tables drawn and written
 (`mmit.build.tables`), `text-lines` lines of text to read (`mmit.build.lines`), `text-forms` forms to look values up in
-(`mmit.build.forms`), `solar-cells` photographs of solar cells with and without defects (`mmit.build.cells`).
+(`mmit.build.forms`), `solar-cells` photographs of solar cells with and without defects (`mmit.build.solar_cells`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from mmit.build.cells import cells
 from mmit.build.composites import composites, pairs
 from mmit.build.digits import digit_pairs, digits
 from mmit.build.forms import forms
 from mmit.build.lines import lines
+from mmit.build.solar_cells import cells
 from mmit.build.tables import charts, tables
 from mmit.data.formats.boxes import spelt
 from mmit.data.formats.easyvqa import COLOURS, SHAPES, SPLITS, read_pictures
