@@ -30,7 +30,8 @@ MAX_CHARACTERS = 50_000  # of one rendered text
 MAX_VALUE = 200_000  # characters or elements of any value in between
 MAX_STEPS = 100_000  # loop rounds, calls and filters of one render
 MAX_SECONDS = 0.4  # of the thread's CPU time; with compiling and a last operation it stays below one second
-MAX_SOURCE = 20_000  # characters; they compile in at most 0.4 s
+MAX_SOURCE = 20_000  # characters of one template
+MAX_TOKENS = 4_000  # of Jinja's lexer, the blanks between them included: what compiling takes grows with them
 _MAX_BITS = 4096  # of a whole number
 _FIELD = re.compile(r"%%|%[-+0 ]?[0-9]{0,2}(?:\.[0-9]{1,2})?[sdif]")
 
@@ -95,6 +96,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         try:
             if len(source) > MAX_SOURCE:
                 raise jinja2.TemplateSyntaxError(f"{len(source):,} characters, at most {MAX_SOURCE:,}", 1)
+            tokens = sum(1 for _ in self.lex(source))
+            if tokens > MAX_TOKENS:
+                raise jinja2.TemplateSyntaxError(f"{tokens:,} tokens, at most {MAX_TOKENS:,}", 1)
             names = find_undeclared_variables(super()._parse(source, None, None))
             return Compiled(self, self.from_string(source), frozenset(names) - set(self.globals), where)
         except jinja2.TemplateSyntaxError as error:

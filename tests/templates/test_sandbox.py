@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mmit.errors import MmitError
-from mmit.templates.sandbox import MAX_SOURCE, Sandbox
+from mmit.templates.sandbox import MAX_SOURCE, MAX_TOKENS, Sandbox
 
 SANDBOX = Sandbox()
 GROW = (
@@ -61,6 +61,7 @@ HOSTILE = {
     "equal long lists": "{% set s = range(9999)|list %}{% set t = range(9999)|list %}{% for i in range(9999) %}"
     "{% if s == t %}x{% endif %}{% endfor %}",
     "long source": ("{{ [" + "1," * (MAX_SOURCE // 2 - 10) + "] }}"),
+    "as many tokens as may be": "{{ [" + "1," * (MAX_TOKENS // 2 - 10) + "] }}",
     "too long a source": "a" * (MAX_SOURCE + 1),
     "change a field": "{{ items.append(1) }}",
     "divide by zero": "{{ 1 / 0 }}",
