@@ -62,8 +62,8 @@ T_MEASURE, T_MARKS = "tests/data/test_measure.py", "tests/data/test_marks.py"
 KEYS = "mmit/data/formats/keys.py"
 IDENTITY, T_IDENTITY = "mmit/train/checks/identity.py", "tests/train/checks/test_identity.py"
 T_OBJECTIVE = "tests/train/test_objective.py"
-T_KEYS, T_MEMBERS = "tests/data/formats/test_keys.py", "tests/data/shards/test_members.py"
-T_FUSED, T_METRICS = "tests/models/test_fused_lora.py", "tests/eval/metrics"
+T_KEYS, T_MEMBERS = "tests/data/formats/test_keys.py", "tests/data/shards/test_records.py"
+T_FUSED, T_METRICS = "tests/models/tuning/test_fused_lora.py", "tests/eval/metrics"
 
 MUTANTS = [
     # the mask of a packed row
@@ -353,14 +353,14 @@ MUTANTS = [
         "mmit/data/formats/thoughts.py",
         "    if not end:",
         "    if False:",
-        "tests/data/formats/test_format_thoughts.py",
+        "tests/data/formats/test_thoughts.py",
     ),
     Mutant(
         "thoughts: the mark of a question is read",
         "mmit/data/formats/thoughts.py",
         'if turn.role == "assistant" else turn',
         "",
-        "tests/data/formats/test_format_thoughts.py",
+        "tests/data/formats/test_thoughts.py",
     ),
     Mutant(
         "pictures: those of a record do not count",

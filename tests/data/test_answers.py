@@ -3,10 +3,10 @@ from __future__ import annotations
 import random
 
 import pytest
-from small_tokenizers import FAMILIES, family
 
 from mmit.data.answers import AnswerText
 from mmit.data.thoughts import split_thought
+from tests.data.small_tokenizers import FAMILIES, family
 
 TEXT = "Grüße, naïve 你好 — 😀👩‍🔬 and so on."
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import small_chats as sc
-import small_tokenizers as st
 
+import tests.data.small_chats as sc
+import tests.data.small_tokenizers as st
 from mmit.data.chat import chat_format, encode
 from mmit.data.chat_builtin import Piece
 from mmit.data.formats import FORMATS

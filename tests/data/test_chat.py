@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_chats as sc
-import small_tokenizers as st
-from small_chats import IMG, NO_SYSTEM, ONE, TALK, turns
-from small_tokenizers import family
 
+import tests.data.small_chats as sc
+import tests.data.small_tokenizers as st
 from mmit.data.chat import ChatFormat, chat_format, encode
 from mmit.data.chat_builtin import VICUNA_SYSTEM
 from mmit.data.chat_writer import IMAGE_SLOT, Encoded
 from mmit.data.content import piece_tokenizer
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Turn
+from tests.data.small_chats import IMG, NO_SYSTEM, ONE, TALK, turns
+from tests.data.small_tokenizers import family
 
 BYTES, LLAMA = "byte_level", "llama"
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import pytest
-import small_chats as sc
-from small_chats import IMG, ONE, TALK, turns
-from small_tokenizers import family
 
+import tests.data.small_chats as sc
 from mmit.data.chat import chat_format, encode
 from mmit.errors import ConfigError, RecordError
+from tests.data.small_chats import IMG, ONE, TALK, turns
+from tests.data.small_tokenizers import family
 
 BYTES = "byte_level"
 

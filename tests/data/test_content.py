@@ -8,18 +8,18 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-import small_chats as sc
-import small_tokenizers as st
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as hs
-from small_chats import IMG, ONE, TALK, turns
-from small_tokenizers import family
 from tokenizers import AddedToken
 
+import tests.data.small_chats as sc
+import tests.data.small_tokenizers as st
 from mmit.data.chat import chat_format, encode
 from mmit.data.chat_writer import IMAGE_SLOT, Encoded
 from mmit.data.content import piece_tokenizer
 from mmit.errors import RecordError
+from tests.data.small_chats import IMG, ONE, TALK, turns
+from tests.data.small_tokenizers import family
 from tests.examples import examples
 
 LOOKALIKES = [

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as hs
-from small_tokenizers import byte_level, family
 
 from mmit.data.chat import chat_format, encode
 from mmit.data.packing import Sample, build_row
@@ -13,6 +12,7 @@ from mmit.data.preparation import ImagePreparation
 from mmit.data.prompts import BLANK, Prompt, PromptMaker, as_prompt, batches
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, Turn
+from tests.data.small_tokenizers import byte_level, family
 
 TOKENIZER = family("byte_level")
 CHAT = chat_format("chatml", TOKENIZER)

@@ -12,13 +12,13 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from rich.console import Console
-from small_tokenizers import family
 
 from mmit.data.chat import chat_format, encode
 from mmit.data.chat_writer import Encoded
 from mmit.data.show import SampledRow, to_page, to_terminal
 from mmit.errors import RecordError
 from mmit.records import Record, Text, Turn
+from tests.data.small_tokenizers import family
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), ""

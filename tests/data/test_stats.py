@@ -7,7 +7,6 @@ import random
 
 import PIL.Image
 import pytest
-from small_tokenizers import family
 
 from mmit.data.chat import chat_format, encode
 from mmit.data.diversity import nearest_rouge_l, root_and_object
@@ -16,6 +15,7 @@ from mmit.data.stats_plots import plot
 from mmit.errors import MmitError, RecordError
 from mmit.eval.metrics.similarity import rouge_l_one
 from mmit.records import Image, Record, Text, Turn
+from tests.data.small_tokenizers import family
 
 
 def records(folder) -> list[Record]:

@@ -11,9 +11,6 @@ from typing import Any
 
 import pytest
 import tokenizers as tk
-from small_chats import IMG, turns
-from small_tokenizers import byte_level
-from template_families import FAMILIES
 
 from mmit.data.answers import AnswerText
 from mmit.data.chat import ChatFormat, TemplateFormat, chat_format, encode
@@ -24,6 +21,9 @@ from mmit.data.loss import Loss
 from mmit.data.thoughts import split_thought
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, Turn
+from tests.data.small_chats import IMG, turns
+from tests.data.small_tokenizers import byte_level
+from tests.data.template_families import FAMILIES
 
 TOKENS = [
     "<|vision_start|>",

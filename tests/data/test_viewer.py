@@ -6,12 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
-from small_tokenizers import family
 
 from mmit.data.chat import chat_format, encode
 from mmit.data.chat_writer import Encoded
 from mmit.data.viewer import cells, legend, to_html, to_rich
 from mmit.records import Image, Record, Text, Turn
+from tests.data.small_tokenizers import family
 
 NAMES = ["byte_level", "llama", "llama_legacy", "gemma", "unigram"]
 

@@ -17,7 +17,7 @@ from mmit.models.vlm import VLM
 from mmit.train.run import run
 from tests.interop.test_llava_hf_write import CLIP
 from tests.models.small_llms import family
-from tests.models.test_reach import FROZEN
+from tests.models.tuning.test_reach import FROZEN
 from tests.tiny_run import two_layers as tiny_config
 
 LEVELS = 3  # layers of the encoder that are read: the last is the image tokens, two are added inside the LLM

@@ -13,7 +13,7 @@ from mmit.models.routers import read_routers
 from mmit.models.rules import read_rules
 from mmit.models.tuning import apply_tuning
 from tests.models.test_families import pair, records
-from tests.models.test_reach import FROZEN
+from tests.models.tuning.test_reach import FROZEN
 
 FACTOR = 0.7
 NO_IMAGES = {"image_positions": torch.zeros(0, dtype=torch.int64), "image_index": torch.zeros(0, dtype=torch.int64)}

@@ -8,13 +8,13 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from format_tools import talk, write
 
 from mmit.data.formats import FORMATS, format_options, import_file
 from mmit.data.lint.linter import lint
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, write_jsonl
+from tests.data.formats.format_tools import talk, write
 
 
 @pytest.fixture(scope="module", autouse=True)

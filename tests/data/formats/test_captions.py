@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_tools import bad_rows, imported, shape, texts, write
 
 from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.data.formats.captions import ALIGN_INSTRUCTIONS
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image
+from tests.data.formats.format_tools import bad_rows, imported, shape, texts, write
 
 ALIGN = {"annotations": [{"image_id": str(n), "caption": f"Picture {n}."} for n in (2, 3, 5)]}
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_captions import ALIGN, COCO, sample
-from test_instruct import PREAMBLE, TASK
-from test_mimicit import PAIRS
-from test_multimodal import MULTIINSTRUCT, PIXELS, talk
-from test_vqa import GQA, QUESTIONS, TEXTVQA
 
 from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.errors import MmitError, RecordError
 from mmit.records import Record
+from tests.data.formats.test_captions import ALIGN, COCO, sample
+from tests.data.formats.test_instruct import PREAMBLE, TASK
+from tests.data.formats.test_mimicit import PAIRS
+from tests.data.formats.test_multimodal import MULTIINSTRUCT, PIXELS, talk
+from tests.data.formats.test_vqa import GQA, QUESTIONS, TEXTVQA
 from tests.examples import examples
 
 MESSAGE = {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url", "image_url": {"url": "a"}}]}

@@ -8,11 +8,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from format_tools import shape
 
 from mmit.data.formats import easy_vqa, easy_vqa_captions
 from mmit.data.formats import easyvqa as package
 from mmit.errors import ConfigError, MmitError, RecordError
+from tests.data.formats.format_tools import shape
 
 QUESTIONS = [
     ["what is the blue shape?", "rectangle", 0],

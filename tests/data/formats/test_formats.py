@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from format_tools import ask, talk, write
 
 from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, ImageError, RecordError
 from mmit.records import Image, Record, read_jsonl, write_jsonl
+from tests.data.formats.format_tools import ask, talk, write
 
 
 def test_own_format_equals_read_jsonl(tmp_path: Path) -> None:

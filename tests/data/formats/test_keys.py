@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_tools import talk, write
 
 from mmit.data.formats import FORMATS, import_file
 from mmit.data.formats.keys import REFUSED, kept_keys, told
 from mmit.errors import RecordError
 from mmit.records import Image, Record, Text
+from tests.data.formats.format_tools import talk, write
 
 
 def chat(answer: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from format_tools import bad_rows, imported, shape, texts, write
 
 from mmit.data.formats import detect_format, import_file
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image
+from tests.data.formats.format_tools import bad_rows, imported, shape, texts, write
 
 
 def pair(instruction: str, answer: str, images: list[str] | None, related: list[str]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_tools import bad_rows, imported, shape, texts, write
 
 from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image
+from tests.data.formats.format_tools import bad_rows, imported, shape, texts, write
 
 MULTIINSTRUCT: list[dict[str, Any]] = [
     {

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_tools import bad_rows, imported, texts, write
 
 from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.data.formats.keys import kept_keys
@@ -20,6 +19,7 @@ from mmit.data.rows import read_rows
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Record, write_jsonl
+from tests.data.formats.format_tools import bad_rows, imported, texts, write
 
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 LAYOUTS: list[tuple[dict[str, Any], str, list[list[str]]]] = [

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_tools import shape, talk, write
 
 from mmit.data.formats import FORMATS, detect_format
 from mmit.errors import RecordError
+from tests.data.formats.format_tools import shape, talk, write
 
 
 def row(text: Any, **keys: Any) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import Any
 
 import PIL.Image
 import pytest
-from format_tools import bad_rows, imported, shape, texts, write
 
 from mmit.data.formats import FORMATS, detect_format, format_options, import_file
 from mmit.data.formats.tabular import hf_rows
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image
+from tests.data.formats.format_tools import bad_rows, imported, shape, texts, write
 
 CSV = '''question,answer,file,kind
 "What, then?","A ""cat""",a.png,x

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_tools import bad_rows, imported, shape, texts, write
 
 from mmit.data.formats import detect_format, import_file
 from mmit.errors import ConfigError, RecordError
+from tests.data.formats.format_tools import bad_rows, imported, shape, texts, write
 
 QUESTIONS: dict[str, Any] = {
     "info": {"version": "2.0"},

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-from shard_samples import Collected, picture, records, write_tar
 
 from mmit.data.decode import decode_rgb
 from mmit.data.images import load_rgb
@@ -31,6 +30,7 @@ from mmit.data.shards.writer import build_shards
 from mmit.data.sources import open_source
 from mmit.errors import ConfigError, ImageError, MmitError, RecordError
 from mmit.records import Image, Record, Text, Turn
+from tests.data.shards.shard_samples import Collected, picture, records, write_tar
 
 SMALL = 20_000  # bytes of a shard here
 

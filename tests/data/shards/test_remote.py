@@ -15,7 +15,6 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
-from shard_samples import records
 
 from mmit.data.shards.files import ShardFileError
 from mmit.data.shards.reader import open_shards
@@ -23,6 +22,7 @@ from mmit.data.shards.scan import index_tars
 from mmit.data.shards.writer import build_shards
 from mmit.data.sources import open_source
 from mmit.errors import MmitError
+from tests.data.shards.shard_samples import records
 
 
 class Server(BaseHTTPRequestHandler):

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shard_samples import Collected, picture, tar_bytes, write_tar
 
 from mmit.data.shards.reader import ShardSource, open_shards
 from mmit.data.shards.records import Limits
 from mmit.data.shards.scan import index_tars
 from mmit.errors import ConfigError, MmitError, RecordError
 from mmit.records import Image, Record
+from tests.data.shards.shard_samples import Collected, picture, tar_bytes, write_tar
 from tests.data.shards.test_reader import caption, indexed
 from tests.test_cli import good, mmit
 

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_samples import picture, records, tar_bytes
 
 from mmit.data.decode import decode_rgb
 from mmit.data.images import load_rgb
@@ -30,6 +29,7 @@ from mmit.data.shards.scan import ScanOptions, scan_file
 from mmit.data.shards.writer import build_shards
 from mmit.errors import ImageError, MmitError, RecordError
 from mmit.records import Image
+from tests.data.shards.shard_samples import picture, records, tar_bytes
 from tests.examples import examples
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-from shard_samples import Collected, picture, records, write_tar
 
 from mmit.data.images import load_rgb
 from mmit.data.shards import writer as shards
@@ -20,6 +19,7 @@ from mmit.data.shards.scan import index_tars
 from mmit.data.shards.writer import build_shards
 from mmit.errors import ConfigError, ImageError, RecordError, WriteError
 from mmit.records import Image, Record, Text, Turn
+from tests.data.shards.shard_samples import Collected, picture, records, write_tar
 from tests.data.shards.test_reader import SMALL, caption
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_tools import ask, imported, shape, talk, texts, url, write
 
 from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.errors import RecordError
 from mmit.records import Image, Record, Text
+from tests.data.formats.format_tools import ask, imported, shape, talk, texts, url, write
 
 
 def llava(*values: str, **keys: Any) -> Record:
