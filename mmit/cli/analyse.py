@@ -78,11 +78,14 @@ def intrinsic(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The folder of the space.")],
     hidden: Annotated[int, typer.Option(min=0, help="Units of the layer back; 0 for linear maps.")] = 768,
     steps: Annotated[int, typer.Option(min=1, help="Of training the maps; linear ones need none.")] = 2000,
+    task_steps: Annotated[
+        int, typer.Option(min=0, help="Then of training them on the loss of the runs' records too, a row each.")
+    ] = 0,
 ) -> None:
     """Find the space that trained soft prompts lie in, of which tune.llm.mode=intrinsic tunes one point."""
     from mmit.analysis.intrinsic import make_subspace
 
-    for run, lost in make_subspace(runs, out=out, dim=dim, hidden=hidden, steps=steps):
+    for run, lost in make_subspace(runs, out=out, dim=dim, hidden=hidden, steps=steps, task_steps=task_steps):
         echo(f"{run}: {100 * lost:.1f} % of its prompt's distance to the mean is lost")
     echo(f"tune in it: tune.llm.mode=intrinsic tune.llm.options='{{subspace: {out}}}'")
 

@@ -3,7 +3,7 @@
 Owns the map from d numbers to a soft prompt, how it is found from trained prompts, and its folder
 (`subspace.safetensors`, `subspace.json`). The published code has a linear map to the d numbers and, back, one hidden
 layer of 768 with tanh; the same here, or linear maps both ways. It finds the maps by reconstruction, by the loss on the
-tasks or by both; here by reconstruction alone.
+tasks or by both; here by reconstruction first, then by both if the tasks' rows are given.
 
 Dimensions: N prompts, P virtual tokens, D width, d numbers, H hidden units.
 """
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,102 @@ class IntrinsicPrompt(nn.Module):
         return self.back(self.z)
 
 
+@dataclass(frozen=True)
+class Tasks:
+    """The loss on the tasks that the prompts are of.
+
+    Attributes:
+        loss: of the next rows of a task, given by its number, with this module as the prompt of a frozen model.
+        steps: one task each, in turn.
+        lr: of Adam. Small: a step of 1e-3 in each of 768 hidden units moves a prompt by more than its spread.
+        weight: beside the reconstruction, whose loss is 1 for the mean prompt.
+    """
+
+    loss: Callable[[nn.Module, int], torch.Tensor]
+    steps: int
+    lr: float = 1e-4
+    weight: float = 1.0
+
+
+class Maps(nn.Module):
+    """The maps there and back while they are found; as the prompt of a model it is one of the prompts, reproduced."""
+
+    given: torch.Tensor
+    mean: torch.Tensor
+    spread: torch.Tensor
+
+    def __init__(self, prompts: torch.Tensor, dim: int, *, hidden: int, seed: int) -> None:
+        """Begin with the best linear maps where there are no hidden units, else with drawn ones. Raises ModelError."""
+        super().__init__()
+        count, self.tokens, width = prompts.shape
+        if count < 2 or not 1 <= dim <= self.tokens * width:
+            problem = f"{count} prompts of {self.tokens} x {width} numbers give no space of {dim}"
+            raise ModelError(problem, where="dim", remedy="Give two prompts or more, and fewer numbers than one has.")
+        # In float64: with few prompts the directions of the decomposition hang on small differences.
+        flat = prompts.detach().double().flatten(1)
+        mean = flat.mean(0)
+        spread = (flat - mean).std().clamp_min(1e-12)
+        for name, tensor in {"given": (flat - mean) / spread, "mean": mean, "spread": spread}.items():
+            self.register_buffer(name, tensor)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.there = nn.Linear(self.given.shape[1], dim).double()
+            self.inner = nn.Linear(dim, hidden).double() if hidden else None
+            self.outer = nn.Linear(hidden or dim, self.given.shape[1]).double()
+        if not hidden:
+            self._decompose()
+        self.prompt = 0  # the one that it is in a model
+
+    @torch.no_grad()
+    def _decompose(self) -> None:
+        dim = len(self.there.weight)
+        # All directions only where more are asked for than there are prompts; the rest are orthogonal and empty.
+        _, _, directions = torch.linalg.svd(self.given, full_matrices=dim > len(self.given))
+        self.there.weight.copy_(directions[:dim])
+        self.there.bias.zero_()
+        self.outer.weight.copy_(directions[:dim].T)
+        self.outer.bias.zero_()
+
+    def back(self, z: torch.Tensor) -> torch.Tensor:
+        """(..., d) -> standardised prompts (..., P * D)."""
+        return self.outer(z if self.inner is None else self.inner(z).tanh())
+
+    def lost(self) -> torch.Tensor:
+        """Mean square of what is not reproduced, of standardised prompts: 1 is the mean prompt for all."""
+        return (self.back(self.there(self.given)) - self.given).pow(2).mean()
+
+    def forward(self) -> torch.Tensor:
+        """(P, D), of `self.prompt`."""
+        found = self.back(self.there(self.given[self.prompt]))
+        return (found * self.spread + self.mean).unflatten(0, (self.tokens, -1))
+
+    def found(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The layers of `Back`, of prompts that are not standardised, and the numbers (N, d)."""
+        layers = {"outer.weight": self.outer.weight * self.spread, "outer.bias": self.outer.bias * self.spread}
+        layers["outer.bias"] = layers["outer.bias"] + self.mean
+        if self.inner is not None:
+            layers |= {"inner.weight": self.inner.weight, "inner.bias": self.inner.bias}
+        z = self.there(self.given)
+        return {name: tensor.detach().float() for name, tensor in layers.items()}, z.detach().float()
+
+
 def find_subspace(
-    prompts: torch.Tensor, dim: int, *, hidden: int = HIDDEN, steps: int = 2000, lr: float = 1e-3, seed: int = 0
+    prompts: torch.Tensor,
+    dim: int,
+    *,
+    hidden: int = HIDDEN,
+    steps: int = 2000,
+    lr: float = 1e-3,
+    seed: int = 0,
+    tasks: Tasks | None = None,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Find the space in which prompts lie, by reconstruction.
+    """Find the space in which prompts lie, by reconstruction and by the loss on the tasks.
 
     Args:
         prompts: (N, P, D).
-        hidden: 0 finds the best linear maps, by a singular value decomposition; else Adam trains both maps on
+        hidden: 0 begins with the best linear maps, by a singular value decomposition; else Adam trains both maps on
             standardised prompts, `steps` times on all of them.
+        tasks: then trains both maps on the two losses together; None leaves that out.
 
     Returns:
         the layers of `Back`, and the numbers (N, d) of the prompts.
@@ -92,43 +180,22 @@ def find_subspace(
     Raises:
         ModelError: fewer than two prompts, or more numbers than they have.
     """
-    count, tokens, width = prompts.shape
-    if count < 2 or not 1 <= dim <= tokens * width:
-        problem = f"{count} prompts of {tokens} x {width} numbers give no space of {dim}"
-        raise ModelError(problem, where="dim", remedy="Give two prompts or more, and fewer numbers than one has.")
-    # In float64: with few prompts the directions of the decomposition hang on small differences.
-    flat = prompts.detach().double().flatten(1)
-    mean = flat.mean(0)
-    spread = (flat - mean).std().clamp_min(1e-12)
-    given = (flat - mean) / spread
-    tensors: dict[str, torch.Tensor]
-    if hidden == 0:
-        # All directions only where more are asked for than there are prompts; the rest are orthogonal and empty.
-        _, _, directions = torch.linalg.svd(given, full_matrices=dim > count)
-        kept = directions[:dim]  # (d, P * D)
-        z, tensors = given @ kept.T, {"outer.weight": kept.T, "outer.bias": torch.zeros_like(mean)}
-    else:
-        z, tensors = _trained(given, dim, hidden=hidden, steps=steps, lr=lr, seed=seed)
-    # What was standardised goes into the last layer.
-    tensors["outer.weight"] = tensors["outer.weight"] * spread
-    tensors["outer.bias"] = tensors["outer.bias"] * spread + mean
-    return {name: tensor.float() for name, tensor in tensors.items()}, z.float()
-
-
-def _trained(
-    given: torch.Tensor, dim: int, *, hidden: int, steps: int, lr: float, seed: int
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Numbers (N, d) of standardised prompts (N, P * D) and the layers back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        there = nn.Linear(given.shape[1], dim).double()
-        layers = nn.ModuleDict({"inner": nn.Linear(dim, hidden), "outer": nn.Linear(hidden, given.shape[1])}).double()
-    optimizer = torch.optim.Adam([*there.parameters(), *layers.parameters()], lr=lr)
-    for _ in range(steps):
-        optimizer.zero_grad(set_to_none=True)
-        (layers["outer"](layers["inner"](there(given)).tanh()) - given).pow(2).mean().backward()
-        optimizer.step()
-    return there(given).detach(), {name: tensor.detach() for name, tensor in layers.state_dict().items()}
+    maps = Maps(prompts, dim, hidden=hidden, seed=seed)
+    if hidden:
+        optimizer = torch.optim.Adam(maps.parameters(), lr=lr)
+        for _ in range(steps):
+            optimizer.zero_grad(set_to_none=True)
+            maps.lost().backward()
+            optimizer.step()
+    if tasks is not None:
+        optimizer = torch.optim.Adam(maps.parameters(), lr=tasks.lr)
+        for step in range(tasks.steps):
+            optimizer.zero_grad(set_to_none=True)
+            maps.prompt = step % len(prompts)
+            loss = maps.lost() + tasks.weight * tasks.loss(maps, maps.prompt)
+            loss.backward()
+            optimizer.step()
+    return maps.found()
 
 
 def write_subspace(

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmit.analysis.intrinsic import make_subspace
+from mmit.analysis.intrinsic import TaskLoss, make_subspace
 from mmit.errors import CheckpointError, ConfigError, ModelError
-from mmit.models.intrinsic import Back, find_subspace, read_subspace, write_subspace
+from mmit.models.intrinsic import Back, Maps, Tasks, find_subspace, read_subspace, write_subspace
 from mmit.models.tuning import apply_tuning, merge
+from mmit.models.virtual import SoftPrompt
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import run
-from tests.models.tuned_models import composite, config_for, logits, tune_plan
+from tests.models.tuned_models import PREDICT_AT, composite, config_for, logits, row, tune_plan
 from tests.tiny_run import DROPOUT, tiny_config
 from tests.train.launch import start_ranks
 
@@ -57,6 +58,39 @@ def test_a_hidden_layer_learns_to_reproduce() -> None:
     assert after < before / 20
     again, _ = find_subspace(PROMPTS, 4, hidden=32, steps=300, lr=1e-2)
     assert all(torch.equal(again[k], many[0][k]) for k in again)
+
+
+def test_the_loss_on_tasks_reaches_the_maps_through_a_frozen_model_and_trains_nothing_else(world: Path) -> None:
+    soft = tune_plan("llm", "soft_prompt", {"tokens": 3})
+    vlm, _ = composite(config_for(world, soft))
+    apply_tuning(vlm, soft)
+    vlm.requires_grad_(False).eval()
+    before = {name: tensor.clone() for name, tensor in vlm.state_dict().items() if "mmit_prompt" not in name}
+    met = []
+
+    def loss(prompt: torch.nn.Module, task: int) -> torch.Tensor:
+        """Each task wants another answer to one row."""
+        vlm.llm.add_module("mmit_prompt", prompt)
+        found = vlm(**row() | {"targets": torch.full((len(PREDICT_AT),), 20 + task)}).mean()
+        met.append((task, float(found.detach())))
+        return found
+
+    for hidden in (0, 4):
+        met.clear()
+        maps = Maps(PROMPTS, 2, hidden=hidden, seed=0)
+        loss(maps, 0).backward()
+        assert {n for n, p in maps.named_parameters() if p.grad is not None and p.grad.abs().max() > 0} == {
+            n for n, _ in maps.named_parameters()
+        }
+        assert [n for n, p in vlm.named_parameters() if p.grad is not None and "mmit_prompt" not in n] == []
+        met.clear()
+        layers, z = find_subspace(PROMPTS, 2, hidden=hidden, steps=5, tasks=Tasks(loss, 20, lr=3e-2, weight=1e3))
+        assert [task for task, _ in met[:6]] == [0, 1, 2, 3, 4, 0]
+        first, last = (sum(value for _, value in part) for part in (met[:5], met[-5:]))
+        assert last < first - 0.02  # random weights hardly look at a prompt
+        vlm.llm.mmit_prompt.prompt = 3  # the module that was trained is what `Back` makes of the layers
+        assert torch.allclose(Back(layers, 3)(z[3]), vlm.llm.mmit_prompt().float(), atol=1e-5)
+    assert all(torch.equal(vlm.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_only_its_numbers_are_trained_and_it_starts_as_the_mean_points_prompt(world: Path, tmp_path: Path) -> None:
@@ -125,6 +159,32 @@ def _refusals(world: Path, folder: Path, soft: dict) -> None:
     tune = {"llm": {"mode": "intrinsic", "lr": 1e-2, "options": {"subspace": str(folder / "space")}}}
     with pytest.raises(ConfigError, match="is a space of soft prompts of another/model"):
         run(tiny_config(world, run={"dir": str(folder / "d")}, tune=tune))
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_task_is_that_of_its_run_and_a_space_is_trained_on_it(world: Path, tmp_path: Path) -> None:
+    soft = {"projector": {"mode": "frozen"}, "llm": {"mode": "soft_prompt", "lr": 1e-30, "options": {"tokens": 3}}}
+    start = {"projector": {"mode": "full", "lr": 1e-2}, "llm": {"mode": "frozen", "lr": None, "options": {}}}
+    assert run(tiny_config(world, run={"dir": str(tmp_path / "start")}, tune=start, train={"steps": 1})) == 0
+    runs = [tmp_path / name for name in "abc"]
+    for place in runs:
+        begin = None if place.name == "c" else str(tmp_path / "start")  # c has a projector of its own
+        train = {"steps": 2, "rows_per_step": 1}
+        place_of = {"dir": str(place), "seed": ord(place.name), "init_from": begin}
+        assert run(tiny_config(world, run=place_of, tune=soft, train=train)) == 0
+    with pytest.raises(ConfigError, match="has another projector than the first run"):
+        TaskLoss(runs)
+    runs.pop()
+    tasks = TaskLoss(runs[:1])
+    prompt = SoftPrompt(load_file(checkpoint.find(runs[0]) / "llm_tuned.safetensors")["mmit_prompt.embeddings"])
+    told = [json.loads(line)["loss"] for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [float(tasks(prompt, 0).detach()) for _ in range(2)] == pytest.approx(told, abs=1e-5)
+    plain, trained = (
+        make_subspace(runs, out=tmp_path / f"space-{steps}", dim=1, hidden=0, task_steps=steps) for steps in (0, 4)
+    )
+    assert plain != trained and json.loads((tmp_path / "space-4" / "subspace.json").read_text())["task_steps"] == 4
+    with pytest.raises(ConfigError, match="tune.projector.mode=full, so that its prompt belongs to a model"):
+        TaskLoss([tmp_path / "start"])
 
 
 @pytest.mark.parametrize(
