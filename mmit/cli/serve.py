@@ -55,6 +55,10 @@ AllowUrlOption = Annotated[
     list[str] | None,
     typer.Option(metavar="HOST", help="Fetch images from this host (*.example.org, or * for any public one)."),
 ]
+IgnoreOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PARAMETER", help="Pass over what mmit cannot honour, such as tools; may be repeated."),
+]
 
 
 def serve(
@@ -79,6 +83,7 @@ def serve(
     cors: CorsOption = None,
     allow_host: AllowHostOption = None,
     allow_url: AllowUrlOption = None,
+    ignore: IgnoreOption = None,
     device: Device = "auto",
     dtype: Dtype = None,
     load_in_8bit: In8Bit = False,
@@ -108,6 +113,7 @@ def serve(
         read_s=read_timeout,
         limits=limits,
         fetcher=Fetcher(tuple(allow_url), size=body) if allow_url else None,
+        ignored=tuple(_ignored(ignore or [])),
     )
     further = further_of(adapters, taken=name or served_name(run))
     place = listen(host, port)  # first: a port that is taken is told before a model is read
@@ -117,6 +123,8 @@ def serve(
     notices = []
     if settings.hosts is None and not settings.keys:
         notices.append(f"notice: whoever reaches {host} may ask this model; --api-key lets in who has a key")
+    if settings.ignored:
+        notices.append(f"notice: passed over in requests: {', '.join(settings.ignored)}")
     models = {name or served_name(run): model} | (with_adapters(model, further) if further else {})
     bounds = {"max_running": max_running, "max_waiting": max_waiting}
     start(models, settings, place, grace_s=grace, notices=notices, bounds=bounds)
@@ -178,6 +186,15 @@ def needs_extra() -> None:
     missing = [name for name in ("starlette", "uvicorn", "python_multipart") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{missing[0]} is not installed", remedy="pip install 'mmit-tune[serve]'")
+
+
+def _ignored(given: list[str]) -> list[str]:
+    from mmit.serve.requests import CHAT, COMPLETION
+
+    if honoured := [name for name in given if name in CHAT | COMPLETION]:
+        remedy = "Name a parameter that the server refuses, such as tools."
+        raise ConfigError(f"{honoured[0]} is honoured, and not passed over", where="--ignore", remedy=remedy)
+    return given
 
 
 def _keys(given: list[str], path: Path | None) -> list[str]:

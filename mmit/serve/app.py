@@ -65,6 +65,7 @@ class Settings:
             its whole may take eight times as long.
         fetcher: of images at addresses; None where none are fetched.
         files: most uploaded images; files_size: bytes of all of them.
+        ignored: parameters that are passed over, whatever they ask for.
     """
 
     keys: tuple[str, ...] = ()
@@ -76,6 +77,7 @@ class Settings:
     fetcher: Fetcher | None = None
     files: int = 64
     files_size: int = 256 << 20
+    ignored: tuple[str, ...] = ()
 
 
 def build_app(engine: Engine, settings: Settings) -> ASGIApp:
@@ -293,6 +295,8 @@ class _Service:
     def _submit(self, body: bytes, read: Callable[..., Wanted], param: str) -> tuple[Wanted, Answering]:
         """Read a request and hand it to the engine; runs in a thread. Raises Refused."""
         given = parse(body, self._limits)
+        for name in self._settings.ignored:
+            given.pop(name, None)
         model = given.get("model")
         if isinstance(model, str) and model not in self._engine.models:
             names = ", ".join(self._engine.models)

@@ -168,6 +168,7 @@ def _known(body: Mapping[str, Any], own: set[str]) -> None:
             problem = f"{name} is not supported"
             neutral = " or ".join(json.dumps(value) for value in NEUTRAL[name])
             remedy = f"Leave it out{f', or send {neutral}' if neutral else ''}"
+            remedy += f"; whoever runs the server may have it passed over with --ignore {name}"
             raise Refused(400, problem, remedy, param=name, code="unsupported_parameter")
 
 

@@ -40,7 +40,22 @@ def test_options_reach_the_server(started: list[Any], tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# who may ask\nfirst-key\n\nsecond-key\n")
     limits = ["--max-body-mb", "0.5", "--max-images", "2", "--max-pixels", "99", "--max-running", "3"]
     who = ["--api-key", "third-key", "--api-keys-file", str(tmp_path / "keys"), "--cors", "https://app.example/"]
-    done = call("serve", "runs/mine", "--port", "0", *limits, *who, "--allow-url", "*.example.org", "--timeout", "7")
+    done = call(
+        "serve",
+        "runs/mine",
+        "--port",
+        "0",
+        *limits,
+        *who,
+        "--allow-url",
+        "*.example.org",
+        "--timeout",
+        "7",
+        "--ignore",
+        "tools",
+        "--ignore",
+        "response_format",
+    )
     assert done.exit_code == 0, done.output
     models, settings, (host, _), more = started[0]
     assert list(models) == ["mine"] and host == "127.0.0.1" and more["bounds"] == {"max_running": 3, "max_waiting": 64}
@@ -48,6 +63,8 @@ def test_options_reach_the_server(started: list[Any], tmp_path: Path) -> None:
     limit = settings.limits
     assert (limit.body, limit.images, limit.pixels, limit.answers) == (1 << 19, 2, 99, 3)
     assert settings.fetcher.hosts == ("*.example.org",) and settings.fetcher.size == 1 << 19
+    assert settings.ignored == ("tools", "response_format")
+    assert "passed over in requests: tools, response_format" in more["notices"][-1]
     assert settings.timeout_s == 7 and settings.hosts[:3] == ("127.0.0.1", "localhost", "::1")
 
 
@@ -67,6 +84,7 @@ def test_what_is_safe_is_the_default(started: list[Any]) -> None:
         (["--api-keys-file", "missing"], "cannot be read"),
         (["--api-keys-file", "empty"], "holds no key"),
         (["--allow-url", "http://x/"], "is no host"),
+        (["--ignore", "seed"], "seed is honoured"),
         (["--host", "256.0.0.1"], "cannot listen"),
     ],
 )
