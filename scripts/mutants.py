@@ -842,7 +842,7 @@ MUTANTS = [
         "mmit/data/diversity.py",
         "values: np.ndarray = 2 * common / lengths",
         "values: np.ndarray = (2 * common + (lengths == 1)) / lengths",
-        "tests/data/test_stats.py",
+        "tests/data/test_diversity.py",
     ),
     Mutant(
         "pages: a title is HTML",

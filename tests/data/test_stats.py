@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 
 import PIL.Image
 import pytest
 
 from mmit.data.chat import chat_format, encode
-from mmit.data.diversity import nearest_rouge_l, root_and_object
 from mmit.data.stats import Stats, collect, summary
-from mmit.data.stats_plots import plot
-from mmit.errors import MmitError, RecordError
-from mmit.eval.metrics.similarity import rouge_l_one
+from mmit.errors import RecordError
 from mmit.records import Image, Record, Text, Turn
 from tests.data.small_tokenizers import family
 
@@ -82,54 +78,7 @@ def test_the_json_is_json(tmp_path):
     assert json.dumps(Stats().to_json()) and summary([]) == {}
 
 
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("Write a short poem about rain.", ("write", "poem")),
-        ("Please describe the picture in detail.", ("describe", "picture")),
-        ("Could you please list all animals?", ("list", "animals")),
-        ("I want you to explain the joke.", ("explain", "joke")),
-        ("Based on the text, summarize its argument.", ("summarize", "argument")),
-        ("What color is the cat?", ("what", "color")),
-        ("How many circles are there?", ("how many", "circles")),
-        ("Is there a red shape?", ("is", "red")),
-        ("Translate.", ("translate", "")),
-        ("A photo of a cat", None),
-        ("你好吗", None),
-        ("42 + 1 =", None),
-        ("", None),
-    ],
-)
-def test_roots_and_objects(prompt, expected):
-    assert root_and_object(prompt) == expected
-
-
-def test_nearest_neighbours_are_those_of_the_slow_way():
-    rng = random.Random(0)
-    words = "the a cat dog sits on mat tree red blue".split()
-    texts = [" ".join(rng.choices(words, k=rng.randrange(1, 15))) for _ in range(60)] + ["", "?", "unlike anything"]
-    slow = [max(rouge_l_one(one, [other]) for j, other in enumerate(texts) if j != i) for i, one in enumerate(texts)]
-    assert nearest_rouge_l(texts) == pytest.approx(slow)
-    assert nearest_rouge_l(["one"]) == [0.0] and nearest_rouge_l([]) == []
-    assert nearest_rouge_l(["你 好 吗", "你 好 啊"]) == pytest.approx([2 / 3, 2 / 3])
-
-
 def test_the_sample_is_repeatable(tmp_path):
     rows = [Record.triple(f"Say the number {i} and {i * 7}.", "Yes.") for i in range(80)]
     assert collect(rows, sample=20, seed=1).rouge == collect(rows, sample=20, seed=1).rouge
     assert len(collect(rows, sample=20).rouge) == 20
-
-
-def test_pictures(tmp_path):
-    rows = records(tmp_path)
-    many = [Record.triple(f"Count to {i}.", "1, 2", source=f"source-{i}") for i in range(9)]
-    paths = plot(collect([*rows, *many], encode=encoder), tmp_path / "out" / "stats")
-    assert [p.name for p in paths] == ["lengths.png", "images.png", "prompts.png", "nearest.png"]
-    for path in paths:
-        with PIL.Image.open(path) as picture:
-            assert picture.format == "PNG" and len(picture.convert("RGB").getcolors(1 << 24)) > 10
-    # Data without pictures, or of one record, has fewer.
-    assert [p.name for p in plot(collect([Record.triple("42", "43")]), tmp_path)] == ["lengths.png"]
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MmitError, match="cannot write"):
-        plot(collect(rows), tmp_path / "file")

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import time
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import pytest
 
 from mmit.data.chat import chat_format, encode
 from mmit.data.lint.linter import Report, lint, main_script
-from mmit.data.lint.rules import RULES, SEVERITIES
-from mmit.data.rows import read_rows, sample_rows
-from mmit.errors import ConfigError, RecordError
+from mmit.data.rows import read_rows
 from mmit.records import Image, Record, Text, Turn, write_jsonl
 from tests.data.small_tokenizers import family
 
@@ -58,110 +52,7 @@ def test_sound_data_has_no_findings():
     assert report.licences == {"MIT": 200} and report.sources == {"sound": 200}
 
 
-BAD_TURNS = {
-    "alternation": [("user", "Hi"), ("user", "there"), ("assistant", "Hello")],
-    "empty-turn": [("user", "Hi"), ("assistant", " ")],
-    "no-answer": [("user", "Hi")],
-    "bad-row": [("user", 7), ("assistant", "Hello")],
-}
-
-
-@pytest.mark.parametrize("rule", BAD_TURNS)
-def test_rows_that_training_refuses(tmp_path, rule):
-    row = {"id": "x", "turns": [{"role": role, "parts": [{"text": text}]} for role, text in BAD_TURNS[rule]]}
-    good = sound(1)[0].to_json()
-    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(row)}\n")
-    report = lint(read_rows(tmp_path / "rows.jsonl"))
-    assert set(report.findings) == {rule}
-    assert report.records == 2 and RULES[rule].severity == "error"
-    place = report.findings[rule][0].where
-    assert "rows.jsonl:2" in place
-
-
-def test_roles_out_of_order_and_lines_that_are_no_json(tmp_path):
-    parts = [{"text": "x"}]
-    lines = [
-        json.dumps({"turns": [{"role": "usr", "parts": parts}]}),
-        json.dumps({"turns": [{"role": "user", "parts": parts}, {"role": "system", "parts": parts}]}),
-        json.dumps({"turns": [{"role": "assistant", "parts": parts}, {"role": "user", "parts": parts}]}),
-        json.dumps({"turns": [{"role": "system", "parts": parts}]}),
-        "{",
-    ]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
-    report = lint(read_rows(tmp_path / "rows.jsonl", "mmit"))
-    assert {rule: len(rows) for rule, rows in report.findings.items()} == {
-        "alternation": 3,
-        "no-answer": 1,
-        "bad-row": 1,
-    }
-
-
-@pytest.mark.parametrize(
-    ("image", "question", "answer"),
-    [
-        (["a.png", "b.png"], "<image> What?", "A thing."),
-        ("a.png", "<image> <image> What?", "A thing."),
-        (None, "<image> What?", "A thing."),
-        ("a.png", "What?", "A <image> thing."),
-    ],
-)
-def test_images_and_slots(tmp_path, image, question, answer):
-    row = {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
-    row |= {} if image is None else {"image": image}
-    (tmp_path / "rows.json").write_text(json.dumps([row]))
-    assert set(lint(read_rows(tmp_path / "rows.json", "llava")).findings) == {"image-slots"}
-
-
-def test_an_image_in_a_system_turn_is_a_matter_of_slots(tmp_path):
-    turns = [{"role": "system", "parts": [{"image": "a.png"}]}, {"role": "user", "parts": [{"text": "?"}]}]
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"turns": turns}))
-    assert set(lint(read_rows(tmp_path / "rows.jsonl")).findings) == {"image-slots"}
-
-
-@pytest.mark.parametrize("marker", ["<img>a.png</img>", "<|image_1|>", "<ImageHere>", "<image_placeholder>"])
-def test_a_marker_of_another_family_is_an_error(tmp_path, marker):
-    """Without a picture it would be learnt as letters."""
-    row = {"conversations": [{"from": "human", "value": f"{marker}What?"}, {"from": "gpt", "value": "A thing."}]}
-    (tmp_path / "rows.json").write_text(json.dumps([row]))
-    report = lint(read_rows(tmp_path / "rows.json", "sharegpt"))
-    assert set(report.findings) - {"control-text"} == {"foreign-marker"} and report.count("error") == 1
-    assert marker in report.findings["foreign-marker"][0].problem
-
-
 # --- one record ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text", ["<|im_end|>", "a </s> b", "[INST] x", "<<SYS>>", "<start_of_turn>user", "<|begin_of_text|>", "<pad>"]
-)
-def test_control_text(text):
-    assert one(talk("What?", f"It is {text}.")) == {"control-text"}
-    assert one(talk(f"What is {text}?", "A token.")) == {"control-text"}
-
-
-def test_control_tokens_of_the_tokenizer():
-    assert not one(talk("What?", "See <tool> here."))
-    assert one(talk("What?", "See <tool> here."), control_tokens=["<tool>", "<image>"]) == {"control-text"}
-
-
-@pytest.mark.parametrize("text", ["a < b | c > d", "x[INSTANCE]", "<b>bold</b>", "<image_>"])
-def test_what_is_no_control_text(text):
-    assert not one(talk("What?", text))
-
-
-def test_markers_in_text():
-    assert one(talk("What is in <image>?", "A cat.")) == {"image-marker"}
-    assert one(talk("What?", "A cat.\nUSER: And now?")) == {"role-marker"}
-    assert not one(talk("What?", "The user: a person."))
-
-
-def test_answers_that_repeat():
-    prompt = "Describe the weather today."
-    assert one(talk(prompt, f" {prompt.upper()} It rains.")) == {"repeats-prompt"}
-    assert one(talk(prompt, prompt)) == {"repeats-prompt"}
-    assert not one(talk("Hello.", "Hello."))
-    assert one(talk("A?", "b", "C?", "d", "A?", "b")) == {"repeated-pair"}
-    assert not one(talk("A?", "b", "C?", "d", "A?", "e"))
 
 
 def measured(name: str = "byte_level") -> Any:
@@ -255,91 +146,6 @@ def test_licence_mix():
     assert report.findings["licence-mix"][0].problem == "MIT (3), CC-BY-NC-4.0 (1), not stated (1)"
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
-
-
-def noise(seed: int, size: tuple[int, int] = (40, 30)) -> PIL.Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return PIL.Image.fromarray(coarse).resize(size, PIL.Image.Resampling.BICUBIC)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    for i in range(12):
-        noise(i).save(tmp_path / f"{i}.png")
-    return tmp_path
-
-
-def about(path: Path | str, **provenance: Any) -> Record:
-    name = Path(path).name
-    provenance.setdefault("id", name)
-    return Record.triple(f"What is in {name}?", "A pattern.", images=[str(path)], **provenance)
-
-
-def test_sound_pictures(pictures):
-    rows = [about(pictures / f"{i}.png", meta={"width": 40, "height": 30}) for i in range(12)]
-    assert not lint(rows, open_images=True).findings
-
-
-def test_missing_and_unreadable_pictures(pictures):
-    (pictures / "0.png").write_text("no picture")
-    whole = (pictures / "1.png").read_bytes()
-    (pictures / "1.png").write_bytes(whole[: len(whole) // 2])
-    rows = [about(pictures / name) for name in ("0.png", "1.png", "2.png", "gone.png")]
-    again = talk("And what is this?", "Nothing.", id="again")
-    again = Record((Turn("user", (Image(str(pictures / "gone.png")), *again.turns[0].parts)), again.turns[1]), id="2nd")
-    unopened = lint([*rows, again])
-    assert found(unopened) == {"missing-image": ["record (gone.png)", "record (2nd)"]}
-    assert "content of images" in unopened.not_checked
-    opened = found(lint([*rows, again], open_images=True))
-    assert opened["unreadable-image"] == ["record (0.png)", "record (1.png)"]
-    assert opened["missing-image"] == ["record (gone.png)", "record (2nd)"]
-
-
-def test_pictures_that_are_not_what_they_say(pictures):
-    noise(50).save(pictures / "wrong.jpg", "PNG")
-    rows = [about(pictures / "wrong.jpg"), about(pictures / "3.png", meta={"width": 41, "height": 30})]
-    report = lint(rows, open_images=True)
-    assert found(report) == {"image-mismatch": ["record (wrong.jpg)", "record (3.png)"]}
-    assert "is a PNG file" in report.findings["image-mismatch"][0].problem
-    assert "41 x 30 by the row, 40 x 30 by the file" in report.findings["image-mismatch"][1].problem
-
-
-def test_the_same_and_similar_pictures(pictures):
-    (pictures / "copy.png").write_bytes((pictures / "5.png").read_bytes())
-    noise(6, (80, 60)).save(pictures / "scaled.jpg", quality=80)
-    names = [*(f"{i}.png" for i in range(12)), "copy.png", "scaled.jpg"]
-    report = lint([about(pictures / name) for name in names], open_images=True)
-    assert found(report) == {"duplicate-image": ["record (copy.png)"], "near-duplicate-image": ["record (scaled.jpg)"]}
-
-
-def test_pictures_of_the_test_data(pictures):
-    (pictures / "copy.png").write_bytes((pictures / "5.png").read_bytes())
-    noise(6, (80, 60)).save(pictures / "scaled.jpg", quality=80)
-    train = [about(pictures / f"{i}.png") for i in range(8)]
-    test = [about(pictures / name, id=f"test-{name}") for name in ("9.png", "1.png", "copy.png", "scaled.jpg")]
-    report = lint(train, test=test, open_images=True)
-    assert found(report) == {
-        "test-image": ["record (1.png)", "record (5.png)"],
-        "test-image-near": ["record (6.png)"],
-        "test-record": ["record (1.png)"],
-    }
-    # By name alone: only the file that both use.
-    assert found(lint(train, test=test))["test-image"] == ["record (1.png)"]
-
-
-def test_pictures_inside_the_records():
-    out = io.BytesIO()
-    noise(1).save(out, "PNG")
-    rows = [Record.triple(f"What is {i}?", "A pattern.", images=[out.getvalue()], id=str(i)) for i in range(3)]
-    assert not lint(rows, open_images=True).findings
-    report = lint(rows[:1], test=[Record.triple("What?", "Yes.", images=[out.getvalue()])])
-    assert set(report.findings) == {"test-image"}
-
-
-# --- the method ---------------------------------------------------------------------------------------------------
-
-
 # --- report -------------------------------------------------------------------------------------------------------
 
 
@@ -351,37 +157,7 @@ def test_the_report_is_json_with_every_place():
     assert data["not_checked"]["tokens"] and data["licences"] == {"not stated": 5}
 
 
-def test_every_rule_is_explained():
-    for rule in RULES.values():
-        assert rule.severity in SEVERITIES and rule.about and rule.remedy.endswith(".")
-
-
 # --- reading ------------------------------------------------------------------------------------------------------
-
-
-def test_rows_come_in_order_with_their_errors(tmp_path):
-    good, bad = sound(4), '{"turns": []}'
-    lines = [json.dumps(record.to_json()) for record in good]
-    (tmp_path / "rows.jsonl").write_text("\n".join([bad, lines[0], lines[1], bad, lines[2], lines[3], bad]))
-    kinds = [isinstance(row, RecordError) for row in read_rows(tmp_path / "rows.jsonl")]
-    assert kinds == [True, False, False, True, False, False, True]
-    assert len(list(read_rows(tmp_path / "rows.jsonl", limit=3))) == 3
-    with pytest.raises(ConfigError, match="no such file"):
-        next(read_rows(tmp_path / "gone.jsonl"))
-
-
-def test_samples_are_even_and_repeatable():
-    rows = sound(50)
-    drawn, total = sample_rows(rows, 10, seed=3)
-    assert total == 50 and len(drawn) == 10 and drawn == sample_rows(iter(rows), 10, seed=3)[0]
-    assert [rows[number - 1] for number, _ in drawn] == [record for _, record in drawn]
-    assert drawn != sample_rows(rows, 10, seed=4)[0]
-    counts = [0] * 10
-    for seed in range(600):
-        for number, _ in sample_rows(rows[:10], 3, seed=seed)[0]:
-            counts[number - 1] += 1
-    assert max(counts) < 240 and min(counts) > 120  # 180 expected each
-    assert sample_rows(rows[:4], 10, seed=0)[0] == list(enumerate(rows[:4], 1))
 
 
 @pytest.mark.slow

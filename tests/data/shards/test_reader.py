@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import os
 import pickle
 import subprocess
 import sys
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,6 @@ import pytest
 from mmit.data.decode import decode_rgb
 from mmit.data.images import load_rgb
 from mmit.data.shards import files as shard_files
-from mmit.data.shards.files import RangeReader, run_jobs
 from mmit.data.shards.index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMAGES
 from mmit.data.shards.reader import ShardSource, open_shards
 from mmit.data.shards.scan import index_tars
@@ -50,9 +47,6 @@ def indexed(tmp_path: Path, members: list[tuple[str, bytes]], **options: Any) ->
     path = write_tar(tmp_path / "foreign.tar", members, format=options.pop("format", tarfile.USTAR_FORMAT))
     index_tars([path], tmp_path / "index", **options)
     return open_shards(tmp_path / "index")
-
-
-# --- building -------------------------------------------------------------------------------------------------------
 
 
 # --- the index ------------------------------------------------------------------------------------------------------
@@ -119,9 +113,6 @@ def test_an_index_from_anywhere_is_checked(tmp_path: Path, change: dict[str, Any
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(MmitError, match=message):
         open_shards(tmp_path)
-
-
-# --- foreign tars ---------------------------------------------------------------------------------------------------
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -199,25 +190,6 @@ def test_a_source_goes_to_other_processes(tmp_path: Path) -> None:
         assert pool.starmap(read_one, [(source, i) for i in range(8)]) == given
 
 
-def test_threads_may_share_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_files, "_OPEN_FILES", 1)
-    given = records(10)
-    build_shards(given, tmp_path, max_bytes=3000)
-    source, numbers = open_shards(tmp_path), [int(n) for n in np.random.default_rng(0).integers(0, 10, 400)]
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(source.__getitem__, numbers)) == [given[n] for n in numbers]
-
-
-def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_files, "_OPEN_FILES", 2)
-    given = records(12)
-    build_shards(given, tmp_path, max_bytes=3000)
-    source = open_shards(tmp_path)
-    for i in (0, 11, 5, 0, 8, 3):
-        assert source[i] == given[i]
-    assert len(source._ranges._open) == 2
-
-
 def test_open_source_opens_a_folder_of_shards(tmp_path: Path) -> None:
     build_shards(records(6), tmp_path / "web")
     source = open_source(tmp_path / "web", limit=4)
@@ -253,43 +225,6 @@ def test_remote_folders_are_read_by_ranges(tmp_path: Path, monkeypatch: pytest.M
             source[0]
     finally:
         store.store.clear()
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fsspec", None)
-    with pytest.raises(MmitError, match="pip install fsspec s3fs"):
-        open_shards("s3://bucket/data")
-
-
-def test_a_passing_fault_of_the_network_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-
-    class Flaky:
-        faults = 2
-
-        def cat_file(self, path: str, *, start: int, end: int) -> bytes:
-            self.faults -= 1
-            if self.faults >= 0:
-                raise TimeoutError("slow")
-            return bytes(end - start)
-
-    monkeypatch.setattr(shard_files, "filesystem", lambda path: Flaky())
-    assert RangeReader().read("s3://b/x.tar", 5, 7) == bytes(7)
-    Flaky.faults = 9
-    with pytest.raises(MmitError, match="nothing was skipped"):
-        RangeReader().read("s3://b/x.tar", 5, 7)
-
-
-def die(number: int) -> int:
-    if number == 3:
-        os._exit(1)
-    return number
-
-
-def test_a_killed_worker_is_an_error_not_a_hang() -> None:
-    assert list(run_jobs(abs, [(-n,) for n in range(9)], workers=2)) == list(range(9))
-    with pytest.raises(MmitError, match="worker process was killed"):
-        list(run_jobs(die, [(n,) for n in range(9)], workers=2))
 
 
 def test_reading_needs_neither_torch_nor_webdataset(tmp_path: Path) -> None:
