@@ -48,11 +48,11 @@ def test_spans_count_from_the_text_and_not_from_a_lent_space(lend: bool) -> None
     out = writer()
     out.template([(Piece("template", "USER: "), 0.0)], lend_space=lend)
     text = "the quick brown fox"
-    out.content(content(text), ((9, 0.0), (len(text), 1.0)), named=False)
+    out.content(content(text), ((9, 1.0), (len(text), 0.0)), named=False)
     tokens = [(i, w) for i, w, o in zip(out.ids, out.weights, out.origin, strict=True) if o == "content"]
     learned = family("byte_level").decode([i for i, w in tokens if w])
     masked = family("byte_level").decode([i for i, w in tokens if not w])
-    assert masked.strip() == "the quick" and learned.strip() == "brown fox"
+    assert learned.strip() == "the quick" and masked.strip() == "brown fox"
 
 
 @pytest.mark.parametrize(
