@@ -121,9 +121,8 @@ class Looked:
         """What was not known before, as a table."""
         rows = []
         for path, before in self._before.items():
-            now = self.sizes.get(path), self.marks.get(path, b"")
-            # What another preparation did not need stays known.
-            size, mark = now[0] or before[0] or (0, 0), now[1] or before[1] or _UNREAD
+            # What was known is among both (see `at`), so that what another preparation did not need stays known.
+            size, mark = self.sizes.get(path) or (0, 0), self.marks.get(path) or _UNREAD
             if (size, mark) != (before[0] or (0, 0), before[1] or _UNREAD):
                 rows.append((hash_of(path), self.stamps[path], size, mark))
         return table(rows)

@@ -1,4 +1,4 @@
-"""What importers share: rows of a list or of lines, draws that depend on the row alone, checks that name what is wrong."""
+"""What importers share: rows of a list or of lines, draws by the row alone, checks that name what is wrong."""
 
 from __future__ import annotations
 
@@ -87,12 +87,14 @@ def test_a_draw_depends_on_the_row_alone_and_is_even() -> None:
 def test_names_of_image_files_are_filled_in() -> None:
     names = {"image_id": 7, "split": "val2014"}
     assert file_name("COCO_{split}_{image_id:012d}.jpg", names) == "COCO_val2014_000000000007.jpg"
-    for pattern in ("{picture}.jpg", "{}.jpg", "{split.name}.jpg"):
+    for pattern in ("{picture}.jpg", "{split.name}.jpg"):
         with pytest.raises(ConfigError, match="a name that is not known") as unknown:
             file_name(pattern, names)
         assert "image_id, split" in (unknown.value.remedy or "")
     with pytest.raises(RecordError, match="does not fit the image_pattern"):
         file_name("{image_id:012d}.jpg", {"image_id": "seven"})
+    with pytest.raises(RecordError, match="positional"):
+        file_name("{}.jpg", names)
 
 
 @pytest.mark.parametrize(
