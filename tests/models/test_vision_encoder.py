@@ -1,3 +1,5 @@
+"""What every vision backend hands over: layer numbers, weight files that must fit, and what a fingerprint follows."""
+
 import json
 
 import open_clip
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from mmit.errors import ModelError
 from mmit.models.files import load_tensors, resolve_file
 from mmit.models.vision import build_vision
-from mmit.models.vision_encoder import pair_by_order
+from mmit.models.vision_encoder import Reader, blocks_to_run, layers_to_read, pair_by_order, stage_to_read
 
 CLIP = {"model_type": "clip_vision_model", "image_size": 16, "patch_size": 4, "hidden_size": 16,
         "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 4}  # fmt: skip
@@ -120,3 +122,45 @@ def test_open_clip_folder_brings_its_own_config_and_weights(tmp_path):
     assert not any("text" in key or "token" in key for key in tower.state_dict())
     with pytest.raises(ModelError, match="open_clip_config.json"):
         build_vision("open_clip", f"local-dir:{tmp_path / 'absent'}")
+
+
+@pytest.mark.parametrize(
+    ("layer", "blocks", "stage"), [(1, 1, 1), (4, 4, None), (-1, 4, 3), (-4, 1, 0), (0, None, 0), (5, None, None)]
+)
+def test_a_layer_number_counts_as_in_the_library_it_comes_from(layer, blocks, stage):
+    """Blocks as transformers counts hidden states, from 1; stages as timm counts out_indices, from 0."""
+    for count, expected in ((blocks_to_run, blocks), (stage_to_read, stage)):
+        if expected is None:
+            with pytest.raises(ModelError, match="does not exist"):
+                count(layer, 4, where="w")
+        else:
+            assert count(layer, 4, where="w") == expected
+
+
+@pytest.mark.parametrize(("layer", "nearest"), [(9, "4"), (0, "1"), (-9, "-4")])
+def test_a_layer_that_is_not_there_gets_the_nearest(layer, nearest):
+    with pytest.raises(ModelError) as caught:
+        blocks_to_run(layer, 4, where="w")
+    assert f"nearest: {nearest};" in caught.value.remedy
+
+
+def test_frequencies_keep_float32_and_weights_follow_a_cast():
+    class Turned(Reader):
+        exact_buffers = True
+
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(2, 2)
+            self.register_buffer("angles", torch.tensor([1 / 3]), persistent=False)
+            self.register_buffer("mean", torch.tensor([1 / 3]))
+
+    reader = Turned().to(torch.bfloat16)
+    assert reader.angles.dtype == torch.float32 and reader.angles.item() == torch.tensor(1 / 3).item()
+    assert reader.linear.weight.dtype == reader.mean.dtype == torch.bfloat16
+
+
+def test_several_layers_are_given_once_each():
+    assert layers_to_read(None, -2, where="w") == (-2,) and layers_to_read([3, 1], -2, where="w") == (3, 1)
+    for wrong in ([], [1, 1]):
+        with pytest.raises(ModelError, match="layer is"):
+            layers_to_read(wrong, -2, where="w")
