@@ -362,7 +362,7 @@ class VLM(nn.Module):
                 f"records packed into one row of {type(self.llm).__name__} see each other",
                 remedy="set data.packing=false for this architecture",
             )
-        if not same_logits(both[6:], alone):
+        if not same_logits(both[6:], alone, typical=True):
             raise ModelError(
                 f"{type(self.llm).__name__} answers a record differently in a packed row than alone: the positions it "
                 "counts are not those of the record",
@@ -391,14 +391,20 @@ class VLM(nn.Module):
         return torch.zeros(1, self.vision.tokens, self.vision.dim, dtype=weight.dtype, device=weight.device)
 
 
-def same_logits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_logits(a: torch.Tensor, b: torch.Tensor, *, typical: bool = False) -> bool:
     """Whether two (S, V) tensors of logits differ by rounding alone.
 
     Root mean square as a share of the logits' spread. In bf16 SmolLM2 with one method or another was seen to round by
     up to 0.12; wrong positions differ by 0.9 and more.
+
+    Args:
+        typical: in fewer bits than 32 ask the middle token in place of the mean. For what would change all tokens:
+            after a LoRA is merged, the second token of a record alone, which all others attend to, rounds by up to 1.
     """
-    tolerance = 0.2 if a.dtype != torch.float32 else 1e-3
-    return bool((a - b).float().pow(2).mean().sqrt() <= tolerance * b.float().std() + 1e-6)
+    squares = (a - b).float().pow(2).mean(-1)
+    whole = a.dtype == torch.float32
+    found = squares.median() if typical and not whole else squares.mean()
+    return bool(found.sqrt() <= (1e-3 if whole else 0.2) * b.float().std() + 1e-6)
 
 
 def _apart(logits: torch.Tensor, embeddings: torch.Tensor, *, border: int) -> bool:

@@ -10,7 +10,7 @@ from mmit.errors import ModelError
 from mmit.models.llm import load_llm
 from mmit.models.modes import evaluation_mode, training_mode
 from mmit.models.tuning import apply_tuning
-from mmit.models.vlm import VLM
+from mmit.models.vlm import VLM, same_logits
 from tests.models.small_llms import described
 from tests.models.test_attention import LLAMA
 from tests.models.tuned_models import disturb, tune_plan
@@ -123,3 +123,14 @@ def test_positions_that_run_on_are_found(monkeypatch):
     monkeypatch.setattr(rotary, "forward", counting)
     with pytest.raises(ModelError, match="differently in a packed row than alone"):
         vlm.check_isolation()
+
+
+def test_one_token_that_rounds_in_16_bits_is_no_other_position():
+    wanted = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    one, all_but_first = wanted.clone(), wanted.clone()
+    one[1] = 0.0
+    all_but_first[1:] = 0.0
+    half = torch.bfloat16
+    assert not same_logits(one.to(half), wanted.to(half)) and same_logits(one.to(half), wanted.to(half), typical=True)
+    assert not same_logits(all_but_first.to(half), wanted.to(half), typical=True)
+    assert not same_logits(one, wanted, typical=True)
