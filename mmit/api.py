@@ -97,7 +97,13 @@ def config_of(
     resume: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The config that the arguments of `train` stand for; its `to_yaml` is what `mmit train` would read."""
+    """The config that these arguments of `train` stand for; its `to_yaml` is what `mmit train` would read.
+
+    Records given as objects are written into `dir`, once all else is known to be sound.
+
+    Raises:
+        ConfigError: a key, type or value that a config cannot have.
+    """
     given = [data] if isinstance(data, (str, os.PathLike, Mapping, Record)) else data
     if not isinstance(given, Sequence) or not given:
         raise _wrong("data", data, "a file, a source, a Record, or a list of these")

@@ -371,7 +371,16 @@ class Model:
         sampling: Sampling,
         progress: Callable[[int], None] | None = None,
     ) -> list[str]:
-        """Continue prompts that are tokens already, one sample each, numbered by their place; see `generate`."""
+        """Continue prompts that are tokens already.
+
+        Args:
+            prompts: one sample each, numbered by their place. reader: makes text of ids, and knows the texts that stop.
+            batch_size: prompts at once. max_new_tokens: of an answer at most. sampling: how tokens are drawn.
+            progress: is told how many prompts are done.
+
+        Returns:
+            one answer per prompt, in their order.
+        """
         texts = [""] * len(prompts)
         # Batches come in the order that shares pictures and lengths best; answers go back to their numbers.
         ids = self._continued(prompts, reader, batch_size, max_new_tokens, sampling, draws=None, progress=progress)
@@ -604,11 +613,15 @@ class Model:
     def prefill_in_parts(
         self, prompt: Prompt, features: Features, *, store: PrefixCache, most: int
     ) -> Iterator[tuple[decoding.State, int] | None]:
-        """Run one prompt as `prefill` does, `most` tokens at a time; other work may be done between two of them.
+        """Run one prompt as `prefill` does, in parts; other work may be done between two of them.
+
+        Args:
+            prompt: of one sample. features: of its pictures.
+            store: known beginnings; a model that it keeps nothing of is run in one part.
+            most: tokens of a part.
 
         Yields:
-            None after every part but the last, then the state and how many tokens were known. One that `store` keeps
-            nothing of is run in one.
+            None after every part but the last, then the state and how many tokens were known.
         """
         sample = prompt.samples[0]
         if not self._remembers:

@@ -50,9 +50,15 @@ def own_object(spec: str, *, where: str, expects: str) -> Any:
 
 
 def own_class(spec: str, base: type, *, keywords: Iterable[str], methods: Iterable[str], where: str) -> Any:
-    """Import a subclass of `base` that takes `keywords` when it is made and overrides one of `methods`.
+    """Import a class of the user's own.
 
-    Raises ConfigError as `own_object` does, and where the class is another.
+    Args:
+        spec: `module:name`. base: what it must be a subclass of.
+        keywords: what its __init__ must take. methods: it must override one of these.
+        where: the key of the config, for errors.
+
+    Raises:
+        ConfigError: as `own_object` does, and where the class is another.
     """
     takes = ", ".join(keywords)
     expects = f"a subclass of {base.__module__}.{base.__name__} whose __init__ takes {takes}"

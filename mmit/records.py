@@ -180,7 +180,13 @@ class Record:
         images: Sequence[Image | Source] = (),
         **provenance: Any,
     ) -> Record:
-        """Build the instruction-tuning triple; `provenance` takes id, source, row, licence and meta."""
+        """Build the instruction-tuning triple.
+
+        Args:
+            instruction, input: the question, with a blank line between. output: the answer.
+            images: stand in front of the question, in order.
+            provenance: id, source, row, licence and meta.
+        """
         pictures = _as_tuple(images, "images", "images=[path]")
         parts = [p if isinstance(p, Image) else Image(p) for p in pictures]
         text = Text(f"{instruction}\n\n{input}" if input else instruction)

@@ -104,7 +104,15 @@ def config_error(
     where: str = "",
     origins: Mapping[Keys, str] | None = None,
 ) -> ConfigError:
-    """Say in words why `raw` is not a `section`; `origins` gives the file and line of each key."""
+    """Say in words why plain data is not a section.
+
+    Args:
+        error: pydantic's. section: the class. raw: the data.
+        where: file of the section. origins: file and line of each key.
+
+    Returns:
+        the error to raise: one problem with its place, or a list of all.
+    """
     origins = origins or {}
     found: dict[str, tuple[str, str]] = {}
     for item in error.errors():

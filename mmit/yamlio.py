@@ -161,7 +161,15 @@ def parse_override(text: str) -> tuple[Keys, Any]:
 
 
 def set_key(tree: Any, keys: Keys, value: Any, *, where: str) -> Any:
-    """Return `tree` with `value` at `keys`; sections on the way are made, a list may grow by one entry."""
+    """Return `tree` with `value` at `keys`, itself left as it is; sections on the way are made.
+
+    Args:
+        tree: plain data. keys: names, and numbers of entries of lists; a list may grow by one entry.
+        value: plain data. where: for the error.
+
+    Raises:
+        ConfigError: a value on the way has no keys, or a list no such entry.
+    """
     if not keys:
         return value
     key, rest = keys[0], keys[1:]

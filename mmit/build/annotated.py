@@ -173,7 +173,16 @@ def annotated(
 def renderer(
     open_rows: Callable[[], Rows], banks: Sequence[Bank], recipe: Recipe, *, source: str, licence: str | None = None
 ) -> Renderer:
-    """Return the stage of a build. Arguments and errors as `annotated`."""
+    """Return the stage of a build.
+
+    Args:
+        open_rows: begins a pass over the rows; shots take a second one.
+        banks: of templates. recipe: how they are drawn.
+        source, licence: of the rows.
+
+    Raises:
+        ConfigError: as `annotated`.
+    """
     check_banks(banks, recipe)
     # Examples for held-out questions come from held-out rows alone, and the others from the others.
     pools = {}

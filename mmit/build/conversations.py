@@ -79,7 +79,12 @@ class _Asked:
 def requests(
     scenes: Iterable[Scene], draw: Draw, *, kinds: Sequence[str] = KINDS, rounds: int = 3, seed: int = 0
 ) -> list[Request]:
-    """Return the requests of scenes, in the order of the scenes."""
+    """Return the requests of scenes, in the order of the scenes.
+
+    Args:
+        scenes: what is known of each picture. draw: how the teacher's tokens are drawn.
+        kinds: some of KINDS. rounds: questions of a conversation. seed: of prompts and draws.
+    """
     return [one.request for one in _asked(scenes, draw, kinds, rounds, seed)]
 
 

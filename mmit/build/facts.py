@@ -43,7 +43,15 @@ class FactCheck:
         self._wrong: Counter[str] = Counter()
 
     def add(self, question: str, answer: str, facts: Mapping[str, str], *, image: str) -> bool | None:
-        """Return whether an answer is right, None where it says nothing that can be checked."""
+        """Check one answer and count it.
+
+        Args:
+            question, answer: their text. facts: {name: value} of the picture.
+            image: its name; the interval resamples pictures, whose answers hang together.
+
+        Returns:
+            whether the answer is right, None where it says nothing that can be checked.
+        """
         self._answers += 1
         verdict, wrong = self._verdict(question, answer, {name: value.lower() for name, value in facts.items()})
         if verdict is not None:

@@ -38,9 +38,15 @@ def from_rows(
     source: str,
     licence: str | None,
 ) -> Iterator[Instruction | Dropped]:
-    """Yield the instructions of rows; `fields` names those of `instruction`, `input` and `images`.
+    """Yield the instructions of rows, and why a row is none.
 
-    Raises ConfigError: the first row lacks a field.
+    Args:
+        rows: (number from 1, row or what is wrong with it).
+        fields: names of the fields `instruction`, `input` and `images`.
+        source: of the rows. licence: of rows that state none.
+
+    Raises:
+        ConfigError: the first row lacks a field.
     """
     names = {"instruction": "instruction", "input": "input"} | dict(fields)
     known = False
@@ -78,7 +84,12 @@ def from_records(path: str) -> Iterator[Instruction | Dropped]:
 
 
 def requests(items: Iterable[Instruction], draw: Draw, *, seed: int, system: str = "") -> list[Request]:
-    """Return one request per instruction, each with a seed of its own place in the source."""
+    """Return one request per instruction.
+
+    Args:
+        items: the instructions. draw: how the teacher's tokens are drawn.
+        seed: of all; the teacher adds the place. system: text in front of instructions that have none.
+    """
     asked = []
     for item in items:
         turns = item.turns

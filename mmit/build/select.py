@@ -90,7 +90,14 @@ def judge_request(record: Record, draw: Draw, scale: tuple[float, float]) -> Req
 
 
 def judged(records: Sequence[Record], desk: Desk, draw: Draw, scale: tuple[float, float]) -> list[Scored]:
-    """Score records by a judge. Raises what `Desk.ask` raises."""
+    """Score records by a judge.
+
+    Args:
+        records: to be scored. desk: asks the judge. draw: how its tokens are drawn. scale: least and highest score.
+
+    Raises:
+        MmitError: what `Desk.ask` raises.
+    """
     replies = desk.ask([judge_request(record, draw, scale) for record in records])
     return [Scored(r, *score_in(reply, scale), reply) for r, reply in zip(records, replies, strict=True)]
 

@@ -61,7 +61,16 @@ def transcript_request(topic: Topic, draw: Draw, rounds: int) -> Request:
 def self_chat(
     topics: Sequence[Topic], desk: Desk, draw: Draw, *, style: str = "turns", rounds: int = 3
 ) -> Iterator[Made | Dropped]:
-    """Yield a record for each topic, or why there is none. Raises what `Desk.ask` raises."""
+    """Yield a record for each topic, or why there is none.
+
+    Args:
+        topics: what to talk about. desk: asks the teachers. draw: how their tokens are drawn.
+        style: "turns" asks for one turn at a time, "transcript" for a whole conversation in one reply.
+        rounds: questions of a conversation.
+
+    Raises:
+        MmitError: what `Desk.ask` raises.
+    """
     terms = {teacher.name: teacher.terms for teacher in desk.teachers}
     chats = [_Chat(topic) for topic in topics]
     if style == "transcript":

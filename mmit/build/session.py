@@ -94,7 +94,16 @@ def write_session(
     folder: Path,
     facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> Counts:
-    """Run a build and write its folder. Raises what `write_build` and the stage raise."""
+    """Run a build and write its folder.
+
+    Args:
+        made: the stage, which runs as it is read. desk: its teachers and journal. out: the folder.
+        settings: of the config. folder: of the config, from which `base` is named.
+        facts: what the stage says of itself once it is done.
+
+    Raises:
+        MmitError: what `write_build` and the stage raise.
+    """
     stated = Stated(
         settings,
         inputs={teacher.name: teacher.identity for teacher in desk.teachers},

@@ -360,12 +360,23 @@ def _from_file(path: str, tokenizer: Any, given: FormatOptions) -> ChatFormat:
 
 
 def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = False, loss: Loss = ANSWERS) -> Encoded:
-    """Tokenise a conversation piece by piece; with `generate`, up to where the answer begins.
+    """Tokenise a conversation piece by piece.
 
     A space that ends a template piece goes over to the content after it, since tokenizers attach a space
-    to the word on its right; a prompt for generation therefore ends without it. `loss` says which tokens carry loss.
-    Raises RecordError for turns that the format refuses, for characters that the tokenizer cannot write, and for a
-    record from which nothing would be learnt.
+    to the word on its right; a prompt for generation therefore ends without it.
+
+    Args:
+        talk: a record, or bare turns.
+        chat: the format. tokenizer: the one it was made for.
+        generate: stop where the answer begins.
+        loss: which tokens carry loss, and how much.
+
+    Returns:
+        ids, weights and origins of one length.
+
+    Raises:
+        RecordError: turns that the format refuses, characters that the tokenizer cannot write, or a record from which
+            nothing would be learnt.
     """
     record = as_record(talk)
     tokens = piece_tokenizer(tokenizer)

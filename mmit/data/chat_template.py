@@ -238,7 +238,15 @@ class Gaps:
         self.end, self.own_end = self._find_end()
 
     def between(self, gap: str, shape: Shape, before: Item | None, after: Item | None) -> list[Slot]:
-        """Split the text between two items into what belongs to an answer and the rest."""
+        """Split the text between two items into what belongs to an answer and the rest.
+
+        Args:
+            gap: the text. shape: the conversation.
+            before, after: the items around it; None at its beginning and end.
+
+        Returns:
+            slots whose texts make the gap, in order.
+        """
         if before is not None and after is not None and before.turn == after.turn:
             # Between two parts of one turn: what stands there is written by the template around the answer's own, and
             # learnt with it.

@@ -41,10 +41,18 @@ def convert(
     options: Mapping[str, Any],
     on_bad: Callable[[RecordError], None] | None,
 ) -> Verdicts:
-    """Convert `origin` into the JSONL `file` unless it is there, and return what was found then.
+    """Convert a file into JSONL unless that was done before.
 
-    Bad rows are collected if there is an `on_bad`, which receives them in either case; without one the first is
-    raised and nothing is kept.
+    Args:
+        origin: the file of another format. file: the JSONL; its verdicts lie beside it.
+        format, image_root, options: see `import_file`.
+        on_bad: receives the bad rows, those of an earlier conversion too; None raises the first and keeps nothing.
+
+    Returns:
+        what was found when the file was converted.
+
+    Raises:
+        RecordError: a bad row without an `on_bad`, or a file that is not of the format.
     """
     beside = file.with_suffix(".verdicts.json")
     if not (file.exists() and beside.exists()):

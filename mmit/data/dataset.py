@@ -251,5 +251,10 @@ class InstructionData:
         store: Store | None = None,
         progress: Progress | None = None,
     ) -> Measurements:
-        """Measure every record, or those of `numbers`; see `mmit.data.measure.scan`."""
+        """Measure every record, or some; see `mmit.data.measure.scan`.
+
+        Args:
+            workers: processes. numbers: records to measure, None for all.
+            store: where measurements are looked up and kept. progress: is told how many are done.
+        """
         return scan(self, workers=workers, numbers=numbers, store=store, progress=progress)

@@ -66,10 +66,18 @@ def load_rgb(
 ) -> PIL.Image.Image:
     """Decode `image` to a new, upright RGB picture; animations give their first frame.
 
-    Transparent pixels show `background`, 16-bit grey is scaled to 8 bits, colour profiles are not applied.
-    EXIF orientation is applied; an EXIF block that cannot be read counts as none, as in browsers.
-    Raises ImageError with the place (`where` and the file), the cause and the remedy. What would trigger
-    Pillow's decompression-bomb warning is refused even if `max_pixels` would let it pass.
+    16-bit grey is scaled to 8 bits, colour profiles are not applied. EXIF orientation is applied; an EXIF block that
+    cannot be read counts as none, as in browsers.
+
+    Args:
+        image: a file, encoded bytes or a PIL picture, which is left as it is.
+        where: of the record, for the error.
+        max_pixels: width times height at most. What would trigger Pillow's decompression-bomb warning is refused in
+            any case.
+        background: RGB from 0 to 255 behind transparent pixels.
+
+    Raises:
+        ImageError: with the place (`where` and the file), the cause and the remedy.
     """
     try:
         return _load(image, where, max_pixels, background)
@@ -296,12 +304,21 @@ def fit(
     interpolation: str = "bicubic",
     fill: tuple[int, int, int] = (0, 0, 0),
 ) -> torch.Tensor:
-    """Bring an RGB picture to `size` (H, W); return a contiguous uint8 tensor (3, H, W).
+    """Bring an RGB picture to a size.
 
-    "resize" stretches. "pad" centres the picture on a canvas of `fill` that has the shape of `size`, then scales:
-    LLaVA's expand2square and resize, to the last bit. "crop" scales to cover and cuts the centre out, rounding as
-    the processors of transformers do (LLaVA's `square`; torchvision's CenterCrop may lie a pixel beside). Raises
-    ConfigError for wrong options, ImageError if the picture is not RGB.
+    Args:
+        picture: RGB. size: (H, W) in pixels.
+        mode: "resize" stretches. "pad" centres the picture on a canvas that has the shape of `size`, then scales:
+            LLaVA's expand2square and resize, to the last bit. "crop" scales to cover and cuts the centre out, rounding
+            as the processors of transformers do (LLaVA's `square`; torchvision's CenterCrop may lie a pixel beside).
+        interpolation: a name of INTERPOLATIONS.
+        fill: RGB of the canvas.
+
+    Returns:
+        (3, H, W) uint8, contiguous.
+
+    Raises:
+        ConfigError: wrong options. ImageError: the picture is not RGB.
     """
     import torch
 

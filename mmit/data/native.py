@@ -40,7 +40,13 @@ class NativeLayout:
 
 
 def qwen(size: Size, *, unit: int, patch: int, min_pixels: int, max_pixels: int) -> NativeLayout:
-    """Qwen2-VL's `smart_resize` (arXiv:2409.12191): the nearest multiples of a unit, within a range of areas."""
+    """Qwen2-VL's `smart_resize` (arXiv:2409.12191): the nearest multiples of a unit, within a range of areas.
+
+    Args:
+        size: (W, H) in pixels.
+        unit: pixels of a unit's side, a whole number of patches. patch: pixels of a patch's side.
+        min_pixels, max_pixels: of the scaled picture.
+    """
     width, height = size
     # Python's round, to even at halves, as transformers has it.
     rows, columns = round(height / unit), round(width / unit)
@@ -55,7 +61,13 @@ def qwen(size: Size, *, unit: int, patch: int, min_pixels: int, max_pixels: int)
 
 
 def naflex(size: Size, *, unit: int, patch: int, max_pixels: int) -> NativeLayout:
-    """SigLIP 2 NaFlex (arXiv:2502.14786): the largest scale, found by bisection, whose units fit into the area."""
+    """SigLIP 2 NaFlex (arXiv:2502.14786): the largest scale, found by bisection, whose units fit into the area.
+
+    Args:
+        size: (W, H) in pixels.
+        unit: pixels of a unit's side, a whole number of patches. patch: pixels of a patch's side.
+        max_pixels: of the scaled picture.
+    """
     width, height = size
     most = max_pixels // unit**2
 
@@ -73,7 +85,13 @@ def naflex(size: Size, *, unit: int, patch: int, max_pixels: int) -> NativeLayou
 
 
 def moonvit(size: Size, *, unit: int, patch: int, max_pixels: int, max_side: int = 512) -> NativeLayout:
-    """MoonViT (arXiv:2504.07491): never enlarged; black is added up to whole units. `max_side` counts patches."""
+    """MoonViT (arXiv:2504.07491): never enlarged; black is added up to whole units.
+
+    Args:
+        size: (W, H) in pixels.
+        unit: pixels of a unit's side, a whole number of patches. patch: pixels of a patch's side.
+        max_pixels: of the scaled picture. max_side: patches of a side at most.
+    """
     width, height = size
     # Whole patches are counted before the scale and pixels are cut after it, as the published code does.
     count = max(1.0, height // patch) * max(1.0, width // patch)
@@ -84,7 +102,13 @@ def moonvit(size: Size, *, unit: int, patch: int, max_pixels: int, max_side: int
 
 
 def pixtral(size: Size, *, unit: int, patch: int, max_edge: int) -> NativeLayout:
-    """Pixtral (arXiv:2410.07073): never enlarged but to whole units, the longer side `max_edge` pixels at most."""
+    """Pixtral (arXiv:2410.07073): never enlarged but to whole units.
+
+    Args:
+        size: (W, H) in pixels.
+        unit: pixels of a unit's side, a whole number of patches. patch: pixels of a patch's side.
+        max_edge: pixels of the longer side at most.
+    """
     width, height = size
     ratio = max(width, height) / max_edge
     if ratio > 1:

@@ -146,7 +146,17 @@ class PromptMaker:
         return self._prompt(record, number, [((*ids, 0), (False,) * len(ids) + (True,))])
 
     def choices(self, record: Record, number: int, *, answers: Sequence[str], with_end: bool) -> Prompt:
-        """Make a sample per given answer; its targets are the answer's tokens, and its end's if asked for."""
+        """Make a sample per given answer.
+
+        Args:
+            record: ends with the user's turn, or loses the answer it has.
+            number: of the prompt, for errors and its seed.
+            answers: the texts to choose from.
+            with_end: the end of an answer is a target too, not only its tokens.
+
+        Raises:
+            RecordError: as `encode`.
+        """
         record = as_prompt(record)
         samples = []
         for answer in answers:

@@ -222,8 +222,13 @@ class RowOrder:
         """Row positions of one step on one rank, micro-batch by micro-batch.
 
         Without costs row p of a step belongs to rank p mod world. Every rank gets the same number of micro-batches: a
-        rank that had one fewer would not come to the reduction that the others wait in. Past the end of the run
-        positions name no row, and their micro-batches are idle.
+        rank that had one fewer would not come to the reduction that the others wait in.
+
+        Args:
+            step: from 0. rank: of `world`. micro_rows: rows of a micro-batch.
+
+        Returns:
+            a list for each micro-batch. Past the end of the run positions name no row: such micro-batches are idle.
         """
         first = step * self.rows_per_step
         if self._alike is not None and micro_rows > 1:

@@ -35,9 +35,14 @@ def read_rows(
 ) -> Iterator[FileRow]:
     """Yield the records and bad rows of a file in one of FORMATS, or of a folder of shards ("shards").
 
-    Without `format` it is found out; `options` are the format's. `limit` ends after that many rows, bad ones included.
-    "PATH#N" takes N rows, the same that training takes (`split_subset`). `kept` counts the keys that stay in the meta
-    unread. Raises RecordError if the file cannot be read or told, ConfigError if there is none.
+    Args:
+        path: a file or folder; "PATH#N" takes N rows, the same that training takes (`split_subset`).
+        format: found out if None. options: the format's. image_root: folder of relative paths of pictures.
+        limit: end after that many rows, bad ones included.
+        kept: counts the keys that stay in the meta unread.
+
+    Raises:
+        RecordError: the file cannot be read or told. ConfigError: there is none.
     """
     path, subset = split_subset(path)
     unread: frozenset[str] | None = None  # keys that may be counted, None for all

@@ -50,7 +50,13 @@ def to_page(
     tokenizer: Any = None,
     image_tokens: int | None = None,
 ) -> str:
-    """Return the whole page; `tokenizer` is the one the samples were encoded with."""
+    """Return sampled rows as one HTML page.
+
+    Args:
+        items: the rows. title: of the page. notes: paragraphs below it, as plain text.
+        tokenizer: the one the samples were encoded with; None shows texts without tokens.
+        image_tokens: tokens of an image, where all have as many.
+    """
     cards = [_card(item, tokenizer, image_tokens=image_tokens) for item in items]
     told = "".join(f"<p>{escape(note)}</p>" for note in notes)
     if any(item.samples for item in items):

@@ -56,7 +56,14 @@ class Store:
             return None
 
     def keep(self, kind: str, key: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bool:
-        """Write an entry; False, with a line, if the folder cannot be written."""
+        """Write an entry.
+
+        Args:
+            kind, key: its name. facts: plain JSON. arrays: numpy arrays by name, each kept with a checksum.
+
+        Returns:
+            False, with a line told, if the folder cannot be written.
+        """
         place = self.folder / f"{kind}-{key}"
         draft: Path | None = None
         try:

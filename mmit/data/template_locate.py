@@ -73,7 +73,20 @@ class Locator:
         pad: tuple[str, str] = ("", ""),
         prompt: bool = False,
     ) -> tuple[list[tuple[int, int] | None], str]:
-        """Render with sentinels, texts padded by `pad`; returns where each item stands, None for a cut thought."""
+        """Render with sentinels and find them.
+
+        Args:
+            shape: the conversation without its words. items: its parts, of `items_of`.
+            extras: tools and template arguments.
+            pad: text before and after each sentinel of a text, to see what the template strips.
+            prompt: end where an answer begins.
+
+        Returns:
+            (start, end) of each item in the text, None for a thought that was cut, and the text.
+
+        Raises:
+            ConfigError, or RecordError once the template is `ready`: an item is dropped, moved, altered or doubled.
+        """
         in_list = [item.kind == "i" and self.renderer.style(shape[item.turn]) == "list" for item in items]
         if any(in_list) and self.image_token is None:
             problem, remedy = self.unclear
@@ -136,7 +149,18 @@ class Locator:
         *,
         prompt: bool,
     ) -> list[tuple[str | None, str | None]]:
-        """Find, for each text, which whitespace the template strips from its left and its right."""
+        """Find, for each text, which whitespace the template strips from its left and its right.
+
+        Args:
+            shape, items, extras, prompt: as of `locate`.
+            plain: what stands around each item without padding, of `gaps_of`.
+
+        Returns:
+            arguments of str.lstrip and str.rstrip for each item: "" strips nothing, None any whitespace.
+
+        Raises:
+            ConfigError, or RecordError once the template is `ready`: whitespace inside a content is rewritten.
+        """
         stripped: list[tuple[set[str], set[str]]] = [(set(), set()) for _ in items]
         # Each by itself: a template may strip newlines and keep blanks.
         for space in " \n\t":
@@ -155,7 +179,16 @@ class Locator:
     def render(
         self, messages: Sequence[Mapping[str, Any]], extras: Extras, *, shape: Shape = (), prompt: bool = False
     ) -> str:
-        """Render messages; what a template cannot do is the error of the record, or of the config until `ready`."""
+        """Render messages.
+
+        Args:
+            messages: as transformers has them. extras: tools and template arguments.
+            shape: the conversation, to try a remedy before it is named. prompt: end where an answer begins.
+
+        Raises:
+            RecordError: the template refuses the conversation. Exceeded: it takes too much time or memory.
+            ConfigError, or RecordError once the template is `ready`: it fails.
+        """
         try:
             return self.renderer.render(messages, extras, prompt=prompt)
         except Refusal as refusal:

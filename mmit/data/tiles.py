@@ -136,11 +136,19 @@ def dynamic_tiles(
     max_tiles: int = 12,
     thumbnail: bool = True,
 ) -> Tiling:
-    """InternVL 1.5: the grid of `min_tiles` to `max_tiles` nearest in aspect ratio, stretched; the thumbnail last.
+    """InternVL 1.5: the grid of tiles nearest in aspect ratio, stretched; the thumbnail last.
 
     Among grids equally near, the larger one only if the picture has more than half of its pixels. One tile is the
-    whole picture already, so it gets no thumbnail. `tile_tokens` is what one tile becomes in the model. Raises
-    ConfigError for sizes and counts below 1.
+    whole picture already, so it gets no thumbnail.
+
+    Args:
+        size: (W, H) of the picture in pixels. tile: pixels of a tile's side.
+        tile_tokens: what one tile becomes in the model.
+        min_tiles, max_tiles: tiles of a grid, without the thumbnail.
+        thumbnail: the whole picture is one tile more.
+
+    Raises:
+        ConfigError: sizes and counts below 1, or a least above the most.
     """
     _check_size(size)
     _check_counts(tile=tile, tile_tokens=tile_tokens, min_tiles=min_tiles, max_tiles=max_tiles)
@@ -178,9 +186,17 @@ def crops(
     interpolation: Resampling = Resampling.BICUBIC,
     fill: tuple[int, int, int] = (0, 0, 0),
 ) -> list[PIL.Image.Image]:
-    """Cut an RGB picture: `tiling.crops` pictures of S x S, in the order the model reads them.
+    """Cut an RGB picture into tiles of S x S pixels.
 
-    `fill` is the padding's colour. Raises ImageError if the picture is not RGB.
+    Args:
+        picture: RGB. tiling: its grid, and S.
+        interpolation: of the scaling before. fill: RGB of the padding.
+
+    Returns:
+        `tiling.crops` pictures, in the order the model reads them.
+
+    Raises:
+        ImageError: the picture is not RGB.
     """
     if picture.mode != "RGB":
         raise ImageError(f"crops takes RGB, not {picture.mode}", remedy="Load the picture with load_rgb.")

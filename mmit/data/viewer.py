@@ -81,7 +81,12 @@ def to_rich(encoded: Encoded, tokenizer: Any, *, image_tokens: int | None = None
 
 
 def to_html(encoded: Encoded, tokenizer: Any, *, title: str = "Record", image_tokens: int | None = None) -> str:
-    """Return a record as an HTML page of its own; the id of a token shows when the mouse rests on it."""
+    """Return a record as an HTML page of its own; the id of a token shows when the mouse rests on it.
+
+    Args:
+        encoded: ids, weights and origins. tokenizer: the one it was encoded with.
+        title: of the page. image_tokens: tokens of an image, where all have as many.
+    """
     tokens = html_tokens(encoded, tokenizer, image_tokens=image_tokens)
     counts = legend(encoded, image_tokens=image_tokens)
     note = f'{counts}; <span class="supervised">supervised</span>, <span class="template">template</span>, '

@@ -59,7 +59,16 @@ class Generates(Protocol):
         blank_images: bool = False,
         temperature: float = 0.0,
     ) -> list[str]:
-        """Return one answer per record, in their order."""
+        """Answer questions.
+
+        Args:
+            records: each ends with the user's turn. batch_size: records at once. max_new_tokens: of an answer at most.
+            blank_images: show the mean colour of the encoder in place of pictures.
+            temperature: 0 takes the likeliest token.
+
+        Returns:
+            one answer per record, in their order.
+        """
         ...
 
 
@@ -74,7 +83,15 @@ class Scores(Protocol):
         batch_size: int,
         blank_images: bool = False,
     ) -> list[list[float]]:
-        """Return for each record the log-probability of each of its choices."""
+        """Measure how likely answers are.
+
+        Args:
+            records: each ends with the user's turn. choices: the answers to each.
+            batch_size: records at once. blank_images: show the mean colour of the encoder in place of pictures.
+
+        Returns:
+            for each record the log-probability, in nats, of each of its choices.
+        """
         ...
 
 
@@ -274,7 +291,12 @@ def _settings(task: Task, arm: Arm) -> AnswerRow:
 
 
 def answers_to(model: Generates | Scores, task: Task, items: Sequence[Item], *, batch_size: int) -> list[str]:
-    """Return one answer per question, thoughts left out; nothing is written. Raises what the model raises."""
+    """Return one answer per question, thoughts left out; nothing is written. Raises what the model raises.
+
+    Args:
+        model: generates, or scores where the task asks for choices. task: its prompt and limits.
+        items: the questions. batch_size: questions at once.
+    """
     chunks = _chunks(items, batch_size)
     rows = [_answers(model, task, chunk, batch_size=batch_size, blank_images=False) for chunk in chunks]
     return [row["answer"] for chunk in rows for row in chunk]

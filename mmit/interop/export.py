@@ -137,7 +137,14 @@ def source_logits(vlm: VLM, tokenizer: Any, chat: ChatFormat, image: dict[str, A
 def merged_logits(vlm: VLM, tokenizer: Any, chat: ChatFormat, image: dict[str, Any]) -> list[torch.Tensor]:
     """Merge adapters into the weights, in place, and return the logits of the fixed batch.
 
-    Raises ModelError where they cannot be merged, or where the logits are others then.
+    Args:
+        vlm: the model with its adapters. tokenizer, chat, image: as of `source_logits`.
+
+    Returns:
+        (T, V) logits of each record of the batch, of the merged model.
+
+    Raises:
+        ModelError: the method cannot be merged, or the logits are others then.
     """
     expected = source_logits(vlm, tokenizer, chat, image)
     with explained("adapter", remedy="export with --format mmit or --format peft, which keep it as it is"):
@@ -227,10 +234,14 @@ def _shown(
 def compare_logits(
     expected: torch.Tensor, found: torch.Tensor, *, tolerance: float, what: str = "the exported model"
 ) -> Difference:
-    """Compare (T, V) logits over the vocabulary both have.
+    """Compare logits over the vocabulary both have.
+
+    Args:
+        expected: (T, V). found: (T, V or more), for a head may be padded.
+        tolerance: a share of the largest logit. what: the second model, for the error.
 
     Raises:
-        ModelError: a difference beyond the tolerance, as a share of the largest logit.
+        ModelError: a difference beyond the tolerance, or one that is not finite.
     """
     scale = max(1.0, float(expected.abs().max()))
     largest = float((expected - found[:, : expected.shape[1]].float()).abs().max())

@@ -329,7 +329,23 @@ def layer_attention(
     prefix: Prefix | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer over a packed row, or over an ordinary batch where there is no row."""
+    """Attention of one layer over a packed row, or over an ordinary batch where there is no row.
+
+    Args:
+        module: the layer's attention, for messages and to know whether it trains.
+        query: (B, H, Lq, D); in a row B is 1 and Lq the tokens of the row.
+        key, value: (B, KV, Lk, D) and (B, KV, Lk, D of values).
+        attention_mask: what `visibility` reads in a row; transformers' own mask elsewhere.
+        row: the row that is run, or None.
+        prefix: keys and values (KV, P, D) of P virtual tokens that every query sees, and the factor (H, 1) on them.
+        kwargs: as transformers calls attention functions: scaling, dropout, softcap, s_aux.
+
+    Returns:
+        (B, Lq, H, D of values), and None where transformers expects attention weights.
+
+    Raises:
+        ModelError: the layer asks for something that packed attention does not compute, or masks the row itself.
+    """
     for name, what in NOT_COMPUTED.items():
         if kwargs.get(name) is not None:
             raise ModelError(

@@ -39,7 +39,16 @@ class BucketLayout:
 
 
 def make_layout(buckets: Sequence[Indexed], tokens: int, *, heads: int, kv: int) -> BucketLayout:
-    """Spread a plan of (T,) row positions over heads."""
+    """Spread a plan of (T,) row positions over heads.
+
+    Args:
+        buckets: the plan: of each bucket the positions of its queries (G, Lq) and keys (G, Lk).
+        tokens: T, tokens of the row.
+        heads, kv: query heads H and key heads KV.
+
+    Returns:
+        positions in the tables (T * H, D) of queries and (T * KV, D) of keys, and the way back to rows.
+    """
     device = buckets[0].queries.device
     head, kv_head = torch.arange(heads, device=device), torch.arange(kv, device=device)
     inverse = torch.empty(tokens, heads, dtype=torch.int64, device=device)
@@ -64,7 +73,15 @@ def make_layout(buckets: Sequence[Indexed], tokens: int, *, heads: int, kv: int)
 
 
 def pick(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: BucketLayout) -> tuple[torch.Tensor, ...]:
-    """Tables of queries, keys and values -> each bucket's (G * heads * L, D), flat: q, k, v, q, k, v, ..."""
+    """Gather what each bucket computes with.
+
+    Args:
+        q: (T * H, D) queries. k, v: (T * KV, D) keys and values.
+        layout: of `make_layout`.
+
+    Returns:
+        each bucket's (G * heads * L, D), flat: q, k, v of the first, q, k, v of the second, ...
+    """
     return _Pick.apply(q, k, v, layout)
 
 
@@ -157,7 +174,16 @@ class _SmallAttention(torch.autograd.Function):
 
 
 def additive(mask: torch.Tensor, *, heads: int, kv: int, dtype: torch.dtype) -> torch.Tensor:
-    """(G, 1, Lq, Lk) True = visible -> (G * KV, H / KV * Lq, Lk) zeros and minus infinity, to be added to scores."""
+    """Spread a mask over heads, grouped as the batched product has them.
+
+    Args:
+        mask: (G, 1, Lq, Lk) True = visible.
+        heads, kv: query heads H and key heads KV; H / KV queries share a key head.
+        dtype: of the scores.
+
+    Returns:
+        (G * KV, H / KV * Lq, Lk) zeros and minus infinity, to be added to scores.
+    """
     g, _, lq, lk = mask.shape
     hidden = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
     return hidden.expand(g, heads, lq, lk).reshape(g * kv, heads // kv * lq, lk)

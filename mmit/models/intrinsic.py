@@ -201,7 +201,15 @@ def find_subspace(
 def write_subspace(
     folder: Path, layers: Mapping[str, torch.Tensor], z: torch.Tensor, *, tokens: int, facts: Mapping[str, Any]
 ) -> None:
-    """Write the layers back, the prompts' numbers (N, d), whose mean is where tuning starts, and the facts."""
+    """Write a subspace of prompts: weights and facts, each file whole or not at all.
+
+    Args:
+        folder: is there.
+        layers: the layers back, by name.
+        z: (N, d) numbers of the N prompts; their mean is where tuning starts.
+        tokens: P, virtual tokens of a prompt.
+        facts: what is told of where it comes from.
+    """
     data = save({name: tensor.contiguous() for name, tensor in {**layers, "numbers": z}.items()})
     write_atomic(folder / WEIGHTS, data)
     write_atomic(folder / FACTS, json.dumps({"tokens": tokens, "dim": z.shape[1], **facts}, indent=1) + "\n")

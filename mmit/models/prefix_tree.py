@@ -223,7 +223,18 @@ class TreeAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tree: Tree, scale: float, parts: Parts
     ) -> torch.Tensor:
-        """Every node on itself, then what goes on from it on its keys: (T, H, D), 2 x (T, KV, D) -> (T, H, D)."""
+        """Every node on itself, then what goes on from it on its keys.
+
+        Args:
+            ctx: autograd's.
+            q: (T, H, D) queries. k, v: (T, KV, D) keys and values.
+            tree: the calls of the row, level by level.
+            scale: factor on the scores.
+            parts: the kernels, forward and backward.
+
+        Returns:
+            (T, H, D) in the dtype of the kernel.
+        """
         first, sums = parts.forward(q, k, v, tree.own, scale)
         sums = sums.T.contiguous()  # (T, H)
         out = first.to(sums.dtype)

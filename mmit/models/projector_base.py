@@ -85,7 +85,16 @@ def check_counts(**values: int) -> None:
 
 
 def divides(rows: int, columns: int, *, grid: tuple[int, int], what: str, remedy: str) -> None:
-    """Refuse a grid that these do not divide."""
+    """Refuse a grid that these do not divide.
+
+    Args:
+        rows, columns: what must divide the sides of the grid.
+        grid: (h, w) patches.
+        what: the option as the user wrote it. remedy: values that work.
+
+    Raises:
+        ModelError: with the grid.
+    """
     if grid[0] % rows or grid[1] % columns:
         raise ModelError(
             f"{what} does not divide the grid of {grid[0]} x {grid[1]} patches",

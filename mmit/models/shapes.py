@@ -195,9 +195,16 @@ def free_attention(vlm: VLM) -> Iterator[Calls]:
 
 @contextmanager
 def planned_attention(vlm: VLM, nodes: torch.Tensor, *, mode: FakeTensorMode, flash: bool) -> Iterator[None]:
-    """Inside, a fake composite given a row as one node runs the attention of these `nodes` (K, 3).
+    """Inside, a fake composite given a row as one node runs the attention of other nodes.
 
-    The plan is made of real numbers, which fake tensors do not have. `flash`: keep what a fused CUDA kernel keeps.
+    Args:
+        vlm: a composite of fake tensors, see `make_fake`.
+        nodes: (K, 3) first token, length and parent of each. They are real numbers, which fake tensors do not have.
+        mode: the mode the fake tensors are of.
+        flash: keep what a fused CUDA kernel keeps, not what attention on a CPU does.
+
+    Raises:
+        ModelError: the model does not route its attention through transformers, or does not run on shapes alone.
     """
     if count := virtual_tokens(base_model(vlm.llm)):  # as virtual.with_prompt
         below = nodes.clone()

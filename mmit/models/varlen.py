@@ -103,7 +103,18 @@ def as_taken(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.T
 def kernel(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments: Segments, scale: float, window: int | None = None
 ) -> torch.Tensor:
-    """torch's own: (T, H, D), (G, KV, D) -> (T, H, D). `window`: keys that a query sees, its own among them."""
+    """Attention by torch's variable-length kernel.
+
+    Args:
+        q: (T, H, D) queries of all segments, one after the other.
+        k, v: (G, KV, D) keys and values, gathered as the segments have them.
+        segments: where each segment's queries and keys begin.
+        scale: factor on the scores.
+        window: keys that a query sees, its own among them; None for all before it.
+
+    Returns:
+        (T, H, D)
+    """
     k, v = as_taken(q, k, v)
     more: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
     s = segments

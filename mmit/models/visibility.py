@@ -52,6 +52,16 @@ def row_mask(
 ) -> torch.Tensor | None:
     """What transformers calls to make a mask: its own outside packed rows, inside them a marker with the pattern.
 
+    Args:
+        mask_function: (batch, head, query, key) positions -> True where the query sees the key.
+        local_size: keys of a window or chunk, None without one.
+        use_vmap: the pattern is more than an expression of index tensors.
+        device: of the marker.
+        given: the rest of what transformers gives; only its own mask needs it.
+
+    Returns:
+        (1, 1, 1, 1) in a row; a mask (B, 1, Lq, Lk) or None elsewhere.
+
     Raises:
         ModelError: the pattern is not a function of positions alone.
     """

@@ -207,7 +207,15 @@ def _clamp(layer: int, low: int, total: int) -> int:
 
 
 def check_norm(wanted: bool, *, last: bool, norm: nn.Module | None, where: str) -> None:
-    """Refuse `normalize` below the last layer: the final norm was trained on that layer's output alone."""
+    """Refuse `normalize` below the last layer: the final norm was trained on that layer's output alone.
+
+    Args:
+        wanted: the option. last: the layer that is read is the last. norm: the final norm, if there is one.
+        where: of the error.
+
+    Raises:
+        ModelError: another layer is read, or the encoder has no norm over its tokens.
+    """
     if wanted and not last:
         raise ModelError(
             "normalize applies the final norm, which belongs to the last layer",
@@ -245,10 +253,19 @@ def quiet_loading() -> Iterator[None]:
 def load_needed(
     module: nn.Module, tensors: Mapping[str, torch.Tensor], *, full: Mapping[str, torch.Size], where: str
 ) -> None:
-    """Load `tensors` into the cut encoder `module`; `full` are the keys and shapes it had before it was cut.
+    """Load tensors into an encoder that was cut at the layer that is read.
 
     Every key that the encoder reads must be there with the right shape, and every key of the file must be one
     of the whole architecture. Tensors of the parts that were cut away are left in the file.
+
+    Args:
+        module: the cut encoder.
+        tensors: of the file, by name.
+        full: keys and shapes of the encoder before it was cut.
+        where: of the error.
+
+    Raises:
+        ModelError: keys are missing, unknown, or of another shape; all are counted and some named.
     """
     needed = module.state_dict()
     # A counter of training steps is no weight, and many files leave it out.

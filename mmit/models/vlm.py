@@ -254,7 +254,20 @@ class VLM(nn.Module):
         targets: torch.Tensor,
         ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Cross-entropy of a packed row: (T, D) embeddings -> (S,) float32, as `row_logits` would give it."""
+        """Cross-entropy of a packed row, as `row_logits` would give it, without ever holding all logits.
+
+        Args:
+            embeddings: (T, D). positions: (T,) of each token on its record's path.
+            nodes: (K, 3) first token, length and parent of each.
+            at: (S,) positions in the row whose next token is learned. targets: (S,) ids of those tokens.
+            ids: (T,) of the tokens, negative for pictures; for models whose layers ask for them.
+
+        Returns:
+            (S,) float32
+
+        Raises:
+            ModelError: the row has several nodes and the model cannot keep them apart.
+        """
         parts = self.split()
         if parts is None:
             logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at, ids=ids)
@@ -276,10 +289,22 @@ class VLM(nn.Module):
         at: torch.Tensor,
         ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of a packed row: (T, D) embeddings -> (S, V) at positions `at` (S,).
+        """Logits of a packed row.
 
         A row of one node is ordinary causal attention and needs nothing of the model; more nodes need mmit's
-        attention function, or `padded`. `ids`: (T,) of the tokens, negative for pictures; see `calls.call`.
+        attention function, or `padded`.
+
+        Args:
+            embeddings: (T, D). positions: (T,) of each token on its record's path.
+            nodes: (K, 3) first token, length and parent of each.
+            at: (S,) positions in the row.
+            ids: (T,) of the tokens, negative for pictures; see `calls.call`.
+
+        Returns:
+            (S, V)
+
+        Raises:
+            ModelError: the row has several nodes and the model cannot keep them apart.
         """
         check_rows(len(at))
         given, at = self._row(embeddings, positions, nodes, at, ids)

@@ -270,7 +270,15 @@ def _before(
 def scored(
     folder: Path, fitted: Fitted, patterns: Patterns, rows: Sequence[Example], *, calibrate: bool = False
 ) -> np.ndarray:
-    """What a fitted model says of rows, (N, K); kept beside its run."""
+    """What a fitted model says of rows; kept beside its run, so that nobody loads the model for the same rows again.
+
+    Args:
+        folder: of the run. fitted: the model. patterns: of the task. rows: N examples.
+        calibrate: see `scores`.
+
+    Returns:
+        (N, K) scores of the K labels.
+    """
     pattern = patterns.by_id[fitted.pattern]
     # Kept for whoever asks the same: the next generation and `label` do, and each would load the model again.
     wanted = json.dumps([calibrate, pattern.template.jinja, pattern.answers, [row.where for row in rows]])
@@ -319,9 +327,14 @@ def _next(
 def confident(
     shares: np.ndarray, labels: Sequence[str], wanted: Mapping[str, int], *, draw: random.Random
 ) -> list[tuple[int, str]]:
-    """Draw rows for each label among those that have it, the surer the likelier: (row, label) pairs.
+    """Draw rows for each label among those that have it, the surer the likelier.
 
-    Where fewer rows than wanted have a label, all of them are taken.
+    Args:
+        shares: (N, K) probabilities of the K labels. labels: their names.
+        wanted: how many of each label; where fewer rows have it, all of them are taken. draw: the random numbers.
+
+    Returns:
+        (row, label) pairs.
     """
     best = shares.argmax(axis=1)
     found = []
@@ -377,7 +390,12 @@ def label(
 def soft_record(
     pattern: Pattern, row: Example, shares: np.ndarray, *, patterns: Patterns, facts: Mapping[str, Any]
 ) -> Record:
-    """The record of a row with the best label as its answer, and the shares (K,) of all in its meta."""
+    """The record of a row with the best label as its answer, and the shares of all in its meta.
+
+    Args:
+        pattern: asks the question. row: the example. shares: (K,) probabilities of the labels.
+        patterns: of the task. facts: of the build, for the meta.
+    """
     best = patterns.labels[int(shares.argmax())]
     meta: dict[str, Any] = {"task": patterns.task, "label": best, "labels": list(patterns.labels)}
     meta["build"] = {"how": "pet", "template": pattern.id, "wording": pattern.template.digest, **facts}

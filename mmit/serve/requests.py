@@ -119,7 +119,15 @@ def parse(body: bytes, limits: Limits) -> dict[str, Any]:
 
 
 def read_chat(body: Mapping[str, Any], *, limits: Limits, read: Read, timeout_s: float) -> Wanted:
-    """Read a request to /v1/chat/completions. Raises Refused."""
+    """Read a request to /v1/chat/completions.
+
+    Args:
+        body: of the request, plain JSON. limits: of this server. read: opens a picture that a message names.
+        timeout_s: seconds that all pictures may take.
+
+    Raises:
+        Refused: with the status and the field that is wrong.
+    """
     _known(body, CHAT)
     given = _Given(body)
     logprobs = given.flag("logprobs")

@@ -59,7 +59,12 @@ class OptionStyle:
 def shown(choices: Sequence[str], style: str, *, rng: random.Random, answer: str = "text") -> Options:
     """Lay the choices out in random order.
 
-    Raises ConfigError for more than 26 choices in letters.
+    Args:
+        choices: their texts. style: letters, numbers or dashes. rng: the random numbers.
+        answer: what an answer is: "text" of the choice, or its "mark".
+
+    Raises:
+        ConfigError: more than 26 choices in letters.
     """
     order = list(choices)
     rng.shuffle(order)

@@ -185,9 +185,14 @@ def _parts(asked: str, images: list[Image], place: str) -> tuple[Part, ...]:
 
 
 def draw(templates: tuple[Template, ...], *, rng: random.Random, inversion: float, count: int) -> list[Template]:
-    """Draw `count` different wordings, each turned around with probability `inversion` where the task has such.
+    """Draw different wordings.
 
-    Raises ConfigError if there are fewer than `count`.
+    Args:
+        templates: of a task. rng: the random numbers. count: how many.
+        inversion: probability that each is an inverted one (asks for what others give), where there are such.
+
+    Raises:
+        ConfigError: there are fewer than `count`.
     """
     if count > len(templates):
         problem = f"{count} wordings per row are asked for, the bank has {len(templates)}"

@@ -192,7 +192,12 @@ class Feeds:
 
 
 def feed(start: Start, model: Model, records: Records, *, engine: Engine, features: FeatureCache | None) -> Feeds:
-    """Micro-batches of the records, and the reference that a comparing method measures on them once."""
+    """Micro-batches of the records, and the reference that a comparing method measures on them once.
+
+    Args:
+        start: of the run. model: loaded and tuned. records: read and measured.
+        engine: runs the reference. features: of training's images, None to run the tower each time.
+    """
     config, world = model.config, start.world
     given: dict[str, Any] = {"load_image": image_loader(model.preparation) if model.preparation else None}
     # Features are those of training's images; held-out ones go through the tower each time.

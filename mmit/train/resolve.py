@@ -197,7 +197,16 @@ def resolve_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measur
 
 
 def resolved(config: Config, vlm: VLM, tokenizer: Any, *, measure: bool, say: Say) -> Config:
-    """The config with what the model decides about its data, see `resolve_packing`."""
+    """The config with what the model decides about its data, see `resolve_packing`.
+
+    Args:
+        config: of the run. vlm, tokenizer: built.
+        measure: try whether records of a row stay apart; a dry run has no weights to try it with.
+        say: is told the result.
+
+    Raises:
+        ConfigError: the config asks for packing, and the model cannot keep records apart.
+    """
     update = resolve_packing(config.data.model_dump(), vlm, tokenizer, measure=measure, say=say)
     return config.model_copy(update={"data": config.data.model_copy(update=update)})
 
@@ -205,7 +214,10 @@ def resolved(config: Config, vlm: VLM, tokenizer: Any, *, measure: bool, say: Sa
 def resolve_precision(config: Config, begin: Path | None, *, world: World, say: Say) -> Config:
     """The config with bf16, fp32 or fp16 in place of `train.precision=auto`, the same on all ranks.
 
-    A run that goes on from the checkpoint `begin` keeps the format it was begun in, on whatever machine.
+    Args:
+        config: of the run.
+        begin: the checkpoint that a run goes on from, which keeps the format it was begun in, on whatever machine.
+        world: all ranks come here. say: is told the choice and its reason.
     """
     asked = config.train.precision
     if asked != "auto":

@@ -27,9 +27,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _
 
 
 def lr_factor(step: int, *, steps: int, schedule: str, warmup: float, min_ratio: float) -> float:
-    """Factor on every peak learning rate at `step` (from 0) of `steps`.
+    """Factor on every peak learning rate: linear warm-up, then a schedule from 1 to a least.
 
-    Linear warm-up over `warmup` steps (a fraction of `steps` if below 1), then `schedule` from 1 to `min_ratio`.
+    Args:
+        step: from 0. steps: of the run.
+        schedule: a name of SCHEDULES.
+        warmup: steps, or below 1 a fraction of `steps`.
+        min_ratio: the factor at the end.
     """
     warm = round(warmup * steps) if warmup < 1 else int(warmup)
     if step < warm:

@@ -114,10 +114,17 @@ def told(kept: Mapping[str, int], most: int = 12) -> str:
 
 
 def turn_extras(turn: Row, role: str, number: int, used: tuple[str, ...]) -> tuple[dict[str, Any], Row]:
-    """Read the keys of a turn beside its speaker and text: (arguments of Turn, keys that stay in the meta).
+    """Read the keys of a turn beside its speaker and text.
 
-    "spans" among the arguments are the (start, end, weight) of its text. Raises RecordError for what cannot be
-    expressed, naming the turn.
+    Args:
+        turn: the foreign object. role: of ours. number: of the turn from 1, for messages.
+        used: keys that hold speaker and text.
+
+    Returns:
+        arguments of Turn ("spans" among them are the (start, end, weight) of its text), and keys that stay in the meta.
+
+    Raises:
+        RecordError: what cannot be expressed, naming the turn.
     """
     found: dict[str, Any] = {}
     left: Row = {}

@@ -104,7 +104,15 @@ def base64_image(value: Any, what: str) -> Image:
 
 
 def content_part(part: Any, root: str, number: int, beside: Iterator[Image]) -> Part:
-    """Read one part of a message's content list; an image part that names no picture takes the next of `beside`."""
+    """Read one part of a message's content list.
+
+    Args:
+        part: a text, or an object with a `type`. root: folder of relative paths. number: of the message, for errors.
+        beside: the pictures of the row; an image part that names none takes the next.
+
+    Raises:
+        RecordError: a part of another type, or one whose value is of another kind.
+    """
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in ("text", "input_text", "output_text") and isinstance(part.get("text"), str):
         return Text(part["text"])

@@ -92,7 +92,20 @@ def write_index(
     options: dict[str, str] | None = None,
     build: Any = None,
 ) -> int:
-    """Join the parts and write the index; index.json is replaced last, so that it never names half an index."""
+    """Join the parts and write the index; index.json is replaced last, so that it never names half an index.
+
+    Args:
+        parts: one for each tar, in the order of the shards.
+        out_dir: gets index.json and a folder of arrays; that of a former index is removed.
+        caption: options of captions. options: those that all formats share; both decide how samples are read.
+        build: what is told of the build; it does not change the fingerprint.
+
+    Returns:
+        the number of samples.
+
+    Raises:
+        ConfigError: no usable sample, too many suffixes, or a folder that cannot be written.
+    """
     out = Path(out_dir)
     sources: dict[str, int] = {}
     suffixes: dict[str, int] = {}

@@ -116,17 +116,25 @@ def to_record(
     sizes: Mapping[str, tuple[int, int]] | None = None,
     kept: Counter[str] | None = None,
 ) -> Record:
-    """Build the record of one sample from {suffix: bytes}; every picture must be used by it.
-
-    `kept` counts the keys that stay in the meta unread, but for mmit's own rows. `options` are those that all
-    formats share (boxes, thoughts); `sizes` are the (W, H) of pictures whose bytes are not all there.
+    """Build the record of one sample; every picture must be used by it.
 
     The row is the member with the suffix json, a caption the one with the suffix txt; others of these types belong to
-    nothing and are refused. Captions are read by mmit.data.formats.captions.img2dataset with the options `caption`
-    (instruction, seed), conversations and messages by their importers; pictures are matched with what the row names
-    (see `_named_members`). Interleaved
-    documents (OpenFlamingo): each picture opens a user turn, the sentences from its own to the next picture's are the
-    answer; what comes before the first picture is the user's. Raises RecordError.
+    nothing and are refused. Captions are read by mmit.data.formats.captions.img2dataset, conversations and messages by
+    their importers; pictures are matched with what the row names (see `_named_members`). Interleaved documents
+    (OpenFlamingo): each picture opens a user turn, the sentences from its own to the next picture's are the answer;
+    what comes before the first picture is the user's.
+
+    Args:
+        key: of the sample.
+        members: {suffix: bytes}.
+        where: shard and key, for errors.
+        caption: options of captions: instruction, seed.
+        options: those that all formats share: boxes, thoughts.
+        sizes: (W, H) of pictures whose bytes are not all there.
+        kept: counts the keys that stay in the meta unread, but for mmit's own rows.
+
+    Raises:
+        RecordError: what is wrong with the sample, with `where`.
     """
     images = {s: d for s, d in members.items() if extension(s) in IMAGES}
     pictures = {s: Image(d, (sizes or {}).get(s)) for s, d in images.items()}

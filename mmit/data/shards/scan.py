@@ -95,7 +95,15 @@ def scan_tar(path: str, name: str, options: ScanOptions) -> Part:
 
 
 def scan_file(file: BinaryIO, size: int, *, name: str, options: ScanOptions) -> Part:
-    """Like `scan_tar`, for an open file of `size` bytes."""
+    """Like `scan_tar`, for an open file.
+
+    Args:
+        file: seekable. size: its bytes. name: of the shard, in the index and in errors.
+        options: how samples are read and which members are left out.
+
+    Returns:
+        the part; whatever is wrong is among its bad rows.
+    """
     part = Part(name, size)
     state = _Scan(part, options)
     reader = _Summed(file, size)

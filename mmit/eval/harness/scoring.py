@@ -51,7 +51,16 @@ def by_settings(
 
 
 def write(model: Model, records: Sequence[Record], how: Generation, *, batch_size: int, seed: int = 0) -> list[str]:
-    """Answer questions, in their order, as a harness's settings `how` say; `seed` is of sampled answers."""
+    """Answer questions as a harness's settings say.
+
+    Args:
+        model: answers. records: the questions.
+        how: the settings: most new tokens, texts that stop, how tokens are drawn.
+        batch_size: questions at once. seed: of sampled answers.
+
+    Returns:
+        the answers, in the order of the questions.
+    """
     return model.generate(
         records,
         batch_size=batch_size,
@@ -69,8 +78,17 @@ def score_answers(
 ) -> list[Likelihood]:
     """Say how likely an answer to each question is; neighbours with one and the same Record run together.
 
-    An answer begins a turn of its own: the space that a harness puts before it is left out. Raises RecordError if
-    nothing else is in it.
+    An answer begins a turn of its own: the space that a harness puts before it is left out.
+
+    Args:
+        model: measures. asked: (question, answer) pairs. batch_size: questions at once.
+        with_end: count the end of the answer too.
+
+    Returns:
+        one for each pair, in order.
+
+    Raises:
+        RecordError: an answer without text.
     """
     maker, prompts = model.prompt_maker(), []
     for number, (_, group) in enumerate(groupby(asked, key=lambda pair: id(pair[0]))):
@@ -109,7 +127,12 @@ def continue_tokens(
 ) -> list[str]:
     """Continue token ids without any chat format; whitespace around the texts is kept.
 
-    Raises RecordError for a beginning that leaves no room in the model's context.
+    Args:
+        model: answers. beginnings: ids, BOS included where it is wanted.
+        how, batch_size, seed: as of `write`.
+
+    Raises:
+        RecordError: a beginning that leaves no room in the model's context.
     """
     context = context_length(model.vlm.llm)
     prompts = []

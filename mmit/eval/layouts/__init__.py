@@ -64,9 +64,15 @@ def read(
     """Yield the questions of a benchmark's folder.
 
     Each record ends with the user's turn; its meta has `reference`, and where there are any `group` and `choices`
-    (see `mmit.eval.layouts.common`). `split` None takes the layout's first. Every picture file is looked for, none
-    opened. Raises ConfigError for missing files, naming all that are expected and where to get them; RecordError
-    for a row that is not as expected.
+    (see `mmit.eval.layouts.common`). Every picture file is looked for, none opened.
+
+    Args:
+        layout: a name, or `module:name`. folder: the files that the user downloaded.
+        task: for errors. split: None takes the layout's first. options: the layout's.
+
+    Raises:
+        ConfigError: missing files, naming all that are expected and where to get them.
+        RecordError: a row that is not as expected.
     """
     check_options(layout, split, options)
     entry = find_layout(layout)

@@ -101,7 +101,16 @@ def write_adapter(folder: Path, vlm: VLM, *, base: str) -> None:
 
 
 def reload_adapter(folder: Path, base: str, *, revision: str | None, random_init: Any) -> VLM | None:
-    """Put a written adapter on its base with peft's own loader; None where the base was random to begin with."""
+    """Put a written adapter on its base with peft's own loader, in float32.
+
+    Args:
+        folder: what `write_adapter` wrote.
+        base: name or folder of the base. revision: its commit, or None.
+        random_init: the config's; a base of random weights cannot be loaded again.
+
+    Returns:
+        the adapted LLM as a composite that sees nothing; None where the base was random to begin with.
+    """
     if random_init is not None:
         return None
     llm = load_llm(base, revision=revision, dtype=torch.float32)

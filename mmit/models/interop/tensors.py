@@ -82,7 +82,13 @@ def complain(
     where: str,
     remedy: str = "the folder is incomplete, or of another layout than its config.json says",
 ) -> None:
-    """Raise a ModelError that lists what is missing, left over or of another shape; return if nothing is."""
+    """Raise a ModelError that lists what is missing, left over or of another shape; return if nothing is.
+
+    Args:
+        problem: what the lists show, in a few words.
+        missing, left_over: names of tensors. shapes: name, shape and the shape that is expected, as text.
+        where, remedy: of the error.
+    """
     told = [
         f"{len(keys)} {what}: {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
         for what, keys in (

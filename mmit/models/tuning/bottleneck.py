@@ -52,7 +52,7 @@ class WithAdapter(nn.Module):
         self.adapter = adapter
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the wrapped module."""
+        """As the wrapped module: (..., D) -> (..., D), or a tuple whose first is that and whose rest is passed on."""
         out = self.get_submodule(INNER)(*args, **kwargs)
         if isinstance(out, tuple):
             return (self.adapter(out[0]), *out[1:])

@@ -156,7 +156,11 @@ def _restore_random(engine: Engine, trainer: Path, ranks: int, say: Say) -> None
 def match_best(run_dir: Path, progress: Progress, *, metric: str | None, say: Say) -> None:
     """Make best.json agree with the checkpoint the run goes on from.
 
-    Forgets a best whose folder is gone, and one by another metric than `metric` (None: no further best is looked for).
+    Forgets a best whose folder is gone, and one by another metric.
+
+    Args:
+        run_dir: of the run. progress: of the checkpoint; its `best` is changed.
+        metric: of this run; None: no further best is looked for. say: is told what is forgotten.
     """
     if progress.best is not None and metric not in (None, progress.best["metric"]):
         by, value = progress.best["metric"], progress.best["value"]
@@ -185,10 +189,14 @@ def checkpoint_folder(run_dir: Path, step: int) -> Path:
 
 
 def prune(run_dir: Path, keep: int, *, best: int | None = None, say: Say) -> None:
-    """Keep the newest `keep` checkpoints and that of step `best`, and sweep up what interrupted saves left.
+    """Remove old checkpoints, and sweep up what interrupted saves left.
 
     One that cannot be removed is no reason to end a run whose new checkpoint is safe: it is named, and tried again
     after the next save.
+
+    Args:
+        run_dir: of the run. keep: how many of the newest stay.
+        best: the step of one that stays besides. say: is told what cannot be removed.
     """
     # By name and whole or not: verifying here would read all of them after every save. The one just written is whole.
     for old in folders.checkpoints(run_dir)[:-keep]:

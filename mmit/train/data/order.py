@@ -201,7 +201,13 @@ def row_order_of(
     costs: Any = None,
     store: Store | None = None,
 ) -> tuple[RowOrder, dict[str, Any]]:
-    """The rows of a run, forecast or real, and what decides their order; the rest: see `make_row_order`."""
+    """The rows of a run, forecast or real, and what decides their order; the rest: see `make_row_order`.
+
+    Args:
+        config: of the run. scan: what was measured of its records.
+        known: what a checkpoint says of the order that its run began in.
+        costs: of records, to spread them over ranks; None spreads rows by number. store: where rows are looked up.
+    """
     t = config.train
     asked = Ordering(
         weights=[s.weight for s in config.data.train],

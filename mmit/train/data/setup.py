@@ -244,7 +244,12 @@ def most_bad(fraction: float, records: int) -> int:
 
 
 def note_bad(run_dir: Path, rank: int, error: RecordError, *, part: str = "train") -> None:
-    """Add a record that turned out bad while training to the listing; each rank has its own."""
+    """Add a record that turned out bad while training to the listing.
+
+    Args:
+        run_dir: of the run. rank: each has a file of its own, so that none writes into another's.
+        error: its place and cause. part: "train" or "eval", which have listings of their own.
+    """
     listing = run_dir / BAD_RECORDS[part]
     append(listing if rank == 0 else listing.with_name(f"{listing.stem}-{rank}.jsonl"), _line(error))
 

@@ -152,7 +152,10 @@ class DeepSpeedEngine(Engine):
         weights: torch.Tensor | None = None,
         reduce: Reduce | None = None,
     ) -> torch.Tensor:
-        """DeepSpeed averages gradients over ranks, and the loop wants their sum: hence `world`."""
+        """As `Engine.forward_backward`, of which it has arguments and result: adds the gradient of a micro-batch.
+
+        DeepSpeed averages gradients over ranks, and the loop wants their sum: hence `world`.
+        """
         # Told, not counted: micro-batches of a step differ in number from step to step, DeepSpeed counts a fixed one.
         self.engine.set_gradient_accumulation_boundary(last)
         losses = self.engine(**tensors)

@@ -58,7 +58,10 @@ class TorchEngine(Engine):
         weights: torch.Tensor | None = None,
         reduce: Reduce | None = None,
     ) -> torch.Tensor:
-        """Accumulate in float32."""
+        """As `Engine.forward_backward`, of which it has arguments and result: adds the gradient of a micro-batch.
+
+        Gradients add up in float32.
+        """
         losses = self.model(**tensors)
         losses = losses if reduce is None else reduce(losses)
         loss = poisoned(weighted(losses, weights), scale)

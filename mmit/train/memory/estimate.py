@@ -157,10 +157,14 @@ def _preparation(config: Config, vlm: VLM) -> ImagePreparation | None:
 def sample_micro_batches(
     config: Config, data: InstructionData, scan: Measurements, row_order: RowOrder, *, ranks: int
 ) -> Iterator[MicroBatch]:
-    """Some micro-batches, evenly over the run of so many `ranks`, without pictures.
+    """Some micro-batches, evenly over the run, without pictures.
 
     Those of grouped records grow from the first in a step to the last, so their places are spread too: from the
     largest, which decides about memory, to the smallest.
+
+    Args:
+        config: of the run. data: its records. scan: what was measured of them. row_order: its rows.
+        ranks: that the run would have.
     """
     t = config.train
     units: list[list[int]] = []

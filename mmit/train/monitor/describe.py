@@ -50,7 +50,10 @@ def introduce(
 ) -> None:
     """Print what is about to happen: counts, trained parameters, one example with its mask.
 
-    `lr` is the peak learning rate of each component.
+    Args:
+        model: loaded and tuned. data: its records. scan: what was measured of them. row_order: the run's rows.
+        lr: the peak learning rate of each component, None where it is frozen.
+        say: takes text and tables.
     """
     from rich.table import Table
 
