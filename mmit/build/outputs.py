@@ -88,7 +88,7 @@ def requests(items: Iterable[Instruction], draw: Draw, *, seed: int, system: str
 
     Args:
         items: the instructions. draw: how the teacher's tokens are drawn.
-        seed: of all; the teacher adds the place. system: text in front of instructions that have none.
+        seed: of all draws. system: text in front of instructions that have none.
     """
     asked = []
     for item in items:

@@ -24,11 +24,11 @@ app = typer.Typer(help="Build instruction data: annotated sets by templates, and
 templates_app = typer.Typer(help="Look at a bank of templates.", no_args_is_help=True)
 app.add_typer(templates_app, name="templates")
 build_teachers.add_to(app)
-app.command("self-instruct")(build_grow.self_instruct)
-app.command("self-chat")(build_conversations.self_chat)
+app.command("self-instruct")(build_teachers.command(build_grow.self_instruct, limited=False))
+app.command("self-chat")(build_teachers.command(build_conversations.self_chat))
 app.command("holdout")(build_holdout.holdout)
-app.command("conversations")(build_conversations.conversations)
-app.command("select")(build_select.select)
+app.command("conversations")(build_teachers.command(build_conversations.conversations))
+app.command("select")(build_teachers.command(build_select.select))
 
 BankArgument = Annotated[str, typer.Argument(metavar="BANK", help="A file, promptsource:FILE or flan:FILE#KEY.")]
 KEYS = tuple(

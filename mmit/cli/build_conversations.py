@@ -6,18 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.cli.build_config import check_keys, read_config
-from mmit.cli.build_teachers import (
-    Config,
-    DryRun,
-    Executor,
-    Lenient,
-    Limit,
-    Out,
-    Workers,
-    finish,
-    opened,
-    show_forecast,
-)
+from mmit.cli.build_teachers import Build, finish, opened, show_forecast
 from mmit.errors import ConfigError, RecordError, nearest
 
 if TYPE_CHECKING:
@@ -28,41 +17,34 @@ if TYPE_CHECKING:
 STYLES = ("turns", "transcript")
 
 
-def self_chat(
-    config: Config,
-    *,
-    out: Out,
-    limit: Limit = None,
-    dry_run: DryRun = False,
-    lenient: Lenient = False,
-    executor: Executor = "local",
-    workers: Workers = 0,
-) -> None:
+def self_chat(build: Build) -> None:
     """Let a teacher play both sides of conversations about topics, with images or without."""
     from mmit.build.self_chat import self_chat as stage
     from mmit.build.self_chat import transcript_request, user_request
     from mmit.build.session import SHARED, draw_of
 
-    settings = read_config(config, (*SHARED, "rows", "topic", "style", "rounds"))
+    settings = read_config(build.config, (*SHARED, "rows", "topic", "style", "rounds"))
     style, rounds = settings.get("style", "turns"), settings.get("rounds", 3)
     if style not in STYLES:
-        raise ConfigError(f"unknown style '{style}'", where=f"{config}: style", remedy=nearest(str(style), STYLES))
+        raise ConfigError(
+            f"unknown style '{style}'", where=f"{build.config}: style", remedy=nearest(str(style), STYLES)
+        )
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 20:
-        raise ConfigError(f"is {rounds!r}", where=f"{config}: rounds", remedy="Give a whole number from 1 to 20.")
+        raise ConfigError(f"is {rounds!r}", where=f"{build.config}: rounds", remedy="Give a whole number from 1 to 20.")
     draw = draw_of(settings, temperature=0.7, max_tokens=512 if style == "turns" else 1024)
     draw = type(draw)(**(vars(draw) | {"seed": settings.get("seed", 0)}))
-    topics, dropped = _topics(settings, config, limit)
-    if dry_run:
+    topics, dropped = _topics(settings, build.config, build.limit)
+    if build.dry_run:
         first = [user_request(t, (), draw) if style == "turns" else transcript_request(t, draw, rounds) for t in topics]
-        show_forecast(first * (2 * rounds if style == "turns" else 1), settings, config)
+        show_forecast(first * (2 * rounds if style == "turns" else 1), settings, build.config)
         return
-    with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
+    with opened(build, settings) as desk:
 
         def made() -> Any:
             yield from dropped
             yield from stage(topics, desk, draw, style=style, rounds=rounds)
 
-        finish(made(), desk, out, settings, config)
+        finish(made(), desk, build, settings)
 
 
 def _topics(settings: Any, config: Path, limit: int | None) -> tuple[list[Topic], list[Dropped]]:
@@ -91,16 +73,7 @@ def _topics(settings: Any, config: Path, limit: int | None) -> tuple[list[Topic]
     return topics, dropped
 
 
-def conversations(
-    config: Config,
-    *,
-    out: Out,
-    limit: Limit = None,
-    dry_run: DryRun = False,
-    lenient: Lenient = False,
-    executor: Executor = "local",
-    workers: Workers = 0,
-) -> None:
+def conversations(build: Build) -> None:
     """Let a teacher write conversations, descriptions and reasoning about images from their captions and boxes."""
     from mmit.build.conversations import KINDS, requests
     from mmit.build.conversations import conversations as stage
@@ -108,29 +81,31 @@ def conversations(
     from mmit.build.scenes import Scene
     from mmit.build.session import SHARED, draw_of
 
-    settings = read_config(config, (*SHARED, "rows", "records", "fields", "kinds", "rounds", "facts"))
+    settings = read_config(build.config, (*SHARED, "rows", "records", "fields", "kinds", "rounds", "facts"))
     kinds, rounds = settings.get("kinds", list(KINDS)), settings.get("rounds", 3)
     if not isinstance(kinds, list) or not kinds or len(set(map(str, kinds))) < len(kinds):
-        raise ConfigError(f"is {kinds!r}", where=f"{config}: kinds", remedy=f"Write kinds: [{', '.join(KINDS)}]")
+        raise ConfigError(f"is {kinds!r}", where=f"{build.config}: kinds", remedy=f"Write kinds: [{', '.join(KINDS)}]")
     for kind in kinds:
         if kind not in KINDS:
-            raise ConfigError(f"unknown kind '{kind}'", where=f"{config}: kinds", remedy=nearest(str(kind), KINDS))
+            raise ConfigError(
+                f"unknown kind '{kind}'", where=f"{build.config}: kinds", remedy=nearest(str(kind), KINDS)
+            )
     if isinstance(rounds, bool) or not isinstance(rounds, int) or not 1 <= rounds <= 20:
-        raise ConfigError(f"is {rounds!r}", where=f"{config}: rounds", remedy="Give a whole number from 1 to 20.")
+        raise ConfigError(f"is {rounds!r}", where=f"{build.config}: rounds", remedy="Give a whole number from 1 to 20.")
     facts = settings.get("facts") or []
     if not isinstance(facts, list) or not all(isinstance(name, str) for name in facts):
-        raise ConfigError(f"is {facts!r}", where=f"{config}: facts", remedy="List fields: facts: [colour, shape]")
-    items = _scenes(settings, config, limit, facts)
+        raise ConfigError(f"is {facts!r}", where=f"{build.config}: facts", remedy="List fields: facts: [colour, shape]")
+    items = _scenes(settings, build.config, build.limit, facts)
     usable = [item for item in items if isinstance(item, Scene)]
     draw = draw_of(settings, temperature=0.7, max_tokens=1024)
     options: dict[str, Any] = {"kinds": kinds, "rounds": rounds, "seed": settings.get("seed", 0)}
-    if dry_run:
-        show_forecast(requests(usable, draw, **options), settings, config)
+    if build.dry_run:
+        show_forecast(requests(usable, draw, **options), settings, build.config)
         return
     check = FactCheck(scene.facts for scene in usable) if facts else None
-    with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
+    with opened(build, settings) as desk:
         made = stage(items, desk, draw, check=check, **options)
-        finish(made, desk, out, settings, config, (lambda: {"facts": check.report()}) if check else dict)
+        finish(made, desk, build, settings, (lambda: {"facts": check.report()}) if check else dict)
 
 
 def _scenes(settings: Any, config: Path, limit: int | None, facts: list[str]) -> list[Scene | Dropped]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.cli.build_config import check_keys, read_config
-from mmit.cli.build_teachers import Config, DryRun, Executor, Lenient, Out, Workers, finish, opened, show_forecast
+from mmit.cli.build_teachers import Build, finish, opened, show_forecast
 from mmit.errors import ConfigError
 from mmit.text import echo
 
@@ -25,39 +25,31 @@ _DRAWS: dict[str, dict[str, Any]] = {
 _PROMPTS: dict[str, dict[str, int]] = {"steps": {}, "alpaca": {"human": 3, "machine": 0, "new": 20}}
 
 
-def self_instruct(
-    config: Config,
-    *,
-    out: Out,
-    dry_run: DryRun = False,
-    lenient: Lenient = False,
-    executor: Executor = "local",
-    workers: Workers = 0,
-) -> None:
+def self_instruct(build: Build) -> None:
     """Let a teacher grow instructions from seeds, about images where `pictures` names some."""
     from mmit.build.self_instruct import SelfInstruct
     from mmit.build.session import SHARED, draw_of
 
     inner = {"prompt": ("human", "machine", "new"), "filters": FILTERS}
-    settings = read_config(config, (*SHARED, *KEYS), inner)
-    seeds = read_seeds(settings, config)
-    pictures, licences = _pictures(settings, config)
+    settings = read_config(build.config, (*SHARED, *KEYS), inner)
+    seeds = read_seeds(settings, build.config)
+    pictures, licences = _pictures(settings, build.config)
     plan = _plan(settings, pictures=bool(pictures))
     draw = draw_of(settings, **_DRAWS[plan.style])
     licences.append(settings.get("licence"))
-    if dry_run:
-        build = SelfInstruct(seeds, None, plan, draw=draw, pictures=pictures)  # type: ignore[arg-type]
+    if build.dry_run:
+        first = SelfInstruct(seeds, None, plan, draw=draw, pictures=pictures)  # type: ignore[arg-type]
         echo("the first round, without what its instructions will need:")
-        show_forecast(build.first_round(), settings, config)
+        show_forecast(first.first_round(), settings, build.config)
         more = "an answer with the image and one without" if pictures else "its class, its input and output"
         least = -(-plan.target // (plan.requests * plan.new))
         if plan.style != "alpaca":
             echo(f"each instruction that passes the filters takes 2 requests more ({more})")
         echo(f"{plan.target:,} records take {least:,} rounds or more")
         return
-    with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
+    with opened(build, settings) as desk:
         made = SelfInstruct(seeds, desk, plan, draw=draw, pictures=pictures, licences=licences)
-        finish(made.run(), desk, out, settings, config)
+        finish(made.run(), desk, build, settings)
 
 
 def read_seeds(settings: Mapping[str, Any], config: Path) -> list[Task]:

@@ -7,19 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmit.cli.build_config import read_config
-from mmit.cli.build_teachers import (
-    Config,
-    DryRun,
-    Executor,
-    Lenient,
-    Limit,
-    Out,
-    Workers,
-    finish,
-    opened,
-    show_counts,
-    show_forecast,
-)
+from mmit.cli.build_teachers import Build, finish, opened, show_counts, show_forecast
 from mmit.errors import ConfigError, nearest
 from mmit.text import echo
 
@@ -40,39 +28,30 @@ BY = ("judge", "loss", "none")
 ORDERS = ("highest", "lowest")
 
 
-def select(
-    config: Config,
-    *,
-    out: Out,
-    limit: Limit = None,
-    dry_run: DryRun = False,
-    lenient: Lenient = False,
-    executor: Executor = "local",
-    workers: Workers = 0,
-) -> None:
+def select(build: Build) -> None:
     """Keep the best records by a judge's score or a model's loss, unlike each other; a random control beside them."""
     from mmit.build.select import select as chosen
     from mmit.build.session import SHARED, draw_of
 
-    settings = read_config(config, (*SHARED, *KEYS), INNER)
-    by, scale = _score(settings, str(config))
+    settings = read_config(build.config, (*SHARED, *KEYS), INNER)
+    by, scale = _score(settings, str(build.config))
     keep = _keep(settings, highest=by != "loss")
     control = settings.get("control", False)
     if not isinstance(control, bool):
-        raise ConfigError(f"is {control!r}", where=f"{config}: control", remedy="Write true or false.")
-    records, dropped = _records(settings, config, limit)
+        raise ConfigError(f"is {control!r}", where=f"{build.config}: control", remedy="Write true or false.")
+    records, dropped = _records(settings, build.config, build.limit)
     draw = draw_of(settings, max_tokens=16)
-    if dry_run:
-        show_forecast(_requests(records, by, draw, scale), settings, config)
+    if build.dry_run:
+        show_forecast(_requests(records, by, draw, scale), settings, build.config)
         return
     if by == "none":
-        counts, scored = _unscored(settings, config, out, dropped, records, keep)
+        counts, scored = _unscored(settings, build.config, build.out, dropped, records, keep)
     else:
-        with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
+        with opened(build, settings) as desk:
             scored = _scored(records, desk, by, draw, scale)
-            counts = finish([*dropped, *chosen(scored, keep)], desk, out, settings, config)
+            counts = finish([*dropped, *chosen(scored, keep)], desk, build, settings)
     if control:
-        _write_control(settings, config, out, scored, sum(counts.accepted.values()))
+        _write_control(settings, build.config, build.out, scored, sum(counts.accepted.values()))
 
 
 def _unscored(

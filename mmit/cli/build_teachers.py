@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,22 +28,54 @@ Workers = Annotated[int, typer.Option(min=0, help="Actors of --executor ray; 0 f
 Lenient = Annotated[bool, typer.Option("--lenient", help="Drop and count requests that a replayed journal lacks.")]
 
 
+@dataclass(frozen=True, slots=True)
+class Build:
+    """What a command that asks teachers is given."""
+
+    config: Path
+    out: Path
+    limit: int | None
+    dry_run: bool
+    lenient: bool
+    executor: str
+    workers: int
+
+
+def command(stage: Callable[[Build], None], *, limited: bool = True) -> Callable[..., None]:
+    """Return the command of a stage: its docstring is the help, its options those of all stages.
+
+    Args:
+        stage: runs the build.
+        limited: False for a stage that reads no rows, and so has no --limit.
+    """
+
+    def run(
+        config: Config,
+        *,
+        out: Out,
+        limit: Limit = None,
+        dry_run: DryRun = False,
+        lenient: Lenient = False,
+        executor: Executor = "local",
+        workers: Workers = 0,
+    ) -> None:
+        stage(Build(config, out, limit, dry_run, lenient, executor, workers))
+
+    run.__name__, run.__doc__ = stage.__name__, stage.__doc__
+    if not limited:  # typer makes its options of the signature
+        signature = inspect.signature(run, eval_str=True)
+        kept = [parameter for name, parameter in signature.parameters.items() if name != "limit"]
+        run.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return run
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the commands to `mmit build`."""
-    app.command("outputs")(outputs)
+    app.command("outputs")(command(outputs))
     app.command("status")(status)
 
 
-def outputs(
-    config: Config,
-    *,
-    out: Out,
-    limit: Limit = None,
-    dry_run: DryRun = False,
-    lenient: Lenient = False,
-    executor: Executor = "local",
-    workers: Workers = 0,
-) -> None:
+def outputs(build: Build) -> None:
     """Let teachers write outputs for given instructions."""
     from mmit.build.annotated import Dropped
     from mmit.build.outputs import from_records, from_rows, requests
@@ -49,31 +83,33 @@ def outputs(
     from mmit.build.rows import open_rows
     from mmit.build.session import SHARED, draw_of
 
-    settings = read_config(config, (*SHARED, "rows", "records", "fields", "system"))
+    settings = read_config(build.config, (*SHARED, "rows", "records", "fields", "system"))
     if bool(settings.get("rows")) == bool(settings.get("records")):
-        raise ConfigError("give exactly one of rows and records", where=str(config), remedy="Name the instructions.")
+        raise ConfigError(
+            "give exactly one of rows and records", where=str(build.config), remedy="Name the instructions."
+        )
     if settings.get("records"):
-        items = from_records(str(config.parent / settings["records"]))
+        items = from_records(str(build.config.parent / settings["records"]))
     else:
         described = dict(settings["rows"])
         fields = settings.get("fields") or {}
         check_keys(fields, ("instruction", "input"), "fields")
-        rows, licence, source = open_rows(described, folder=str(config.parent), limit=limit)
+        rows, licence, source = open_rows(described, folder=str(build.config.parent), limit=build.limit)
         items = from_rows(rows, fields, source=source, licence=licence)
-    if limit is not None:
+    if build.limit is not None:
         from itertools import islice
 
-        items = islice(items, limit)
+        items = islice(items, build.limit)
     draw = draw_of(settings)
     seed, system = settings.get("seed", 0), settings.get("system") or ""
     every = settings.get("choose", "all") == "all"
-    if dry_run:
+    if build.dry_run:
         asked = requests([item for item in items if not isinstance(item, Dropped)], draw, seed=seed, system=system)
-        show_forecast(asked, settings, config, every=every)
+        show_forecast(asked, settings, build.config, every=every)
         return
-    with opened(settings, out, config, lenient=lenient, executor=executor, workers=workers) as desk:
+    with opened(build, settings) as desk:
         made = stage(items, desk, draw, seed=seed, system=system, all_teachers=every)
-        finish(made, desk, out, settings, config)
+        finish(made, desk, build, settings)
 
 
 def status(folder: Annotated[Path, typer.Argument(metavar="DIR", help="The --out of a build.")]) -> None:
@@ -101,8 +137,8 @@ def account_line(account: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def opened(settings: Mapping[str, Any], out: Path, config: Path, **options: Any) -> Iterator[Desk]:
-    """Open the desk of a build with a bar of its replies; `options` are those of `mmit.build.session.session`."""
+def opened(build: Build, settings: Mapping[str, Any]) -> Iterator[Desk]:
+    """Open the desk of a build with a bar of its replies."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from mmit.build.session import session
@@ -117,28 +153,31 @@ def opened(settings: Mapping[str, Any], out: Path, config: Path, **options: Any)
             if not console.is_terminal and count % 100 == 0:
                 echo(f"{count:,} replies", err=True)
 
-        with session(settings, out, folder=str(config.parent), progress=progress, **options) as desk:
+        options: dict[str, Any] = {"lenient": build.lenient, "executor": build.executor, "workers": build.workers}
+        with session(settings, build.out, folder=str(build.config.parent), progress=progress, **options) as desk:
             if desk.journal.entries:
-                echo(f"{out}: going on, {len(desk.journal.entries):,} replies are there already")
+                echo(f"{build.out}: going on, {len(desk.journal.entries):,} replies are there already")
             try:
                 yield desk
             except KeyboardInterrupt:
-                echo(f"{out}: stopped with {len(desk.journal.entries):,} replies; the same command goes on", err=True)
+                echo(
+                    f"{build.out}: stopped with {len(desk.journal.entries):,} replies; the same command goes on",
+                    err=True,
+                )
                 raise
 
 
 def finish(
     made: Any,
     desk: Desk,
-    out: Path,
+    build: Build,
     settings: Mapping[str, Any],
-    config: Path,
     facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> Counts:
     """Write the folder of a build and say what is in it."""
     from mmit.build.session import thought_facts, write_session
 
-    counts = write_session(made, desk, out, settings, folder=config.parent, facts=facts)
+    counts = write_session(made, desk, build.out, settings, folder=build.config.parent, facts=facts)
     show_counts(counts)
     if held := thought_facts(desk).get("thoughts"):
         echo(f"{held['replies']:,} replies held thoughts, {'kept' if held['kept'] else 'left out'}")
@@ -146,7 +185,7 @@ def finish(
         echo(f"{len(desk.unrecorded):,} requests are not in the replayed journal")
     for key, value in facts().items():
         echo(f"{key}: {value}")
-    echo(f"wrote {out}/mixture.yaml ({counts.summary}, {desk.fetched:,} requests)")
+    echo(f"wrote {build.out}/mixture.yaml ({counts.summary}, {desk.fetched:,} requests)")
     return counts
 
 

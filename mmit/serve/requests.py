@@ -123,7 +123,7 @@ def read_chat(body: Mapping[str, Any], *, limits: Limits, read: Read, timeout_s:
 
     Args:
         body: of the request, plain JSON. limits: of this server. read: opens a picture that a message names.
-        timeout_s: seconds that all pictures may take.
+        timeout_s: seconds that the answer may take.
 
     Raises:
         Refused: with the status and the field that is wrong.
