@@ -124,6 +124,14 @@ def _spread(values: list[int]) -> str:
 def _lines(found: Stats) -> list[str]:
     data: dict[str, Any] = found.to_json()
     images, diversity, out = data["images"], data["diversity"], []
+    whole = found.whole
+    if compared := data["whole"].get("pairs"):
+        lengths = f"chosen {_spread(whole.chosen)}, rejected {_spread(whole.rejected)}"
+        longer, shorter = (compared[key] / len(whole.chosen) for key in ("chosen_longer", "chosen_shorter"))
+        told = f"chosen longer in {longer:.0%}, shorter in {shorter:.0%}"
+        out.append(f"{len(whole.chosen):,} pairs: {lengths}; {told}")
+    if labels := data["whole"].get("labels"):
+        out.append(f"labelled answers: {labels['good']:,} good, {labels['bad']:,} bad")
     if images["width"]:
         sides = [
             f"{images[side]['median']:,.0f} ({images[side]['min']:,.0f} to {images[side]['max']:,.0f})"

@@ -36,6 +36,9 @@ class SourceStats:
     images: int = 0
     prompts: list[int] = field(default_factory=list)
     answers: list[int] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)  # of pairs
+    rejected: list[int] = field(default_factory=list)
+    labels: list[bool] = field(default_factory=list)  # verdicts on answers, True for good
     tokens: list[int] = field(default_factory=list)
     text_tokens: int = 0
     image_tokens: int = 0
@@ -50,6 +53,11 @@ class SourceStats:
         for turn in record.turns:
             if turn.role != "system":
                 (self.prompts if turn.role == "user" else self.answers).append(len(turn.text))
+        if record.rejected is not None:
+            self.chosen.append(len(record.turns[-1].text))
+            self.rejected.append(len(record.rejected.text))
+        if record.label is not None:
+            self.labels.append(record.label)
 
     def add_tokens(self, encoded: Encoded, *, image_tokens: int) -> None:
         """Count one encoded sample of a record."""
@@ -70,6 +78,15 @@ class SourceStats:
             "prompt_characters": summary(self.prompts),
             "answer_characters": summary(self.answers),
         }
+        if self.rejected:
+            out["pairs"] = {
+                "chosen_characters": summary(self.chosen),
+                "rejected_characters": summary(self.rejected),
+                "chosen_longer": sum(a > b for a, b in zip(self.chosen, self.rejected, strict=True)),
+                "chosen_shorter": sum(a < b for a, b in zip(self.chosen, self.rejected, strict=True)),
+            }
+        if self.labels:
+            out["labels"] = {"good": sum(self.labels), "bad": len(self.labels) - sum(self.labels)}
         if self.tokens:
             every = self.text_tokens + self.image_tokens
             out["tokens"] = summary(self.tokens)

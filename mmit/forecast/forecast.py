@@ -46,6 +46,7 @@ class Forecast:
     row: RowFacts  # mean micro-batch
     flops: dict[str, dict[str, float]]  # of a step over all ranks, by part
     once: float  # FLOPs of filling the feature cache
+    reference: float  # FLOPs of measuring a preference method's reference on training's records
     parameters: list[dict[str, Any]]
     memory: Bytes
     ranks: int
@@ -69,7 +70,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
         MmitError: whatever the run would be refused for; a configuration or tokenizer that cannot be reached.
     """
     check_options(config.tune.model_dump())
-    objective_of(config)
+    method = objective_of(config)
     config = planned(config, cuda=flash)
     notes: list[str] = []
     vlm, groups, tokenizer = empty_model(config, say=notes.append)
@@ -92,9 +93,12 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
     share_again = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]
     per_micro = rates.flops(mean, recompute=share_again, cached=cached)
+    if method.kind == "kto":  # mismatched answers, without gradients
+        per_micro = {part: {**kinds, "forward": 2 * kinds["forward"]} for part, kinds in per_micro.items()}
     step = min(config.train.rows_per_step, row_order.total_rows) / config.train.micro_rows
     pictures = scan.pictures * share
     rows = row_order.total_rows / max(row_order.epoch_at(row_order.total_rows), 1e-9)  # in an epoch
+    forward = sum(kinds["forward"] for kinds in per_micro.values()) / config.train.micro_rows  # of a row
     memory = step_memory(config, vlm, groups, built, micros=micros, flash=flash, recompute=mode)
     return Forecast(
         records=len(data),
@@ -110,6 +114,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
         row=mean,
         flops={part: {k: step * v for k, v in kinds.items()} for part, kinds in per_micro.items()},
         once=scan.crops * share * rates.tower.forward if cached else 0.0,
+        reference=rows * forward if method.referenced else 0.0,
         parameters=table,
         memory=memory,
         ranks=ranks,

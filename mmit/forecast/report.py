@@ -47,6 +47,8 @@ def show(
     say(_flops(found))
     if found.once:
         say(f"before the first step, for the feature cache: {_count(found.once)}FLOP")
+    if found.reference:
+        say(f"before the first step, for the reference of {found.records:,} records: {_count(found.reference)}FLOP")
     say(_memory(found, device))
     kept, row = found.memory, found.stages[ALONE]
     say(
@@ -96,7 +98,7 @@ def _time(
     price: float | None,
     say: Callable[[Any], None],
 ) -> None:
-    total = found.step_flops * found.steps + found.once
+    total = found.step_flops * found.steps + found.once + found.reference
     peak = peak or device.peak
     if peak is None:
         say(f"the run: {_count(total)}FLOP. For its time give --gpu NAME, or --tflops with the device's peak")

@@ -7,6 +7,7 @@ import json
 import PIL.Image
 import pytest
 
+from mmit.cli.data_stats import _lines
 from mmit.data.chat import chat_format, encode
 from mmit.data.stats import Stats, collect, summary
 from mmit.errors import RecordError
@@ -82,3 +83,24 @@ def test_the_sample_is_repeatable(tmp_path):
     rows = [Record.triple(f"Say the number {i} and {i * 7}.", "Yes.") for i in range(80)]
     assert collect(rows, sample=20, seed=1).rouge == collect(rows, sample=20, seed=1).rouge
     assert len(collect(rows, sample=20).rouge) == 20
+
+
+def test_pairs_and_labels_are_counted():
+    asked = Turn("user", (Text("What?"),))
+    answers = [("a cat", "a"), ("a", "a dog"), ("ox", "ok")]
+    rows = [
+        Record((asked, Turn("assistant", (Text(a),))), source="pairs", rejected=Turn("assistant", (Text(b),)))
+        for a, b in answers
+    ]
+    rows += [
+        Record((asked, Turn("assistant", (Text("ok"),))), source="kto", label=good) for good in (True, True, False)
+    ]
+    found = collect(rows)
+    pairs, labels = found.sources["pairs"].to_json(), found.sources["kto"].to_json()
+    assert pairs["pairs"]["chosen_longer"] == pairs["pairs"]["chosen_shorter"] == 1
+    assert pairs["pairs"]["chosen_characters"]["max"] == 5 and pairs["pairs"]["rejected_characters"]["min"] == 1
+    assert labels["labels"] == {"good": 2, "bad": 1} and "pairs" not in labels and "labels" not in pairs
+    lines = _lines(found)
+    assert "3 pairs: chosen 2 / 5, rejected 2 / 5; chosen longer in 33%, shorter in 33%" in lines
+    assert "labelled answers: 2 good, 1 bad" in lines
+    assert not any("pairs: chosen" in line or "labelled" in line for line in _lines(collect(rows[:0])))

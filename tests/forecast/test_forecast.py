@@ -18,6 +18,7 @@ from mmit.config import load_config
 from mmit.errors import ConfigError
 from mmit.forecast.forecast import forecast
 from mmit.forecast.rates import RowFacts, count_pairs, measure_rates
+from mmit.forecast.report import show
 from mmit.models.assemble import assemble
 from mmit.models.llm_layers import set_recompute
 from mmit.models.tuning import apply_tuning
@@ -32,6 +33,7 @@ from tests.forecast.counted import counted_once
 from tests.models.test_tuning import CASES
 from tests.models.tuned_models import NODES, PATHS, composite, config_for, row, tune_plan
 from tests.tiny_run import two_layers as tiny_config
+from tests.train.preference_bench import write_pairs
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "train" / "quickstart.yaml"
 FEW = ("llm full", "llm lora")
@@ -269,3 +271,23 @@ def test_flops_of_the_quickstart():
         vlm.train()(**given, features=torch.zeros(0, 64, 112, dtype=torch.bfloat16)).sum().backward()
     total = sum(sum(kinds.values()) for kinds in found.values())
     assert total == pytest.approx(counter.get_total_flops(), rel=0.03)
+
+
+def test_a_preference_method_counts_its_reference_and_the_mismatched_answers_of_kto(folder):
+    found = {}
+    for kind in ("dpo", "orpo", "kto"):
+        data = write_pairs(folder / kind, kind="kto" if kind == "kto" else "dpo")
+        train = {"steps": 2, "rows_per_step": 1, "precision": "fp32", "objective": {"kind": kind}}
+        data_section = {"train": [{"path": str(data)}], "max_length": 128, "pack_tokens": 256, "workers": 0}
+        found[kind] = forecast(tiny_config(folder, data=data_section, train=train))
+    forward = {kind: sum(part["forward"] for part in f.flops.values()) for kind, f in found.items()}
+    # All records lie in one row, which is a step: the reference of pairs is one forward pass of it, of labels two.
+    assert found["dpo"].reference == forward["dpo"] > 0 and found["orpo"].reference == 0.0
+    assert forward["dpo"] == forward["orpo"] and found["dpo"].tokens == found["orpo"].tokens
+    backward = {kind: sum(part["backward"] for part in f.flops.values()) for kind, f in found.items()}
+    assert found["kto"].reference == forward["kto"]
+    assert forward["kto"] / backward["kto"] == pytest.approx(2 * forward["dpo"] / backward["dpo"], rel=0.1)
+    told: list[str] = []
+    device = find_device("h100", kind="cuda")
+    show(found["dpo"], device, share=0.4, peak=None, price=None, say=lambda text: told.append(str(text)))
+    assert any(line.startswith("before the first step, for the reference of 4 records") for line in told)
