@@ -7,7 +7,7 @@ comparison of its logits with those of the source.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -22,6 +22,8 @@ from mmit.io import write_atomic
 from mmit.text import echo, plain
 
 if TYPE_CHECKING:
+    import torch
+
     from mmit.interop.export import Companions
     from mmit.train.checkpoint.model import Loaded
 
@@ -67,10 +69,11 @@ def export(
     numbers = _numbers(format, dtype, llm_only=llm_only)
     import torch
 
+    from mmit.interop.export import source_logits
     from mmit.interop.push import check_repository
     from mmit.models.hub import model_folder
     from mmit.train.checkpoint.model import find, load_model, read_config
-    from mmit.train.checkpoint.portable import refuse_existing, save_whole
+    from mmit.train.checkpoint.portable import refuse_existing
     from mmit.train.checks.exporting import check_format
 
     if push_to_hub is not None:
@@ -84,9 +87,8 @@ def export(
     plain = format in ("llava-hf", "gguf", "mmit")
     found = load_model(run, device="cpu", dtype=kept, plain=plain, allow_code=allow_code)
     if format == "mmit":
-        save_whole(found, out)
-        _check_whole(found, out)
-        _card(found, out, format=format, licence=licence)
+        expected = source_logits(found.vlm, found.tokenizer, found.chat, found.image)
+        _write_whole(found, out, expected, about=found, licence=licence)
     else:
         writers: dict[str, Callable[[Loaded, Path], None]] = {
             "llava-hf": partial(_llava_hf, dtype=numbers, image_token=image_token),
@@ -242,17 +244,45 @@ def _compare_adapter(found: Loaded, folder: Path) -> None:
     _tell(seen.logits, seen.limit)
 
 
-def _check_whole(found: Loaded, out: Path) -> None:
+def _write_whole(
+    found: Loaded,
+    out: Path,
+    expected: Sequence[torch.Tensor],
+    *,
+    about: Loaded,
+    licence: str | None,
+    dtype: torch.dtype | None = None,
+    numbers: torch.dtype | None = None,
+) -> None:
+    """Write a checkpoint with everything inside and read it again; one that differs is removed.
+
+    Args:
+        found: what is written. out: does not exist.
+        expected: (T, V) logits of the fixed batch, of the source.
+        about: what the model card tells of. licence: for the card.
+        dtype: number format that the comparison computes in, None for that of the config.
+        numbers: of the LLM's weights as they are written, which decides the tolerance; None for float32.
+
+    Raises:
+        ModelError: the logits differ beyond rounding.
+    """
     import torch
 
     from mmit.interop.export import TOLERANCE, compare_logits, source_logits
     from mmit.train.checkpoint.model import load_model
+    from mmit.train.checkpoint.portable import save_whole
 
-    again = load_model(out, device="cpu", allow_code=True)  # as the source, which has been loaded
-    texts = source_logits(found.vlm, found.tokenizer, found.chat, found.image)
-    others = source_logits(again.vlm, again.tokenizer, again.chat, again.image)
-    seen = [compare_logits(a, b, tolerance=TOLERANCE[torch.float32]) for a, b in zip(texts, others, strict=True)]
-    worst = max(seen, key=lambda d: d.logits / d.limit)
+    tolerance = TOLERANCE[numbers or torch.float32]
+    save_whole(found, out)
+    try:
+        _card(about, out, format="mmit", licence=licence)
+        again = load_model(out, device="cpu", dtype=dtype, allow_code=True)  # as the source, which has been loaded
+        others = source_logits(again.vlm, again.tokenizer, again.chat, again.image)
+        seen = [compare_logits(a, b, tolerance=tolerance) for a, b in zip(expected, others, strict=True)]
+    except BaseException:  # Ctrl-C too: what was not compared must not look finished
+        shutil.rmtree(out)
+        raise
+    worst = max(seen, key=lambda difference: difference.logits / difference.limit)
     _tell(worst.logits, worst.limit)
     echo(f"wrote {out}")
 
@@ -280,11 +310,11 @@ def merge(
     import torch
 
     from mmit.config import Config
-    from mmit.interop.export import TOLERANCE, compare_logits, merged_logits, source_logits
+    from mmit.interop.export import merged_logits
     from mmit.models.hub import model_folder
     from mmit.models.llm import DTYPES
     from mmit.train.checkpoint.model import find, load_model
-    from mmit.train.checkpoint.portable import check_mergeable, merged_sections, refuse_existing, save_whole
+    from mmit.train.checkpoint.portable import check_mergeable, merged_sections, refuse_existing
 
     refuse_existing(out)
     checkpoint = find(model_folder(run))
@@ -293,18 +323,16 @@ def merge(
     expected = merged_logits(trained.vlm, trained.tokenizer, trained.chat, trained.image)
     trained.vlm.llm.to(DTYPES[dtype])  # type: ignore[arg-type]
     config = Config.from_dict(merged_sections(trained.config, out), where=f"merge of {run}")
-    save_whole(replace(trained, config=config), out)
-    try:
-        _card(trained, out, format="mmit", licence=licence)  # with the recipe of the run
-        again = load_model(out, device="cpu", dtype=torch.float32, allow_code=allow_code)
-        found = source_logits(again.vlm, again.tokenizer, again.chat, again.image)
-        seen = [compare_logits(a, b, tolerance=TOLERANCE[DTYPES[dtype]]) for a, b in zip(expected, found, strict=True)]
-    except BaseException:
-        shutil.rmtree(out)
-        raise
-    worst = max(seen, key=lambda difference: difference.logits / difference.limit)
-    _tell(worst.logits, worst.limit)
-    echo(f"wrote {out}")
+    # The card has the recipe of the run, which the merged config no longer states.
+    _write_whole(
+        replace(trained, config=config),
+        out,
+        expected,
+        about=trained,
+        licence=licence,
+        dtype=torch.float32,
+        numbers=DTYPES[dtype],
+    )
     echo(_train_from(out))
 
 

@@ -18,6 +18,7 @@ import mmit
 from mmit.cli import app
 from mmit.config import Config
 from mmit.errors import CheckpointError
+from mmit.train.checkpoint import model as checkpoint_model
 from mmit.train.checkpoint.model import read_config
 from mmit.train.run import run
 from tests.interop.llava_models import make_llava_hf
@@ -116,6 +117,25 @@ def test_mmit_holds_everything(trained: Path, tmp_path: Path) -> None:
     finally:
         for name, folder in hidden.items():
             (tmp_path / name).rename(folder)
+
+
+@pytest.mark.parametrize("words", [("export", "--format", "mmit", "--out"), ("merge",)])
+def test_a_checkpoint_that_differs_from_its_source_is_removed(
+    trained: Path, tmp_path: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read again has other logits, as if a tensor had been lost on the way."""
+    read = checkpoint_model.load_model
+
+    def other(folder: Path, **options: Any) -> Any:
+        found = read(folder, **options)
+        if Path(folder).resolve() == (tmp_path / "out").resolve():
+            with torch.no_grad():
+                found.vlm.word_embeddings.add_(0.1)
+        return found
+
+    monkeypatch.setattr(checkpoint_model, "load_model", other)
+    said = command(words[0], trained, *words[1:], tmp_path / "out", code=2)
+    assert "a logit is off by" in said and not (tmp_path / "out").exists()
 
 
 def test_peft(trained: Path, tmp_path: Path) -> None:
