@@ -14,7 +14,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,26 @@ FORM = "my_pkg.my_mod:Name"
 def is_spec(name: object) -> bool:
     """Whether a name has the form `module:Name`."""
     return isinstance(name, str) and _SPEC.fullmatch(name) is not None
+
+
+@contextmanager
+def calling(what: str, *, where: str, remedy: str, kind: type[MmitError]) -> Iterator[None]:
+    """Around a call of a user's own part: whatever it raises becomes one error that says how it is called.
+
+    Args:
+        what: the part, as the beginning of a sentence; "" where `where` names it.
+        where, remedy, kind: of the error.
+
+    Raises:
+        MmitError: of `kind`; one that the part raises itself stays as it is.
+    """
+    try:
+        yield
+    except MmitError:
+        raise
+    except Exception as error:
+        raised = f"raised {type(error).__name__}: {error}"
+        raise kind(f"{what} {raised}" if what else raised, where=where, remedy=remedy) from error
 
 
 def own_object(spec: str, *, where: str, expects: str) -> Any:

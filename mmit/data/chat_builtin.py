@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence, Set
 from typing import Any, Literal, NamedTuple, NoReturn
 
-from mmit.errors import ConfigError, MmitError, RecordError
-from mmit.plugins import own_function
+from mmit.errors import ConfigError, RecordError
+from mmit.plugins import calling, own_function
 
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -240,13 +240,8 @@ def _try(spec: str, write: Any, turns: list[Said], *, end: str, where: str) -> N
 
 
 def _pieces(spec: str, write: Any, turns: list[Said], end: str, generate: bool, where: str) -> list[Piece]:
-    try:
+    with calling(spec, where=where, remedy="it is called with (turns, end, generate)", kind=ConfigError):
         pieces = write(list(turns), end, generate)
-    except MmitError:
-        raise
-    except Exception as error:
-        problem = f"{spec} raised {type(error).__name__}: {error}"
-        raise ConfigError(problem, where=where, remedy="it is called with (turns, end, generate)") from error
     if not isinstance(pieces, list) or not all(isinstance(piece, Piece) for piece in pieces):
         raise ConfigError(f"{spec} returned no list of pieces", where=where, remedy=f"return {GIVES}")
     return pieces

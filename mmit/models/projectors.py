@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmit.errors import MmitError, ModelError, nearest
+from mmit.errors import ModelError, nearest
 from mmit.models.projector_base import Projector, check_counts, common_divisors, divides, divisors, mlp, space_to_depth
 from mmit.models.resampler import Resampler
-from mmit.plugins import FORM, is_spec, own_class, takes_any_keyword
+from mmit.plugins import FORM, calling, is_spec, own_class, takes_any_keyword
 
 
 class MLP(Projector):
@@ -314,7 +314,8 @@ def _checked(kind: str, made: Any, options: dict[str, Any], prefix: int) -> dict
 def _own(kind: str, made: Any, *, vision_dim: int, llm_dim: int, **given: Any) -> Projector:
     """Make a projector of the user's own, and see that zeros (1, N, D_v) become (1, M, D_llm) with M as it states."""
     where = f"projector {kind}"
-    try:
+    remedy = f"it is made with {', '.join(SIZES)} and its options, and called with (B, N, {vision_dim})"
+    with calling("", where=where, remedy=remedy, kind=ModelError):
         projector: Projector = made(vision_dim=vision_dim, llm_dim=llm_dim, **given)
         stated = (getattr(projector, "tokens", None), getattr(projector, "tokens_in", None))
         if not all(isinstance(count, int) and count > 0 for count in stated):
@@ -329,12 +330,6 @@ def _own(kind: str, made: Any, *, vision_dim: int, llm_dim: int, **given: Any) -
         with torch.no_grad():
             out = projector.eval()(torch.zeros(1, projector.tokens_in, vision_dim, device=device))
         projector.train(training)
-    except MmitError:
-        raise
-    except Exception as error:
-        problem = f"raised {type(error).__name__}: {error}"
-        remedy = f"it is made with {', '.join(SIZES)} and its options, and called with (B, N, {vision_dim})"
-        raise ModelError(problem, where=where, remedy=remedy) from error
     shape = tuple(getattr(out, "shape", ()))
     if shape != (1, projector.tokens, (1 + projector.deep) * llm_dim):
         raise ModelError(

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmit.errors import MmitError, ModelError, nearest
+from mmit.errors import ModelError, nearest
 from mmit.models.vision_encoder import SELECT, Encoder, Reader, Reading
 from mmit.models.vision_fused import fuse
 from mmit.models.vision_hf import hf_encoder
 from mmit.models.vision_open_clip import open_clip_encoder
 from mmit.models.vision_timm import timm_encoder
-from mmit.plugins import FORM, is_spec, own_function, source_hash
+from mmit.plugins import FORM, calling, is_spec, own_function, source_hash
 
 FUSED = "fused"
 ENCODERS: dict[str, Any] = {"open_clip": open_clip_encoder, "timm": timm_encoder, "hf": hf_encoder}
@@ -275,13 +275,9 @@ def own_builder(spec: str) -> Callable[..., Encoder]:
 
     def build(name: Any, reading: Reading) -> Encoder:
         where = f"vision encoder {spec}"
-        try:
+        remedy = f"it is called with a name and {', '.join(TAKES)}"
+        with calling("", where=where, remedy=remedy, kind=ModelError):
             encoder = function(name, **{option: getattr(reading, option) for option in TAKES})
-        except MmitError:
-            raise
-        except Exception as error:
-            remedy = f"it is called with a name and {', '.join(TAKES)}"
-            raise ModelError(f"raised {type(error).__name__}: {error}", where=where, remedy=remedy) from error
         if not isinstance(encoder, Encoder) or not isinstance(encoder.reader, Reader):
             problem = f"returned a {type(encoder).__name__}"
             raise ModelError(problem, where=where, remedy=f"return a {gives} whose reader is a Reader")
@@ -298,14 +294,9 @@ def _try(encoder: Encoder, where: str) -> None:
     reader = encoder.reader
     weight = next(reader.parameters(), torch.empty(0))
     dtype = torch.uint8 if reader.own_constants else weight.dtype
-    try:
+    remedy = f"it is called with pixels (B, 3, {encoder.image_size[0]}, {encoder.image_size[1]})"
+    with calling("its reader", where=where, remedy=remedy, kind=ModelError):
         out = reader.eval()(torch.zeros(1, 3, *encoder.image_size, dtype=dtype, device=weight.device))
-    except MmitError:
-        raise
-    except Exception as error:
-        problem = f"its reader raised {type(error).__name__}: {error}"
-        remedy = f"it is called with pixels (B, 3, {encoder.image_size[0]}, {encoder.image_size[1]})"
-        raise ModelError(problem, where=where, remedy=remedy) from error
     expected = (1, encoder.prefix + encoder.grid[0] * encoder.grid[1], encoder.dim)
     if tuple(getattr(out, "shape", ())) != expected:
         problem = f"gives features {tuple(getattr(out, 'shape', ())) or type(out).__name__}, and states {expected}"

@@ -8,7 +8,6 @@ not cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,6 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict[str, Any]:
 
 for _tag in ("!Template", "!TemplateMetadata"):
     _Loader.add_constructor(_tag, _mapping)
-
-
-def find_banks(root: Path) -> Iterator[Path]:
-    """Yield every templates.yaml under a checkout of PromptSource, in order of their paths."""
-    yield from sorted(root.rglob("templates.yaml"))
 
 
 def read_promptsource(path: Path) -> Bank:

@@ -139,13 +139,13 @@ def test_flan_patterns_are_parsed_and_never_run(tmp_path):
 @pytest.mark.slow
 def test_all_of_promptsource_and_flan():
     """With MMIT_PROMPTSOURCE and MMIT_FLAN naming a checkout of each: 2,085 templates, 61 x 10 patterns."""
-    from mmit.templates.promptsource import find_banks, read_promptsource
+    from mmit.templates.promptsource import read_promptsource
 
     sources, flan = os.environ.get("MMIT_PROMPTSOURCE"), os.environ.get("MMIT_FLAN")
     if not sources and not flan:
         pytest.skip("set MMIT_PROMPTSOURCE to PromptSource's folder of templates, MMIT_FLAN to FLAN's templates.py")
     if sources:
-        banks = [read_promptsource(path) for path in find_banks(Path(sources))]
+        banks = [read_promptsource(path) for path in sorted(Path(sources).rglob("templates.yaml"))]
         for bank in banks:
             bank.check(repeated=True)
         assert sum(len(bank.templates) for bank in banks) == 2085

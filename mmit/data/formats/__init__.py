@@ -24,7 +24,7 @@ from mmit.data.formats.instruct import alpaca
 from mmit.data.formats.keys import kept_keys
 from mmit.data.formats.packed import unpacked
 from mmit.errors import ConfigError, ImageError, RecordError, nearest
-from mmit.plugins import FORM, is_spec, own_function, own_object, own_options, source_hash, takes_any_keyword
+from mmit.plugins import FORM, calling, is_spec, own_function, own_object, own_options, source_hash, takes_any_keyword
 from mmit.records import OnBad, Record, short
 
 __all__ = [
@@ -80,13 +80,8 @@ def find_format(format: str) -> Format:
     options = {name: "" for name in own_options(function, ("image_root", first))}
 
     def make(row: Any, **given: Any) -> Record:
-        try:
+        with calling(format, where="", remedy="Check the row, or the function.", kind=RecordError):
             record = function(row, **given)
-        except (RecordError, ConfigError):
-            raise
-        except Exception as error:
-            problem = f"{format} raised {type(error).__name__}: {error}"
-            raise RecordError(problem, remedy="Check the row, or the function.") from error
         if not isinstance(record, Record):
             problem = f"{format} returned a {type(record).__name__}"
             raise ConfigError(problem, where="format", remedy="A data format returns a mmit.Record.")

@@ -24,7 +24,7 @@ from mmit.eval.metrics.intervals import (
     wilson,
 )
 from mmit.eval.metrics.score import Score, by_cluster, mean_score
-from mmit.plugins import FORM, is_spec, own_function
+from mmit.plugins import FORM, calling, is_spec, own_function
 
 __all__ = [
     "METRICS",
@@ -138,13 +138,8 @@ def _own(
     seed: int = 0,
 ) -> Score:
     """The mean of what a function of the user's own gives for each answer, with interval and groups as any other."""
-    try:
+    with calling("", where=f"metric {name}", remedy=f"Return {OWN}.", kind=MmitError):
         values = [float(value) for value in function(list(predictions), list(references))]
-    except MmitError:
-        raise
-    except Exception as error:
-        problem = f"raised {type(error).__name__}: {error}"
-        raise MmitError(problem, where=f"metric {name}", remedy=f"Return {OWN}.") from error
     problem = "" if all(map(math.isfinite, values)) else "gives a number that is not finite"
     if len(values) != len(predictions):
         problem = f"gives {len(values)} numbers for {len(predictions)} answers"

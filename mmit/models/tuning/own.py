@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel, get_peft_model_state_dict
 
-from mmit.errors import MmitError, ModelError, nearest
+from mmit.errors import ModelError, nearest
 from mmit.models.tuning.structure import base_model
-from mmit.plugins import own_function, own_options, takes_any_keyword
+from mmit.plugins import calling, own_function, own_options, takes_any_keyword
 
 if TYPE_CHECKING:
     from mmit.models.vlm import VLM
@@ -46,13 +46,9 @@ def read_own_options(spec: str, given: Mapping[str, Any], *, where: str) -> dict
 def apply_own(spec: str, vlm: VLM, options: Mapping[str, Any]) -> None:
     """Run a method of the user's own on a frozen composite. Raises ModelError."""
     before = {id(tensor): name for name, tensor in base_model(vlm.llm).state_dict(keep_vars=True).items()}
-    try:
-        own_method(spec)(vlm, **options)
-    except MmitError:
-        raise
-    except Exception as error:
-        remedy = "it is called with the composite, all of it frozen, and its options"
-        raise ModelError(f"{spec} raised {type(error).__name__}: {error}", where=WHERE, remedy=remedy) from error
+    method, remedy = own_method(spec), "it is called with the composite, all of it frozen, and its options"
+    with calling(spec, where=WHERE, remedy=remedy, kind=ModelError):
+        method(vlm, **options)
     trained = [name for name, weight in vlm.llm.named_parameters() if weight.requires_grad]
     if not trained:
         remedy = "set requires_grad of what it trains; to train the projector alone use mode frozen"
