@@ -31,6 +31,11 @@ def test_the_table_is_that_of_pyproject(pyproject: dict[str, Any]) -> None:
     assert (stated[0], stated[-1]) == TESTED["python"]
 
 
+def test_data_that_may_not_be_used_commercially_come_with_their_own_extra_alone(pyproject: dict[str, Any]) -> None:
+    extras = pyproject["project"]["optional-dependencies"] | {"": pyproject["project"]["dependencies"]}
+    assert [name for name, needs in extras.items() if any("elpv" in need for need in needs)] == ["elpv"]
+
+
 def test_the_lowest_environment_holds_the_lower_bounds(pyproject: dict[str, Any]) -> None:
     """Of everything that is needed, and of the extras that the default tests use."""
     extras = pyproject["project"]["optional-dependencies"]
