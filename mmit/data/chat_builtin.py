@@ -132,6 +132,7 @@ def _vicuna_v1(turns: list[Said], end: str, generate: bool) -> list[Piece]:
             out += [*_parts(said), _template(" ")] if said.parts else []
         elif said.role == "user":
             images, rest = _leading_images(said)
+            # Not doubled where the text brings its own newline, as rows do whose marker stood on a line of its own.
             newline = [_template("\n")] if images and rest and not rest[0].text.startswith("\n") else []
             out += [_template("USER: "), *images, *newline, *rest, _template(" ASSISTANT:")]
         else:
@@ -208,6 +209,7 @@ def own_writer(spec: str) -> tuple[Any, str]:
     if not isinstance(end, str):
         problem = f"{spec}.end is a {type(end).__name__}"
         raise ConfigError(problem, where=where, remedy="give the text that ends an answer, or leave it out for the EOS")
+    # Real words, unlike the sentinels that templates get: a function in code sees the text, and may well depend on it.
     question = Said("user", (None, Words("first question")), 0)
     answer = Said("assistant", (Words("first answer"),), 1)
     more = (Said("user", (Words("second question"),), 2), Said("assistant", (Words("second answer"),), 3))
@@ -221,6 +223,8 @@ def _try(spec: str, write: Any, turns: list[Said], *, end: str, where: str) -> N
     whole, prompt = _pieces(spec, write, turns, end, False, where), _pieces(spec, write, turns[:-1], end, True, where)
     said = [(turn.number, None if part is None else part.text) for turn in turns for part in turn.parts]
     found = [(p.turn, None if p.kind == "image" else p.text) for p in whole if p.kind != "template"]
+    # Texts must agree word for word and in order. Images only in number: a format may move those of a turn to its
+    # front.
     texts = [(turn, text) for turn, text in said if text is not None]
     if [one for one in found if one[1] is not None] != texts or len(found) != len(said):
         content = 'Piece("content", part.text, turn.number, "text", part.spans, part.marks)'

@@ -122,6 +122,8 @@ class Renderer:
         out: dict[str, Any] = {"role": turn.role}
         thought = next(words) if turn.thought == "k" else turn.thought
         parts = [(kind, next(words)) for kind in turn.kinds]
+        # Images have no place in a string: they stand where the record has them, beside what the template writes (see
+        # `chat_template`).
         content: Any = "".join(word or "" for _, word in parts)
         inline = turn.inline or ((OPEN, CLOSE) if self.thought == INLINE else None)
         if thought is not None and inline is not None:
@@ -152,6 +154,8 @@ class Renderer:
 
     def _calls(self, calls: list[dict[str, Any]], mark: str) -> list[dict[str, Any]]:
         out = []
+        # Only the first is marked: where the calls begin decides what is the answer's own text, and a template writes
+        # them all together.
         for number, call in enumerate(calls):
             function = dict(call["function"])
             function["name"] = (mark if number == 0 else "") + function["name"]

@@ -54,6 +54,7 @@ def flat(turn: Turn, number: int, marks: OwnThought = no_marks) -> Said:
     A thought at the beginning of an assistant's text, between <think> and </think>, is taken for what it is; so is one
     between a pair that `marks` gives.
     """
+    # Most turns of most data are one plain text; they take this short way.
     only = turn.parts[0] if len(turn.parts) == 1 else None
     if (
         isinstance(only, Text)

@@ -54,6 +54,7 @@ def convert(
     Raises:
         RecordError: a bad row without an `on_bad`, or a file that is not of the format.
     """
+    # Both files or none: the JSONL is written first, so a conversion that was killed between the two is made again.
     beside = file.with_suffix(".verdicts.json")
     if not (file.exists() and beside.exists()):
         bad: list[tuple[int, RecordError]] = []
@@ -63,6 +64,8 @@ def convert(
         def collect(error: RecordError) -> None:
             if on_bad is None:
                 raise error
+            # With the number of records before it: of a source that is cut to its first N records, only the bad rows
+            # among these count.
             bad.append((done, error))
 
         def counted(records: Iterator[Record]) -> Iterator[Record]:

@@ -61,6 +61,8 @@ def split_pairs(record: Record) -> list[Record]:
     if any(turn.role == "tool" for turn in dialogue):
         problem = "has tool turns, whose answers need the calls before them, so its pairs cannot be split"
         raise RecordError(problem, where=record.where, remedy="set data.split_turns=false for this data")
+    # A pair repeats the pictures it may be about. Which later pictures a later question is about cannot be known, so
+    # only pictures that all pairs can see are repeated.
     first = tuple(p for p in dialogue[0].parts if isinstance(p, Image))
     if len(first) != len(record.images):
         raise RecordError(
@@ -146,6 +148,7 @@ class InstructionData:
 
     def record(self, number: int, *, outline: bool = False) -> Record:
         """Read record `number` (counted over all sources); an outline may lack the bytes of its pictures."""
+        # Known limit: reading is by number and not by file order, so a source must be cheap to index (see `sources`).
         source = self.source_of(number)
         place = number - self._starts[source]
         return self.sources[source].outline(place) if outline else self.sources[source][place]
@@ -158,6 +161,7 @@ class InstructionData:
 
     def source_of(self, number: int) -> int:
         """Which source record `number` belongs to."""
+        # To the right of equal starts: an empty source starts where the next one does, and owns no number.
         return bisect_right(self._starts, number) - 1
 
     def samples(self, number: int, *, outline: bool = False) -> tuple[list[Sample], dict[Hashable, PlacedImage], str]:
@@ -185,6 +189,8 @@ class InstructionData:
             )
         keys = tuple(image_key(image) for image in images)
         known = sizes or {}
+        # Contract: pictures are laid out before the text is tokenised, so that a missing or oversized one is told with
+        # the record's place, and the sample's length counts the tokens they become.
         shown = {key: self._show(image, where, known.get(key)) for key, image in zip(keys, images, strict=True)}
         widths = tuple(shown[key].spread.tokens for key in keys)
         factor = self.source_weights[self.source_of(number)]
@@ -194,6 +200,8 @@ class InstructionData:
             # A source's weight multiplies loss weights, not how often it is drawn: that is `weight` of the mixture.
             weights = encoded.weights if factor == 1 else tuple(weight * factor for weight in encoded.weights)
             sample = Sample(encoded.ids, weights, keys, number, widths, share)
+            # Never cut: a record without its end would teach an answer that stops half-way, and one without its
+            # beginning an answer to nothing.
             if sample.length > self.max_length:
                 raise RecordError(
                     f"takes {sample.length} tokens ({sum(widths)} of them for {len(keys)} images), more than "

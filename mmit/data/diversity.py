@@ -41,6 +41,7 @@ def root_and_object(prompt: str) -> tuple[str, str] | None:
     The object is "" where no word follows that could be one.
     """
     text = prompt.strip().lower()
+    # Politeness comes in layers ("Hello, could you please ..."), and three are as many as were seen in real prompts.
     for _ in range(3):
         text = _POLITE.sub("", text, count=1)
     text = _ASIDE.sub("", text, count=1)
@@ -50,6 +51,7 @@ def root_and_object(prompt: str) -> tuple[str, str] | None:
     root, rest = words[0], words[1:]
     if root == "how" and rest[:1] in (["many"], ["much"]):
         root, rest = f"{root} {rest[0]}", rest[1:]
+    # A caption or a fragment: it asks for nothing, so it has no root.
     elif root in ("a", "an", "the") or len(root) < 2:
         return None
     return root, next((word for word in rest if word not in _FUNCTION_WORDS and len(word) > 1), "")

@@ -34,6 +34,7 @@ def inside_name(image: Image) -> str:
     source = image.source
     assert not isinstance(source, str), "an image with a file is named by its path"
     if not isinstance(source, bytes):
+        # With mode and size: a picture and its transpose may have the same bytes.
         source = f"{source.mode} {source.size} ".encode() + source.tobytes()
     return f"sha256:{hashlib.sha256(source).hexdigest()}"
 
@@ -58,6 +59,8 @@ def image_digest(image: Image, *, remedy: str = "Check the path.") -> str:
             raise ImageError(f"cannot be read: {error.strerror}", where=str(image.source), remedy=remedy) from None
     elif not isinstance(source, bytes):
         out = BytesIO()
+        # PNG keeps every pixel. Known limit: its bytes may differ between versions of Pillow, so the digest of a PIL
+        # picture holds within one of them.
         source.save(out, "PNG")
         source = out.getvalue()
     return hashlib.sha256(source).hexdigest()

@@ -52,6 +52,7 @@ def qwen(size: Size, *, unit: int, patch: int, min_pixels: int, max_pixels: int)
     rows, columns = round(height / unit), round(width / unit)
     if rows * columns * unit * unit > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
+        # Down, so that the area stays below the limit; and up below, so that it stays above the least.
         rows = max(1, math.floor(height / shrink / unit))
         columns = max(1, math.floor(width / shrink / unit))
     elif rows * columns * unit * unit < min_pixels:

@@ -161,6 +161,8 @@ class PromptMaker:
         samples = []
         for answer in answers:
             whole = replace(record, turns=(*record.turns, Turn("assistant", (Text(answer),))))
+            # The whole conversation is tokenised with each answer in it, and not the answer by itself: what stands on
+            # its left decides how it is cut into tokens.
             encoded = self._encode(whole, number, generate=False)
             samples.append((encoded.ids, _last_answer(encoded, with_end)))
         return self._prompt(record, number, samples)
@@ -195,6 +197,8 @@ class PromptMaker:
         keys = tuple(BLANK if self.blank is not None else image_key(image) for image in images)
         spreads = {key: self._spread(image, where) for key, image in zip(keys, images, strict=True)}
         widths = tuple(spreads[key].tokens for key in keys)
+        # All samples of a prompt carry the same pictures under the same keys, so that one row can share their
+        # beginning.
         made = tuple(Sample(ids, targets, keys, number, widths) for ids, targets in samples)
         # The last token is only predicted, never run.
         length = max((sample.length - 1 for sample in made), default=0)
@@ -225,12 +229,16 @@ def batches(prompts: Sequence[Prompt], batch_size: int) -> list[list[Prompt]]:
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}", remedy="Give 1 or more.")
+    # By the first picture alone: prompts of one picture share what is computed of it if they meet in a batch. Later
+    # pictures follow text, which differs.
     groups: dict[Hashable, list[Prompt]] = {}
     for prompt in prompts:
         # Without a picture a prompt is a group of its own, and goes where its length belongs.
         groups.setdefault(next(iter(prompt.pictures), (None, prompt.number)), []).append(prompt)
     out: list[list[Prompt]] = []
     room = 0
+    # The longest first: a batch that does not fit into memory fails at once and not after an hour, and like lengths pad
+    # each other little.
     for group in sorted(groups.values(), key=lambda group: -max(prompt.length for prompt in group)):
         whole = sum(len(prompt.samples) for prompt in group)
         if whole > room:
@@ -251,6 +259,7 @@ def _where(record: Record, number: int) -> str:
 
 def _last_answer(encoded: Encoded, with_end: bool) -> tuple[bool, ...]:
     """Mark the tokens of the last answer; earlier answers belong to the prompt."""
+    # Known limit: the format must supervise the last answer without a gap, as all of mmit's do.
     end = max(i for i, supervised in enumerate(encoded.supervised) if supervised) + 1
     start = end
     while start and encoded.supervised[start - 1]:

@@ -76,6 +76,7 @@ def _take(
 
     Bad rows are counted where `count_bad`; else they are yielded all, since what they would have been is not known.
     """
+    # Two passes: which rows a subset takes depends on how many there are, and rows are too large to be kept meanwhile.
     size = sum(count_bad or isinstance(row, Record) for row in make())
     chosen = set(subset.numbers(size, where=f"{where}{subset}").tolist())
     number = 0
@@ -92,6 +93,8 @@ def _file_rows(
     image_root: str | os.PathLike[str] | None,
     options: Mapping[str, Any],
 ) -> Iterator[FileRow]:
+    # A list between two generators: `import_file` tells bad rows by a callback, and the caller wants them in their
+    # places.
     bad: list[RecordError] = []
     for record in import_file(path, format, image_root=image_root, on_bad=bad.append, **options):
         yield from bad  # met on the way to this record
@@ -138,6 +141,8 @@ def sample_rows(rows: Iterable[FileRow], count: int, *, seed: int) -> tuple[list
     for total, row in enumerate(rows, 1):
         if len(kept) < count:
             kept.append((total, row))
+        # Row n stays with probability count / n, and each of those kept so far is the one it replaces with equal
+        # probability: so all rows are drawn alike, whatever their number.
         elif (place := rng.randrange(total)) < count:
             kept[place] = (total, row)
     return sorted(kept, key=lambda item: item[0]), total

@@ -52,6 +52,8 @@ class Subset:
             raise ConfigError(f"{self.count} records are asked for, but there are {size}", where=where, remedy=remedy)
         # PCG64's stream and this shuffle are fixed by numpy's compatibility policy for Generator.permutation.
         rng = np.random.Generator(np.random.PCG64([self.seed, 0x6D6D6974]))
+        # The beginning of one permutation: a smaller subset of the same seed lies inside a larger one. In the order of
+        # the file, so that reading stays sequential.
         return np.sort(rng.permutation(size)[: self.count])
 
 
@@ -63,6 +65,7 @@ def split_subset(path: str | os.PathLike[str]) -> tuple[str, Subset | None]:
     """
     given = os.fspath(path)
     match = _SUBSET.fullmatch(given)
+    # A file may be called a#5. What is there goes before what the ending could mean.
     if match is None or os.path.exists(given):
         return given, None
     if not int(match[2]):

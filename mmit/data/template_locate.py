@@ -97,6 +97,8 @@ class Locator:
         found: dict[int, list[tuple[int, int]]] = {}
         for match in SENTINEL.finditer(rendered):
             found.setdefault(int(match[1]), []).append(match.span())
+        # Known limit: a template that writes its image token by itself, as an example in a system prompt say, has more
+        # of them than images, and is refused below.
         images = _places(rendered, cast("str", self.image_token)) if any(in_list) else []
         spans: list[tuple[int, int] | None] = []
         position = image = 0
@@ -164,6 +166,8 @@ class Locator:
         stripped: list[tuple[set[str], set[str]]] = [(set(), set()) for _ in items]
         # Each by itself: a template may strip newlines and keep blanks.
         for space in " \n\t":
+            # Around the sentinel and on one side at a time: what both sides lose at once could not be told apart where
+            # two texts stand next to each other.
             for side, pad in enumerate(((space, ""), ("", space))):
                 padded = gaps_of(*self.locate(shape, items, extras, pad=pad, prompt=prompt))
                 for number, item in enumerate(items):
@@ -279,6 +283,7 @@ def find_styles(locator: Locator, tokenizer: Any, image_token: str | None) -> No
     # code, which shows.
     for wants_images, user, assistant in candidates:
         locator.renderer.styles = {"system": assistant, "user": user, "assistant": assistant, "tool": assistant}
+        # Forgotten between candidates: a token that was found for one style says nothing about the next.
         locator.image_token, locator.unclear = None, ("", "")
         try:
             _check_style(locator, TALK)
@@ -306,6 +311,7 @@ def _find_style(locator: Locator, role: str, assistant: Style) -> None:
     """The style of system or tool turns; a template may refuse them, and the record that has one is told so."""
     turn = Outline(cast("Any", role), "t")
     shape: Shape = (turn, *TALK) if role == "system" else (*TALK, turn, ANSWER)
+    # As the other turns first. Some templates read lists of the user's alone.
     for style in (assistant, "string" if assistant == "list" else "list"):
         locator.renderer.styles[role] = style
         try:

@@ -143,6 +143,8 @@ def spelt_box(record: Record) -> str:
 
 def refuse_spelt(record: Record) -> None:
     """Raise RecordError for boxes in the text of a format that defines them."""
+    # Letters would be learned as letters: of another family's coordinates, which this model was never taught, or in
+    # pixels of a size it never sees.
     if found := spelt_box(record):
         remedy = f"Give the option boxes={', '.join(WAYS[:-1])} or {WAYS[-1]}: the model's own tokens, or numbers."
         raise RecordError(f"the text has the box {short(found, 60)}, and nothing says how to write it", remedy=remedy)
@@ -160,6 +162,7 @@ def _read_spelt(record: Record) -> Record:
 
     def taken(found: re.Match[str]) -> str:
         numbers = [int(n) for n in re.findall(r"\d+", found[3] or found[4])]
+        # <point>(x,y) has two numbers, <box> four; some sets write several boxes into one mark.
         step = 2 if len(numbers) == 2 else 4
         new = [numbers[at : at + step] for at in range(0, len(numbers), step)]
         boxes.extend(new)
@@ -175,6 +178,7 @@ def _read_spelt(record: Record) -> Record:
             p if isinstance(p, Image) or p.token else replace(p, text=_SPELT.sub(taken, p.text)) for p in turn.parts
         ]
         turns.append(replace(turn, thinking=thinking, parts=tuple(parts)))
+    # From here on as if the row had stated them beside the text: one path writes boxes, however they came.
     held = {"bbox": boxes, "ref": names, "bbox_type": "norm1000", "image_id": [0] * len(boxes)}
     return replace(record, turns=tuple(turns), meta={**record.meta, "objects": held})
 
@@ -188,6 +192,7 @@ def _filled(text: str, written: Mapping[str, Iterator[str]], boxes: str) -> list
             continue
         opening, closing = TOKENS[boxes][part == NAME] if boxes in TOKENS else ("", "")
         pairs += [(opening, True), (next(written[part]), False), (closing, True)]
+    # Numbers alone stay one text, so that a row is tokenised the same whether its boxes were text before or not.
     if boxes not in TOKENS:
         return [("".join(part for part, _ in pairs), False)]
     return [(part, own) for part, own in pairs if part]
@@ -208,6 +213,8 @@ def holds_boxes(key: str, value: Any) -> bool:
     try:
         return _held(key, value) is not None
     except RecordError:
+        # Wrong boxes are boxes: whoever asks keeps the row from being learned as plain text, and the error is raised
+        # where it is read.
         return True
 
 
@@ -227,8 +234,10 @@ def _held(key: str, value: Any) -> dict[str, Any] | None:
             return None
         boxes = value["bbox"]
         return {**value, "bbox": [boxes] if _numbers(boxes) or not isinstance(boxes, list) else boxes}
+    # One box may stand without the list around it.
     items = value if isinstance(value, list) and value and not _numbers(value) else [value]
     items = [[p["x"], p["y"]] if isinstance(p, Mapping) and p.keys() >= {"x", "y"} else p for p in items]
+    # A name such as `points` may as well be a score: it holds boxes only where every value has the shape of one.
     return {"bbox": items} if key in _SURE or all(_numbers(item, (2, 4)) for item in items) else None
 
 
@@ -239,6 +248,8 @@ def _columns(items: list[Any]) -> dict[str, Any]:
         problem = f"'objects' holds '{short(bad[0])}', which has no bbox"
         raise RecordError(problem, remedy=f"Write objects as {example}.")
     types = [item.get("bbox_type") for item in items]
+    # The newer layout has one type for all of a row. Converting some of them here would change numbers that nobody
+    # asked to change.
     if any(kind != types[0] for kind in types):
         problem = f"'objects' holds boxes of several types: {short(types)}"
         raise RecordError(problem, remedy="Give all boxes of a row the same bbox_type.")
@@ -265,6 +276,8 @@ def _box(value: Any, key: str) -> Box:
     if not _numbers(value, (2, 4)):
         problem = f"'{key}' holds '{short(value)}', which is no box and no point"
         raise RecordError(problem, remedy="Write [x1, y1, x2, y2], or [x, y].")
+    # COCO's [left, top, width, height] has the same shape. It cannot be told apart where the numbers happen to grow, so
+    # the remedy says which layout is meant.
     if len(value) == 4 and not (value[0] <= value[2] and value[1] <= value[3]):
         problem = f"'{key}' holds {short(value)}, whose second corner lies left of the first or above it"
         raise RecordError(problem, remedy="Write [x1, y1, x2, y2]: left, top, right, bottom; no widths.")
@@ -272,6 +285,8 @@ def _box(value: Any, key: str) -> Box:
 
 
 def _unit(key: str, objects: Mapping[str, Any], given: str | None) -> str:
+    # ms-swift's default is pixels, but only for its own key `objects`; elsewhere a guess would scale boxes wrongly
+    # without a trace.
     stated = objects.get("bbox_type") or ("real" if key == "objects" and given is None else None)
     if stated is not None and stated not in _TYPES:
         remedy = f"Write one of {', '.join(_TYPES)}."
@@ -303,6 +318,8 @@ def _shares(box: Box, unit: str, size: tuple[int, int], key: str) -> Box:
     if not all(0 <= n <= 1 for n in shares):
         problem = f"'{key}' holds {short(list(box))}, which lies outside {shown}"
         raise RecordError(problem, remedy="Correct the box, or say what its numbers are with the option boxes_in.")
+    # Shares that are read as pixels all lie in the upper left corner of the picture, inside every limit: nothing else
+    # would notice.
     if unit != "norm1" and all(n <= 1 for n in box) and any(0 < n < 1 for n in box):
         problem = f"'{key}' holds {short(list(box))}, which are shares and no {unit}"
         raise RecordError(problem, remedy="Say what its numbers are with bbox_type or the option boxes_in.")

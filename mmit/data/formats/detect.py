@@ -37,6 +37,7 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
         if found == "pmc_vqa":
             return found, f"the header has {_quoted(formats[found].detect)}"
         return "csv", f"a table with the columns {', '.join(map(short, header))}"
+    # By content from here on: .json and .jsonl say nothing about which layout is inside.
     rows, whole = _rows(path)
     first = rows[0] if rows else {}
     if isinstance(first, RecordError):
@@ -102,6 +103,7 @@ def _shape(value: Any) -> set[str]:
     if not isinstance(value, dict):
         return set()
     keys = set(value)
+    # A hundred of them: a file keyed by picture ids may have a million, all alike.
     for key, inner in islice(value.items(), 100):
         items = inner if isinstance(inner, list) else list(inner.values())[:1] if isinstance(inner, dict) else []
         if items and isinstance(items[0], dict):
@@ -116,6 +118,7 @@ def _by_keys(keys: set[str], formats: Mapping[str, Format]) -> str:
     fits = [name for name, entry in formats.items() if entry.detect and keys.issuperset(entry.detect)]
     if fits == ["instructions"] and keys.intersection(ANSWERS):
         return ""  # some other set of instructions, whose answers would be lost
+    # Most keys win: instruction and output alone are Alpaca's, with inputs beside them M3IT's.
     return max(fits, key=lambda name: len(formats[name].detect), default="")
 
 
@@ -137,6 +140,7 @@ def _conversations(rows: list[Any], keys: set[str]) -> tuple[str, str]:
         return "allava", "rows are LLaVA's, with ids that begin with allava_"
     if any(vision_flan_task(row)[0] for row in pictured):
         return "vision_flan", "rows are LLaVA's, with Vision-Flan's dataset+task in 'task_name' or 'id'"
+    # LLaVA's own files never have a marker without a picture. ALLaVA's rows of text do, and there it stays text.
     quoting = [row for row in dicts if row not in pictured and MARKER in str(row.get("conversations"))]
     if quoting:
         return "allava", f"rows are LLaVA's, and {len(quoting)} without 'image' have {MARKER} in their text"

@@ -49,6 +49,7 @@ def unpacked(path: str) -> Iterator[str]:
     Raises RecordError for a damaged file, and for a zip of several files.
     """
     kind = packing(path)
+    # The reader of tars takes compressed ones itself; unpacked to a disk first, they would take it twice.
     if not kind or path.lower().endswith((".tar.gz", ".tgz")):
         yield path
         return
@@ -79,6 +80,7 @@ def _unzip(path: str, folder: str) -> str:
             listed = ", ".join(short(e.filename, 40) for e in entries[:5])
             problem = f"the zip holds {len(entries)} files: {listed}{', ...' if len(entries) > 5 else ''}"
             raise RecordError(problem, where=path, remedy="Unpack it, and give the data file.")
+        # Its last part alone: a name in an archive may hold .. or begin at the root.
         target = os.path.join(folder, os.path.basename(entries[0].filename) or "data")
         with archive.open(entries[0]) as packed, open(target, "wb") as file:
             shutil.copyfileobj(packed, file, 1 << 20)

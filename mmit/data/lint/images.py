@@ -52,6 +52,7 @@ class ImageChecks:
                 known[name] = record.where
                 problem = self._look(image, name, record.where, test=test)
                 if problem[0]:
+                    # Kept under the picture: it is decoded once, however many records show it.
                     self._bad[name] = problem
             if name in self._bad and not test:
                 # Every record that shows it is unusable, so every one is told.
@@ -73,6 +74,7 @@ class ImageChecks:
         except OSError as error:
             return "unreadable-image", f"{short(path, 120)}: {error.strerror}"
         self._seen.append(_Seen(name, where, test, hashlib.sha256(data).hexdigest(), picture_hash(picture)))
+        # Only where both are known: a name without an ending promises nothing.
         stated = _SUFFIXES.get(os.path.splitext(path)[1].lower())
         found = next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), None)
         if stated and found and stated != found and not test:
@@ -93,6 +95,8 @@ class ImageChecks:
 
     def compare(self) -> None:
         """Tell pictures that occur twice, and those of the test data among the training data."""
+        # By name first: what both sets name is told once, as the gravest of the findings, and left out of the
+        # comparisons by content below.
         leaked = self._train.keys() & self._test.keys()
         for name in (name for name in self._train if name in leaked):
             self._add("test-image", self._train[name], f"{short(name, 120)} is also in {self._test[name]}")

@@ -111,6 +111,8 @@ class RangeReader:
 
     def read(self, path: str, start: int, size: int) -> bytes:
         """Return `size` bytes from `start`, fewer if the file ends before. Raises ShardFileError."""
+        # Asked at each read and not registered with fork: a reader may be pickled, forked or inherited, and only its
+        # user knows when it is first read.
         if self._pid != os.getpid():
             # A forked child must not share connections with its parent; plain files do no harm, but stay its own.
             self._renew()
@@ -135,6 +137,7 @@ class RangeReader:
 
 
 def _pread(handle: int, start: int, size: int) -> bytes:
+    # A read at a position moves no file pointer, so threads need no lock for a local file.
     data = os.pread(handle, size, start)
     while 0 < len(data) < size:
         more = os.pread(handle, size - len(data), start + len(data))
@@ -151,8 +154,11 @@ def _fetch(files: Any, path: str, start: int, size: int) -> bytes:
             data: bytes = files.cat_file(path, start=start, end=start + size)
             break
         except Exception as error:
+            # What is not there will not be there in four seconds.
             if attempt == _TRIES or isinstance(error, FileNotFoundError):
                 raise _unreachable(path, error) from error
+            # Two and four seconds: longer than a passing fault, shorter than the patience of whoever waits for the
+            # batch.
             time.sleep(2.0**attempt)
     if len(data) > size:
         # Not a fault of the record, which its checksum would make of it.
@@ -176,6 +182,7 @@ def run_jobs(job: Callable[..., T], arguments: Iterable[Sequence[Any]], *, worke
     try:
         for one in arguments:
             waiting.append(pool.submit(job, *one))
+            # Two each: while a worker's result waits to be taken, it has its next job already.
             if len(waiting) >= 2 * workers:
                 yield waiting.pop(0).result()
         while waiting:

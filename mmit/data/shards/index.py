@@ -114,6 +114,8 @@ def write_index(
     left_out: Counter[str] = Counter()
     for number, part in enumerate(parts):
         samples, members = np.array(part.samples, SAMPLE), np.array(part.members, MEMBER)
+        # Contract: parts number their samples, members, keys, sources and suffixes from 0. Each number moves by what
+        # the parts before it hold, and names that several parts have become one.
         samples["shard"] = number
         samples["member"] += np.uint64(at_member)
         samples["key"] += np.uint64(at_key)
@@ -142,6 +144,8 @@ def write_index(
     }
     if options:
         header["options"] = options
+    # Over what decides the records, and nothing else: how and when the index was built, and which keys nobody reads,
+    # would make the same data look changed, and every measurement be made again.
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for array in arrays.values():
         digest.update(array.tobytes())
@@ -154,6 +158,7 @@ def write_index(
 
 
 def _number(table: dict[str, int], name: str) -> int:
+    # Known limit: which names are counted together depends on the order of the shards.
     if name not in table and len(table) >= MAX_SOURCES:
         name = OTHER
     return table.setdefault(name, len(table))
@@ -168,6 +173,8 @@ def _write_files(out: Path, header: dict[str, Any], arrays: dict[str, np.ndarray
             np.save(buffer, array, allow_pickle=False)
             write_atomic(folder / f"{name}.npy", buffer.getbuffer())
         write_atomic(out / INDEX, json.dumps(header, indent=1).encode())
+        # Only once index.json names the new one. Known limit: a reader that has read the former index.json and not yet
+        # opened its arrays does not find them.
         for old in out.glob("index-" + "[0-9a-f]" * 16):
             if old != folder:
                 shutil.rmtree(old)
@@ -183,6 +190,7 @@ def save_part(part: Part, path: Path, digest: str) -> None:
     buffer = io.BytesIO()
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
     keys = np.frombuffer(part.keys, np.uint8)
+    # Text as an array of bytes: an array of strings would need pickle to be read.
     np.savez(buffer, facts=text, samples=part.samples, members=part.members, keys=keys)
     write_atomic(path, buffer.getbuffer())
 

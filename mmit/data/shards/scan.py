@@ -110,6 +110,8 @@ def scan_file(file: BinaryIO, size: int, *, name: str, options: ScanOptions) -> 
     try:
         for member in read_members(file, size, where=name):
             state.add(member, reader)
+    # Damage ends this tar and not the index: the samples before it are sound, and the report says how many bytes were
+    # not read.
     except TarError as error:
         part.bad.append(error)
     state.close_sample()
@@ -127,6 +129,8 @@ class _Summed:
         self.file, self.size, self.at, self.crc = file, size, 0, 0
 
     def span(self, start: int, end: int) -> bytes:
+        # Every byte of the file goes into its checksum, read or skipped, so that one pass gives both it and the
+        # samples.
         self.skip(start)
         self.file.seek(start)
         data = self.file.read(end - start)
@@ -209,6 +213,8 @@ class _Scan:
         if self.open and self.key is not None:
             where = f"{self.part.name}: {short(self.key)}"
             try:
+                # A sample is indexed only if it becomes a record here. What cannot be read while indexing would be a
+                # bad record in every epoch of every run.
                 members = {p.suffix: p.data for p in self.open}
                 kept: Counter[str] = Counter()
                 given: dict[str, Any] = {"caption": self.options.caption, "options": dict(self.options.shared)}
@@ -230,6 +236,7 @@ class _Scan:
             m = p.member
             rows.append((m.start, m.offset - m.start, m.size, p.crc, *size, suffix, 0))
         # Pictures inside a JSON (interleaved documents) have no member: they are listed without a place in the tar.
+        # By content: the record holds bytes and no names, and a picture that is a member has been listed above.
         stored = {p.data for p in self.open}
         if len(record.images) > self.options.limits.members:
             problem = f"{len(record.images)} pictures are more than the {self.options.limits.members} allowed"
@@ -242,6 +249,7 @@ class _Scan:
         flags += MANY_ANSWERS * (sum(t.role == "assistant" for t in record.turns) > 1)
         flags += HAS_SYSTEM * (record.turns[0].role == "system")
         key = (self.key or "").encode()
+        # Characters and not tokens: an index serves every tokenizer, and lengths are only for statistics.
         chars = sum(len(turn.text) for turn in record.turns)
         source = part.sources.setdefault(record.source, len(part.sources))
         # The order of SAMPLE; the shard's number is known when the parts are joined.
@@ -306,4 +314,5 @@ def _shard_name(path: str, folder: str) -> str:
     if "://" in path:
         return path
     full = os.path.abspath(path)
+    # Relative only inside the folder of the index: a path with .. would break as soon as one of the two is moved.
     return os.path.relpath(full, folder) if full.startswith(folder + os.sep) else full
