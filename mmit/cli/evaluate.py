@@ -201,7 +201,7 @@ def _folder(
     from mmit.generate import load
     from mmit.interop.foreign import is_foreign
     from mmit.models.hub import is_hub_id, model_folder
-    from mmit.train.checkpoint.model import MANIFEST, find
+    from mmit.train.checkpoint.model import MANIFEST, find, no_untuned
 
     if out is None and is_hub_id(run):
         raise ConfigError("no folder for the results", where="--out", remedy="The hub's cache is none: give --out.")
@@ -215,9 +215,11 @@ def _folder(
     checkpoint = find(folder, warn=lambda text: echo(text, err=True))
     options["allow_code"] = allow_code
     model = _told(load(checkpoint, **options))
+    why = no_untuned(checkpoint)
     untuned = Lazy(lambda: load(checkpoint, untuned=True, **options))  # one for all tasks
     fingerprint = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16] + told
-    return Path(run), Subject(model, str(checkpoint), fingerprint, model.number_format, lambda: untuned)
+    given: dict[str, Any] = {"no_untuned": why} if why else {"untuned": lambda: untuned}
+    return Path(run), Subject(model, str(checkpoint), fingerprint, model.number_format, **given)
 
 
 def _told(model: Any) -> Any:

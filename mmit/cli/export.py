@@ -253,6 +253,7 @@ def _write_whole(
     licence: str | None,
     dtype: torch.dtype | None = None,
     numbers: torch.dtype | None = None,
+    merged: bool = False,
 ) -> None:
     """Write a checkpoint with everything inside and read it again; one that differs is removed.
 
@@ -262,6 +263,7 @@ def _write_whole(
         about: what the model card tells of. licence: for the card.
         dtype: number format that the comparison computes in, None for that of the config.
         numbers: of the LLM's weights as they are written, which decides the tolerance; None for float32.
+        merged: adapters were folded into the weights.
 
     Raises:
         ModelError: the logits differ beyond rounding.
@@ -273,7 +275,7 @@ def _write_whole(
     from mmit.train.checkpoint.portable import save_whole
 
     tolerance = TOLERANCE[numbers or torch.float32]
-    save_whole(found, out)
+    save_whole(found, out, merged=merged)
     try:
         _card(about, out, format="mmit", licence=licence)
         again = load_model(out, device="cpu", dtype=dtype, allow_code=True)  # as the source, which has been loaded
@@ -332,6 +334,7 @@ def merge(
         licence=licence,
         dtype=torch.float32,
         numbers=DTYPES[dtype],
+        merged=True,
     )
     echo(_train_from(out))
 

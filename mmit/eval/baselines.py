@@ -103,6 +103,7 @@ class Subject:
         name: the model in reports, e.g. its folder.
         fingerprint, number_format: as in `Arm`.
         untuned: builds the untuned model, called only if its answers are missing; None leaves it out.
+        no_untuned: why there is none.
     """
 
     model: Generates
@@ -110,6 +111,7 @@ class Subject:
     fingerprint: str
     number_format: str | None = None
     untuned: Callable[[], Generates] | None = None
+    no_untuned: str = "not asked for"
 
     def arm(self, prefix: str = "", **facts: Any) -> Arm:
         """Return what its answers are filed under; `prefix` says what was changed."""
@@ -184,7 +186,7 @@ def run_baselines(
     elif "swap" in beside.probes:
         notes["swapped_images"] = "there are no two different pictures"
     if subject.untuned is None:
-        notes["untuned"] = "not asked for"
+        notes["untuned"] = subject.no_untuned
     else:
         run("untuned", Lazy(subject.untuned), some, prefix="untuned, ")
     tried = None

@@ -20,8 +20,10 @@ from mmit.records import Record, write_jsonl
 from mmit.train.checkpoint.folders import write_folder
 from mmit.train.checkpoint.model import find, load_model, read_config, write_model
 from mmit.train.run import run
+from mmit.yamlio import dump_yaml
 from tests.interop.test_portable import command
 from tests.models.tuned_models import composite, config_for, tune_plan, tuned
+from tests.tiny_run import tiny_config
 
 PICTURE = PIL.Image.new("RGB", (30, 20), (200, 60, 40))
 LORA = {"mode": "lora", "lr": 1e-3, "options": {"r": 4}}
@@ -142,3 +144,35 @@ def test_a_folder_that_is_another_model_does_not_stay(
     monkeypatch.setattr(interop_export, "source_logits", later)
     assert "a logit is off by 0.5" in command("merge", source, tmp_path / "out", code=2)
     assert not list(tmp_path.glob("*out*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "how", "why"),
+    [
+        ("lora", ["merge"], "merged: the weights before training are not in the folder"),
+        ("both", ["merge"], "merged: the weights before training are not in the folder"),
+        ("lora", ["export", "--format", "mmit", "--out"], "its weights before training are not"),
+    ],
+)
+def test_it_is_evaluated(tmp_path: Path, case: str, how: list[str], why: str) -> None:
+    """Answers and scores are the run's own; the report says why the untuned model does not stand beside them."""
+    plans: dict[str, dict[str, Any]] = {"lora": {"llm": LORA}, "both": {"llm": LORA, "vision": LORA}}
+    assert run(tiny_config(tmp_path, tune=plans[case], train={"steps": 6, "eval_every": None})) == 0
+    task = {"name": "colours", "records": str(tmp_path / "data" / "train.jsonl"), "metric": "exact"}
+    task |= {"prompt": "{question}", "max_new_tokens": 4, "answers": ["red", "green", "blue", "black", "yes"]}
+    (tmp_path / "colours.yaml").write_text(dump_yaml(task))
+    command(how[0], tmp_path / "run", *how[1:], tmp_path / "out")
+    reports, answers = [], []
+    for name in ("run", "out"):
+        place = tmp_path / f"eval-{name}"
+        command("eval", tmp_path / name, "--task", tmp_path / "colours.yaml", "--out", place, "--baseline-n", 3)
+        reports.append(json.loads((place / "report.json").read_text()))
+        lines = (place / "answers-tuned.jsonl").read_text().splitlines()
+        answers.append([json.loads(line)["answer"] for line in lines[1:]])
+    assert answers[0] == answers[1] and len(set(answers[0])) > 1
+    before, after = reports
+    assert before["accuracy"] == after["accuracy"] and before["n"] == after["n"] > 10
+    assert before["baselines"]["untuned"]["n"] == 3 and after["baselines"]["untuned"] is None
+    assert why in json.dumps(after)
+    assert before["baselines"]["blank_image"]["accuracy"] == after["baselines"]["blank_image"]["accuracy"]

@@ -118,6 +118,7 @@ def write_model(
     chat: ChatFormat,
     step: int,
     include_base: bool = False,
+    merged: bool = False,
 ) -> None:
     """Write everything but the trainer's state (see the module docstring).
 
@@ -126,6 +127,7 @@ def write_model(
         vlm: of plain weights or gathered ones; under ZeRO-3 the caller gathers what is written.
         step: that the weights are of.
         include_base: the base weights too, so that the checkpoint refers to nothing outside.
+        merged: adapters were folded into them; see `no_untuned`.
 
     Raises:
         CheckpointError: the base of a PiSSA or OLoRA adapter is to be written.
@@ -138,6 +140,7 @@ def write_model(
         "image": image_preparation(vlm.vision, config.model.vision),
         "image_tokens": vlm.image_tokens,
         "versions": {"mmit": mmit.__version__, "torch": torch.__version__},
+        **({"merged": True} if merged else {}),
     }
     (folder / "mmit.json").write_text(json.dumps(meta, indent=1))
     # Always, though the base has one: its ids are what the weights were trained on, and a hub's repository may change.
@@ -396,6 +399,16 @@ def load_model(
     _ready(vlm, None if device_map is not None else place)
     chat = ChatFormat.from_json(meta["chat"], tokenizer)
     return Loaded(vlm, tokenizer, chat, meta["image"], path, meta, config, notes)
+
+
+def no_untuned(path: Path) -> str:
+    """Why the model as it was before training cannot be loaded from a checkpoint; empty where it can."""
+    if json.loads((path / "mmit.json").read_text()).get("merged"):
+        return "merged: the weights before training are not in the folder"
+    own = path / "vision"
+    if own.is_dir() and not any(own.rglob("*.safetensors")) and not any(own.rglob("*.bin")):
+        return "the encoder is in the folder, and its weights before training are not"
+    return ""
 
 
 def _sections(config: Config, path: Path, *, untuned: bool) -> dict[str, Any]:

@@ -112,8 +112,8 @@ def merged_sections(config: Config, folder: Path) -> dict[str, Any]:
     return {**raw, "align": None}
 
 
-def save_whole(found: Loaded, folder: Path) -> None:
-    """Write a checkpoint with its base weights inside, so that it can be moved anywhere."""
+def save_whole(found: Loaded, folder: Path, *, merged: bool = False) -> None:
+    """Write a checkpoint with its base weights inside, so that it can be moved; `merged` as in `write_model`."""
     refuse_existing(folder)
     vlm, config = found.vlm, found.config
 
@@ -126,6 +126,7 @@ def save_whole(found: Loaded, folder: Path) -> None:
             chat=found.chat,
             step=found.meta.get("step", 0),
             include_base=True,
+            merged=merged,
         )
         found.tokenizer.save_pretrained(draft / "llm")  # a run that begins with it reads it as any other LLM
         # Towers of transformers are built from a folder with their config, those of other libraries from code by a
