@@ -93,6 +93,7 @@ class Writer:
 
     def _cut(self, text: str, allowed: frozenset[str], marks: Marks) -> Iterator[tuple[str, bool]]:
         """Cut a text at its marks and at `allowed`: (part, whether it is a control token) pairs."""
+        # Marks count from the text's own beginning, and the text may have been lent a space in front.
         at, shift = 0, len(self._space)
         for start, end in ((start + shift, end + shift) for start, end in marks):
             token = text[start:end]
@@ -123,6 +124,7 @@ class Writer:
         self._after = "control" if ids and ids[-1] in self._tokens.control_ids else "text"
 
     def _add(self, ids: Sequence[int], weight: float, origin: Origin) -> None:
+        # Three lists and no list of triples: this runs for every token of every record, in each epoch.
         self.ids += ids
         self.weights += [weight] * len(ids)
         self.origin += [origin] * len(ids)

@@ -97,6 +97,7 @@ def moonvit(size: Size, *, unit: int, patch: int, max_pixels: int, max_side: int
     # Whole patches are counted before the scale and pixels are cut after it, as the published code does.
     count = max(1.0, height // patch) * max(1.0, width // patch)
     limit = max_side * patch
+    # Three limits and the smallest scale of them: the area, and each side by itself.
     scale = min(1.0, math.sqrt(max_pixels // patch**2 / count), limit / height, limit / width)
     scaled = tuple(min(max(1, int(side * scale)), limit) for side in (height, width))
     return NativeLayout((scaled[0], scaled[1]), (-(-scaled[0] // unit), -(-scaled[1] // unit)))
@@ -112,6 +113,7 @@ def pixtral(size: Size, *, unit: int, patch: int, max_edge: int) -> NativeLayout
     """
     width, height = size
     ratio = max(width, height) / max_edge
+    # Down to whole pixels before whole units are counted: the other order would give another grid for some sizes.
     if ratio > 1:
         width, height = max(1, math.floor(width / ratio)), max(1, math.floor(height / ratio))
     rows, columns = -(-height // unit), -(-width // unit)

@@ -44,6 +44,7 @@ def plot(stats: Stats, folder: Path) -> list[Path]:
 def _figure(columns: int, *, height: float = 3.6, width: float = 5.2) -> tuple[Any, Sequence[Any]]:
     from matplotlib.figure import Figure
 
+    # Not pyplot: its global list of figures would keep every picture alive, and it asks for a display.
     figure = Figure(figsize=(width * columns, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
@@ -57,6 +58,7 @@ def _lengths(stats: Stats) -> Any:
     if whole.tokens:
         kinds["tokens of a sample"] = "tokens"
     figure, axes = _figure(len(kinds))
+    # A hundred sources in one stack of bars would have no colours left to be told apart by.
     largest = sorted(stats.sources, key=lambda name: -stats.sources[name].records)
     for axis, (label, kind) in zip(axes, kinds.items(), strict=True):
         values = [np.array(getattr(stats.sources[name], kind), dtype=float) for name in largest[:MOST_SOURCES]]

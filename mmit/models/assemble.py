@@ -34,6 +34,8 @@ def assemble_vision(vision: Mapping[str, Any], *, dtype: torch.dtype) -> VisionT
     if vision["kind"] == FUSED:
         with located("model.vision"):
             towers = [{**t, "key_order": t["key_order"] or None} for t in vision["towers"]]
+            # Contract of a fused tower: what its section says of all encoders at once must be unset, and `build_vision`
+            # refuses what is not.
             alone = {k: vision[k] for k in ("weights", "layer", "select", "image_size", "native")}
             return build_vision(FUSED, "", towers=towers, dtype=number_format, **alone)
     with located("model.vision"):
@@ -65,6 +67,7 @@ def with_own_towers(vision: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return dict(vision)
     if vision["kind"] != FUSED:
         return {**vision, "name": str(folder / "vision"), "weights": None}
+    # A checkpoint keeps only the encoders that were trained; the others come from where the config names them.
     places = [folder / "vision" / str(number) for number in range(len(vision["towers"]))]
     kept = [{"name": str(place), "weights": None} if place.exists() else {} for place in places]
     return {**vision, "towers": [{**tower, **own} for tower, own in zip(vision["towers"], kept, strict=True)]}
@@ -116,6 +119,7 @@ def assemble(
         )
     if model["vision"] is None:
         return VLM(llm, vision=None, projector=None, padded=not packed), tokens
+    # Shapes alone need no file, so that a forecast runs on a machine that has none of the weights.
     section = without_weights(model["vision"]) if empty else model["vision"]
     with torch.device("meta") if empty else nullcontext():
         vision = assemble_vision(section, dtype=dtype)

@@ -32,6 +32,7 @@ def resolve_file(spec: str | Path) -> Path:
     if not text.startswith(PACKAGE):
         return _existing(Path(text).expanduser(), where=text)
     package, *inside = PurePosixPath(text.removeprefix(PACKAGE)).parts or ("",)
+    # A config may come from elsewhere: it must not name a file outside of the package.
     if not inside or ".." in inside or not package.isidentifier():
         raise ModelError(
             "not the name of a file in a package",
@@ -71,6 +72,7 @@ def load_tensors(path: str | Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise _unreadable(error, where) from error
+    # timm, MAE and Lightning wrap their tensors so. Optimizer states and counters beside them are left in the file.
     for key in ("state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
@@ -85,6 +87,7 @@ def load_pickle(path: Path) -> Any:
     """Read what torch.save wrote, on the CPU, if it holds tensors and plain containers alone. Raises ModelError."""
     where = str(path)
     try:
+        # weights_only: a pickle is a program, and this reader knows tensors and containers alone.
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(

@@ -72,6 +72,7 @@ def generation_facts(llm: Any) -> GenerationFacts:
     config = getattr(base, "generation_config", None)
     if config is None:
         return GenerationFacts()
+    # One id, a list of them, or nothing: published files have all three.
     ends = config.eos_token_id
     listed = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,)
     notes = [
@@ -79,6 +80,7 @@ def generation_facts(llm: Any) -> GenerationFacts:
         for name, off in NOT_DONE.items()
         if (value := getattr(config, name, None)) not in (None, off, [], 0)
     ]
+    # A file may state a temperature and yet ask for greedy decoding; transformers then leaves it out, and so does mmit.
     if not config.do_sample:
         return GenerationFacts(listed, notes=tuple(notes))
     top_k = TOP_K if config.top_k is None else int(config.top_k)
@@ -95,6 +97,7 @@ def read_generation(llm: Any, folder: Path) -> None:
 
 def end_ids(chat_end: Iterable[int], tokenizer: Any, llm: Any) -> tuple[int, ...]:
     """Ids that end an answer: the last of the chat format's ending, the tokenizer's EOS, and the model's own list."""
+    # Only the last id of the format's ending: those before it (a newline, say) stand inside answers too.
     found = (*tuple(chat_end)[-1:], tokenizer.eos_token_id, *generation_facts(llm).end_ids)
     return tuple(dict.fromkeys(i for i in found if i is not None))
 

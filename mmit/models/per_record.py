@@ -102,6 +102,7 @@ def _mixer(base: type[nn.Module]) -> type[nn.Module]:
         if row is None:
             return base.forward(self, *args, **kwargs)
         row.calls.append(MIXER)
+        # By name: layers call their mixers with positions or keywords, and which argument a mask is must be known.
         bound = signature.bind(self, *args, **kwargs)
         arguments: dict[str, Any] = {k: None if k in WHOLE_ROW else v for k, v in bound.arguments.items()}
         extra = arguments.pop("kwargs", {})
@@ -115,6 +116,7 @@ def _mixer(base: type[nn.Module]) -> type[nn.Module]:
                 outs.append(base.forward(self, **{k: _on_paths(v, batch, row) for k, v in arguments.items()}))
         return _back(outs, row)
 
+    # The same name and module: messages, and whoever looks for a class by its name, see the one they know.
     return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
 
 
@@ -139,6 +141,8 @@ def _back(outs: list[Any], row: RowState) -> Any:
 def _rotary(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         lengths = _lengths(position_ids, limit=min(_limits(self)), grows=length_types(self) != {"longrope"})
+        # Each length by itself over all tokens, and what belongs to it is taken: a row has few different lengths, and
+        # the factors of one call hold for all of its tokens.
         out = None
         for length in lengths.unique().tolist():
             mine = lengths == length

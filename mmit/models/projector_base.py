@@ -34,6 +34,7 @@ class Projector(nn.Module):
         self.tokens_in = prefix + grid[0] * grid[1]
         self.tokens = tokens
         self.norm = nn.LayerNorm(vision_dim) if norm else nn.Identity()
+        # Registered though there is none: a state dict then has no key for it, and `add_line_end` needs no other class.
         self.register_parameter("line_end", None)
 
     @property
@@ -43,6 +44,7 @@ class Projector(nn.Module):
 
     def add_line_end(self) -> None:
         """Learn a vector that ends each line of a picture made of tiles (LLaVA-1.6's `image_newline`)."""
+        # As transformers draws its `image_newline`, of length one; with a part for each level that is added later.
         self.line_end = nn.Parameter(torch.randn((1 + self.deep) * self.llm_dim) / self.llm_dim**0.5)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -73,6 +75,8 @@ def mlp(dim_in: int, dim_out: int, *, depth: int) -> nn.Sequential:
 def space_to_depth(features: torch.Tensor, grid: tuple[int, int], factor: int) -> torch.Tensor:
     """(B, h*w, D) -> (B, (h/f)*(w/f), f*f*D): a block's patches row by row, each with its channels."""
     height, width = grid
+    # Known limit: other implementations order the channels of a block otherwise. Weights of theirs fit only after their
+    # columns are moved.
     blocks = features.unflatten(1, (height // factor, factor, width // factor, factor))
     return blocks.transpose(2, 3).flatten(3).flatten(1, 2)
 

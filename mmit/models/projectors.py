@@ -200,6 +200,7 @@ class DeepStackMLP(Projector):
             )
         tokens = prefix + grid[0] * grid[1]
         super().__init__(vision_dim=vision_dim, llm_dim=llm_dim, grid=grid, prefix=prefix, tokens=tokens, norm=norm)
+        # The base reads it: who splices tokens expects the levels behind the image tokens, in the same tensor.
         self.deep = levels - 1
         self.levels = nn.ModuleList(mlp(vision_dim // levels, llm_dim, depth=depth) for _ in range(levels))
 
@@ -292,6 +293,8 @@ def _checked(kind: str, made: Any, options: dict[str, Any], prefix: int) -> dict
 
     What a class takes stands in its signature and nowhere else, so that a new projector needs no second list.
     """
+    # Contract: `prefix` among the arguments says that a kind keeps a class token. A kind that reshapes the grid leaves
+    # it out, and a tower with such a token is then refused.
     valid = set(inspect.signature(made).parameters) - set(SIZES)
     for name in options:
         if name not in valid - {"prefix"} and not takes_any_keyword(made):
@@ -326,10 +329,13 @@ def _own(kind: str, made: Any, *, vision_dim: int, llm_dim: int, **given: Any) -
             )
         if not any(True for _ in projector.parameters()):
             raise ModelError("has no parameters", where=where, remedy="end it with a layer that gives llm_dim channels")
+        # Tried once before hours of training: a count of tokens that is stated wrong would shift every later token of
+        # every row.
         training, device = projector.training, next(projector.parameters()).device
         with torch.no_grad():
             out = projector.eval()(torch.zeros(1, projector.tokens_in, vision_dim, device=device))
         projector.train(training)
+    # All levels lie side by side in the last dimension, so a projector with levels gives that many times the width.
     shape = tuple(getattr(out, "shape", ()))
     if shape != (1, projector.tokens, (1 + projector.deep) * llm_dim):
         raise ModelError(
@@ -351,6 +357,7 @@ def _pooled(grid: tuple[int, int], side: int | tuple[int, int] | None, tokens: i
         )
     if tokens is not None:
         check_counts(tokens=tokens)
+        # Only squares: which of several shapes with as many tokens is meant cannot be told.
         root = round(tokens**0.5)
         if root**2 != tokens:
             raise ModelError(

@@ -50,6 +50,7 @@ class Resampler(Projector):
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, D_v) -> (B, queries, D_llm)."""
         features = features + self.places
+        # A view: the same start for each picture, and one gradient that adds up over all of them.
         latents = self.queries.expand(len(features), -1, -1)
         for block in self.blocks:
             latents = block(latents, features)
@@ -75,6 +76,7 @@ class ResamplerBlock(nn.Module):
 
     def forward(self, latents: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """(B, M, D_v), (B, N, D_v) -> (B, M, D_v)."""
+        # Latents are among the keys as in Flamingo: a query can take over what others have gathered.
         normed = self.norm_latents(latents)
         keys, values = self.kv(torch.cat([self.norm_features(features), normed], dim=1)).chunk(2, dim=-1)
         q_bhmd, k_bhsd, v_bhsd = (

@@ -41,12 +41,16 @@ class RowState:
         if device == self.device:
             return self
         if device not in self._elsewhere:
+            # `calls` is the same list on every device: whether any layer kept records apart is asked of the row as a
+            # whole.
             self._elsewhere[device] = replace(self, plan=self.plan.to(device), device=device)
         return self._elsewhere[device]
 
     @cached_property
     def paths(self) -> list[list[int]]:
         """Row positions from the root to the end of each node that has no children."""
+        # Contract: a node without children ends a record. A record that ends where another goes on has a node of its
+        # own there.
         inner = {parent for _, _, parent in self.nodes}
         above: list[list[int]] = []
         for start, length, parent in self.nodes:
@@ -63,6 +67,7 @@ class RowState:
                 groups[-1].append(path)
             else:
                 groups.append([path])
+        # On the right: states and convolutions run from left to right, so what follows a record cannot reach it.
         padded = [[path + [0] * (len(group[-1]) - len(path)) for path in group] for group in groups]
         return [torch.tensor(rows).to(self.device) for rows in padded]
 

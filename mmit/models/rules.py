@@ -187,6 +187,8 @@ def check_vocabulary(rules: Rules, vocabulary: Mapping[str, int]) -> None:
     Raises:
         ModelError: naming both sizes and the tokens beyond.
     """
+    # An id beyond the table is an index error on a CPU, and on CUDA an assertion that ends the process without naming
+    # it.
     beyond = sorted((n, token) for token, n in vocabulary.items() if n >= rules.rows)
     if not beyond:
         return

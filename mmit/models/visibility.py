@@ -37,6 +37,7 @@ class Visibility:
     def mask(self, before: torch.Tensor, queries: int, keys: int) -> torch.Tensor:
         """(G, 1, Lq, Lk) True = visible, for queries that start after `before` (G,) keys of their own path."""
         q = before[:, None, None, None] + torch.arange(queries, device=before.device)[None, None, :, None]
+        # Contract: keys are counted on the record's own path, so the pattern sees the record as if it stood alone.
         k = torch.arange(keys, device=before.device)[None, None, None, :]
         zero = torch.zeros((), dtype=torch.int64, device=before.device)
         return self.function(zero, zero, q, k) & (k <= q)

@@ -57,6 +57,8 @@ class Reader(nn.Module):
             (module, name, buffer)
             for module in self.modules()
             for name, buffer in module._buffers.items()
+            # Only buffers that no file holds: those are computed from the config, and constants such as a mean are cast
+            # like weights.
             if name in module._non_persistent_buffers_set and buffer is not None and buffer.dtype == torch.float32
         ]
 
@@ -176,6 +178,7 @@ def blocks_to_run(layer: int, total: int, *, where: str) -> int:
     Layers are counted as Hugging Face counts `hidden_states`, for every backend: 1 is the output of the first
     block, -1 of the last, -2 of the one before it.
     """
+    # Layer 0 would be the patch embedding, which nobody reads; and -1 is the last block, not what follows its norm.
     blocks = layer if layer > 0 else total + layer + 1
     if layer == 0 or not 1 <= blocks <= total:
         raise ModelError(
@@ -302,6 +305,8 @@ def pair_by_order(
     Step counters of batch norm are dropped on both sides. Raises ModelError unless the counts agree, every
     shape agrees, and no `weight` meets a `bias` or a running statistic.
     """
+    # Order is all that is known of such a file. Known limit: two tensors of one shape that the file has in another
+    # order are not noticed, except those of a batch norm.
     ours = [(key, shape) for key, shape in full.items() if not key.endswith("num_batches_tracked")]
     theirs = [(key, value) for key, value in tensors.items() if not key.endswith("num_batches_tracked")]
     remedy = "key_order needs a file of this very architecture, in its order"

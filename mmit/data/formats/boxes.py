@@ -162,7 +162,7 @@ def _read_spelt(record: Record) -> Record:
 
     def taken(found: re.Match[str]) -> str:
         numbers = [int(n) for n in re.findall(r"\d+", found[3] or found[4])]
-        # <point>(x,y) has two numbers, <box> four; some sets write several boxes into one mark.
+        # A mark may hold a point, of two numbers, or several boxes of four.
         step = 2 if len(numbers) == 2 else 4
         new = [numbers[at : at + step] for at in range(0, len(numbers), step)]
         boxes.extend(new)

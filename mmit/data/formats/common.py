@@ -106,6 +106,8 @@ class Format:
         if self.own:
             return self.row(row, image_root=image_root)
         shared = {key: options.pop(key) for key in SHARED_OPTIONS if key in options and key not in self.options}
+        # Contract: a row function reads its own layout and puts the rest into the meta; keys with a meaning that all
+        # formats share are taken out of there, once, for all of them.
         record = read_keys(self.row(row, image_root=image_root, **options))
         # Formats that define boxes in text: as letters, they would teach the numbers of another coordinate system.
         if self.spells_boxes and "boxes" not in shared:
@@ -160,6 +162,8 @@ def pick(instructions: Any, *, seed: int, key: str) -> str:
         raise ConfigError("option instruction holds what is not text", remedy="Give one text or a list of texts.")
     # A hash of the row and no generator: the draw depends on nothing that was read before it.
     digest = hashlib.sha256(f"{seed}:{key}".encode("utf-8", "surrogatepass")).digest()
+    # The remainder favours the first choices by less than one in 10^17, since 64 bits are far more than any list of
+    # instructions.
     return choices[int.from_bytes(digest[:8], "big") % len(choices)]
 
 
@@ -212,6 +216,7 @@ def keyed(items: Any, key: str, *, where: str) -> dict[str, Row]:
     if not isinstance(items, list):
         problem = f"found a {type(items).__name__} where a list of objects with '{key}' belongs"
         raise RecordError(problem, where=where, remedy="Check that this is the right file of the data set.")
+    # Annotation files have ids as numbers where question files have texts, and the other way round.
     return {str(item[key]): item for item in items if isinstance(item, dict) and key in item}
 
 
@@ -225,6 +230,8 @@ def references(value: Any, what: str) -> list[str]:
 
 def most_frequent(answers: Sequence[str]) -> str:
     """Return the commonest answer; among equals the one given first."""
+    # Contract: `most_common` keeps the order of the first occurrence among equals, so the draw is the same in every
+    # run.
     return Counter(answers).most_common(1)[0][0]
 
 

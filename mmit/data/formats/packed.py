@@ -49,7 +49,7 @@ def unpacked(path: str) -> Iterator[str]:
     Raises RecordError for a damaged file, and for a zip of several files.
     """
     kind = packing(path)
-    # The reader of tars takes compressed ones itself; unpacked to a disk first, they would take it twice.
+    # Left to the reader of tars, whose refusal says what is wrong with a compressed one.
     if not kind or path.lower().endswith((".tar.gz", ".tgz")):
         yield path
         return

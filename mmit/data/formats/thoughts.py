@@ -56,9 +56,11 @@ def _split(turn: Turn, number: int, opening: str, closing: str) -> Turn:
     if turn.thinking is not None:
         problem = f"turn {number} (assistant) has a thought beside its text and one in it, after {opening}"
         raise RecordError(problem, remedy="Keep one of them.")
+    # Spans are counted in the whole text: taking a part of it out would move the weights of the rest.
     if first.weight is not None:
         problem = f"turn {number} (assistant) has a thought after {opening} in spans of their own weight"
         raise RecordError(problem, remedy="Write it as reasoning_content, and weigh it by data.loss.think.")
+    # The first closing mark ends it, as a model's own template would have it; a second thought stays text.
     thought, end, answer = first.text.lstrip()[len(opening) :].partition(closing)
     if not end:
         problem = f"turn {number} (assistant) opens a thought with {opening}, and no {closing} ends it"

@@ -107,28 +107,7 @@ def write_index(
         ConfigError: no usable sample, too many suffixes, or a folder that cannot be written.
     """
     out = Path(out_dir)
-    sources: dict[str, int] = {}
-    suffixes: dict[str, int] = {}
-    joined: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
-    at_member = at_key = 0
-    left_out: Counter[str] = Counter()
-    for number, part in enumerate(parts):
-        samples, members = np.array(part.samples, SAMPLE), np.array(part.members, MEMBER)
-        # Contract: parts number their samples, members, keys, sources and suffixes from 0. Each number moves by what
-        # the parts before it hold, and names that several parts have become one.
-        samples["shard"] = number
-        samples["member"] += np.uint64(at_member)
-        samples["key"] += np.uint64(at_key)
-        if len(samples):
-            samples["source"] = np.array([_number(sources, s) for s in part.sources])[samples["source"]]
-        if len(members) and part.suffixes:
-            table = np.array([suffixes.setdefault(s, len(suffixes)) for s in part.suffixes])
-            members["suffix"] = table[members["suffix"]]
-        for name, array in zip(ARRAYS, (samples, members, np.frombuffer(part.keys, np.uint8)), strict=True):
-            joined[name].append(array)
-        at_member, at_key = at_member + len(members), at_key + len(part.keys)
-        left_out.update(part.left_out)
-    arrays = {name: np.concatenate(pieces) for name, pieces in joined.items()}
+    arrays, sources, suffixes = _joined(parts)
     if not len(arrays["samples"]):
         raise ConfigError("holds no usable sample", where=str(out), remedy="See what was reported for each.")
     if len(suffixes) > 0xFFFF:
@@ -139,7 +118,7 @@ def write_index(
         "sources": list(sources),
         "suffixes": list(suffixes),
         "caption": caption or {},
-        "left_out": dict(left_out),
+        "left_out": dict(sum((part.left_out for part in parts), Counter[str]())),
         "lengths": {name: len(array) for name, array in arrays.items()},
     }
     if options:
@@ -155,6 +134,30 @@ def write_index(
     header["folder"] = f"index-{header['fingerprint']}"
     _write_files(out, header, arrays)
     return len(arrays["samples"])
+
+
+def _joined(parts: Sequence[Part]) -> tuple[dict[str, np.ndarray], dict[str, int], dict[str, int]]:
+    """Join the arrays of all parts; return them with the numbers of the names of sources and suffixes."""
+    sources: dict[str, int] = {}
+    suffixes: dict[str, int] = {}
+    joined: dict[str, list[np.ndarray]] = {name: [] for name in ARRAYS}
+    at_member = at_key = 0
+    for number, part in enumerate(parts):
+        samples, members = np.array(part.samples, SAMPLE), np.array(part.members, MEMBER)
+        # Contract: parts number their samples, members, keys, sources and suffixes from 0. Each number moves by what
+        # the parts before it hold, and names that several parts have become one.
+        samples["shard"] = number
+        samples["member"] += np.uint64(at_member)
+        samples["key"] += np.uint64(at_key)
+        if len(samples):
+            samples["source"] = np.array([_number(sources, s) for s in part.sources])[samples["source"]]
+        if len(members) and part.suffixes:
+            table = np.array([suffixes.setdefault(s, len(suffixes)) for s in part.suffixes])
+            members["suffix"] = table[members["suffix"]]
+        for name, array in zip(ARRAYS, (samples, members, np.frombuffer(part.keys, np.uint8)), strict=True):
+            joined[name].append(array)
+        at_member, at_key = at_member + len(members), at_key + len(part.keys)
+    return {name: np.concatenate(pieces) for name, pieces in joined.items()}, sources, suffixes
 
 
 def _number(table: dict[str, int], name: str) -> int:

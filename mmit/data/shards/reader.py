@@ -68,6 +68,7 @@ class ShardSource:
         self._ranges = RangeReader()
         header = self.index.header
         self.name = name or folder.rstrip("/").rpartition("/")[2]
+        # A subset has a fingerprint of its own: what was measured of the whole does not hold for it.
         self.fingerprint = str(header["fingerprint"]) + ("" if limit is None else f"-{len(self)}")
         self._suffixes: list[str] = header["suffixes"]
         self.unreadable = 0  # samples that are none have been left out of the index, and told then
@@ -116,6 +117,8 @@ class ShardSource:
         marks = {s: name.encode() for s, name in names.items() if extension(s) in IMAGES}
         sizes = {self._suffixes[m[_SUFFIX]]: (m[_WIDTH], m[_HEIGHT]) for m in wanted}
         record = self._record(number, found | marks, sizes)
+        # The record is built by the very code that builds the whole one, so that an outline has its turns, refusals and
+        # order of pictures.
         known: dict[Any, Image] = {mark: Image(names[suffix], sizes[suffix]) for suffix, mark in marks.items()}
 
         def named(part: Part) -> Part:
@@ -130,6 +133,8 @@ class ShardSource:
         header = self.index.header
         given: dict[str, Any] = {"caption": header["caption"], "options": _options(header), "sizes": sizes}
         record = to_record(self.key(number), members, where=self.where(number), **given)
+        # Where a record came from stays what the builder wrote; only records that say nothing are named after the
+        # folder.
         if not record.source and record.row is None:
             record = replace(record, source=self.origin, row=number + 1)
         return record
@@ -141,6 +146,7 @@ class ShardSource:
         """The key of a sample."""
         row = self._row(number)
         start = int(row["key"])
+        # A damaged index must not end a run with an error of decoding; what it points at fails its checksum.
         return self.index.keys[start : start + int(row["key_size"])].tobytes().decode("utf-8", "replace")
 
     def where(self, number: int) -> str:
@@ -159,6 +165,7 @@ class ShardSource:
         place = f"{shard}: {short(self.key(number))}"
         first, count = int(row["member"]), int(row["members"])
         rows = self.index.members[first : first + count].tolist()
+        # Pictures inside a JSON have a row for their size, and no place of their own in the tar.
         wanted = [m for m in rows if not m[_INLINE]]
         # The index may come from anywhere, and its numbers become places in files: none is trusted.
         if len(rows) != count or not wanted or any(m[_SUFFIX] >= len(self._suffixes) for m in wanted):
@@ -188,6 +195,7 @@ class ShardSource:
         """Read every shard whole; return what differs from the index, headers and ends of archives included."""
         problems = []
         for shard in self.index.header["shards"]:
+            # Known limit of reading single samples: bytes between members are covered by this whole pass alone.
             crc = length = 0
             with open_shard(self._path(shard["name"])) as (file, _):
                 while chunk := file.read(1 << 20):

@@ -100,6 +100,8 @@ def check_members(members: Sequence[tuple[str, int]], *, where: str, limits: Lim
             problem = f"member '{short(suffix)}' of {size:,} bytes is over the limit of {limits.member_bytes:,}"
             _fail(problem, where, "Leave it out, or raise the limit if its origin is trusted.")
         seen.add(suffix)
+    # Asked of the headers, before a byte of the sample is read: a tar from anywhere must not decide how much memory is
+    # taken.
     total = sum(size for _, size in members)
     if total > limits.sample_bytes:
         problem = f"{total:,} bytes are over the limit of {limits.sample_bytes:,} for one sample"
@@ -125,11 +127,8 @@ def to_record(
     what comes before the first picture is the user's.
 
     Args:
-        key: of the sample.
-        members: {suffix: bytes}.
-        where: shard and key, for errors.
-        caption: options of captions: instruction, seed.
-        options: those that all formats share: boxes, thoughts.
+        key: of the sample. members: {suffix: bytes}. where: shard and key, for errors.
+        caption: options of captions: instruction, seed. options: those that all formats share: boxes, thoughts.
         sizes: (W, H) of pictures whose bytes are not all there.
         kept: counts the keys that stay in the meta unread, but for mmit's own rows.
 
@@ -163,6 +162,7 @@ def to_record(
     else:
         found = ", ".join(short(s, 40) for s in list(members)[:8])
         _fail(f"cannot tell what the sample is (members: {found})", where, _LAYOUTS)
+    # A key is unique within its tar, and what other tools call the sample by.
     record = record if record.id else replace(record, id=key)
     record = _placed(lambda: with_shared(record, options or {}), where)
     _placed(lambda: record.validate(for_training=None), where)
@@ -191,6 +191,8 @@ def from_record(record: Record, key: str, pictures: Sequence[bytes]) -> dict[str
         replace(t, parts=tuple(Image(next(named)) if isinstance(p, Image) else p for p in t.parts))
         for t in record.turns
     )
+    # Contract: image parts name members as KEY.SUFFIX, so that any WebDataset reader with the same key can follow the
+    # row.
     row = replace(record, turns=turns).to_json()
     members["json"] = json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
     return members
@@ -218,6 +220,7 @@ def picture_size(data: bytes, *, where: str) -> tuple[int, int]:
         with PIL.Image.open(BytesIO(data), formats=PICTURES) as picture:
             width, height = picture.size
             try:
+                # These four lie on their side: width and height change places. `load_rgb` turns the pixels likewise.
                 turned = picture.getexif().get(_ORIENTATION_TAG) in (5, 6, 7, 8)
             except _BROKEN_EXIF:
                 turned = False
@@ -295,6 +298,7 @@ def _foreign(row: dict[str, Any], images: Mapping[str, Image], key: str, where: 
     except RecordError as error:
         place = f"{where}: {error.where}" if error.where else where
         raise RecordError(error.problem, where=place, remedy=error.remedy) from error
+    # Each name once: a picture that the row shows twice is one member.
     paths = list(dict.fromkeys(i.source for i in record.images if isinstance(i.source, str)))
     held = _named_members(paths, names, key, where)
 
@@ -323,12 +327,17 @@ def _named_members(paths: Sequence[str], names: Sequence[str], key: str, where: 
     """
     held: dict[str, str] = {}
     for path in paths:
+        # Rows keep the paths of the machine that they were written on, Windows' among them; the name of the file is
+        # what both have.
         asked = path.replace("\\", "/").rpartition("/")[2]
         whole = {name: f"{key}.{name}" for name in names}
         fits = [n for n in names if path in (whole[n], n)]
         fits = fits or [n for n in names if asked in (whole[n].rpartition("/")[2], n)]
+        # Of several that fit none is taken: which one was meant cannot be told, and a wrong picture would be learned
+        # without an error.
         if len(fits) == 1:
             held[path] = fits[0]
+    # A member that is only numbered has no name that the row could be compared with.
     nameless = len(names) == 1 and re.fullmatch(r"(?:[0-9]+\.)?[^.]+", names[0])
     if len(paths) == 1 and not held and nameless:
         held[paths[0]] = names[0]
@@ -344,6 +353,7 @@ def _named_members(paths: Sequence[str], names: Sequence[str], key: str, where: 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Order "2.jpg" before "10.jpg"."""
+    # Known limit: digits beyond 18 are cut into several numbers.
     return [(int(p), "") if p.isdecimal() else (0, p) for p in re.findall(r"[0-9]{1,18}|[^0-9]+", name)]
 
 
@@ -357,6 +367,8 @@ def _interleaved(row: dict[str, Any], images: Mapping[str, bytes], where: str) -
     sentences, pictures = row.get("text_list"), row.get("image_info") or []
     if not isinstance(sentences, list) or not all(isinstance(s, str) for s in sentences):
         _fail("'text_list' is not a list of strings", where, _LAYOUTS)
+    # Pictures of a document lie inside its JSON: with members beside it, which of them a sentence means could not be
+    # told.
     if images or not isinstance(pictures, list) or not all(isinstance(p, dict) for p in pictures):
         _fail(
             "pictures of an interleaved document belong into 'image_info' as 'image_base64'",
@@ -375,6 +387,7 @@ def _interleaved(row: dict[str, Any], images: Mapping[str, bytes], where: str) -
         at.setdefault(place, []).append(Image(_base64(info.get("image_base64"), number, where)))
     if not at:
         _fail("the document has no picture", where, "Import text without pictures from JSONL instead.")
+    # By sentence and not by the order of pictures, which OpenFlamingo leaves open.
     starts = sorted(at)
     turns = []
     for n, start in enumerate(starts):
@@ -391,6 +404,7 @@ def _interleaved(row: dict[str, Any], images: Mapping[str, bytes], where: str) -
 
 def _base64(text: Any, number: int, where: str) -> bytes:
     try:
+        # Strict: without it characters that are no base64 are skipped, and a damaged picture would be another one.
         data = base64.b64decode(text, validate=True)
     except (TypeError, ValueError, binascii.Error) as error:
         remedy = "Write the encoded picture's bytes with base64.b64encode."

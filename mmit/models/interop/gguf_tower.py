@@ -62,6 +62,8 @@ def check_tower(vlm: VLM, image: Mapping[str, Any]) -> None:
         _refuse(f"its activation is {config.hidden_act}", f"train a tower with {', '.join(ACTIVATIONS)}")
     if len(read_blocks(vlm.vision)) > 1:
         _refuse("llama.cpp reads one layer of its tower", "train with one layer (model.vision.layer)")
+    # The file says nothing of how a picture comes to the tower's size: llama.cpp decides by the projector's type. So a
+    # model must have been trained on what it does.
     if image["mode"] != "pad" or tuple(image["fill"]) != FILL or image["interpolation"] != "bicubic":
         shown = f"{image['mode']}, {image['interpolation']}, colour {tuple(image['fill'])}"
         _refuse(
@@ -95,6 +97,7 @@ def tower_tensors(vlm: VLM) -> dict[str, torch.Tensor]:
         name = _name(key)
         if name is not None:
             found[name] = tensor
+    # `mm.0` and `mm.1` count linear layers; `layers.1` here is the GELU between them.
     own = vlm.projector.state_dict()
     for ours, theirs in (("layers.0", "mm.0"), ("layers.2", "mm.1")):
         for leaf in ("weight", "bias"):
@@ -109,6 +112,7 @@ def _name(key: str) -> str | None:
     stem, leaf = key.rsplit(".", 1)
     if stem in OUTER:
         return f"{OUTER[stem]}.{leaf}"
+    # Features are read before the final norm, and positions are counted by whoever reads the file.
     if stem == "post_layernorm" or key == "embeddings.position_ids":
         return None
     number, inner = stem.removeprefix("encoder.layers.").split(".", 1)
@@ -128,6 +132,7 @@ def tower_keys(writer: Any, vlm: VLM, *, name: str) -> None:
     writer.add_vision_patch_size(config.patch_size)
     writer.add_vision_embedding_length(config.hidden_size)
     writer.add_vision_feed_forward_length(config.intermediate_size)
+    # Blocks above the layer that is read are not in the file: llama.cpp runs all that it finds.
     writer.add_vision_block_count(max(read_blocks(vlm.vision)))
     writer.add_vision_head_count(config.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(config.layer_norm_eps)

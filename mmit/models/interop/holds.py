@@ -62,6 +62,7 @@ def text_facts(llm: Mapping[str, Any]) -> TextFacts:
     try:  # LLaVA's classes ask the body
         words = body is not None and body.get_input_embeddings() is model.get_input_embeddings()
     except (AttributeError, NotImplementedError):
+        # Some bodies have no such method, or one that raises.
         words = False
     plain = words and own_head is not None and head is own_head and own_head.bias is None
     tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -102,6 +103,7 @@ def beyond_body_and_head(model: Any) -> str | None:
     embeddings = torch.empty(1, 2, config.hidden_size, dtype=torch.float32, device="meta")
     # No numbers are needed: whether the class hands on the very tensor that it was given is a question of identity.
     hidden = torch.empty_like(embeddings)
+    # The class's own forward is run once with the body replaced: reading its source would be guessing.
     seen: dict[str, Any] = {}
 
     def forward(*arguments: Any, **named: Any) -> _Stub:

@@ -110,6 +110,8 @@ def read_llava_hf(
     folder, where = Path(folder), str(folder)
     with explained(where, remedy="is this a llava-hf folder with its config.json?"):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    # Numbers as they were published, unless something else is asked for: float32 of a 7B model would take twice the
+    # memory for nothing.
     stated = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
     dtype = dtype or stated
     _check_config(config, where)
@@ -172,6 +174,8 @@ def _check_config(config: Any, where: str) -> None:
 def _check_tokens(config: Any, processor: Any, where: str) -> None:
     """Refuse a tokenizer that is not the one the model was trained with, where that shows."""
     tokens, rows = processor.tokenizer, config.text_config.vocab_size
+    # Contract: one id marks pictures, in the tokenizer as in the model. Were they two, pictures would be read as words
+    # without an error.
     found = tokens.convert_tokens_to_ids(processor.image_token)
     remedy = "put the model's own tokenizer files and config.json together; another tokenizer gives other ids"
     if found != config.image_token_index:
@@ -194,6 +198,7 @@ def _tower(
     vision = config.vision_config
     clip = vision.model_type.startswith("clip")
     strategy, layer = config.vision_feature_select_strategy, config.vision_feature_layer
+    # The strategy counts a class token that SigLIP does not have; transformers drops the first patch all the same.
     if not clip and strategy == "default":
         raise ModelError(
             "vision_feature_select_strategy 'default' drops the first token, which in SigLIP is a patch",
@@ -207,6 +212,7 @@ def _tower(
         {key: value for key, value in vision.to_dict().items() if key in valid},
         Reading(**options),  # without the final norm: transformers reads hidden states, which come before it
     )
+    # The tower has no positions for another size.
     if picture["size"] != list(encoder.image_size):
         raise ModelError(
             f"its processor makes pictures of {picture['size']}, its tower takes {list(encoder.image_size)}",
@@ -214,6 +220,8 @@ def _tower(
             remedy="check preprocessor_config.json against config.json",
         )
     with torch.device("meta"):
+        # Without memory, for its names: files hold the whole tower, of which only the layers up to the one read are
+        # built.
         whole: Any = getattr(transformers, kind)(vision)
     full = {key: value.shape for key, value in getattr(whole, "vision_model", whole).state_dict().items()}
     complain(

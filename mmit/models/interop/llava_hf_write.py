@@ -107,11 +107,14 @@ def write_llava_hf(folder: Path, vlm: VLM, text: TextSide, *, image: Mapping[str
     """
     check_writable(vlm, image)
     assert vlm.vision is not None
+    # The caller's tokenizer goes on being used, and a token added to it would change the ids of its chat format.
     tokens = copy.deepcopy(text.tokenizer)
     image_id = _add_image_token(tokens, text.image_token)
     if text.drop_bos:
+        # Both places that may put a BOS in front: the template of the post-processor, and the flag of older classes.
         tokens.backend_tokenizer.post_processor = None
         tokens.add_bos_token = False
+    # Many models have spare rows in their table, which the image token may take: then no weight changes its shape.
     _grow(vlm.llm, max(len(tokens), image_id + 1))
 
     vision_config, vision_state = hf_tower(vlm.vision)
@@ -160,6 +163,7 @@ def _config(vlm: VLM, image: Mapping[str, Any], vision_config: Any, *, image_id:
 
 def _write_generation(folder: Path, tokens: Any, end_ids: Sequence[int]) -> None:
     """Write what ends and pads an answer; a tokenizer without padding gets the end token for it."""
+    # Batches of transformers need one. What ends an answer does no harm there, since padding is masked.
     pad = tokens.pad_token_id if tokens.pad_token_id is not None else end_ids[-1]
     GenerationConfig(
         bos_token_id=tokens.bos_token_id, eos_token_id=list(dict.fromkeys(end_ids)), pad_token_id=pad
@@ -214,6 +218,7 @@ def _grow(llm: Any, rows: int) -> None:
     llm.resize_token_embeddings(rows, mean_resizing=False)
     with torch.no_grad():
         for layer in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+            # The mean of all: the row is never looked up, but as a row of the head its logit must not win.
             layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
 
 
@@ -239,6 +244,7 @@ def _state(vlm: VLM, vision: Mapping[str, torch.Tensor], *, tied: bool) -> dict[
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU where it is a part of another one, which safetensors does not take."""
     tensor = tensor.detach().cpu().contiguous()
+    # safetensors refuses tensors that share memory, and a view would bring its whole storage into the file.
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 

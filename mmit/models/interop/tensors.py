@@ -40,6 +40,7 @@ def folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"cannot be read: {error}", where=str(index), remedy="fetch the folder again") from error
     found: dict[str, torch.Tensor] = {}
     for shard in sorted(set(places.values())):
+        # Contract: an index names files of its own folder. It may come from anyone, and must not name others.
         if Path(shard).name != shard or not (folder / shard).is_file():
             raise ModelError(f"names the shard '{shard}', which is not there", where=str(index), remedy="fetch it")
         found.update(load_tensors(folder / shard))
@@ -63,6 +64,7 @@ def split_by_prefix(
     parts: dict[str, dict[str, torch.Tensor]] = {part: {} for _, part, _ in prefixes}
     unclaimed = []
     for key, tensor in tensors.items():
+        # In the given order: a prefix must be tried before a shorter one that it begins with.
         for prefix, part, own in prefixes:
             if key.startswith(prefix):
                 parts[part][own + key.removeprefix(prefix)] = tensor
@@ -116,4 +118,5 @@ def fill_module(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], *,
         ],
         where=where,
     )
+    # Strict once more; the lists above say all at once, where torch's own error would be a page.
     module.load_state_dict(dict(tensors))

@@ -35,6 +35,8 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(width, size, device=like.device, dtype=like.dtype)
         self.activation = ACTIVATIONS[activation]()
         self.up = nn.Linear(size, width, device=like.device, dtype=like.dtype)
+        # With 0 on one side alone the adapter starts as the identity and still gets a gradient, which two zero matrices
+        # would not.
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -48,6 +50,7 @@ class WithAdapter(nn.Module):
 
     def __init__(self, inner: nn.Module, adapter: Bottleneck) -> None:
         super().__init__()
+        # Under a name of its own: `merge.base_name` takes it out of the names of a checkpoint again.
         self.add_module(INNER, inner)
         self.adapter = adapter
 
@@ -83,6 +86,8 @@ def insert_adapters(llm: Any, *, size: int, activation: str, after: list[str] | 
                     where="tune.llm.options.after",
                     remedy=nearest(name, [n for n, _ in layer.named_children()]),
                 )
+            # On the device and in the format of what it follows: a device map may have spread the layers, and quantised
+            # weights are integers.
             like = next(p for p in child.parameters() if p.is_floating_point())
             setattr(layer, name, WithAdapter(child, Bottleneck(width, size, activation, like=like)))
     base = base_model(llm)

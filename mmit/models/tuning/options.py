@@ -39,6 +39,7 @@ class Option:
         if self.choices and value not in self.choices:
             raise ModelError(f"is {value!r}", where=where, remedy=nearest(str(value), [str(c) for c in self.choices]))
         types, what = EXPECTED[self.kind]
+        # The exact type: True is an int in Python, and 1.0 no number of layers.
         wrong = not self.choices and (type(value) not in types)
         if wrong or (self.kind in ("whole", "number") and not self.least <= value < self.below):
             limits = f", {self.least:g} or more" if self.least > -math.inf else ""

@@ -45,10 +45,12 @@ def read_own_options(spec: str, given: Mapping[str, Any], *, where: str) -> dict
 
 def apply_own(spec: str, vlm: VLM, options: Mapping[str, Any]) -> None:
     """Run a method of the user's own on a frozen composite. Raises ModelError."""
+    # By identity: a method may wrap modules, and a tensor then has another name and is still the same.
     before = {id(tensor): name for name, tensor in base_model(vlm.llm).state_dict(keep_vars=True).items()}
     method, remedy = own_method(spec), "it is called with the composite, all of it frozen, and its options"
     with calling(spec, where=WHERE, remedy=remedy, kind=ModelError):
         method(vlm, **options)
+    # All was frozen before the call, so whatever requires a gradient now is the method's.
     trained = [name for name, weight in vlm.llm.named_parameters() if weight.requires_grad]
     if not trained:
         remedy = "set requires_grad of what it trains; to train the projector alone use mode frozen"
@@ -60,6 +62,8 @@ def apply_own(spec: str, vlm: VLM, options: Mapping[str, Any]) -> None:
         raise ModelError(problem, where=WHERE, remedy="train what PEFT's adapter holds, modules_to_save included")
     llm = base_model(vlm.llm)
     plain = {name: before[id(t)] for name, t in llm.state_dict(keep_vars=True).items() if id(t) in before}
+    # A checkpoint holds what was trained and takes the rest from the base by its own names; a weight that is gone could
+    # not be put back.
     if lost := sorted(set(before.values()) - set(plain.values())):
         problem = f"{spec} removes or replaces weights of the LLM, such as {lost[0]}"
         remedy = "keep the model's own parameters and put new ones beside them"

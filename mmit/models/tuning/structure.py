@@ -28,6 +28,7 @@ def decoder_layers(llm: Any) -> nn.ModuleList:
         ModelError: there is no such list, or more than one.
     """
     llm = base_model(llm)
+    # Several lists of modules may be as long (experts, say): attention in each entry is what tells the layers.
     count = llm.config.get_text_config().num_hidden_layers
     found = [
         module
