@@ -956,7 +956,7 @@ MUTANTS = [
         "mmit/train/monitor/run_files.py",
         "if missing := [name for name in needed if name not in row]:",
         "if missing := [name for name in needed if name == row]:",
-        "tests/train/monitor/test_watching.py",
+        "tests/train/monitor/test_run_files.py",
     ),
     # models of others
     Mutant(

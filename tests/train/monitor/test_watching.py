@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sqlite3
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +25,11 @@ from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checkpoint.resume import match_best
 from mmit.train.data.setup import Encoding, image_loader, open_data
 from mmit.train.loop import Progress, sum_by_source
-from mmit.train.monitor import trackers
-from mmit.train.monitor.describe import note_start
-from mmit.train.monitor.metrics_log import RunLog
 from mmit.train.monitor.run_files import read_rows
 from mmit.train.run import EXIT_STOPPED, run
 from mmit.train.schedule import Spikes
 from tests.tiny_run import tiny_config
 
-ROOT = Path(__file__).parents[3]
 STEPS = 8
 
 
@@ -221,66 +214,6 @@ def test_what_asks_for_an_evaluation_needs_one(tmp_path):
     assert error.value.where == "train.keep_best.metric"
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio", "swanlab"])
-def test_a_tracker_that_is_missing_is_told_before_anything_is_loaded(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda found: None)
-    config = tiny_config(tmp_path, train={"steps": 1, "report_to": [name]})
-    with pytest.raises(ConfigError, match="is not installed") as error:
-        run(config)
-    assert f"mmit-tune[{name}]" in error.value.remedy and error.value.where == "train.report_to"
-    assert not (tmp_path / "run").exists()
-    with pytest.raises(ConfigError, match="tensorboard"):
-        tiny_config(tmp_path, train={"steps": 1, "report_to": ["tensorbord"]})
-
-
-@pytest.mark.slow
-def test_trackio_goes_on_in_the_same_run_on_this_machine(tmp_path, monkeypatch):
-    pytest.importorskip("trackio")
-    # It reads the folder when it is imported.
-    code = """
-import sys
-from pathlib import Path
-from mmit.train.monitor.trackers import open_trackers
-for step in (1, 2):
-    (tracker,) = open_trackers(["trackio"], Path(sys.argv[1]), {"run.seed": 0})
-    tracker.begin(step - 1)
-    tracker.log(step, {"loss": 1.0 / step})
-    tracker.close()
-"""
-    env = os.environ | {"TRACKIO_DIR": str(tmp_path / "kept"), "TRACKIO_PROJECT": "tests", "PYTHONPATH": str(ROOT)}
-    (tmp_path / "run").mkdir()
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    identity = json.loads((tmp_path / "run" / "trackio.json").read_text())["id"]
-    with sqlite3.connect(tmp_path / "kept" / "tests.db") as base:
-        rows = base.execute("select run_name, step, metrics from metrics order by step").fetchall()
-    assert [(name, step, json.loads(text)) for name, step, text in rows] == [
-        (f"run-{identity}", 1, {"loss": 1.0}),
-        (f"run-{identity}", 2, {"loss": 0.5}),
-    ]
-
-
-@pytest.mark.slow
-def test_swanlab_keeps_a_run_here_and_without_a_login_says_what_to_do(tmp_path, monkeypatch):
-    pytest.importorskip("swanlab")
-    monkeypatch.setenv("SWANLAB_SAVE_DIR", str(tmp_path / "home"))
-    monkeypatch.delenv("SWANLAB_API_KEY", raising=False)
-    monkeypatch.setenv("SWANLAB_MODE", "offline")
-    for step in (1, 2):
-        (tracker,) = trackers.open_trackers(["swanlab"], tmp_path, {"run.seed": 0})
-        tracker.begin(step - 1)
-        tracker.log(step, {"loss": 1.0 / step})
-        tracker.close()
-    identity = json.loads((tmp_path / "swanlab.json").read_text())["id"]
-    kept = sorted((tmp_path / "swanlab").glob(f"run-*-{identity}"))
-    assert kept and all((folder / f"run-{identity}.swanlab").stat().st_size for folder in kept)
-    monkeypatch.setenv("SWANLAB_MODE", "online")
-    monkeypatch.setattr("sys.stdin", open(os.devnull))
-    with pytest.raises(ConfigError, match="SwanLab refuses: ") as error:
-        trackers.open_trackers(["swanlab"], tmp_path, {})
-    assert "swanlab login" in error.value.remedy and error.value.where == "train.report_to"
-
-
 def test_spikes_are_told_against_the_losses_before():
     spikes, recent = Spikes(6.0, 32), []
     for i in range(40):
@@ -329,93 +262,3 @@ def test_the_report_of_a_run_that_never_stepped(tmp_path):
     assert "No step has been logged yet" in text and "&lt;b&gt;" in text
     missing = CliRunner().invoke(app, ["run-status", str(tmp_path / "nothing")])
     assert missing.exit_code == 2
-
-
-GOOD = {"step": 3, "loss": 1.0, "tokens": 7, "seconds": 0.5, "tokens_per_s": 14.0, "skipped_steps": 0, "bad_records": 0}
-WITHOUT = {key: value for key, value in GOOD.items() if key != "loss"}
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        (json.dumps(WITHOUT), "it has no 'loss'"),
-        (json.dumps(GOOD | {"tokens": None}), "'tokens' is null"),
-        (json.dumps(GOOD | {"seconds": "0.5"}), "'seconds' is no finite number"),
-        (json.dumps(GOOD | {"lr": True}), "'lr' is no finite number"),
-        (json.dumps(GOOD | {"grad_norm": 10**400}), "'grad_norm' is no finite number"),
-        (json.dumps(GOOD | {"fill": float("nan")}), "'fill' is no finite number"),
-        (json.dumps(GOOD | {"loss_of": {"a": "b"}}), "'loss_of' is no finite number"),
-        (json.dumps(GOOD | {"lr_of": 1.0}), "'lr_of' is no JSON object"),
-        (json.dumps(GOOD | {"step": 1.5}), "'step' is no whole number"),
-        (json.dumps({"step": 3, "eval": {}}), "it has no 'eval_seconds'"),
-        (json.dumps({"step": 3, "eval": 1.0, "eval_seconds": 1.0}), "'eval' is no JSON object"),
-        (json.dumps(GOOD)[:20], "it is no JSON"),
-        ("[" * 100_000, "it is no JSON"),
-        ("", "it is no JSON"),
-        ("[3]", "it is no JSON object"),
-        ("\udcff{}", "it is no JSON"),
-    ],
-)
-def test_a_damaged_line_is_left_out_and_told(tmp_path, line, said):
-    lines = [json.dumps(GOOD | {"step": 1, "loss": None}), line, json.dumps(GOOD | {"step": 2}), json.dumps(GOOD)[:9]]
-    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode(errors="surrogateescape"))
-    told = f"metrics.jsonl, line 2 is left out: {said}"
-    for command in ("report", "run-status"):
-        result = CliRunner().invoke(app, [command, str(tmp_path)])
-        assert result.exit_code == 0 and result.stderr == f"warning: {told}\n", result.output
-    assert "step 2 of ?, loss 1.0000" in result.stdout  # the row after it, and not the one that is being written
-    text = (tmp_path / "report.html").read_text()
-    assert "14 in the steps logged" in text and told in text.replace("&#39;", "'")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("run.json", b'{"steps": 3', "it is no JSON"),
-        ("run.json", b"\xff\xfe", "it is no JSON"),
-        ("run.json", b"[1]", "it is no JSON object"),
-        ("run.json", b'{"starts": [{"step": 1}]}', "an entry of 'starts' has no 'time'"),
-        ("run.json", b'{"parameters": {}}', "'parameters' is no list"),
-        ("run.json", b'{"steps": "9"}', "'steps' is no number"),
-        ("run.json", b'{"eval": {"records": 1}}', "'eval' has no 'bad'"),
-        ("best.json", b'{"checkpoint": "step-1", "metric": "eval_loss"}', "it has no 'value'"),
-        ("best.json", b'{"checkpoint": "step-1", "metric": "eval_loss", "value": NaN}', "'value' is no number"),
-        ("events.jsonl", b'\xff\n[1]\n{"step": 1, "kind": "spike"}\n', ""),
-        ("heartbeats/rank-00000.json", b'{"rank": 0}', ""),
-        ("bad_records.jsonl", b'\xff\n3\n{"row": 1}\n', ""),
-        ("eval/report.json", b'{"task":', ""),
-        ("config.yaml", b"\xff\xfe", ""),
-    ],
-)
-def test_a_damaged_file_is_left_out_and_told(tmp_path, name, content, said):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(GOOD) + "\n")
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_bytes(content)
-    told = f"{name} is left out: {said}"
-    for command in ("report", "run-status"):
-        result = CliRunner().invoke(app, [command, str(tmp_path)])
-        assert result.exit_code == 0 and result.stderr == (f"warning: {told}\n" if said else ""), result.output
-    assert not said or told in (tmp_path / "report.html").read_text().replace("&#39;", "'")
-
-
-def test_a_start_after_a_damaged_run_json(tmp_path):
-    """It names its own moment alone, rather than fail."""
-    (tmp_path / "run.json").write_text("[1]")
-    note_start(tmp_path, {"hardware": {"ranks": 1}}, step=4)
-    assert [start["step"] for start in json.loads((tmp_path / "run.json").read_text())["starts"]] == [4]
-
-
-def test_many_damaged_lines_are_counted(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text("{}\n" * 9)
-    result = CliRunner().invoke(app, ["report", str(tmp_path)])
-    assert result.exit_code == 0 and result.stderr.count("has no 'step'") == 5 and "4 more lines" in result.stderr
-
-
-def test_a_run_that_goes_on_tells_what_it_drops(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(WITHOUT) + "\n" + json.dumps(GOOD | {"lr": 1e-3}) + "\n")
-    log = RunLog(tmp_path, active=True)
-    log.begin(total=4, start=3)
-    log.step(GOOD | {"step": 4, "lr": 1e-3, "memory_gib": 1.0}, write=True)
-    log.close()
-    assert "line 1 is left out: it has no 'loss'" in capsys.readouterr().err
-    assert (tmp_path / "loss.png").exists()
