@@ -16,7 +16,6 @@ from mmit.errors import CheckpointError, ModelError
 from mmit.models import llm as models_llm
 from mmit.models.assemble import assemble
 from mmit.models.tuning import MODES, apply_tuning, merge, parameter_table, quantization
-from mmit.models.tuning.merge import base_name
 from mmit.train.checkpoint import folders
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.run import run
@@ -89,12 +88,6 @@ def write(config, vlm, tokenizer, target):
         )
 
     folders.write_folder(target, [fill])
-
-
-def test_names_lose_every_wrapper():
-    """PEFT wraps experts once for each of their tensors: two wrappers follow each other."""
-    assert base_name("layers.0.mlp.experts.base_layer.base_layer.gate_up_proj") == "layers.0.mlp.experts.gate_up_proj"
-    assert base_name("layers.0.mlp.unadapted.up_proj.base_layer.weight") == "layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("case", CASES)
