@@ -16,6 +16,7 @@ from typing import NamedTuple
 # Each says how OpenMP's threads wait: one that is set is the user's choice.
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 SPINS = "1000"  # of waiting, a few microseconds
+KERNELS = "256"  # of each cache, where oneDNN's default is 1024
 PROC = Path("/proc")
 NOTABLE = 0.5  # cores
 SHORTEST = 0.1  # seconds; the system counts in hundredths
@@ -46,6 +47,17 @@ def spin_briefly(environment: MutableMapping[str, str] = os.environ) -> bool:
         return False
     environment["GOMP_SPINCOUNT"] = SPINS
     return True
+
+
+def few_kernels(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Bound what oneDNN keeps for the shapes it has met, unless the environment says how much.
+
+    For a process that answers for days, before torch is imported. In bf16 on a CPU every new length of a prompt adds
+    its kernels and their memory, megabytes each time, up to 1,024 of them in each of two caches (LAB.md). One that gave
+    way is made again in about a millisecond. Known limit: torch's oneDNN on x86 alone reads these names.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        environment.setdefault(name, KERNELS)
 
 
 def usable() -> list[int]:

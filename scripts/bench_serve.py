@@ -5,6 +5,9 @@ that nothing one has computed serves the other. Two kinds of requests: questions
 model ends by itself, and texts to continue for a given number of tokens. Of an engine in this process a hundred answers
 are first compared with `Model.chat`; of a server only the times are taken.
 
+With --gaps, the time between two tokens of running answers while long prompts join, which are run in parts, or whole as
+one: the two take turns, in an engine of this process.
+
 With --hours and the --pid of a server it is asked for so long, by all clients at once, what people ask and do:
 questions, conversations that go on, texts, several answers, clients that leave, mistakes. Told are the memory, the open
 files and the threads of its process, eleven times.
@@ -38,6 +41,7 @@ import PIL.ImageDraw  # noqa: E402
 import torch  # noqa: E402
 
 from mmit.generate import Model, load  # noqa: E402
+from mmit.serve import lane  # noqa: E402
 from mmit.serve.engine import Ask, End, Engine, Piece  # noqa: E402
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "gray", "teal", "brown"]
@@ -264,6 +268,72 @@ def table(tell: Teller, args: argparse.Namespace) -> Iterator[str]:
         )
 
 
+class Waits(NamedTuple):
+    """Seconds between two pieces of running answers, and until the first token of each long prompt."""
+
+    between: list[float]
+    firsts: list[float]
+
+
+def waits(engine: Engine, prompts: list[str], args: argparse.Namespace, seed: int) -> Waits:
+    """Let clients write answers to texts, one after another, while long prompts join one after another."""
+    found, lock, over = Waits([], []), threading.Lock(), threading.Event()
+
+    def write(number: int) -> None:
+        for ask in asks("texts", 1000, args.tokens, seed * 100 + number):
+            if over.is_set():
+                return
+            last, mine = 0.0, []
+            for event in engine.submit(ask).events():
+                now = time.perf_counter()
+                if isinstance(event, Piece):
+                    mine += [now - last] if last else []
+                    last = now
+            with lock:
+                found.between.extend(mine)
+
+    threads = [threading.Thread(target=write, args=[n]) for n in range(args.clients)]
+    for thread in threads:
+        thread.start()
+    tell = by_engine(engine)
+    for prompt in prompts:
+        time.sleep(1)
+        found.firsts.append(tell(Ask("model", prompt=prompt, max_tokens=1)).first_s)
+    over.set()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def gaps(model: Model, engine: Engine, args: argparse.Namespace) -> Iterator[str]:
+    """Lines of a table: the waits with prompts in parts and whole, and the ratios of the rounds."""
+    draw, part = random.Random(0), lane.part_of(model)
+    ways = {f"in parts of {part}": part, "whole": 1 << 30}
+    rounds: dict[str, list[Waits]] = {way: [] for way in ways}
+
+    def long(tokens: int) -> str:
+        text = ""
+        while len(model.tokenizer(text)["input_ids"]) < tokens:
+            text += "".join(f" {draw.choice(COLOURS)} {draw.randrange(1000)}," for _ in range(8))
+        return text
+
+    for turn in range(args.rounds):
+        for way in ways if turn % 2 == 0 else reversed(ways):
+            lane.PART[model.vlm.device.type] = ways[way]
+            rounds[way].append(waits(engine, [long(args.long) for _ in range(3)], args, turn + 1))
+    lane.PART[model.vlm.device.type] = part
+    yield f"| prompts of {args.long} tokens | between tokens: p50 | p95 | longest | first token of the prompt, p50 |"
+    yield "|---|---|---|---|---|"
+    for way, told in rounds.items():
+        between = [value for one in told for value in one.between]
+        middle, first = statistics.median(between), statistics.median(value for one in told for value in one.firsts)
+        yield f"| {way} | {middle:.2f} s | {p95(between):.2f} s | {max(between):.2f} s | {first:.2f} s |"
+    longest = [max(b.between) / max(a.between) for a, b in zip(*rounds.values(), strict=True)]
+    first_s = [statistics.median(a.firsts) / statistics.median(b.firsts) for a, b in zip(*rounds.values(), strict=True)]
+    yield f"longest wait, whole over parts, by round: {', '.join(f'{ratio:.1f}' for ratio in longest)}"
+    yield f"first token of the prompt, parts over whole, by round: {', '.join(f'{ratio:.2f}' for ratio in first_s)}"
+
+
 def equal(model: Model, tell: Teller, args: argparse.Namespace) -> str:
     """How many of a hundred answers are those of `Model.chat`, by one client after another and by all at once."""
     requests = asks("questions", 100, args.tokens, 77)
@@ -287,6 +357,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--kinds", nargs="+", default=["questions", "texts"], choices=["questions", "texts"])
+    parser.add_argument("--gaps", action="store_true", help="waits between two tokens while long prompts join")
+    parser.add_argument("--long", type=int, default=1024, help="tokens of those prompts")
     parser.add_argument("--hours", type=float, help="load a server for so long, see above")
     parser.add_argument("--pid", type=int, help="of the server's process, with --hours")
     args = parser.parse_args()
@@ -301,9 +373,10 @@ def main() -> None:
     else:
         torch.set_num_threads(args.threads)
         model = load(args.run, dtype=args.dtype, device="cpu")
-        engine = Engine({"model": model}, max_running=args.clients)
-        print(equal(model, by_engine(engine), args), flush=True)
-        for line in table(by_engine(engine), args):
+        engine = Engine({"model": model}, max_running=args.clients + args.gaps)
+        if not args.gaps:
+            print(equal(model, by_engine(engine), args), flush=True)
+        for line in gaps(model, engine, args) if args.gaps else table(by_engine(engine), args):
             print(line, flush=True)
         engine.close(0)
     if crowd := watch.crowd():

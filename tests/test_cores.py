@@ -47,6 +47,12 @@ def test_it_comes_too_late_after_torch() -> None:
     assert not cores.spin_briefly(environment) and not environment
 
 
+def test_what_onednn_keeps_is_bounded_unless_the_user_says_otherwise() -> None:
+    environment = {"LRU_CACHE_CAPACITY": "9"}
+    cores.few_kernels(environment)
+    assert environment == {"LRU_CACHE_CAPACITY": "9", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+
+
 @pytest.fixture
 def busy() -> Iterator[subprocess.Popen[bytes]]:
     """A process of its own group that wants a core."""

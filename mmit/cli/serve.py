@@ -25,6 +25,7 @@ from mmit.cli.loading import (
     TemplateArgs,
     load_told,
 )
+from mmit.cores import few_kernels
 from mmit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def serve(
 ) -> None:
     """Serve a trained model: OpenAI's API at /v1, a page to chat on at /."""
     needs_extra()
+    few_kernels()
     from mmit.serve.adapters import with_adapters
     from mmit.serve.app import Settings
     from mmit.serve.fetch import Fetcher

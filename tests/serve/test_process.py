@@ -5,6 +5,7 @@ MMIT_FUZZ=N sends so many malformed requests (3,000 without it; 10,000 take a mi
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -335,6 +336,41 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch)
             assert time.monotonic() < until and not engine.state().ended.get("length", 0), engine.state()
             time.sleep(0.02)
         place.close()
+
+
+# --- a while of mixed load ------------------------------------------------------------------------------------------
+
+
+def test_mixed_load_leaves_nothing_behind(folder: Path) -> None:
+    """What `bench_serve.py --hours` asks: once it is warm, no thread more, no file more, and memory as it was."""
+    spec = importlib.util.spec_from_file_location("bench_serve", ROOT / "scripts" / "bench_serve.py")
+    assert spec is not None and spec.loader is not None
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    with process(folder) as (port, server):
+        asked: Counter[str] = Counter()
+
+        def load(seconds: float) -> tuple[float, int, int]:
+            until = time.monotonic() + seconds
+
+            def client(number: int) -> None:
+                draw = random.Random(number + sum(asked.values()))
+                while time.monotonic() < until:
+                    asked[bench.one_of_many(f"http://127.0.0.1:{port}/v1", "tiny", draw, 12)] += 1
+
+            with ThreadPoolExecutor(4) as pool:
+                list(pool.map(client, range(4)))
+            while (state := json.loads(get(port, "/health")))["running"] or state["waiting"]:
+                time.sleep(0.05)
+            time.sleep(6)  # a connection that was used is kept for five seconds
+            return bench.held(server.pid)
+
+        memory_before, files, threads = load(10)
+        before = sum(asked.values())
+        memory_after, files_after, threads_after = load(20)
+        assert len(asked) == 6 and sum(asked.values()) > before > 20, asked
+    assert (files_after, threads_after) == (files, threads)
+    assert memory_after < 1.05 * memory_before
 
 
 # --- a signal under load --------------------------------------------------------------------------------------------

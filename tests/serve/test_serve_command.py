@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,15 @@ from mmit.cli import app
 from mmit.cli import serve as command
 from mmit.serve.server import listen
 
+KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What would be served; no model is read and nothing is listened to."""
+    """What would be served; no model is read, nothing is listened to, and the environment is as before afterwards."""
+    for name in KERNELS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     found: list[tuple[Any, ...]] = []
 
     class Model:
@@ -71,6 +77,7 @@ def test_options_reach_the_server(started: list[Any], tmp_path: Path) -> None:
 def test_what_is_safe_is_the_default(started: list[Any]) -> None:
     assert call("serve", "runs/mine", "--port", "0").exit_code == 0
     _, settings, (host, _), more = started[0]
+    assert [os.environ[name] for name in KERNELS] == ["256", "256"]
     assert host == "127.0.0.1" and settings.fetcher is None and settings.origins == () and more["notices"] == []
     assert call("serve", "runs/mine", "--port", "0", "--host", "0.0.0.0", "--name", "x").exit_code == 0
     models, settings, _, more = started[1]
