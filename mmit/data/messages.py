@@ -31,6 +31,7 @@ def turns_of(messages: Any, *, name: str = "messages") -> tuple[Turn, ...]:
     Raises:
         ConfigError: not a list of messages. RecordError: a message that cannot be read, by its number.
     """
+    # A text is a sequence of texts to Python: without this a question given alone would be read letter by letter.
     if isinstance(messages, (str, bytes, Mapping)) or not isinstance(messages, Sequence):
         raise ConfigError(f"{name} is a {type(messages).__name__}, not a list of messages", remedy=EXAMPLE)
     turns = []
@@ -47,6 +48,7 @@ def history_turns(history: Any) -> tuple[Turn, ...]:
     remedy = 'Give (user, assistant) pairs of texts, or messages [{"role", "content"}, ...].'
     if isinstance(history, (str, bytes, Mapping)) or not isinstance(history, Sequence):
         raise ConfigError(f"history is a {type(history).__name__}, not a list", remedy=remedy)
+    # One mapping is enough: a list of both kinds is then refused by the message that is none.
     if any(isinstance(entry, Mapping) for entry in history):
         return turns_of(history, name="history")
     turns: list[Turn] = []
@@ -84,6 +86,7 @@ def _turn(message: Mapping[str, Any], number: int) -> Turn:
         remedy = "Tools are not supported: leave these messages out." if role == "tool" else ""
         remedy = remedy or nearest(str(role), MESSAGE_ROLES)
         raise RecordError(f"message {number} has the role {short(role)!r}", remedy=remedy)
+    # Refused and not left out: the answer that follows would speak of a result that the model was not shown.
     for name in ("tool_calls", "function_call"):
         if message.get(name):
             raise RecordError(f"message {number} has {name}", remedy="Tools are not supported: leave the message out.")

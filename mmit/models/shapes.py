@@ -62,12 +62,14 @@ def _free(
 ) -> tuple[torch.Tensor, None]:
     """Notes the call; what comes out hangs on all that goes in, so that gradients flow as they would."""
     calls, per_pair = _current.calls, query.shape[1] * (query.shape[-1] + value.shape[-1])
+    # Attention computes nothing here, so what a kernel would do is added from these numbers.
     calls.layers += 1
     calls.width += per_pair
     calls.backward |= query.requires_grad or key.requires_grad or value.requires_grad
     # A sum hangs on every key and value, and costs next to nothing to count.
     out = query[..., : value.shape[-1]].transpose(1, 2) + (key.sum() + value.sum())
     if (prefix := getattr(module, PREFIX, None)) is not None:
+        # A prefix joins every query of the layer, so its keys count apart from those of the row.
         keys, values, gate = prefix()
         calls.virtual += per_pair * keys.shape[1]
         calls.backward = True
@@ -133,6 +135,7 @@ def _implementation(vlm: VLM, name: str, current: _Current) -> Iterator[None]:
             where="model.llm.name",
             remedy="train without dry_run, or use an architecture that supports attention backends",
         )
+    # Known limit: one at a time in a process, since transformers' table of functions is one for all models.
     before, own = _current, llm.config._attn_implementation
     llm.set_attn_implementation(name)
     _current = current

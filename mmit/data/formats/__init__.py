@@ -57,6 +57,7 @@ _ROW_FORMATS: dict[str, Format] = {
     **vqa.FORMATS,
     **pairs.FORMATS,
 }
+# Tables last: their formats name the row formats that a mapping of columns leads to.
 FORMATS: dict[str, Format] = {**_ROW_FORMATS, **tabular.table_formats(_ROW_FORMATS)}
 
 
@@ -76,6 +77,7 @@ def find_format(format: str) -> Format:
         return found
     function = own_function(format, positional=("row",), keywords=("image_root",), gives="Record", where="format")
     first = next(iter(own_options(function, ())), "")
+    # A function of the user's own has no entry to say what it is, so its docstring does.
     about = (function.__doc__ or format).strip().splitlines()[0]
     options = {name: "" for name in own_options(function, ("image_root", first))}
 
@@ -190,6 +192,7 @@ def row_reader(
             remedy = f"Each row must be a JSON object: {entry.about}."
             raise RecordError(f"found a {type(row).__name__}, not an object", remedy=remedy)
         record = entry(row, image_root=root, **row_options)
+        # What a row states goes before what is said of the file, and that before what is known of the format.
         told: dict[str, Any] = {} if record.licence or not owned else {"licence": owned}
         if not record.source and record.row is None:
             told |= {"source": source or name, "row": number}

@@ -46,6 +46,7 @@ def alpaca(row: Row, *, image_root: str = "") -> Record:
     history = row.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RecordError("'history' is not a list of pairs", remedy="Write [[question, answer], ...].")
+    # The history is learned from too, as any earlier answer of a conversation; a weight on its turns says otherwise.
     for pair in history:
         dialogue += [said("user", text_of(pair[0], "history")), said("assistant", text_of(pair[1], "history"))]
     given = text_of(row["input"], "input") if row.get("input") else ""
@@ -107,6 +108,7 @@ def natural_instructions(row: Row, *, image_root: str = "", definition: str = "f
     for number, example in enumerate(examples, 1):
         answer = references(example.get("output"), f"output of positive example {number}")[0]
         asked = text_of(example.get("input"), f"input of positive example {number}")
+        # Contract: the very wording of Tk-Instruct, line breaks included. A model that was tuned on it expects it.
         parts.append(f"Positive Example {number} -\nInput: {asked}\nOutput: {answer}")
     if examples:
         given = f"Now complete the following example -\nInput: {given}\nOutput:"
@@ -122,6 +124,7 @@ def natural_instructions(row: Row, *, image_root: str = "", definition: str = "f
 
 def _task_licence(task: Row) -> str | None:
     found = task.get("Instance License") or []
+    # "Unknown" is what the release writes where nobody looked: it is no licence, and must not pass for one.
     names = [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]
     return ", ".join(name for name in names if name.strip().lower() not in ("", "unknown")) or None
 
@@ -134,6 +137,7 @@ def inputs_targets(row: Row, *, image_root: str = "") -> Record:
     answer choice, wrong ones included: a row whose `is_correct` is false is refused. Further keys (`answer_choices`,
     FLAN's `task_name`, `task_source`, `template_type`) stay in the meta, the text's outer whitespace where it is.
     """
+    # The text goes before its ids: an export may hold both under names that differ in this ending alone.
     suffix = "_pretokenized" if "inputs_pretokenized" in row or "targets_pretokenized" in row else ""
     asked, answer = row.get(f"inputs{suffix}"), row.get(f"targets{suffix}")
     # Ids of T5's tokenizer are numbers that any tokenizer would take.
@@ -160,6 +164,7 @@ def baize(row: Row, *, image_root: str = "") -> Record:
     """
     pieces = _SPEAKER.split(text_of(row.get("input"), "input"))
     preamble, speakers, spoken = pieces[0].strip(), pieces[1::2], [text.strip() for text in pieces[2::2]]
+    # The official files stop where the human would speak next.
     if speakers and speakers[-1] == "Human" and not spoken[-1]:
         speakers, spoken = speakers[:-1], spoken[:-1]
     if not speakers:

@@ -43,6 +43,7 @@ def mimicit_rows(path: str, *, images: str | None = None, train: str | None = No
     table = _pictures(path, images) if _shows_pictures(pairs) else {}
     chosen = json_object(train) if train else None
     for number, key in enumerate(pairs if chosen is None else chosen, 1):
+        # By reference: each row holds the whole table of pairs, which is one object for all of them.
         yield (
             number,
             {
@@ -81,6 +82,7 @@ def mimicit(
     if not isinstance(related, list) or not all(isinstance(name, str) for name in related):
         raise RecordError(f"rel_ins_ids is {short(related)}", remedy="It must be a list of the ids of other pairs.")
     before = related if max_related is None else related[: count_of(max_related, "max_related")]
+    # The question would come after its own answer.
     if key in before:
         raise RecordError("the pair is related to itself", remedy="Remove its id from rel_ins_ids.")
     turns: list[Turn] = []
@@ -115,6 +117,7 @@ def _image_ids(pair: Row, name: str) -> list[str]:
 
 
 def _image(name: str, pictures: Mapping[str, Any] | str, root: str, *, pattern: str) -> Image:
+    # A folder is a text here, and a table a mapping: pictures of a folder are not read before they are needed.
     if isinstance(pictures, str):
         return image_part(file_name(pattern, {"image_id": name}), pictures or root)
     if name not in pictures:

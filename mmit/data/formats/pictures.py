@@ -44,6 +44,8 @@ _PARTS = (
 
 def foreign_marker(text: str) -> str:
     """Return the first marker of another family in a text that is to be learnt as letters, "" if there is none."""
+    # Learned as letters such a marker would be spelt by tokens that the model never sees where a picture stands, and
+    # the row would have no picture.
     for pattern in (*FOREIGN.values(), IMG_PATH):
         if found := pattern.search(text):
             return found.group()
@@ -58,6 +60,8 @@ def image_at_url(url: str, what: str = "", *, root: str = "") -> Image:
         try:
             if not head.endswith(";base64"):
                 raise ValueError("not marked as base64")
+            # Strict: without `validate` characters that are no base64 are skipped, and a damaged picture decodes to
+            # another one.
             return Image(base64.b64decode(data, validate=True))
         except ValueError as error:
             remedy = "Write data:image/png;base64, and the picture's bytes in base64."
@@ -81,6 +85,8 @@ def _file_url(url: str, name: str) -> str:
 
 def image_part(value: Any, root: str, what: str = "") -> Image:
     """Return the image of a path or URL, of encoded bytes, of a picture, or of parquet's {"bytes", "path"}."""
+    # Both keys and no others, as Hugging Face datasets store an image; an object with more is somebody's own and must
+    # be read by a mapping.
     if isinstance(value, dict) and {"bytes", "path"} & value.keys() and value.keys() <= {"bytes", "path"}:
         value = value.get("bytes") or value.get("path")
     if isinstance(value, str):
@@ -145,6 +151,7 @@ def _image_of(part: Mapping[str, Any], root: str, number: int, beside: Iterator[
         key, value = next(iter(held.items()))
         what = f"message {number}"
         return base64_image(value, f"an image part of {what}") if key == "base64" else image_part(value, root, what)
+    # In reading order over the whole row: parts without a picture and the list beside them were written together.
     found = next(beside, None)
     if found is None:
         remedy = f"Put the picture into the part, or one for each part into images. {_PARTS}"

@@ -44,6 +44,7 @@ def vqav2_rows(path: str, *, annotations: str | None = None) -> Rows:
         answers = keyed(json_object(annotations, "annotations")["annotations"], "question_id", where=annotations)
     for number, question in enumerate(questions, 1):
         if isinstance(question, dict):
+            # What stands once in the file belongs to each of its rows: a row function sees nothing but its row.
             question = question | {"data_subtype": file.get("data_subtype"), "id": question.get("question_id")}
             if answers is not None:
                 question["annotation"] = answers.get(str(question.get("question_id")))
@@ -77,6 +78,7 @@ def vqav2(
         raise RecordError(f"the annotation file has no question {id_of(row)}", remedy=remedy)
     found = object_of(row["annotation"], "the annotation")
     answers = _answers(found.get("answers") or [found.get("multiple_choice_answer")])
+    # The release's own choice goes first: which of equally common answers it takes is not told by their order.
     best = found.get("multiple_choice_answer") or most_frequent(answers)
     meta |= {key: found[key] for key in ("answer_type", "question_type", "confidence") if key in found}
     return _record(row, row.get("question"), image, suffix=suffix, answers=answers, best=best, meta=meta)
@@ -103,6 +105,7 @@ def gqa(
     """
     one_of(answer, "answer", ("answer", "fullAnswer"))
     image = _picture(row, image_pattern, image_root, key="imageId")
+    # Named one by one: the programs of a question are longer than the question itself.
     kept = ["types", "groups", "isBalanced", "answer", "fullAnswer", "imageId"]
     meta = {key: row[key] for key in kept if key in row}
     answers = [text_of(row[answer], answer)] if row.get(answer) is not None else []
@@ -151,6 +154,8 @@ def vqa_rad_rows(path: str, *, split: str = "train") -> Rows:
     one_of(split, "split", ("train", "test", "all"))
     for number, row in json_rows(path):
         phrase = row.get("phrase_type") if isinstance(row, dict) else None
+        # A row whose split cannot be told is yielded, so that it is refused with its number and not left out in
+        # silence.
         if split == "all" or not isinstance(phrase, str) or is_test_phrase(phrase) == (split == "test"):
             yield number, row
 
@@ -185,6 +190,7 @@ def slake(row: Row, *, image_root: str = "", suffix: str = "") -> Record:
 def _medical(row: Row, name: Any, root: str, suffix: str) -> Record:
     image = image_part(text_of(name, "the image's name"), root)
     answer = row.get("answer")
+    # An answer may be a count. True is no number, and is refused as the text it should have been.
     said = str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
     meta = rest(row, "qid", "question", "answer", "image_name", "img_name")
     if isinstance(meta.get("answer_type"), str):
@@ -207,6 +213,7 @@ def _record(
     turns = [ask(asked, images)]
     if answers:
         turns.append(reply(text_of(best or most_frequent(answers), "the answer")))
+    # All of them stay: metrics of VQA score against every person's answer.
     if len(answers) > 1:
         meta = meta | {"answers": answers}
     return Record(tuple(turns), id=id_of(row, "question_id") or id_of(row), meta=meta)

@@ -45,6 +45,7 @@ def write_tower(folder: Path, config: Any, tensors: Mapping[str, torch.Tensor], 
     """
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
+    # CLIP's and SigLIP's classes keep the tower in an attribute, DINOv2's are the tower themselves.
     prefix = "" if config.model_type.startswith("dinov2") else "vision_model."
     save_file(
         {f"{prefix}{key}": value.contiguous() for key, value in tensors.items()},

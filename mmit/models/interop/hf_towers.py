@@ -107,6 +107,8 @@ def _from_open_clip(tower: VisionTower, visual: Any) -> Converted:
     """CLIP's VisionTransformer of open_clip (arXiv:2103.00020) as transformers' CLIPVisionModel."""
     blocks = list(visual.transformer.resblocks)
     block = blocks[0]
+    # What differs is refused from the modules, and not from the model's name: names of one family stand for several
+    # designs.
     if visual.conv1.bias is not None or isinstance(visual.ln_pre, nn.Identity):
         _refuse(tower, "it has no norm before its blocks, or a bias in its patch embedding, unlike CLIP")
     if any(not isinstance(getattr(block, scale, nn.Identity()), nn.Identity) for scale in ("ls_1", "ls_2")):
@@ -143,6 +145,7 @@ def _from_timm(tower: VisionTower, model: Any) -> Converted:
     clip = model.cls_token is not None and isinstance(model.norm_pre, nn.LayerNorm)
     kind = "CLIP" if clip else "SigLIP"
     config_class: Any = CLIPVisionConfig if clip else SiglipVisionConfig
+    # A position for each patch, and in CLIP one for the class token before them.
     places = tower.grid[0] * tower.grid[1] + clip
     unlike = {
         "a class token and no norm before its blocks": model.cls_token is not None and not clip,
@@ -210,6 +213,7 @@ def _finish(state: dict[str, torch.Tensor], tower: VisionTower) -> dict[str, tor
 def _activation(tower: VisionTower, module: nn.Module) -> str:
     if isinstance(module, nn.GELU):
         return "gelu_pytorch_tanh" if module.approximate == "tanh" else "gelu"
+    # By the class's name: open_clip and timm each have classes of their own.
     known = {"QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh", "GELU": "gelu"}
     name = type(module).__name__
     return known[name] if name in known else _refuse(tower, f"its activation is {name}")
@@ -227,6 +231,8 @@ def held_towers(tower: VisionTower) -> list[Converted]:
 
 def _held(tower: VisionTower) -> Converted:
     reader: Any = tower.encoder
+    # DINOv2 first, since it is a vision transformer of timm's like the others, and only its layer scale tells them
+    # apart.
     if isinstance(reader, TimmReader) and _is_dinov2(reader.model) and len(reader.index) == 1:
         return _dinov2(tower, reader.model)
     return hf_tower(tower)
@@ -240,6 +246,7 @@ def _is_dinov2(model: Any) -> bool:
 
 
 def _dinov2(tower: VisionTower, model: Any) -> Converted:
+    # Of the first block: all blocks of these classes are built alike.
     block, width = model.blocks[0], tower.dim
     unlike = {
         "a gated MLP": type(block.mlp).__name__ != "Mlp",
@@ -263,6 +270,7 @@ def _dinov2(tower: VisionTower, model: Any) -> Converted:
         "layer_norm_eps": block.norm1.eps,
     }
     config: Any = Dinov2Config(**sizes)
+    # The mask token is used in pre-training alone; the class wants one, and zeros change nothing.
     state = {"embeddings.cls_token": model.cls_token, "embeddings.mask_token": torch.zeros(1, width)}
     if model.reg_token is not None:
         config = Dinov2WithRegistersConfig(**sizes, num_register_tokens=model.reg_token.shape[1])

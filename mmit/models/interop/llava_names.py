@@ -28,6 +28,8 @@ def named_tensors(llm: Any) -> dict[str, torch.Tensor]:
     looks for a body, or where transformers renames published ones only in files of the LLM alone.
     """
     state = dict(llm.state_dict())
+    # transformers 5 renames and joins tensors while it loads. The reverse of its own rules gives the names of published
+    # files, which other software reads.
     found = dict(revert_weight_conversion(llm, dict(state)))
     if found.keys() == state.keys():
         return state
@@ -57,6 +59,7 @@ def _unfound(config: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
     tied = config.tie_word_embeddings
     empty = {f"{PREFIX}{key}": torch.empty_like(value, device="meta") for key, value in tensors.items()}
     if tied:
+        # A tied head is not in published files either, and would be reported as left over.
         empty.pop(f"{PREFIX}lm_head.weight", None)
     given: Any = LlavaConfig(
         vision_config=CLIPVisionConfig(**TOWER, image_size=16, patch_size=8),  # type: ignore[arg-type]

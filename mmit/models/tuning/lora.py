@@ -103,6 +103,7 @@ def wrap(model: Any, config: PeftConfig, *, where: str) -> PeftModel:
 
 def mark_adapter(model: PeftModel) -> None:
     """Train the adapter of a model that was wrapped before, as PEFT marks it in a new one."""
+    # PEFT marks parameters by a part of their name, such as lora_; which one depends on the kind of adapter.
     prefix = str(model.base_model.prefix)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(prefix in name)
@@ -124,6 +125,8 @@ def tune_lora(llm: Any, options: Mapping[str, Any]) -> PeftModel:
                 where="tune.llm.options.init",
                 remedy="use init: true, or mode lora",
             )
+        # Looked up in the model before PEFT sees them: PEFT passes over a name that matches nothing, as long as another
+        # one matches.
         targets = find_targets(llm, options["targets"], layers=options["layers"])
         unheard = bypassed(llm)
         refuse_bypassed(targets, unheard)
