@@ -57,8 +57,8 @@ def export(
     """Write a trained model for other software.
 
     llava-hf: a folder for transformers and vLLM, adapters merged. gguf: files for llama.cpp, the LLM and an mmproj for
-    pictures, adapters merged. llava: LLaVA's own files (mm_projector.bin, adapter,
-    non_lora_trainables.bin). peft: the LLM's adapter alone. mmit: one checkpoint with the base weights inside.
+    pictures, adapters merged. llava: LLaVA's own files (mm_projector.bin, adapter, non_lora_trainables.bin).
+    peft: the LLM's adapter alone. mmit: one checkpoint with the base weights inside.
 
     What was written is loaded again, and its logits of a fixed batch are compared with the source; the largest
     difference is printed, and beyond rounding the export fails and leaves nothing behind. Every export holds a model

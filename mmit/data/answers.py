@@ -109,6 +109,7 @@ class AnswerText:
         begin, end = len(opening) if inside else 0, _last(ids, closing)
         if end >= 0:
             thought = self._text(ids[begin:end], of_thought=True)
+            # Whatever marks a model uses, what is shown has these: `split_thought` and the chat page read one form.
             return f"<think>\n{thought}\n</think>\n\n{self._text(ids[end + len(closing) :])}"
         return f"<think>\n{self._text(ids[begin:], of_thought=True)}" if inside else self._text(ids)
 
@@ -128,6 +129,8 @@ class AnswerText:
         opening, closing = self._thought
         if len(ids) < len(opening) and ids == opening[: len(ids)]:
             return []
+        # Contract: what was shown is never taken back, so the longest beginning of a mark at the end has to wait for
+        # its rest.
         begun = max((n for n in range(1, len(closing)) if ids[-n:] == closing[:n]), default=0)
         return ids[: len(ids) - begun]
 
@@ -135,6 +138,7 @@ class AnswerText:
         return self._decoded(ids) if self._growing is None else self._growing[not of_thought].text(ids)
 
     def _decoded(self, ids: list[int]) -> str:
+        # No cleaning up: it would join "it 's" and change code.
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 

@@ -76,10 +76,8 @@ class Locator:
         """Render with sentinels and find them.
 
         Args:
-            shape: the conversation without its words. items: its parts, of `items_of`.
-            extras: tools and template arguments.
-            pad: text before and after each sentinel of a text, to see what the template strips.
-            prompt: end where an answer begins.
+            shape: the conversation without its words. items: its parts, of `items_of`. extras: tools and arguments.
+            pad: text around each sentinel of a text, to see what is stripped. prompt: end where an answer begins.
 
         Returns:
             (start, end) of each item in the text, None for a thought that was cut, and the text.

@@ -73,6 +73,8 @@ PUBLISHED_OF: dict[str, tuple[str, ...]] = {
 def config_keys(kind: str, *, published: bool = True) -> frozenset[str]:
     """Return the keys that describe a model of this `model_type`, with those that only published files have."""
     known = CONFIG_MAPPING[kind]
+    # From the installed class, so that a newer transformers brings its keys by itself; the lists above hold only what
+    # no class can tell.
     names = {*known().to_dict(), *known.attribute_map, *inspect.signature(known).parameters, *FORMER_KEYS}
     names |= {*PUBLISHED, *FORMER_BASE, *PUBLISHED_OF.get(kind, ())} if published else set()
     return frozenset(names.union(*map(_popped_keys, known.__mro__)))
@@ -83,4 +85,5 @@ def _popped_keys(kind: type) -> frozenset[str]:
     """Keys of older files that a config class takes out of its keyword arguments."""
     if not issubclass(kind, PreTrainedConfig):
         return frozenset()
+    # Known limit: keys that a class takes out in other ways are not seen, and would be refused as unknown.
     return frozenset(re.findall(r"""kwargs\.(?:pop|get)\(\s*["'](\w+)""", inspect.getsource(kind)))

@@ -57,6 +57,7 @@ def minigpt4(
     """
     key = _image_id(row)
     image = image_part(file_name(image_pattern, {"image_id": row["image_id"]}), image_root)
+    # By the image's id and not by the row's number: a file that was filtered keeps the instruction of every picture.
     said = pick(instruction, seed=seed, key=key)
     turns = (ask(said, [image]), reply(text_of(row.get("caption"), "caption")))
     return Record(turns, id=key, meta=rest(row, "image_id", "caption"))
@@ -69,6 +70,7 @@ def coco_captions_rows(path: str) -> Rows:
     images = keyed(file["images"], "id", where=path)
     for number, annotation in enumerate(_annotations(path, file), 1):
         if not isinstance(annotation, dict):
+            # Passed on as it is: whoever makes the record says what it should have been, with its number.
             yield number, annotation
         else:
             yield number, annotation | {"image": images.get(str(annotation.get("image_id")))}
@@ -121,15 +123,18 @@ def img2dataset(row: Row, *, image_root: str = "", instruction: Any = None, seed
     """
     key = text_of(row.get("__key__", ""), "__key__")
     facts = _facts(row.get("json"))
+    # img2dataset writes a row for every download, those that failed among them.
     if facts.get("status") not in (None, "success"):
         problem = f"the download of the picture ended as '{short(facts['status'])}'"
         raise RecordError(problem, remedy="Leave the sample out.")
     found = [name for name in _PICTURES if row.get(name) is not None]
+    # With two pictures nothing says which of them the caption is of.
     if len(found) != 1:
         problem = f"the sample has {len(found)} pictures" + (f": {', '.join(found)}" if found else "")
         raise RecordError(problem, remedy=f"It needs one file of {', '.join(_PICTURES)}.")
     value = row[found[0]]
     image = Image(bytes(value)) if isinstance(value, (bytes, bytearray)) else base64_image(value, found[0])
+    # The text beside the picture is what img2dataset was told to keep as the caption; the JSON may hold another one.
     caption = row.get("txt", facts.get("caption"))
     if isinstance(caption, bytes):
         caption = _utf8(caption, "txt")

@@ -69,6 +69,7 @@ def multiinstruct(row: Row, *, image_root: str = "", separator: str | None = Non
     if separator is not None:
         asked = asked.replace("||||", text_option(separator, "separator"))
     path = row.get("image_path")
+    # The files write ./ in front of a path that starts at their own folder.
     image = image_part(path.removeprefix("./") if isinstance(path, str) else path, image_root)
     meta = rest(row, "unique_id", "image_path", "prompt", "target")
     turns = (ask(asked, [image]), reply(text_of(row.get("target"), "target")))
@@ -83,6 +84,7 @@ def vision_flan(row: Row, *, image_root: str = "") -> Record:
     goes into meta["dataset"] and meta["task"], which are missing where nothing tells. Ids are not unique, many rows of
     a task share one: tell records apart by `row`.
     """
+    # LLaVA's layout to the letter; only what is known of the task comes on top.
     record = llava(row, image_root=image_root)
     dataset, task = vision_flan_task(row)
     # Copies of the file without `task_name` keep it in the picture's name.
@@ -100,6 +102,7 @@ def vision_flan_task(row: Row) -> tuple[str, str]:
     """Return (dataset, task) from the task_name or the id of a Vision-Flan row, "" for what it does not tell."""
     name = row.get("task_name")
     if isinstance(name, str) and name:
+        # One plus alone parts data set and task; a name with several is kept whole, since either half may hold them.
         dataset, _, task = name.rpartition("+") if name.count("+") == 1 else ("", "", name)
         return dataset, task
     found = _TASK_ID.match(id_of(row))
@@ -118,6 +121,7 @@ def m3it_rows(path: str, *, instructions: str | None = None, seed: int = 0) -> R
     place = instructions or os.path.join(os.path.dirname(path), "instructions.json")
     for number, row in json_rows(path):
         if isinstance(row, dict) and "instruction" not in row:
+            # Read when the first row needs it: exports that hold the instruction have no such file.
             bank = bank or _instruction_bank(place)
             # Drawn by the row's number and a seed, so that the same row has the same instruction in every run and on
             # every rank.
@@ -153,9 +157,11 @@ def m3it(row: Row, *, image_root: str = "") -> Record:
     meta = rest(row, "instruction", "inputs", "input", "outputs", "output", *M3IT_IMAGES)
     answers = row.get("outputs", row.get("output"))
     inner = meta.get("meta")
+    # Of captions the repository has no output, and its script takes the references in their place.
     if answers is None and isinstance(inner, dict):
         answers = inner.get("targets")
     given = row.get("inputs", row.get("input")) or ""
+    # The tasks were collected by several people, and each named the picture otherwise.
     key = next((name for name in M3IT_IMAGES if row.get(name)), "image_base64_str")
     value = row.get(key)
     pictures = value if isinstance(value, list) else [] if value is None else [value]
@@ -183,6 +189,7 @@ def lamm(row: Row, *, image_root: str = "") -> Record:
     if not images:
         raise RecordError("the row has no 'image'", remedy="Every row of 2D_Instruct names its picture.")
     dialogue, meta = read_turns(row)
+    # LAMM's text never marks its picture: a marker in it is somebody's word, and must stay one.
     return Record(images_first(dialogue, images), id=id_of(row), meta=meta)
 
 
@@ -222,6 +229,8 @@ def _answer_letter(row: Row, choices: dict[str, str]) -> str:
         raise RecordError(f"Answer_label is '{short(label)}'", remedy="It must be one of A, B, C, D.")
     given = text_of(row.get("Answer", row.get("Anwser")), "Answer").strip()
     prefix = _PREFIX.match(given)
+    # The releases differ: the answer is the letter, the text, or the text behind its letter. Where two of these
+    # disagree nobody can say which is right, and the row is refused.
     text = _PREFIX.sub("", given, count=1).strip()
     fits = [name for name, choice in choices.items() if text == choice or given == name]
     if prefix and prefix[1] in fits:

@@ -129,8 +129,7 @@ def to_record(
     Args:
         key: of the sample. members: {suffix: bytes}. where: shard and key, for errors.
         caption: options of captions: instruction, seed. options: those that all formats share: boxes, thoughts.
-        sizes: (W, H) of pictures whose bytes are not all there.
-        kept: counts the keys that stay in the meta unread, but for mmit's own rows.
+        sizes: (W, H) of pictures that are not all there. kept: counts keys that stay in the meta unread.
 
     Raises:
         RecordError: what is wrong with the sample, with `where`.

@@ -56,6 +56,7 @@ def merge(vlm: VLM) -> None:
         ModelError: the method cannot be merged, or the weights are quantised.
     """
     llm = base_model(vlm.llm)
+    # All refusals before anything is folded: a model that was half merged would be neither.
     reasons = [reason for module in llm.modules() for kind, reason in STAYS.items() if isinstance(module, kind)]
     if any(getattr(m, INSERTED, False) for m in llm.modules()):
         reasons.append("the architecture has no place for the inserted biases")
@@ -74,6 +75,8 @@ def merge(vlm: VLM) -> None:
                 where="tune.llm.mode",
                 remedy="merge into the base loaded in bf16 or fp32",
             )
+        # safe_merge: weights that become infinite or NaN in a half-precision format are an error there, and not a
+        # broken model later.
         vlm.llm = vlm.llm.merge_and_unload(safe_merge=True)
     if vlm.vision is not None and isinstance(vlm.vision.encoder, PeftModel):
         vlm.vision.encoder = vlm.vision.encoder.merge_and_unload(safe_merge=True)
