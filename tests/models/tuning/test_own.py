@@ -41,10 +41,9 @@ def beside(vlm: Any) -> None:
 
 
 def wrapped(vlm: Any) -> None:
-    """The same weights under another name, and one new."""
+    """The same weights under another name, and none new."""
     layer = vlm.llm.model.layers[0]
-    layer.mlp = nn.Sequential(layer.mlp, nn.Identity())
-    layer.mlp.extra = nn.Parameter(torch.zeros(2))
+    layer.mlp = nn.Sequential(layer.mlp.requires_grad_(True), nn.Identity())
 
 
 def nothing(vlm: Any) -> None:
