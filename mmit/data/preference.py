@@ -44,6 +44,7 @@ def conversations(record: Record, compares: Compares) -> list[Record]:
             remedy = "Set train.objective.kind=kto, or leave these rows out."
             problem = "has an answer that is labelled bad, and plain tuning would learn it"
             raise RecordError(problem, where=where, remedy=remedy)
+        # A good label says no more than that the answer may be learned, which plain tuning does anyway.
         return [record if kind == "" else replace(record, label=None)]
     if kind != compares:
         problem, remedy = _other(kind, compares)
@@ -55,6 +56,8 @@ def conversations(record: Record, compares: Compares) -> list[Record]:
         if any(isinstance(part, Image) for part in answer.parts):
             remedy = "Answers that are compared are text."
             raise RecordError("a compared answer has an image", where=where, remedy=remedy)
+        # A weight of 1 is what they have without one. Any other would weigh tokens within a sum whose difference is
+        # compared.
         given = {answer.weight, *(part.weight for part in answer.parts if isinstance(part, Text))} - {None, 1}
         if given:
             remedy = "Weigh the whole record: its weight multiplies the loss of the comparison."
@@ -100,12 +103,14 @@ IDLE = Compared([-1], [0], [0.0], [True], [1])
 
 def compared(samples: Sequence[Sequence[Sample]], units: Sequence[int], good: Sequence[bool]) -> Compared:
     """Say which targets of a row belong to which answer, given the answers of each unit in the order of the row."""
+    # Contract: the answers of a unit are neighbours, chosen before rejected, in the order in which the row has them.
     flat = [sample for answers in samples for sample in answers]
     return Compared(
         list(units),
         [answers[0].record for answers in samples],
         [max(answers[0].weights) for answers in samples],
         list(good),
+        # From the second token on: nothing predicts the first, so it has no loss in the row.
         [sum(weight > 0 for weight in sample.weights[1:]) for sample in flat],
     )
 

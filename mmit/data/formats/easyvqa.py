@@ -68,6 +68,7 @@ def easy_vqa_captions(
 def _questions_record(split: str, picture: _Picture) -> Record:
     turns: list[Turn] = []
     for question, answer in picture.pairs:
+        # Shown once: all questions are about the same picture, and its tokens would be run again for each.
         image = () if turns else (Image(picture.path),)
         turns += [Turn("user", (*image, Text(question))), Turn("assistant", (Text(answer),))]
     types = [answer_type(answer) for _, answer in picture.pairs]
@@ -117,11 +118,13 @@ def _caption(picture: _Picture) -> str:
         if answer_type(answer) == "yes/no":
             # "is there not a blue shape?" - "no": there is one.
             denied = not words.isdisjoint({"no", "not"})
+            # Only what is affirmed is known: a shape that is not blue may have any of seven other colours.
             if (answer == "yes") != denied:
                 known |= words
         else:
             known |= words | {answer}
     colours, shapes = known & COLOURS, known & SHAPES
+    # Each picture holds one shape, so two colours are a fault of the data or of the reading above, and no caption.
     if len(colours) > 1 or len(shapes) > 1:
         raise RecordError(
             f"the answers contradict each other: {', '.join(sorted(colours | shapes))}",

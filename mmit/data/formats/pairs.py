@@ -42,6 +42,7 @@ def pair(row: Row, *, image_root: str = "") -> Record:
     GPTeacher's `input` does. TRL's
     prompt/completion may be lists of messages. Further keys stay in the meta or are read by their meaning.
     """
+    # The first of them in this order, so that a row with two is read the same whatever the order of its keys.
     asked = next(key for key in ASKED if key in row)
     answered = next((key for key in ANSWERED if key in row), "response")
     # TRL allows messages on both sides; together they are one conversation, which the importer of messages knows how to
@@ -85,6 +86,7 @@ def preference(row: Row, *, image_root: str = "") -> Record:
     OpenAI's {"input": {"messages"}, "preferred_output", "non_preferred_output"}. `preferences.py` reads the answers.
     """
     chosen = next((row[key] for key in CHOSEN if row.get(key)), None)
+    # One message is the answer alone; more are the conversation that it ends, as TRL writes pairs without a prompt.
     whole = isinstance(chosen, list) and len(chosen) > 1
     asked = next((key for key in (*ASKED, "messages", "input") if row.get(key) is not None), "")
     value = row.get(asked)
@@ -109,6 +111,8 @@ def preference(row: Row, *, image_root: str = "") -> Record:
 
 def ultrachat(row: Row, *, image_root: str = "") -> Record:
     """UltraChat: {"id", "data": [question, answer, question, answer, ...]}, train_0.jsonl and so on."""
+    # Known limit: a text is a question or an answer by its place alone, so a file that lost one would swap speakers
+    # unseen.
     texts = row.get("data")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         remedy = "UltraChat's rows hold question and answer in turn, as texts."
@@ -123,11 +127,13 @@ def cauldron(row: Row, *, image_root: str = "") -> Record:
     sources = []
     for number, entry in enumerate(objects_of(row, "texts"), 1):
         turns.append(said("user", text_of(entry.get("user"), f"user of text {number}")))
+        # Keys beside a pair say something of its answer; the number is that of the answer's turn, for messages.
         found, left = turn_extras(entry, "assistant", 2 * number, used=("user", "assistant"))
         turns.append(
             replace(said("assistant", text_of(entry.get("assistant"), f"assistant of text {number}")), **found)
         )
         sources.append(left)
+    # A list with a place for each pair, empty ones among them: which answer a key belonged to is not lost.
     meta = rest(row, "texts") | ({"turn_keys": sources} if any(sources) else {})
     return Record(images_first(turns, images_of(row, image_root) or []), id=id_of(row), meta=meta)
 
@@ -171,6 +177,7 @@ def self_instruct_rows(path: str) -> Rows:
             yield number, task
             continue
         for instance in instances:
+            # All under the line of their task: that is where a bad one is looked up.
             yield number, {**task, "instances": [instance]}
 
 
