@@ -62,6 +62,8 @@ def history_turns(history: Any) -> tuple[Turn, ...]:
 
 def is_messages(value: Any) -> bool:
     """Tell whether a value looks like messages: a list that begins with a mapping with a role."""
+    # By the first entry alone: this only decides which error is told, and a whole list of pictures need not be looked
+    # through.
     first = value[0] if isinstance(value, list) and value else None
     return isinstance(first, Mapping) and "role" in first
 

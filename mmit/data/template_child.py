@@ -64,6 +64,7 @@ def answer(request: dict[str, Any], compiled: Any) -> dict[str, str]:
     try:
         variables = request["variables"]
         if request.get("date") is not None:  # a frozen day instead of the clock
+            # Under the name of the global that reads the clock: a variable of the same name goes before it.
             variables = {"strftime_now": datetime.fromisoformat(request["date"]).strftime, **variables}
         text = compiled(request["source"]).render(**variables)
     except jinja2.TemplateError as error:
@@ -71,6 +72,7 @@ def answer(request: dict[str, Any], compiled: Any) -> dict[str, str]:
         return {"refusal" if type(error) is jinja2.TemplateError else "error": str(error)}
     except Exception as error:  # noqa: BLE001 - a template can raise anything, and it must become one clear error
         return {"error": f"{type(error).__name__}: {error}"}
+    # Known limit: the text is made before it is measured; what it may take meanwhile is bounded by MEMORY.
     if len(text) > LONGEST:
         return {"error": f"it writes {len(text):,} characters; {LONGEST:,} are allowed"}
     return {"text": text}
@@ -79,7 +81,10 @@ def answer(request: dict[str, Any], compiled: Any) -> dict[str, str]:
 def main() -> None:
     """Answer requests until stdin ends, which it does when the parent dies."""
     seconds, sys.path[:0] = float(sys.argv[1]), sys.argv[2:]
+    # One process serves every template of a run, and a template is rendered hundreds of times while its form is found
+    # out.
     compiled = lru_cache(maxsize=64)(environment().from_string)
+    # A process that is ended by its limits must not leave a core file of half a gigabyte behind.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with suppress(OSError, ValueError):  # not every system bounds the address space
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))

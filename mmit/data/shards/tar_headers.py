@@ -134,6 +134,7 @@ class _Header:
         if not _sound_checksum(block):
             raise TarError("not a tar header (wrong checksum); nothing after it was read", where=where, remedy=_CUT)
         name = block[:100].split(b"\0", 1)[0]
+        # Only POSIX headers have a prefix there; GNU's keep other fields in the same place.
         prefix = block[345:500].split(b"\0", 1)[0] if block[257:263] == b"ustar\0" else b""
         self.name = _text(prefix + b"/" + name if prefix else name, where)
         self.size = _number(block[124:136], where)
@@ -173,6 +174,7 @@ class _Extensions:
 def _pax(data: bytes, where: str) -> Iterator[tuple[bytes, bytes]]:
     """Yield the "length key=value" lines of a pax header."""
     at = 0
+    # Contract: each line states its own length, so a value may hold line breaks and equal signs.
     while at < len(data) and data[at]:
         length = _decimal(data[at : at + 20].split(b" ", 1)[0], where)
         line = data[at : at + length]
@@ -204,6 +206,8 @@ def _number(field: bytes, where: str) -> int:
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b" \0")
+    # Strict: int() takes signs, spaces within and underscores, and a size that two readers understand otherwise hides
+    # members.
     if digits.strip(b"01234567"):
         raise TarError(f"a size that is no number: {field!r}", where=where, remedy=_CUT)
     return int(digits or b"0", 8)
