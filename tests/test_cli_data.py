@@ -198,3 +198,9 @@ def test_a_mixture_without_a_model_is_read_as_data(made, tmp_path):
     assert "no tokenizer was given" not in with_model.stdout and "test-image" in with_model.stdout
     mixture.write_text(dump_yaml({"data": {"train": [{"paths": paths["train"]}]}}))
     assert_one_message(mmit("data", "check", mixture), "mixture.yaml:3", "paths: unknown key", "path")
+
+
+def test_a_file_in_place_of_the_format(tmp_path):
+    result = mmit("data", "import", "assets/llava_mixed.json", "--out", tmp_path / "x.jsonl")
+    assert result.exit_code and "mmit data import auto assets/llava_mixed.json" in result.output
+    assert "auto" not in mmit("data", "import", "llva", "--out", tmp_path / "x.jsonl").output.split("valid:")[0]

@@ -7,6 +7,7 @@ nothing is written.
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
@@ -107,9 +108,10 @@ def _checked(format: str, path: Path | None) -> tuple[str, Path]:
     from mmit.plugins import is_spec
 
     if format != "auto" and format not in FORMATS and not is_spec(format):
-        raise ConfigError(
-            f"unknown data format '{format}'", where="FORMAT", remedy=nearest(format, [*FORMATS, *PACKAGES, "auto"])
-        )
+        remedy = nearest(format, [*FORMATS, *PACKAGES, "auto"])
+        if path is None and Path(format).exists():  # the format was left out
+            remedy = f"The format comes before the file: mmit data import auto {shlex.quote(format)}"
+        raise ConfigError(f"unknown data format '{format}'", where="FORMAT", remedy=remedy)
     if path is None:
         raise typer.BadParameter(f"format {format} needs a file", param_hint="PATH")
     if format == "auto":
