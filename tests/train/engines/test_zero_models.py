@@ -127,6 +127,18 @@ def test_weights_of_4_bits_train_on_two_ranks(tmp_path):
         start_ranks(["-m", "tests.train.run_many", str(tmp_path / f"{place}.yaml")], ranks=ranks, timeout=300)
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-3)
 
+    # Evaluation loads the weights in 4 bits again, on each rank.
+    records = str(tmp_path / "data" / "train.jsonl")
+    (tmp_path / "task.yaml").write_text(f"name: t\nrecords: {records}\nmetric: exact\nmax_new_tokens: 6\n")
+    asked = ["eval", str(tmp_path / "two"), "--task", str(tmp_path / "task.yaml"), "--device", "cpu", "--no-baselines"]
+    for ranks in (1, 2):
+        out = ["--batch-size", "1", "--out", str(tmp_path / f"answers-{ranks}")]
+        start_ranks(["-m", "mmit", *asked, *out], ranks=ranks, timeout=300)
+    alone, shared = (
+        sorted((tmp_path / f"answers-{n}" / "answers-tuned.jsonl").read_bytes().splitlines()) for n in (1, 2)
+    )
+    assert shared == alone and len(alone) > 2
+
 
 @pytest.mark.slow
 def test_adapted_experts_are_saved_resumed_and_merged_under_zero2(tmp_path):
