@@ -877,7 +877,7 @@ MUTANTS = [
         "identity: alpha counts as changing rounding alone",
         IDENTITY,
         '"train.micro_rows", "train.checkpointing",',
-        '"train.micro_rows", "tune.*.options*", "train.checkpointing",',
+        '"train.micro_rows", "tune.*.options.alpha", "train.checkpointing",',
         T_IDENTITY,
     ),
     Mutant(

@@ -10,11 +10,12 @@ import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
-from mmit.build.conversations import SOURCES, context
+from mmit.build.conversations import SOURCES, _Asked, _turns, context
 from mmit.build.facts import FactCheck
 from mmit.build.scenes import Box, Scene
 from mmit.cli import app
 from mmit.records import Image, Record, read_jsonl, write_jsonl
+from mmit.teachers.request import Reply, Request
 from mmit.yamlio import dump_yaml
 from tests.teachers.server import Server
 
@@ -53,6 +54,18 @@ def test_the_teacher_is_told_the_real_number_of_captions_and_all_boxes():
 )
 def test_texts_that_let_their_sources_through(text, found):
     assert bool(SOURCES.search(text)) == found
+
+
+@pytest.mark.parametrize("kind", ["conversation", "detail"])
+def test_a_reply_that_lets_its_sources_through_is_left_out(kind):
+    def turns_of(answer: str) -> tuple[list, str]:
+        text = answer if kind == "detail" else f"Question: What is it?\nAnswer: {answer}"
+        return _turns(_Asked(scene(), kind, "Describe it.", Request(())), Reply("1", "t", text), thoughts=False)
+
+    turns, reason = turns_of("It is a blue cup on a table.")
+    assert [turn.role for turn in turns] == ["user", "assistant"] and not reason
+    turns, reason = turns_of("The captions agree that it is a blue cup.")
+    assert turns == [] and "captions" in reason
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from mmit.data.packing import Sample, build_row
 from mmit.errors import ModelError
 from mmit.models.attention import layer_attention
-from mmit.models.llm import load_llm, recompute_activations
+from mmit.models.llm import _attention_of, load_llm, recompute_activations
 from mmit.models.rules import read_rules
 from mmit.models.tuning import apply_tuning
 from mmit.models.tuning.lora import put_adapter
@@ -169,6 +169,12 @@ def test_attention_dropout_is_computed_in_packed_rows():
     assert (dropped - wanted).abs().max() > 0.01
     torch.manual_seed(0)
     assert torch.equal(in_a_row(vlm, records())[0], dropped)
+
+
+def test_layers_that_choose_their_keys_keep_their_own_attention():
+    """Whether or not they would ask transformers' attention interface."""
+    assert _attention_of(LlamaConfig(), True)
+    assert _attention_of(LlamaConfig(index_topk=8), True) == {}
 
 
 @pytest.mark.skipif("deepseek_v32" not in FAMILIES, reason="this transformers has no DeepSeek-V3.2")
