@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from mmit import cores
+from mmit.cli import app
 
 ROOT = Path(__file__).parents[1]
 SHOW = "import os, {0}; print(os.environ.get('OMP_WAIT_POLICY'), os.environ.get('GOMP_SPINCOUNT'))"
@@ -51,6 +53,17 @@ def test_what_onednn_keeps_is_bounded_unless_the_user_says_otherwise() -> None:
     environment = {"LRU_CACHE_CAPACITY": "9"}
     cores.few_kernels(environment)
     assert environment == {"LRU_CACHE_CAPACITY": "9", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
+
+
+@pytest.mark.parametrize("command", [["serve", "no-run", "--port", "0"], ["chat", "no-run", "--web"]])
+def test_both_commands_that_serve_bound_it_before_a_model_is_read(command, monkeypatch) -> None:
+    pytest.importorskip("uvicorn")
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "")  # so that it is taken back
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+        del os.environ[name]
+    assert CliRunner().invoke(app, command).exit_code
+    assert os.environ["LRU_CACHE_CAPACITY"] == os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"
 
 
 @pytest.fixture

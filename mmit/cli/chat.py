@@ -25,6 +25,7 @@ from mmit.cli.loading import (
     load_told,
 )
 from mmit.cli.serve import chat_page, needs_extra, served_name
+from mmit.cores import few_kernels
 from mmit.errors import ConfigError, MmitError
 from mmit.text import echo
 
@@ -76,6 +77,7 @@ def chat(
         if image or prompt is not None or system is not None:
             remedy = "Leave out --image, --prompt and --system: the page asks for them."
             raise ConfigError("--web is a page of its own", where="mmit chat", remedy=remedy)
+        few_kernels()
     model = load_told(
         run,
         device=device,

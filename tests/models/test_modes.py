@@ -111,9 +111,10 @@ def test_a_leak_is_found(leak):
     assert "data.packing=false" in error.value.remedy
 
 
-def test_positions_that_run_on_are_found(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_that_run_on_are_found(dtype, monkeypatch):
     """A model that counts from the start of the row instead of using what it is given."""
-    vlm = build({})
+    vlm = build({}, dtype=dtype)
     rotary = vlm.llm.model.rotary_emb
     real = rotary.forward
 
