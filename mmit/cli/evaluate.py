@@ -15,7 +15,7 @@ from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
     from mmit.eval.baselines import Subject
-    from mmit.eval.tasks import Task
+    from mmit.eval.tasks import Item, Task
 
 DEFAULT_TASK = "easy_vqa"
 KEY = "OPENAI_API_KEY"
@@ -107,23 +107,15 @@ def evaluate(
     cut off goes on where it stopped; the processes of --devices, torchrun or the deepspeed launcher share the
     questions. Several tasks get a table in summary.md and summary.tex too.
     """
-    from mmit.eval.metrics import check_installed
-    from mmit.eval.tasks import load_task, task_items
+    from mmit.eval.tasks import load_task
 
     run = _one_model(run, model)
     tasks = [load_task(name, data_root=data_root) for name in _names(task)]
     probes = _probes(probe)
     metric_of = _judges(tasks, url=judge_url, model=judge_model, prompt=judge_prompt, key_env=key_env)
     if devices is not None and devices > 1:
-        from mmit.cli.launch import check_devices, launch, words_of_ranks
-
-        check_devices(devices, device=device)
-        raise typer.Exit(launch(words_of_ranks(context), devices=devices, device=device))
-    # Before any model is loaded: a missing file, a bad row or a missing package should not cost minutes.
-    asked = [(one, task_items(one.model_copy(update={"sample": None}))) for one in tasks]
-    for one, items in asked:
-        check_installed(one.metric, [item.reference for item in items])
-
+        raise typer.Exit(_on_devices(context, devices, device))
+    asked = _asked(tasks)
     from mmit.eval.baselines import Beside
     from mmit.eval.ranks import from_environment
     from mmit.eval.runner import How
@@ -155,6 +147,28 @@ def _one_model(run: str | None, model: str | None) -> str:
         remedy = "Give one: a run's folder, a checkpoint, a llava-hf folder or an endpoint's URL."
         raise ConfigError(problem, where="mmit eval", remedy=remedy)
     return run or model or ""
+
+
+def _on_devices(context: typer.Context, devices: int, device: str) -> int:
+    """Start this command once for each device, and return the exit code."""
+    from mmit.cli.launch import check_devices, launch, words_of_ranks
+
+    check_devices(devices, device=device)
+    return launch(words_of_ranks(context), devices=devices, device=device)
+
+
+def _asked(tasks: list[Task]) -> list[tuple[Task, list[Item]]]:
+    """Return each task with all its questions.
+
+    Before any model is loaded: a missing file, a bad row or a missing package should not cost minutes.
+    """
+    from mmit.eval.metrics import check_installed
+    from mmit.eval.tasks import task_items
+
+    asked = [(one, task_items(one.model_copy(update={"sample": None}))) for one in tasks]
+    for one, items in asked:
+        check_installed(one.metric, [item.reference for item in items])
+    return asked
 
 
 def _names(given: list[str] | None) -> list[str]:

@@ -70,16 +70,12 @@ def export(
     import torch
 
     from mmit.interop.export import source_logits
-    from mmit.interop.push import check_repository
     from mmit.models.hub import model_folder
     from mmit.train.checkpoint.model import find, load_model, read_config
     from mmit.train.checkpoint.portable import refuse_existing
     from mmit.train.checks.exporting import check_format
 
-    if push_to_hub is not None:
-        check_repository(push_to_hub)
-    elif dry_run or private:
-        raise ConfigError("is for --push-to-hub", where="--dry-run" if dry_run else "--private", remedy="name a REPO")
+    _check_push(push_to_hub, private=private, dry_run=dry_run)
     refuse_existing(out)
     config = read_config(find(model_folder(run)))
     check_format(config, format, llm_only=llm_only)
@@ -141,6 +137,16 @@ def _card(found: Loaded, folder: Path, *, format: str, licence: str | None) -> N
         told["image"] = shown if found.image["mode"] in ("resize", "pad", "crop") else f"crops of {shown} each"
     text = model_card(found.config.model_dump(), format=format, **told)
     write_atomic(folder / "README.md", plain(text))
+
+
+def _check_push(name: str | None, *, private: bool, dry_run: bool) -> None:
+    """Raise ConfigError for a repository that cannot be, or for options of an upload where there is none."""
+    from mmit.interop.push import check_repository
+
+    if name is not None:
+        check_repository(name)
+    elif dry_run or private:
+        raise ConfigError("is for --push-to-hub", where="--dry-run" if dry_run else "--private", remedy="name a REPO")
 
 
 def _push(folder: Path, name: str | None, *, private: bool, dry_run: bool) -> None:
@@ -251,9 +257,7 @@ def _write_whole(
     *,
     about: Loaded,
     licence: str | None,
-    dtype: torch.dtype | None = None,
-    numbers: torch.dtype | None = None,
-    merged: bool = False,
+    merged: torch.dtype | None = None,
 ) -> None:
     """Write a checkpoint with everything inside and read it again; one that differs is removed.
 
@@ -261,9 +265,8 @@ def _write_whole(
         found: what is written. out: does not exist.
         expected: (T, V) logits of the fixed batch, of the source.
         about: what the model card tells of. licence: for the card.
-        dtype: number format that the comparison computes in, None for that of the config.
-        numbers: of the LLM's weights as they are written, which decides the tolerance; None for float32.
-        merged: adapters were folded into the weights.
+        merged: number format of an LLM that adapters were folded into, which decides the tolerance; the comparison
+            then computes in float32. None where nothing was folded: it computes in the config's format.
 
     Raises:
         ModelError: the logits differ beyond rounding.
@@ -274,8 +277,9 @@ def _write_whole(
     from mmit.train.checkpoint.model import load_model
     from mmit.train.checkpoint.portable import save_whole
 
-    tolerance = TOLERANCE[numbers or torch.float32]
-    save_whole(found, out, merged=merged)
+    tolerance = TOLERANCE[merged or torch.float32]
+    dtype = torch.float32 if merged else None
+    save_whole(found, out, merged=merged is not None)
     try:
         _card(about, out, format="mmit", licence=licence)
         again = load_model(out, device="cpu", dtype=dtype, allow_code=True)  # as the source, which has been loaded
@@ -332,9 +336,7 @@ def merge(
         expected,
         about=trained,
         licence=licence,
-        dtype=torch.float32,
-        numbers=DTYPES[dtype],
-        merged=True,
+        merged=DTYPES[dtype],
     )
     echo(_train_from(out))
 

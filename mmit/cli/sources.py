@@ -314,21 +314,14 @@ def model_preparation(model: ModelConfig) -> ImagePreparation:
     import torch
 
     from mmit.data.preparation import ImagePreparation
-    from mmit.models.assemble import assemble_vision, without_weights
-    from mmit.models.projectors import build_projector
+    from mmit.models.assemble import assemble_vision, projector_for, without_weights
     from mmit.train.checkpoint.model import image_preparation
 
     assert model.vision is not None
     vision = assemble_vision(without_weights(model.vision.model_dump()), dtype=torch.float32)
     with located("model.projector"):
-        projector = build_projector(
-            model.projector.kind,
-            vision_dim=vision.dim,
-            llm_dim=8,  # any width: it does not change the count
-            grid=vision.grid,
-            prefix=vision.prefix,
-            **model.projector.options,
-        )
+        # Any width: it does not change the count.
+        projector = projector_for(vision, llm_dim=8, model=model.model_dump())
     with located("model.vision"):
         image = image_preparation(vision, model.vision)
         return ImagePreparation(**image, tokens=projector.tokens, grid=projector.grid_out)

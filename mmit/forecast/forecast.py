@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmit.data.store import Store, borrowed
-from mmit.forecast.rates import RowFacts, count_pairs, measure_rates
+from mmit.forecast.rates import Rates, RowFacts, count_pairs, measure_rates
 from mmit.models.rules import read_rules
 from mmit.models.tuning import check_options, parameter_table
 from mmit.train.data.order import row_order_of
@@ -91,10 +91,7 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
     table = parameter_table(vlm)
     rates = measure_rates(vlm)
     micros = -(-config.train.rows_per_step // (ranks * config.train.micro_rows))
-    share_again = {"none": 0.0, "selective": 0.5, "full": 1.0}[mode]
-    per_micro = rates.flops(mean, recompute=share_again, cached=cached)
-    if method.kind == "kto":  # mismatched answers, without gradients
-        per_micro = {part: {**kinds, "forward": 2 * kinds["forward"]} for part, kinds in per_micro.items()}
+    per_micro = _micro_flops(rates, mean, recompute=mode, cached=cached, twice=method.kind == "kto")
     step = min(config.train.rows_per_step, row_order.total_rows) / config.train.micro_rows
     pictures = scan.pictures * share
     rows = row_order.total_rows / max(row_order.epoch_at(row_order.total_rows), 1e-9)  # in an epoch
@@ -121,6 +118,17 @@ def forecast(config: Config, *, ranks: int = 1, flash: bool = False, recompute: 
         stages=stages(memory, ranks=ranks, precision=config.train.precision),
         notes=tuple(notes),
     )
+
+
+def _micro_flops(
+    rates: Rates, mean: RowFacts, *, recompute: str, cached: bool, twice: bool
+) -> dict[str, dict[str, float]]:
+    """FLOPs of the mean micro-batch, by part; `twice`: KTO reads mismatched answers as well, without gradients."""
+    again = {"none": 0.0, "selective": 0.5, "full": 1.0}[recompute]
+    found = rates.flops(mean, recompute=again, cached=cached)
+    if not twice:
+        return found
+    return {part: {**kinds, "forward": 2 * kinds["forward"]} for part, kinds in found.items()}
 
 
 def _facts(batch: MicroBatch) -> RowFacts:

@@ -129,19 +129,25 @@ def assemble(
     return VLM(llm, vision=vision, projector=projector, padded=not packed), tokens
 
 
+def projector_for(vision: VisionTower, *, llm_dim: int, model: Mapping[str, Any]) -> Projector:
+    """Build the projector that the section `model` of a config asks for, behind this tower. Raises ModelError."""
+    return build_projector(
+        model["projector"]["kind"],
+        vision_dim=vision.dim,
+        llm_dim=llm_dim,
+        grid=vision.grid,
+        prefix=vision.prefix,
+        line_end=has_line_end(model["vision"]),
+        **model["projector"]["options"],
+    )
+
+
 def _projector(model: Mapping[str, Any], vision: VisionTower, llm: PreTrainedModel) -> Projector:
     """The projector between this tower and this LLM, in the number format of the word embeddings."""
     words = VLM(llm, vision=None, projector=None).word_embeddings
     with located("model.projector"):
-        projector = build_projector(
-            model["projector"]["kind"],
-            vision_dim=vision.dim,
-            llm_dim=shape(words)[1],  # ZeRO-3 leaves (0,) for the shape of a divided weight
-            grid=vision.grid,
-            prefix=vision.prefix,
-            line_end=has_line_end(model["vision"]),
-            **model["projector"]["options"],
-        ).to(words.dtype)
+        # ZeRO-3 leaves (0,) for the shape of a divided weight.
+        projector = projector_for(vision, llm_dim=shape(words)[1], model=model).to(words.dtype)
     if projector.deep:
         deep_layers(llm, projector.deep)
     return projector

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,7 +267,7 @@ def _saves(start: Start, model: Model, engine: Engine, feeds: Feeds, *, order: d
 
 def _write_model(model: checkpoint.Loaded, references: References | None, draft: Path, vlm: VLM, step: int) -> None:
     # Not `model.vlm`: a save in the background hands over its copy.
-    checkpoint.write_model(draft, vlm, config=model.config, tokenizer=model.tokenizer, chat=model.chat, step=step)
+    checkpoint.write_model(draft, replace(model, vlm=vlm), step=step)
     if references is not None:
         references.write(draft)
 

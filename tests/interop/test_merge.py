@@ -18,7 +18,7 @@ from mmit.interop import export as interop_export
 from mmit.interop.export import source_logits
 from mmit.records import Record, write_jsonl
 from mmit.train.checkpoint.folders import write_folder
-from mmit.train.checkpoint.model import find, load_model, read_config, write_model
+from mmit.train.checkpoint.model import Loaded, find, load_model, read_config, write_model
 from mmit.train.run import run
 from mmit.yamlio import dump_yaml
 from tests.interop.test_portable import command
@@ -50,7 +50,7 @@ def checkpoint(folder: Path, plan: dict[str, Any], target: Path) -> Path:
     chat = chat_format("hf", tokenizer)
 
     def fill(draft: Path) -> None:
-        write_model(draft, vlm, config=config, tokenizer=tokenizer, chat=chat, step=7)
+        write_model(draft, Loaded(vlm, tokenizer, chat, {}, target, {}, config), step=7)
 
     write_folder(target, [fill])
     return target

@@ -83,9 +83,8 @@ def test_every_method_is_tested_here():
 
 def write(config, vlm, tokenizer, target):
     def fill(draft):
-        checkpoint.write_model(
-            draft, vlm, config=config, tokenizer=tokenizer, chat=chat_format("hf", tokenizer), step=1
-        )
+        chat = chat_format("hf", tokenizer)
+        checkpoint.write_model(draft, checkpoint.Loaded(vlm, tokenizer, chat, {}, target, {}, config), step=1)
 
     folders.write_folder(target, [fill])
 

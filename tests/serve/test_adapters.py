@@ -41,7 +41,7 @@ def write(folder: Path, name: str, seed: int, llm: dict[str, Any] = LORA, **sect
 
     def fill(draft: Path) -> None:
         chat = chat_format("hf", tokenizer)
-        checkpoint.write_model(draft, vlm, config=config, tokenizer=tokenizer, chat=chat, step=1)
+        checkpoint.write_model(draft, checkpoint.Loaded(vlm, tokenizer, chat, {}, folder, {}, config), step=1)
 
     folders.write_folder(folder / name, [fill])
     return folder / name

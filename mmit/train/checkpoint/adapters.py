@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from mmit.data.chat import ChatFormat
 from mmit.errors import CheckpointError
-from mmit.models.assemble import has_line_end
-from mmit.models.projectors import build_projector
+from mmit.models.assemble import projector_for
 from mmit.models.tuning.fused_lora import fuse_lora
 from mmit.models.tuning.lora import put_adapter, quietly
 from mmit.models.vlm import VLM
@@ -63,16 +62,9 @@ def read_further(vlm: VLM, base: Path, folder: str | Path, *, name: str, tokeniz
                 raise CheckpointError(problem, where=str(path), remedy=ALONE)
     projector = None
     if vlm.projector is not None and vlm.vision is not None:
-        weight, section = next(vlm.projector.parameters()), config.model.projector
-        projector = build_projector(
-            section.kind,
-            vision_dim=vlm.vision.dim,
-            llm_dim=vlm.word_embeddings.shape[1],
-            grid=vlm.vision.grid,
-            prefix=vlm.vision.prefix,
-            line_end=has_line_end(config.model.model_dump()["vision"]),
-            **section.options,
-        ).to(weight.device, weight.dtype)
+        weight, width = next(vlm.projector.parameters()), vlm.word_embeddings.shape[1]
+        projector = projector_for(vlm.vision, llm_dim=width, model=config.model.model_dump())
+        projector.to(weight.device, weight.dtype)
         strict(projector, load_file(path / "projector.safetensors"), path / "projector.safetensors")
     llm = _beside(vlm.llm, path / "adapter", name)
     made = VLM(llm, vision=vlm.vision, projector=projector, padded=vlm.padded)

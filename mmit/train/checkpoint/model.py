@@ -69,7 +69,7 @@ __all__ = [
 
 @dataclass
 class Loaded:
-    """A model read from a checkpoint, ready for use."""
+    """A model with all that a checkpoint says of it: what `load_model` reads and `write_model` writes."""
 
     vlm: VLM
     tokenizer: Any
@@ -109,22 +109,13 @@ def image_preparation(tower: VisionTower | None, vision: VisionConfig | None) ->
     return {**found, "tiles": vision.tiles} if tiled or vision.tiles else found
 
 
-def write_model(
-    folder: Path,
-    vlm: VLM,
-    *,
-    config: Config,
-    tokenizer: Any,
-    chat: ChatFormat,
-    step: int,
-    include_base: bool = False,
-    merged: bool = False,
-) -> None:
+def write_model(folder: Path, model: Loaded, *, step: int, include_base: bool = False, merged: bool = False) -> None:
     """Write everything but the trainer's state (see the module docstring).
 
     Args:
         folder: exists; a draft of `write_folder`.
-        vlm: of plain weights or gathered ones; under ZeRO-3 the caller gathers what is written.
+        model: its vlm is of plain weights or gathered ones; under ZeRO-3 the caller gathers what is written. Where it
+            was read from does not matter: `image` and `meta` are made anew.
         step: that the weights are of.
         include_base: the base weights too, so that the checkpoint refers to nothing outside.
         merged: adapters were folded into them; see `no_untuned`.
@@ -132,11 +123,12 @@ def write_model(
     Raises:
         CheckpointError: the base of a PiSSA or OLoRA adapter is to be written.
     """
+    vlm, config = model.vlm, model.config
     (folder / "config.yaml").write_text(config.to_yaml())
     meta = {
         "format": FORMAT,
         "step": step,
-        "chat": chat.to_json(),
+        "chat": model.chat.to_json(),
         "image": image_preparation(vlm.vision, config.model.vision),
         "image_tokens": vlm.image_tokens,
         "versions": {"mmit": mmit.__version__, "torch": torch.__version__},
@@ -144,7 +136,7 @@ def write_model(
     }
     (folder / "mmit.json").write_text(json.dumps(meta, indent=1))
     # Always, though the base has one: its ids are what the weights were trained on, and a hub's repository may change.
-    tokenizer.save_pretrained(folder / "tokenizer")
+    model.tokenizer.save_pretrained(folder / "tokenizer")
     if vlm.projector is not None:
         save_file(_state(vlm.projector), folder / "projector.safetensors")
     if isinstance(vlm.llm, PeftModel):

@@ -79,10 +79,11 @@ def save_imported(found: Foreign, folder: Path, config: Config) -> None:
         remedy = "use it from its own folder: mmit chat, mmit eval, mmit.load"
         raise ModelError(problem, where=towers.where, remedy=remedy) from towers
     encoders = parts_of(vision.as_encoder())
+    imported = Loaded(found.vlm, found.tokenizer, found.chat, found.image, folder, {}, config)
 
     # No adapter is on it and nothing was trained: LLM and tower are written beside what `write_model` writes.
     def fill(draft: Path) -> None:
-        write_model(draft, found.vlm, config=config, tokenizer=found.tokenizer, chat=found.chat, step=0)
+        write_model(draft, imported, step=0)
         found.vlm.llm.save_pretrained(str(draft / "llm"))
         found.tokenizer.save_pretrained(draft / "llm")
         folders = _tower_folders(draft / "vision", len(encoders))
@@ -118,16 +119,7 @@ def save_whole(found: Loaded, folder: Path, *, merged: bool = False) -> None:
     vlm, config = found.vlm, found.config
 
     def fill(draft: Path) -> None:
-        write_model(
-            draft,
-            vlm,
-            config=config,
-            tokenizer=found.tokenizer,
-            chat=found.chat,
-            step=found.meta.get("step", 0),
-            include_base=True,
-            merged=merged,
-        )
+        write_model(draft, found, step=found.meta.get("step", 0), include_base=True, merged=merged)
         found.tokenizer.save_pretrained(draft / "llm")  # a run that begins with it reads it as any other LLM
         # Towers of transformers are built from a folder with their config, those of other libraries from code by a
         # name.
