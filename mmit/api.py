@@ -101,6 +101,9 @@ def config_of(
 
     Records given as objects are written into `dir`, once all else is known to be sound.
 
+    Args:
+        model, data, dir, tune, steps, epochs, resume, settings: as `train` takes them.
+
     Raises:
         ConfigError: a key, type or value that a config cannot have.
     """

@@ -281,7 +281,12 @@ class Model:
         messages: Sequence[Mapping[str, Any]] | None = None,
         **answering: Unpack[Answering],
     ) -> Iterator[str]:
-        """Answer as `chat` does, in pieces that add up to its answer; none ends inside a character."""
+        """Answer as `chat` does, in pieces that add up to its answer; none ends inside a character.
+
+        Args:
+            images, text, history, system, messages: the question, as `chat` takes it.
+            answering: as `chat` takes it.
+        """
         options: dict[str, Any] = dict(answering)
         limit, reader = options.pop("max_new_tokens", 256), self.reader(options.pop("stop", ()))
         _check_count("max_new_tokens", limit)

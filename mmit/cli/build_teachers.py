@@ -174,7 +174,18 @@ def finish(
     settings: Mapping[str, Any],
     facts: Callable[[], Mapping[str, Any]] = dict,
 ) -> Counts:
-    """Write the folder of a build and say what is in it."""
+    """Write the folder of a build and say what is in it.
+
+    Args:
+        made: the records, in their order.
+        desk: that the teachers were asked through.
+        build: where it is written, and its config.
+        settings: of that config.
+        facts: further lines to say and to keep, asked for once the records are written.
+
+    Returns:
+        what the folder holds.
+    """
     from mmit.build.session import thought_facts, write_session
 
     counts = write_session(made, desk, build.out, settings, folder=build.config.parent, facts=facts)
@@ -198,7 +209,14 @@ def show_counts(counts: Counts) -> None:
 
 
 def show_forecast(asked: list[Request], settings: Mapping[str, Any], config: Path, *, every: bool = False) -> None:
-    """Print what the requests would take."""
+    """Print what the requests would take.
+
+    Args:
+        asked: the requests.
+        settings: of the config, whose section teacher says who is asked and at which price.
+        config: its file, which relative paths start beside.
+        every: each teacher is asked all of them.
+    """
     from mmit.build.session import forecast
     from mmit.teachers import open_teachers
 

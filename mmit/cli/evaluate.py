@@ -295,9 +295,15 @@ def _judges(
 
 
 def results_folder(run: Path, task: str, out: Path | None, *, alone: bool) -> Path:
-    """Say where a task's results go; `alone`: it is the only one.
+    """Say where a task's results go.
 
     A checkpoint inside a run gets a folder of its own beside those of the run's other checkpoints.
+
+    Args:
+        run: the run, checkpoint or folder that is evaluated.
+        task: its name.
+        out: folder that was asked for, or None.
+        alone: it is the only task.
     """
     if out is not None:
         return out if alone else out / task

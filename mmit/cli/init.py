@@ -103,7 +103,14 @@ def init(
 
 
 def config_text(data: str, format: str, *, llm: str, vision: dict[str, Any], out: Path) -> str:
-    """The config as text, with a reason or a further choice beside its values."""
+    """The config as text, with a reason or a further choice beside its values.
+
+    Args:
+        data: the file of records. format: its format.
+        llm: name or folder of the language model.
+        vision: {key: value} of the vision encoder, the projector and how pictures are fitted.
+        out: the config's file, whose name the run's folder gets.
+    """
     from mmit.yamlio import inline_yaml
 
     told = {

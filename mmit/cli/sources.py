@@ -135,7 +135,16 @@ def mixture_of(data: Path) -> DataConfig | None:
 def files_of(
     data: Path, settings: Config | None, *, format: str | None = None, image_root: Path | None = None
 ) -> list[File]:
-    """Return the file, its format found out (and said on stderr) if not given, or the config's training sources."""
+    """Return the file, its format found out (and said on stderr) if not given, or the config's training sources.
+
+    Args:
+        data: a data file, or a config or mixture.
+        settings: the config, where there is one.
+        format, image_root: of the file; a config says so itself.
+
+    Raises:
+        BadParameter: `format` or `image_root` beside a config.
+    """
     mixture = mixture_of(data) if is_config(data) else None
     section = mixture or (settings.data if settings is not None and is_config(data) else None)
     if section is None:
@@ -243,7 +252,22 @@ def encoder_of(
     image_token: str | None = None,
     max_length: int | None = None,
 ) -> RecordEncoder | None:
-    """Build the tokenizer and chat format; None if neither a config nor --tokenizer names one."""
+    """Build the tokenizer and chat format that records are encoded with.
+
+    Args:
+        settings: the config, where there is one; the other arguments go before it.
+        tokenizer: name or folder.
+        chat: chat format.
+        image_tokens: tokens of an image.
+        image_token: the text that stands for one.
+        max_length: tokens a record may have.
+
+    Returns:
+        the encoder; None if neither a config nor --tokenizer names a tokenizer.
+
+    Raises:
+        BadParameter: an option that needs a tokenizer, and there is none. MmitError: a part that cannot be loaded.
+    """
     if settings is None and tokenizer is None:
         given = {"--chat": chat, "--image-token": image_token, "--image-tokens": image_tokens}
         for option, value in (given | {"--max-length": max_length}).items():
@@ -292,7 +316,20 @@ def loss_of(settings: Config | None) -> Loss:
 def tokenizer_and_chat(
     settings: Config | None, tokenizer: str | None, chat: str | None, *, image_token: str | None = None
 ) -> tuple[Any, ChatFormat]:
-    """Load what is given on the command line, else what the config names; one of them names a tokenizer."""
+    """Load what is given on the command line, else what the config names; one of them names a tokenizer.
+
+    Args:
+        settings: the config, where there is one.
+        tokenizer: name or folder.
+        chat: chat format.
+        image_token: the text that stands for an image.
+
+    Returns:
+        the tokenizer and the chat format.
+
+    Raises:
+        MmitError: one of them cannot be loaded.
+    """
     from mmit.data.chat import chat_format
     from mmit.models.llm import load_tokenizer
 

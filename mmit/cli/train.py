@@ -163,9 +163,19 @@ def overrides_of(arguments: list[str]) -> list[str]:
 def start_from(
     source: str, overrides: list[str], *, trial: Path | None = None, **options: str | None
 ) -> tuple[Path, list[str]]:
-    """Import a model into the run's folder, unless an earlier start did, and return its config with the overrides.
+    """Import a model into the run's folder, unless an earlier start did.
 
-    `trial` is the folder to import into in place of the run's. `options` are those of `read_foreign`.
+    Args:
+        source: another project's folder, or a hub id.
+        overrides: KEY=VALUE of the command line; run.dir=DIR among them names the run's folder.
+        trial: the folder to import into in place of the run's.
+        options: those of `read_foreign`.
+
+    Returns:
+        the config of the imported model, and the overrides that go with it.
+
+    Raises:
+        MmitError: it is imported by several processes, or cannot be read.
     """
     from mmit.cli.export import make_start
     from mmit.errors import ConfigError

@@ -114,7 +114,18 @@ def _shard_rows(source: Source) -> Iterator[FileRow]:
 def import_records(
     path: str | os.PathLike[str], format: str, *, on_bad: OnBad | None = None, **options: Any
 ) -> Iterator[Record]:
-    """Yield the records of a file as `import_file` does; of "PATH#N" those of the subset, read in two passes."""
+    """Yield the records of a file as `import_file` does; of "PATH#N" those of the subset, read in two passes.
+
+    Args:
+        path: the file; with "#N" behind it a subset, see `split_subset`.
+        format: a key of FORMATS, or `module:name` of the user's own.
+        on_bad: takes a bad row, which is left out; None raises the first.
+        options: as `import_file` takes them.
+
+    Raises:
+        RecordError: a bad row without `on_bad`, or a file that cannot be read. ConfigError: unknown format or option,
+            or a subset of more records than there are.
+    """
     file, subset = split_subset(path)
     if subset is None:
         yield from import_file(file, format, on_bad=on_bad, **options)

@@ -51,7 +51,15 @@ class GrowingLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append (B, KV, new, D) states and return all."""
+        """Append states and return all; transformers' interface, whose further arguments are not read.
+
+        Args:
+            key_states: (B, KV, new, D) of the tokens that are added.
+            value_states: (B, KV, new, D) as well.
+
+        Returns:
+            keys and values (B, KV, T, D) of all T tokens so far.
+        """
         new = key_states.shape[-2]
         # A copy of all buffers every ROOM tokens, in place of one at every token.
         if self._end + new > self._buffers[0].shape[2]:

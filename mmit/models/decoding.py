@@ -336,7 +336,14 @@ def _anew(llm: LLM, state: State, place: int, answer: Sequence[int]) -> torch.Te
 
 
 def decode(llm: LLM, state: State, *, limits: Sequence[int], **options: Any) -> list[list[int]]:
-    """Return the new ids of every prompt, (B,) lists; arguments as `steps`."""
+    """Return the new ids of every prompt.
+
+    Args:
+        llm, state, limits, options: as `steps` takes them.
+
+    Returns:
+        (B,) lists of ids, each of at most its limit.
+    """
     answers: list[list[int]] = [[] for _ in limits]
     for new in steps(llm, state, limits=limits, **options):
         for prompt, token in new:

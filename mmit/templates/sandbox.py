@@ -138,7 +138,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return "".join(map(str, values))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """One arithmetic operation, refused where its result would be out of bounds."""
+        """One arithmetic operation of a template; Jinja's interface.
+
+        Args:
+            context: of the template.
+            operator: its sign, such as "+" or "**".
+            left, right: its operands.
+
+        Raises:
+            Exceeded: the result would be out of bounds.
+        """
         self.spend()
         sizes = [len(v) for v in (left, right) if isinstance(v, Sized)]
         if operator == "%" and isinstance(left, str):
@@ -156,7 +165,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.weighed(result)
 
     def call(self, context: Any, callee: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call what a template calls: macros, methods of its values, the few global functions."""
+        """Call what a template calls: macros, methods of its values, the few global functions; Jinja's interface.
+
+        Args:
+            context: of the template.
+            callee: what is called.
+            args, kwargs: what it is called with.
+
+        Raises:
+            Exceeded: a text method that is not among those supported, or a result that is out of bounds.
+        """
         self.spend()
         owner = getattr(callee, "__self__", None)
         if isinstance(owner, (str, bytes)):

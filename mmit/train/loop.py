@@ -62,7 +62,14 @@ class Hooks:
         """Receives a record that was left out, on the rank that met it."""
 
     def on_event(self, step: int, kind: str, message: str, **facts: Any) -> None:
-        """A step was "skipped", or its loss is a "spike"."""
+        """A step was "skipped", or its loss is a "spike".
+
+        Args:
+            step: that it happened in.
+            kind: "skipped" or "spike".
+            message: the same in words.
+            facts: its numbers, by name.
+        """
 
     def after_step(self, progress: Progress, row: dict[str, Any]) -> None:
         """Called with the step's line of metrics: the place to log, to evaluate and to save."""

@@ -172,7 +172,11 @@ class RunHooks(Hooks):
         note_bad(self.run_dir, self.engine.rank, error)
 
     def on_event(self, step: int, kind: str, message: str, **facts: Any) -> None:
-        """Say it, and keep its facts in events.jsonl."""
+        """Say it, and keep its facts in events.jsonl.
+
+        Args:
+            step, kind, message, facts: as in `Hooks.on_event`.
+        """
         self.log.say(message)
         self.log.event(step, kind, **facts)
 

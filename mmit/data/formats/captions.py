@@ -52,8 +52,18 @@ def minigpt4(
 ) -> Record:
     """MiniGPT-4's second stage: cc_sbu_align/filter_cap.json and cc_sbu_align/image/<image_id>.jpg.
 
-    The file is {"annotations": [{"image_id": "2", "caption"}]}. It has captions only: MiniGPT-4 draws one of four
-    instructions each time a row is read; here a row keeps the one that `seed` and its image_id give.
+    The file has captions only: MiniGPT-4 draws one of four instructions each time a row is read; here a row keeps the
+    one that `seed` and its image_id give.
+
+    Args:
+        row: of {"annotations": [{"image_id": "2", "caption"}]}.
+        image_root: the folder that `image_pattern` begins in.
+        instruction: a text or a list of texts to draw from.
+        seed: of that draw.
+        image_pattern: name of an image file, with {image_id}.
+
+    Raises:
+        RecordError: a row without its keys. ConfigError: an option that cannot work.
     """
     key = _image_id(row)
     image = image_part(file_name(image_pattern, {"image_id": row["image_id"]}), image_root)
@@ -83,8 +93,16 @@ def coco_captions(
 
     The file is {"images": [{"id", "file_name"}], "annotations": [{"id", "image_id", "caption"}]}; a picture has
     five or more captions, so that the same picture comes as often. White space around a caption is removed.
-    `image_root` is the folder of the split (train2014/). Raises RecordError for a caption of a picture that the
-    file does not list.
+
+    Args:
+        row: an annotation, with the entry of its picture as "image".
+        image_root: the folder of the split (train2014/).
+        instruction: a text or a list of texts to draw from; None leaves the question to the picture alone.
+        seed: of that draw, by the caption's id.
+        image_pattern: name of an image file, with {file_name} or {image_id}.
+
+    Raises:
+        RecordError: a caption of a picture that the file does not list. ConfigError: an option that cannot work.
     """
     entry = row.get("image")
     if not isinstance(entry, dict):
@@ -118,8 +136,16 @@ def img2dataset(row: Row, *, image_root: str = "", instruction: Any = None, seed
 
     The keys are the extensions of the sample's files; the picture is in one of jpg, jpeg, png, webp, gif, bmp, as
     bytes. The caption is the `txt` file, or "caption" in the `json` file, whose other facts (url, width, sha256, ...)
-    stay in the meta. Raises RecordError for a sample without picture or caption and for one whose status says
-    that its download failed.
+    stay in the meta.
+
+    Args:
+        row: the sample.
+        image_root: not read: the sample holds its picture.
+        instruction: a text or a list of texts to draw from; None leaves the question to the picture alone.
+        seed: of that draw, by the sample's key.
+
+    Raises:
+        RecordError: a sample without picture or caption, or one whose status says that its download failed.
     """
     key = text_of(row.get("__key__", ""), "__key__")
     facts = _facts(row.get("json"))

@@ -127,11 +127,20 @@ def chat(
     roles: Any = None,
     images: str | None = None,
 ) -> Record:
-    """A list of turns under any keys: `turns`, `role` and `content` name them, dots step into objects.
+    """A list of turns under any keys. Every "<image>" keeps its place.
 
-    `roles` maps the file's speakers to system, user, assistant and tool, as "person=user,bot=assistant"; common names
-    need no mapping. `images` names the key of the pictures, by default image or images. Every "<image>" keeps its
-    place. Raises ConfigError for options that cannot work.
+    Args:
+        row: an object that holds the list.
+        image_root: where relative image paths start.
+        turns: key of the list; dots step into objects.
+        role: key of a turn's speaker.
+        content: key of what is said.
+        roles: maps the file's speakers to system, user, assistant and tool, as "person=user,bot=assistant"; common
+            names need no mapping.
+        images: key of the pictures, by default image or images.
+
+    Raises:
+        RecordError: a row without these keys, or turns that make no dialogue. ConfigError: an option that cannot work.
     """
     known = {**ROLES, **_roles_option(roles)}
     outer, _, key = turns.rpartition(".")
@@ -171,9 +180,19 @@ def mmit_row(row: Row, *, image_root: str = "") -> Record:
 def read_turns(
     row: Row, roles: dict[str, str] | None = None, *, key: str = "conversations", root: str = ""
 ) -> tuple[Dialogue, Row]:
-    """Read `conversations`; return the dialogue, and the meta with a dropped leading assistant turn.
+    """Read a row's list of turns.
 
-    `roles` maps the file's speaker names to ours, by default LLaVA's. Images that turns list themselves are in place.
+    Args:
+        row: an object that holds the list.
+        roles: maps the file's speaker names to ours, by default LLaVA's.
+        key: of the list.
+        root: where the relative paths of images start that turns list themselves.
+
+    Returns:
+        the dialogue, with the images of its turns in place; the meta, with a leading assistant turn that was dropped.
+
+    Raises:
+        RecordError: no such list, or a turn that cannot be read.
     """
     items = objects_of(row, key)
     turns, extras = _turns(items, roles or _LLAVA_ROLES, root=root, beside=None)

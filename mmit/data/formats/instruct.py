@@ -95,8 +95,16 @@ def natural_instructions(row: Row, *, image_root: str = "", definition: str = "f
     [{input, output, explanation}], "Negative Examples", "Instances" [{id, input, output: [text, ...]}], "Categories",
     "Domains", "Input_language", "Output_language", "Instance License". The user says the definition, a blank line
     and the input. Several outputs are all right answers: the first is learnt, all stay in meta["references"].
-    `positive` puts up to so many of the task's examples before the input, in the wording of Tk-Instruct.
-    The examples themselves are not copied into every record's meta.
+
+    Args:
+        row: an instance with its task, {"task", "instance", "name"}.
+        image_root: not read: there are no pictures.
+        definition: "full", or "none" to leave it out.
+        positive: up to so many of the task's examples come before the input, in the wording of Tk-Instruct; they are
+            not copied into every record's meta.
+
+    Raises:
+        RecordError: a row without its keys. ConfigError: an option that cannot work.
     """
     task, instance = object_of(row.get("task"), "the task"), object_of(row.get("instance"), "the instance")
     one_of(definition, "definition", ("full", "none"))

@@ -67,12 +67,21 @@ def mimicit(
 
     The instruction file is {"meta", "data": {id: {"instruction", "answer", "image_ids": [...], "rel_ins_ids": [...]}}};
     <TASK>_train.json, {id: [related ids]}, replaces rel_ins_ids and says which pairs are trained on. Pictures are
-    {image_id: base64}, in parquet a column `base64` under the index image_id. With `relations` "turns" the related
-    pairs come first, in their order, each showing its pictures unless the pair before showed the same ones: that is
-    an in-context example where the pictures differ and a conversation where they are the same. "meta" only notes
-    them. In both, meta["rel_ins_ids"] keeps the relation. A conversation's later pair contains the earlier ones as
-    turns: give the _train.json to take each conversation once. Pairs without pictures are text-only; the frames of a
-    video are that many pictures. Raises RecordError for a related id or a picture that is not there.
+    {image_id: base64}, in parquet a column `base64` under the index image_id. meta["rel_ins_ids"] keeps the relation.
+    A conversation's later pair contains the earlier ones as turns: give the _train.json to take each conversation once.
+    Pairs without pictures are text-only; the frames of a video are that many pictures.
+
+    Args:
+        row: {"id", "pairs": all pairs by id, "related": ids or None, "pictures"}.
+        image_root: where the pictures' folder starts, if they are files.
+        relations: "turns" puts the related pairs first, in their order, each showing its pictures unless the pair
+            before showed the same ones: an in-context example where the pictures differ, a conversation where they are
+            the same. "meta" only notes them.
+        max_related: take only so many related pairs; None for all.
+        image_pattern: where pictures are a folder, the name of an image file with {image_id}.
+
+    Raises:
+        RecordError: a related id or a picture that is not there. ConfigError: an option that cannot work.
     """
     one_of(relations, "relations", ("turns", "meta"))
     pairs, key = object_of(row.get("pairs"), "pairs"), text_of(row.get("id"), "the id")

@@ -36,8 +36,16 @@ _CELL_LIMIT = 1 << 28
 def csv_rows(path: str, *, delimiter: str | None = None, encoding: str = "utf-8-sig", quoting: str = "minimal") -> Rows:
     """Yield (line, {column: cell}) of a CSV or TSV file with a header; the line is the one where the row begins.
 
-    `delimiter` is "," by default, a tab for .tsv and .tab files. `quoting` "none" takes quotes as text, for files
-    that do not quote their cells. A row with more or fewer cells than the header is yielded as its RecordError.
+    A row with more or fewer cells than the header is yielded as its RecordError.
+
+    Args:
+        path: the file.
+        delimiter: between cells; by default "," and a tab for .tsv and .tab files.
+        encoding: of the file.
+        quoting: "minimal", or "none" to take quotes as text, for files that do not quote their cells.
+
+    Raises:
+        RecordError: the file cannot be read, or is no table from some line on. ConfigError: unknown `quoting`.
     """
     sign = delimiter or ("\t" if path.lower().endswith((".tsv", ".tab")) else ",")
     plain = one_of(quoting, "quoting", ("minimal", "none")) == "none"
@@ -117,9 +125,18 @@ def parquet_rows(path: str) -> Rows:
 
 
 def hf_rows(path: str, *, split: str = "train", config: str | None = None, revision: str | None = None) -> Rows:
-    """Yield (row from 1, row) of a Hugging Face data set, streamed: a name, a folder of files, or `save_to_disk`'s.
+    """Yield (row from 1, row) of a Hugging Face data set, streamed; pictures stay encoded.
 
-    Pictures stay encoded. Data sets that are defined by a script are refused: their code would run here.
+    Data sets that are defined by a script are refused: their code would run here.
+
+    Args:
+        path: its name, a folder of files, or a folder of `Dataset.save_to_disk`.
+        split: of its splits.
+        config: of its configurations, None for the only one.
+        revision: of the hub's repository, None for the newest.
+
+    Raises:
+        ConfigError: datasets is not installed, or it cannot load this.
     """
     try:
         import datasets

@@ -63,9 +63,17 @@ def vqav2(
     The question file is {"data_subtype": "train2014", "questions": [{"question_id", "image_id", "question"}]}, the
     annotation file (option `annotations`) {"annotations": [{"question_id", "multiple_choice_answer", "answers":
     [{"answer"} x 10], "answer_type", "question_type"}]}; OK-VQA has no multiple_choice_answer, so the commonest of
-    the answers is learnt. The two files meet by question_id, and their order differs. Pictures are named by number
-    with twelve digits; test2015's data_subtype names its folder too, so give `image_pattern` for other layouts.
-    Raises RecordError for a question that the annotation file does not have.
+    the answers is learnt. The two files meet by question_id, and their order differs.
+
+    Args:
+        row: a question, with the file's data_subtype and its "annotation" where an annotation file was given.
+        image_root: the folder of the pictures.
+        image_pattern: name of an image file, with {image_id} and {data_subtype}: by default the number with twelve
+            digits. test2015's data_subtype names its folder too, so it needs another one.
+        suffix: stands behind every question.
+
+    Raises:
+        RecordError: a question that the annotation file does not have. ConfigError: an option that cannot work.
     """
     image = _picture(row, image_pattern, image_root, names={"data_subtype": row.get("data_subtype")})
     meta = rest(row, "question", "question_id", "annotation", "data_subtype")
@@ -100,8 +108,18 @@ def gqa(
 ) -> Record:
     """GQA: train_balanced_questions.json and its kin, {question id: {"imageId", "question", "answer", "fullAnswer"}}.
 
-    `answer` "answer" learns the short answer, "fullAnswer" the sentence. The programs and scene references of a
-    question (`semantic`, `annotations`, ...) are not copied; its `types`, `groups` and other answer are in the meta.
+    The programs and scene references of a question (`semantic`, `annotations`, ...) are not copied; its `types`,
+    `groups` and other answer are in the meta.
+
+    Args:
+        row: a question with its id.
+        image_root: the folder of the pictures.
+        answer: "answer" learns the short answer, "fullAnswer" the sentence.
+        image_pattern: name of an image file, with {imageId}.
+        suffix: stands behind every question.
+
+    Raises:
+        RecordError: a row without its keys. ConfigError: an option that cannot work.
     """
     one_of(answer, "answer", ("answer", "fullAnswer"))
     image = _picture(row, image_pattern, image_root, key="imageId")
@@ -124,8 +142,16 @@ def textvqa(row: Row, *, image_root: str = "", image_pattern: str = "{image_id}.
     """TextVQA: TextVQA_0.5.1_{train,val,test}.json, {"data": [{"question_id", "image_id", "question", "answers"}]}.
 
     Ten people answered each question; the commonest answer is learnt, the one given first where several are. The
-    test file has no `answers`. Pictures are train_images/<image_id>.jpg (for val too), test_images/ for test: set
-    `image_root` to that folder. OCR tokens are in files of their own and are not read.
+    test file has no `answers`. OCR tokens are in files of their own and are not read.
+
+    Args:
+        row: an entry of "data".
+        image_root: the folder of the pictures: train_images/ (for val too) or test_images/.
+        image_pattern: name of an image file, with {image_id}.
+        suffix: stands behind every question.
+
+    Raises:
+        RecordError: a row without its keys. ConfigError: an option that cannot work.
     """
     image = _picture(row, image_pattern, image_root)
     answers = _answers(row.get("answers") or [])

@@ -57,6 +57,16 @@ def iou(
 
     Profiles: mean (the IoU itself), 50 (the share of at least 0.5, as RefCOCO counts), 75 (of at least 0.75).
 
+    Args:
+        predictions: (n,) answers.
+        references: (n,) texts with a box, [left, top, right, bottom] of 0 to 1000, or of 0 to 1 with points.
+        profile: mean, 50 or 75.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the mean over answers; `details["parsed"]` has the box (4,) of each answer, None where it has none.
+
     Raises:
         MmitError: unknown profile, columns of different length, or a reference without a box.
     """

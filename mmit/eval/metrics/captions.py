@@ -130,6 +130,16 @@ def captions(
     Profiles: coco (Penn Treebank tokens, needs Java), simple (no Java, no METEOR, not comparable to published
     numbers), vlmeval (untokenised, times 100, no METEOR).
 
+    Args:
+        predictions: (n,) answers.
+        references: (n,) lists of captions of each image.
+        profile: coco, simple or vlmeval.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        CIDEr of the n images; `details` has BLEU, ROUGE-L and, in profile coco, METEOR too.
+
     Raises:
         MmitError: unknown profile, columns of different length, an image without reference, or
             pycocoevalcap or Java is missing.

@@ -156,15 +156,23 @@ def choice_accuracy(
 ) -> Score:
     """Share of right options.
 
-    A reference is a letter, or {"answer": letter, "options": [...] or {letter: text}}; with options, only
-    their letters can be extracted.
-
     Profiles:
         extract: `extract_letter`.
         seed_lmms: the first character of the stripped answer, in either case (SEED-Bench in lmms-eval).
         seed_llava: the whole answer must be the letter (LLaVA's conversion for SEED-Bench).
         scienceqa_lmms: the letter in either case, or a capital and a period at the start.
         scienceqa_llava: a letter A-E, "A. " at the start, or exactly one "The answer is A."
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) letters, or {"answer": letter, "options": [...] or {letter: text}}; with options, only
+            their letters can be extracted.
+        profile: one of the above.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of right answers; `details["parsed"]` has the letter read from each.
 
     Raises:
         MmitError: unknown profile, columns of different length, or a reference that is no letter.
@@ -195,6 +203,15 @@ def realworldqa(
     """RealWorldQA: an option letter A-D is extracted, any other answer must be equal (lmms-eval's rule).
 
     Equality ignores case, outer spaces and final periods.
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) a letter A-D or a text each.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of right answers; `details["parsed"]` has what was compared.
 
     Raises:
         MmitError: columns of different length.
@@ -270,13 +287,23 @@ def mmbench(
 ) -> Score:
     """MMBench with circular evaluation (Liu et al. 2023): a question counts if all its rotations are right.
 
-    Each reference is {"index": int, "answer": letter, "options": {letter: text} or list}, and "category" if
-    there is one; rows whose index is equal modulo 1,000,000 are rotations of one question. `n` and
+    Rows whose index is equal modulo 1,000,000 are rotations of one question. `n` and
     `details["values"]` are questions, in order of appearance; `details["parsed"]` are rows;
-    `details["vanilla"]` is the share of right unrotated rows. `groups` default to the categories.
+    `details["vanilla"]` is the share of right unrotated rows.
 
     Profiles: prefetch (letters and option texts; what would need a judge is wrong), static (then the general
     extractor, as lmms-eval's `_static` tasks).
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) rows {"index": int, "answer": letter, "options": {letter: text} or list}, and "category" if
+            there is one.
+        profile: prefetch or static.
+        groups: (n,) group of each row, by default the categories.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of questions whose rotations are all right.
 
     Raises:
         MmitError: unknown profile, columns of different length, a reference without its keys, or a rotation

@@ -32,6 +32,13 @@ def _arguments(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
 def follows(text: str, instruction: str, *, kwargs: Mapping[str, Any], words: Words, where: str = "") -> bool:
     """Return whether a text obeys one instruction; an empty text obeys none.
 
+    Args:
+        text: the answer.
+        instruction: a key of RULES.
+        kwargs: arguments of the instruction; more than it needs may be there.
+        words: how sentences and words are counted, made by an entry of WORD_TOOLS.
+        where: stands at the front of an error.
+
     Raises:
         MmitError: unknown instruction, or an argument that it needs is missing.
     """

@@ -314,6 +314,15 @@ def paired_bootstrap(
     The p-value is the share of resampled differences, shifted to mean zero, at least as far out as the
     observed one (with one added to both counts, so it is never 0).
 
+    Args:
+        values_a: (n,) scores of one model.
+        values_b: (n,) scores of the other, in the same order.
+        seed: of the draws.
+        resamples: how many draws of n questions; the interval's ends are quantiles of them.
+
+    Returns:
+        the difference a - b with its 95 % interval and two-sided p-value.
+
     Raises:
         MmitError: different lengths or no questions.
     """

@@ -94,11 +94,19 @@ def mathvista(
 ) -> Score:
     """MathVista accuracy.
 
-    Each reference is {"question_type": "multi_choice" or "free_form", "answer_type": text, integer, float
-    or list, "choices": list or None, "precision": number or None, "answer": text}.
-
     Profiles: offline (`extract`, and wrong where it finds nothing), extracted (each prediction is what a
     judge extracted, and is only brought into the reference's form).
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) {"question_type": "multi_choice" or "free_form", "answer_type": text, integer, float or
+            list, "choices": list or None, "precision": number or None, "answer": text}.
+        profile: offline or extracted.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of right answers; `details["parsed"]` has what was compared, None where nothing was found.
 
     Raises:
         MmitError: unknown profile or answer type, columns of different length, or a reference without its

@@ -104,11 +104,20 @@ def mmmu(
 ) -> Score:
     """MMMU accuracy, averaged over questions.
 
-    Each reference is {"answer": letter or text(s), "question_type": "multiple-choice" or "open", "options":
-    list}. `groups` are the subjects.
-
     Profiles: unparsed_wrong (an answer without a readable option is wrong), random (such an answer becomes a
     random option, drawn from `seed` in the order of the questions, as the published scorer does).
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) {"answer": letter or text(s), "question_type": "multiple-choice" or "open", "options":
+            list}.
+        profile: unparsed_wrong or random.
+        groups: (n,) subject of each question.
+        seed: of the bootstrap interval, and of the options drawn in profile random.
+
+    Returns:
+        the share of right answers; `details["parsed"]` has the letter, or the texts and numbers read from an open
+        one.
 
     Raises:
         MmitError: unknown profile, columns of different length, a reference without its keys, or an unknown

@@ -80,6 +80,16 @@ def anls(
 
     Profiles: lmms (lengths of the raw strings), normalised (lengths of the compared strings).
 
+    Args:
+        predictions: (n,) answers.
+        references: (n,) a text or a list of texts each; the nearest counts.
+        profile: lmms or normalised.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the mean similarity, 0 to 1; below 0.5 an answer counts 0.
+
     Raises:
         MmitError: unknown profile, columns of different length, or a question without references.
     """
@@ -122,6 +132,16 @@ def relaxed_accuracy(
 
     Profiles: lmms (the prediction as it is), vlmeval (the prediction stripped). With several references the
     best counts.
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) a text or a list of texts each.
+        profile: lmms or vlmeval.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of right answers.
 
     Raises:
         MmitError: unknown profile, columns of different length, or a question without references.
@@ -180,6 +200,16 @@ def rouge_l(
     seed: int = 0,
 ) -> Score:
     """ROUGE-L (Lin 2004), averaged over texts. Profiles: f1, coco.
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) a text or a list of texts each.
+        profile: f1 or coco.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the mean over texts, 0 to 1.
 
     Raises:
         MmitError: unknown profile, columns of different length, or a text without references.

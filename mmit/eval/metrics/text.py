@@ -76,6 +76,16 @@ def exact_match(
         ai2d_lmms: a leading "B." is the letter, then as gqa_lmms.
         vlmeval: both sides stripped and lower-cased.
 
+    Args:
+        predictions: (n,) answers.
+        references: (n,) a text or a list of texts each.
+        profile: one of the above.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of equal answers; `details["parsed"]` has what was compared.
+
     Raises:
         MmitError: unknown profile, no predictions, or columns of different length.
     """
@@ -119,11 +129,20 @@ def ocrbench(
 ) -> Score:
     """Share of answers that contain one of the reference texts (OCRBench, Liu et al. 2023).
 
-    Each reference is {"answers": [...], "dataset": name}. Case and line breaks are ignored; for dataset
-    "HME100k" spaces are ignored and case counts. `details["points"]` is the number right: the published
-    score out of 1000.
+    Case and line breaks are ignored; for dataset "HME100k" spaces are ignored and case counts. `details["points"]` is
+    the number right: the published score out of 1000.
 
     Profiles: lmms (full-width ASCII counts as ASCII), vlmeval (it does not).
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) {"answers": [...], "dataset": name}.
+        profile: lmms or vlmeval.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of right answers.
 
     Raises:
         MmitError: unknown profile, columns of different length, or a reference without its keys.
@@ -181,10 +200,19 @@ def gsm8k(
 ) -> Score:
     """Share of right final numbers (GSM8K, Cobbe et al. 2021; the rules of lm-eval and lmms-eval).
 
-    A reference is the data set's worked answer ("... #### 42") or the number alone. Commas, dollar signs
-    and a final period are ignored on both sides.
+    Commas, dollar signs and a final period are ignored on both sides.
 
     Profiles: strict (the number after "#### "), flexible (the last number of the answer).
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) the worked answer of the data set ("... #### 42") or the number alone, each.
+        profile: strict or flexible.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of right numbers; `details["parsed"]` has the number read from each answer.
 
     Raises:
         MmitError: unknown profile, or columns of different length.

@@ -96,9 +96,18 @@ def pope(
             references'.
         vlmeval: "yes" or "no" among the words, not both; `value` is F1.
 
-    `details` has accuracy, precision, recall, f1, yes_ratio, predicted_yes_ratio and f1_ci95. `groups` are
-    the splits random, popular, adversarial. The unparsed rate counts answers without "yes" or "no" among
-    their words, even where the profile reads them as yes.
+    The unparsed rate counts answers without "yes" or "no" among their words, even where the profile reads them as yes.
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) yes or no each.
+        profile: official, lmms or vlmeval.
+        groups: (n,) split of each question: random, popular or adversarial.
+        seed: of the bootstrap interval.
+
+    Returns:
+        accuracy, or F1 in profile vlmeval; `details` has accuracy, precision, recall, f1, yes_ratio,
+        predicted_yes_ratio and f1_ci95.
 
     Raises:
         MmitError: unknown profile, columns of different length, or a reference other than yes and no.
@@ -215,12 +224,20 @@ def mme(
 ) -> Score:
     """MME (Fu et al. 2023): `value` is the sum over categories of accuracy + accuracy+, at most 200 each.
 
-    Each reference is {"answer": yes or no, "category": name, "image": id}; an image has exactly two
-    questions, and accuracy+ is the share of images with both right. `details` has perception and cognition
-    sums, the categories that are missing, and per category the three numbers. `groups` default to the
-    categories.
+    Accuracy+ is the share of images with both questions right.
 
     Profiles: lmms (strips, drops periods, "y" and "n" count), official (lower-cases only).
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) {"answer": yes or no, "category": name, "image": id}; an image has exactly two questions.
+        profile: lmms or official.
+        groups: (n,) group of each question, by default its category.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the sum over categories; `details` has the sums of perception and cognition, the categories
+        that are missing, and the three numbers of each category.
 
     Raises:
         MmitError: unknown profile, columns of different length, a reference without its keys, or an image
@@ -324,12 +341,22 @@ def nlvr(
 ) -> Score:
     """NLVR accuracy and consistency (Suhr et al. 2017).
 
-    Each reference is {"label": "true" or "false", "identifier": "sentence-position-permutation"}: six pictures show
+    Six pictures show
     the same boxes in another order, and up to four positions share a sentence. `details["consistency"]` is the share
     of sentences whose every picture is judged right; the sentence is the identifier's first part, as in the official
     script.
 
     Profiles: official (the answer must be true or false), words (the first true, false, yes or no counts).
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) {"label": "true" or "false", "identifier": "sentence-position-permutation"}.
+        profile: official or words.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of right answers; `details["consistency"]` has that of sentences.
 
     Raises:
         MmitError: unknown profile, columns of different length, or a reference without its keys.
@@ -353,11 +380,20 @@ def nlvr2(
 ) -> Score:
     """NLVR2 accuracy and consistency (Suhr et al. 2019).
 
-    Each reference is {"label": "True" or "False", "identifier": "split-sentence-pair-n"}.
     `details["consistency"]` is the share of sentences whose every picture pair is judged right; the
     sentence is the identifier without its third part, as in the official script.
 
     Profiles: official (the answer must be true or false), words (the first true, false, yes or no counts).
+
+    Args:
+        predictions: (n,) answers.
+        references: (n,) {"label": "True" or "False", "identifier": "split-sentence-pair-n"}.
+        profile: official or words.
+        groups: (n,) group of each answer; each group gets a Score of its own.
+        seed: of the bootstrap interval.
+
+    Returns:
+        the share of right answers; `details["consistency"]` has that of sentences.
 
     Raises:
         MmitError: unknown profile, columns of different length, or a reference without its keys.

@@ -41,7 +41,11 @@ LLAVA_CLASSES = {
 def write_tower(folder: Path, config: Any, tensors: Mapping[str, torch.Tensor], *, image: Mapping[str, Any]) -> None:
     """Write a vision tower for kind hf: config, all its tensors, and how its pictures are normalised.
 
-    `image` holds size, interpolation, mean and std.
+    Args:
+        folder: is made.
+        config: of transformers, of the tower alone.
+        tensors: {name: tensor} with the names of the tower.
+        image: size, interpolation, mean and std.
     """
     folder.mkdir(parents=True)
     config.save_pretrained(folder)

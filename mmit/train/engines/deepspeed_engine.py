@@ -152,9 +152,15 @@ class DeepSpeedEngine(Engine):
         weights: torch.Tensor | None = None,
         reduce: Reduce | None = None,
     ) -> torch.Tensor:
-        """As `Engine.forward_backward`, of which it has arguments and result: adds the gradient of a micro-batch.
+        """Run one micro-batch and add its gradient.
 
         DeepSpeed averages gradients over ranks, and the loop wants their sum: hence `world`.
+
+        Args:
+            tensors, scale, last, weights, reduce: as in `Engine.forward_backward`.
+
+        Returns:
+            (S,) losses, detached and not weighted; (B,) with `reduce`.
         """
         # Told, not counted: micro-batches of a step differ in number from step to step, DeepSpeed counts a fixed one.
         self.engine.set_gradient_accumulation_boundary(last)

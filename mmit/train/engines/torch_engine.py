@@ -58,9 +58,13 @@ class TorchEngine(Engine):
         weights: torch.Tensor | None = None,
         reduce: Reduce | None = None,
     ) -> torch.Tensor:
-        """As `Engine.forward_backward`, of which it has arguments and result: adds the gradient of a micro-batch.
+        """Run one micro-batch and add its gradient. Gradients add up in float32.
 
-        Gradients add up in float32.
+        Args:
+            tensors, scale, last, weights, reduce: as in `Engine.forward_backward`.
+
+        Returns:
+            (S,) losses, detached and not weighted; (B,) with `reduce`.
         """
         losses = self.model(**tensors)
         losses = losses if reduce is None else reduce(losses)
