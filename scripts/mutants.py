@@ -597,7 +597,7 @@ MUTANTS = [
     ),
     Mutant(
         "serve: an answer is remembered under one token too many",
-        "mmit/generate.py",
+        "mmit/generate/runner.py",
         "[range(width - length, width)]",
         "[range(width - length - 1, width - 1)]",
         "tests/models/test_prefix_cache.py",

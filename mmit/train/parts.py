@@ -1,51 +1,36 @@
-"""The parts of a run, built from its config one after the other: model, records, features, engine, reference.
+"""The parts of a run, built from its config one after the other: model, features, engine; records in records.py.
 
-`run.py` calls them in this order. Config sections are taken apart here, and what is called takes plain arguments.
-Each part refuses what cannot be trained; only the last, `take_folder`, writes into the run's folder.
+`run.py` calls them in order. Config sections are taken apart here, and what is called takes plain arguments. Each part
+refuses what cannot be trained; only the last, `take_folder`, writes into the run's folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmit.data.formats.keys import told
 from mmit.data.preparation import ImagePreparation, prepare_images
-from mmit.data.store import Store
-from mmit.errors import ConfigError, RecordError, located
+from mmit.errors import ConfigError, located
 from mmit.io import write_atomic
 from mmit.models.assemble import assemble
 from mmit.models.hub import model_folder
-from mmit.models.llm import DTYPES, context_length
+from mmit.models.llm import DTYPES
 from mmit.models.llm_layers import MODES, compile_layers, set_recompute
 from mmit.models.partition import partitioned
 from mmit.models.routers import read_routers
 from mmit.models.tuning import Group, apply_tuning, method_of, quantization
 from mmit.models.tuning.own import changes_layout
-from mmit.models.virtual import virtual_tokens
 from mmit.train.align import Alignment, align_to_captions, check_captions
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.checkpoint import resume
 from mmit.train.checks import identity
 from mmit.train.checks.init_from import check_start
 from mmit.train.checks.probes import answers, check_records, check_start_of_adapter, without_gradient
-from mmit.train.data.batches import TrainData
-from mmit.train.data.order import Ordering, make_row_order, row_order_of, unit_costs
-from mmit.train.data.setup import (
-    BadRecordPolicy,
-    Say,
-    cache_folder,
-    chat_of,
-    check_lengths,
-    image_loader,
-    measure,
-    most_bad,
-)
+from mmit.train.data.setup import Say, chat_of
 from mmit.train.engines.base import Update
 from mmit.train.engines.deepspeed_engine import DeepSpeedEngine, check_deepspeed
 from mmit.train.engines.torch_engine import TorchEngine
@@ -53,20 +38,16 @@ from mmit.train.engines.zero import complete, deepspeed_options, zero_stage
 from mmit.train.features import CachePlan, FeatureCache, compute_features, features_folder
 from mmit.train.memory.estimate import least_recompute
 from mmit.train.monitor.describe import describe, introduce, note_start
-from mmit.train.reference import References
-from mmit.train.resolve import check_divided, objective_of, open_records, resolved, with_whole_paths
+from mmit.train.records import Feeds, Records, is_cached
+from mmit.train.resolve import check_divided, resolved, with_whole_paths
 
 if TYPE_CHECKING:
     from mmit.config import Config
-    from mmit.data.dataset import InstructionData
-    from mmit.data.measure import Measurements
-    from mmit.data.row_order import RowOrder
     from mmit.models.vlm import VLM
     from mmit.train.engines.base import Engine
     from mmit.train.engines.world import World
     from mmit.train.loop import Progress
     from mmit.train.monitor.heartbeat import Heartbeat
-    from mmit.train.objective import Preference
 
 
 @dataclass(frozen=True)
@@ -106,17 +87,6 @@ class Model:
         return self.loaded.vlm
 
 
-@dataclass
-class Records:
-    """The records of a run: opened, measured, and in the order of their rows."""
-
-    train: InstructionData
-    scan: Measurements
-    row_order: RowOrder
-    order: dict[str, Any]  # what decides the order, kept in checkpoints
-    eval: tuple[InstructionData, Measurements] | None  # held out
-
-
 def build_model(start: Start) -> Model:
     """Vision encoder, projector and LLM with their tuning methods, and the weights of a checkpoint."""
     config, begin, say = start.config, start.begin, start.say
@@ -137,16 +107,6 @@ def build_model(start: Start) -> Model:
         if weights is not None:
             checkpoint.read_weights(loaded.vlm, weights)
     return Model(loaded, groups, preparation, tower, divided)
-
-
-def read_records(start: Start, model: Model) -> Records:
-    """Open and measure the records, leave out or refuse bad ones, and put the rows in order."""
-    start.heart.phase("measuring the data", 0)
-    data, scan = _read_data(start, model, "train")
-    if scan.thoughts:
-        model.loaded.chat.thinks = True  # in the checkpoint's format too: whether to think is left to the model
-    row_order, order = _order(start, model, data, scan)
-    return Records(data, scan, row_order, order, _read_data(start, model, "eval") if model.config.data.eval else None)
 
 
 def prepare_model(start: Start, model: Model, records: Records) -> FeatureCache | None:
@@ -176,40 +136,6 @@ def build_engine(start: Start, model: Model, records: Records) -> Engine:
     if config.train.compile:
         _compile(vlm, engine)
     return engine
-
-
-@dataclass(frozen=True)
-class Feeds:
-    """The records as the loop sees them: those of training, and those that are held out."""
-
-    train: TrainData
-    eval: TrainData | None
-    references: References | None  # of a method that compares answers; kept in checkpoints
-
-    def preference(self, part: str) -> Preference | None:
-        """The comparing method on the records of "train" or "eval"."""
-        return self.references.at_work(part) if self.references is not None else None
-
-
-def feed(start: Start, model: Model, records: Records, *, engine: Engine, features: FeatureCache | None) -> Feeds:
-    """Micro-batches of the records, and the reference that a comparing method measures on them once.
-
-    Args:
-        start: of the run. model: loaded and tuned. records: read and measured.
-        engine: runs the reference. features: of training's images, None to run the tower each time.
-    """
-    config, world = model.config, start.world
-    given: dict[str, Any] = {"load_image": image_loader(model.preparation) if model.preparation else None}
-    # Features are those of training's images; held-out ones go through the tower each time.
-    held_out = _each_once(config, *records.eval, world=world, **given) if records.eval else None
-    given["features"] = features
-    references, method = None, objective_of(config)
-    if method.compares:
-        start.heart.phase("measuring the reference", 0)
-        data = {"train": _each_once(config, records.train, records.scan, world=world, **given), "eval": held_out}
-        references = References.of(method, engine, data, vlm=model.vlm, begin=start.begin, say=start.say)
-    train = _train_data(config, records.train, records.scan, records.row_order, world=world, **given)
-    return Feeds(train, held_out, references)
 
 
 def take_folder(start: Start, model: Model, records: Records, *, feeds: Feeds, progress: Progress) -> None:
@@ -262,43 +188,12 @@ def _untuned(
     return checkpoint.Loaded(vlm, tokenizer, chat, image, start.run_dir, {}, config), preparation, tower
 
 
-def _order(start: Start, model: Model, data: InstructionData, scan: Measurements) -> tuple[RowOrder, dict[str, Any]]:
-    """The rows in their order, and what decides it; refuses to continue a checkpoint with other contents."""
-    config, world, begin = model.config, start.world, start.begin
-    known = resume.order_of(begin)
-    # Rank 0 alone reads and hashes the base; the others learn of a refusal at the end of the block.
-    store = Store(cache_folder(config.data.cache_dir, run_dir=start.run_dir))
-    same: dict[str, Any] | None = None
-    with world.together():
-        if world.main:
-            same = _contents(model, data, scan, store=store, deepspeed=world.deepspeed)
-            if begin is not None and known is not None:
-                held = {"llm": begin / "llm", "vision": begin / "vision.safetensors"}
-                whole = [part for part, path in held.items() if path.exists()]
-                identity.check_contents(known.get("content"), same, folder=begin, whole=whole, say=start.say)
-    # Why twice: the first call plans all rows, which takes a while for millions of records, and keeps their number in
-    # the store. Rank 0 does so alone, kept alive by `first`; the others then read it there.
-    if world.size > 1:
-        world.first(lambda alive: _plan_rows(config, scan, known, store))
-    costs = unit_costs(model.vlm, scan, cached=_cached(config)) if world.size > 1 else None
-    row_order, order = row_order_of(config, scan, costs=costs, known=known, store=store)
-    return row_order, order | {"content": same}
-
-
-def _plan_rows(config: Config, scan: Measurements, known: dict[str, Any] | None, store: Store) -> None:
-    row_order_of(config, scan, known=known, store=store)
-
-
-def _cached(config: Config) -> bool:
-    return config.model.vision is not None and config.model.vision.cache != "off"
-
-
 def _features(start: Start, model: Model, records: Records) -> FeatureCache | None:
     """Features of all images of the run where a frozen encoder's are cached."""
     vision, tower, scan = model.config.model.vision, model.vlm.vision, records.scan
     if vision is None or tower is None or model.preparation is None:
         return None
-    if not _cached(model.config) or not len(scan.illustrated):
+    if not is_cached(model.config) or not len(scan.illustrated):
         return None
     if tower.trainable:
         raise ConfigError(
@@ -323,41 +218,6 @@ def _align(start: Start, model: Model, features: FeatureCache | None) -> None:
     start.heart.phase("preparing the model", 0)
 
 
-def _train_data(
-    config: Config, data: InstructionData, scan: Measurements, row_order: RowOrder, *, world: World, **feed: Any
-) -> TrainData:
-    return TrainData(
-        data,
-        scan,
-        row_order,
-        rank=world.rank,
-        world=world.size,
-        device=world.device,
-        micro_rows=config.train.micro_rows,
-        row_tokens=config.data.pack_tokens,
-        skip_bad=config.run.on_bad_record == "skip",
-        max_bad=most_bad(config.run.max_bad_fraction, scan.records),
-        workers=config.data.workers,
-        prefetch=config.data.prefetch_mb << 20,
-        **feed,
-    )
-
-
-def _each_once(config: Config, data: InstructionData, scan: Measurements, *, world: World, **feed: Any) -> TrainData:
-    """These records once each, in rows as in training; without `features` images go through the tower each time."""
-    each = Ordering(
-        [1.0] * len(data.sources),
-        {"scheme": "weights"},
-        seed=0,
-        capacity=config.data.pack_tokens if config.data.packing else None,
-        rows_per_step=world.size * config.train.micro_rows,
-        epochs=1.0,
-        steps=None,
-        group=config.data.group,
-    )
-    return _train_data(config, data, scan, make_row_order(scan, each)[0], world=world, **feed)
-
-
 def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
     """Apply the tuning methods; with `probe` see that an adapter starts where the base is, and reaches the loss."""
     tune = config.tune.model_dump()
@@ -378,27 +238,6 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
             names = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
             say(f"warning: {len(idle)} tensors of the adapter have no gradient, so they are not trained: {names}")
     return groups
-
-
-def _contents(
-    model: Model, data: InstructionData, scan: Measurements, *, store: Store, deepspeed: bool
-) -> dict[str, Any]:
-    """What this run learns from and builds on, by hashes: two runs with the same go on from each other."""
-    config, llm, told = model.config, model.config.model.llm, model.loaded.chat.to_json()
-    zero = config.engine.deepspeed
-    commit = getattr(model.vlm.llm.config, "_commit_hash", None)
-    # A language model that is tuned as a whole is in every checkpoint: nothing hangs on where it began.
-    unused = llm.random_init is not None or method_of(config.tune.llm.mode).whole
-    return {
-        "sources": identity.contents(data, scan),
-        "vision": model.tower,
-        "llm": identity.base_content(llm.name, commit=commit, unused=unused, store=store),
-        # `thinks` follows from the sources.
-        "chat": {k: v for k, v in told.items() if k != "thinks" and (k != "name" or "template" not in told)},
-        # Of a chat format and a data format the tokens tell.
-        "code": identity.code_content(checkpoint.own_code(config, {})),
-        "deepspeed": {"name": zero, "options": deepspeed_options(zero)} if deepspeed else None,
-    }
 
 
 def _try_forward(vlm: VLM, records: Records, *, apart: bool) -> None:
@@ -460,43 +299,6 @@ def _assemble(config: Config, start: Path | None, divided: dict[str, Any] | None
     if tokenizer is not None:
         vlm.whole_parts.add("llm")
     return vlm, tokens
-
-
-def _read_data(start: Start, model: Model, part: Literal["train", "eval"]) -> tuple[InstructionData, Measurements]:
-    """Open and measure the records, and apply the policy for bad ones. Rank 0 measures; all read what it kept.
-
-    Nodes that do not see its files measure for themselves, one rank of each.
-    """
-    config, world, run_dir = model.config, start.world, start.run_dir
-    options, policy = config.data, BadRecordPolicy(config.run.on_bad_record == "skip", config.run.max_bad_fraction)
-    check_lengths(
-        max_length=options.max_length,
-        capacity=options.pack_tokens,
-        limit=context_length(model.vlm.llm),
-        virtual=virtual_tokens(model.vlm.llm),
-    )
-    cache = cache_folder(options.cache_dir, run_dir=run_dir)
-    tell = start.say if world.main else lambda text: None
-    unreadable: list[RecordError] = []
-    found: list[Any] = []
-
-    def work(alive: Callable[[], None]) -> None:
-        on_bad = unreadable.append if policy.skip else None
-        reading: dict[str, Any] = {"preparation": model.preparation, "cache": cache, "on_bad": on_bad, "say": tell}
-        data = open_records(config, part, model.loaded.chat, model.loaded.tokenizer, **reading)
-        found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]
-
-    # First the main rank, then one of each other node, then the rest: each finds what an earlier one kept, where their
-    # nodes share the folder, and otherwise measures.
-    for mine in (world.main, world.keeper and not world.main, not (world.keeper or world.main)):
-        world.turn(work, mine=mine)
-    data, scan = found
-    for source, kept in zip(data.sources, scan.kept, strict=True):
-        if kept and world.main:
-            start.say(f"{source.origin}: kept in meta only: {told(kept)}")
-    scan.bad = unreadable + scan.bad
-    policy.apply(scan, run_dir=run_dir, main=world.main, say=start.say, part=part)
-    return data, scan
 
 
 def _recompute(config: Config, world: World, say: Say) -> str:

@@ -1,8 +1,9 @@
 """A training run from its config: begin with `_train`, which is its table of contents.
 
 Around it `run` refuses what it can at once, joins the ranks, locks the folder, and writes the report at the end; below
-it `RunHooks` says what happens between steps: log, evaluate, save, stop. The parts are built in `parts.py`. To follow a
-step, go on in `loop.py`, `data/batches.py` and an engine. `scripts/train.py` and `mmit train` both come here.
+it `RunHooks` says what happens between steps: log, evaluate, save, stop. The parts are built in `parts.py` and
+`records.py`. To follow a step, go on in `loop.py`, `data/batches.py` and an engine. `scripts/train.py` and
+`mmit train` both come here.
 """
 
 from __future__ import annotations
@@ -34,17 +35,8 @@ from mmit.train.monitor.metrics_log import RunLog, memory_gib
 from mmit.train.monitor.report import write_report
 from mmit.train.monitor.run_files import note_event
 from mmit.train.monitor.trackers import open_trackers, require
-from mmit.train.parts import (
-    Feeds,
-    Model,
-    Start,
-    build_engine,
-    build_model,
-    feed,
-    prepare_model,
-    read_records,
-    take_folder,
-)
+from mmit.train.parts import Model, Start, build_engine, build_model, prepare_model, take_folder
+from mmit.train.records import Feeds, feed, read_records
 from mmit.train.resolve import check_zero3, objective_of, resolve_precision
 from mmit.train.schedule import Schedule, Spikes
 from mmit.train.signals import EXIT_STOPPED, Stop, StopNow, stop_asked

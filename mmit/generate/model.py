@@ -1,37 +1,28 @@
-"""Use of a trained model: chat, stream, answer many records, score given answers.
+"""A trained model at work: chat, stream, answer many records, score given answers.
 
-Owns the order of the work: pictures run once, prompts that share one run together, their common beginnings are
-computed once. Pictures, texts and records in; strings and log-probabilities out. Knows no metric; refuses a
-prompt that does not fit the model's context rather than cut it.
+Owns the order of the work: pictures run once, and records that share one together (how prompts share a run is
+`runner.py`'s). Pictures, texts and records in; strings and log-probabilities out. Knows no metric; refuses a prompt
+that does not fit the model's context rather than cut it.
 """
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 
-from mmit import precision
 from mmit.data.answers import AnswerText
 from mmit.data.messages import check_records
-from mmit.data.packing import Row, Sample, build_row, token_keys, without
-from mmit.data.preparation import prepare_images, splice_index
-from mmit.data.prompts import Prompt, PromptMaker, as_prompt, ask, ask_messages, batches
+from mmit.data.preparation import prepare_images
+from mmit.data.prompts import Prompt, PromptMaker, ask, ask_messages, batches
 from mmit.errors import ConfigError, nearest
-from mmit.interop.foreign import Foreign, check_options, is_foreign, read_foreign, settle
+from mmit.generate.runner import Runner
 from mmit.models import decoding
-from mmit.models.decoding import Prompts
 from mmit.models.generation import end_ids, generation_facts
-from mmit.models.hub import model_folder
-from mmit.models.llm import DTYPES, context_length, fewer_bits, usable_device
-from mmit.models.prefix_cache import BLOCK, divide
-from mmit.models.virtual import virtual_tokens
+from mmit.models.llm import DTYPES, context_length
 from mmit.pictures import Features, Pictures
 from mmit.records import Record
 
@@ -40,23 +31,10 @@ if TYPE_CHECKING:
 
     from mmit.data.chat import ChatFormat
     from mmit.data.prompts import Picture
-    from mmit.models.prefix_cache import Block, PrefixCache
     from mmit.models.sampling import Sampling
     from mmit.models.vlm import VLM
 
 History = Sequence[tuple[str, str]] | Sequence[Mapping[str, Any]] | Record | None
-NAMES = {dtype: name for name, dtype in precision.HALVES.items()}
-__all__ = ["Completion", "Likelihood", "Model", "Usage", "as_prompt", "ask", "load"]
-
-
-@dataclass(slots=True)
-class Usage:
-    """What a model has computed since it was made."""
-
-    prefill_tokens: int = 0  # prompt tokens run through the LLM
-    unshared_tokens: int = 0  # what they would be if no beginning were shared
-    new_tokens: int = 0
-    pictures: int = 0  # pictures run through the vision tower
 
 
 class Likelihood(NamedTuple):
@@ -76,120 +54,6 @@ class Completion(NamedTuple):
     new_tokens: int
 
 
-class Loading(TypedDict, total=False):
-    """How the weights of a model are loaded.
-
-    device: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N".
-    dtype: number format of the weights ("bf16", "fp16", "fp32"); None takes the one of training, and fp32 where the
-        device computes that faster, unless fewer bits or a device map were asked for because of its memory.
-    device_map: placement of a large LLM as in transformers: "auto", or modules to devices, "cpu" or "disk".
-    offload_folder: where a device map keeps what goes to disk.
-    load_in_8bit, load_in_4bit: linear layers of the LLM in fewer bits, by bitsandbytes.
-    """
-
-    device: str
-    dtype: str | torch.dtype | None
-    device_map: str | dict[str, Any] | None
-    offload_folder: str | None
-    load_in_8bit: bool
-    load_in_4bit: bool
-
-
-def load(
-    folder: str | os.PathLike[str],
-    *,
-    untuned: bool = False,
-    template_args: Mapping[str, Any] | None = None,
-    allow_code: bool = False,
-    chat: str | None = None,
-    base: str | None = None,
-    tower: str | None = None,
-    **loading: Unpack[Loading],
-) -> Model:
-    """Load a model for use.
-
-    Args:
-        folder: a checkpoint; a run, whose newest checkpoint is then taken; a llava-hf folder or one of LLaVA's own;
-            or the hub id of one of these (`owner/name`, `owner/name@revision`).
-        untuned: the model as it was before training (base weights, a freshly drawn projector), for comparison.
-        template_args: variables for the chat template besides those of training, such as enable_thinking.
-        allow_code: import modules that the checkpoint names for parts of the user's own, from the working directory and
-            the Python path; without it such a checkpoint is refused. Code of other projects' folders is never run.
-        chat: for folders of other projects, a chat format in place of the folder's template.
-        base, tower: for LLaVA's own folders; see `interop.foreign.read_foreign`.
-        loading: device, dtype, device_map, offload_folder, load_in_8bit and load_in_4bit, see `Loading`.
-
-    Raises:
-        CheckpointError: the folder is not a whole checkpoint, or names code without `allow_code`.
-        ModelError: a part of the model cannot be built, or the hub does not give it.
-        ConfigError: no such dtype, or an option that this kind of folder does not take.
-    """
-    from mmit.train.checkpoint.model import LargeLLM, load_model  # here, so that a live model is used without it
-
-    unknown: dict[str, Any] = {name: value for name, value in loading.items() if name not in Loading.__annotations__}
-    foreign = check_options({"chat": chat, "base": base, "tower": tower, **unknown})
-    device, dtype = loading.get("device", "auto"), _number_format(loading)
-    device_map, offload = loading.get("device_map"), loading.get("offload_folder")
-    path = model_folder(folder)
-    bits = fewer_bits(load_in_8bit=loading.get("load_in_8bit", False), load_in_4bit=loading.get("load_in_4bit", False))
-    if is_foreign(path):
-        if bits and device_map is None and device != "auto":
-            device_map = {"": device}
-        placed: dict[str, Any] = {"device_map": device_map, "offload": offload, "quantization": bits}
-        return _load_foreign(path, device, dtype, placed, template_args or {}, foreign)
-    if given := [name for name, value in foreign.items() if value]:
-        problem = f"{given[0]} is for folders of other projects; a checkpoint says it itself"
-        raise ConfigError(problem, where=str(folder), remedy=f"leave {given[0]} out")
-    large, options = LargeLLM(device_map, offload, bits), {"untuned": untuned, "allow_code": allow_code}
-    found = load_model(path, device=device, dtype=dtype or "fast", large=large, **options)
-    facts: dict[str, Any] = {"image": found.image, "folder": found.folder, "meta": found.meta, "notes": found.notes}
-    return Model(found.vlm, found.tokenizer, found.chat.with_template_args(template_args or {}), **facts)
-
-
-def _number_format(loading: Loading) -> torch.dtype | None:
-    """The number format that was asked for; warns where the device computes another one faster."""
-    dtype = loading.get("dtype")
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ConfigError(f"unknown dtype '{dtype}'", remedy=nearest(dtype, DTYPES))
-        dtype = DTYPES[dtype]
-    if dtype in NAMES:
-        slow = precision.warning(usable_device(loading.get("device", "auto")), NAMES[dtype])
-        if slow is not None:
-            warnings.warn(slow, stacklevel=3)
-    return dtype
-
-
-def _load_foreign(
-    path: Path,
-    device: str,
-    dtype: torch.dtype | None,
-    placed: dict[str, Any],
-    template_args: Mapping[str, Any],
-    options: Mapping[str, str | None],
-) -> Model:
-    """A model of another project. `placed` are fields of `llm.Placement`, `options` those of `read_foreign`."""
-    other = read_foreign(path, dtype=dtype, **placed, **options)
-    fixed = dtype or placed["device_map"] or placed["quantization"]
-    notes = [] if fixed else _adapt(other, usable_device(device))
-    settle(other, device=device, device_map=placed["device_map"] or placed["quantization"])
-    meta = {"chat": other.chat.to_json(), "image": other.image, "image_tokens": other.vlm.image_tokens}
-    form = other.chat.with_template_args(template_args)
-    return Model(other.vlm, other.tokenizer, form, image=other.image, folder=path, meta=meta, notes=notes)
-
-
-def _adapt(found: Foreign, place: torch.device) -> list[str]:
-    """Bring weights of 16 bits to float32 where the device computes that faster; returns what to say about it."""
-    name = NAMES.get(found.dtype)
-    if name is None:
-        return []
-    fast, reason = precision.fast_half(place, name)
-    if fast:
-        return []
-    found.vlm.float()
-    return [f"stored in {name}, loaded in fp32: {reason}"]
-
-
 class Answering(TypedDict, total=False):
     """How an answer is written. Where one of the three ways to draw is None or left out, the model's
     generation_config.json says it (`Model.generation`); greedy decoding where it asks for no sampling.
@@ -203,19 +67,16 @@ class Answering(TypedDict, total=False):
     stop: Sequence[str] | None  # texts that end an answer and are left out of it
 
 
-class Model:
+class Model(Runner):
     """A composite with its tokenizer, chat format and image preparation, ready to answer.
 
-    Attributes:
+    Attributes (and those of `Runner`):
         vlm, tokenizer, chat_format: the parts. The composite is put into eval mode and left in it.
         image: how pictures are brought to the tower: {"size": (H, W), "mode", "interpolation", "fill"}, and "tiles"
             where they are cut; {} for a text-only model. preparation: the same with what the model makes of it.
         generation: what its generation_config.json says of end tokens and sampling.
         folder, meta: the checkpoint it came from and its mmit.json, if any.
         notes: what was decided when it was loaded, in words.
-        usage: counts of what was computed so far.
-        activate: called before the LLM runs a prompt or the engine a step: where several models share one LLM, it
-            puts this one's adapter to work. Answers of two such models may not be streamed at the same time.
     """
 
     def __init__(
@@ -231,15 +92,12 @@ class Model:
     ) -> None:
         if vlm.vision is not None and not image:
             raise ConfigError("a model with a vision tower needs its image preparation")
-        # Dropout and batch statistics must not play a part in an answer, whatever the caller did before.
-        self.vlm, self.tokenizer, self.chat_format = vlm.eval(), tokenizer, chat_format
+        super().__init__(vlm)
+        self.tokenizer, self.chat_format = tokenizer, chat_format
         self.image, self.folder, self.meta = dict(image or {}), folder, dict(meta or {})
         self.preparation = prepare_images(self.image, tokens=vlm.image_tokens, grid=vlm.image_grid)
         self.generation = generation_facts(vlm.llm)
         self.notes = list(notes)
-        self.usage = Usage()
-        self.activate: Callable[[], None] = _nothing
-        self._support: decoding.Support | None = None
 
     @property
     def number_format(self) -> str:
@@ -593,146 +451,6 @@ class Model:
             self.usage.new_tokens += len(new)
             yield new
 
-    def prefill(
-        self, batch: Sequence[Prompt], features: Features, *, store: PrefixCache | None = None
-    ) -> tuple[decoding.State, list[int]]:
-        """Run prompts, one sample each, up to where their answers begin; just one unless `support.batched`.
-
-        Args:
-            store: beginnings that were run before, whose tokens are not run again; takes up those of the batch.
-
-        Returns:
-            the state of the batch, and of each prompt how many tokens were known.
-        """
-        samples = [prompt.samples[0] for prompt in batch]
-        if store is None or not self._remembers:
-            rows = [self._row(group, features)[1] for group in self._groups(samples)]
-            return decoding.prefill(self.vlm.llm, rows, support=self.support), [0] * len(batch)
-        tokens = [token_keys(sample) for sample in samples]
-        found = [store.find(each) for each in tokens]
-        prompts, known = self._row_beyond(samples, features, store, found)
-
-        keep = partial(store.add, tokens)
-        return decoding.prefill(self.vlm.llm, [prompts], support=self.support, keep=keep), known
-
-    def prefill_in_parts(
-        self, prompt: Prompt, features: Features, *, store: PrefixCache, most: int
-    ) -> Iterator[tuple[decoding.State, int] | None]:
-        """Run one prompt as `prefill` does, in parts; other work may be done between two of them.
-
-        Args:
-            prompt: of one sample. features: of its pictures.
-            store: known beginnings; a model that it keeps nothing of is run in one part.
-            most: tokens of a part.
-
-        Yields:
-            None after every part but the last, then the state and how many tokens were known.
-        """
-        sample = prompt.samples[0]
-        if not self._remembers:
-            state, (known,) = self.prefill([prompt], features, store=store)
-            yield state, known
-            return
-        tokens = token_keys(sample)
-        row, (known,) = self._row_beyond([sample], features, store, [store.find(tokens)])
-        *parts, last = decoding.in_parts(row, most)
-        for part in parts:
-            self.activate()  # between two parts another model of the same base may have worked
-            decoding.feed(self.vlm.llm, part)
-            yield None
-        self.activate()
-        keep = partial(store.add, [tokens])
-        yield decoding.prefill(self.vlm.llm, [last], support=self.support, keep=keep), known
-
-    def unknown(self, prompt: Prompt, store: PrefixCache) -> int:
-        """How many tokens of a prompt `prefill` would run."""
-        known = len(store.find(token_keys(prompt.samples[0]))) * BLOCK if self._remembers else 0
-        return prompt.length - known
-
-    def remember(
-        self, store: PrefixCache, prompt: Prompt, ids: Sequence[int], state: decoding.State, place: int
-    ) -> None:
-        """Keep what was run of a prompt and the answer to it, for the prompt that goes on from there.
-
-        Args:
-            ids: of the answer. state, place: where it was decoded, before it leaves.
-        """
-        if self._remembers:
-            length, width = int(state.lengths[place]), state.cache.get_seq_length()
-            tokens = [*token_keys(prompt.samples[0]), *ids][:length]
-            store.add([tokens], state.cache, [range(width - length, width)], place=place)
-
-    @property
-    def _remembers(self) -> bool:
-        """A model without shared rows runs each prompt as plain attention, and a soft prompt comes before all keys."""
-        return self.support.shared and not virtual_tokens(self.vlm.llm)
-
-    def _row_beyond(
-        self, samples: list[Sample], features: Features, store: PrefixCache, found: list[list[Block]]
-    ) -> tuple[Prompts, list[int]]:
-        """Lay samples into a row of which the tokens of the blocks `found` for each are known, and how many."""
-        whole = build_row(samples)
-        paths = decoding.paths_of(whole.nodes.tolist(), whole.predict_at.tolist())
-        division = divide(whole.nodes.tolist(), paths, [len(blocks) * BLOCK for blocks in found])
-        # Nothing is known: the plain way keeps the row as it is.
-        if not division.length:
-            return self._row(samples, features)[1], [0] * len(samples)
-        row, kept = without(whole, division.order[: division.length])
-        self.usage.unshared_tokens += whole.unshared_tokens
-        embeddings = self._embedded(row, features, kept)
-        nodes = torch.tensor(division.nodes)
-        known = set(division.order[: division.length])
-        device = self.vlm.device
-        before = store.before(division, paths, found)
-        prompts = Prompts(embeddings, row.positions.to(device), nodes, row.predict_at.to(device), before)
-        return prompts, [sum(place in known for place in path) for path in paths]
-
-    def _see(self, pictures: Pictures, batch: Sequence[Prompt]) -> Features:
-        before = pictures.seen
-        features = pictures.take(batch)
-        self.usage.pictures += pictures.seen - before
-        return features
-
-    def _groups(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Samples by the row they run in: all in one where the model allows it, else each in its own."""
-        return [samples] if self.support.shared else [[sample] for sample in samples]
-
-    def _row(self, samples: list[Sample], features: Features) -> tuple[Row, Prompts]:
-        """Lay samples into a row and splice their pictures in."""
-        row = build_row(samples)
-        self.usage.unshared_tokens += row.unshared_tokens
-        embeddings, device = self._embedded(row, features), self.vlm.device
-        return row, Prompts(embeddings, row.positions.to(device), row.nodes, row.predict_at.to(device))
-
-    def _embedded(self, row: Row, features: Features, kept: torch.Tensor | None = None) -> torch.Tensor:
-        """(T, D) embeddings of a row; `kept`: which of its pictures' tokens it still has, None for all."""
-        vlm = self.vlm
-        # Before anything of the LLM runs, the look-up of embeddings included.
-        self.activate()
-        # The order in which `splice_index` counts the crops of distinct pictures.
-        keys = list(dict.fromkeys(row.images))
-        spreads = {key: features[key][1] for key in keys}
-        index = splice_index(row.images, spreads, vlm.image_tokens)
-        if kept is not None:
-            index = index[kept]
-        # A device map may put the embeddings elsewhere than the projector.
-        home = vlm.device if vlm.projector is None else next(vlm.projector.parameters()).device
-        self.usage.prefill_tokens += len(row.input_ids)
-        return vlm.embed(
-            row.input_ids.to(vlm.device),
-            image_positions=row.image_positions.to(vlm.device),
-            image_index=index.to(home),
-            image_tokens=vlm.image_tokens,
-            features=torch.cat([features[key][0] for key in keys]) if len(index) else None,
-        )
-
-    @property
-    def support(self) -> decoding.Support:
-        """Whether its prompts can be decoded together, and run as one row."""
-        if self._support is None:
-            self._support = decoding.support(self.vlm.llm)
-        return self._support
-
     def prompt_maker(self, *, blank: bool = False) -> PromptMaker:
         """Return what turns questions into this model's prompts."""
         vlm = self.vlm
@@ -753,10 +471,6 @@ class Model:
         if unknown:
             raise ConfigError(f"unknown option '{unknown[0]}'", remedy=nearest(unknown[0], Answering.__annotations__))
         return replace(self.generation.sampling, **{name: value for name, value in given.items() if value is not None})
-
-
-def _nothing() -> None:
-    """An LLM of one adapter, or of none, is always ready."""
 
 
 def _asked(
