@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from mmit.data.chat_builtin import Part, Piece
-from mmit.data.chat_render import Extras, Outline, Renderer, Shape, Way, sentinel
+from mmit.data.chat_render import Extras, Outline, Renderer, Shape, sentinel
 from mmit.data.content import piece_tokenizer
 from mmit.data.template_locate import (
     ANSWER,
@@ -104,11 +104,6 @@ class ChatTemplate:
                 self._held = len(found)
             self._slots[key] = found
         return self._slots[key]
-
-    @property
-    def thought_way(self) -> Way:
-        """Where the template reads thoughts that stand in a field of their own."""
-        return self._renderer.thought
 
     @cached_property
     def thought_marks(self) -> tuple[str, str] | None:

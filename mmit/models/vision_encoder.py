@@ -253,6 +253,17 @@ def quiet_loading() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def check_complete(info: Mapping[str, Any], *, where: str) -> None:
+    """Raise ModelError if `from_pretrained` left tensors random; `info` is its `output_loading_info`."""
+    bad = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if bad:
+        raise ModelError(
+            f"{len(bad)} tensors are missing or of another shape: {', '.join(bad[:4])}",
+            where=where,
+            remedy="the checkpoint is not a complete vision model of this config",
+        )
+
+
 def load_needed(
     module: nn.Module, tensors: Mapping[str, torch.Tensor], *, full: Mapping[str, torch.Size], where: str
 ) -> None:

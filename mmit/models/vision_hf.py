@@ -29,6 +29,7 @@ from mmit.models.vision_encoder import (
     Reader,
     Reading,
     blocks_to_run,
+    check_complete,
     check_norm,
     explained,
     layers_to_read,
@@ -247,13 +248,7 @@ def _model(
         model, info = model_class.from_pretrained(
             name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
         )
-    bad = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if bad:
-        raise ModelError(
-            f"{len(bad)} tensors are missing or of another shape: {', '.join(bad[:4])}",
-            where=where,
-            remedy="the checkpoint is not a complete vision model of this config",
-        )
+    check_complete(info, where=where)
     return model, name
 
 

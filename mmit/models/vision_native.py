@@ -22,6 +22,7 @@ from mmit.models.vision_encoder import (
     Origin,
     Reading,
     blocks_to_run,
+    check_complete,
     check_norm,
     explained,
     layers_to_read,
@@ -113,13 +114,7 @@ def _model(
             output_loading_info=True,
             trust_remote_code=False,
         )
-    bad = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if bad:
-        raise ModelError(
-            f"{len(bad)} tensors are missing or of another shape: {', '.join(bad[:4])}",
-            where=where,
-            remedy="the checkpoint is not a complete vision model of this config",
-        )
+    check_complete(info, where=where)
     return model, name
 
 

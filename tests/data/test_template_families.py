@@ -120,7 +120,7 @@ def messages_of(record: Record, chat: TemplateFormat) -> list[dict[str, Any]]:
             ]
         message: dict[str, Any] = {"role": turn.role, "content": content}
         if turn.thinking is not None:
-            way = chat.template.thought_way
+            way = chat.template._renderer.thought
             if way == "part":
                 message["content"] = [
                     {"type": "thinking", "thinking": turn.thinking},

@@ -6,8 +6,10 @@ key. Never opens a picture, never fixes a value.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,9 +172,9 @@ def pick(instructions: Any, *, seed: int, key: str) -> str:
 def file_name(pattern: str, names: Mapping[str, Any]) -> str:
     """Fill an image_pattern such as "COCO_{split}_{image_id:012d}.jpg".
 
-    ConfigError for an unknown name, RecordError for a row whose values do not fit.
+    ConfigError for an unknown name and for what is no pattern, RecordError for a row whose values do not fit.
     """
-    text_option(pattern, "image_pattern")
+    _check_pattern(text_option(pattern, "image_pattern"))
     try:
         return pattern.format_map(names)
     except (KeyError, IndexError, AttributeError) as error:
@@ -182,6 +184,19 @@ def file_name(pattern: str, names: Mapping[str, Any]) -> str:
         problem = f"{short(dict(names))} does not fit the image_pattern '{short(pattern)}': {short(str(error))}"
         remedy = "Set the option image_pattern: for example {image_id}.jpg or, for numbers, {image_id:012d}.jpg."
         raise RecordError(problem, remedy=remedy) from error
+
+
+@functools.lru_cache(maxsize=16)
+def _check_pattern(pattern: str) -> None:
+    """Raise ConfigError for a pattern that no row could fill: one that cannot be read, or a field without a name."""
+    remedy = "Set the option image_pattern: for example {image_id}.jpg or, for numbers, {image_id:012d}.jpg."
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(pattern) if field is not None]
+    except ValueError as error:
+        problem = f"option image_pattern '{short(pattern)}' is no pattern: {error}"
+        raise ConfigError(problem, remedy=remedy) from error
+    if any(not field or field[0] in string.digits for field in fields):
+        raise ConfigError(f"option image_pattern '{short(pattern)}' has a positional field", remedy=remedy)
 
 
 # --- values -------------------------------------------------------------------------------------------------------

@@ -199,12 +199,7 @@ def read_weights(vlm: VLM, folder: Path) -> None:
     """
     if vlm.projector is not None:
         strict(vlm.projector, load_file(folder / "projector.safetensors"), folder / "projector.safetensors")
-    if (folder / "vision.safetensors").exists() and vlm.vision is not None:
-        tensors, own = load_file(folder / "vision.safetensors"), _tower_state(vlm.vision)
-        compare(own, tensors, folder / "vision.safetensors")
-        for name, tensor in tensors.items():  # they share memory with the tower, under an adapter too
-            own[name].copy_(tensor)
-        vlm.whole_parts.add("vision")
+    _read_tower(vlm, folder)
     for part in ("llm", "vision"):
         if (folder / f"{part}_tuned.safetensors").exists():
             _read_partly(vlm, part, folder / f"{part}_tuned.safetensors")
@@ -212,6 +207,19 @@ def read_weights(vlm: VLM, folder: Path) -> None:
         vlm.llm = _read_adapter(vlm.llm, folder / "adapter")
     if (folder / "vision_adapter").exists() and vlm.vision is not None:
         vlm.vision.encoder = _read_adapter(vlm.vision.encoder, folder / "vision_adapter")
+
+
+@torch.no_grad()
+def _read_tower(vlm: VLM, folder: Path) -> None:
+    """Copy the encoder's own tensors where the checkpoint holds them all. Raises CheckpointError."""
+    path = folder / "vision.safetensors"
+    if vlm.vision is None or not path.exists():
+        return
+    tensors, own = load_file(path), _tower_state(vlm.vision)
+    compare(own, tensors, path)
+    for name, tensor in tensors.items():  # they share memory with the tower, under an adapter too
+        own[name].copy_(tensor)
+    vlm.whole_parts.add("vision")
 
 
 def _read_partly(vlm: VLM, part: str, path: Path) -> None:
@@ -385,6 +393,8 @@ def load_model(
         config = Config.from_dict({**config.model_dump(), "tune": tune})
     if (path / "llm").exists():
         vlm.whole_parts.add("llm")
+    if untuned and _holds_untuned_tower(config, path):
+        _read_tower(vlm, path)
     if not untuned:
         with _placed(device_map):
             _tune(vlm, config, path, unquantized=four_bits is None)
@@ -397,10 +407,21 @@ def no_untuned(path: Path) -> str:
     """Why the model as it was before training cannot be loaded from a checkpoint; empty where it can."""
     if json.loads((path / "mmit.json").read_text()).get("merged"):
         return "merged: the weights before training are not in the folder"
-    own = path / "vision"
-    if own.is_dir() and not any(own.rglob("*.safetensors")) and not any(own.rglob("*.bin")):
+    if _bare_tower(path) and not _holds_untuned_tower(read_config(path), path):
         return "the encoder is in the folder, and its weights before training are not"
     return ""
+
+
+def _bare_tower(path: Path) -> bool:
+    """Whether vision/ says how the encoder is built and holds no weights: an export has all of them in one file."""
+    own = path / "vision"
+    return own.is_dir() and not any(own.rglob("*.safetensors")) and not any(own.rglob("*.bin"))
+
+
+def _holds_untuned_tower(config: Config, path: Path) -> bool:
+    """Whether the weights of an export's encoder are those before training: frozen, or beside an adapter."""
+    merged = json.loads((path / "mmit.json").read_text()).get("merged")
+    return not merged and _bare_tower(path) and config.tune.vision.mode in ("frozen", "lora")
 
 
 def _sections(config: Config, path: Path, *, untuned: bool) -> dict[str, Any]:
@@ -410,9 +431,10 @@ def _sections(config: Config, path: Path, *, untuned: bool) -> dict[str, Any]:
     if (path / "llm").exists() and not (untuned and method_of(config.tune.llm.mode).whole):
         model["llm"].update(name=str(path / "llm"), revision=None, random_init=None)
     model["vision"] = model["vision"] and with_own_towers(model["vision"], path)
-    held = model["vision"] and (path / "vision.safetensors").exists() and not untuned
+    held = model["vision"] and (path / "vision.safetensors").exists()
+    held = held and (not untuned or _holds_untuned_tower(config, path))
     if held and model["vision"]["kind"] != "open_clip":  # whose weights decide how pictures are normalised
-        model["vision"] = without_weights(model["vision"])  # all of the tower is read by `read_weights`
+        model["vision"] = without_weights(model["vision"])  # all of the tower is read by `_read_tower`
     return model
 
 

@@ -93,8 +93,10 @@ def test_names_of_image_files_are_filled_in() -> None:
         assert "image_id, split" in (unknown.value.remedy or "")
     with pytest.raises(RecordError, match="does not fit the image_pattern"):
         file_name("{image_id:012d}.jpg", {"image_id": "seven"})
-    with pytest.raises(RecordError, match="positional"):
-        file_name("{}.jpg", names)
+    for pattern in ("{}.jpg", "{0}.jpg", "{image_id"):  # no row could fill them: wrong once, not in every row
+        with pytest.raises(ConfigError, match=r"positional|no pattern") as wrong:
+            file_name(pattern, names)
+        assert "{image_id:012d}.jpg" in (wrong.value.remedy or "")
 
 
 @pytest.mark.parametrize(

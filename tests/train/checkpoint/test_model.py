@@ -1,56 +1,81 @@
-"""What `folders.verify` and `folders.newest` find out about a folder, on folders of two files."""
+"""What a checkpoint says of itself, on folders without a model: where its encoder is, and tensors that do not fit."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from mmit.errors import CheckpointError
-from mmit.train.checkpoint import folders
+from mmit.config import Config, VisionConfig
+from mmit.errors import CheckpointError, ConfigError
+from mmit.train.checkpoint.model import compare, image_preparation, no_untuned, own_code
+
+IN_THE_FOLDER = "the encoder is in the folder, and its weights before training are not"
+MODEL = {"vision": {"kind": "hf", "name": "tower"}, "llm": {"name": "llm"}}
 
 
-def written(run: Path, step: int) -> Path:
-    folder = run / "checkpoints" / f"step-{step:06d}"
+def config_of(vision: str = "frozen", **model: Any) -> Config:
+    tune = {"llm": {"mode": "lora", "lr": 1e-3}, "vision": {"mode": vision, "lr": None if vision == "frozen" else 1e-3}}
+    raw = {"model": MODEL | model, "tune": tune, "data": {"train": [{"path": "a.jsonl"}]}, "run": {"dir": "run"}}
+    return Config.from_dict({**raw, "train": {"steps": 1}}, where="a test")
 
-    def fill(draft: Path) -> None:
-        (draft / "trainer").mkdir()
-        (draft / "model.bin").write_bytes(b"m" * 100)
-        (draft / "trainer" / "state.bin").write_bytes(b"s" * 100)
 
-    folders.write_folder(folder, [fill])
+def checkpoint(folder: Path, *, vision: str, files: list[str], **meta: Any) -> Path:
+    (folder / "config.yaml").write_text(config_of(vision).to_yaml())
+    (folder / "mmit.json").write_text(json.dumps(meta))
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
     return folder
 
 
-def test_a_whole_folder_passes(tmp_path: Path) -> None:
-    folders.verify(written(tmp_path, 2))
-
-
 @pytest.mark.parametrize(
-    ("harm", "problem"),
+    ("vision", "files", "why"),
     [
-        (lambda f: (f / "model.bin").write_bytes(b"m" * 99), "has 99 bytes instead of 100"),
-        (lambda f: (f / "model.bin").write_bytes(b"m" * 99 + b"n"), "sha256 differs"),
-        (lambda f: (f / "model.bin").unlink(), "is missing"),
-        (lambda f: (f / "manifest.json").unlink(), "has no manifest"),
-        (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
-        (lambda f: (f / "manifest.json").write_text(json.dumps({"format": 9, "files": {}})), "has layout 9"),
-        (lambda f: (f / "trainer" / "extra.pt").write_bytes(b""), "is not listed"),
+        ("frozen", [], ""),  # named, and loaded from where it came
+        ("frozen", ["vision/config.json", "vision.safetensors"], ""),  # an export: as it was
+        ("lora", ["vision/config.json", "vision.safetensors"], ""),  # beside its adapter
+        ("full", ["vision/config.json", "vision.safetensors"], IN_THE_FOLDER),
+        ("layernorm", ["vision/config.json", "vision.safetensors"], IN_THE_FOLDER),
+        (
+            "full",
+            ["vision/config.json", "vision/model.safetensors", "vision.safetensors"],
+            "",
+        ),  # imported, then trained
     ],
 )
-def test_harm_is_named_and_passed_over(tmp_path: Path, harm, problem: str) -> None:
-    first, middle, last = (written(tmp_path, step) for step in (2, 4, 6))
-    assert folders.newest(tmp_path) == last
-    harm(last)
-    with pytest.raises(CheckpointError, match=problem):
-        folders.verify(last)
-    told: list[str] = []
-    assert folders.newest(tmp_path, warn=told.append) == middle
-    assert len(told) == 1 and problem in told[0]
-    assert first.exists() and last.exists()
+def test_weights_before_training_are_found_or_missed(tmp_path: Path, vision: str, files: list[str], why: str) -> None:
+    assert no_untuned(checkpoint(tmp_path, vision=vision, files=files)) == why
 
 
-def test_nothing_whole_is_nothing(tmp_path: Path) -> None:
-    (written(tmp_path, 2) / "manifest.json").unlink()
-    assert folders.newest(tmp_path) is None
+def test_merged_weights_are_none_of_those_before_training(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, vision="frozen", files=["vision/config.json", "vision.safetensors"], merged=True)
+    assert no_untuned(folder).startswith("merged: ")
+
+
+def test_all_tensors_that_do_not_fit_are_in_one_error() -> None:
+    expected = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(4)}
+    with pytest.raises(CheckpointError) as error:
+        compare(expected, {"a": torch.zeros(2), "b": torch.zeros(5), "d": torch.zeros(1)}, Path("x.safetensors"))
+    assert error.value.problem == "does not fit the model: missing c; left over d; b is (5,), the model has (3,)"
+    compare(expected, {name: tensor + 1 for name, tensor in expected.items()}, Path("x.safetensors"))
+
+
+def test_code_of_the_users_own_is_asked_for_part_by_part() -> None:
+    config = config_of(projector={"kind": "mine:Projector"})
+    named = own_code(config, {"chat": {"name": "mine:talk"}})
+    assert named["model.projector.kind"] == "mine:Projector" and named["model.chat.format"] == "mine:talk"
+    # A template is data, rendered in a sandbox: what its format is called imports nothing.
+    assert own_code(config, {"chat": {"name": "mine:talk", "template": ""}})["model.chat.format"] is None
+
+
+@pytest.mark.parametrize(("native", "fit", "takes"), [(None, "native", "one size"), ({"merge": 2}, "pad", "any size")])
+def test_a_fit_that_the_encoder_does_not_take_is_refused(native: Any, fit: Any, takes: str) -> None:
+    tower: Any = SimpleNamespace(native=native)
+    with pytest.raises(ConfigError, match=f"fit is {fit}, and this vision encoder takes pictures of {takes}"):
+        image_preparation(tower, VisionConfig(kind="hf", name="tower", fit=fit))
+    assert image_preparation(None, None) == {}
