@@ -1,33 +1,30 @@
-"""Models as GGUF files: what the files hold, and what is refused before anything is written."""
+"""Models as GGUF files: what the files hold, and what is refused before anything is written.
+
+Tensors, LLMs and tokenizers have tests of their own in tests/models/interop.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers as tk
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from mmit.data.chat import chat_format
 from mmit.errors import ModelError
 from mmit.interop.export import Companions
 from mmit.interop.gguf import check_gguf, export_gguf
 from mmit.interop.templates import TEMPLATES
-from mmit.models.interop.gguf_file import TYPES, check_written, rounding, write_gguf
-from mmit.models.interop.gguf_llm import FAMILIES, llm_tensors, paired, why_not
-from mmit.models.interop.gguf_tokens import LLAMA_3, QWEN_2, vocabulary
+from mmit.models.interop.gguf_file import TYPES, rounding
 from mmit.models.interop.gguf_tower import tower_tensors
 from mmit.models.interop.holds import check_export
-from mmit.models.llm import load_llm
 from mmit.models.tuning import apply_tuning
 from mmit.models.vision import build_vision
 from tests.data.small_tokenizers import FAMILIES as TOKENIZERS
-from tests.data.small_tokenizers import SENTENCES, byte_level
+from tests.data.small_tokenizers import byte_level
 from tests.interop.test_holds import sections
 from tests.interop.test_llava_hf_write import SIGLIP, composite
 from tests.tiny_run import CHATML
@@ -158,84 +155,6 @@ def test_a_template_with_other_ids_is_refused(tmp_path: Path, monkeypatch: pytes
         written(tmp_path / "out", seeing(tokenizer), tokenizer, chat="qa")
 
 
-def fast(*cut: tk.pre_tokenizers.PreTokenizer, ignore_merges: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer that cuts text so, trained on a few sentences."""
-    tok = tk.Tokenizer(tk.models.BPE(ignore_merges=ignore_merges))
-    tok.pre_tokenizer = tk.pre_tokenizers.Sequence(list(cut))
-    tok.decoder = tk.decoders.ByteLevel()
-    alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tk.trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=alphabet, special_tokens=["<|eos|>"], show_progress=False
-    )
-    tok.train_from_iterator(SENTENCES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|eos|>")
-
-
-def split(pattern: str) -> tk.pre_tokenizers.PreTokenizer:
-    return tk.pre_tokenizers.Split(tk.Regex(pattern), "isolated")
-
-
-BYTES = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-BY_WORDS = tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-DIGITS = tk.pre_tokenizers.Digits(individual_digits=True)
-
-
-@pytest.mark.parametrize(
-    ("cut", "ignore_merges", "pre"),
-    [
-        ([BY_WORDS], False, "gpt-2"),
-        ([DIGITS, BY_WORDS], False, "smollm"),
-        ([split(LLAMA_3), BYTES], True, "llama-bpe"),
-        ([split(LLAMA_3), BYTES], False, "dbrx"),
-        ([split(QWEN_2), BYTES], False, "qwen2"),
-    ],
-)
-def test_the_way_of_cutting_text_is_named(cut: list[Any], ignore_merges: bool, pre: str) -> None:
-    tokenizer = fast(*cut, ignore_merges=ignore_merges)
-    assert vocabulary(tokenizer, len(tokenizer)).pre == pre
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "told"),
-    [
-        (lambda: fast(split(r"\d"), BYTES), r"no name for \(\\d and bytes\)"),
-        (lambda: fast(BY_WORDS, ignore_merges=True), "no name for"),
-        (lambda: fast(tk.pre_tokenizers.ByteLevel(add_prefix_space=True)), "no name for"),
-        (TOKENIZERS["unigram"], "its model is Unigram"),
-        (TOKENIZERS["word_piece"], "its model is WordPiece"),
-        (byte_level, "300 rows"),
-    ],
-)
-def test_other_tokenizers_are_refused_by_what_sets_them_apart(tokenizer: Any, told: str) -> None:
-    made = tokenizer()
-    with pytest.raises(ModelError, match=told) as caught:
-        vocabulary(made, 300 if tokenizer is byte_level else len(made))
-    assert "--format mmit" in caught.value.remedy
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 50}, "writes no gpt2 LLM"),
-        ({"hidden_act": "gelu"}, "with silu, and this one has gelu"),
-        ({"model_type": "mistral", "sliding_window": 8}, "a window of tokens"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["sliding_attention"] * 2}, "a window of"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "turned in a way .*dynamic"),
-        ({"model_type": "smollm3", "no_rope_layers": [1, 0]}, "every fourth layer"),
-        ({"model_type": "qwen3", "attention_bias": True}, "no place for model.layers.0.self_attn.q_proj.bias"),
-    ],
-)
-def test_other_llms_are_refused_by_what_sets_them_apart(changes: dict[str, Any], told: str) -> None:
-    given = (
-        changes
-        if changes.get("model_type") == "gpt2"
-        else {"model_type": "llama", **WIDE, "vocab_size": 50, "pad_token_id": None, **changes}
-    )
-    reason = why_not(load_llm("", dtype=torch.float32, random_init=given, empty=True))
-    assert reason is not None
-    assert re.search(told, reason), reason
-
-
 @pytest.mark.parametrize(
     ("tower", "changes", "told"),
     [
@@ -284,47 +203,6 @@ def test_the_config_alone_refuses(tmp_path: Path, changes: dict[str, Any], told:
         check_export("gguf", model, tune, None)
     if "llm__mode" not in changes:
         check_export("gguf", model, tune, None, llm_only=True)
-
-
-def test_numbers_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    large, odd = torch.full((2, 32), 7e4), torch.full((2, 32), float("nan"))
-    with pytest.raises(ModelError, match=r"70,000, and fp16 ends at 65,504"):
-        write_gguf(tmp_path / "a.gguf", "llama", lambda _: None, {"token_embd.weight": large}, dtype="fp16")
-    with pytest.raises(ModelError, match="not finite"):
-        write_gguf(tmp_path / "b.gguf", "llama", lambda _: None, {"token_embd.weight": odd}, dtype="bf16")
-
-
-@pytest.mark.parametrize("dtype", list(TYPES))
-def test_what_is_read_back_is_within_rounding_and_nothing_else_is(tmp_path: Path, dtype: str) -> None:
-    torch.manual_seed(0)
-    tensors = {"a.weight": torch.randn(8, 64) * torch.logspace(-6, 2, 8)[:, None], "b.weight": torch.randn(5, 33)}
-    path = tmp_path / "x.gguf"
-    write_gguf(path, "llama", lambda _: None, tensors, dtype=dtype)
-    assert check_written(path, tensors) <= 1
-    with pytest.raises(ModelError, match="missing or left over, such as c"):
-        check_written(path, {**tensors, "c": tensors["a.weight"]})
-    with pytest.raises(ModelError, match=r"the shape \(8, 64\) instead of \(64, 8\)"):
-        check_written(path, {**tensors, "a.weight": tensors["a.weight"].T})
-    with pytest.raises(ModelError, match="further off"):
-        check_written(path, {**tensors, "a.weight": tensors["a.weight"].flip(0)})
-
-
-def test_rows_of_a_head_change_places() -> None:
-    rows = torch.arange(8)[:, None].expand(8, 3)
-    assert paired(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
-@pytest.mark.parametrize("kind", list(FAMILIES))
-def test_every_family_has_a_name_for_every_tensor(kind: str) -> None:
-    given = {"model_type": kind, **WIDE, "vocab_size": 50, "num_hidden_layers": 4}
-    given |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    given |= {"sliding_window": None} if kind == "mistral" else {}
-    model = load_llm("", dtype=torch.float32, random_init=given, empty=True)
-    if FAMILIES[kind].arch not in gguf.MODEL_ARCH.__members__:
-        assert "too old" in str(why_not(model))
-        return
-    assert why_not(model) is None
-    assert len(llm_tensors(model)) == len({id(p) for p in model.parameters()})
 
 
 def test_a_tower_keeps_every_tensor_but_the_unread_norm() -> None:
