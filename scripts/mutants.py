@@ -241,14 +241,14 @@ MUTANTS = [
         FOLDERS,
         "if path.stat().st_size != size:",
         "if False:",
-        "tests/train/checkpoint/test_model.py",
+        "tests/train/checkpoint/test_verify.py",
     ),
     Mutant(
         "checkpoint: unlisted files pass",
         FOLDERS,
         "not in files:  # DeepSpeed",
         "in ():  # DeepSpeed",
-        "tests/train/checkpoint/test_model.py",
+        "tests/train/checkpoint/test_verify.py",
     ),
     Mutant(
         "checkpoint: draft left on a full disk",
@@ -262,7 +262,7 @@ MUTANTS = [
         FOLDERS,
         "for folder in reversed(checkpoints(run_dir)):",
         "for folder in checkpoints(run_dir):",
-        "tests/train/checkpoint/test_model.py",
+        "tests/train/checkpoint/test_verify.py",
     ),
     # bad records
     Mutant(

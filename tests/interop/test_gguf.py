@@ -19,7 +19,6 @@ from mmit.interop.export import Companions
 from mmit.interop.gguf import check_gguf, export_gguf
 from mmit.interop.templates import TEMPLATES
 from mmit.models.interop.gguf_file import TYPES, rounding
-from mmit.models.interop.gguf_tower import tower_tensors
 from mmit.models.interop.holds import check_export
 from mmit.models.tuning import apply_tuning
 from mmit.models.vision import build_vision
@@ -203,9 +202,3 @@ def test_the_config_alone_refuses(tmp_path: Path, changes: dict[str, Any], told:
         check_export("gguf", model, tune, None)
     if "llm__mode" not in changes:
         check_export("gguf", model, tune, None, llm_only=True)
-
-
-def test_a_tower_keeps_every_tensor_but_the_unread_norm() -> None:
-    vlm = seeing(byte_level())
-    whole = sum(p.numel() for p in (*vlm.vision.parameters(), *vlm.projector.parameters()))
-    assert sum(t.numel() for t in tower_tensors(vlm).values()) == whole

@@ -38,7 +38,7 @@ def test_rounding_is_never_more_than_its_bound_and_comes_near_it(kind: str) -> N
     kinds = gguf.GGMLQuantizationType[kind]
     read = gguf.dequantize(gguf.quantize(given, kinds), kinds)
     share = np.abs(read - given) / rounding(given, kind)
-    assert 0.5 < share.max() <= 1
+    assert 0.9 < share.max() <= 1
     assert (rounding(given, "F32") == 0).all()
 
 

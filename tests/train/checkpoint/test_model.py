@@ -12,7 +12,7 @@ import torch
 
 from mmit.config import Config, VisionConfig
 from mmit.errors import CheckpointError, ConfigError
-from mmit.train.checkpoint.model import compare, image_preparation, no_untuned, own_code
+from mmit.train.checkpoint.model import _holds_untuned_tower, compare, image_preparation, no_untuned, own_code
 
 IN_THE_FOLDER = "the encoder is in the folder, and its weights before training are not"
 MODEL = {"vision": {"kind": "hf", "name": "tower"}, "llm": {"name": "llm"}}
@@ -55,6 +55,7 @@ def test_weights_before_training_are_found_or_missed(tmp_path: Path, vision: str
 def test_merged_weights_are_none_of_those_before_training(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, vision="frozen", files=["vision/config.json", "vision.safetensors"], merged=True)
     assert no_untuned(folder).startswith("merged: ")
+    assert not _holds_untuned_tower(config_of(), folder)  # an adapter of the encoder may have been folded in
 
 
 def test_all_tensors_that_do_not_fit_are_in_one_error() -> None:
