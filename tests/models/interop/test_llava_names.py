@@ -22,9 +22,8 @@ def test_names_that_are_published_as_they_are_in_memory_stay(tied: bool) -> None
     assert named_tensors(llm).keys() == llm.state_dict().keys() and why_not_found(llm) is None
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_experts_are_apart_as_in_published_files_with_their_shapes(tied: bool) -> None:
-    llm = empty("mixtral", tie_word_embeddings=tied)
+def test_experts_are_apart_as_in_published_files_with_their_shapes() -> None:
+    llm = empty("mixtral")
     found, state = named_tensors(llm), llm.state_dict()
     assert why_not_found(llm) is None
     experts = {key for key in found if ".experts." in key}
