@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mmit.errors import CheckpointError
@@ -98,7 +98,7 @@ def _read(begin: Path, contents: Mapping[str, str]) -> dict[str, torch.Tensor]:
         with safe_open(begin / FILE, framework="pt") as file:
             told = json.loads((file.metadata() or {})["contents"])
             tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         problem = f"has no readable reference of a preference run: {error}"
         raise CheckpointError(problem, where=str(begin), remedy="start anew, with run.init_from") from error
     for name, content in contents.items():
