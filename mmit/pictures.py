@@ -67,6 +67,11 @@ class FeatureMemory:
         self._kept: OrderedDict[Hashable, tuple[torch.Tensor, Spread]] = OrderedDict()
         self.seen = 0
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all features."""
+        return self._bytes
+
     def take(
         self, vlm: VLM, spreads: Mapping[Hashable, Spread], pixels: Callable[[Hashable], torch.Tensor]
     ) -> Features:

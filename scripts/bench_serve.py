@@ -8,9 +8,10 @@ are first compared with `Model.chat`; of a server only the times are taken.
 With --gaps, the time between two tokens of running answers while long prompts join, which are run in parts, or whole as
 one: the two take turns, in an engine of this process.
 
-With --hours and the --pid of a server it is asked for so long, by all clients at once, what people ask and do:
-questions, conversations that go on, texts, several answers, clients that leave, mistakes. Told are the memory, the open
-files and the threads of its process, eleven times.
+With --soak MINUTES and the --pid of a server it is asked for so long what people and programs ask and do, by 1 to 16
+clients: questions about pictures of all sizes, conversations, texts, long prompts, several answers, log-probabilities,
+clients that leave, mistakes, malformed requests. Told are memory, open files, threads and slots once a minute; it fails
+where they grow once the server is warm. --cores bounds what server and clients use.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ import statistics
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -39,6 +38,7 @@ spin_briefly()
 import PIL.Image  # noqa: E402
 import PIL.ImageDraw  # noqa: E402
 import torch  # noqa: E402
+from bench_serve_load import soak  # noqa: E402
 
 from mmit.generate import Model, load  # noqa: E402
 from mmit.serve import lane  # noqa: E402
@@ -165,79 +165,6 @@ def run(tell: Teller, requests: list[Ask], clients: int) -> tuple[float, list[To
     return time.perf_counter() - begin, [found[n] for n in range(len(requests))]
 
 
-LEAVE, MISTAKE = "clients that left", "mistakes, refused"
-
-
-def one_of_many(url: str, model: str, draw: random.Random, tokens: int) -> str:
-    """Ask a server one of the things that clients ask; returns what it was. Raises where the answer is not as due."""
-    kind = draw.choice(["questions", "questions", "goes on", "texts", "several", LEAVE, MISTAKE])
-    (ask,) = asks("texts" if kind == "texts" else "questions", 1, tokens, draw.randrange(10**9))
-    options: dict[str, Any] = draw.choice([{}, {"temperature": 1.0}, {"stop": ["e"]}, {"stream": False}])
-    if kind == "several":
-        options = {"n": 3, "temperature": 0.7}
-    elif kind == MISTAKE:
-        options = draw.choice([{"temperature": "hot"}, {"model": "another"}, {"max_tokens": -1}, {"messages": [{}]}])
-    elif kind == LEAVE:
-        options = {"max_tokens": 200}
-    asked = {"prompt": ask.prompt} if ask.messages is None else {"messages": [_as_json(m) for m in ask.messages]}
-    body: dict[str, Any] = {"model": model, "max_tokens": ask.max_tokens, "stream": True, **asked, **options}
-    if kind == "goes on":
-        said = {"role": "assistant", "content": draw.choice(["red", "yes", "circle"])}
-        body["messages"] += [said, {"role": "user", "content": QUESTIONS[0].format("circle", "red")}]
-    path = "completions" if ask.messages is None else "chat/completions"
-    head = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/{path}", json.dumps(body).encode(), head)
-    try:
-        with urllib.request.urlopen(request, timeout=300) as reply:
-            whole = reply.read(60 if kind == LEAVE else -1)
-    except urllib.error.HTTPError as error:
-        if kind == MISTAKE and error.code in (400, 404):
-            return kind
-        raise
-    if kind == MISTAKE or b'"error"' in whole:
-        raise ValueError(f"{kind}: {whole[:300]!r}")
-    return kind
-
-
-def held(pid: int) -> tuple[float, int, int]:
-    """Memory in MB, open files and threads of a process."""
-    told = open(f"/proc/{pid}/status", encoding="utf-8").read()
-    memory = next(int(line.split()[1]) / 1024 for line in told.splitlines() if line.startswith("VmRSS"))
-    return memory, len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
-
-
-def soak(args: argparse.Namespace) -> Iterator[str]:
-    """Lines that tell what the process held over the time, and what it was asked."""
-    begin, seconds, counts, lock = time.monotonic(), args.hours * 3600, Counter[str](), threading.Lock()
-
-    def client(number: int) -> None:
-        draw = random.Random(number)
-        while time.monotonic() - begin < seconds:
-            try:
-                kind = one_of_many(args.run, args.model, draw, args.tokens)
-            except (OSError, ValueError) as error:
-                kind = f"FAILED {type(error).__name__}: {error}"
-            with lock:
-                counts[kind] += 1
-
-    threads = [threading.Thread(target=client, args=[n]) for n in range(args.clients)]
-    for thread in threads:
-        thread.start()
-    yield "| minute | memory | open files | threads | requests so far |"
-    yield "|---|---|---|---|---|"
-    for tenth in range(11):
-        if tenth == 10:
-            for thread in threads:
-                thread.join()
-            time.sleep(10)  # connections that clients left are closed
-        else:
-            time.sleep(max(0.0, begin + seconds * max(tenth, 0.05) / 10 - time.monotonic()))
-        memory, files, alive = held(args.pid)
-        minute = (time.monotonic() - begin) / 60
-        yield f"| {minute:.1f} | {memory:,.0f} MB | {files} | {alive} | {sum(counts.values()):,} |"
-    yield ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
-
-
 def p95(values: list[float]) -> float:
     """The value that 95 of 100 do not exceed."""
     return sorted(values)[max(0, -(-len(values) * 95 // 100) - 1)]
@@ -359,13 +286,14 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["questions", "texts"], choices=["questions", "texts"])
     parser.add_argument("--gaps", action="store_true", help="waits between two tokens while long prompts join")
     parser.add_argument("--long", type=int, default=1024, help="tokens of those prompts")
-    parser.add_argument("--hours", type=float, help="load a server for so long, see above")
-    parser.add_argument("--pid", type=int, help="of the server's process, with --hours")
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="load a server for so long, see above")
+    parser.add_argument("--pid", type=int, help="of the server's process, with --soak")
+    parser.add_argument("--cores", type=float, default=100.0, help="that server and clients use at most, with --soak")
     args = parser.parse_args()
     watch = Watch()
-    if args.hours is not None:
+    if args.soak is not None:
         if args.pid is None or not args.run.startswith("http"):
-            parser.error("--hours needs the address of a server, and --pid")
+            parser.error("--soak needs the address of a server, and --pid")
         for line in soak(args):
             print(line, flush=True)
     elif args.run.startswith("http"):

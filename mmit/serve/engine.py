@@ -26,6 +26,7 @@ from mmit.models.prefix_cache import PrefixCache
 from mmit.models.sampling import NOT_FINITE
 from mmit.pictures import FeatureMemory, Features
 from mmit.serve.answering import Answer, Answering, Ask, End, Event, Piece, Reason, TokenLogprob, prompt_of, with_pixels
+from mmit.serve.heap import Holes
 from mmit.serve.lane import Coming, Lane, chosen_of, joining_of, logprobs_of, part_of
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class EngineState:
     prompt_tokens: int
     cached_tokens: int
     new_tokens: int
+    remembered: int  # bytes of beginnings of prompts and of features of pictures
     closing: bool
 
 
@@ -84,13 +86,14 @@ class Engine:
         share = PREFIX_BYTES // max(1, len(self.models))
         # Models of one tower (adapters of one base) see a picture once.
         seen = {id(model.vlm.vision): FeatureMemory(FEATURE_BYTES) for model in self.models.values()}
+        self._seen = list(seen.values())
         self._lanes = {
             name: Lane(model, seen[id(model.vlm.vision)], PrefixCache(share)) for name, model in self.models.items()
         }
         self._reading = threading.Lock()  # tokenizers are not safe in two threads at once
         self._lock = threading.Lock()  # of everything below
         self._waiting: deque[Answer] = deque()
-        self._bell = threading.Event()
+        self._bell, self._holes = threading.Event(), Holes()
         self._ended: dict[str, int] = {}
         self._refused = self._prompt_tokens = self._cached_tokens = self._new_tokens = 0
         self._closing = False
@@ -154,6 +157,8 @@ class Engine:
                 prompt_tokens=self._prompt_tokens,
                 cached_tokens=self._cached_tokens,
                 new_tokens=self._new_tokens,
+                remembered=sum(lane.prefixes.nbytes for lane in self._lanes.values())
+                + sum(memory.nbytes for memory in self._seen),
                 closing=self._closing,
             )
 
@@ -181,13 +186,14 @@ class Engine:
                 if lane.answers:
                     self._step(lane)
             if busy:
+                self._holes.between_steps()
                 continue
             with self._lock:
                 if self._waiting:
                     continue
                 if self._closing:
                     return
-            self._bell.wait()
+            self._holes.wait(self._bell)
             self._bell.clear()
 
     def _sweep(self) -> None:

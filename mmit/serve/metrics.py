@@ -80,6 +80,11 @@ class Metrics:
         numbers: dict[str, tuple[str, str, float]] = {
             "mmit_running": ("gauge", "Answers being written.", state.running),
             "mmit_waiting": ("gauge", "Requests in the queue.", state.waiting),
+            "mmit_remembered_bytes": (
+                "gauge",
+                "Keys and values of beginnings of prompts, features of images.",
+                state.remembered,
+            ),
             "mmit_refused_total": ("counter", "Requests that found the queue full.", state.refused),
             "mmit_prompt_tokens_total": ("counter", "Tokens of prompts.", state.prompt_tokens),
             "mmit_cached_tokens_total": ("counter", "Of them, those not computed again.", state.cached_tokens),

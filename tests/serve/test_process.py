@@ -5,11 +5,10 @@ MMIT_FUZZ=N sends so many malformed requests (3,000 without it; 10,000 take a mi
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 import signal
@@ -32,6 +31,7 @@ import pytest
 from mmit.serve.app import Settings
 from mmit.serve.requests import Limits
 from mmit.train.run import run
+from tests.serve import malformed
 from tests.serve.client import CHAT, data_url, png, shown, user
 from tests.serve.sockets import served
 from tests.test_generate import build
@@ -40,32 +40,6 @@ from tests.tiny_run import two_layers as tiny_config
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 FUZZ = int(os.environ.get("MMIT_FUZZ", "3000"))
-PATHS = (CHAT, "/v1/completions", "/v1/files", "/v1/models", "/v1/models/x", "/metrics", "/health", "/", "/nothing")
-VALUES: list[Any] = [
-    *(
-        None,
-        True,
-        False,
-        0,
-        -1,
-        1,
-        2,
-        1e308,
-        -1e-9,
-        10**40,
-        "",
-        "x",
-        "\ud800",
-        "\0",
-        [],
-        {},
-        [[]],
-        [None],
-        {"a": 1},
-        "tiny",
-    ),
-    *("a" * 3000, [1] * 50, {"type": "text"}, {"type": "image_url", "image_url": 5}, float("nan"), float("inf")),
-]
 
 
 @pytest.fixture(scope="module")
@@ -108,139 +82,6 @@ def get(port: int, path: str) -> bytes:
 # --- malformed requests ---------------------------------------------------------------------------------------------
 
 
-def damaged(draw: random.Random, content: bytes) -> bytes:
-    out = bytearray(content)
-    for _ in range(draw.choice((1, 1, 3, 20))):
-        at = draw.randrange(len(out) + 1)
-        kind = draw.random()
-        if kind < 0.4 and at < len(out):
-            out[at] = draw.randrange(256)
-        elif kind < 0.6:
-            del out[at : at + draw.randrange(40)]
-        elif kind < 0.8:
-            out[at:at] = draw.randbytes(draw.randrange(9))
-        else:
-            out[at:at] = out[:at][-draw.randrange(60) - 1 :]
-    return bytes(out)
-
-
-def asked(draw: random.Random) -> dict[str, Any]:
-    content = png(
-        (draw.randrange(2, 40), draw.randrange(2, 40)), form=draw.choice(("PNG", "JPEG", "WEBP", "GIF", "BMP"))
-    )
-    if draw.random() < 0.8:
-        content = damaged(draw, content)
-    parts = [shown(data_url(content))] if draw.random() < 0.6 else []
-    return {"model": "tiny", "messages": [user(*parts)], "max_tokens": draw.randrange(1, 4), "temperature": 0}
-
-
-def odd_values(draw: random.Random) -> bytes:
-    body = asked(draw)
-    names = ["messages", "n", "stop", "stream", "logprobs", "top_logprobs", "stream_options", "seed", "top_p", "top_k"]
-    names += [
-        "model",
-        "max_tokens",
-        "temperature",
-        "tools",
-        "prompt",
-        "user",
-        "response_format",
-        "logit_bias",
-        "\0",
-        "é",
-    ]
-    for name in draw.sample(names, draw.randrange(1, 4)):
-        body[name] = draw.choice(VALUES)
-    if draw.random() < 0.4:
-        message = draw.choice([user(), {"role": draw.choice(VALUES)}, {}, draw.choice(VALUES)])
-        if isinstance(message, dict):
-            message["content"] = draw.choice(
-                [*VALUES, [draw.choice(VALUES)], [{"type": "text", "text": draw.choice(VALUES)}]]
-            )
-        body["messages"] = [message] * draw.choice((1, 2))
-    return json.dumps(body).encode()
-
-
-def form(draw: random.Random) -> tuple[bytes, str]:
-    content = b'--X\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + png() + b"\r\n--X--\r\n"
-    return damaged(draw, content), draw.choice(
-        ("multipart/form-data; boundary=X", "multipart/form-data", "multipart/x;;=")
-    )
-
-
-def request(draw: random.Random) -> bytes:
-    """One request, malformed in one of many ways."""
-    path, kind, method = CHAT, "application/json", "POST"
-    way = draw.randrange(8)
-    if way == 0:
-        body = damaged(draw, json.dumps(asked(draw)).encode())
-    elif way in (1, 2):
-        body = odd_values(draw)
-    elif way == 3:
-        body = json.dumps(asked(draw)).encode()
-    elif way == 4:
-        path, (body, kind) = "/v1/files", form(draw)
-    elif way == 5:
-        path, method, body = (
-            draw.choice(PATHS),
-            draw.choice(("GET", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "A")),
-            b"",
-        )
-        path += draw.choice(("", "?a=b", "/../..", "/%00", "/%ff%2f", "//"))
-    elif way == 6:
-        body = draw.choice(
-            (b"[" * 3000, b'{"a":' * 3000, b"[" + b"{}," * 2000 + b"{}]", b"\xff" * 50, b"", b"null", b"1e999")
-        )
-    else:
-        path, body = "/v1/completions", odd_values(draw)
-    length = draw.choice((str(len(body)),) * 12 + (str(len(body) + 50), "-1", "x", "1", str(10**12), "0"))
-    lines = [f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", f"Content-Type: {kind}", f"Content-Length: {length}"]
-    if draw.random() < 0.1:
-        lines.append(
-            draw.choice(
-                ("Transfer-Encoding: chunked", "Authorization: Bearer \u00ff", "Expect: 100-continue", "A" * 200)
-            )
-        )
-    if draw.random() < 0.05:
-        lines[1] = draw.choice(("Host: evil.example", "Host:", "Host: [", "X: y", "Origin: null"))
-    head = ("\r\n".join([*lines, "Connection: close"]) + "\r\n\r\n").encode("latin-1")
-    if draw.random() < 0.1:
-        head = damaged(draw, head)
-    return head + body
-
-
-def send(port: int, seed: int) -> int:
-    """Send a request, some of them cut or slow; returns the status, 0 for none."""
-    draw = random.Random(seed)
-    content = request(draw)
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as place:
-        way = draw.random()
-        try:
-            if way < 0.1:  # cut off
-                place.sendall(content[: draw.randrange(len(content))])
-                return 0
-            if way < 0.15:  # gone before, or while, it is answered
-                place.sendall(content)
-                time.sleep(draw.random() * 0.01)
-                place.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                return 0
-            if way < 0.2:  # slowly
-                at = draw.randrange(len(content))
-                place.sendall(content[:at])
-                time.sleep(0.05)
-                content = content[at:]
-            place.sendall(content)
-            if draw.random() < 0.05:  # for uvicorn it has left
-                place.shutdown(socket.SHUT_WR)
-            answer = b""
-            while chunk := place.recv(65536):
-                answer += chunk
-        except OSError:
-            return 0
-    found = re.match(rb"(?:HTTP/1\.1 100[^\r]*\r\n(?:[^\r]+\r\n)*\r\n)?HTTP/1\.1 (\d{3})", answer)
-    return int(found[1]) if found else 0
-
-
 def memory(pid: int) -> int:
     """Kilobytes that are resident."""
     return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])  # type: ignore[index]
@@ -262,10 +103,10 @@ def test_malformed_requests(folder: Path, capsys: pytest.CaptureFixture[str]) ->
         statuses: Counter[int] = Counter()
         with ThreadPoolExecutor(8) as pool:
             warm = FUZZ // 5
-            statuses.update(pool.map(lambda seed: send(port, seed), range(warm)))
+            statuses.update(pool.map(lambda seed: malformed.send(port, seed), range(warm)))
             before = memory(server.pid)
             began = time.monotonic()
-            statuses.update(pool.map(lambda seed: send(port, seed), range(warm, FUZZ)))
+            statuses.update(pool.map(lambda seed: malformed.send(port, seed), range(warm, FUZZ)))
         seconds = time.monotonic() - began
         grown = memory(server.pid) / before - 1
         assert server.poll() is None
@@ -341,36 +182,53 @@ def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch)
 # --- a while of mixed load ------------------------------------------------------------------------------------------
 
 
-def test_mixed_load_leaves_nothing_behind(folder: Path) -> None:
-    """What `bench_serve.py --hours` asks: once it is warm, no thread more, no file more, and memory as it was."""
-    spec = importlib.util.spec_from_file_location("bench_serve", ROOT / "scripts" / "bench_serve.py")
-    assert spec is not None and spec.loader is not None
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
+def test_mixed_load_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `bench_serve.py --soak` asks: once it is warm, no thread more, no file more, and memory as it was."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    load = importlib.import_module("bench_serve_load")
     with process(folder) as (port, server):
-        asked: Counter[str] = Counter()
+        place = load.Place(f"http://127.0.0.1:{port}", "tiny")
 
-        def load(seconds: float) -> tuple[float, int, int]:
-            until = time.monotonic() + seconds
+        def some(seconds: float, first: int) -> tuple[Counter[str], Any]:
+            asking = load.Load(place, tokens=12, clients=4, first=first)
+            time.sleep(seconds)
+            asking.end()
+            assert asking.problems == [] and load.busy(place) == 0
+            return asking.counts, load.held(server.pid)
 
-            def client(number: int) -> None:
-                draw = random.Random(number + sum(asked.values()))
-                while time.monotonic() < until:
-                    asked[bench.one_of_many(f"http://127.0.0.1:{port}/v1", "tiny", draw, 12)] += 1
+        counts, before = some(10, 0)
+        more, after = some(20, 10**6)
+        assert more.keys() == load.KINDS.keys() and more.total() > counts.total() > 20, (counts, more)
+        assert load.remembered(place) > 0
+    assert (after.files, after.threads) == (before.files, before.threads)
+    assert after.memory < 1.05 * before.memory
 
-            with ThreadPoolExecutor(4) as pool:
-                list(pool.map(client, range(4)))
-            while (state := json.loads(get(port, "/health")))["running"] or state["waiting"]:
-                time.sleep(0.05)
-            time.sleep(6)  # a connection that was used is kept for five seconds
-            return bench.held(server.pid)
 
-        memory_before, files, threads = load(10)
-        before = sum(asked.values())
-        memory_after, files_after, threads_after = load(20)
-        assert len(asked) == 6 and sum(asked.values()) > before > 20, asked
-    assert (files_after, threads_after) == (files, threads)
-    assert memory_after < 1.05 * memory_before
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ({}, []),
+        ({"memory": 1.06}, ["memory grew from 1,000 to 1,060 MB, more than 5%"]),
+        ({"memory": 1.04}, []),
+        ({"files": 1}, ["13 files are open, 12 were before"]),
+        ({"threads": 1}, ["11 threads, once warm there were 10"]),
+        ({"slots": 2}, ["2 slots are taken, and nobody asks"]),
+    ],
+)
+def test_a_soak_tells_what_grew(what: dict[str, Any], told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it is warm: what comes before does not count, nor does one minute of many."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    load = importlib.import_module("bench_serve_load")
+
+    def minute(at: int) -> Any:
+        warm, late = at >= 15, at > 50
+        memory = (1000.0 if warm else 300.0) * (what.get("memory", 1) if late else 1) * (1.5 if at == 40 else 1)
+        held = load.Held(memory, 30, 10 if warm else 4)
+        return load.Minute(at, held, 0, 3, at, 0, 0)
+
+    last = load.Held(900, 12 + what.get("files", 0), 10 + what.get("threads", 0))
+    end = minute(61)._replace(held=last, slots=what.get("slots", 0))
+    assert load.grown([minute(n) for n in range(61)], load.Held(200, 12, 4), end) == told
 
 
 # --- a signal under load --------------------------------------------------------------------------------------------
