@@ -396,6 +396,7 @@ def test_health_and_metrics(engine: Engine) -> None:
         'mmit_requests_total{route="/v1/chat/completions",code="200"} 1',
         'mmit_requests_total{route="/v1/chat/completions",code="400"} 1',
         "mmit_running 0",
+        f"mmit_remembered_bytes {engine.state().remembered}",
         "mmit_time_to_first_token_seconds_count 1",
         'mmit_time_to_first_token_seconds_bucket{le="+Inf"} 1',
     ):
