@@ -1,13 +1,14 @@
 # mmit with its extras.
 #   CUDA:  docker build -t mmit:cuda .     then: docker run --gpus all mmit:cuda env
 #   CPU:   docker build -t mmit --build-arg TORCH_INDEX=URL .     URL: PyTorch's index of wheels without CUDA
+#   Serve: docker run --gpus all -p 8000:8000 -v "$PWD:/data" mmit:cuda serve runs/mine --host 0.0.0.0 --api-key KEY
 # The CUDA wheels of torch bring the CUDA libraries; the host needs its driver and the NVIDIA container toolkit alone.
 ARG PYTHON=3.12
 FROM python:${PYTHON}-slim
 
 # Where torch comes from, if not from the default index: wheels without CUDA are 2 GB smaller, others suit older drivers.
 ARG TORCH_INDEX=
-ARG EXTRAS=deepspeed,gguf,hub,parquet
+ARG EXTRAS=deepspeed,gguf,hub,parquet,serve
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
 # DeepSpeed compiles its CPU optimizer and communication at first use.

@@ -328,11 +328,13 @@ def soak(args: argparse.Namespace) -> Iterator[str]:
 def grown(minutes: list[Minute], idle: Held, last: Minute) -> list[str]:
     """What a server came to hold more of once it was warm: a quarter of the time, and at most twenty minutes.
 
+    Compared are the medians of the first and the last six minutes then, in which each number of clients asks once.
+
     Args:
         minutes: under load. idle: before it. last: after it.
     """
     warm = minutes[min(20, len(minutes) // 4) :]
-    few = max(1, min(5, len(warm) // 2))
+    few = max(1, min(len(ACTIVE), len(warm) // 2))
     found = []
     first, end = (statistics.median(one.held.memory for one in part) for part in (warm[:few], warm[-few:]))
     if end > GROWTH * first:

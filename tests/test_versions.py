@@ -67,3 +67,12 @@ def test_the_lowest_environment_holds_the_lower_bounds(pyproject: dict[str, Any]
 )
 def test_a_version_lies_inside_or_outside(name: str, version: str, inside: bool) -> None:
     assert (outside(name, version) is None) == inside
+
+
+def test_the_image_has_what_every_command_needs(pyproject: dict[str, Any]) -> None:
+    """The Dockerfile names extras that there are, those of `mmit serve`, `mmit export` and the hub among them."""
+    told = re.search(r"^ARG EXTRAS=(\S+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    assert told is not None
+    extras = set(told[1].split(","))
+    assert extras <= pyproject["project"]["optional-dependencies"].keys()
+    assert extras >= {"deepspeed", "gguf", "hub", "parquet", "serve"}
