@@ -14,8 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import groupby
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -382,21 +380,27 @@ def encode(talk: Talk, chat: ChatFormat, tokenizer: Any, *, generate: bool = Fal
     tokens = piece_tokenizer(tokenizer)
     out = Writer(tokens, as_processor=chat.as_processor, allowed=chat.content_tokens)
     weigh = loss.weigher(record)
-    # Runs of one kind: neighbouring template pieces are encoded as one text, so that a token may span what the template
-    # wrote in two steps.
-    runs = [list(run) for _, run in groupby(chat.pieces(record, generate=generate), key=attrgetter("kind"))]
-    if chat.as_processor and tokens.bos and not runs[0][0].text.startswith(tokens.bos):
+    pieces = chat.pieces(record, generate=generate)
+    if chat.as_processor and tokens.bos and not pieces[0].text.startswith(tokens.bos):
         out.bos()
-    for number, run in enumerate(runs):
-        if run[0].kind == "image":
-            out.images(len(run))
-        elif run[0].kind == "content":
-            for piece in run:
-                out.content(piece, weigh(piece), named=record.turns[piece.turn].role == "assistant")
+    at, count = 0, len(pieces)
+    while at < count:
+        piece = pieces[at]
+        if piece.kind == "content":
+            out.content(piece, weigh(piece), named=record.turns[piece.turn].role == "assistant")
+            at += 1
+            continue
+        # Neighbouring template pieces are encoded as one text, so that a token may span what the template wrote in two
+        # steps.
+        stop = at + 1
+        while stop < count and pieces[stop].kind == piece.kind:
+            stop += 1
+        if piece.kind == "image":
+            out.images(stop - at)
         else:
-            following = runs[number + 1][0].kind if number + 1 < len(runs) else "end"
-            weights = [(piece, cast("float", weigh(piece))) for piece in run]
-            out.template(weights, lend_space=following == "content" or (generate and following == "end"))
+            lend = pieces[stop].kind == "content" if stop < count else generate
+            out.template([(one, cast("float", weigh(one))) for one in pieces[at:stop]], lend_space=lend)
+        at = stop
     # Nothing predicts the first token, so a weight there would count a loss that is never computed.
     if out.weights:
         out.weights[0] = 0.0
