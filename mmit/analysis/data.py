@@ -5,6 +5,7 @@ In: records of a build's folder or of one file. Out: folders that `mmit train` a
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ def write_arm(
         file = folder / "records" / f"{number:02d}.jsonl"
         write_jsonl(own, file)
         sources.append({"path": str(file.resolve()), "name": task})
-    config: dict[str, Any] = merge(base, {"data": {"train": sources}})
+    # A copy: keys of this arm must not reach the next one through the sections that both begin with.
+    config: dict[str, Any] = merge(copy.deepcopy(dict(base)), {"data": {"train": sources}})
     for key, value in keys.items():
         *path, last = key.split(".")
         section = config
