@@ -41,6 +41,7 @@ FORMS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 GROWTH = 1.05
 LEAVE, MISTAKE, MALFORMED = "left early", "mistake, refused", "malformed"
 FILE, LOOK = "picture by file id", "other pages"
+LATE = "out of time"  # the server's --timeout was over: of a busy machine, not a failure
 KINDS = {
     "picture": 6,
     "conversation": 3,
@@ -57,6 +58,10 @@ KINDS = {
 }
 
 
+class Late(Exception):
+    """The server says that its time for an answer was over; of a client's own time that is over, OSError tells."""
+
+
 class Place(NamedTuple):
     """A server: http://HOST:PORT, and the name of its model."""
 
@@ -64,14 +69,19 @@ class Place(NamedTuple):
     model: str
 
     def ask(self, path: str, body: Any = None, *, method: str | None = None, most: int | None = None) -> bytes:
-        """Send a request; returns its answer, or the first bytes of it and leaves."""
+        """Send a request; returns its answer, or the first bytes of it and leaves. Raises Late."""
         head = {"Content-Type": "application/json"}
         content = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         if isinstance(body, bytes):
             head["Content-Type"] = "multipart/form-data; boundary=X"
         request = urllib.request.Request(self.url + path, content, head, method=method)
-        with urllib.request.urlopen(request, timeout=300) as reply:
-            return reply.read(most)
+        try:
+            with urllib.request.urlopen(request, timeout=300) as reply:
+                return reply.read(most)
+        except urllib.error.HTTPError as error:
+            if error.code == 504:
+                raise Late(path) from error
+            raise
 
 
 def picture(draw: random.Random) -> bytes:
@@ -99,7 +109,14 @@ def turn(draw: random.Random, *parts: dict[str, Any], low: int = 2, high: int = 
     return {"role": "user", "content": [*parts, {"type": "text", "text": words(draw, low, high)}]}
 
 
-def one_of_many(place: Place, draw: random.Random, tokens: int) -> str:
+class Size(NamedTuple):
+    """How large requests become: most tokens of an answer, most words of a long prompt."""
+
+    tokens: int
+    words: int = 700
+
+
+def one_of_many(place: Place, draw: random.Random, size: Size) -> str:
     """Ask a server one of the things that clients ask; returns what it was. Raises where the answer is not as due."""
     kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
     if kind == MALFORMED:
@@ -114,27 +131,31 @@ def one_of_many(place: Place, draw: random.Random, tokens: int) -> str:
         _err(place, draw)
     elif kind == FILE:
         name = json.loads(place.ask("/v1/files", _form(picture(draw))))["id"]
-        body = _body(place, draw, kind, tokens)
+        body = _body(place, draw, kind, size)
         body["messages"] = [turn(draw, {"type": "file", "file": {"file_id": name}})]
         _check(kind, place.ask(CHAT, body), body)
         if draw.random() < 0.5:
             place.ask(f"/v1/files/{name}", method="DELETE")
     elif kind == LEAVE:
-        body = _body(place, draw, kind, tokens) | {"max_tokens": 200, "stream": True}
+        body = _body(place, draw, kind, size) | {"max_tokens": 200, "stream": True}
         place.ask(CHAT, body, most=draw.randrange(1, 300))
     else:
-        body = _body(place, draw, kind, tokens)
+        body = _body(place, draw, kind, size)
         _check(kind, place.ask(COMPLETION if "prompt" in body else CHAT, body), body)
     return kind
 
 
-def _body(place: Place, draw: random.Random, kind: str, tokens: int) -> dict[str, Any]:
-    body: dict[str, Any] = {"model": place.model, "max_tokens": draw.randint(1, tokens), "stream": draw.random() < 0.6}
+def _body(place: Place, draw: random.Random, kind: str, size: Size) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": place.model,
+        "max_tokens": draw.randint(1, size.tokens),
+        "stream": draw.random() < 0.6,
+    }
     body |= draw.choice([{}, {"temperature": 0}, {"temperature": 1.0, "seed": 3}, {"stop": ["e"]}, {"top_p": 0.5}])
     if kind == "text to continue":
         return body | {"prompt": words(draw, 1, 40)}
     if kind == "long prompt":
-        return body | {"messages": [turn(draw, low=200, high=700)]}
+        return body | {"messages": [turn(draw, low=size.words * 2 // 7, high=size.words)]}
     parts = [] if kind == "text" else [shown(draw) for _ in range(draw.choice([1, 1, 1, 2]))]
     body["messages"] = [turn(draw, *parts)]
     if kind == "conversation":
@@ -167,12 +188,14 @@ def _err(place: Place, draw: random.Random) -> None:
 
 
 def _check(kind: str, answer: bytes, body: dict[str, Any]) -> None:
-    """Every answer that was asked for is there, with its end. Raises ValueError."""
+    """Every answer that was asked for is there, with its end. Raises ValueError and Late."""
     if body["stream"]:
         lines = [line[6:] for line in answer.decode().split("\n\n") if line.startswith("data: ")]
         events = [json.loads(line) for line in lines[:-1]] if lines and lines[-1] == "[DONE]" else []
     else:
         events = [json.loads(answer)]
+    if any((event.get("error") or {}).get("code") == "timeout" for event in events):
+        raise Late(kind)
     choices = [choice for event in events for choice in event.get("choices", ())]
     ends = sorted(choice["index"] for choice in choices if choice.get("finish_reason") in ("stop", "length"))
     said = any((c.get("delta") or c.get("message") or {}).get("content") for c in choices)
@@ -218,7 +241,7 @@ class Load:
     """Clients that ask until `over`, each request with a number of its own.
 
     Args:
-        tokens: most of an answer, but for clients that leave. clients: how many ask.
+        size: how large requests become; clients that leave ask for more. clients: how many ask.
         first: number of the first request. may: whether client number n may ask now; without it, always.
     """
 
@@ -226,13 +249,13 @@ class Load:
         self,
         place: Place,
         *,
-        tokens: int,
+        size: Size,
         clients: int,
         first: int = 0,
         may: Callable[[int], bool] = lambda client: True,
     ) -> None:
         self.counts, self.problems, self.over = Counter[str](), list[str](), threading.Event()
-        self._place, self._tokens, self._may = place, tokens, may
+        self._place, self._size, self._may = place, size, may
         self._next, self._lock = first, threading.Lock()
         self._threads = [threading.Thread(target=self._client, args=[n]) for n in range(clients)]
         for thread in self._threads:
@@ -246,7 +269,9 @@ class Load:
             with self._lock:
                 number, self._next = self._next, self._next + 1
             try:
-                kind = one_of_many(self._place, random.Random(number), self._tokens)
+                kind = one_of_many(self._place, random.Random(number), self._size)
+            except Late:
+                kind = LATE
             except (OSError, ValueError, LookupError) as error:
                 kind = "failed"
                 self.problems.append(f"request {number}: {type(error).__name__}: {error}")
@@ -310,7 +335,7 @@ def soak(args: argparse.Namespace) -> Iterator[str]:
     yield from HEAD
     minutes = [seen()]
     yield minutes[0].line()
-    load = Load(place, tokens=args.tokens, clients=args.clients, may=may)
+    load = Load(place, size=Size(args.tokens), clients=args.clients, may=may)
     while (number := len(minutes)) <= args.soak:
         time.sleep(max(0.0, begin + 60 * number - time.monotonic()))
         minutes.append(seen())

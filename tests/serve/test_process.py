@@ -190,7 +190,7 @@ def test_mixed_load_leaves_nothing_behind(folder: Path, monkeypatch: pytest.Monk
         place = load.Place(f"http://127.0.0.1:{port}", "tiny")
 
         def some(seconds: float, first: int) -> tuple[Counter[str], Any]:
-            asking = load.Load(place, tokens=12, clients=4, first=first)
+            asking = load.Load(place, size=load.Size(12, words=60), clients=4, first=first)
             time.sleep(seconds)
             asking.end()
             assert asking.problems == [] and load.busy(place) == 0
@@ -198,7 +198,7 @@ def test_mixed_load_leaves_nothing_behind(folder: Path, monkeypatch: pytest.Monk
 
         counts, before = some(10, 0)
         more, after = some(20, 10**6)
-        assert more.keys() == load.KINDS.keys() and more.total() > counts.total() > 20, (counts, more)
+        assert more.keys() == load.KINDS.keys() and min(counts.total(), more.total()) > 20, (counts, more)
         assert load.remembered(place) > 0
     assert (after.files, after.threads) == (before.files, before.threads)
     assert after.memory < 1.05 * before.memory
