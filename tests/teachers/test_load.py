@@ -69,3 +69,21 @@ def test_leniency_is_given_to_replays_and_refused_where_there_is_none(tmp_path: 
 def test_what_no_teacher_can_be_made_of_is_named(described: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         open_teachers(described)
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        (None, "missing"),
+        ("gpt-4", "cannot open"),
+        ({"open": "http://h/v1#m", "inflight": 3}, "did you mean 'in_flight'"),
+        ({"open": "http://h/v1#m", "in_flight": "many"}, "in_flight is 'many'"),
+        ({"open": "http://h/v1#m", "price": 3}, "price is 3"),
+        (["http://h/v1#m", "http://g/v1#m"], "two teachers are named 'm'"),
+        ("http://h/v1", "no model named"),
+        ("replay:none.jsonl", "not a journal"),
+    ],
+)
+def test_teachers_that_cannot_be_opened(described, said):
+    with pytest.raises(ConfigError, match=said):
+        open_teachers(described)

@@ -1,4 +1,4 @@
-"""Banks: mmit's YAML, PromptSource's, FLAN's; what is wrong with one is named with its file and template."""
+"""Banks in mmit's YAML; what is wrong with one is named with its file and template."""
 
 from __future__ import annotations
 
@@ -75,65 +75,6 @@ def test_missing_and_empty_banks(tmp_path):
     bank = load(bank_file(tmp_path, BANK.replace("split: held_out", "split: train")))
     with pytest.raises(ConfigError, match="no template of task 'shape' is in the split 'held_out'"):
         bank.of_split("held_out")
-
-
-PROMPTSOURCE = r"""
-dataset: films
-subset: small
-templates:
-  11: !Template
-    id: '11'
-    name: mood
-    answer_choices: bad ||| good
-    jinja: "{{text}} Was it {{\"good or bad\"}}? |||\n{{ answer_choices [label] }}"
-    metadata: !TemplateMetadata {choices_in_prompt: true, metrics: [Accuracy], original_task: true}
-    reference: someone
-  22: !Template
-    id: '22'
-    name: write
-    answer_choices: null
-    jinja: "{% if label %}A good one: ||| {{ text }}{% else %}A bad one: ||| {{ text }}{% endif %}"
-    metadata: !TemplateMetadata {original_task: false}
-    reference: ''
-"""
-
-
-def test_promptsource_files_are_read_and_nothing_in_them_runs(tmp_path):
-    (tmp_path / "templates.yaml").write_text(PROMPTSOURCE)
-    bank = load(f"promptsource:{tmp_path}")
-    assert bank.task == "films_small" and bank.licence == "Apache-2.0"
-    mood, write = bank.templates
-    assert mood.names == {"text", "label"} and mood.choices_in_prompt and not mood.inverted and write.inverted
-    hostile = PROMPTSOURCE.replace("reference: someone", "reference: !!python/object/apply:os.system [id]")
-    (tmp_path / "templates.yaml").write_text(hostile)
-    with pytest.raises(ConfigError, match="is not PromptSource's YAML"):
-        load(f"promptsource:{tmp_path}")
-
-
-FLAN = """
-import os
-PATTERNS = {
-    "sum": [("{text}\\n\\nSum it up {{briefly}}.", "{summary}"), ("Sum: {text}", "{summary}"),
-            ("Write a text about: {summary}", "{text}")],
-}
-COMPUTED = {k: v for k, v in PATTERNS.items()}
-os.system("exit 1")
-"""
-
-
-def test_flan_patterns_are_parsed_and_never_run(tmp_path):
-    path = tmp_path / "templates.py"
-    path.write_text(FLAN)
-    patterns, skipped = read_patterns(path)
-    assert len(patterns["sum"]) == 3 and list(skipped) == ["COMPUTED"]
-    bank = load(f"flan:{path}#sum")
-    assert [t.inverted for t in bank.templates] == [False, False, True]
-    assert bank.templates[0].names == {"text", "summary"}
-    with pytest.raises(ConfigError, match=r"no patterns for 'summ'(.|\n)*'sum'"):
-        load(f"flan:{path}#summ")
-    path.write_text("PATTERNS = make()")
-    with pytest.raises(ConfigError, match="has no literal mapping 'PATTERNS'"):
-        load(f"flan:{path}#sum")
 
 
 @pytest.mark.slow
