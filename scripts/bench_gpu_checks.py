@@ -31,7 +31,8 @@ from bench_gpu_models import (
 )
 
 from mmit.models import varlen
-from mmit.models.attention import forest_attention, make_plan
+from mmit.models.attention import forest_attention
+from mmit.models.attention_plan import make_plan
 from mmit.models.llm import load_llm, why_not_4bit
 from mmit.models.vlm import VLM
 from mmit.train.checkpoint.saving import CpuCopy

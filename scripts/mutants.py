@@ -36,7 +36,8 @@ class Mutant(NamedTuple):
     tests: str
 
 
-ATTENTION, PACKING, WALK = "mmit/models/attention.py", "mmit/data/packing.py", "mmit/data/row_order.py"
+ATTENTION, PLAN = "mmit/models/attention.py", "mmit/models/attention_plan.py"
+PACKING, WALK = "mmit/data/packing.py", "mmit/data/row_order.py"
 MIXTURE = "mmit/data/mixture.py"
 RESUME, FOLDERS = "mmit/train/checkpoint/resume.py", "mmit/train/checkpoint/folders.py"
 LOOP, SETUP, READER = "mmit/train/loop.py", "mmit/train/data/setup.py", "mmit/data/shards/reader.py"
@@ -69,7 +70,7 @@ MUTANTS = [
     # the mask of a packed row
     Mutant(
         "mask: one key too many",
-        ATTENTION,
+        PLAN,
         "<= limit[:, :, None])[:, None]",
         "<= limit[:, :, None] + 1)[:, None]",
         T_ATTENTION,
@@ -90,31 +91,45 @@ MUTANTS = [
     ),
     Mutant(
         "mask: own token unseen",
-        ATTENTION,
+        PLAN,
         "<= limit[:, :, None])[:, None]",
         "< limit[:, :, None])[:, None]",
         T_ATTENTION,
     ),
     Mutant(
         "mask: ancestors forgotten",
-        ATTENTION,
-        "paths.append(paths[parent] + list(range(start, start + length)))",
-        "paths.append(list(range(start, start + length)))",
+        PLAN,
+        "paths.append(np.concatenate([paths[parent], np.arange(start, start + length)]))",
+        "paths.append(np.arange(start, start + length))",
         T_ATTENTION,
     ),
     Mutant(
         "mask: parent's last token unseen",
-        ATTENTION,
-        "list(range(start, start + length)))\n    new = [",
-        "list(range(start, start + length - 1)))\n    new = [",
+        PLAN,
+        "np.arange(start, start + length)]))",
+        "np.arange(start, start + length - 1)]))",
         T_ATTENTION,
     ),
     Mutant(
         "mask: none for a long node with ancestors",
-        ATTENTION,
-        "or longest_q <= LONE:",
-        "and longest_q <= LONE:",
+        PLAN,
+        "or longest_q <= LONE,",
+        "and longest_q <= LONE,",
         T_ATTENTION,
+    ),
+    Mutant(
+        "plan: that of other nodes",
+        ATTENTION,
+        "if plan is None or (plan.nodes, plan.known) != (table, known):",
+        "if plan is None:",
+        "tests/models/test_planning.py",
+    ),
+    Mutant(
+        "plan: without the soft prompt",
+        "mmit/models/planning.py",
+        "prompt=virtual_tokens(vlm.llm),",
+        "prompt=0,",
+        "tests/models/test_planning.py",
     ),
     # packing
     Mutant(
@@ -513,7 +528,7 @@ MUTANTS = [
     ),
     Mutant(
         "serve: queries of known tokens are not counted off",
-        ATTENTION,
+        PLAN,
         "queries[g, :length] = own - known",
         "queries[g, :length] = own",
         "tests/models/test_prefix_cache.py",

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from mmit.data.measure import Measurements
 
 LoadImage = Callable[[Image, str], torch.Tensor]  # picture, place -> its crops (C, 3, H, W) uint8
+# (K, 3) nodes of a row -> how a model runs them, or None where they need no plan; it may have `nbytes`
+PlanRow = Callable[[torch.Tensor], Any]
 
 
 @dataclass
@@ -75,8 +77,10 @@ class MicroBatch:
 
     @property
     def bytes(self) -> int:
-        """Of its tensors."""
-        return sum(v.nbytes for v in self.tensors.values() if isinstance(v, torch.Tensor))
+        """Of its tensors, its plan, and the row that it is compared with."""
+        other = self.compared.mismatched if self.compared is not None else None
+        own = sum(getattr(value, "nbytes", 0) for value in self.tensors.values())
+        return own + (other.bytes if other is not None else 0)
 
     def __getstate__(self) -> dict[str, Any]:
         # Between processes as plain bytes: torch would take shared memory, of which containers have 64 MB, and an open
@@ -165,6 +169,7 @@ class _Maker:
     scan: Measurements
     load_image: LoadImage | None
     skip_bad: bool
+    plan_row: PlanRow | None = None
     mates: np.ndarray | None = None  # under KTO, whose answer goes with the prompt of each unit
 
     def __call__(self, units: Sequence[int]) -> MicroBatch:
@@ -222,6 +227,8 @@ class _Maker:
             grids = grids_of(spreads[k] for k in batch.image_keys)
             if grids is not None:
                 batch.tensors["grids"] = grids
+        if self.plan_row is not None and (plan := self.plan_row(row.nodes)) is not None:
+            batch.tensors["plan"] = plan
         return batch
 
     def _verdicts(self, samples: Sequence[Sequence[Sample]]) -> list[bool]:
@@ -238,8 +245,16 @@ class _Maker:
     def most_bytes(self, units: Sequence[int]) -> int:
         """About the most that a micro-batch of these units takes, by its tokens alone: each crop takes tokens too."""
         tokens = int(self.scan.length[list(units)].sum()) if len(units) else 1
-        # Eight numbers of 8 bytes a token are more than the index tensors of a row take; pictures are counted on top.
-        size = 8 * 8 * tokens
+        size = self._row_bytes(tokens)
+        if self.mates is not None and len(units):
+            # One more row: the prompts of the units, with answers that are no longer than their records.
+            size += self._row_bytes(tokens + int(self.scan.length[self.mates[list(units)]].sum()))
+        return size
+
+    def _row_bytes(self, tokens: int) -> int:
+        # Eight numbers of 8 bytes a token are more than the index tensors of a row take, and as many more than its plan
+        # takes, whose nodes are padded to at most twice their keys; pictures are counted on top.
+        size = (8 + (8 if self.plan_row is not None else 0)) * 8 * tokens
         shown = self.data.preparation
         if shown is not None and self.load_image is not None:
             size += -(-tokens // max(shown.tokens, 1)) * 3 * shown.size[0] * shown.size[1]
@@ -253,6 +268,7 @@ def micro_batches(
     *,
     load_image: LoadImage | None,
     skip_bad: bool = False,
+    plan_row: PlanRow | None = None,
     workers: int = 0,
     prefetch: int = 256 << 20,
 ) -> Generator[MicroBatch]:
@@ -264,10 +280,11 @@ def micro_batches(
         units: for each micro-batch the units it holds; an empty list gives an idle batch.
         load_image: picture, place -> (C, 3, H, W) uint8; None where features are cached.
         skip_bad: leave bad records out and hand them over in `MicroBatch.bad`; else raise the first.
+        plan_row: plans a row's attention where the row is made, for the model that will run it.
         prefetch: bytes of micro-batches that may wait; one for each worker may in any case.
     """
     paired = mates(len(scan.length)) if data.compares == "labels" else None
-    make = _Maker(data, scan, load_image, skip_bad, paired)
+    make = _Maker(data, scan, load_image, skip_bad, plan_row, paired)
     if workers == 0:
         return (make(entry) for entry in units)
     return prefetched(

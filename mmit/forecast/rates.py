@@ -34,7 +34,7 @@ class RowFacts:
 
 
 def count_pairs(nodes: torch.Tensor) -> int:
-    """Query-key pairs of a row: (K, 3) first token, length, parent or -1, as in `attention.make_plan`."""
+    """Query-key pairs of a row: (K, 3) first token, length, parent or -1, as in `attention_plan.make_plan`."""
     depth: list[int] = []
     pairs = 0
     table: list[list[int]] = nodes.tolist()

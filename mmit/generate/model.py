@@ -393,7 +393,7 @@ class Model(Runner):
         at = torch.arange(len(row.input_ids), device=self.vlm.device)
         # An image position has no token; layers that look ids up must see that.
         tokens = row.input_ids.index_fill(0, row.image_positions, -1).to(self.vlm.device)
-        placed = {"positions": prompts.positions, "nodes": prompts.nodes}
+        placed: dict[str, Any] = {"positions": prompts.positions, "nodes": prompts.nodes}
         return self.vlm.row_logits(prompts.embeddings, **placed, at=at, ids=tokens)
 
     @torch.inference_mode()

@@ -1,9 +1,9 @@
 """Attention over a packed row: every token sees its node and that node's ancestors, nothing else.
 
-Owns the attention function that mmit registers with transformers under the name "mmit" and the index plan it runs
-on. Without a row (generation, evaluation with a cache) it is transformers' own SDPA attention. Sliding windows, chunks,
-sinks, soft caps and dropout of attention weights are computed, in rows and without. Refuses to approximate: a model
-whose attention needs something else is a ModelError, never a different result.
+Owns the attention function that mmit registers with transformers under the name "mmit", which runs on a row's plan
+(`attention_plan.py`). Without a row (generation, evaluation with a cache) it is transformers' own SDPA attention.
+Sliding windows, chunks, sinks, soft caps and dropout of attention weights are computed, in rows and without. Refuses to
+approximate: a model whose attention needs something else is a ModelError, never a different result.
 
 Tokens of other records are never gathered, so nothing can leak: their influence is exactly 0.0. On CUDA in half
 precision a row is few calls of a variable-length kernel (`varlen.py`); elsewhere nodes of like size are a batch.
@@ -14,7 +14,7 @@ longest query / key length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,11 +24,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mmit.errors import ModelError
 from mmit.models import varlen
-from mmit.models.buckets import BucketLayout, additive, make_layout, pick, place, small_attention
+from mmit.models.attention_plan import AttentionPlan, RowPlan
+from mmit.models.buckets import additive, make_layout, pick, place, small_attention
 from mmit.models.calls import ELSEWHERE, call, takes
 from mmit.models.row_state import ATTENTION, RowState, current_row, running
-from mmit.models.sending import send
-from mmit.models.varlen import Segments, make_segments
 from mmit.models.virtual import PREFIX
 from mmit.models.visibility import Scores, Visibility, row_mask, visibility, written_out
 
@@ -37,127 +36,6 @@ if TYPE_CHECKING:
 
 NAME = "mmit"
 SMALL = 512  # keys; up to here writing attention out beats the CPU's fused kernel (4x on 50 keys, backward included)
-LONE = 128  # tokens; a longer node without ancestors is a bucket of its own, without a mask
-
-
-@dataclass(slots=True)
-class Bucket:
-    """Nodes of similar size, computed in one call."""
-
-    queries: torch.Tensor  # (G * Lq,) row positions, padded with 0
-    keys: torch.Tensor  # (G * Lk,) row positions: ancestors first, then the node itself, padded with 0
-    keep: torch.Tensor  # positions inside (G * Lq,) that are not padding
-    mask: torch.Tensor | None  # (G, 1, Lq, Lk) True = visible; None = plain causal
-    size: tuple[int, int, int]  # G, Lq, Lk
-    before: torch.Tensor  # (G,) keys of each node's ancestors; stays on the CPU
-
-    def to(self, device: torch.device) -> Bucket:
-        """Copy the index tensors to a device."""
-        queries, keys, keep = (send(tensor, device) for tensor in (self.queries, self.keys, self.keep))
-        mask = None if self.mask is None else send(self.mask, device)
-        return Bucket(queries, keys, keep, mask, self.size, self.before)
-
-
-@dataclass(slots=True)
-class AttentionPlan:
-    """How to run attention over one row; made once, used by every layer."""
-
-    buckets: list[Bucket]  # on the CPU; see `placed`
-    longest: int  # tokens on the longest path
-    segments: Segments | None  # the same row for a variable-length kernel; None where not all of its keys are new
-    device: torch.device | None = None  # where the row runs; None for the CPU
-    layouts: dict[tuple[int, int], BucketLayout] = field(default_factory=dict)  # by H and KV, made when first needed
-    masks: dict[tuple[int, Visibility], torch.Tensor] = field(default_factory=dict)  # by bucket and pattern
-
-    def to(self, device: torch.device | str) -> AttentionPlan:
-        """The plan for a device. Buckets stay until they are asked for: a variable-length kernel never reads them."""
-        # Layouts and masks are made anew there: they hold index tensors of this device.
-        segments = None if self.segments is None else self.segments.to(device)
-        return AttentionPlan(self.buckets, self.longest, segments, torch.device(device))
-
-    def placed(self) -> list[Bucket]:
-        """The buckets on the device of the row, copied there once."""
-        if self.device is not None:
-            self.buckets = [b.to(self.device) for b in self.buckets]
-            self.device = None
-        return self.buckets
-
-    def visible(self, number: int, pattern: Visibility, device: torch.device) -> torch.Tensor:
-        """Mask (G, 1, Lq, Lk) of a bucket under a layer's pattern; made once."""
-        if (number, pattern) not in self.masks:
-            b = self.buckets[number]
-            mask = pattern.mask(send(b.before, device), b.size[1], b.size[2])
-            # A query that pads a node may lie where the window holds no key: the softmax of nothing is NaN, and times
-            # its gradient of zero that is NaN in every key. It sees all of them instead; its output is never read.
-            self.masks[number, pattern] = mask | ~mask.any(-1, keepdim=True)
-        return self.masks[number, pattern]
-
-
-def make_plan(nodes: torch.Tensor, known: int = 0) -> AttentionPlan:
-    """Sort nodes into buckets.
-
-    Args:
-        nodes: (K, 3) first token, length, parent node (or -1); they follow each other, parents before children.
-        known: tokens of the first nodes whose keys are there already: no queries; those of the others count from 0.
-    """
-    # Python lists: the plan is built once for a row on the CPU, and walks the nodes one by one.
-    table: list[list[int]] = nodes.tolist()
-    paths: list[list[int]] = []  # row positions a node's tokens may see before the node itself
-    for _, _, parent in table:
-        if parent < 0:
-            paths.append([])
-        else:
-            start, length, _ = table[parent]
-            paths.append(paths[parent] + list(range(start, start + length)))
-    new = [n for n in range(len(table)) if table[n][0] >= known]
-    # Sorted, so that nodes that may share a bucket are neighbours and one pass finds all buckets.
-    by_size = sorted(new, key=lambda n: (table[n][1], len(paths[n])))
-    groups: list[list[int]] = []
-    for n in by_size:
-        # Against the first of the bucket, its smallest node: against the last, sizes could creep up, and padding with
-        # them.
-        if groups and _alike(table, paths, groups[-1][0], n):
-            groups[-1].append(n)
-        else:
-            groups.append([n])
-    buckets = [_bucket(table, paths, g, known) for g in groups]
-    longest = max(len(p) + row[1] for p, row in zip(paths, table, strict=True))
-    return AttentionPlan(buckets, longest, None if known else make_segments(table, paths))
-
-
-def _alike(table: list[list[int]], paths: list[list[int]], a: int, b: int) -> bool:
-    """Padding two nodes to one size wastes little. Long nodes without ancestors run alone, without a mask."""
-    if table[b][1] > LONE and not paths[b]:
-        return False
-    queries, keys = table[b][1] / table[a][1], (len(paths[b]) + 16) / (len(paths[a]) + 16)
-    return (table[b][1] <= 8 or queries <= 1.5) and 0.5 <= keys <= 2.0
-
-
-def _bucket(table: list[list[int]], paths: list[list[int]], group: list[int], known: int) -> Bucket:
-    longest_q = max(table[n][1] for n in group)
-    longest_k = max(table[n][1] + len(paths[n]) for n in group)
-    queries = torch.zeros(len(group), longest_q, dtype=torch.int64)
-    keys = torch.zeros(len(group), longest_k, dtype=torch.int64)
-    real = torch.zeros(len(group), longest_q, dtype=torch.bool)
-    before = torch.tensor([len(paths[n]) for n in group])
-    for g, n in enumerate(group):
-        start, length, _ = table[n]
-        own = torch.arange(start, start + length)
-        queries[g, :length] = own - known
-        real[g, :length] = True
-        # Ancestors first, then the node: in every node of the bucket query i then sees keys 0 .. b + i, and one
-        # comparison makes the mask of all.
-        keys[g, : len(paths[n])] = torch.tensor(paths[n], dtype=torch.int64)
-        keys[g, len(paths[n]) : len(paths[n]) + length] = own
-    mask = None
-    if len(group) > 1 or paths[group[0]] or longest_q <= LONE:
-        # query i of a node sees its b ancestors and its own first i + 1 tokens: keys 0 .. b + i
-        limit = before[:, None] + torch.arange(longest_q)[None, :]
-        mask = (torch.arange(longest_k)[None, None, :] <= limit[:, :, None])[:, None]
-    keep = real.flatten().nonzero().flatten()
-    return Bucket(queries.flatten(), keys.flatten(), keep, mask, (len(group), longest_q, longest_k), before)
-
-
 Prefix = tuple[torch.Tensor, torch.Tensor]  # keys and values (KV, P, D) that every query sees
 
 
@@ -186,7 +64,7 @@ def forest_attention(
 
     Args:
         q: (1, H, T, D). k, v: (1, KV, T, D) with H a multiple of KV; before those of T, the keys that were known.
-        plan: from `make_plan` on the row's nodes, on the same device.
+        plan: from `attention_plan.make_plan` on the row's nodes, on the same device.
         scale: factor on the scores.
         prefix: keys and values before those of the row.
         kind: what the layer computes beyond plain causal attention.
@@ -198,23 +76,24 @@ def forest_attention(
     pattern = kind.pattern if kind.pattern is not None and plan.longest > kind.pattern.reach else None
     window = None if pattern is None else pattern.window
     fused = prefix is None and kind.scores.plain and (pattern is None or window is not None)
-    segments = plan.segments if fused else None
-    if segments is not None and varlen.usable(q):
+    # Asked in this order: segments are made only where the kernel reads them.
+    segments = plan.segments if fused and varlen.usable(q) else None
+    if segments is not None:
         rows_q, rows_k, rows_v = (x[0].transpose(0, 1) for x in (q, k, v))
         return varlen.varlen_attention(rows_q, rows_k, rows_v, segments, scale, window=window)[None]
     heads, kv, tokens = q.shape[1], k.shape[1], q.shape[2]
     # Layers of one model may differ in their numbers of heads, so the layout is kept by these.
     if (heads, kv) not in plan.layouts:
-        plan.layouts[heads, kv] = make_layout(plan.placed(), tokens, heads=heads, kv=kv)
+        plan.layouts[heads, kv] = make_layout(plan.buckets, tokens, heads=heads, kv=kv)
     layout = plan.layouts[heads, kv]
     tables = [x[0].transpose(0, 1).reshape(-1, x.shape[-1]) for x in (q, k, v)]
     # One gather for all buckets, so that its backward is one sum over the keys that several nodes read.
     states = iter(pick(tables[0], tables[1], tables[2], layout))
     outs = []
-    for n, b in enumerate(plan.placed()):
+    for n, b in enumerate(plan.buckets):
         g, lq, lk = b.size
         bucket = [next(states).view(g, count, length, -1) for count, length in ((heads, lq), (kv, lk), (kv, lk))]
-        mask = b.mask if pattern is None else plan.visible(n, pattern, q.device)
+        mask = plan.mask(n, pattern)
         if prefix is not None:
             bucket[1:] = _join(prefix[0], bucket[1]), _join(prefix[1], bucket[2])
             mask = _see_prefix(mask, prefix[0].shape[1], queries=lq, keys=lk, device=q.device)
@@ -382,6 +261,7 @@ def run_row(
     at: torch.Tensor | None = None,
     before: Before | None = None,
     ids: torch.Tensor | None = None,
+    plan: RowPlan | None = None,
 ) -> Any:
     """Run one row through a causal LM, or through its body alone.
 
@@ -389,11 +269,12 @@ def run_row(
     function.
 
     Args:
-        embeddings: (T, D). positions: (T,). nodes: (K, 3), see `make_plan`.
+        embeddings: (T, D). positions: (T,). nodes: (K, 3), see `attention_plan.make_plan`.
         at: (S,) positions whose logits are wanted; None for a body, which has none.
         before: a cache that keeps the row's keys and values, and how many tokens of the first of `nodes` it holds
             already; all else counts from the next one. None keeps nothing.
         ids: (T,) of the tokens, negative for none; see `calls.call`.
+        plan: made before, of these nodes; that of others is not used.
 
     Returns:
         the model's output; `logits` are (1, S, V), a body's `last_hidden_state` (1, T, D).
@@ -404,8 +285,10 @@ def run_row(
     row, (known, cache) = None, before or (0, None)
     if len(nodes) > 1:
         # One node needs no plan: it is ordinary causal attention, in whatever way the model has it.
-        table = nodes.cpu()
-        row = RowState(table.tolist(), make_plan(table, known).to(embeddings.device), embeddings.device)
+        table: list[list[int]] = nodes.cpu().tolist()
+        if plan is None or (plan.nodes, plan.known) != (table, known):
+            plan = RowPlan(table, known)
+        row = RowState(table, AttentionPlan(plan, embeddings.device), embeddings.device)
     with running(row):
         out = call(
             llm,

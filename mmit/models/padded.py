@@ -19,7 +19,7 @@ from mmit.models.head import check_rows
 
 
 def is_flat(nodes: torch.Tensor) -> bool:
-    """Whether a row holds several records and none of them shares anything: (K, 3), see `attention.make_plan`."""
+    """Whether a row holds several records and none of them shares anything: (K, 3), see `attention_plan.make_plan`."""
     return len(nodes) > 1 and bool((nodes[:, 2] < 0).all())
 
 

@@ -60,7 +60,7 @@ class Routers:
 
         Args:
             seen: from `watched`.
-            nodes: (K, 3) of the row, see `attention.make_plan`. at: (S,) where each target is predicted.
+            nodes: (K, 3) of the row, see `attention_plan.make_plan`. at: (S,) where each target is predicted.
             records: (S,) the record of each target. padded: the row ran as a padded batch.
 
         Returns:

@@ -27,7 +27,7 @@ class RowState:
     """A row of several nodes.
 
     `nodes` lists first token, length and parent (or -1) of each; parents come first. `plan` is that of
-    `attention.make_plan`. `calls` has an entry for each layer that kept the row's records apart: its kind.
+    `attention_plan.make_plan`. `calls` has an entry for each layer that kept the row's records apart: its kind.
     """
 
     nodes: list[list[int]]

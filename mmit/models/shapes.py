@@ -20,12 +20,13 @@ from transformers import AttentionInterface
 
 from mmit.errors import ModelError
 from mmit.models import attention, varlen
+from mmit.models.attention_plan import make_plan
 from mmit.models.per_record import mixers
 from mmit.models.prefix_tree import Parts
 from mmit.models.row_state import RowState, running
 from mmit.models.rules import takes_attention
 from mmit.models.tuning.structure import base_model
-from mmit.models.virtual import PREFIX, virtual_tokens
+from mmit.models.virtual import PREFIX, prompted_nodes, virtual_tokens
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -209,15 +210,13 @@ def planned_attention(vlm: VLM, nodes: torch.Tensor, *, mode: FakeTensorMode, fl
     Raises:
         ModelError: the model does not route its attention through transformers, or does not run on shapes alone.
     """
-    if count := virtual_tokens(base_model(vlm.llm)):  # as virtual.with_prompt
-        below = nodes.clone()
-        below[:, 0] += count
-        below[:, 2] += 1
-        nodes = torch.cat([torch.tensor([[0, count, -1]]), below])
-    plan = attention.make_plan(nodes)
-    for b in plan.buckets:
+    nodes = prompted_nodes(nodes, virtual_tokens(base_model(vlm.llm)))
+    plan = make_plan(nodes)
+    assert plan.segments is not None  # made now: inside the mode its numbers would be fake
+    for number, b in enumerate(plan.buckets):
+        if (mask := plan.mask(number)) is not None:
+            plan.masks[number, None] = mode.from_tensor(mask)
         b.queries, b.keys, b.keep = (mode.from_tensor(x) for x in (b.queries, b.keys, b.keep))
-        b.mask = None if b.mask is None else mode.from_tensor(b.mask)
     row = RowState(nodes.tolist(), plan, torch.device("cpu"))
     with _implementation(vlm, PLANNED, _Current(row=row, flash=flash)):
         yield

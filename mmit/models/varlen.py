@@ -13,10 +13,11 @@ Dimensions: T tokens in the row, G keys gathered for all nodes, K nodes, H query
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from mmit.models.prefix_tree import FEW, FLASH, Call, Level, Parts, Tree, TreeAttention, make_levels
@@ -52,28 +53,25 @@ class Segments:
         return Segments(keys, queries, cu_keys, self.longest_query, self.longest_key, levels)
 
 
-def make_segments(table: list[list[int]], paths: list[list[int]]) -> Segments:
+def make_segments(table: list[list[int]], paths: Sequence[np.ndarray]) -> Segments:
     """Lay a row out for the kernel.
 
     Args:
         table: first token, length, parent of each node, which follow each other in the row.
-        paths: row positions of each node's ancestors.
+        paths: int64 row positions of each node's ancestors.
     """
     # The kernel takes where sequences end, not a mask: a sequence of queries is a node, its keys are the node's path.
     lengths = [row[1] for row in table]
     queries = _ends(lengths)
-    if not any(paths):
+    if not any(len(path) for path in paths):
         return Segments(None, queries, queries, max(lengths), max(lengths))
-    keys = [
-        position
-        for path, (start, length, _) in zip(paths, table, strict=True)
-        for position in (*path, *range(start, start + length))
-    ]
+    pieces = [(path, np.arange(start, start + length)) for path, (start, length, _) in zip(paths, table, strict=True)]
+    keys = np.concatenate([part for piece in pieces for part in piece])
     sizes = [len(path) + length for path, length in zip(paths, lengths, strict=True)]
     # The keys above are a copy for every node that reads them. Where they would be many more than the row has, the
     # calls of `prefix_tree` read each where it lies instead.
     levels = make_levels(table) if len(keys) > (1 + FEW) * sum(lengths) else None
-    return Segments(torch.tensor(keys), queries, _ends(sizes), max(lengths), max(sizes), levels)
+    return Segments(torch.from_numpy(keys), queries, _ends(sizes), max(lengths), max(sizes), levels)
 
 
 def _ends(lengths: list[int]) -> torch.Tensor:
@@ -82,13 +80,16 @@ def _ends(lengths: list[int]) -> torch.Tensor:
 
 def usable(q: torch.Tensor) -> bool:
     """Whether the kernel takes queries (..., D) like these: half precision, CUDA, compute capability 8 or more."""
+    return q.shape[-1] % 8 == 0 and q.shape[-1] <= MAX_HEAD and runs_on(q.device, q.dtype)
+
+
+def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs on a device in a number format."""
     return (
         varlen_attn is not None
-        and q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= MAX_HEAD
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and device.type == "cuda"
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
     )
 
 

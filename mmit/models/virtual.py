@@ -87,25 +87,33 @@ def with_prompt(
     rows = as_wide(prompt().to(embeddings), embeddings)
     count = len(rows)
     before = torch.arange(count, device=positions.device, dtype=positions.dtype)
+    table = prompted_nodes(nodes.cpu(), count, repeated=repeated)
     if repeated:
         lengths: list[int] = nodes[:, 1].tolist()
         starts = nodes[:, 0].contiguous().to(at.device)
-        table = nodes.cpu().clone()
-        # Every node moves by the prompts before it, its own not counted, and is longer by its own.
-        table[:, 0] += count * torch.arange(len(nodes))
-        table[:, 1] += count
         return (
             torch.cat([x for piece in embeddings.split(lengths) for x in (rows, piece)]),
             torch.cat([x for piece in positions.split(lengths) for x in (before, piece + count)]),
             table,
             at + count * torch.searchsorted(starts, at, right=True),
         )
-    if len(nodes) == 1:  # one sequence stays one, and needs no packed attention
-        table = torch.tensor([[0, count + len(embeddings), -1]])
-    else:
-        below = nodes.cpu().clone()
-        # Keys of a prompt do not depend on what follows, so one node of it serves all records, as a common prefix does.
-        below[:, 0] += count
-        below[:, 2] += 1  # -1, no parent, becomes 0, the prompt
-        table = torch.cat([torch.tensor([[0, count, -1]]), below])
     return torch.cat([rows, embeddings]), torch.cat([before, positions + count]), table, at + count
+
+
+def prompted_nodes(nodes: torch.Tensor, count: int, *, repeated: bool = False) -> torch.Tensor:
+    """Nodes (K, 3) of a row, on the CPU, with a soft prompt of `count` tokens in its place, see `with_prompt`."""
+    if not count:
+        return nodes
+    table = nodes.clone()
+    if repeated:
+        # Every node moves by the prompts before it, its own not counted, and is longer by its own.
+        table[:, 0] += count * torch.arange(len(nodes))
+        table[:, 1] += count
+        return table
+    if len(nodes) == 1:  # one sequence stays one, and needs no packed attention
+        table[0, 1] += count
+        return table
+    # Keys of a prompt do not depend on what follows, so one node of it serves all records, as a common prefix does.
+    table[:, 0] += count
+    table[:, 2] += 1  # -1, no parent, becomes 0, the prompt
+    return torch.cat([torch.tensor([[0, count, -1]]), table])

@@ -25,13 +25,14 @@ from mmit.models.llm import input_device
 from mmit.models.modes import evaluation_mode, training_mode
 from mmit.models.padded import is_flat, run_padded
 from mmit.models.partition import is_part, shape
-from mmit.models.per_record import rotary_limit
+from mmit.models.planning import repeats_prompt
 from mmit.models.virtual import virtual_tokens, with_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from typing_extensions import Unpack
 
+    from mmit.models.attention_plan import RowPlan
     from mmit.models.projector_base import Projector
     from mmit.models.routers import Routers
     from mmit.models.vision import VisionTower
@@ -45,7 +46,7 @@ class RowNeeds(TypedDict):
 
     input_ids: torch.Tensor  # (T,)
     positions: torch.Tensor  # (T,)
-    nodes: torch.Tensor  # (K, 3), on the CPU; see `attention.make_plan`
+    nodes: torch.Tensor  # (K, 3), on the CPU; see `attention_plan.make_plan`
     predict_at: torch.Tensor  # (S,) positions whose next token is a target
     targets: torch.Tensor  # (S,)
     image_positions: torch.Tensor  # (P,)
@@ -62,6 +63,7 @@ class RowTensors(RowNeeds, total=False):
     pixels: torch.Tensor | None  # (C, 3, H, W) uint8
     grids: torch.Tensor | None  # (K, 2) rows and columns of units
     features: torch.Tensor | None  # (C, N, D_v)
+    plan: RowPlan | None  # of its nodes, made before; see `planning.row_planner`
     records: torch.Tensor | None  # (S,) the record of each target, on the CPU; for the auxiliary loss of routers
     samples: torch.Tensor | None  # (S,) the sample of each target, where records are choices
     choices: torch.Tensor  # and the rest, see `head.choice_losses`
@@ -221,10 +223,11 @@ class VLM(nn.Module):
     def _routed_losses(self, embeddings: torch.Tensor, row: RowTensors, given: dict[str, Any]) -> torch.Tensor:
         """(S,) losses of a row, raised by the auxiliary loss of routers where that is trained."""
         records = row.get("records")
+        learned: dict[str, Any] = {"targets": row["targets"], "plan": row.get("plan")}
         if self.routers is None or records is None or not self.training:
-            return self.row_losses(embeddings, targets=row["targets"], **given)
+            return self.row_losses(embeddings, **learned, **given)
         with self.routers.watched() as seen:
-            losses = self.row_losses(embeddings, targets=row["targets"], **given)
+            losses = self.row_losses(embeddings, **learned, **given)
         # The hooks have seen tokens as they ran.
         ran, at = self._row(embeddings, **given)  # as it ran, with a soft prompt in front
         return losses + self.routers.losses(seen, nodes=ran["nodes"], at=at, records=records, padded=self.padded)
@@ -253,6 +256,7 @@ class VLM(nn.Module):
         at: torch.Tensor,
         targets: torch.Tensor,
         ids: torch.Tensor | None = None,
+        plan: RowPlan | None = None,
     ) -> torch.Tensor:
         """Cross-entropy of a packed row, as `row_logits` would give it, without ever holding all logits.
 
@@ -261,6 +265,7 @@ class VLM(nn.Module):
             nodes: (K, 3) first token, length and parent of each.
             at: (S,) positions in the row whose next token is learned. targets: (S,) ids of those tokens.
             ids: (T,) of the tokens, negative for pictures; for models whose layers ask for them.
+            plan: of the row's nodes, made before; None, or one of other nodes, for one that is made here.
 
         Returns:
             (S,) float32
@@ -270,14 +275,14 @@ class VLM(nn.Module):
         """
         parts = self.split()
         if parts is None:
-            logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at, ids=ids)
+            logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at, ids=ids, plan=plan)
             return F.cross_entropy(logits.float(), targets, reduction="none")
         body, head = parts
         given, at = self._row(embeddings, positions, nodes, at, ids)
         if self.padded and is_flat(nodes):
             hidden = run_padded(body, **given)
         else:
-            hidden = run_row(body, **given).last_hidden_state[0]
+            hidden = run_row(body, **given, plan=plan).last_hidden_state[0]
         return cross_entropy(hidden.index_select(0, at), head, targets)
 
     def row_logits(
@@ -288,6 +293,7 @@ class VLM(nn.Module):
         nodes: torch.Tensor,
         at: torch.Tensor,
         ids: torch.Tensor | None = None,
+        plan: RowPlan | None = None,
     ) -> torch.Tensor:
         """Logits of a packed row.
 
@@ -299,6 +305,7 @@ class VLM(nn.Module):
             nodes: (K, 3) first token, length and parent of each.
             at: (S,) positions in the row.
             ids: (T,) of the tokens, negative for pictures; see `calls.call`.
+            plan: see `row_losses`.
 
         Returns:
             (S, V)
@@ -310,7 +317,7 @@ class VLM(nn.Module):
         given, at = self._row(embeddings, positions, nodes, at, ids)
         if self.padded and is_flat(nodes):
             return run_padded(self.llm, **given, at=at)
-        return run_row(self.llm, **given, at=at).logits[0]
+        return run_row(self.llm, **given, at=at, plan=plan).logits[0]
 
     def _row(
         self,
@@ -321,10 +328,9 @@ class VLM(nn.Module):
         ids: torch.Tensor | None,
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """Arguments of `run_row` and `run_padded` with the soft prompt in its place, and where logits are wanted."""
-        # Where factors hang on a record's length, a prompt that all records share would need several.
         # Ids do not fit a row that a soft prompt stands in front of: they are then found out from the embeddings.
         prompt = virtual_tokens(self.llm) > 0
-        alone = prompt and is_flat(nodes) and (self.padded or rotary_limit(self.llm) is not None)
+        alone = prompt and is_flat(nodes) and repeats_prompt(self.llm, padded=self.padded)
         embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at, repeated=alone)
         return {"embeddings": embeddings, "positions": positions, "nodes": nodes, "ids": None if prompt else ids}, at
 

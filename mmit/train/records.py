@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from mmit.data.formats.keys import told
 from mmit.data.store import Store
 from mmit.models.llm import context_length
+from mmit.models.planning import row_planner
 from mmit.models.tuning import method_of
 from mmit.models.virtual import virtual_tokens
 from mmit.train.checkpoint import model as checkpoint
@@ -81,6 +82,7 @@ def feed(start: Start, model: Model, records: Records, *, engine: Engine, featur
     """
     config, world = model.config, start.world
     given: dict[str, Any] = {"load_image": image_loader(model.preparation) if model.preparation else None}
+    given["plan_row"] = row_planner(model.vlm)
     # Features are those of training's images; held-out ones go through the tower each time.
     held_out = _each_once(config, *records.eval, world=world, **given) if records.eval else None
     given["features"] = features

@@ -28,9 +28,10 @@ from transformers import DynamicCache
 from mmit.data.loader import to_micro_batch
 from mmit.data.packing import Sample, build_row
 from mmit.data.preparation import Spread
-from mmit.models import attention, decoding
+from mmit.models import attention, attention_plan, decoding
 from mmit.models.intrinsic import find_subspace, write_subspace
 from mmit.models.llm import load_llm
+from mmit.models.planning import row_planner
 from mmit.models.prefix_cache import Before
 from mmit.models.projectors import build_projector
 from mmit.models.sampling import Sampling, choose
@@ -62,6 +63,7 @@ CLIP = {
 }
 TOKENS = 4  # image tokens of such a tower
 Planted = Callable[[VLM], None]
+PLANNED: list[str] = []  # the parts of plans that were made, in their order
 
 
 class Placed(nn.Module):
@@ -100,22 +102,33 @@ def simulated(nodes: torch.Tensor | None = None) -> Iterator[FakeTensorMode]:
         nodes: (K, 3) in the place of those that a fake soft prompt has moved, which have no numbers.
     """
 
-    def real_plan(given: torch.Tensor, known: int = 0) -> Any:
-        with _disable_current_modes():
-            return plan(nodes if isinstance(given, FakeTensor) else given, known)
+    def real(name: str) -> Callable[..., Any]:
+        make = getattr(attention_plan, name)
 
-    plan = attention.make_plan
+        def made(*given: Any) -> Any:
+            PLANNED.append(name)
+            with _disable_current_modes():
+                return make(*given)
+
+        return made
+
+    def numbers(tensor: torch.Tensor) -> Any:
+        if nodes is None or not isinstance(tensor, FakeTensor) or tensor.shape != nodes.shape or tensor.is_cuda:
+            return tolist(tensor)
+        with _disable_current_modes():
+            return tolist(nodes)
+
     torch.autograd.set_multithreading_enabled(False)  # a thread of its own for the device would not see the modes
     with ExitStack() as stack:
         for owner, name, value in (
-            (attention, "make_plan", real_plan),
+            *((attention_plan, name, real(name)) for name in ("make_buckets", "make_segments")),
             (torch.nn.functional, "scaled_dot_product_attention", attended),
             # A fake parameter is of a class of its own, which the fused path takes for one that does more.
             (fused_lora, "_plain", lambda module: type(module) is nn.Linear),
             (torch.cuda, "get_device_capability", lambda device=None: (9, 0)),
             (torch.Tensor, "pin_memory", lambda tensor: tensor),
-            (torch.Tensor, "tolist", tolist),
-            (FakeTensor, "tolist", tolist),
+            (torch.Tensor, "tolist", numbers),
+            (FakeTensor, "tolist", numbers),
         ):
             stack.enter_context(patch.object(owner, name, value))
         yield FakeTensorMode(allow_non_fake_inputs=True)
@@ -194,9 +207,13 @@ def step(
             vlm.split()
             engine = TorchEngine(Placed(vlm), groups, device=torch.device("cuda"), precision=precision)
             given = uploaded(tensors, images, mode)
+            with _disable_current_modes():
+                given["plan"] = row_planner(vlm)(tensors["nodes"])  # as a loader's worker does
             micro, optimizer = Traffic(), Traffic()
+            PLANNED.clear()
             with micro:
                 engine.forward_backward(given, scale=0.5, last=False)
+            planned = list(PLANNED)
             with optimizer:
                 engine.forward_backward(given, scale=0.5, last=True)
                 before = optimizer.syncs.copy()
@@ -218,6 +235,7 @@ def step(
             }
     return {
         "kernels": micro.kernels,
+        "plans made in the forward pass": planned,
         "syncs of a micro-batch": dict(micro.syncs),
         "blocking copies of a micro-batch": dict(micro.blocking()),
         "syncs of a step": dict(optimizer.syncs - before),

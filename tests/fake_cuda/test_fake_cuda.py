@@ -55,6 +55,7 @@ def test_a_step_stays_within_its_budget(found: dict[str, Any], name: str) -> Non
     case = found[name]
     assert "error" not in case, case
     assert case["mismatches"] == []
+    assert case["plans made in the forward pass"] == []
     assert case["syncs of a micro-batch"] == {} and case["blocking copies of a micro-batch"] == {}
     assert sum(case["syncs of a step"].values()) == 1  # the norm of the gradient
     assert 100 < case["kernels"] < MOST_KERNELS

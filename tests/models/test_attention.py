@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmit.data.packing import Sample, build_row
 from mmit.errors import ModelError
-from mmit.models import attention
+from mmit.models import attention, attention_plan
 from mmit.models.llm import load_llm
 from mmit.models.vlm import VLM
 from tests.examples import examples
@@ -86,7 +86,7 @@ def test_packed_equals_alone(llm, share):
     assert len(row.targets) == 3 * len(samples)
 
 
-@pytest.mark.parametrize("long", [attention.LONE - 1, attention.LONE + 40])
+@pytest.mark.parametrize("long", [attention_plan.LONE - 1, attention_plan.LONE + 40])
 def test_a_long_node_below_another_sees_it(llm, long):
     """Alone in its bucket, where a long node without ancestors needs no mask."""
     rng = random.Random(6)

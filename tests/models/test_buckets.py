@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from mmit.models import buckets
-from mmit.models.attention import forest_attention, make_plan
+from mmit.models.attention import forest_attention
+from mmit.models.attention_plan import make_plan
 
 # Two records that share a beginning, one that goes on from there, one of its own.
 NODES = torch.tensor([[0, 4, -1], [4, 7, 0], [11, 5, 0], [16, 2, 1], [18, 6, -1]])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mmit.data.packing import build_row
 from mmit.models import prefix_tree, varlen
-from mmit.models.attention import make_plan
+from mmit.models.attention_plan import make_plan
 from mmit.models.prefix_tree import make_levels
 from tests.examples import examples
 from tests.models.test_attention import many

@@ -13,7 +13,8 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 
 from mmit.data.packing import build_row
 from mmit.models import varlen
-from mmit.models.attention import PLAIN, Kind, forest_attention, make_plan
+from mmit.models.attention import PLAIN, Kind, forest_attention
+from mmit.models.attention_plan import make_plan
 from mmit.models.prefix_tree import Parts
 from mmit.models.visibility import Visibility
 from tests.examples import examples

@@ -17,6 +17,7 @@ from mmit.data.packing import Sample
 from mmit.data.preference import METHODS, mates, mismatch
 from mmit.data.preparation import prepare_images
 from mmit.models.assemble import assemble
+from mmit.models.planning import row_planner
 from mmit.models.tuning import apply_tuning
 from mmit.records import Image, Record, Text, Turn, write_jsonl
 from mmit.train.checkpoint.model import image_preparation
@@ -115,9 +116,13 @@ class Bench:
         vlm.train()
         return TorchEngine(vlm, groups, device=torch.device("cpu"), precision="fp32")
 
-    def step(self, method: Method, rows: list[list[int]]) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
-        """(loss, gradients, metrics) of one step over these rows, as the loop makes it."""
-        engine, batches, data = self.engine(), self.batches(rows), Data()
+    def step(
+        self, method: Method, rows: list[list[int]], *, planned: bool = False, **given: Any
+    ) -> tuple[float, dict[str, torch.Tensor], dict[str, float]]:
+        """(loss, gradients, metrics) of one step over these rows, as the loop makes it; planned ahead or not."""
+        engine, data = self.engine(), Data()
+        given["plan_row"] = row_planner(engine.model) if planned else None  # type: ignore[arg-type]
+        batches = self.batches(rows, **given)
         work = Preference(method, engine.model, self.reference if method.referenced else None)
         work.begin(engine, data, batches)
         whole, loss = sum(batch.loss_weight for batch in batches), 0.0

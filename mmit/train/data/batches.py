@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmit.data.loader import LoadImage, MicroBatch, micro_batches
+from mmit.data.loader import LoadImage, MicroBatch, PlanRow, micro_batches
 from mmit.train.data.setup import source_names
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mmit.data.row_order import RowOrder
     from mmit.train.features import FeatureCache
 
-STAY = ("nodes", "records")  # on the CPU, where the attention plan is made
+STAY = ("nodes", "records")  # on the CPU, where they are read
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +39,7 @@ class TrainData:
     row_tokens: int  # that a row has room for
     load_image: LoadImage | None
     features: FeatureCache | None = None  # of a frozen vision encoder: images are then not loaded
+    plan_row: PlanRow | None = None  # plans the attention of a row, see `models.planning`
     skip_bad: bool = False  # leave bad records out, else raise
     max_bad: int = 0  # of them are tolerated while running, however often each is met
     workers: int = 0  # processes that load
@@ -74,6 +75,7 @@ class TrainData:
             self._units(start),
             load_image=None if self.features else self.load_image,
             skip_bad=self.skip_bad,
+            plan_row=self.plan_row,
             workers=self.workers,
             prefetch=self.prefetch,
         )
