@@ -38,6 +38,18 @@ def test_the_training_benchmark_prints_its_table_and_stays_near_the_floor(precis
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_plans_prints_a_line_for_each_row():
+    command = [sys.executable, "scripts/bench_plans.py", "--seconds", "0.001"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        len(re.findall(r"^\| [24],\d{3}, .* \| \d+ \|(?: [\d.]+ ms \| [\d.]+ ms \| \d+ \|){2}$", done.stdout, re.M))
+        == 8
+    )
+
+
+@pytest.mark.slow
 def test_the_gpu_benchmark_runs_dry(tmp_path):
     """Every section on a CPU: nothing fails, what needs CUDA is named with the reason, the JSON is the table."""
     command = [sys.executable, "scripts/bench_gpu.py", "--dry-run", "--out", str(tmp_path / "found.json")]
