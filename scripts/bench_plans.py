@@ -9,7 +9,6 @@ and the part that a kernel on CUDA reads; nothing runs on one.
 from __future__ import annotations
 
 import argparse
-import pickle
 import time
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
@@ -82,7 +81,7 @@ def main() -> None:
                 # out.
                 sent = bytes(ForkingPickler.dumps(planner(nodes)))
                 made = milliseconds(lambda planner=planner, nodes=nodes: used(planner(nodes)), least)  # type: ignore[misc]
-                taken = milliseconds(lambda sent=sent: used(pickle.loads(sent)), least)  # type: ignore[misc]
+                taken = milliseconds(lambda sent=sent: used(ForkingPickler.loads(sent)), least)  # type: ignore[misc]
                 cells += [f"{made:.2f} ms", f"{taken:.2f} ms", f"{len(sent) / 1000:.0f}"]
             print(f"| {tokens:,}, {name} | {len(nodes)} | {' | '.join(cells)} |", flush=True)
 
