@@ -23,14 +23,16 @@ from mmit.models.intrinsic import HIDDEN, OF_MODEL, Back, Tasks, find_subspace, 
 from mmit.models.tuning.structure import base_model
 from mmit.models.virtual import PROMPT
 from mmit.train.checkpoint.model import Loaded, find, load_model, read_config
-from mmit.train.data.batches import TrainData
 from mmit.train.data.order import row_order_of
 from mmit.train.data.setup import cache_folder, image_loader, measure
 from mmit.train.engines.base import weighted
+from mmit.train.engines.world import World
+from mmit.train.records import train_data
 from mmit.train.resolve import objective_of, open_records
 
 if TYPE_CHECKING:
     from mmit.data.loader import MicroBatch
+    from mmit.train.data.batches import TrainData
 
 
 def make_subspace(
@@ -130,19 +132,10 @@ def _records(loaded: Loaded, folder: Path) -> TrainData:
     given: dict[str, Any] = {"preparation": preparation, "cache": store.folder, "on_bad": lambda error: None}
     data = open_records(config, "train", loaded.chat, loaded.tokenizer, **given, say=lambda text: None)
     scan = measure(data, store=store, shown=False)
-    return TrainData(
-        data,
-        scan,
-        row_order_of(config, scan)[0],
-        rank=0,
-        world=1,
-        device=vlm.device,
-        micro_rows=config.train.micro_rows,
-        row_tokens=config.data.pack_tokens,
-        load_image=image_loader(preparation) if preparation is not None else None,
-        skip_bad=True,
-        max_bad=scan.records,
-    )
+    feed: dict[str, Any] = {"load_image": image_loader(preparation) if preparation is not None else None}
+    feed |= {"skip_bad": True, "max_bad": scan.records, "workers": 0}
+    world = World(0, 1, vlm.device, deepspeed=False)
+    return train_data(config, data, scan, row_order_of(config, scan)[0], world=world, **feed)
 
 
 def _without_end(data: TrainData, run: Path) -> Iterator[MicroBatch]:

@@ -91,7 +91,7 @@ def feed(start: Start, model: Model, records: Records, *, engine: Engine, featur
         start.heart.phase("measuring the reference", 0)
         data = {"train": _each_once(config, records.train, records.scan, world=world, **given), "eval": held_out}
         references = References.of(method, engine, data, vlm=model.vlm, begin=start.begin, say=start.say)
-    train = _train_data(config, records.train, records.scan, records.row_order, world=world, **given)
+    train = train_data(config, records.train, records.scan, records.row_order, world=world, **given)
     return Feeds(train, held_out, references)
 
 
@@ -185,24 +185,26 @@ def is_cached(config: Config) -> bool:
     return config.model.vision is not None and config.model.vision.cache != "off"
 
 
-def _train_data(
+def train_data(
     config: Config, data: InstructionData, scan: Measurements, row_order: RowOrder, *, world: World, **feed: Any
 ) -> TrainData:
-    return TrainData(
-        data,
-        scan,
-        row_order,
-        rank=world.rank,
-        world=world.size,
-        device=world.device,
-        micro_rows=config.train.micro_rows,
-        row_tokens=config.data.pack_tokens,
-        skip_bad=config.run.on_bad_record == "skip",
-        max_bad=most_bad(config.run.max_bad_fraction, scan.records),
-        workers=config.data.workers,
-        prefetch=config.data.prefetch_mb << 20,
-        **feed,
-    )
+    """Micro-batches of records as a config has them.
+
+    Args:
+        config: of the run. data: its records. scan: what was measured of them. row_order: their rows.
+        world: whose ranks share them.
+        feed: further arguments of `TrainData`, and those that are others than the config's.
+    """
+    given: dict[str, Any] = {
+        "micro_rows": config.train.micro_rows,
+        "row_tokens": config.data.pack_tokens,
+        "skip_bad": config.run.on_bad_record == "skip",
+        "max_bad": most_bad(config.run.max_bad_fraction, scan.records),
+        "workers": config.data.workers,
+        "prefetch": config.data.prefetch_mb << 20,
+    }
+    place: dict[str, Any] = {"rank": world.rank, "world": world.size, "device": world.device}
+    return TrainData(data, scan, row_order, **place, **(given | feed))
 
 
 def _each_once(config: Config, data: InstructionData, scan: Measurements, *, world: World, **feed: Any) -> TrainData:
@@ -217,4 +219,4 @@ def _each_once(config: Config, data: InstructionData, scan: Measurements, *, wor
         steps=None,
         group=config.data.group,
     )
-    return _train_data(config, data, scan, make_row_order(scan, each)[0], world=world, **feed)
+    return train_data(config, data, scan, make_row_order(scan, each)[0], world=world, **feed)
