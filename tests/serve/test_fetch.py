@@ -7,16 +7,20 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from mmit.errors import ConfigError
 from mmit.serve import fetch
+from mmit.serve.app import Settings, build_app
+from mmit.serve.engine import Engine
 from mmit.serve.fetch import Fetcher, is_public
 from mmit.serve.images import Files, Images
 from mmit.serve.refused import Refused
-from tests.serve.client import png
+from tests.serve.client import CHAT, Answer, Client, data_url, png, shown, user
+from tests.test_generate import build
 
 # Names that an attacker owns, and what they resolve to.
 NAMES = {
@@ -249,3 +253,24 @@ def test_what_a_host_may_answer(site: tuple[str, Fetcher], path: str, told: str)
     with pytest.raises(Refused, match=told):
         fetcher.get(url + path.replace("PORT", url.rpartition(":")[2]), param="x")
     assert time.monotonic() - began < 1
+
+
+def test_a_request_names_an_image_by_its_address(site: tuple[str, Fetcher]) -> None:
+    """Where it is allowed the answer is that to the image as data; what leads inside is a mistake of the request."""
+    url, fetcher = site
+    engine = Engine({"tiny": build()}, max_running=1)
+    try:
+        client = Client(build_app(engine, Settings(fetcher=replace(fetcher, seconds=20))))
+
+        def ask(address: str) -> Answer:
+            messages = [user(shown(address))]
+            return client.post(CHAT, {"model": "tiny", "messages": messages, "max_tokens": 6, "temperature": 0})
+
+        fetched, sent = ask(f"{url}/image/a.png"), ask(data_url(png()))
+        assert fetched.status == 200 and fetched.json["choices"] == sent.json["choices"], fetched.body
+        assert len(Site.seen) == 1
+        inside = ask(f"{url}/to/http:__inside.example:{url.rpartition(':')[2]}_image")
+        assert inside.status == 400 and "no public address" in inside.error["message"]
+        assert inside.error["param"] == "messages[0].content[0].image_url.url"
+    finally:
+        engine.close(0)
