@@ -141,6 +141,7 @@ def align_to_captions(
     features: FeatureCache | None,
     world: World,
     begin: Callable[[str], None],
+    work: Callable[[], None] = lambda: None,
 ) -> str:
     """Align the projector with the words of captions; all ranks come here, rank 0 trains. Returns what rank 0 found.
 
@@ -148,7 +149,7 @@ def align_to_captions(
 
     Args:
         features: of the run, used where they have all images of the captions.
-        begin: receives the name of each phase, for the heartbeat.
+        begin: receives the name of each phase, for the heartbeat. work: is called after each step, for it too.
 
     Raises:
         ConfigError: no projector, or one for DeepStack. RecordError: a record is not a caption.
@@ -179,7 +180,12 @@ def align_to_captions(
 
         def align(alive: Callable[[], None]) -> None:
             nonlocal result
-            loss = align_words(projector, seen, words, embeddings, plan, alive=alive)
+
+            def stepped() -> None:
+                alive()
+                work()
+
+            loss = align_words(projector, seen, words, embeddings, plan, alive=stepped)
             result = f"word alignment: {len(records)} captions, {plan.epochs} epochs, loss {loss:.3f}"
             begin("sharing the projector")
 

@@ -212,10 +212,11 @@ def _align(start: Start, model: Model, features: FeatureCache | None) -> None:
     align = model.config.align
     assert align is not None, "only a config with the section align comes here"
     plan = Alignment(**align.model_dump(), seed=model.config.run.seed)
-    where: dict[str, Any] = {"features": features, "world": start.world, "begin": partial(start.heart.phase, step=0)}
+    heart = start.heart
+    where: dict[str, Any] = {"features": features, "world": start.world, "begin": partial(heart.phase, step=0)}
     with partitioned(model.divided):
-        start.say(align_to_captions(model.loaded, model.preparation, plan, **where))
-    start.heart.phase("preparing the model", 0)
+        start.say(align_to_captions(model.loaded, model.preparation, plan, **where, work=heart.work))
+    heart.phase("preparing the model", 0)
 
 
 def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:

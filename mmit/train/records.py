@@ -114,10 +114,14 @@ def _read_data(start: Start, model: Model, part: Literal["train", "eval"]) -> tu
     found: list[Any] = []
 
     def work(alive: Callable[[], None]) -> None:
+        def going_on() -> None:
+            alive()
+            start.heart.work()
+
         on_bad = unreadable.append if policy.skip else None
         reading: dict[str, Any] = {"preparation": model.preparation, "cache": cache, "on_bad": on_bad, "say": tell}
         data = open_records(config, part, model.loaded.chat, model.loaded.tokenizer, **reading)
-        found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]
+        found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=going_on)]
 
     # First the main rank, then one of each other node, then the rest: each finds what an earlier one kept, where their
     # nodes share the folder, and otherwise measures.

@@ -19,6 +19,7 @@ from mmit.errors import CheckpointError, ConfigError, ImageError, RecordError
 from mmit.train.checkpoint import model as checkpoint
 from mmit.train.data.batches import TrainData
 from mmit.train.monitor import metrics_log
+from mmit.train.monitor.heartbeat import read_beats
 from mmit.train.run import EXIT_STOPPED, run
 from tests.tiny_run import DROPOUT
 from tests.tiny_run import two_layers as tiny_config
@@ -51,6 +52,7 @@ def test_it_learns_and_says_what_it_did(straight):
     row = json.loads((straight / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["tokens"] > 0 and row["supervised"] > 0 and 0 < row["fill"] <= 1 and row["bad_records"] == 0
     assert (straight / "run" / "loss.png").stat().st_size > 5000
+    assert read_beats(straight / "run")[0].works > 0, "measuring long data would be told as a standstill"
 
 
 def test_the_curve_is_painted(straight, tmp_path, monkeypatch):
@@ -147,6 +149,7 @@ def test_cached_features_and_word_alignment(straight, tmp_path):
         align={"captions": str(tmp_path / "data" / "captions.jsonl"), "epochs": 3},
     )
     assert run(aligned) == 0
+    assert read_beats(tmp_path / "b")[0].works > read_beats(tmp_path / "a")[0].works  # its steps too
     assert losses(tmp_path / "b") != losses(tmp_path / "a")
 
 

@@ -36,6 +36,7 @@ class Beat:
     time: float  # of writing
     host: str
     pid: int
+    works: int = 0  # signs of work inside phases so far
 
     @property
     def doing(self) -> str:
@@ -75,7 +76,7 @@ class Heartbeat:
     ) -> None:
         self.run_dir, self.rank, self.world, self.stall, self.report = run_dir, rank, world, stall, report
         self.every = every if every is not None else min(max((stall or 0) / 10, 0.2), 10.0)
-        self._state: tuple[int, str, float, int] = (0, "start", time.time(), 0)
+        self._state: tuple[int, str, float, int, int] = (0, "start", time.time(), 0, 0)
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._watch = Watch(world, stall or 0.0)
@@ -92,7 +93,11 @@ class Heartbeat:
     def phase(self, name: str, step: int) -> None:
         """Begin a phase; every rank calls this in the same order."""
         # One assignment of a tuple, which the thread reads as a whole: no lock that a stalled rank could hold.
-        self._state = (step, name, time.time(), self._state[3] + 1)
+        self._state = (step, name, time.time(), self._state[3] + 1, self._state[4])
+
+    def work(self) -> None:
+        """Say that the phase goes on, by whatever does it: measuring millions of records takes longer than `stall`."""
+        self._state = (*self._state[:4], self._state[4] + 1)
 
     def close(self, last: str) -> None:
         """Write a last heartbeat, "finished" or "stopped", and end the thread."""
@@ -104,8 +109,8 @@ class Heartbeat:
                 self._write()
 
     def _write(self) -> None:
-        step, phase, since, moves = self._state
-        beat = Beat(self.rank, step, phase, since, moves, time.time(), platform.node(), os.getpid())
+        step, phase, since, moves, works = self._state
+        beat = Beat(self.rank, step, phase, since, moves, time.time(), platform.node(), os.getpid(), works)
         # Not synced: after a power cut nobody wants to know, and an fsync every few seconds slows what writes data.
         write_json(path_of(self.run_dir, self.rank), asdict(beat), sync=False)
 
@@ -129,6 +134,7 @@ class Watch:
     def __init__(self, world: int, stall: float) -> None:
         self.world, self.stall = world, stall
         self._moved: dict[int, tuple[int, float]] = {}  # rank -> (moves, when they were first seen)
+        self._worked: dict[int, tuple[int, float]] = {}  # rank -> (signs of work, when they were first seen)
         self._written: dict[int, tuple[float, float]] = {}  # rank -> (time in the file, when it was first seen)
         self._told: dict[int, tuple[int, float]] = {}  # rank -> (moves, seconds that were told)
 
@@ -137,6 +143,8 @@ class Watch:
         for rank, beat in beats.items():
             if self._moved.get(rank, (-1, 0.0))[0] != beat.moves:
                 self._moved[rank] = beat.moves, now
+            if self._worked.get(rank, (0, 0.0))[0] != beat.works:
+                self._worked[rank] = beat.works, now
             if self._written.get(rank, (-1.0, 0.0))[0] != beat.time:
                 self._written[rank] = beat.time, now
         running = {r: b for r, b in beats.items() if b.phase not in OVER}
@@ -144,6 +152,11 @@ class Watch:
             return []
         # Whoever is further on waits for those: they are not told, or one fault would be reported by every rank.
         least = min(b.moves for b in running.values())
+        behind = [rank for rank, beat in running.items() if beat.moves == least]
+        # While one of them works, the others in its phase may wait for it. One that hangs is told once those have gone
+        # on to the next phase.
+        if any(rank in self._worked and now - self._worked[rank][1] < self.stall for rank in behind):
+            return []
         told = []
         for rank, beat in running.items():
             still = now - self._moved[rank][1]

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -44,6 +45,33 @@ def test_ranks_that_move_or_are_done_are_left_alone():
     for second in range(30):
         beats = {0: beat(0, second, at=float(second)), 1: beat(1, 3, at=0.0, phase="finished")}
         assert watch.look(beats, now=float(second), every=1.0) == []
+
+
+def test_a_long_phase_that_works_is_no_standstill_until_the_work_stops():
+    watch, told = Watch(world=2, stall=10.0), []
+    for second in range(60):
+        # Rank 0 measures for 40 seconds while rank 1 waits for it, then hangs; both are in the same phase.
+        beats = {r: beat(r, 3, at=float(second), phase="measuring the data") for r in range(2)}
+        beats[0] = replace(beats[0], works=min(second, 40))
+        told += [(second, rank) for rank, *_ in watch.look(beats, now=float(second), every=1.0)]
+    assert min(told) == (50, 0)
+
+
+def test_a_rank_that_hangs_where_others_work_is_told_once_they_have_gone_on():
+    watch, told = Watch(world=2, stall=10.0), []
+    for second in range(40):
+        beats = {0: beat(0, 3, at=float(second)), 1: beat(1, 4 if second > 20 else 3, at=float(second))}
+        beats[1] = replace(beats[1], works=min(second, 20))
+        told += [(second, rank) for rank, *_ in watch.look(beats, now=float(second), every=1.0)]
+    assert told[0] == (21, 0)
+
+
+def test_signs_of_work_are_written(tmp_path):
+    heart = Heartbeat(tmp_path, rank=0, world=1, stall=60.0, report=lambda *_: None)
+    heart.phase("measuring the data", 0)
+    heart.work()
+    heart.close("stopped")
+    assert read_beats(tmp_path)[0].works == 1
 
 
 def rank_process(folder: Path, rank: int) -> int:
