@@ -61,8 +61,7 @@ def iou(
         predictions: (n,) answers.
         references: (n,) texts with a box, [left, top, right, bottom] of 0 to 1000, or of 0 to 1 with points.
         profile: mean, 50 or 75.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the mean over answers; `details["parsed"]` has the box (4,) of each answer, None where it has none.

@@ -123,9 +123,8 @@ def captions(
 ) -> Score:
     """Caption metrics of COCO and Flickr30k: `value` is CIDEr, the others are in `details`.
 
-    CIDEr weighs words by their frequency over the evaluated images, so on a handful of images it means little
-    (a single image gives 0), and `by_group` uses the frequencies of the whole set. The interval resamples
-    images.
+    CIDEr weighs words by their frequency over the evaluated images, so on a handful of images it means little (a single
+    image gives 0), and `by_group` uses the frequencies of the whole set. The interval resamples images.
 
     Profiles: coco (Penn Treebank tokens, needs Java), simple (no Java, no METEOR, not comparable to published
     numbers), vlmeval (untokenised, times 100, no METEOR).
@@ -134,15 +133,13 @@ def captions(
         predictions: (n,) answers.
         references: (n,) lists of captions of each image.
         profile: coco, simple or vlmeval.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         CIDEr of the n images; `details` has BLEU, ROUGE-L and, in profile coco, METEOR too.
 
     Raises:
-        MmitError: unknown profile, columns of different length, an image without reference, or
-            pycocoevalcap or Java is missing.
+        MmitError: unknown profile, columns of different length, no reference; pycocoevalcap or Java is missing.
     """
     tokenise, meteor, factor, java = pick(PROFILES, profile, where="captions")
     check_lengths("captions", predictions, references=references, groups=groups)

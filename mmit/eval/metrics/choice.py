@@ -168,8 +168,7 @@ def choice_accuracy(
         references: (n,) letters, or {"answer": letter, "options": [...] or {letter: text}}; with options, only
             their letters can be extracted.
         profile: one of the above.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the share of right answers; `details["parsed"]` has the letter read from each.
@@ -207,8 +206,7 @@ def realworldqa(
     Args:
         predictions: (n,) answers.
         references: (n,) a letter A-D or a text each.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the share of right answers; `details["parsed"]` has what was compared.
@@ -299,8 +297,7 @@ def mmbench(
         references: (n,) rows {"index": int, "answer": letter, "options": {letter: text} or list}, and "category" if
             there is one.
         profile: prefetch or static.
-        groups: (n,) group of each row, by default the categories.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each row, by default the categories. seed: of the bootstrap interval.
 
     Returns:
         the share of questions whose rotations are all right.

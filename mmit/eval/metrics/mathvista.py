@@ -102,8 +102,7 @@ def mathvista(
         references: (n,) {"question_type": "multi_choice" or "free_form", "answer_type": text, integer, float or
             list, "choices": list or None, "precision": number or None, "answer": text}.
         profile: offline or extracted.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the share of right answers; `details["parsed"]` has what was compared, None where nothing was found.

@@ -84,8 +84,7 @@ def anls(
         predictions: (n,) answers.
         references: (n,) a text or a list of texts each; the nearest counts.
         profile: lmms or normalised.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the mean similarity, 0 to 1; below 0.5 an answer counts 0.
@@ -137,8 +136,7 @@ def relaxed_accuracy(
         predictions: (n,) answers.
         references: (n,) a text or a list of texts each.
         profile: lmms or vlmeval.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the share of right answers.
@@ -205,8 +203,7 @@ def rouge_l(
         predictions: (n,) answers.
         references: (n,) a text or a list of texts each.
         profile: f1 or coco.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the mean over texts, 0 to 1.

@@ -80,8 +80,7 @@ def exact_match(
         predictions: (n,) answers.
         references: (n,) a text or a list of texts each.
         profile: one of the above.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the share of equal answers; `details["parsed"]` has what was compared.
@@ -138,8 +137,7 @@ def ocrbench(
         predictions: (n,) answers.
         references: (n,) {"answers": [...], "dataset": name}.
         profile: lmms or vlmeval.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the share of right answers.
@@ -208,8 +206,7 @@ def gsm8k(
         predictions: (n,) answers.
         references: (n,) the worked answer of the data set ("... #### 42") or the number alone, each.
         profile: strict or flexible.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the share of right numbers; `details["parsed"]` has the number read from each answer.

@@ -90,10 +90,8 @@ def pope(
     """POPE (Li et al. 2023): `value` is accuracy (F1 in profile vlmeval), the rest in details.
 
     Profiles:
-        official: the first sentence's "No", "no" or "not" is no, everything else is yes (also LLaVA's
-            script).
-        lmms: the answer must be exactly yes or no; recall skips unread answers; `yes_ratio` is the
-            references'.
+        official: the first sentence's "No", "no" or "not" is no, everything else is yes (also LLaVA's script).
+        lmms: the answer must be exactly yes or no; recall skips unread answers; `yes_ratio` is the references'.
         vlmeval: "yes" or "no" among the words, not both; `value` is F1.
 
     The unparsed rate counts answers without "yes" or "no" among their words, even where the profile reads them as yes.
@@ -102,12 +100,10 @@ def pope(
         predictions: (n,) answers.
         references: (n,) yes or no each.
         profile: official, lmms or vlmeval.
-        groups: (n,) split of each question: random, popular or adversarial.
-        seed: of the bootstrap interval.
+        groups: (n,) split of each question: random, popular or adversarial. seed: of the bootstrap interval.
 
     Returns:
-        accuracy, or F1 in profile vlmeval; `details` has accuracy, precision, recall, f1, yes_ratio,
-        predicted_yes_ratio and f1_ci95.
+        the score; `details` has accuracy, precision, recall, f1, yes_ratio, predicted_yes_ratio and f1_ci95.
 
     Raises:
         MmitError: unknown profile, columns of different length, or a reference other than yes and no.
@@ -118,7 +114,6 @@ def pope(
     said = [read(p) for p in predictions]
     gold = [_binary(r, where=f"pope: question {i}") for i, r in enumerate(references)]
     vague = [(said[i] if profile == "lmms" else clear(p)) == "other" for i, p in enumerate(predictions)]
-
     cells = [_CELLS.index(pair) for pair in zip(gold, said, strict=True)]
 
     def f1(draws: np.ndarray) -> np.ndarray:
@@ -224,20 +219,18 @@ def mme(
 ) -> Score:
     """MME (Fu et al. 2023): `value` is the sum over categories of accuracy + accuracy+, at most 200 each.
 
-    Accuracy+ is the share of images with both questions right.
+    Accuracy+ is the share of images with both questions right. An image has exactly two.
 
     Profiles: lmms (strips, drops periods, "y" and "n" count), official (lower-cases only).
 
     Args:
         predictions: (n,) answers.
-        references: (n,) {"answer": yes or no, "category": name, "image": id}; an image has exactly two questions.
+        references: (n,) {"answer": yes or no, "category": name, "image": id}.
         profile: lmms or official.
-        groups: (n,) group of each question, by default its category.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each question, by default its category. seed: of the bootstrap interval.
 
     Returns:
-        the sum over categories; `details` has the sums of perception and cognition, the categories
-        that are missing, and the three numbers of each category.
+        the score; `details` has sums of perception and cognition, missing categories, and numbers of each category.
 
     Raises:
         MmitError: unknown profile, columns of different length, a reference without its keys, or an image
@@ -352,8 +345,7 @@ def nlvr(
         predictions: (n,) answers.
         references: (n,) {"label": "true" or "false", "identifier": "sentence-position-permutation"}.
         profile: official or words.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the share of right answers; `details["consistency"]` has that of sentences.
@@ -389,8 +381,7 @@ def nlvr2(
         predictions: (n,) answers.
         references: (n,) {"label": "True" or "False", "identifier": "split-sentence-pair-n"}.
         profile: official or words.
-        groups: (n,) group of each answer; each group gets a Score of its own.
-        seed: of the bootstrap interval.
+        groups: (n,) group of each answer; each group gets a Score of its own. seed: of the bootstrap interval.
 
     Returns:
         the share of right answers; `details["consistency"]` has that of sentences.

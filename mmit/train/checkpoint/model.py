@@ -380,11 +380,8 @@ def load_model(
     device_map = large.device_map
     if large.bits is not None:  # quantized while they are loaded; weights of 8 bits cannot be moved afterwards
         device_map = device_map or {"": str(place)}
-    placed: dict[str, Any] = {
-        "device_map": device_map,
-        "offload": large.offload,
-        "quantization": large.bits or four_bits,
-    }
+    bits = large.bits or four_bits
+    placed: dict[str, Any] = {"device_map": device_map, "offload": large.offload, "quantization": bits}
     same: dict[str, Any] = {"seed": config.run.seed, "packed": config.data.packing is not False}
     vlm, tokenizer = assemble(model, dtype=number_format, **placed, **same, tokenizer=str(path / "tokenizer"))
     if plain and four_bits is not None:
