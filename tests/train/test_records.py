@@ -124,13 +124,17 @@ def test_what_a_run_builds_on_leaves_out_a_base_that_is_in_every_checkpoint(
     assert content["vision"] == "eye" and content["chat"] == {"name": "qa"} and content["deepspeed"] is None
 
 
-def test_the_loop_gets_rows_of_training_and_each_held_out_record_once(tmp_path: Path) -> None:
+def test_the_loop_gets_rows_of_training_and_each_held_out_record_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "row_planner", lambda vlm: "planner")
     config = config_of(tmp_path)
     ordered: Any = SimpleNamespace(name="order")
     given = Records(opened(), measured(), ordered, {}, (opened(), measured(7)))
     features: Any = object()
     feeds = feed(start_of(config, []), model_of(config), given, engine=None, features=features)  # type: ignore[arg-type]
     assert feeds.train.row_order is ordered and feeds.train.features is features and feeds.references is None
+    assert feeds.train.plan_row == "planner"
     assert feeds.eval is not None and feeds.eval.features is None  # its images go through the tower each time
     held = feeds.eval.row_order
     units = [unit for place in range(held.total_rows) for unit in held.row(place) or []]
