@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 
 from mmit.data.decode import load_fast
-from mmit.data.images import FIT_MODES, INTERPOLATIONS, fit, image_size
+from mmit.data.images import FIT_MODES, INTERPOLATIONS, fit, image_size, to_tensor
 from mmit.data.native import NativeLayout, check_native, layout
 from mmit.data.tiles import TILINGS, Size, Tiling, crops
 from mmit.errors import ConfigError, ImageError, nearest
@@ -159,7 +158,7 @@ class ImagePreparation:
             interpolation=INTERPOLATIONS[self.interpolation],
             fill=self.fill,
         )
-        return torch.stack([torch.from_numpy(np.array(crop)).permute(2, 0, 1) for crop in cut])
+        return torch.stack([to_tensor(crop) for crop in cut])
 
     def _units(self, picture: PIL.Image.Image, laid: NativeLayout) -> torch.Tensor:
         """(C, 3, S, S) uint8: the units of a picture, row by row; what its grid has beyond it is black."""

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ImageOps
 
-from mmit.data.images import FORMATS, fit, image_size, load_rgb
+from mmit.data.images import FORMATS, fit, image_size, load_rgb, to_tensor
 from mmit.data.shards.records import picture_size
 from mmit.errors import ConfigError, ImageError
 from mmit.records import Image
@@ -345,6 +345,17 @@ def test_pad_is_a_padded_canvas_scaled(shape: tuple[int, int], size: tuple[int, 
     expected = np.asarray(canvas.resize((W, H), PIL.Image.Resampling[interpolation.upper()]))
     out = fit(picture, size, mode="pad", interpolation=interpolation, fill=OPENAI_FILL)
     assert np.array_equal(out.permute(1, 2, 0).numpy(), expected)
+
+
+def test_a_tensor_of_a_picture_is_its_own_and_contiguous() -> None:
+    for size in ((3, 2), (1, 1), (5, 1), (1, 5)):
+        picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+        tensor = to_tensor(picture)
+        assert tensor.shape == (3, *size) and tensor.is_contiguous()
+        assert tensor.permute(1, 2, 0).tolist() == np.asarray(picture).tolist()
+        before = np.asarray(picture).copy()
+        tensor.zero_()  # it may be written to, and the picture stays
+        assert np.array_equal(np.asarray(picture), before)
 
 
 def test_pad_leaves_square_pictures_to_the_resize_alone() -> None:
