@@ -285,7 +285,9 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--kinds", nargs="+", default=["questions", "texts"], choices=["questions", "texts"])
     parser.add_argument("--gaps", action="store_true", help="waits between two tokens while long prompts join")
-    parser.add_argument("--long", type=int, default=1024, help="tokens of those prompts")
+    parser.add_argument(
+        "--long", type=int, default=1024, help="tokens of those prompts; with --soak, words of the longest"
+    )
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="load a server for so long, see above")
     parser.add_argument("--pid", type=int, help="of the server's process, with --soak")
     parser.add_argument("--cores", type=float, default=100.0, help="that server and clients use at most, with --soak")

@@ -113,7 +113,7 @@ class Size(NamedTuple):
     """How large requests become: most tokens of an answer, most words of a long prompt."""
 
     tokens: int
-    words: int = 700
+    words: int
 
 
 def one_of_many(place: Place, draw: random.Random, size: Size) -> str:
@@ -335,7 +335,7 @@ def soak(args: argparse.Namespace) -> Iterator[str]:
     yield from HEAD
     minutes = [seen()]
     yield minutes[0].line()
-    load = Load(place, size=Size(args.tokens), clients=args.clients, may=may)
+    load = Load(place, size=Size(args.tokens, args.long), clients=args.clients, may=may)
     while (number := len(minutes)) <= args.soak:
         time.sleep(max(0.0, begin + 60 * number - time.monotonic()))
         minutes.append(seen())
