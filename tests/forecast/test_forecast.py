@@ -29,7 +29,7 @@ from mmit.train.memory.devices import GPUS, find_device
 from mmit.train.memory.estimate import ALONE, empty_model, least_recompute, stages
 from mmit.train.memory.step_bytes import LiveBytes, measure_bytes
 from mmit.train.run import run
-from tests.forecast.counted import counted_once
+from tests.forecast.counted import BYTES, counted_once
 from tests.models.test_tuning import CASES
 from tests.models.tuned_models import NODES, PATHS, composite, config_for, row, tune_plan
 from tests.tiny_run import two_layers as tiny_config
@@ -167,17 +167,6 @@ def test_the_stages_partition_what_they_should(folder):
     assert more == 16 * 10**9 + 4 * (BUCKET - bucket_size(found.trained))
 
 
-def test_a_dry_run_tells_what_the_run_does(folder, tmp_path):
-    config = tiny_config(folder, run={"dir": str(tmp_path / "run")}, train={"epochs": 2.0, "steps": None})
-    found = forecast(config)
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert run(config) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert (found.records, found.measured, found.steps) == (16, 16, len(rows))
-    assert found.tokens * found.epochs == pytest.approx(sum(r["tokens"] for r in rows), rel=0.15)
-    assert found.pictures == 12 and found.fill == pytest.approx(sum(r["fill"] for r in rows) / len(rows), rel=0.15)
-
-
 @pytest.fixture(scope="module")
 def counts():
     return {}
@@ -188,6 +177,18 @@ def counted(counts):
     """For tests that look at rows and steps alone."""
     with counted_once(counts):
         yield
+
+
+@pytest.mark.usefixtures("counted")
+def test_a_dry_run_tells_what_the_run_does(folder, tmp_path):
+    config = tiny_config(folder, run={"dir": str(tmp_path / "run")}, train={"epochs": 2.0, "steps": None})
+    found = forecast(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert run(config) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (found.records, found.measured, found.steps) == (16, 16, len(rows))
+    assert found.tokens * found.epochs == pytest.approx(sum(r["tokens"] for r in rows), rel=0.15)
+    assert found.pictures == 12 and found.fill == pytest.approx(sum(r["fill"] for r in rows) / len(rows), rel=0.15)
 
 
 @pytest.mark.usefixtures("counted")
@@ -274,12 +275,13 @@ def test_flops_of_the_quickstart():
 
 
 def test_a_preference_method_counts_its_reference_and_the_mismatched_answers_of_kto(folder):
-    found = {}
+    found, counts = {}, {}
     for kind in ("dpo", "orpo", "kto"):
         data = write_pairs(folder / kind, kind="kto" if kind == "kto" else "dpo")
         train = {"steps": 2, "rows_per_step": 1, "precision": "fp32", "objective": {"kind": kind}}
         data_section = {"train": [{"path": str(data)}], "max_length": 128, "pack_tokens": 256, "workers": 0}
-        found[kind] = forecast(tiny_config(folder, data=data_section, train=train))
+        with counted_once(counts, [BYTES]):  # the FLOPs are what this is about
+            found[kind] = forecast(tiny_config(folder, data=data_section, train=train))
     forward = {kind: sum(part["forward"] for part in f.flops.values()) for kind, f in found.items()}
     # All records lie in one row, which is a step: the reference of pairs is one forward pass of it, of labels two.
     assert found["dpo"].reference == forward["dpo"] > 0 and found["orpo"].reference == 0.0
