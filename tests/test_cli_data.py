@@ -200,7 +200,8 @@ def test_a_mixture_without_a_model_is_read_as_data(made, tmp_path):
     assert_one_message(mmit("data", "check", mixture), "mixture.yaml:3", "paths: unknown key", "path")
 
 
-def test_a_file_in_place_of_the_format(tmp_path):
+def test_a_file_in_place_of_the_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     result = mmit("data", "import", "assets/llava_mixed.json", "--out", tmp_path / "x.jsonl")
     assert result.exit_code and "mmit data import auto assets/llava_mixed.json" in result.output
     assert "auto" not in mmit("data", "import", "llva", "--out", tmp_path / "x.jsonl").output.split("valid:")[0]
