@@ -1,4 +1,6 @@
-"""Meters that repeat exactly: executed FLOPs, split at the LM head, and the peak of live bytes; and their statistics.
+"""Meters of steps: executed FLOPs, split at the LM head, the peak of live bytes, the rate of products; statistics.
+
+FLOPs and live bytes repeat exactly.
 
 FLOPs are those of torch's FlopCounterMode (attention counted densely). Live bytes are of every tensor storage that an
 operator returns while the meter is on, from its birth to its end; what was alive before (weights, optimizer) is added.
@@ -8,7 +10,9 @@ from __future__ import annotations
 
 import random
 import statistics
+import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -85,6 +89,34 @@ def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list
     for group in optimizer.param_groups:
         found += group["params"]
     return found + [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+
+
+class Products:
+    """The rate of matrix products of a model's own shapes, alone: what its steps are measured against.
+
+    Args:
+        model: its linear layers, each as often as it is there.
+        tokens: rows of the other factor.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, tokens: int) -> None:
+        layers = [m.weight for m in model.modules() if type(m) is torch.nn.Linear]
+        self._shapes = Counter((w.shape, w.dtype) for w in layers)
+        make = {case: torch.randn(case[0], dtype=torch.float32).to(case[1]) for case in self._shapes}
+        rows = {case: torch.randn(tokens, case[0][1]).to(case[1]) for case in self._shapes}
+        self._factors = [(count, rows[case], make[case]) for case, count in self._shapes.items()]
+
+    def rate(self, repeats: int = 3) -> float:
+        """FLOPs for each second of processor time, over all of them, each shape so many times."""
+        flops = seconds = 0.0
+        for count, rows, weight in self._factors:
+            rows @ weight.T  # the first call of a shape lays its weights out
+            start = time.process_time()
+            for _ in range(repeats):
+                rows @ weight.T
+            flops += count * 2.0 * len(rows) * weight.numel()
+            seconds += count * (time.process_time() - start) / repeats
+        return flops / seconds
 
 
 def ratio_interval(

@@ -4,7 +4,9 @@ SmolLM2-135M, a small CLIP tower and a two-layer projector in one llava-hf folde
 trained, batch 8, in bf16 or float32. All arms start from the same weights and get the same samples. First their losses
 must agree (in float32 without gradient, and over the first steps as timed). Then FLOPs and live bytes of one step are
 counted, which repeats exactly, and steps are timed in turns: each round runs every arm on the same batch, every other
-one backwards.
+one backwards. A round begins with the linear layers' products of mmit's model alone, in the same format and threads:
+an arm's share of that rate is the FLOPs it executes a second over it, both by processor time, which other work on the
+machine disturbs least.
 A peer that is not installed (`pip install trl==1.16.0`) is a line that says so.
 """
 
@@ -15,6 +17,7 @@ import gc
 import importlib.metadata
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -28,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 warnings.filterwarnings("ignore")
 
 import torch  # noqa: E402
-from bench_meters import LiveBytes, flops_of, ratio_interval, tensors_of  # noqa: E402
+from bench_meters import LiveBytes, Products, flops_of, ratio_interval, tensors_of  # noqa: E402
 from bench_train_arms import BATCH, Arm, Case, make_case, mmit_arm  # noqa: E402
 from bench_train_peers import trainer_arm, trl_arm  # noqa: E402
 
@@ -82,6 +85,7 @@ def measure(arms: dict[str, Arm], *, rounds: int, precision: str) -> dict[str, d
         _, targets, tokens = arm.loss(WARM)
         head = getattr(arm.model, "llm", arm.model).get_output_embeddings()
         row: dict[str, Any] = {"losses": losses, "targets": targets, "tokens": tokens, "seconds": []}
+        row |= {"processor_seconds": [], "product_rates": []}
         if arm.floor is not None:
             row["floor"] = arm.floor(WARM)
         row |= flops_of(lambda arm=arm: arm.step(WARM), head)  # type: ignore[misc]
@@ -93,35 +97,55 @@ def measure(arms: dict[str, Arm], *, rounds: int, precision: str) -> dict[str, d
         for ours, theirs in zip(table["mmit"]["losses"], row["losses"], strict=True):
             if abs(ours - theirs) > SAME[precision] * ours:
                 sys.exit(f"{name} has losses {row['losses']}, mmit {table['mmit']['losses']}: not the same training")
+    own = arms["mmit"].model
+    products = Products(getattr(own, "llm", own), tokens=table["mmit"]["tokens"])
     for number in range(rounds):
+        rate = products.rate()
+        for row in table.values():
+            row["product_rates"].append(rate)
         for name in list(arms) if number % 2 == 0 else reversed(list(arms)):
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             arms[name].step(WARM + 2 + number)
             table[name]["seconds"].append(time.perf_counter() - start)
+            table[name]["processor_seconds"].append(time.process_time() - busy)
         say(f"round {number + 1} of {rounds}")
     return table
+
+
+def share_of_products(row: dict[str, Any]) -> float:
+    """The rate of FLOPs in steps over that of the products alone, the median of the rounds."""
+    pairs = zip(row["processor_seconds"], row["product_rates"], strict=True)
+    return statistics.median(row["flops"] / seconds / rate for seconds, rate in pairs)
 
 
 def markdown(table: dict[str, dict[str, Any]], missing: dict[str, str], *, precision: str) -> str:
     """The figures of all arms, ratios against mmit."""
     own = table["mmit"]
+    columns = ["GFLOP a step", "head", "live MiB", "tokens run", "samples/s", "of products"]
+    columns += ["mmit is faster by", "by processor time"]
     lines = [
-        f"| batch {BATCH}, {precision} | GFLOP a step | head | live MiB | tokens run | samples/s | mmit is faster by |",
-        "|---|---|---|---|---|---|---|",
+        f"| batch {BATCH}, {precision} | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
     ]
     for name, row in table.items():
-        rate = faster = "not timed"
+        rate = faster = busy = share = "not timed"
         if row["seconds"]:
+            share = f"{100 * share_of_products(row):.0f} %"
             rate = f"{BATCH * len(row['seconds']) / sum(row['seconds']):.2f}"
-            middle, low, high = ratio_interval(row["seconds"], own["seconds"])
-            faster = "" if row is own else f"{middle:.2f} x ({low:.2f} to {high:.2f})"
+            faster, busy = (
+                "" if row is own else "{:.2f} x ({:.2f} to {:.2f})".format(*ratio_interval(row[key], own[key]))
+                for key in ("seconds", "processor_seconds")
+            )
         flops, live = row["flops"] / own["flops"], row["live_bytes"] / own["live_bytes"]
         lines.append(
             f"| {name} | {row['flops'] / 1e9:.1f} ({flops:.2f} x) | {row['head_flops'] / 1e9:.1f} | "
-            f"{row['live_bytes'] / 2**20:.0f} ({live:.2f} x) | {row['tokens']} | {rate} | {faster} |"
+            f"{row['live_bytes'] / 2**20:.0f} ({live:.2f} x) | {row['tokens']} | {rate} | {share} | {faster} | {busy} |"
         )
-    lines += [f"| {name} | not installed: {reason} | | | | | |" for name, reason in missing.items()]
+    lines += [f"| {name} | not installed: {reason} {'| ' * len(columns)}|" for name, reason in missing.items()]
     floor = own["floor"]
+    if own["seconds"]:
+        rates = [f"{f(own['product_rates']) / 1e9:.0f}" for f in (statistics.median, min, max)]
+        lines.append(f"\nproducts alone: {rates[0]} GFLOP for a second of a core ({rates[1]} to {rates[2]})")
     lines.append(f"\nmmit's executed FLOPs / floor: {own['flops']} / {floor} = {own['flops'] / floor:.4f}")
     return "\n".join(lines)
 

@@ -26,7 +26,11 @@ def test_the_training_benchmark_prints_its_table_and_stays_near_the_floor(precis
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert re.search(
-        r"^\| mmit \| [\d.]+ \(1\.00 x\) \| [\d.]+ \| \d+ \(1\.00 x\) \| \d+ \| [\d.]+ \|", done.stdout, re.M
+        r"^\| mmit \| [\d.]+ \(1\.00 x\) \| [\d.]+ \| \d+ \(1\.00 x\) \| \d+ \| [\d.]+ \| \d+ % \|", done.stdout, re.M
+    )
+    share = re.search(r"^\| mmit \|.*\| (\d+) % \|", done.stdout, re.M)
+    assert 5 < int(share[1]) < 120 and re.search(
+        r"^products alone: \d+ GFLOP for a second of a core", done.stdout, re.M
     )
     assert f"| batch 8, {precision} |" in done.stdout
     first = re.search(rf"losses of the first steps in {precision}: mmit \[([\d.]+),", done.stdout)
