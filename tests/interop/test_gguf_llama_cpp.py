@@ -23,8 +23,9 @@ from mmit.models.vlm import VLM
 from tests.data.small_tokenizers import FAMILIES as TOKENIZERS
 from tests.data.small_tokenizers import SENTENCES, byte_level
 from tests.interop.gguf_models import Eye, logits, opened
-from tests.interop.test_gguf import BY_WORDS, BYTES, DIGITS, fast, llama, split, written
+from tests.interop.test_gguf import llama, written
 from tests.interop.test_llava_hf_write import SIGLIP, composite
+from tests.models.interop.test_gguf_tokens import BY_WORDS, BYTES, DIGITS, fast, split
 
 pytestmark = [
     pytest.mark.slow,
