@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import re
@@ -37,6 +38,11 @@ VALUES: list[Any] = [
     ),
     *("a" * 3000, [1] * 50, {"type": "text"}, {"type": "image_url", "image_url": 5}, float("nan"), float("inf")),
 ]
+
+
+def odd(draw: random.Random) -> Any:
+    """Draw a value; a copy, since what is built of it is changed: shared ones would end inside themselves."""
+    return copy.deepcopy(draw.choice(VALUES))
 
 
 def damaged(draw: random.Random, content: bytes) -> bytes:
@@ -81,13 +87,12 @@ def odd_values(draw: random.Random) -> bytes:
         "é",
     ]
     for name in draw.sample(names, draw.randrange(1, 4)):
-        body[name] = draw.choice(VALUES)
+        body[name] = odd(draw)
     if draw.random() < 0.4:
-        message = draw.choice([user(), {"role": draw.choice(VALUES)}, {}, draw.choice(VALUES)])
+        message = draw.choice([user(), {"role": odd(draw)}, {}, odd(draw)])
         if isinstance(message, dict):
-            message["content"] = draw.choice(
-                [*VALUES, [draw.choice(VALUES)], [{"type": "text", "text": draw.choice(VALUES)}]]
-            )
+            found = draw.choice([*VALUES, [odd(draw)], [{"type": "text", "text": odd(draw)}]])
+            message["content"] = copy.deepcopy(found)
         body["messages"] = [message] * draw.choice((1, 2))
     return json.dumps(body).encode()
 

