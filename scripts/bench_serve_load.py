@@ -286,7 +286,7 @@ class Load:
         until = time.monotonic() + 60
         while busy(self._place) and time.monotonic() < until:
             time.sleep(0.05)
-        time.sleep(6)  # a connection that was used is kept for five seconds
+        time.sleep(8)  # a connection that was used is kept for five seconds, on a busy machine for a moment longer
 
 
 class Minute(NamedTuple):

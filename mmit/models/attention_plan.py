@@ -69,7 +69,6 @@ class RowPlan:
             known: tokens of the first nodes whose keys are there already: no queries; those of the others count from 0.
         """
         self.nodes, self.known = nodes, known
-        self._came_with = 0  # bytes
 
     @cached_property
     def buckets(self) -> list[Bucket]:
@@ -88,8 +87,10 @@ class RowPlan:
 
     @property
     def nbytes(self) -> int:
-        """Of its tensors, those that it came with; where it was made, of those that are made."""
-        return self._came_with or sum(array.nbytes for array in self.__getstate__()["joined"].values())
+        """Of its tensors that are made, each once."""
+        found: dict[int, torch.Tensor] = {}
+        _replaced([*self.__dict__.values()], torch.Tensor, lambda tensor: found.setdefault(id(tensor), tensor))
+        return sum(tensor.nbytes for tensor in found.values())
 
     def __getstate__(self) -> dict[str, Any]:
         tensors: list[torch.Tensor] = []
@@ -117,7 +118,6 @@ class RowPlan:
         tensors = [next(parts[kind]) for kind in state["kinds"]]
         for key, value in state["facts"].items():
             self.__dict__[key] = _replaced(value, _Number, lambda number: tensors[number.place])
-        self._came_with = sum(array.nbytes for array in state["joined"].values())
 
 
 class _Number(NamedTuple):

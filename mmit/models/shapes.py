@@ -212,7 +212,8 @@ def planned_attention(vlm: VLM, nodes: torch.Tensor, *, mode: FakeTensorMode, fl
     """
     nodes = prompted_nodes(nodes, virtual_tokens(base_model(vlm.llm)))
     plan = make_plan(nodes)
-    assert plan.segments is not None  # made now: inside the mode its numbers would be fake
+    segments = plan.segments  # made now: inside the mode its numbers would be fake
+    assert segments is not None
     for number, b in enumerate(plan.buckets):
         if (mask := plan.mask(number)) is not None:
             plan.masks[number, None] = mode.from_tensor(mask)

@@ -180,18 +180,13 @@ def align_to_captions(
 
         def align(alive: Callable[[], None]) -> None:
             nonlocal result
-
-            def stepped() -> None:
-                alive()
-                work()
-
-            loss = align_words(projector, seen, words, embeddings, plan, alive=stepped)
+            loss = align_words(projector, seen, words, embeddings, plan, alive=alive)
             result = f"word alignment: {len(records)} captions, {plan.epochs} epochs, loss {loss:.3f}"
             begin("sharing the projector")
 
         if not world.main:  # this far ahead: who looks at the heartbeats sees that rank 0 is waited for
             begin("sharing the projector")
-        world.first(align)
+        world.first(align, also=work)
     for tensor in projector.state_dict().values():
         world.share(tensor, source=0)
     return result

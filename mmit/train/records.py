@@ -114,19 +114,15 @@ def _read_data(start: Start, model: Model, part: Literal["train", "eval"]) -> tu
     found: list[Any] = []
 
     def work(alive: Callable[[], None]) -> None:
-        def going_on() -> None:
-            alive()
-            start.heart.work()
-
         on_bad = unreadable.append if policy.skip else None
         reading: dict[str, Any] = {"preparation": model.preparation, "cache": cache, "on_bad": on_bad, "say": tell}
         data = open_records(config, part, model.loaded.chat, model.loaded.tokenizer, **reading)
-        found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=going_on)]
+        found[:] = [data, measure(data, store=Store(cache, tell), shown=world.main, alive=alive)]
 
     # First the main rank, then one of each other node, then the rest: each finds what an earlier one kept, where their
     # nodes share the folder, and otherwise measures.
     for mine in (world.main, world.keeper and not world.main, not (world.keeper or world.main)):
-        world.turn(work, mine=mine)
+        world.turn(work, mine=mine, also=start.heart.work)
     data, scan = found
     for source, kept in zip(data.sources, scan.kept, strict=True):
         if kept and world.main:

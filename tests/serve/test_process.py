@@ -194,7 +194,6 @@ def test_mixed_load_leaves_nothing_behind(folder: Path, monkeypatch: pytest.Monk
             time.sleep(seconds)
             asking.end()
             assert asking.problems == [] and load.busy(place) == 0
-            time.sleep(2)  # connections that clients cut are closed by the server a moment later
             return asking.counts, load.held(server.pid)
 
         counts, before = some(10, 0)

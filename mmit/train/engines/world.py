@@ -104,16 +104,19 @@ class World:
         # A rank that failed itself raises its own error; the others that of the first rank that did.
         raise mine or from_facts(json.loads(bytes(sent.tolist())))
 
-    def first(self, work: Callable[[Callable[[], None]], None]) -> None:
+    def first(self, work: Callable[[Callable[[], None]], None], *, also: Callable[[], None] = lambda: None) -> None:
         """Let rank 0 do `work` while the others wait for it, however long; see `turn`."""
-        self.turn(work, mine=self.main)
+        self.turn(work, mine=self.main, also=also)
 
-    def turn(self, work: Callable[[Callable[[], None]], None], *, mine: bool) -> None:
+    def turn(
+        self, work: Callable[[Callable[[], None]], None], *, mine: bool, also: Callable[[], None] = lambda: None
+    ) -> None:
         """Let the ranks whose turn it is (`mine`) do `work` while the others wait; their MmitError is raised on all.
 
         Args:
             work: takes a function to call now and then. By it the others learn that these ranks are at work: a
                 collective in which nothing happens for 10 (nccl) or 30 (gloo) minutes would end their processes.
+            also: called each time that function is, for the heartbeat.
         """
         told = time.monotonic()
 
@@ -121,6 +124,7 @@ class World:
         # are done send 0 in one sum after another, and the first sum in which all are 0 ends the waiting on every rank.
         def alive() -> None:
             nonlocal told
+            also()
             if time.monotonic() - told > ALIVE:
                 self.gather(1)
                 told = time.monotonic()
