@@ -67,10 +67,6 @@ class Writer:
         # A space that the template ended with goes before the text: tokenizers keep a space with the word on its right.
         text = self._space + piece.text
         allowed = self._allowed if named else frozenset()
-        if not allowed and not piece.marks and not isinstance(weight, tuple):  # as nearly always
-            self._add(self._tokens.content(text, self._after), weight, "content")
-            self._after, self._space = "text", ""
-            return
         at = 0
         cut = self._cut(text, allowed, piece.marks) if piece.marks else cut_tokens(text, allowed)
         for part, is_token in cut:
