@@ -58,7 +58,7 @@ def model_of(config: Config) -> Any:
 
 
 def start_of(config: Config, said: list[Any]) -> Start:
-    heart: Any = SimpleNamespace(phase=lambda name, step: said.append(name))
+    heart: Any = SimpleNamespace(phase=lambda name, step: said.append(name), work=lambda: None)
     return Start(config, None, ALONE, said.append, heart)
 
 
