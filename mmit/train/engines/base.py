@@ -47,6 +47,7 @@ class Engine(ABC):
     rank: int = 0
     world: int = 1
     device: torch.device
+    numbers: Any = None  # process group of `all_sum`; None for the one that all else uses
     optimizer: Any
     names: list[str]  # of the trained parameters, in the order of
     parameters: list[nn.Parameter]
@@ -110,9 +111,10 @@ class Engine(ABC):
         """Sum numbers over ranks, in float64."""
         if self.world == 1:
             return list(values)
+        # Why on the host: a sum by NCCL would queue behind all the device has to do, and the host would wait for that.
         # float64 holds counts of tokens exactly up to 2^53, and sums of losses to more digits than float32 has.
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.numbers)
         return total.tolist()
 
     def all_true(self, mine: bool) -> bool:

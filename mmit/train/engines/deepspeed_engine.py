@@ -90,7 +90,7 @@ def check_deepspeed(options: Mapping[str, Any]) -> None:
 
 
 class DeepSpeedEngine(Engine):
-    """Ranks under DeepSpeed ZeRO, on CPU (gloo) or CUDA (nccl).
+    """Ranks under DeepSpeed ZeRO, on CPU (gloo) or CUDA (nccl, and gloo for the numbers that `all_sum` adds).
 
     mmit drives accumulation itself and hands DeepSpeed one packed micro-batch after the other.
 
@@ -116,6 +116,7 @@ class DeepSpeedEngine(Engine):
         self._deepspeed = deepspeed
         self._model, self._replicated = model, replicated
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.numbers = dist.new_group(backend="gloo") if self.world > 1 else None
         self.device = device
         self.parameters = [p for g in groups for _, p in g.parameters]
         self.names = [f"{g.name}.{n}" for g in groups for n, _ in g.parameters]

@@ -44,6 +44,19 @@ def test_alone_sums_and_verdicts_are_ones_own() -> None:
     assert Engine.all_true(alone, True) is True and Engine.all_true(alone, False) is False
 
 
+def test_ranks_on_cuda_sum_numbers_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    def reduce(total: torch.Tensor, group: Any) -> None:
+        told.append((total.device.type, total.dtype, group))
+        total.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", reduce)
+    ranks: Any = SimpleNamespace(world=2, device=torch.device("cuda"), numbers="over gloo")
+    assert Engine.all_sum(ranks, (0.1, 2**53)) == [0.2, 2**54]
+    assert told == [("cpu", torch.float64, "over gloo")]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_adamw_gets_what_the_run_says(fused: bool) -> None:
     parameter = torch.nn.Parameter(torch.zeros(2))
