@@ -151,8 +151,8 @@ def floor(vlm: Any, row: dict[str, torch.Tensor]) -> int:
     return products + attention + head + tower.get_total_flops() + bridge.get_total_flops()
 
 
-def mmit_arm(case: Case, *, bf16: bool = True) -> Arm:
-    """mmit: packed rows, its own engine and loader."""
+def mmit_arm(case: Case, *, bf16: bool = True, share: bool = True) -> Arm:
+    """mmit: packed rows, its own engine and loader; `share` holds common beginnings of records once."""
 
     from mmit.data.chat import encode
     from mmit.data.dataset import InstructionData
@@ -180,7 +180,7 @@ def mmit_arm(case: Case, *, bf16: bool = True) -> Arm:
     source = open_source(path=str(case.records), format="mmit", image_root=None, name=None, limit=None, options={})
     turns = lambda t: encode(t, found.chat, found.tokenizer)  # noqa: E731
     preparation = prepare_images(found.image, tokens=vlm.image_tokens, grid=vlm.image_grid)
-    data = InstructionData([source], turns, preparation=preparation, max_length=512, capacity=4096)
+    data = InstructionData([source], turns, preparation=preparation, max_length=512, capacity=4096, share_prefix=share)
     scan = data.scan()
     assert not scan.bad, scan.bad[0]
     load = image_loader(preparation)
