@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 # Raised whenever a row may be read differently than before: conversions are made again.
-VERSION = 4
+VERSION = 5
 _ROW_FORMATS: dict[str, Format] = {
     **chat.FORMATS,
     **instruct.FORMATS,

@@ -45,6 +45,10 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
             remedy = "Name the files that stand under its data.train; mmit data check, show and stats take a mixture."
             raise RecordError("a config is no file of records", where=path, remedy=remedy)
         raise first
+    if isinstance(first, dict) and isinstance(first.get("turns"), (int, float)):
+        first = {
+            key: value for key, value in first.items() if key != "turns"
+        }  # some sets count theirs under mmit's name
     if whole and not (isinstance(first, dict) and "conversations" in first):
         found = _by_keys(_shape(first), formats)
         if found:

@@ -142,8 +142,10 @@ def inputs_targets(row: Row, *, image_root: str = "") -> Record:
 
     In P3 (`bigscience/P3`) `inputs` and `targets` are token ids of T5 and the text is in `inputs_pretokenized` and
     `targets_pretokenized`, which therefore go first; the ids are left out. The `_score_eval` parts hold one row per
-    answer choice, wrong ones included: a row whose `is_correct` is false is refused. Further keys (`answer_choices`,
-    FLAN's `task_name`, `task_source`, `template_type`) stay in the meta, the text's outer whitespace where it is.
+    answer choice, wrong ones included: a row whose `is_correct` is false is refused. Natural Instructions as rows
+    ({"definition", "inputs", "targets"}): the definition and a blank line come before the input. Further keys
+    (`answer_choices`, FLAN's `task_name`, `task_source`, `template_type`) stay in the meta, the text's outer whitespace
+    where it is.
     """
     # The text goes before its ids: an export may hold both under names that differ in this ending alone.
     suffix = "_pretokenized" if "inputs_pretokenized" in row or "targets_pretokenized" in row else ""
@@ -155,8 +157,11 @@ def inputs_targets(row: Row, *, image_root: str = "") -> Record:
     if row.get("is_correct") is False:
         problem = "is_correct is false: the target is a wrong answer, written for ranking"
         raise RecordError(problem, remedy="Use the part of P3 without _score_eval, or skip bad records.")
-    used = ("inputs", "targets", "inputs_pretokenized", "targets_pretokenized")
-    turns = (ask(text_of(asked, f"inputs{suffix}")), reply(text_of(answer, f"targets{suffix}")))
+    used = ("inputs", "targets", "inputs_pretokenized", "targets_pretokenized", "definition")
+    # Without its definition a row of Natural Instructions asks nothing: its input is the same under several tasks.
+    told = "\n\n".join(references(row["definition"], "definition")) if row.get("definition") else ""
+    question = with_input(told, text_of(asked, f"inputs{suffix}"))
+    turns = (ask(question), reply(text_of(answer, f"targets{suffix}")))
     return Record(turns, id=id_of(row), meta=rest(row, *used))
 
 

@@ -8,6 +8,7 @@ else stays in the meta and is counted, so that it can be reported. A key of a tu
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -54,7 +55,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         (
             *("chosen", "rejected", "rejected_response", "rejected_messages", "rejected_answer", "rejected_images"),
             *("rejected_output", "negative_messages", "negative_output", "negative_response", "positive_messages"),
-            *("preferred_output", "non_preferred_output"),
+            *("preferred_output", "non_preferred_output", "rejected_conversations"),
         ),
         ("half of a preference pair", _PAIR),
     ),
@@ -69,7 +70,12 @@ REFUSED: dict[str, tuple[str, str]] = {
 MARKS = ("label", "kto_tag", "desirable", "is_desirable", "is_correct", "is_preferred", "preferred")
 BAD_MARKS = ("undesirable", "negative", "bad", "rejected", "wrong", "false")
 FLAGS = frozenset(MARKS) - {"label"}  # 0 says no; a label of 0 may be a class
+UNSHOWN = "Write the choices into the question, or make instructions of the rows by a template: mmit build annotated."
 _WHOLE = "Put it beside the turns: objects or bbox of the row, with <bbox> where it belongs in the text."
+# Keys of a row with the choices of its question, and an answer that can only point at one of them.
+CHOICES = ("choices", "options")
+_POINTER = re.compile(r"\(?([A-Za-z]|\d{1,2})\)?[.:]?")
+_QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 # Keys of a part of a content list that say what it is or hold it.
 _PART_KEYS = ("type", "text", "image", "url", "path", "base64", "source", "image_url", "index")
 _UNLEARN = "Its verdict stands beside the turns, as label of the row: true or false, for train.objective.kind=kto."
@@ -92,6 +98,7 @@ def with_meaning(record: Record) -> Record:
         del meta[key]
         if not _empty(value):
             record = _READ[ROW_KEYS[key]](record, key, value)
+    _check_choices(record, meta)
     _check_storable(meta)
     return record if meta == record.meta else replace(record, meta=meta)
 
@@ -338,6 +345,26 @@ _READ = {
     "template_args": _template_args,
     "enable_thinking": _enable_thinking,
 }
+
+
+def _check_choices(record: Record, meta: Row) -> None:
+    """Refuse an answer such as "B" to a question whose choices nobody is shown: it would teach a letter alone."""
+    key = next((key for key in CHOICES if not _empty(meta.get(key))), None)
+    if key is None or not record.turns or record.turns[-1].role != "assistant":
+        return
+    answer = record.turns[-1].text.strip()
+    if not _POINTER.fullmatch(answer):
+        return
+    value = _parsed(meta[key])
+    if isinstance(value, str):  # MMMU's tables hold the list as Python prints it
+        value = [one or other for one, other in _QUOTED.findall(value)] or value
+    if isinstance(value, Mapping):  # {"A": "cat"}, or ARC's {"text": [...], "label": [...]}
+        value = value.get("text", list(value.values()))
+    texts = [str(item).strip() for item in (value if isinstance(value, list) else [value])]
+    asked = "\n".join(turn.text for turn in record.turns[:-1])
+    if answer not in texts and not all(text in asked for text in texts):
+        problem = f"the answer '{answer}' points at one of '{key}', which the question does not show"
+        raise RecordError(problem, remedy=UNSHOWN)
 
 
 def _check_storable(meta: Row) -> None:

@@ -23,7 +23,7 @@ from mmit.data.formats.common import (
     text_of,
     with_input,
 )
-from mmit.data.formats.keys import turn_extras
+from mmit.data.formats.keys import CHOICES, UNSHOWN, turn_extras
 from mmit.data.formats.pictures import images_first, place_images
 from mmit.data.formats.preferences import CHOSEN
 from mmit.errors import RecordError
@@ -50,6 +50,8 @@ def pair(row: Row, *, image_root: str = "") -> Record:
     if isinstance(row[asked], list):
         return _of_messages(row, asked, answered, image_root)
     dialogue, used = _asking(row, asked)
+    if isinstance(row.get(answered), int) and (key := next((key for key in CHOICES if row.get(key)), "")):
+        raise RecordError(f"'{answered}' is {row[answered]}, the place of one of '{key}'", remedy=UNSHOWN)
     dialogue.append(said("assistant", text_of(row.get(answered), answered)))
     meta = rest(row, *used, answered)
     return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=meta)

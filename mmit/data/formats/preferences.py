@@ -19,6 +19,7 @@ from mmit.records import Record, Text, Turn, short
 CHOSEN = ("chosen", "chosen_response", "preferred_output", "positive_messages")
 REJECTED = (
     *("rejected", "rejected_response", "rejected_messages", "rejected_answer", "rejected_output"),
+    "rejected_conversations",
     *("non_preferred_output", "negative_messages", "negative_output", "negative_response"),
 )
 _GOOD_MARKS = ("desirable", "positive", "good", "chosen", "right", "true")

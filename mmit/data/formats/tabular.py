@@ -15,7 +15,7 @@ from typing import Any
 
 from mmit.data.formats.chat import Dialogue, conversation_format, said
 from mmit.data.formats.common import Format, Row, Rows, json_rows, one_of, with_input
-from mmit.data.formats.pictures import base64_image, image_part, images_first
+from mmit.data.formats.pictures import MARKER, base64_image, image_part, images_first, place_images
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, short
 
@@ -183,8 +183,11 @@ def column_row(row: Row, *, image_root: str = "", columns: Any = None) -> Record
     """Make a record of a table's row: `columns` maps instruction, input, output, system, image, id to columns.
 
     It is a mapping, or text such as "instruction=question,output=answer"; a role that it does not name is taken from
-    the column of that name, if there is one. Every other column stays in the meta. One picture or several open the
-    user's turn. Raises ConfigError if a named column is missing, RecordError if a cell is not of its kind.
+    the column of that name, if there is one. Every other column stays in the meta. One picture or several stand where
+    "<image>" is in the text, else they open the user's turn.
+
+    Raises:
+        ConfigError: a named column is missing. RecordError: a cell is not of its kind.
     """
     names = _columns(columns, row)
     cells = {role: row[name] for role, name in names.items() if not _missing(row[name])}
@@ -197,7 +200,10 @@ def column_row(row: Row, *, image_root: str = "", columns: Any = None) -> Record
     if "image_base64" in cells:
         images.append(base64_image(cells["image_base64"], f"column {names['image_base64']}"))
     meta = {key: value for key, value in row.items() if key not in names.values()}
-    return Record(images_first(dialogue, images), id=text.get("id", ""), meta=_plain(meta))
+    # Pictures that the text gives a place stand there; as letters beside them its markers would say it twice.
+    marked = any(MARKER in turn.text for turn in dialogue)
+    turns = place_images(dialogue, images) if marked else images_first(dialogue, images)
+    return Record(turns, id=text.get("id", ""), meta=_plain(meta))
 
 
 def _columns(columns: Any, row: Row) -> dict[str, str]:
@@ -274,15 +280,20 @@ def rows_as(formats: Mapping[str, Format]) -> Callable[..., Record]:
     """Return the row function of tables whose rows may be those of another format in `formats`."""
 
     def table_row(row: Row, *, image_root: str = "", columns: Any = None, as_format: str | None = None) -> Record:
+        cells = _present(row)
         if as_format is None and columns is None:
             # A table has every column in every row, so empty cells must not count as keys.
-            as_format = _layout(_present(row), formats)
+            as_format = _layout(cells, formats)
+            # Nor may one change what its row is: a row without its answer is a bad row of the layout of its neighbours.
+            if as_format is None and not _MAPPED & cells.keys():
+                as_format = _layout({name: cells.get(name, []) for name in row}, formats)
         if as_format is None:
             return column_row(row, image_root=image_root, columns=columns)
         if as_format not in formats:
             remedy = nearest(str(as_format), formats)
             raise ConfigError(f"option as_format is '{short(as_format)}'", remedy=remedy)
-        record = formats[as_format].row(_present(row), image_root=image_root)
+        needed = {name: row[name] for name in formats[as_format].detect if name in row}
+        record = formats[as_format].row(needed | cells, image_root=image_root)
         return replace(record, meta=_plain(dict(record.meta)))
 
     return table_row
@@ -292,10 +303,15 @@ def _layout(row: Row, formats: Mapping[str, Format]) -> str | None:
     """Return the format of rows that hold turns, or a question and an answer under the names of another format."""
     if isinstance(row.get("conversations"), list):
         return conversation_format([row])[0]
+    mapped = any(isinstance(row.get(name), str) for name in _MAPPED) and not {"response", "completion"} & row.keys()
+    # Pairs before messages: UltraFeedback's tables hold the chosen conversation under messages as well.
+    fits = [] if mapped else [name for name in _COMPARED if row.keys() >= set(formats[name].detect)]
+    if fits:
+        return fits[0]
     for key, name in (("messages", "messages"), ("conversation", "conversation"), ("texts", "cauldron")):
         if isinstance(row.get(key), list):
             return name
-    if {"instruction", "input", "image_base64"} & row.keys() and not {"response", "completion"} & row.keys():
+    if mapped:
         return None
     # The format that names most of the columns fits best: dolly's three before instruction and response.
     fits = [name for name in _PAIRS if row.keys() >= set(formats[name].detect)]
@@ -307,7 +323,10 @@ def _present(row: Row) -> Row:
     return {key: value for key, value in row.items() if not (value is None or value != value)}
 
 
-# Formats of a question and an answer, which tables may hold under these names.
+# Columns that a mapping reads as what is asked.
+_MAPPED = {"instruction", "input", "image_base64"}
+# Formats of two answers to one question, and of a question and an answer, which tables may hold under these names.
+_COMPARED = ("preference", "preference_openai")
 _PAIRS = (
     "prompt_completion",
     "prompt_response",
@@ -316,6 +335,7 @@ _PAIRS = (
     "question_answer",
     "instruction_response",
     "dolly",
+    "inputs_targets",
 )
 _COLUMNS = f'which column is what, as "instruction=question,output=answer"; of {", ".join(ROLES)}'
 _AS = "read the rows as those of another format (llava, messages, ...)"

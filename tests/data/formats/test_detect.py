@@ -88,6 +88,7 @@ def test_names_that_decide_are_not_opened() -> None:
         ([{"segments": []}], "write messages"),
         ([{"nobody": 1}], "Name the format"),
         ([], "Name the format"),
+        ([{"prompt": "p", "answers": [{"answer": "a"}], "turns": 1}], "Name the format"),  # a count of turns: Nectar
     ],
 )
 def test_what_fits_nothing_is_refused_with_what_to_do(tmp_path: Path, rows: list[Any], remedy: str) -> None:

@@ -144,6 +144,7 @@ def test_p3_and_flan(tmp_path: Path) -> None:
             "template_type": "zs_opt",
         },
         {"inputs": "Say.\n", "targets": "\nSaid", "is_correct": True},
+        {"id": "task1-7", "definition": "Translate.", "inputs": "oui", "targets": "yes", "task_name": "task1"},
     ]
     path = write(tmp_path / "p3.jsonl", rows, lines=True)
     assert detect_format(path)[0] == "inputs_targets"
@@ -152,6 +153,7 @@ def test_p3_and_flan(tmp_path: Path) -> None:
         ["Is it? yes or no", "yes"],
         ["Q: 2+2?", "4"],
         ["Say.\n", "\nSaid"],
+        ["Translate.\n\noui", "yes"],  # what is asked is the definition
     ]
     assert records[0].meta == {"answer_choices": ["yes", "no"]} and records[1].meta["task_name"] == "math"
 

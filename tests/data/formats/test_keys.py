@@ -422,3 +422,18 @@ def test_images_of_a_turn_that_have_no_one_place(first: dict[str, Any], beside: 
         said = [{"from": "human", "value": "a <image> b", "image": "x.png"}, {"from": "gpt", "value": "c"}]
         with pytest.raises(RecordError, match="so has turn 1"):
             read({"conversations": said, **beside}, "sharegpt")
+
+
+@pytest.mark.parametrize("choices", [["cat", "dog"], {"A": "cat", "B": "dog"}, '["cat", "dog"]', "['cat', 'dog']"])
+def test_an_answer_that_points_at_choices_nobody_sees_is_refused(choices: Any) -> None:
+    row = {"question": "Which?", "answer": "B", "choices": choices}
+    with pytest.raises(
+        RecordError, match="the answer 'B' points at one of 'choices', which the question does not show"
+    ):
+        FORMATS["question_answer"](row)
+    with pytest.raises(RecordError, match="'answer' is 1, the place of one of 'choices'"):
+        FORMATS["question_answer"]({**row, "answer": 1})
+    # The text of a choice, and a letter beside choices that the question shows or that are letters themselves.
+    assert FORMATS["question_answer"]({**row, "answer": "dog"}).meta["choices"] == choices
+    assert FORMATS["question_answer"]({**row, "choices": ["A", "B"]}).turns[-1].text == "B"
+    assert FORMATS["question_answer"]({**row, "question": "Which?\nA. cat\nB. dog"}).turns[-1].text == "B"

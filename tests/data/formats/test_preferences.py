@@ -113,6 +113,15 @@ PAIRS: dict[str, tuple[dict[str, Any], str, int]] = {
         1,
     ),
     "ms-swift, query": ({"query": "q", "response": "good", "rejected_response": "bad"}, "query_response", 0),
+    "POVID": (
+        {
+            "image": "a.png",
+            "conversations": [shares("human", "<image>\nq"), shares("gpt", "good")],
+            "rejected_conversations": [shares("human", "<image>\nq"), shares("gpt", "bad")],
+        },
+        "llava",
+        1,
+    ),
     "OpenAI": (
         {
             "input": {"messages": [say("user", "q")], "tools": []},
@@ -154,6 +163,22 @@ def test_pairs(layout: str, tmp_path: Path) -> None:
     assert not {"chosen", "rejected", "rejected_response", "prompt"} & record.meta.keys()
     write_jsonl([record], tmp_path / "out.jsonl")
     assert next(read_jsonl(tmp_path / "out.jsonl")).rejected == record.rejected
+
+
+@pytest.mark.parametrize("layout", [*PAIRS, *LABELS])
+def test_a_table_is_read_as_the_rows_of_its_json(layout: str, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    row = {**PAIRS, **LABELS}[layout][0]
+    wanted, _ = read(tmp_path, row)
+    # As sets are published: beside the columns of the layout others, one of which has the chosen answer's conversation.
+    beside = {"messages": row["chosen"]} if layout == "UltraFeedback" else {}
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{**row, **beside}]), path)
+    record = next(import_file(path, "parquet"))
+    assert (record.turns, record.rejected, record.label) == (wanted.turns, wanted.rejected, wanted.label)
 
 
 @pytest.mark.parametrize("layout", LABELS)

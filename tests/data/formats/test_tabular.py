@@ -310,3 +310,42 @@ def test_a_data_set_saved_to_disk(tmp_path):
     assert list(hf_rows(str(tmp_path / "saved"))) == [(1, rows[0]), (2, rows[1])]
     with pytest.raises(ConfigError, match=r"holds one split(.|\n)*Leave split"):
         list(hf_rows(str(tmp_path / "saved"), split="test"))
+
+
+def parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    pytest.importorskip("pyarrow")
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_a_cell_without_a_value_does_not_change_what_its_row_is(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "t.parquet", [{"question": "q", "answer": "a"}, {"question": "q", "answer": None}])
+    bad: list[RecordError] = []
+    assert len(list(import_file(path, "parquet", on_bad=bad.append))) == 1
+    assert [error.problem for error in bad] == ["answer is 'None', not text"]
+    talks = [
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"messages": None},
+    ]
+    path = parquet(tmp_path / "m.parquet", talks)
+    assert [error.where for error in bad_rows(path, "parquet")] == [f"{path}:2"]
+
+
+def test_p3_is_read_by_its_text_from_a_table(tmp_path: Path) -> None:
+    row = {"inputs": [1, 2], "targets": [3], "inputs_pretokenized": "q", "targets_pretokenized": "a"}
+    assert texts(imported(parquet(tmp_path / "t.parquet", [row]), "parquet")[0]) == [["q"], ["a"]]
+
+
+def test_pictures_of_a_mapped_table_stand_where_the_text_marks_them(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("image,problem,output\na.png,Look: <image> What?,A\na.png,What?,A\n")
+    marked, plain = imported(path, "csv", columns="instruction=problem")
+    assert texts(marked)[0] == ["Look: ", f"[{tmp_path}/a.png]", " What?"]
+    assert texts(plain)[0] == [f"[{tmp_path}/a.png]", "What?"]
+    path.write_text("image,problem,output\na.png,<image> and <image>?,A\n")
+    assert (
+        "the text has 2 <image> but the row 1 images" in bad_rows(path, "csv", columns="instruction=problem")[0].problem
+    )
