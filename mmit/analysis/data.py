@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from mmit.analysis.config import QuestionsConfig
 
 
+def record_files(source: Path) -> list[Path]:
+    """Return the files that hold the records of a build's folder, or `source` itself; [] where there are none."""
+    if source.is_dir():
+        return sorted((source / "records").glob("*.jsonl")) or sorted(source.glob("*.jsonl"))
+    return [source] if source.is_file() else []
+
+
 def base_records(source: Path, *, image_root: str | None = None) -> list[Record]:
     """Return the records of a build's folder, in the order of its tasks, or of one file in any format of mmit.
 
@@ -31,10 +38,7 @@ def base_records(source: Path, *, image_root: str | None = None) -> list[Record]
     Raises:
         ConfigError: there are none. RecordError: a bad row, or rows of no known format.
     """
-    if source.is_dir():
-        files = sorted((source / "records").glob("*.jsonl")) or sorted(source.glob("*.jsonl"))
-    else:
-        files = [source] if source.is_file() else []
+    files = record_files(source)
     if not files:
         raise ConfigError("there are no records", where=str(source), remedy="Give mmit records, or a build's folder.")
     if source.is_dir():

@@ -1,5 +1,7 @@
 """The steps of a study: data, training and evaluation of every arm and seed, each an ordinary command of mmit.
 
+Says what is to be done and where it goes; `execution.py` does it.
+
 In: a `StudyConfig` and a folder. Out: in that folder
 
     study.json               the resolved config and the digests of what it reads
@@ -12,9 +14,6 @@ and in that folder, or in the one that several studies share:
     features/                vision features (model.vision.cache: disk)
     builds/DIGEST/           records made by templates, for the arms and seeds that need the same
     starts/DIGEST/           data/, run/: what arms start from
-
-A step is done when its last file is there, so that a study that was killed goes on and repeats no finished step. An arm
-that fails is reported and stops no other. Refuses a folder of another study, or whose base configs changed.
 """
 
 from __future__ import annotations
@@ -22,31 +21,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmit.analysis.config import START, QuestionsConfig, StudyConfig, overrides, transforms
-from mmit.analysis.data import base_records, write_arm, write_questions
-from mmit.analysis.forks import run_command
+from mmit.analysis.config import START, overrides, transforms
+from mmit.analysis.data import base_records, record_files, write_arm
 from mmit.configs import shipped_banks
 from mmit.cores import usable
 from mmit.errors import ConfigError
-from mmit.io import append, write_atomic
-from mmit.processes import only_one
 from mmit.yamlio import dump_yaml, merge, parse_yaml
 
 if TYPE_CHECKING:
+    from mmit.analysis.config import QuestionsConfig, StudyConfig
     from mmit.records import Record
 
-FREE = ("seeds", "contrasts", "question", "margin", "controls", "style")  # leave what was run as it is
-STUDY, FAILED, COMMANDS, TIMES = "study.json", "failed.json", "commands.txt", "times.jsonl"
-Say = Callable[[str], None]
-Execute = Callable[[Sequence[str], Path, Mapping[str, str]], int]
+FAILED, TIMES = "failed.json", "times.jsonl"
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,7 @@ class Step:
     made: tuple[Path, ...]
     folder: Path
     shared: bool = False  # with other studies, which may want it at the same time
+    settings: str = ""  # YAML of a build, which is written before
 
     @property
     def done(self) -> bool:
@@ -68,7 +62,7 @@ class Step:
     @property
     def shown(self) -> str:
         """The command as one would type it."""
-        return " ".join(["mmit", *(f"'{word}'" if " " in word else word for word in self.command)])
+        return shlex.join(["mmit", *self.command])
 
 
 @dataclass(frozen=True)
@@ -97,13 +91,11 @@ class Study:
 
     Args:
         config: the study. path: its YAML, whose folder relative paths start from. out: the folder of results.
-        execute: runs a command of mmit with a log and an environment, and returns its exit code.
     """
 
-    def __init__(self, config: StudyConfig, path: Path, out: Path, *, execute: Execute | None = None) -> None:
+    def __init__(self, config: StudyConfig, path: Path, out: Path) -> None:
         self.config, self.path, self.out = config, path, out
         self.shared = out if config.shared is None else Path(self.at(config.shared))
-        self._execute = execute or run_command
         self.start = None if config.start is None else self._cell(START, config.seeds[0])
         self.cells = [self._cell(arm, seed) for seed in config.seeds for arm in config.arms]
         self.controls = self._controls() if config.controls else []
@@ -121,10 +113,10 @@ class Study:
         keys = self.keys_of(START)
         source = self.config.records
         decides = {
-            "base": _digest(Path(self.at(self.config.base))),
-            "records": self._build_settings(overrides(keys, "build"), seed)
+            "base": digest(Path(self.at(self.config.base))),
+            "records": self.build_settings(overrides(keys, "build"), seed)
             if source is None
-            else [self.at(source), _digest(Path(self.at(source)))],
+            else [self.at(source), digest(Path(self.at(source)))],
             "data": overrides(keys, "data"),
             "config": {**self.config.config, **overrides(keys, "config")},
             "seed": seed,
@@ -146,9 +138,10 @@ class Study:
 
     def build_of(self, keys: Mapping[str, Any], seed: int) -> Path:
         """Return the folder of the records that a build with these keys and this seed makes."""
-        return self.shared / "builds" / _short(self._build_settings(keys, seed))
+        return self.shared / "builds" / _short(self.build_settings(keys, seed))
 
-    def _build_settings(self, keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    def build_settings(self, keys: Mapping[str, Any], seed: int) -> dict[str, Any]:
+        """Return the study's build with these keys and this seed; its paths can be read from any folder."""
         assert self.config.build is not None
         file = Path(self.at(self.config.build))
         settings, _ = parse_yaml(_text(file), where=str(file))
@@ -169,9 +162,10 @@ class Study:
         return {**settings, "rows": rows}
 
     def _build_step(self, keys: Mapping[str, Any], seed: int) -> Step:
-        folder = self.build_of(keys, seed)
+        folder, settings = self.build_of(keys, seed), dump_yaml(self.build_settings(keys, seed))
         command = ("build", "annotated", str(folder / "build.yaml"), "--out", str(folder / "data"))
-        return Step("build", f"build {folder.name}", command, (folder / "data" / "build.json",), folder, shared=True)
+        made = (folder / "data" / "build.json",)
+        return Step("build", f"build {folder.name}", command, made, folder, shared=True, settings=settings)
 
     def _cell(self, arm: str, seed: int) -> Cell:
         folder = self.folder_of(arm, seed)
@@ -241,73 +235,6 @@ class Study:
         """Return the build of the records that questions are made of; their seed is that of no arm."""
         return self._build_step(asked.build, 0)
 
-    # -- what a run of the study does
-
-    def run(self, *, jobs: int, say: Say) -> None:
-        """Do what is left. Raises ConfigError: the folder is of another study, or questions cannot be made."""
-        with only_one(self.out / ".lock", "study", folder=self.out):
-            self._claim()
-            for name, asked in self.config.questions.items():
-                self._make_questions(name, asked, say)
-            for step in self.start.steps if self.start else ():
-                self._do(step, say, threads=0)
-            # Once each and before the cells: several arms read what one build wrote, and cells may run at once.
-            builds = {step.folder: step for cell in self.cells for step in cell.steps if step.kind == "build"}
-            for step in builds.values():
-                self._do(step, say, threads=0)
-            self._run_cells(say, jobs)
-            first = self.cells[0]
-            for step in self.controls if first.done else []:
-                self._do(step, say, threads=0)
-
-    def _run_cells(self, say: Say, jobs: int) -> None:
-        if jobs == 1:
-            for cell in self.cells:
-                self._run_cell(cell, say, jobs)
-            return
-        with ThreadPoolExecutor(jobs) as pool:
-            try:
-                for one in as_completed([pool.submit(self._run_cell, cell, say, jobs) for cell in self.cells]):
-                    one.result()
-            except BaseException:  # Ctrl-C: commands that run end by the signal themselves, no further one begins
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _claim(self) -> None:
-        stated = self._stated()
-        path = self.out / STUDY
-        if path.is_file():
-            found = json.loads(path.read_text("utf-8"))
-            changed = [key for key in stated if found.get(key) != stated[key]]
-            now = {**stated, "config": _kept(stated["config"], found.get("config", {}))}
-            for key in FREE:
-                found.get("config", {}).pop(key, None)
-            changed = [key for key in changed if found.get(key) != now[key]]
-            if changed:
-                was, is_ = _difference(found, now, changed[0])
-                problem = f"the folder holds a study with another {changed[0]}: {was} was, {is_} is now"
-                raise ConfigError(problem, where=str(self.out), remedy="Give --out another folder.")
-        write_atomic(path, json.dumps(stated, indent=1, ensure_ascii=False) + "\n")
-
-    def _stated(self) -> dict[str, Any]:
-        files = {"base": self.config.base, "build": self.config.build, "records": self.config.records}
-        digests = {key: _digest(Path(self.at(file))) for key, file in files.items() if file is not None}
-        return {"config": self.config.model_dump(), **digests}
-
-    def _make_questions(self, name: str, asked: QuestionsConfig, say: Say) -> None:
-        folder = self.out / "questions" / name
-        if asked.task is not None or (folder / "task.yaml").is_file():
-            return
-        banks: list[str] = []
-        if asked.records is not None:
-            source = Path(self.at(asked.records))
-        elif self.config.build is not None:
-            step = self.question_build(asked)
-            self._do(step, say, threads=0)
-            source = step.folder / "data"
-            banks = self._build_settings(asked.build, 0)["bank"]
-        write_questions(self._records(source), asked, folder, name=name, banks=banks)
-
     def _base(self) -> tuple[str, dict[str, Any]]:
         """Return the training config that arms begin with, and keys over it.
 
@@ -321,9 +248,10 @@ class Study:
 
     def own_records(self) -> list[Record]:
         """Return the records of a study that trains on a file; [] where a build makes them."""
-        return [] if self.config.records is None else self._records(Path(self.at(self.config.records)))
+        return [] if self.config.records is None else self.records_in(Path(self.at(self.config.records)))
 
-    def _records(self, source: Path) -> list[Record]:
+    def records_in(self, source: Path) -> list[Record]:
+        """Return the records of a file or folder, whose relative images lie where the study says."""
         root = self.config.image_root
         return base_records(source, image_root=None if root is None else self.at(root))
 
@@ -346,7 +274,7 @@ class Study:
         base, own = self._base()
         where = f"{self.path}: arms.{arm}"
         return write_arm(
-            self._records(source),
+            self.records_in(source),
             self._transforms(arm),
             folder / "data",
             seed=seed,
@@ -364,64 +292,6 @@ class Study:
         settled, _ = parse_yaml(_text(file), where=str(file))
         return {"train.precision": settled["train"]["precision"]}
 
-    def _run_cell(self, cell: Cell, say: Say, jobs: int) -> None:
-        if cell.done:
-            return
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        (cell.folder / FAILED).unlink(missing_ok=True)
-        for step in cell.steps:
-            try:
-                self._do(step, say, threads=0 if jobs == 1 else max(1, len(usable()) // jobs))
-            except StepFailed as failure:
-                # An arm that fails leaves a hole in the study, not its end: the others go on, and a further run of the
-                # study tries it again.
-                say(f"{step.name} FAILED: {failure}")
-                told = {"step": step.name, "command": step.shown, "error": failure.problem}
-                write_atomic(cell.folder / FAILED, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
-                return
-
-    def _do(self, step: Step, say: Say, *, threads: int) -> None:
-        """Run a command unless it is done; what it prints goes to a log beside it."""
-        if step.done:
-            return
-        if not step.shared:
-            self._execute_step(step, say, threads)
-            return
-        with only_one(step.folder / ".lock", "study", folder=step.folder, wait=say):
-            if not step.done:  # by the study that was waited for
-                self._execute_step(step, say, threads)
-
-    def _execute_step(self, step: Step, say: Say, threads: int) -> None:
-        step.folder.mkdir(parents=True, exist_ok=True)
-        if step.kind == "build":
-            self._write_build(step)
-        append(step.folder / COMMANDS, step.shown + "\n")
-        environment = dict(os.environ)
-        # Cells that run at once share the cores; otherwise each would start a thread for every one of them.
-        if threads:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        say(step.name)
-        began = time.monotonic()
-        log = step.folder / f"{step.kind}.log"
-        code = self._execute(step.command, log, environment)
-        # Also where it ended well: a step is done when the file is there that the next one reads.
-        if code != 0 or not step.done:
-            raise StepFailed(_last_words(log) or f"it ended with code {code}", step=step, code=code)
-        took = {"kind": step.kind, "name": step.name, "seconds": round(time.monotonic() - began, 1)}
-        append(self.out / TIMES, json.dumps(took) + "\n")
-        if self.shared != self.out:
-            append(self.shared / TIMES, json.dumps({**took, "like": self._like()}) + "\n")
-
-    def _write_build(self, step: Step) -> None:
-        for cell in [*([self.start] if self.start else []), *self.cells]:
-            keys = overrides(self.keys_of(cell.arm), "build")
-            if self.build_of(keys, cell.seed) == step.folder:
-                write_atomic(step.folder / "build.yaml", dump_yaml(self._build_settings(keys, cell.seed)))
-                return
-        for asked in self.config.questions.values():
-            if asked.task is None and asked.records is None and self.build_of(asked.build, 0) == step.folder:
-                write_atomic(step.folder / "build.yaml", dump_yaml(self._build_settings(asked.build, 0)))
-
     @property
     def steps(self) -> list[Step]:
         """All steps in order, each once."""
@@ -433,10 +303,11 @@ class Study:
         """Return the steps that are not done."""
         return [step for step in self.steps if not step.done]
 
-    def _like(self) -> str:
+    @property
+    def like(self) -> str:
         """What a step's time depends on beside its kind, as far as all arms have it in common."""
         asked = {name: [one.limit, one.max_new_tokens] for name, one in self.config.questions.items()}
-        return _short([_digest(Path(self.at(self.config.base))), self.config.config, asked])
+        return _short([digest(Path(self.at(self.config.base))), self.config.config, asked])
 
     def hours_left(self, *, jobs: int = 1) -> float | None:
         """Return how long the rest takes by the steps that were run, None where a kind never was.
@@ -444,7 +315,7 @@ class Study:
         By those of this study, and of others alike that share a folder with it. Steps of arms run `jobs` at once.
         """
         mine = _times(self.out / TIMES)
-        others = _times(self.shared / TIMES, like=self._like()) if self.shared != self.out else {}
+        others = _times(self.shared / TIMES, like=self.like) if self.shared != self.out else {}
         found = {**others, **mine}
         steps = self.left()
         if any(step.kind not in found for step in steps if step.kind in ("train", "eval")):
@@ -477,14 +348,6 @@ def _times(path: Path, *, like: str | None = None) -> dict[str, list[float]]:
     return found
 
 
-class StepFailed(ConfigError):
-    """A command of a study ended badly; the message is its own last words."""
-
-    def __init__(self, problem: str, *, step: Step, code: int) -> None:
-        super().__init__(problem, where=step.name, remedy=f"Run it alone to see more: {step.shown}")
-        self.code = code
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
@@ -497,13 +360,19 @@ def _short(decides: Any) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _digest(path: Path) -> str:
-    if path.is_dir():
-        return hashlib.sha256("\n".join(sorted(str(p) for p in path.rglob("*"))).encode()).hexdigest()[:16]
+def digest(path: Path) -> str:
+    """Hash the contents of a file, or of those that hold the records of a folder. Raises ConfigError."""
+    hashed = hashlib.sha256()
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        for file in record_files(path) if path.is_dir() else [path]:
+            if path.is_dir():
+                hashed.update(f"{file.relative_to(path)}\0{file.stat().st_size}\0".encode())
+            with open(file, "rb") as opened:
+                while block := opened.read(1 << 20):
+                    hashed.update(block)
     except OSError as error:
         raise ConfigError(f"cannot read: {error}", where=str(path), remedy="Check the path in the study.") from None
+    return hashed.hexdigest()[:16]
 
 
 def _bank(name: Any, folder: Path) -> Any:
@@ -512,28 +381,3 @@ def _bank(name: Any, folder: Path) -> Any:
         return name
     kind, colon, rest = name.partition(":")
     return f"{kind}:{os.path.abspath(folder / rest)}" if colon else os.path.abspath(folder / name)
-
-
-def _kept(now: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the part of a config that must be as it was: new arms and questions leave the old ones as they are."""
-    kept = {key: value for key, value in now.items() if key not in FREE}
-    for key in ("arms", "questions"):
-        kept[key] = {name: value for name, value in now[key].items() if name in found.get(key, {})}
-    return kept
-
-
-def _difference(found: Mapping[str, Any], now: Mapping[str, Any], key: str) -> tuple[Any, Any]:
-    if key != "config":
-        return found.get(key), now[key]
-    was, is_ = found.get("config", {}), now["config"]
-    first = next(k for k in is_ if was.get(k) != is_[k])
-    return f"{first}={was.get(first)!r}", f"{first}={is_[first]!r}"
-
-
-def _last_words(log: Path) -> str:
-    """Return the error that a command printed, at most 500 characters of it."""
-    lines = log.read_text("utf-8", "replace").strip().splitlines()
-    for place in range(len(lines) - 1, max(-1, len(lines) - 40), -1):
-        if lines[place].startswith("error:"):
-            return " ".join(lines[place:])[7:507]
-    return lines[-1][:500] if lines else ""

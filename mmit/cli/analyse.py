@@ -28,6 +28,7 @@ def _command(kind: str) -> Callable[..., None]:
         plan: Annotated[bool, typer.Option("--plan", help="List what is left to do, and run nothing.")] = False,
     ) -> None:
         from mmit.analysis.config import load_study
+        from mmit.analysis.execution import run_study
         from mmit.analysis.study import Study, usual_jobs
 
         loaded = load_study(config)
@@ -39,7 +40,7 @@ def _command(kind: str) -> Callable[..., None]:
         if plan:
             _plan(study, jobs)
             return
-        study.run(jobs=jobs, say=echo)
+        run_study(study, jobs=jobs, say=echo)
         _report(study)
 
     return run

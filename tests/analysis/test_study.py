@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from mmit.analysis.config import load_study
+from mmit.analysis.execution import claim, run_study
 from mmit.analysis.findings import findings
 from mmit.analysis.report import markdown, write_report
 from mmit.analysis.study import TIMES, Study, usual_jobs
 from mmit.cores import usable
-from mmit.errors import ConfigError, MmitError
+from mmit.errors import MmitError
 from mmit.eval.answers import TUNED
 from mmit.records import Record, read_jsonl, write_jsonl
 from mmit.yamlio import dump_yaml, parse_yaml
@@ -28,8 +29,8 @@ def ran(out: Path) -> list[str]:
 def finished(tmp_path_factory) -> Study:
     folder = tmp_path_factory.mktemp("study")
     path = write_world(folder)
-    study = Study(load_study(path), path, folder / "out", execute=here)
-    study.run(jobs=1, say=lambda text: None)
+    study = Study(load_study(path), path, folder / "out")
+    run_study(study, jobs=1, say=lambda text: None, execute=here)
     return study
 
 
@@ -89,28 +90,11 @@ def test_arms_differ_in_their_wordings_alone(finished):
 
 def test_a_finished_study_runs_nothing_again_and_a_lost_step_alone(finished):
     before = ran(finished.out)
-    finished.run(jobs=1, say=lambda text: None)
+    run_study(finished, jobs=1, say=lambda text: None, execute=here)
     assert ran(finished.out) == before
     (finished.answers_of("two", 1, "unseen") / "report.json").unlink()
-    finished.run(jobs=1, say=lambda text: None)
+    run_study(finished, jobs=1, say=lambda text: None, execute=here)
     assert ran(finished.out) == [*before, "two, seed 1: unseen"]
-
-
-def test_another_study_or_base_in_the_folder_is_refused(finished):
-    path = finished.path
-    text = path.read_text()
-    try:
-        path.write_text(text.replace("train.steps: 2", "train.steps: 3"))
-        with pytest.raises(ConfigError, match=r"config=\{'train.steps': 2\} was, config=\{'train.steps': 3\} is now"):
-            Study(load_study(path), path, finished.out, execute=here).run(jobs=1, say=print)
-        path.write_text(text)
-        base = path.parent / "base.yaml"
-        base.write_text(base.read_text() + "\n# changed\n")
-        with pytest.raises(ConfigError, match="another base"):
-            Study(load_study(path), path, finished.out, execute=here).run(jobs=1, say=print)
-    finally:
-        path.write_text(text)
-        base.write_text(base.read_text().replace("\n# changed\n", ""))
 
 
 def test_arms_seeds_and_contrasts_can_be_added(finished):
@@ -119,29 +103,17 @@ def test_arms_seeds_and_contrasts_can_be_added(finished):
     try:
         added = text.replace("seeds:", "contrasts:\n- [two, one]\nseeds:").replace("- 1\n", "- 1\n- 2\n", 1)
         path.write_text(added)
-        study = Study(load_study(path), path, finished.out, execute=here)
+        study = Study(load_study(path), path, finished.out)
         new = [step.name for step in study.left() if step.kind == "train"]
         assert new == ["one, seed 2: train", "two, seed 2: train"]
-        study._claim()
+        claim(study)
     finally:
         path.write_text(text)
 
 
-def test_a_failed_arm_is_told_and_stops_no_other(tmp_path):
-    arms = {"all 100 %": {}, "too many": {"data.size": 1000}}
-    path = write_world(tmp_path, study="size", arms=arms, seeds=[0])
-    study = Study(load_study(path), path, tmp_path / "out", execute=here)
-    study.run(jobs=1, say=lambda text: None)
-    report = write_report(study)
-    assert "1000 records are asked for, but there are 24" in report
-    told = next(line for line in report.splitlines() if "1000 records" in line)
-    assert told.startswith("- too many, seed 0: ") and told.count("mmit analyse arm") == 1
-    assert "| all 100 % |" in report and "One seed: there is no interval" in report
-
-
 def test_the_plan_lists_commands_and_runs_nothing(tmp_path):
     path = write_world(tmp_path)
-    study = Study(load_study(path), path, tmp_path / "out", execute=here)
+    study = Study(load_study(path), path, tmp_path / "out")
     shown = [step.shown for step in study.left()]
     assert len(shown) == 4 * 4 and shown[0].startswith("mmit build annotated") and study.hours_left() is None
     assert not (tmp_path / "out").exists()
@@ -152,10 +124,10 @@ def test_what_arms_and_studies_share_is_made_once(tmp_path):
     asked = {"rows.path": "test.csv"}
     sets = {"unseen": {"build": {**asked, "templates.split": "held_out"}}, "seen": {"build": asked}}
     path = write_world(tmp_path, data={"size": 12}, questions=sets, **common)
-    study = Study(load_study(path), path, tmp_path / "out", execute=here)
+    study = Study(load_study(path), path, tmp_path / "out")
     one = next(step for step in study.left() if step.kind == "eval")
     assert one.made == tuple(study.answers_of("one", 0, name) / "report.json" for name in ("unseen", "seen"))
-    study.run(jobs=1, say=lambda text: None)
+    run_study(study, jobs=1, say=lambda text: None, execute=here)
     for arm in ("one", "two"):
         assert f"init_from: {study.start.folder}/run" in (study.folder_of(arm, 0) / "data" / "train.yaml").read_text()
     assert not any(cell.failed for cell in study.cells) and ran(study.out).count("start, seed 0: train") == 1
@@ -167,7 +139,7 @@ def test_what_arms_and_studies_share_is_made_once(tmp_path):
     other = write_world(tmp_path / "other", data={"size": 8}, **{**common, "shared": "../shared"})
     for name in ("base.yaml", "build.yaml"):  # the same world by other paths
         other.write_text(other.read_text().replace(name, f"../{name}"))
-    second = Study(load_study(other), other, tmp_path / "second", execute=here)
+    second = Study(load_study(other), other, tmp_path / "second")
     assert not [step.name for step in second.left() if step.shared]
     changed = Study(
         load_study(other).model_copy(update={"start": {"config.train.steps": 2}}), other, tmp_path / "third"
@@ -177,8 +149,8 @@ def test_what_arms_and_studies_share_is_made_once(tmp_path):
 
 def test_the_plan_states_hours_by_what_ran_here_and_in_studies_alike(tmp_path):
     path = write_world(tmp_path, shared="shared", seeds=[0])
-    study = Study(load_study(path), path, tmp_path / "out", execute=here)
-    row = {"kind": "train", "name": "a, seed 0: train", "like": study._like()}
+    study = Study(load_study(path), path, tmp_path / "out")
+    row = {"kind": "train", "name": "a, seed 0: train", "like": study.like}
     rows = [row | {"seconds": 3000}, row | {"kind": "eval", "seconds": 600}, row | {"seconds": 9, "like": "another"}]
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared" / TIMES).write_text("".join(json.dumps(one) + "\n" for one in rows))
@@ -187,7 +159,7 @@ def test_the_plan_states_hours_by_what_ran_here_and_in_studies_alike(tmp_path):
     (tmp_path / "out" / TIMES).write_text(json.dumps(row | {"seconds": 1200}) + "\n")
     assert study.hours_left() == 1  # its own steps count before those of others
     longer = write_world(tmp_path, shared="shared", seeds=[0], config={"train.steps": 9})
-    assert Study(load_study(longer), longer, tmp_path / "longer", execute=here).hours_left() is None
+    assert Study(load_study(longer), longer, tmp_path / "longer").hours_left() is None
 
 
 def test_a_base_may_have_a_base_of_its_own(tmp_path):
@@ -202,7 +174,7 @@ def test_a_base_may_have_a_base_of_its_own(tmp_path):
         "data": {"max_length": 99, "train": [{"path": "x"}]},
     }
     (tmp_path / "mine.yaml").write_text(dump_yaml(own))
-    study = Study(load_study(path), path, tmp_path / "out", execute=here)
+    study = Study(load_study(path), path, tmp_path / "out")
     study.make_arm("b", 0)
     file = study.folder_of("b", 0) / "data" / "train.yaml"
     made = parse_yaml(file.read_text(), where="arm")[0]
