@@ -30,10 +30,11 @@ from mmit.build.annotated import Made
 from mmit.build.licences import terms_of
 from mmit.build.write import Counts, Stated, write_build
 from mmit.data.choices import CHOICES, SHARES, choices_of
+from mmit.data.image_identity import image_digest
 from mmit.errors import ConfigError, MmitError, nearest
 from mmit.io import whole_file, write_atomic
 from mmit.pet.scoring import accuracy, scores, soft_labels
-from mmit.records import Record, Text, Turn, read_jsonl
+from mmit.records import Image, Record, Text, Turn, read_jsonl
 
 if TYPE_CHECKING:
     from mmit.generate import Model
@@ -44,6 +45,7 @@ Say = Callable[[str], None]
 STATE, LABELLED, STUDENT = "fit.json", "labelled", "student"
 WEIGHTS = ("accuracy", "uniform")
 OVER = ("labels", "vocabulary")
+OTHER = {"labelled": "rows", "unlabelled": "rows", "patterns": "wordings or answers"}  # what of a key has changed
 # A run on a few rows: what the start's config measures while it trains is not theirs.
 _ALONE: dict[str, Any] = {
     "train.eval_every": None,
@@ -186,7 +188,9 @@ def fit(
         for pattern in patterns.patterns:
             pattern.record(example.fields, example.label, where=example.where)
     folder = Path(dir)
-    done = _begun(folder, {"model": os.fspath(model), "fit": asdict(how), "generations": asdict(generations)})
+    asked = {"model": os.fspath(model), "fit": asdict(how), "generations": asdict(generations)}
+    asked |= {"labelled": _digest(labelled), "patterns": {p.id: _digest_of_pattern(p) for p in patterns.patterns}}
+    done = _begun(folder, asked | ({"unlabelled": _digest(unlabelled)} if generations.count > 1 else {}))
     before = _before(model, patterns, labelled, done, folder)
     given: dict[str, list[Example]] = {}
     for generation in range(generations.count):
@@ -281,8 +285,7 @@ def scored(
     """
     pattern = patterns.by_id[fitted.pattern]
     # Kept for whoever asks the same: the next generation and `label` do, and each would load the model again.
-    wanted = json.dumps([calibrate, pattern.template.jinja, pattern.answers, [row.where for row in rows]])
-    digest = hashlib.sha256(wanted.encode()).hexdigest()
+    digest = _short([calibrate, _digest_of_pattern(pattern), _digest(rows)])
     path = folder / f"{fitted.run}.scores.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
@@ -369,8 +372,13 @@ def label(
     last = max(fitted.generation for fitted in models)
     models = [fitted for fitted in models if fitted.generation == last]
     pattern = patterns.named(how.pattern, where="label.pattern")
+    fitted_with = _read(folder)["asked"].get("patterns", {})
     for fitted in models:
-        patterns.named(fitted.pattern, where=str(folder / STATE))
+        own = patterns.named(fitted.pattern, where=str(folder / STATE))
+        if fitted_with.get(own.id, _digest_of_pattern(own)) != _digest_of_pattern(own):
+            problem = f"the models of pattern '{own.id}' were fitted with another wording or other answers"
+            remedy = "Set the pattern back, or fit it with a new --out."
+            raise ConfigError(problem, where=str(folder / STATE), remedy=remedy)
     for row in unlabelled:
         pattern.record(row.fields, where=row.where)
     given = [scored(folder, fitted, patterns, unlabelled, calibrate=how.calibrate) for fitted in models]
@@ -411,7 +419,7 @@ def fitted_models(folder: Path) -> list[Fitted]:
     if not path.is_file():
         remedy = "Run mmit pet fit first, with the same --out."
         raise ConfigError("no model was fitted here", where=str(folder), remedy=remedy)
-    found = [Fitted(**facts) for facts in json.loads(path.read_text(encoding="utf-8"))["models"].values()]
+    found = [Fitted(**facts) for facts in _read(folder)["models"].values()]
     if not found:
         raise ConfigError("fitting was stopped before the first model", where=str(path), remedy="Run it again.")
     return found
@@ -469,21 +477,41 @@ def _named(name: str) -> str:
     return re.sub(r"[^\w.-]", "_", name)
 
 
+def _short(facts: Any) -> str:
+    """A digest of JSON values, and of images by their contents."""
+    text = json.dumps(facts, default=lambda value: image_digest(value) if isinstance(value, Image) else str(value))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _digest(rows: Sequence[Example]) -> str:
+    """Of what rows hold, wherever they lie."""
+    return _short([[dict(row.fields), row.label] for row in rows])
+
+
+def _digest_of_pattern(pattern: Pattern) -> str:
+    return _short([pattern.template.jinja, pattern.verbalizer])
+
+
 def _begun(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
     """What the folder holds of this task, or a new beginning. Raises ConfigError for another's."""
     asked = json.loads(json.dumps(asked))
-    path = folder / STATE
-    if path.is_file():
-        done: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if (folder / STATE).is_file():
+        done = _read(folder)
         for key in asked:
-            if _first(done["asked"].get(key)) != _first(asked[key]):
-                problem = f"was begun with other settings of '{key}'"
-                raise ConfigError(problem, where=str(path), remedy="Set them back, or give --out a new folder.")
+            # What was not asked before is asked from now on: `unlabelled` with the first further generation.
+            if _first(done["asked"].setdefault(key, asked[key])) != _first(asked[key]):
+                what = OTHER.get(key, "settings")
+                remedy = "Set them back, or give --out a new folder."
+                raise ConfigError(f"was begun with other {what} of '{key}'", where=str(folder / STATE), remedy=remedy)
         return done
     if folder.exists() and any(folder.iterdir()):
         problem = "the folder is not empty, and holds no fit.json"
         raise ConfigError(problem, where=str(folder), remedy="Give --out a new folder.")
     return {"asked": asked, "models": {}}
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
 
 
 def _first(asked: Any) -> Any:

@@ -19,7 +19,7 @@ import mmit
 from mmit.cli import app
 from mmit.errors import ConfigError
 from mmit.pet import distil, fit, label, patterns_of, read_rows
-from mmit.pet.stages import Fitting, Generations, Labelling, confident, weighted_answers
+from mmit.pet.stages import Fitting, Generations, Labelling, confident, scored, weighted_answers
 from mmit.records import Record, read_jsonl, write_jsonl
 from mmit.train.checkpoint import folders
 from mmit.train.run import run
@@ -120,6 +120,39 @@ def test_generations_train_on_what_others_are_sure_of_and_a_stopped_one_goes_on(
     other = {**given, "how": replace(HOW, steps=2)}
     with pytest.raises(ConfigError, match="was begun with other settings of 'fit'"):
         fit(world.start, world.patterns, world.labelled, **other)
+
+
+def test_other_rows_images_or_wordings_are_no_part_of_a_task_that_was_begun(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmit.pet.stages._trained", lambda *a, **k: None)
+    asked: list[int] = []
+    monkeypatch.setattr("mmit.pet.stages._loaded_scores", lambda m, p, rows, **k: asked.append(1) or np.eye(len(rows)))
+    monkeypatch.setattr("mmit.pet.stages._before", lambda *a: {"what": 0.5, "a/b": 0.5})
+    given: dict[str, Any] = {"dir": tmp_path / "task", "how": HOW}
+    begun = fit(world.start, world.patterns, world.labelled, **given)
+    (tmp_path / "moved").mkdir()
+    for path in world.folder.glob("few*"):
+        (tmp_path / "moved" / path.name).write_bytes(path.read_bytes())
+    again = lambda: read_rows({"path": "few.csv"}, world.patterns, labelled=True, folder=str(tmp_path / "moved"))  # noqa: E731
+    assert fit(world.start, world.patterns, again(), **given) == begun  # the same rows in another place
+    (tmp_path / "moved" / "few0.png").write_bytes((tmp_path / "moved" / "few1.png").read_bytes())
+    turned = [replace(row, label="blue") for row in world.labelled]
+    for rows in (again(), turned, world.labelled[:3]):
+        with pytest.raises(ConfigError, match="was begun with other rows of 'labelled'"):
+            fit(world.start, world.patterns, rows, **given)
+    worded = json.loads(json.dumps(PATTERNS))
+    worded["patterns"][0]["input"] = "{{ image }}Which color?"
+    with pytest.raises(ConfigError, match="was begun with other wordings or answers of 'patterns'"):
+        fit(world.start, patterns_of(worded), world.labelled, **given)
+    with pytest.raises(ConfigError, match="models of pattern 'what' were fitted with another wording"):
+        label(tmp_path / "task", patterns_of(worded), world.unlabelled)
+    scored(tmp_path, begun[0], world.patterns, world.unlabelled)
+    asked.clear()
+    scored(tmp_path, begun[0], world.patterns, world.unlabelled)
+    assert not asked
+    scored(tmp_path, begun[0], world.patterns, [*world.unlabelled[1:], world.unlabelled[0]])
+    assert asked
 
 
 def test_distilling_certain_labels_is_plain_tuning_bit_for_bit(world: World, tmp_path: Path) -> None:
