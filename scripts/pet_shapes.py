@@ -27,7 +27,8 @@ from mmit.build.rows import open_rows
 from mmit.eval.metrics.intervals import clustered
 from mmit.generate import load
 from mmit.io import write_atomic
-from mmit.pet.stages import LABELLED, STUDENT, Fitting, Generations
+from mmit.pet.settings import Fitting, Generations
+from mmit.pet.task import LABELLED, STUDENT
 
 PATTERNS = {
     "shape": [

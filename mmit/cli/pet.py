@@ -35,7 +35,7 @@ INNER = {
 def fit(config: Config, *, out: Out) -> None:
     """Fit a model to the labelled rows for every pattern."""
     from mmit.pet import fit as fitted
-    from mmit.pet.stages import Fitting, Generations
+    from mmit.pet.settings import Fitting, Generations
 
     settings = _settings(config)
     patterns = _patterns(settings, config)
@@ -53,7 +53,8 @@ def fit(config: Config, *, out: Out) -> None:
 def label(config: Config, *, out: Out) -> None:
     """Label the other rows with all fitted models together."""
     from mmit.pet import label as labelled
-    from mmit.pet.stages import LABELLED, Labelling
+    from mmit.pet.settings import Labelling
+    from mmit.pet.task import LABELLED
 
     settings = _settings(config)
     patterns = _patterns(settings, config)
@@ -68,7 +69,7 @@ def label(config: Config, *, out: Out) -> None:
 def distil(config: Config, *, out: Out) -> None:
     """Train one model on what the others say together."""
     from mmit.pet import distil as distilled
-    from mmit.pet.stages import Fitting, Labelling
+    from mmit.pet.settings import Fitting, Labelling
 
     settings = _settings(config)
     given = dict(settings.get("distil") or {})

@@ -7,7 +7,8 @@
 from mmit.pet.patterns import Pattern, Patterns, patterns_of, read_patterns
 from mmit.pet.rows import Example, read_rows
 from mmit.pet.scoring import accuracy, scores, soft_labels
-from mmit.pet.stages import Fitted, distil, fit, label
+from mmit.pet.stages import distil, fit, label
+from mmit.pet.task import Fitted
 
 __all__ = ["Example", "Fitted", "Pattern", "Patterns", "accuracy", "distil", "fit", "label", "patterns_of"]
 __all__ += ["read_patterns", "read_rows", "scores", "soft_labels"]

@@ -1,26 +1,16 @@
 """The three stages: one model for each pattern, soft labels of what they say together, one model that learned these.
 
-Owns the folder of a task:
-
-    fit.json                     what was asked for, and every model with its accuracy before and after
-    g0/1_what-0/                 the run of a pattern's first repetition; g1/, g2/ of later generations (iPET)
-    g0/1_what-0.scores.npz       what it says of the unlabelled rows
-    labelled/                    a build: records with soft labels, which every `mmit data` command reads
-    student/                     the run that learned them
-
-Every stage goes on where it was stopped. Refuses a folder that was begun with other settings.
+Each writes into the folder of a task (`task.py`) and goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
 import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +20,24 @@ from mmit.build.annotated import Made
 from mmit.build.licences import terms_of
 from mmit.build.write import Counts, Stated, write_build
 from mmit.data.choices import CHOICES, SHARES, choices_of
-from mmit.data.image_identity import image_digest
 from mmit.errors import ConfigError, MmitError, nearest
-from mmit.io import whole_file, write_atomic
+from mmit.io import whole_file
 from mmit.pet.scoring import accuracy, scores, soft_labels
-from mmit.records import Image, Record, Text, Turn, read_jsonl
+from mmit.pet.settings import Fitting, Generations, Labelling
+from mmit.pet.task import (
+    LABELLED,
+    STATE,
+    STUDENT,
+    Fitted,
+    begun,
+    digest_of_pattern,
+    digest_of_rows,
+    fitted_models,
+    read_state,
+    short_digest,
+    write_state,
+)
+from mmit.records import Record, Text, Turn, read_jsonl
 
 if TYPE_CHECKING:
     from mmit.generate import Model
@@ -42,10 +45,7 @@ if TYPE_CHECKING:
     from mmit.pet.rows import Example
 
 Say = Callable[[str], None]
-STATE, LABELLED, STUDENT = "fit.json", "labelled", "student"
-WEIGHTS = ("accuracy", "uniform")
 OVER = ("labels", "vocabulary")
-OTHER = {"labelled": "rows", "unlabelled": "rows", "patterns": "wordings or answers"}  # what of a key has changed
 # A run on a few rows: what the start's config measures while it trains is not theirs.
 _ALONE: dict[str, Any] = {
     "train.eval_every": None,
@@ -59,101 +59,6 @@ def _quiet(text: str) -> None:
     pass
 
 
-@dataclass(frozen=True)
-class Fitting:
-    """How a model is fitted to labelled rows.
-
-    Attributes:
-        repetitions: models a pattern, each with another seed; the paper takes 3.
-        steps: optimizer steps of each.
-        lm: part of the loss on the question; the authors' code takes 1 - 0.9999.
-        tune: what is trained, as `mmit.train` takes it; None as the start's config says.
-        settings: any other keys of the config, {"train.rows_per_step": 1}.
-        seed: of the whole task.
-    """
-
-    repetitions: int = 3
-    steps: int = 60
-    lm: float = 1e-4
-    tune: Mapping[str, Any] | None = None
-    settings: Mapping[str, Any] | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _check_whole("fit.repetitions", self.repetitions)
-        _check_whole("steps", self.steps)
-
-
-@dataclass(frozen=True)
-class Generations:
-    """How models label for each other (iPET); the defaults but `count` are those of the authors' code.
-
-    Attributes:
-        count: of them; 1 is PET without iteration, the authors take 3.
-        factor: by how much the rows of a model grow from one generation to the next.
-        share: of the other models, those that label for one; one at least.
-    """
-
-    count: int = 1
-    factor: float = 5.0
-    share: float = 0.25
-
-    def __post_init__(self) -> None:
-        _check_whole("generations.count", self.count)
-        if not _number(self.factor) or self.factor <= 1:
-            remedy = "Give a number above 1, by which the rows grow."
-            raise ConfigError(f"is {self.factor}", where="generations.factor", remedy=remedy)
-        if not _number(self.share) or not 0 < self.share <= 1:
-            raise ConfigError(f"is {self.share}", where="generations.share", remedy="Give a part of 1.")
-
-
-@dataclass(frozen=True)
-class Labelling:
-    """How models label together.
-
-    Attributes:
-        weights: `accuracy`, that of a model on the labelled rows before it was fitted, or `uniform`.
-        temperature, calibrate: see `soft_labels` and `scores`.
-        pattern: the question of the labelled records, by its id; None for the first.
-    """
-
-    weights: str = "accuracy"
-    temperature: float = 2.0
-    calibrate: bool = False
-    pattern: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise ConfigError(f"is '{self.weights}'", where="label.weights", remedy=nearest(str(self.weights), WEIGHTS))
-        if not _number(self.temperature) or self.temperature <= 0:
-            problem = f"is {self.temperature}"
-            raise ConfigError(problem, where="label.temperature", remedy="Give a number above 0; the paper takes 2.")
-        if not isinstance(self.calibrate, bool):
-            raise ConfigError(f"is {self.calibrate!r}", where="label.calibrate", remedy="Write true or false.")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_whole(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"is {value!r}", where=name, remedy="Give a whole number, 1 or more.")
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A model of one pattern."""
-
-    pattern: str
-    repetition: int
-    generation: int
-    run: str  # its folder, from that of the task
-    rows: int  # it was fitted to
-    before: float  # accuracy on the labelled rows, before
-    after: float  # and after
-
-
 def fit(
     model: str | os.PathLike[str],
     patterns: Patterns,
@@ -161,8 +66,8 @@ def fit(
     *,
     dir: str | os.PathLike[str],
     unlabelled: Sequence[Example] = (),
-    how: Fitting = Fitting(),
-    generations: Generations = Generations(),
+    how: Fitting = Fitting(),  # noqa: B008 - frozen
+    generations: Generations = Generations(),  # noqa: B008 - frozen
     say: Say = _quiet,
 ) -> list[Fitted]:
     """Fit a model to the labelled rows for every pattern and repetition.
@@ -189,8 +94,8 @@ def fit(
             pattern.record(example.fields, example.label, where=example.where)
     folder = Path(dir)
     asked = {"model": os.fspath(model), "fit": asdict(how), "generations": asdict(generations)}
-    asked |= {"labelled": _digest(labelled), "patterns": {p.id: _digest_of_pattern(p) for p in patterns.patterns}}
-    done = _begun(folder, asked | ({"unlabelled": _digest(unlabelled)} if generations.count > 1 else {}))
+    asked |= {"labelled": digest_of_rows(labelled), "patterns": {p.id: digest_of_pattern(p) for p in patterns.patterns}}
+    done = begun(folder, asked | ({"unlabelled": digest_of_rows(unlabelled)} if generations.count > 1 else {}))
     before = _before(model, patterns, labelled, done, folder)
     given: dict[str, list[Example]] = {}
     for generation in range(generations.count):
@@ -207,7 +112,7 @@ def fit(
                     after = accuracy(_loaded_scores(folder / name, pattern, labelled), labelled, patterns.labels)
                     facts = Fitted(pattern.id, repetition, generation, name, len(rows), before[pattern.id], after)
                     done["models"][name] = asdict(facts)
-                    _write(folder, done)
+                    write_state(folder, done)
                     say(f"{name}: {len(rows)} rows, accuracy on the labelled ones {facts.before:.3f} -> {after:.3f}")
                 models.append(Fitted(**done["models"][name]))
         if generation + 1 < generations.count:
@@ -267,7 +172,7 @@ def _before(
         start = _load(model)
         found = {p.id: accuracy(scores(start, p, labelled), labelled, patterns.labels) for p in patterns.patterns}
         done["before"] = found
-        _write(folder, done)
+        write_state(folder, done)
     return dict(done["before"])
 
 
@@ -285,7 +190,7 @@ def scored(
     """
     pattern = patterns.by_id[fitted.pattern]
     # Kept for whoever asks the same: the next generation and `label` do, and each would load the model again.
-    digest = _short([calibrate, _digest_of_pattern(pattern), _digest(rows)])
+    digest = short_digest([calibrate, digest_of_pattern(pattern), digest_of_rows(rows)])
     path = folder / f"{fitted.run}.scores.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as kept:
@@ -356,7 +261,7 @@ def label(
     patterns: Patterns,
     unlabelled: Sequence[Example],
     *,
-    how: Labelling = Labelling(),
+    how: Labelling = Labelling(),  # noqa: B008 - frozen
     settings: Mapping[str, Any] | None = None,
 ) -> Counts:
     """Label rows with the last generation of fitted models, into the folder `labelled` of the task.
@@ -372,10 +277,10 @@ def label(
     last = max(fitted.generation for fitted in models)
     models = [fitted for fitted in models if fitted.generation == last]
     pattern = patterns.named(how.pattern, where="label.pattern")
-    fitted_with = _read(folder)["asked"].get("patterns", {})
+    fitted_with = read_state(folder)["asked"].get("patterns", {})
     for fitted in models:
         own = patterns.named(fitted.pattern, where=str(folder / STATE))
-        if fitted_with.get(own.id, _digest_of_pattern(own)) != _digest_of_pattern(own):
+        if fitted_with.get(own.id, digest_of_pattern(own)) != digest_of_pattern(own):
             problem = f"the models of pattern '{own.id}' were fitted with another wording or other answers"
             remedy = "Set the pattern back, or fit it with a new --out."
             raise ConfigError(problem, where=str(folder / STATE), remedy=remedy)
@@ -413,23 +318,11 @@ def soft_record(
     )
 
 
-def fitted_models(folder: Path) -> list[Fitted]:
-    """Return the models of a task's folder. Raises ConfigError if there are none."""
-    path = folder / STATE
-    if not path.is_file():
-        remedy = "Run mmit pet fit first, with the same --out."
-        raise ConfigError("no model was fitted here", where=str(folder), remedy=remedy)
-    found = [Fitted(**facts) for facts in _read(folder)["models"].values()]
-    if not found:
-        raise ConfigError("fitting was stopped before the first model", where=str(path), remedy="Run it again.")
-    return found
-
-
 def distil(
     model: str | os.PathLike[str],
     dir: str | os.PathLike[str],
     *,
-    how: Fitting = Fitting(lm=0.0),
+    how: Fitting = Fitting(lm=0.0),  # noqa: B008 - frozen
     over: str = "labels",
     temperature: float = 2.0,
 ) -> Path:
@@ -475,50 +368,3 @@ def weighted_answers(record: Record) -> list[Record]:
 def _named(name: str) -> str:
     """An id as part of a file's name."""
     return re.sub(r"[^\w.-]", "_", name)
-
-
-def _short(facts: Any) -> str:
-    """A digest of JSON values, and of images by their contents."""
-    text = json.dumps(facts, default=lambda value: image_digest(value) if isinstance(value, Image) else str(value))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _digest(rows: Sequence[Example]) -> str:
-    """Of what rows hold, wherever they lie."""
-    return _short([[dict(row.fields), row.label] for row in rows])
-
-
-def _digest_of_pattern(pattern: Pattern) -> str:
-    return _short([pattern.template.jinja, pattern.verbalizer])
-
-
-def _begun(folder: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What the folder holds of this task, or a new beginning. Raises ConfigError for another's."""
-    asked = json.loads(json.dumps(asked))
-    if (folder / STATE).is_file():
-        done = _read(folder)
-        for key in asked:
-            # What was not asked before is asked from now on: `unlabelled` with the first further generation.
-            if _first(done["asked"].setdefault(key, asked[key])) != _first(asked[key]):
-                what = OTHER.get(key, "settings")
-                remedy = "Set them back, or give --out a new folder."
-                raise ConfigError(f"was begun with other {what} of '{key}'", where=str(folder / STATE), remedy=remedy)
-        return done
-    if folder.exists() and any(folder.iterdir()):
-        problem = "the folder is not empty, and holds no fit.json"
-        raise ConfigError(problem, where=str(folder), remedy="Give --out a new folder.")
-    return {"asked": asked, "models": {}}
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    return dict(json.loads((folder / STATE).read_text(encoding="utf-8")))
-
-
-def _first(asked: Any) -> Any:
-    """Settings without the number of generations, of which more can be asked for later."""
-    return {k: v for k, v in asked.items() if k != "count"} if isinstance(asked, Mapping) else asked
-
-
-def _write(folder: Path, done: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / STATE, json.dumps(done, indent=1, ensure_ascii=False) + "\n")

@@ -19,7 +19,8 @@ import mmit
 from mmit.cli import app
 from mmit.errors import ConfigError
 from mmit.pet import distil, fit, label, patterns_of, read_rows
-from mmit.pet.stages import Fitting, Generations, Labelling, confident, scored, weighted_answers
+from mmit.pet.settings import Fitting, Generations, Labelling
+from mmit.pet.stages import confident, scored, weighted_answers
 from mmit.records import Record, read_jsonl, write_jsonl
 from mmit.train.checkpoint import folders
 from mmit.train.run import run
