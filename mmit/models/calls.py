@@ -6,7 +6,8 @@ signature, gives the model's output. Refuses a keyword that nobody reads, unless
 
 Some models (Gemma 3n, Gemma 4) want in every layer, besides hidden states, embeddings of the token ids, and mmit gives
 embeddings, some of them of images. What is exactly a row of the embedding table is taken for that token, all else for
-padding, as transformers has it for positions of images. Known by what the model has, never by its name.
+padding, as transformers has it for positions of images. Others (Qwen4-Exp) look up n-grams of the ids themselves; an
+image is then the token that ends a text, beyond which no n-gram reaches. Known by what the model has, not by its name.
 
 Dimensions: B sequences of T tokens, D width, V vocabulary.
 """
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 
+NGRAM_IDS = "ple_input_ids"
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; before 5.24 one of the other two
 ELSEWHERE = "use another architecture, or a version of transformers that `mmit env` lists as tested"
 
@@ -81,6 +83,8 @@ def _call(
     if "inputs_embeds" in given and takes(llm, "per_layer_inputs"):
         extra = per_layer_inputs(llm, given["inputs_embeds"], ids)
         given |= {} if extra is None else {"per_layer_inputs": extra}
+    if "inputs_embeds" in given and reads_ngrams(inner):
+        given[NGRAM_IDS] = _ngram_ids(inner, given["inputs_embeds"], ids)
     keep = given.get("logits_to_keep")
     if isinstance(keep, torch.Tensor) and len(set(getattr(inner, "hf_device_map", {}).values())) > 1:
         # The last layer may lie on another device than the inputs, where accelerate sends every tensor; not numbers.
@@ -98,6 +102,18 @@ def _call(
     if selects:
         out.logits = out.logits[:, -keep:] if isinstance(keep, int) else out.logits[:, keep]
     return out
+
+
+def reads_ngrams(llm: Any) -> bool:
+    """Whether layers of a causal LM or its body look up n-grams of the token ids."""
+    return takes(llm, NGRAM_IDS) and bool(llm.config.get_text_config().ple_layer_ids)
+
+
+def _ngram_ids(inner: Any, embeddings: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    """(B, T) ids for a model of `reads_ngrams`, from (B, T, D) embeddings and ids that are negative for pictures."""
+    ends: int | list[int] = inner.config.get_text_config().eos_token_id  # its config is refused without one
+    found = token_ids(inner, embeddings) if ids is None else ids
+    return torch.where(found < 0, ends[0] if isinstance(ends, list) else ends, found)
 
 
 def takes(llm: torch.nn.Module, name: str) -> bool:
@@ -183,7 +199,8 @@ def _key(embeddings: torch.Tensor) -> torch.Tensor:
 
 def _table(words: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of the whole embedding table in their order, and the ids they belong to; kept until the table changes."""
-    version = (words.weight._version, words.weight.device, words.weight.dtype)
+    # Of all its tensors: what an adapter around the table learns changes its rows and not its weight.
+    version = (tuple(p._version for p in words.parameters()), words.weight.device, words.weight.dtype)
     kept = getattr(words, TABLE, None)
     if kept is None or kept[0] != version:
         ids = torch.arange(len(words.weight), device=words.weight.device)

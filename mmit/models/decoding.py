@@ -69,8 +69,11 @@ def support(llm: LLM) -> Support:
     """
     # The kinds of layer that transformers itself makes for this config: names of models are not asked.
     layers = DynamicCache(config=llm.config).layers
-    chunked = getattr(llm.config.get_text_config(), "attention_chunk_size", None) is not None
-    if chunked or not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    config = llm.config.get_text_config()
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    # Loops of such a model read what the last one has put into the cache, and cut it to their windows themselves.
+    looped = getattr(config, "recurrent_kv_cache_mode", None) == "last_loop"
+    if chunked or looped or not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return Support(batched=False, shared=False)
     return Support(batched=True, shared=_shares_rows(llm))
 

@@ -20,6 +20,7 @@ from peft import PeftModel
 from torch import nn
 
 from mmit.errors import ModelError
+from mmit.models.partition import shape
 
 
 def as_wide(plain: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -52,7 +53,7 @@ def deep_layers(llm: Any, levels: int) -> list[nn.Module]:
 def stacked(llm: Any, embeddings: torch.Tensor) -> Iterator[torch.Tensor]:
     """Inside, the LLM adds the further channels of (B, T, (1 + n) * D) to its layers; gives (B, T, D)."""
     words = getattr(llm, "get_input_embeddings", None)
-    width = None if words is None else words().embedding_dim
+    width = None if words is None else shape(words().weight)[1]
     if width is None or embeddings.shape[-1] == width:
         yield embeddings
         return

@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from mmit.errors import ModelError
+from mmit.models.calls import reads_ngrams
 from mmit.models.generation import generation_facts
 from mmit.models.partition import numel, shape
 from mmit.models.per_record import mixers, rotary_limit
@@ -31,7 +32,7 @@ LOGIT_KEYS = {
     "logits_soft_cap": None,
 }
 # Keys by which layers see, of all keys before a query, only so many (or blocks of them) that score best with it.
-CHOICE_KEYS = ("index_topk", "index_topk_blocks")
+CHOICE_KEYS = ("index_topk", "index_topk_blocks", "indexer_budget")
 # Keys by which bodies scale the embeddings they are given; a table that scales its own rows has `embed_scale`.
 EMBEDDING_KEYS = ("embedding_multiplier",)
 
@@ -52,6 +53,7 @@ class Rules:
     end_ids: tuple[int, ...]  # that end an answer, as generation_config.json lists them
     rotary_limit: int | None  # longer records turn their positions by other factors
     per_layer_inputs: bool  # layers get embeddings of the token ids themselves
+    ngrams: bool  # layers look up n-grams of the token ids
     router_loss: float | None  # factor of the auxiliary loss of its routers that the config names
     experts: float  # share of parameters in weights of three dimensions, which linear adapters do not reach
     dropout: float  # of attention weights in training
@@ -98,6 +100,8 @@ class Rules:
             yield f"other rotary factors for records of more than {self.rotary_limit} tokens"
         if self.per_layer_inputs:
             yield "embeddings of the token ids in every layer"
+        if self.ngrams:
+            yield "embeddings of n-grams of the token ids, for which a picture is the end of a text"
         if self.router_loss:
             yield f"a router loss (factor {self.router_loss:g} in its config), left out unless train.router_loss is set"
         if self.dropout:
@@ -122,6 +126,7 @@ def read_rules(llm: Any) -> Rules:
         end_ids=generation_facts(inner).end_ids,
         rotary_limit=rotary_limit(inner),
         per_layer_inputs=bool(getattr(config, "hidden_size_per_layer_input", None)),
+        ngrams=reads_ngrams(inner),
         router_loss=getattr(config, "router_aux_loss_coef", None) if has_loss(inner) else None,
         experts=_experts(inner),
         dropout=float(next((v for k in DROPOUT_KEYS if (v := getattr(config, k, None))), 0.0)),

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from mmit.models.vision import VisionTower
 
 
+# What the code of a model raises where it does not fit what it is given.
+CANNOT_RUN = (TypeError, ValueError, AttributeError, LookupError, AssertionError, RuntimeError)
 CHOOSING = ("choices", "shares", "questions", "lm", "temperature")  # arguments of `head.choice_losses`
 
 
@@ -382,7 +384,7 @@ class VLM(nn.Module):
                 both = both.detach()
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except CANNOT_RUN as error:
             raise ModelError(
                 f"{type(self.llm).__name__} cannot run packed rows: {type(error).__name__}: {str(error)[:200]}",
                 remedy="set data.packing=false",

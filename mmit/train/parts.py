@@ -23,6 +23,7 @@ from mmit.models.llm_layers import MODES, compile_layers, set_recompute
 from mmit.models.partition import partitioned
 from mmit.models.routers import read_routers
 from mmit.models.tuning import Group, apply_tuning, method_of, quantization
+from mmit.models.tuning.merge import why_not_merged
 from mmit.models.tuning.own import changes_layout
 from mmit.train.align import Alignment, align_to_captions, check_captions
 from mmit.train.checkpoint import model as checkpoint
@@ -229,9 +230,7 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
     # reads around, changes the base before anything is trained, or is never trained itself.
     before = answers(vlm) if adapter else None
     groups = apply_tuning(vlm, tune, say=say)
-    if {"llava-hf", "llava"} & set(config.export) and (added := changes_layout(vlm.llm)) is not None:
-        problem = f"{tune['llm']['mode']} adds '{added}', for which {config.export[0]} has no place"
-        raise ConfigError(problem, where="export", remedy="list mmit in its place")
+    _check_exports(vlm, config)
     if before is not None:
         vlm.to(before.device)
         check_start_of_adapter(vlm, before)
@@ -239,6 +238,19 @@ def _tune(vlm: VLM, config: Config, *, probe: bool, say: Say) -> list[Group]:
             names = ", ".join(idle[:3]) + (", ..." if len(idle) > 3 else "")
             say(f"warning: {len(idle)} tensors of the adapter have no gradient, so they are not trained: {names}")
     return groups
+
+
+def _check_exports(vlm: VLM, config: Config) -> None:
+    """Refuse a listed export that the tuned model cannot be merged for, now and not when it has been trained."""
+    plain = next((format for format in config.export if format in ("llava-hf", "llava", "gguf")), None)
+    if plain is None:
+        return
+    if (added := changes_layout(vlm.llm)) is not None:
+        problem = f"{config.tune.llm.mode} adds '{added}', for which {plain} has no place"
+        raise ConfigError(problem, where="export", remedy="list mmit in its place")
+    if reasons := why_not_merged(vlm.llm):
+        problem = f"{plain} has plain weights only: {reasons[0]}"
+        raise ConfigError(problem, where="export", remedy="list mmit or peft in its place, or name other targets")
 
 
 def _try_forward(vlm: VLM, records: Records, *, apart: bool) -> None:

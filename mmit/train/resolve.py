@@ -23,7 +23,7 @@ from mmit.models.rules import check_vocabulary, read_rules
 from mmit.models.tuning import method_of
 from mmit.models.vlm import VLM
 from mmit.train.checkpoint import model as checkpoint
-from mmit.train.checks.probes import check_embeddings
+from mmit.train.checks.probes import check_causal, check_embeddings
 from mmit.train.data.setup import Encoding, open_data
 from mmit.train.engines.zero import deepspeed_options, zero_stage
 from mmit.train.objective import Method
@@ -185,6 +185,7 @@ def resolve_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measur
     if measure:  # with the attention that the run will have
         with located("model.llm"):
             check_embeddings(vlm)
+            check_causal(vlm)
     if rules.rotary_limit and data["share_prefix"] and data["max_length"] > rules.rotary_limit:
         update["share_prefix"] = False
         say(

@@ -15,6 +15,7 @@ from mmit.models.decoding import Prompts, Support
 from mmit.models.llm import load_llm
 from mmit.models.sampling import Sampling, choose
 from mmit.models.vlm import VLM
+from tests.models.small_llms import FAMILIES as ALL_FAMILIES
 from tests.models.small_llms import described, family
 
 VOCABULARY = 50
@@ -151,6 +152,14 @@ def test_greedy_equals_generate_one_at_a_time(family: str) -> None:
     expected = reference(llm, limit)
     assert len({tuple(ids) for ids in expected}) > 4  # the prompts matter
     assert answer(llm, samples(), limit) == expected
+
+
+@pytest.mark.skipif("dory" not in ALL_FAMILIES, reason="this transformers has no Dory")
+def test_loops_that_read_the_cache_of_the_last_one_decode_with_the_cache_of_their_model() -> None:
+    options = family("dory") | {"recurrent_kv_cache_mode": "last_loop"}
+    llm = load_llm("tiny", random_init=options, dtype=torch.float32).eval()
+    assert decoding.support(llm) == Support(batched=False, shared=False)
+    assert answer(llm, samples(), 16) == reference(llm, 16)
 
 
 @pytest.mark.parametrize("together", [True, False])

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from mmit.data.packing import Sample, build_row
 from mmit.errors import ModelError
 from mmit.models.attention import layer_attention
+from mmit.models.interop.holds import text_facts
 from mmit.models.llm import _attention_of, load_llm, recompute_activations
 from mmit.models.rules import read_rules
 from mmit.models.tuning import apply_tuning
@@ -193,6 +194,25 @@ def test_layers_that_choose_their_keys_are_run_by_their_own_attention():
     words = vlm.llm.get_input_embeddings()(ids[0])
     one = vlm.row_logits(words, positions=torch.arange(24), nodes=torch.tensor([[0, 24, -1]]), at=torch.arange(24))
     torch.testing.assert_close(one, theirs(ids).logits[0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif("qwen4_exp_text" not in FAMILIES, reason="this transformers has no Qwen4-Exp")
+def test_ngrams_of_the_ids_reach_a_model_that_is_given_embeddings():
+    theirs, vlm = pair("qwen4_exp_text")
+    rules, samples = read_rules(vlm.llm), records()
+    assert rules.choice == ("indexer_budget", WINDOW) and rules.ngrams
+    assert rules.why_not_packed and any("n-grams" in line for line in rules.lines())
+    vlm.run_padded()
+    torch.testing.assert_close(in_a_row(vlm, samples)[0], alone(theirs, samples), atol=1e-4, rtol=0)
+    ids = torch.tensor([5, 9, 11, 7])
+    embeddings = vlm.llm.get_input_embeddings()(ids).detach()
+    embeddings[1] = torch.randn(embeddings.shape[1], generator=torch.Generator().manual_seed(0))
+    seen = torch.tensor([[5, theirs.config.eos_token_id, 11, 7]])
+    wanted = theirs(inputs_embeds=embeddings[None], ple_input_ids=seen, use_cache=False).logits[0]
+    row = {"positions": torch.arange(4), "nodes": torch.tensor([[0, 4, -1]]), "at": torch.arange(4)}
+    for known in (None, torch.tensor([5, -1, 11, 7])):
+        torch.testing.assert_close(vlm.row_logits(embeddings, **row, ids=known), wanted, atol=1e-5, rtol=0)
+    assert "n-grams" in str(text_facts({"name": "tiny", "random_init": family("qwen4_exp_text")}).extra)
 
 
 def test_an_argument_that_attention_does_not_compute_is_refused():

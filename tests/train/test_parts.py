@@ -12,9 +12,14 @@ import torch
 
 from mmit.config import Config
 from mmit.errors import ConfigError
+from mmit.models.llm import load_llm
+from mmit.models.tuning import apply_tuning
+from mmit.models.vlm import VLM
 from mmit.train import parts
 from mmit.train.engines.world import World
 from mmit.train.parts import Start, take_folder
+from tests.models.small_llms import family
+from tests.models.tuned_models import tune_plan
 
 
 def config_of(folder: Path, **sections: Any) -> Config:
@@ -116,3 +121,15 @@ def test_the_main_rank_alone_writes_into_the_folder(tmp_path: Path, monkeypatch:
         return
     assert written == ["config.yaml", "run.json"] and calls == [("aside", 4), None]
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][0]["step"] == 4
+
+
+def test_an_export_that_a_tuned_model_cannot_be_merged_for_is_refused_at_the_start() -> None:
+    """A fold into a tied head would change the words too."""
+    options = family("llama") | {"tie_word_embeddings": True}
+    vlm = VLM(load_llm("tiny", random_init=options, dtype=torch.float32), vision=None, projector=None)
+    apply_tuning(vlm, tune_plan("llm", "lora", {"r": 2, "targets": ["lm_head"]}))
+    config: Any = SimpleNamespace(export=["peft", "mmit"], tune=SimpleNamespace(llm=SimpleNamespace(mode="lora")))
+    parts._check_exports(vlm, config)
+    config.export.append("gguf")
+    with pytest.raises(ConfigError, match="gguf has plain weights only: 'lm_head' has an adapter of its own"):
+        parts._check_exports(vlm, config)

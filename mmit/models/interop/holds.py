@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModel
 
 from mmit.errors import ModelError, nearest
+from mmit.models.calls import reads_ngrams
 from mmit.models.interop.hf_parts import LLAVA_CLASSES
 from mmit.models.interop.llava_names import why_not_found
 from mmit.models.llm import load_llm
@@ -95,6 +96,8 @@ def beyond_body_and_head(model: Any) -> str | None:
     config, body, head = model.config, model.base_model, model.get_output_embeddings()
     if getattr(config, "hidden_size_per_layer_input", None):
         return "its layers take the embeddings of the token ids themselves"
+    if reads_ngrams(model):
+        return "its layers look up n-grams of the token ids themselves"
     if isinstance(model.get_input_embeddings(), ScaledWords) and model.get_input_embeddings().embed_scale != 1:
         return "its body scales only the embeddings that it looks up itself"
     built: Any = AutoModel._model_mapping.get(type(config), None)

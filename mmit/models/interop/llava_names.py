@@ -68,14 +68,17 @@ def _unfound(config: Any, tensors: Mapping[str, torch.Tensor]) -> list[str]:
         tie_word_embeddings=tied,
     )
     loader: Any = LlavaForConditionalGeneration
-    with quiet_loading():
-        _, info = loader.from_pretrained(
-            None,
-            config=given,
-            state_dict=empty,
-            device_map="meta",
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+    try:
+        with quiet_loading():
+            _, info = loader.from_pretrained(
+                None,
+                config=given,
+                state_dict=empty,
+                device_map="meta",
+                output_loading_info=True,
+                trust_remote_code=False,
+            )
+    except RuntimeError:  # rules that join the numbers of tensors (Qwen4-Exp's tables of n-grams) cannot be tried
+        return sorted(tensors)
     found = {str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]}
     return sorted(key for key in found if "language_model" in key or key.startswith("lm_head"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from mmit.errors import ModelError
 from mmit.models.intrinsic import IntrinsicPrompt
@@ -19,6 +20,8 @@ from mmit.models.tuning.structure import base_model
 from mmit.models.virtual import PREFIX, PROMPT, Prefix, SoftPrompt
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mmit.models.vlm import VLM
 
 STAYS = {
@@ -49,6 +52,41 @@ def is_added(llm: Any, name: str) -> bool:
     return parts[-1] == "bias" and getattr(llm.get_submodule(".".join(parts[:-1])), INSERTED, False)
 
 
+def why_not_merged(llm: Any) -> list[str]:
+    """Reasons why plain weights cannot express what was tuned in an LLM, with or without PEFT's wrapper."""
+    llm = base_model(llm)
+    reasons = [reason for module in llm.modules() for kind, reason in STAYS.items() if isinstance(module, kind)]
+    if any(getattr(m, INSERTED, False) for m in llm.modules()):
+        reasons.append("the architecture has no place for the inserted biases")
+    if (added := changes_layout(llm)) is not None:
+        reasons.append(f"its method is not mmit's, and '{added}' has no place in the architecture")
+    if shared := _adapted_and_shared(llm):
+        reasons.append(
+            f"'{shared[0]}' has an adapter of its own and shares its weight with '{shared[1]}', and one weight cannot "
+            "hold what each of them has become"
+        )
+    return reasons
+
+
+def _adapted_and_shared(llm: nn.Module) -> tuple[str, str] | None:
+    """Names of an adapted module and of another one that has the same weight; None without such a pair."""
+    # Zamba's attention layers share their weights, and a tied head those of the word embeddings: adapters are of a
+    # module, so that a fold would change all that have the weight by what one of them has learnt.
+    owners: dict[int, list[str]] = {}
+    for name, module in llm.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for name, module in llm.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        base = module.get_base_layer()
+        for parameter in base.parameters(recurse=False):
+            others = [o for o in owners[id(parameter)] if llm.get_submodule(o) is not base]
+            if others:
+                return name, base_name(others[0])
+    return None
+
+
 def merge(vlm: VLM) -> None:
     """Fold the adapters of the LLM and of the vision tower into their weights, in place.
 
@@ -57,11 +95,7 @@ def merge(vlm: VLM) -> None:
     """
     llm = base_model(vlm.llm)
     # All refusals before anything is folded: a model that was half merged would be neither.
-    reasons = [reason for module in llm.modules() for kind, reason in STAYS.items() if isinstance(module, kind)]
-    if any(getattr(m, INSERTED, False) for m in llm.modules()):
-        reasons.append("the architecture has no place for the inserted biases")
-    if (added := changes_layout(llm)) is not None:
-        reasons.append(f"its method is not mmit's, and '{added}' has no place in the architecture")
+    reasons = why_not_merged(llm)
     if reasons:
         raise ModelError(
             f"cannot be merged: {reasons[0]}",

@@ -16,7 +16,7 @@ from mmit.errors import ModelError
 from mmit.models.calls import call
 from mmit.models.modes import evaluation_mode
 from mmit.models.partition import shape
-from mmit.models.vlm import VLM, same_logits
+from mmit.models.vlm import CANNOT_RUN, VLM, same_logits
 
 if TYPE_CHECKING:
     from mmit.data.dataset import InstructionData
@@ -96,32 +96,65 @@ def answers(vlm: VLM) -> torch.Tensor:
 
 @torch.no_grad()
 def check_embeddings(vlm: VLM) -> None:
-    """Compare the model's answers to token ids with those to their embeddings, which is what mmit gives it.
+    """Compare the model's answers to token ids, as transformers asks it, with those to what mmit gives it: embeddings
+    and positions from 0.
 
     Raises:
-        ModelError: the model does something to the ids that their embeddings do not show.
+        ModelError: the model does something to the ids that their embeddings do not show, or counts otherwise.
     """
     with evaluation_mode(vlm):
         row = _words(vlm)
         ids, at = row["ids"][None], row["positions"]
-        given = {"input_ids": ids, "position_ids": at[None], "use_cache": False, "logits_to_keep": at}
-        by_ids = call(vlm.llm, **given, optional=("use_cache", "position_ids")).logits[0]
+        given = {"input_ids": ids, "use_cache": False, "logits_to_keep": at}
+        by_ids = call(vlm.llm, **given, optional=("use_cache",)).logits[0]
         try:
             by_embeddings = vlm.row_logits(**row)
-        except (TypeError, ValueError, AttributeError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except CANNOT_RUN as error:
             raise ModelError(
                 f"{type(vlm.llm).__name__} answers token ids and not their embeddings "
                 f"({type(error).__name__}: {str(error)[:200]}), and pictures can only be given as embeddings",
                 where="model.llm",
                 remedy="use another language model",
             ) from error
-        if not same_logits(by_embeddings, by_ids):
+        if same_logits(by_embeddings, by_ids):
+            return
+        counted = call(vlm.llm, **given, position_ids=at[None], optional=("use_cache", "position_ids")).logits[0]
+        if same_logits(by_embeddings, counted):
             raise ModelError(
-                f"{type(vlm.llm).__name__} answers token ids differently than their embeddings, and pictures can only "
-                "be given as embeddings",
+                f"{type(vlm.llm).__name__} counts the positions of tokens otherwise than from 0 (RoBERTa and its like "
+                "leave out those of padding), so that what is trained here would answer otherwise there",
                 where="model.llm",
                 remedy="use another language model",
             )
+        raise ModelError(
+            f"{type(vlm.llm).__name__} answers token ids differently than their embeddings, and pictures can only "
+            "be given as embeddings",
+            where="model.llm",
+            remedy="use another language model",
+        )
+
+
+@torch.no_grad()
+def check_causal(vlm: VLM) -> None:
+    """See that no token's answer hangs on what follows it: the loss would then be of a text that is shown.
+
+    Raises:
+        ModelError: it does.
+    """
+    with evaluation_mode(vlm):
+        row = _words(vlm)
+        half = len(row["ids"]) // 2
+        ids = torch.cat([row["ids"][:half], row["ids"][half:].flip(0)])
+        other = row | {"ids": ids, "embeddings": vlm.llm.get_input_embeddings()(ids)}
+        first, second = vlm.row_logits(**row)[:half], vlm.row_logits(**other)[:half]
+    if not same_logits(second, first):
+        raise ModelError(
+            f"tokens of {type(vlm.llm).__name__} see those that follow, so that it would learn no answer to write",
+            where="model.llm",
+            remedy="use a language model that is a decoder, or one whose config says is_decoder: true if it is one",
+        )
 
 
 def check_start_of_adapter(vlm: VLM, before: torch.Tensor) -> None:

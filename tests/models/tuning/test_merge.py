@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from mmit.errors import ModelError
+from mmit.models.llm import load_llm
 from mmit.models.tuning import apply_tuning
-from mmit.models.tuning.merge import base_name, is_added, merge
+from mmit.models.tuning.merge import base_name, is_added, merge, why_not_merged
+from mmit.models.vlm import VLM
+from mmit.train.checks.probes import answers
+from tests.models.small_llms import family
 from tests.models.tuned_models import composite, config_for, disturb, logits, tune_plan
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -63,3 +67,24 @@ def test_what_no_plain_weight_can_hold_is_refused_and_left_whole(tmp_path: Path,
     with pytest.raises(ModelError, match="cannot be merged"):
         merge(vlm)
     assert list(vlm.llm.state_dict()) == names
+
+
+SHARED = {
+    "layers with one weight": ("zamba2", {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4}, None),
+    "a tied head": ("llama", {"tie_word_embeddings": True}, ["lm_head", "q_proj"]),
+    "tied words": ("llama", {"tie_word_embeddings": True}, ["embed_tokens", "q_proj"]),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_modules_that_share_a_weight_and_no_adapter_are_not_folded(case: str) -> None:
+    """A fold would change every module that has the weight by what one of them has learnt."""
+    name, more, targets = SHARED[case]
+    vlm = VLM(load_llm("tiny", random_init=family(name) | more, dtype=torch.float32), vision=None, projector=None)
+    apply_tuning(vlm, tune_plan("llm", "lora", {"r": 2} | ({"targets": targets} if targets else {})))
+    disturb(vlm)
+    before = answers(vlm)
+    with pytest.raises(ModelError, match="shares its weight with '[^']*(self_attn.q_proj|embed_tokens|lm_head)'"):
+        merge(vlm)
+    assert torch.equal(answers(vlm), before)
+    assert why_not_merged(vlm.llm.unload()) == []

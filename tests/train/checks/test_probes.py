@@ -17,12 +17,13 @@ from mmit.models.vlm import VLM
 from mmit.train.checks.probes import (
     _some,
     answers,
+    check_causal,
     check_embeddings,
     check_records,
     check_start_of_adapter,
     without_gradient,
 )
-from tests.models.small_llms import family
+from tests.models.small_llms import DIMENSIONS, described, family
 
 FROZEN = {"mode": "frozen", "lr": None, "options": {}}
 
@@ -107,3 +108,30 @@ def test_a_model_that_looks_at_ids_themselves_is_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(vlm.llm.model, "forward", by_ids)
     with pytest.raises(ModelError, match="LlamaForCausalLM answers token ids differently than their embeddings"):
         check_embeddings(vlm)
+
+
+def loaded(kind: str, **more: Any) -> VLM:
+    options = described(DIMENSIONS, {"model_type": kind, "pad_token_id": 0, **more})
+    return VLM(load_llm("", dtype=torch.float32, random_init=options), vision=None, projector=None)
+
+
+def test_a_model_whose_tokens_see_what_follows_is_refused() -> None:
+    check_causal(loaded("bert", is_decoder=True))
+    with pytest.raises(ModelError, match="tokens of BertLMHeadModel see those that follow, so that"):
+        check_causal(loaded("bert"))
+
+
+def test_a_model_that_counts_from_elsewhere_is_refused() -> None:
+    with pytest.raises(ModelError, match="RobertaForCausalLM counts the positions of tokens otherwise than from 0"):
+        check_embeddings(loaded("roberta", is_decoder=True))
+
+
+def test_what_breaks_in_a_model_s_own_code_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm = model()
+
+    def breaks(*given: Any, **more: Any) -> Any:
+        raise IndexError("index 1 is out of bounds")
+
+    monkeypatch.setattr(vlm.llm.model.layers[0], "forward", breaks)
+    with pytest.raises(ModelError, match="cannot run packed rows: IndexError: index 1"):
+        vlm.check_isolation()
