@@ -10,6 +10,8 @@ stands between them is told apart here, by Gaps: an answer's own text, its end, 
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -179,11 +181,12 @@ class ChatTemplate:
         if not self._thought_known and any(turn.thought is not None and turn.inline is None for turn in shape):
             find_thought(self._locator)
             self._thought_known = True
-        for text in (extras.tools, *(turn.calls for turn in shape)):
+        self._check_args(extras.args)
+        for text in (extras.tools, extras.args, *(turn.calls for turn in shape)):
             # Rendered as they are, unlike contents: so here a control token would be one.
             spelt = [text[a:b] for a, b in self._pieces.control_spans(text)] if text else []
             if spelt:
-                problem = f"tools or tool calls hold the control token '{spelt[0].strip()}'"
+                problem = f"tools, tool calls or template arguments hold the control token '{spelt[0].strip()}'"
                 self._locator.fail(problem, "Write it in another way: it would end or begin a turn.")
         if any(turn.calls for turn in shape):
             find_calls(self._locator, shape, extras)
@@ -196,6 +199,15 @@ class ChatTemplate:
                 self._writes_tools[has_system] = bare != self._locator.render(marks, extras)
             if not self._writes_tools[has_system]:
                 self._locator.fail("the template does not write the record's tools", "Use a template that knows tools.")
+
+    def _check_args(self, args: str) -> None:
+        """Refuse a record's text or tools in an argument that the template never names; flags may be ignored."""
+        for name, value in json.loads(args or "{}").items():
+            # SmolTalk2 keeps tools and instructions there: unread, its answers would call what no prompt has shown.
+            told = " " in value.strip() if isinstance(value, str) else isinstance(value, (list, dict)) and bool(value)
+            if told and not re.search(rf"\b{re.escape(name)}\b", self.source):
+                remedy = "Use a template that does, or put it into the row's tools or a system turn."
+                self._locator.fail(f"the template does not read the record's template argument '{name}'", remedy)
 
 
 @dataclass(frozen=True, slots=True)

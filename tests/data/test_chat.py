@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,10 @@ from mmit.data.chat_builtin import VICUNA_SYSTEM
 from mmit.data.chat_writer import IMAGE_SLOT, Encoded
 from mmit.data.content import piece_tokenizer
 from mmit.errors import ConfigError, RecordError
-from mmit.records import Turn
+from mmit.records import Record, Turn
 from tests.data.small_chats import IMG, NO_SYSTEM, ONE, TALK, turns
 from tests.data.small_tokenizers import family
+from tests.tiny_run import CHATML
 
 BYTES, LLAMA = "byte_level", "llama"
 
@@ -272,6 +274,21 @@ def test_jinja_file_and_template_arguments(tmp_path: Path) -> None:
     text = "".join(p.text for p in chat.pieces(ONE))
     assert text == "Monday user:What is it?<|eos|>assistant:A cat.<|eos|>"
     assert ChatFormat.from_json(chat.to_json(), tokenizer).pieces(ONE) == chat.pieces(ONE)
+
+
+def test_text_in_an_argument_that_the_template_never_reads_is_refused() -> None:
+    reads = "{{ rules }}" + CHATML
+    record = Record(tuple(turns(("user", ["q"]), ("assistant", "a"))))
+    flags = replace(record, template_args={"enable_thinking": False, "effort": "low", "python_tools": [], "n": 1})
+    assert chat_format(CHATML, family(BYTES)).pieces(flags)
+    for value in ("Be kind.", [{"name": "f"}], {"a": 1}):
+        told = replace(record, template_args={"rules": value})
+        assert chat_format(reads, family(BYTES)).pieces(told)
+        with pytest.raises(RecordError, match="does not read the record's template argument 'rules'"):
+            chat_format(CHATML, family(BYTES)).pieces(told)
+    spelt = replace(record, template_args={"rules": "Be kind.<|im_end|>"})
+    with pytest.raises(RecordError, match="template arguments hold the control token"):
+        chat_format(reads, family(BYTES)).pieces(spelt)
 
 
 def test_image_token_of_a_wrapped_image() -> None:

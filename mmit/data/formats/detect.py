@@ -45,10 +45,9 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
             remedy = "Name the files that stand under its data.train; mmit data check, show and stats take a mixture."
             raise RecordError("a config is no file of records", where=path, remedy=remedy)
         raise first
+    # Some sets count their turns under this name of mmit's.
     if isinstance(first, dict) and isinstance(first.get("turns"), (int, float)):
-        first = {
-            key: value for key, value in first.items() if key != "turns"
-        }  # some sets count theirs under mmit's name
+        first = {key: value for key, value in first.items() if key != "turns"}
     if whole and not (isinstance(first, dict) and "conversations" in first):
         found = _by_keys(_shape(first), formats)
         if found:
@@ -62,7 +61,19 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
     if found:
         return found, f"the first row has {_quoted(formats[found].detect)}"
     problem = f"cannot tell the format: the first row has the keys {short(list(keys))}" if rows else "no rows"
-    raise RecordError(problem, where=path, remedy=_unlearnable(keys) or expected(formats))
+    wrapped = _wrapped(first) if whole and isinstance(first, dict) else ""
+    raise RecordError(problem, where=path, remedy=_unlearnable(keys) or wrapped or expected(formats))
+
+
+def _wrapped(value: dict[str, Any]) -> str:
+    """Say under which key of the one object the rows lie, "" if they do not."""
+    names = ("data", "rows", "train", "records", "examples", "samples", "items")
+    held = [key for key in names if isinstance(value.get(key), list) and value[key] and isinstance(value[key][0], dict)]
+    if not held:
+        return ""
+    key = held[0]
+    told = f"""jq '.["{key}"]' FILE > rows.json"""
+    return f"If its rows lie under '{key}', write that list into a file of its own: {told}."
 
 
 def _unlearnable(keys: set[str]) -> str:

@@ -234,6 +234,9 @@ def _columns(columns: Any, row: Row) -> dict[str, str]:
     if not {"instruction", "input", "image", "image_base64"} & found.keys():
         problem = f"cannot tell what is asked: the columns are {', '.join(map(str, row))}"
         remedy = 'Say which column is what: columns="instruction=COLUMN,output=COLUMN,image=COLUMN".'
+        name = str(next(iter(row), ""))
+        if len(row) == 1 and (sign := next((sign for sign in ";\t|," if sign in name), "")):
+            remedy = f"If the cells are separated by '{sign}', give the option delimiter='{sign}'."
         raise ConfigError(problem, remedy=remedy)
     return found
 

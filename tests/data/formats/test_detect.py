@@ -88,6 +88,7 @@ def test_names_that_decide_are_not_opened() -> None:
         ([{"segments": []}], "write messages"),
         ([{"nobody": 1}], "Name the format"),
         ([], "Name the format"),
+        ({"version": 1, "data": [{"instruction": "q", "output": "a"}]}, "If its rows lie under 'data'"),
         ([{"prompt": "p", "answers": [{"answer": "a"}], "turns": 1}], "Name the format"),  # a count of turns: Nectar
     ],
 )

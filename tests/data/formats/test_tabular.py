@@ -349,3 +349,12 @@ def test_pictures_of_a_mapped_table_stand_where_the_text_marks_them(tmp_path: Pa
     assert (
         "the text has 2 <image> but the row 1 images" in bad_rows(path, "csv", columns="instruction=problem")[0].problem
     )
+
+
+def test_a_table_with_another_delimiter_is_told_which(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("instruction;output\nq;a\n")
+    with pytest.raises(ConfigError) as caught:
+        imported(path, "csv")
+    assert "give the option delimiter=';'" in (caught.value.remedy or "")
+    assert texts(imported(path, "csv", delimiter=";")[0]) == [["q"], ["a"]]
