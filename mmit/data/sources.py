@@ -259,6 +259,8 @@ def _open_file(
     store: Store | None,
     on_bad: OnBad | None,
 ) -> tuple[RowSource, Verdicts]:
+    if path.is_dir():
+        raise ConfigError("is a folder", where=str(path), remedy="name a file in it, each file as a source of its own")
     if not path.is_file():
         raise ConfigError("no such file", where=str(path), remedy="check the path")
     native = format == "mmit" and image_root is None and not options and not packing(str(path))

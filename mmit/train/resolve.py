@@ -60,8 +60,11 @@ def check_zero3(config: Config, *, world: World) -> None:
     """Refuse what ZeRO-3 cannot do before any weight is read: `check_divided` of the LLM, 4-bit weights, benchmarks.
 
     Answers are written in inference mode, and weights that were gathered there could not be trained any more. Nothing
-    to refuse without ZeRO-3. Raises ConfigError.
+    to refuse without ZeRO-3, but a name that is none of DeepSpeed's. Raises ConfigError.
     """
+    name = config.engine.deepspeed
+    if not name.endswith(".json"):  # the path of a file need not be there for a run on one device
+        deepspeed_options(name)
     if not world.deepspeed or zero_stage(deepspeed_options(config.engine.deepspeed)) != 3:
         return
     if config.train.eval_tasks:

@@ -99,6 +99,8 @@ def test_names_and_files_that_are_not_there(tmp_path: Path) -> None:
     assert open_source(tmp_path / "some.rows.jsonl", name="mine").name == "mine"
     with pytest.raises(ConfigError, match="no such file"):
         open_source(tmp_path / "none.jsonl")
+    with pytest.raises(ConfigError, match="is a folder"):
+        open_source(tmp_path, format="mmit")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ConfigError, match="no record"):
         open_source(tmp_path / "empty.jsonl")

@@ -54,7 +54,7 @@ LORA_KEYS = {  # ours -> peft's
 INITS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 LORA: Options = {
     "r": Option(16, "whole", least=1),
-    "alpha": Option(32, "number", least=0),
+    "alpha": Option(32, "number", above=0),  # at 0 an adapter is multiplied by 0, and learns nothing
     "dropout": Option(0.0, "number", least=0, below=1),
     "targets": Option("all-linear", "names"),
     "rslora": Option(False, "flag"),  # scale by alpha / sqrt(r), arXiv:2312.03732

@@ -31,6 +31,7 @@ class Option:
     default: Any
     kind: Kind
     least: float = -math.inf
+    above: float = -math.inf  # as `least`, and not this number itself
     below: float = math.inf
     choices: tuple[Any, ...] = ()
 
@@ -40,11 +41,21 @@ class Option:
             raise ModelError(f"is {value!r}", where=where, remedy=nearest(str(value), [str(c) for c in self.choices]))
         types, what = EXPECTED[self.kind]
         # The exact type: True is an int in Python, and 1.0 no number of layers.
-        wrong = not self.choices and (type(value) not in types)
-        if wrong or (self.kind in ("whole", "number") and not self.least <= value < self.below):
+        wrong = not self.choices and (type(value) not in types or not _entries(value, self.kind))
+        number = self.kind in ("whole", "number")
+        if wrong or (number and not (self.least <= value < self.below and value > self.above)):
             limits = f", {self.least:g} or more" if self.least > -math.inf else ""
+            limits += f", more than {self.above:g}" if self.above > -math.inf else ""
             limits += f" and below {self.below:g}" if self.below < math.inf else ""
             raise ModelError(f"is {value!r}", where=where, remedy=f"give {what}{limits}")
+
+
+def _entries(value: Any, kind: Kind) -> bool:
+    """Whether the entries of a list can be; an empty one would choose nothing, or everything, without a word."""
+    if kind not in ("names", "numbers"):
+        return True
+    entry = str if kind == "names" else int
+    return bool(value) and (isinstance(value, str) or all(type(v) is entry and v != "" for v in value))
 
 
 Options = Mapping[str, Option]

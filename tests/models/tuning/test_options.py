@@ -30,7 +30,8 @@ def test_a_kind_takes_its_own_values_and_no_others(kind: Any) -> None:
     option = Option(None, kind)
     option.check(GIVEN[kind], where="w")
     wrong: dict[str, Any] = {"whole": [True, 1.0, "1"], "number": [True, "1"], "flag": [1, "true"], "text": [1, ["a"]],
-                             "names": [1, {"a": 1}], "numbers": [1, "1"]}  # fmt: skip
+                             "names": [1, {"a": 1}, [], "", ["q", 1], [""]],
+                             "numbers": [1, "1", [], [True], ["1"], [1.0]]}  # fmt: skip
     for value in wrong[kind]:
         with pytest.raises(ModelError) as caught:
             option.check(value, where="w")
@@ -71,3 +72,12 @@ def test_every_default_of_every_method_is_one_it_takes() -> None:
             for key, option in options.items():
                 if option.default is not None:
                     option.check(option.default, where=f"{name}.{key}")
+
+
+def test_a_factor_of_nothing_is_refused() -> None:
+    """LoRA with alpha 0 is trained for hours and answers as its base."""
+    alpha = MODES["llm"]["lora"]["alpha"]
+    alpha.check(0.5, where="w")
+    with pytest.raises(ModelError, match="is 0") as caught:
+        alpha.check(0, where="tune.llm.options.alpha")
+    assert caught.value.remedy == "give a number, more than 0"

@@ -171,3 +171,11 @@ def test_adapted_experts_are_saved_resumed_and_merged_under_zero2(tmp_path):
     for form in ("llava-hf", "mmit", "peft"):
         done = CliRunner().invoke(app, ["export", str(tmp_path / "two"), "-f", form, "--out", str(tmp_path / form)])
         assert done.exit_code == 0, (form, done.output, done.exception)
+
+
+def test_a_misspelt_name_is_told_on_one_device_too(tmp_path):
+    config = tiny_config(tmp_path, engine={"deepspeed": "zero9"})
+    with pytest.raises(ConfigError, match="no DeepSpeed config 'zero9'"):
+        check_zero3(config, world=SimpleNamespace(deepspeed=False))
+    elsewhere = tiny_config(tmp_path, engine={"deepspeed": str(tmp_path / "mine.json")})
+    check_zero3(elsewhere, world=SimpleNamespace(deepspeed=False))
