@@ -25,6 +25,7 @@ from mmit.errors import ConfigError
 from mmit.io import unwritable
 
 _PR_SET_PDEATHSIG = 1
+LOOK_S = 0.5  # between two looks at a parent that may be gone, or at a lock that another process holds
 _held: set[int] = set()  # descriptors of locks, which a fork must let go of
 
 
@@ -81,7 +82,7 @@ def end_with_parent(parent: int, *, at_once: bool = False) -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            time.sleep(0.5)
+            time.sleep(LOOK_S)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -136,7 +137,7 @@ def _taken_later(path: Path, what: str, folder: Path, wait: Callable[[str], None
             if not told:
                 wait(f"waiting: {held}")
             told = True
-            time.sleep(0.5)
+            time.sleep(LOOK_S)
 
 
 def _taken(path: Path, what: str, folder: Path) -> int:

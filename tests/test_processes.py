@@ -93,12 +93,17 @@ def test_a_folder_under_another_name_is_the_same_folder(tmp_path: Path) -> None:
                 pass
 
 
-def test_workers_started_by_a_thread_end_too_and_not_with_the_thread(tmp_path: Path) -> None:
+def test_workers_started_by_a_thread_end_too_and_not_with_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LOOK_S", 0.05)
+
     def parent() -> None:
         def start() -> None:
             nonlocal pool
             pool = worker_pool(1)
             pool.submit(_sleep, str(tmp_path / "pid"))
+            wait_for((tmp_path / "pid").exists)  # the worker has asked for what ends it
 
         pool = None
         thread = threading.Thread(target=start)
@@ -110,7 +115,7 @@ def test_workers_started_by_a_thread_end_too_and_not_with_the_thread(tmp_path: P
     process.start()
     assert wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     pid = int((tmp_path / "pid").read_text())
-    time.sleep(0.7)
+    time.sleep(0.2)
     assert not gone(pid), "the thread that started it has ended, its process has not"
     process.kill()
     process.join()
@@ -180,7 +185,10 @@ def test_a_worker_that_ignores_sigterm_can_be_ended() -> None:
     pool.shutdown(wait=True)
 
 
-def test_who_waits_is_told_once_for_whom_and_goes_on_when_it_is_free(tmp_path: Path) -> None:
+def test_who_waits_is_told_once_for_whom_and_goes_on_when_it_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LOOK_S", 0.03)
     told: list[str] = []
     done = threading.Event()
 
@@ -191,7 +199,7 @@ def test_who_waits_is_told_once_for_whom_and_goes_on_when_it_is_free(tmp_path: P
     with only_one(tmp_path / "lock", "study", folder=tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
-        assert not done.wait(0.2)
+        assert not done.wait(0.1)
     assert done.wait(5)
     thread.join()
     assert len(told) == 1 and "another study is writing here" in told[0]
