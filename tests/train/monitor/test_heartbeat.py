@@ -110,23 +110,26 @@ def wait_for(path: Path) -> dict:
 
 
 def test_a_stopped_process_is_named_by_the_other(tmp_path):
-    children = [rank_process(tmp_path, rank) for rank in (0, 1)]
+    """In two runs at the same time: rank 0 watches rank 1, and rank 1 watches rank 0."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+    children = [rank_process(folder, rank) for folder in (one, other) for rank in (0, 1)]
     try:
         until = time.monotonic() + 30
-        while len(read_beats(tmp_path)) < 2 and time.monotonic() < until:
+        while len(read_beats(one)) + len(read_beats(other)) < 4 and time.monotonic() < until:
             time.sleep(0.02)
         time.sleep(0.3)
-        assert not (tmp_path / "report-0").exists()
+        assert not (one / "report-0").exists() and not (other / "report-1").exists()
         os.kill(children[1], signal.SIGSTOP)
-        told = wait_for(tmp_path / "report-0")
+        os.kill(children[2], signal.SIGSTOP)
+        told = wait_for(one / "report-0")
         assert told["rank"] == 1 and told["pid"] == children[1] and told["silent"]
         assert told["phase"] in ("data loading", "forward and backward") and told["step"] > 1
         assert f"{told['phase']} of step {told['step']}" in told["text"]
-        status = CliRunner().invoke(app, ["run-status", str(tmp_path), "--stall", "1"], env={"COLUMNS": "160"})
+        status = CliRunner().invoke(app, ["run-status", str(one), "--stall", "1"], env={"COLUMNS": "160"})
         assert status.exit_code == 1 and "stands still" in status.output and f"of step {told['step']}" in status.output
-        os.kill(children[1], signal.SIGCONT)
-        os.kill(children[0], signal.SIGSTOP)  # rank 1 watches rank 0
-        assert wait_for(tmp_path / "report-1")["rank"] == 0
+        assert wait_for(other / "report-1")["rank"] == 0
     finally:
         for child in children:
             os.kill(child, signal.SIGKILL)
