@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mmit.errors import MmitError
-from mmit.templates.sandbox import MAX_SOURCE, MAX_TOKENS, Sandbox
+from mmit.templates import sandbox
+from mmit.templates.sandbox import MAX_SECONDS, MAX_SOURCE, MAX_TOKENS, Sandbox
 
 SANDBOX = Sandbox()
 GROW = (
@@ -69,12 +70,15 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_end_in_one_error_in_time(name):
+def test_hostile_templates_end_in_one_error_in_time(name, monkeypatch):
+    """What ends by time alone has less of it here, one of them excepted; all together stay below one second."""
+    if name != "search":
+        monkeypatch.setattr(sandbox, "MAX_SECONDS", MAX_SECONDS / 4)
     fields = {"items": [1]}
     began = time.thread_time()  # of this thread: other processes do not count
     with pytest.raises(MmitError) as caught:
         SANDBOX.compiled(HOSTILE[name], where="bank.yaml#x").render(fields, row="rows.jsonl:3")
-    assert time.thread_time() - began < 1
+    assert time.thread_time() - began < 1 - MAX_SECONDS + sandbox.MAX_SECONDS
     assert "bank.yaml#x" in str(caught.value)
     assert len(str(caught.value)) < 800
     assert fields == {"items": [1]}
@@ -122,5 +126,5 @@ def test_choice_draws_from_the_given_generator():
 def test_threads_have_budgets_of_their_own():
     template = SANDBOX.compiled("{% for i in range(5000) %}{{ i }} {% endfor %}", where="t")
     with ThreadPoolExecutor(8) as pool:
-        texts = set(pool.map(lambda _: template.render({}), range(64)))
+        texts = set(pool.map(lambda _: template.render({}), range(16)))
     assert len(texts) == 1
