@@ -75,9 +75,11 @@ def _unpickles(node: ast.Import | ast.ImportFrom, nodes: list[ast.AST]) -> bool:
         foreign = (node.module or "").split(".")[0] in UNPICKLERS
         return foreign and not all(alias.name.endswith("Error") for alias in node.names)
     bound = {a.asname or a.name.split(".")[0] for a in node.names if a.name.split(".")[0] in UNPICKLERS}
+    if not bound:
+        return False
     uses = [n for n in nodes if isinstance(n, ast.Name) and n.id in bound]
     errors = [n.value for n in nodes if isinstance(n, ast.Attribute) and n.attr.endswith("Error")]
-    return bool(bound) and (not uses or any(use not in errors for use in uses))
+    return not uses or any(use not in errors for use in uses)
 
 
 def _starts(node: ast.Import | ast.ImportFrom) -> bool:

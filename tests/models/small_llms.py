@@ -327,6 +327,11 @@ def described(common: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str
     return {key: value for key, value in common.items() if key in names} | dict(options)
 
 
+def model_type(name: str) -> str:
+    """Model type of a family."""
+    return FAMILIES[name].get("model_type", name)
+
+
 def family(name: str) -> dict[str, Any]:
     """Configuration of a small model of a family, for `random_init`."""
     options = described(DIMENSIONS, {"model_type": name, **FAMILIES[name]})
