@@ -28,6 +28,7 @@ from tests.data.shards.shard_samples import records
 class Server(BaseHTTPRequestHandler):
     """Serves a folder by ranges; `mode` makes it misbehave."""
 
+    disable_nagle_algorithm = True  # a body waits for nobody to acknowledge its headers: 40 ms
     folder = Path()
     mode = "ranges"
     served: list[tuple[str, int]] = []  # name and bytes of each answer
