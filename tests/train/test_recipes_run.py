@@ -6,6 +6,7 @@ formats of the data are the recipe's own. A new file is picked up by itself; wha
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -33,6 +34,7 @@ KILLED_AT = 3  # micro-batches a rank has seen when it dies; a checkpoint of ste
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
+    importlib.import_module("timm")  # each fork would import it again
     return Small(tmp_path_factory.mktemp("recipes"))
 
 
