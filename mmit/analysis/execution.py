@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 FREE = ("seeds", "contrasts", "question", "margin", "controls", "style")  # leave what was run as it is
 STUDY, COMMANDS = "study.json", "commands.txt"
+ASKED = "asked"  # digests of the files of questions, by the name of the set
 Say = Callable[[str], None]
 Execute = Callable[[Sequence[str], Path, Mapping[str, str]], int]
 
@@ -162,7 +163,8 @@ def claim(study: Study) -> None:
     path = study.out / STUDY
     if path.is_file():
         found = json.loads(path.read_text("utf-8"))
-        changed = [key for key in stated if found.get(key) != stated[key]]
+        _check_asked(found.pop(ASKED, {}), stated[ASKED], where=str(study.out))
+        changed = [key for key in stated if key != ASKED and found.get(key) != stated[key]]
         now = {**stated, "config": _kept(stated["config"], found.get("config", {}))}
         for key in FREE:
             found.get("config", {}).pop(key, None)
@@ -177,7 +179,18 @@ def claim(study: Study) -> None:
 def _stated(study: Study) -> dict[str, Any]:
     files = {"base": study.config.base, "build": study.config.build, "records": study.config.records}
     digests = {key: digest(Path(study.at(file))) for key, file in files.items() if file is not None}
-    return {"config": study.config.model_dump(), **digests}
+    asked = {name: set_.records for name, set_ in study.config.questions.items() if set_.records is not None}
+    digests_asked = {name: digest(Path(study.at(file))) for name, file in asked.items()}
+    return {"config": study.config.model_dump(), **digests, ASKED: digests_asked}
+
+
+def _check_asked(before: Mapping[str, str], now: Mapping[str, str], *, where: str) -> None:
+    """Refuse other questions in a file of the same name: arms that have answered would be compared with new ones."""
+    for name, digest_now in now.items():
+        if before.get(name, digest_now) != digest_now:
+            problem = f"the file of the questions '{name}' has changed since they were taken from it"
+            remedy = "Restore it and put the new ones into a file and a set of their own, or give --out another folder."
+            raise ConfigError(problem, where=where, remedy=remedy)
 
 
 def _kept(now: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mmit.analysis.kinds import ALWAYS, AMOUNTS, LIMITS
 from mmit.analysis.mixture import proposal
 from mmit.analysis.statistics import contrast, estimate, judged
 from mmit.analysis.style import StyleScore, features, in_frame
+from mmit.data.image_identity import image_name
 
 if TYPE_CHECKING:
     from mmit.analysis.study import Cell, Study
@@ -53,7 +54,7 @@ def findings(study: Study) -> dict[str, Any]:
         "failed": [{"arm": c.arm, "seed": c.seed, **c.failed} for c in study.cells if c.failed],
         "waiting": [f"{c.arm}, seed {c.seed}" for c in study.cells if not c.done and not c.failed],
         "commands": [step.shown for step in study.steps],
-        "cannot_tell": [*_few_seeds(config.seeds), LIMITS[config.study], *ALWAYS],
+        "cannot_tell": [*_few_seeds(config.seeds), *_asked_in_training(study), LIMITS[config.study], *ALWAYS],
     }
 
 
@@ -61,6 +62,26 @@ def _few_seeds(seeds: list[int]) -> list[str]:
     if len(seeds) == 1:
         return ["One seed: there is no interval, since nothing shows how much another seed would differ."]
     return []
+
+
+def _asked_in_training(study: Study) -> list[str]:
+    """Say of each set of questions how many are also trained on: their scores hold what was learned by heart."""
+    trained = study.own_records() or _trained(study)
+    seen = {(_shown(record), turn.text.strip()) for record in trained for turn in record.turns if turn.role == "user"}
+    told = []
+    for name in study.config.questions:
+        file = study.out / "questions" / name / "questions.jsonl"
+        asked = base_records(file) if file.is_file() else []
+        last = [[turn.text.strip() for turn in record.turns if turn.role == "user"][-1:] for record in asked]
+        count = sum((_shown(record), "".join(text)) in seen for record, text in zip(asked, last, strict=True))
+        if count:
+            among = f"{count} of {len(asked)} questions of '{name}' are among the records that are trained on"
+            told.append(f"{among}: their score is no measure of new questions. Ask about records that are held out.")
+    return told
+
+
+def _shown(record: Record) -> tuple[str, ...]:
+    return tuple(image_name(image) for image in record.images)
 
 
 def _table(study: Study, name: str, cells: list[Cell]) -> Table:
