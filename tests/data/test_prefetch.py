@@ -39,7 +39,7 @@ def test_what_waits_never_passes_the_budget(budget: int) -> None:
     sizes = [37 * i % 400 + 1 for i in range(60)]
     taken = most = 0
     for result in given(job, sizes, budget=budget):
-        time.sleep(0.004)
+        time.sleep(0.002)
         taken += len(result)
         most = max(most, begun.value - taken)
     assert taken == sum(sizes) and most <= max(budget, 2 * 400)

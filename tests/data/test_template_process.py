@@ -50,10 +50,10 @@ def test_as_in_transformers() -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A process of its own that gives a template a tenth of a second."""
+    """A process of its own that gives a template a twentieth of a second."""
     server = template_process._Server()
     monkeypatch.setattr(template_process, "_server", server)
-    monkeypatch.setattr(template_process, "SECONDS", 0.1)
+    monkeypatch.setattr(template_process, "SECONDS", 0.05)
     yield
     server._stop()
 
@@ -70,7 +70,7 @@ def test_a_hostile_template_is_one_error(name: str, impatient: None) -> None:
 
 
 def test_the_error_names_the_template(impatient: None) -> None:
-    with pytest.raises(ConfigError, match="chat template 'evil': the template fails: it takes more than 0.1 s"):
+    with pytest.raises(ConfigError, match="chat template 'evil': the template fails: it takes more than 0.05 s"):
         ChatTemplate(HOSTILE["loop"], byte_level(), where="chat template 'evil'")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,9 @@ def config_of(folder: Path, kind: str, *, vision: dict[str, Any] | None = None, 
     return tiny_config(folder, **{"model": model, "data": data, **sections})
 
 
-def asked(shapes: list[tuple[int, int]] = SHAPES) -> list[Record]:
-    return [Record((Turn("user", (Image(noise(*size)), Text("What is it?"))),)) for size in shapes]
+@functools.cache
+def asked() -> list[Record]:
+    return [Record((Turn("user", (Image(noise(*size)), Text("What is it?"))),)) for size in SHAPES]
 
 
 @pytest.mark.parametrize("kind", RUN)
