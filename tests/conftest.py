@@ -62,9 +62,10 @@ FIRST = (
     "interop/test_llava_hf.py", "data/test_answers.py", "forecast/test_dry_run.py", "data/test_measure.py",
     "models/test_vision_layers.py", "train/test_tiled_runs.py", "models/test_vision_native.py",
     "models/test_vision_fused.py", "train/checks/test_identity.py", "test_recipes.py", "test_layers.py",
-    "analysis/test_study.py", "models/test_llm.py", "interop/test_prismatic.py", "data/shards/test_reader.py",
+    "analysis/test_study.py", "interop/test_prismatic.py", "data/shards/test_reader.py",
     "interop/test_read_prismatic_fused.py", "interop/test_tinyllava.py", "interop/test_gguf.py",
-    "serve/test_adapters.py", "test_hygiene.py",
+    "serve/test_adapters.py", "test_hygiene.py", "train/data/test_batches.py", "test_precision.py",
+    "train/monitor/test_watching.py", "test_cli_data.py", "train/test_loop.py", "test_text.py",
 )  # fmt: skip
 
 # The same for the slow tests.
