@@ -23,14 +23,16 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from mmit.errors import ModelError
 from mmit.models.attention import NAME, run_row
 from mmit.models.batch_cache import GrowingLayer, batch_cache
-from mmit.models.calls import cache_name, cache_of, call
+from mmit.models.calls import cache_name, cache_of, call, takes
 from mmit.models.deepstack import as_wide
 from mmit.models.llm import input_device
+from mmit.models.modes import evaluation_mode
 from mmit.models.per_record import rotary_limit, turning_point
 from mmit.models.prefix_cache import Before
 from mmit.models.sampling import Sampling, choose
 from mmit.models.sending import send
 from mmit.models.virtual import with_prompt
+from mmit.models.vlm import same_logits
 
 if TYPE_CHECKING:
     from mmit.models.vlm import VLM
@@ -75,7 +77,30 @@ def support(llm: LLM) -> Support:
     looped = getattr(config, "recurrent_kv_cache_mode", None) == "last_loop"
     if chunked or looped or not {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return Support(batched=False, shared=False)
+    if not takes(llm, "position_ids") and not _counts_by_mask(llm):
+        return Support(batched=False, shared=False)
     return Support(batched=True, shared=_shares_rows(llm))
+
+
+@torch.no_grad()
+def _counts_by_mask(llm: LLM) -> bool:
+    """Whether a prompt with padding in front goes on as it does alone, in a model that is not given positions."""
+    # BLOOM's positions come of the mask. RoFormer's are a count of what the cache holds, padding included.
+    device = input_device(llm)
+    rows = []
+    for ids in (torch.tensor([1, 2], device=device), torch.tensor([3, 4, 5, 6, 7], device=device)):
+        words, at = llm.get_input_embeddings()(ids), torch.arange(len(ids), device=device)
+        rows.append(Prompts(words, at, torch.tensor([[0, len(ids), -1]]), at[-1:]))
+    able = Support(batched=True, shared=False)
+    try:
+        with evaluation_mode(llm):
+            beside = step(llm, prefill(llm, rows, support=able), [2, 2])[:1]
+            alone = step(llm, prefill(llm, rows[:1], support=able), [2])
+    except torch.OutOfMemoryError:
+        raise
+    except (ModelError, TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # a cache of another kind
+        return False
+    return same_logits(beside, alone)
 
 
 def _shares_rows(llm: LLM) -> bool:

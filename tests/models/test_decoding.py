@@ -15,8 +15,8 @@ from mmit.models.decoding import Prompts, Support
 from mmit.models.llm import load_llm
 from mmit.models.sampling import Sampling, choose
 from mmit.models.vlm import VLM
+from tests.models.small_llms import DIMENSIONS, described, family
 from tests.models.small_llms import FAMILIES as ALL_FAMILIES
-from tests.models.small_llms import described, family
 
 VOCABULARY = 50
 COMMON: dict[str, Any] = {
@@ -159,6 +159,16 @@ def test_loops_that_read_the_cache_of_the_last_one_decode_with_the_cache_of_thei
     options = family("dory") | {"recurrent_kv_cache_mode": "last_loop"}
     llm = load_llm("tiny", random_init=options, dtype=torch.float32).eval()
     assert decoding.support(llm) == Support(batched=False, shared=False)
+    assert answer(llm, samples(), 16) == reference(llm, 16)
+
+
+@pytest.mark.parametrize("kind, batched", [("roformer", False), ("bloom", True)])
+def test_a_model_that_is_given_no_positions_is_batched_where_it_counts_by_the_mask(kind: str, batched: bool) -> None:
+    """RoFormer counts what its cache holds: a prompt with padding in front would go on at other positions."""
+    options = described(DIMENSIONS, {"model_type": kind, "pad_token_id": 0})
+    more = {"is_decoder": True} if kind == "roformer" else {}
+    llm = load_llm("tiny", random_init=options | more, dtype=torch.float32).eval()
+    assert decoding.support(llm) == Support(batched=batched, shared=False)
     assert answer(llm, samples(), 16) == reference(llm, 16)
 
 
