@@ -149,6 +149,9 @@ class Endpoint:
         finish: Any = {"length": "length", "content_filter": "refused"}.get(str(reason), "stop")
         if refusal:
             finish = "refused"
+        if isinstance(text, list):  # servers of reasoning models send parts
+            kinds = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
+            text = "".join(str(part.get("text", "")) for part in kinds)
         text = text if isinstance(text, str) else ""
         thought = thought.strip() if isinstance(thought, str) else ""
         read, written = counts
@@ -212,6 +215,9 @@ def _read(request: urllib.request.Request, end: float) -> dict[str, Any]:
     found = json.loads(body.decode("utf-8", "replace"))
     if not isinstance(found, dict):
         raise ValueError("the reply is no JSON object")
+    # Gateways say so of a server behind them that is busy: it is asked again, as after an HTTP error.
+    if found.get("error") and not found.get("choices"):
+        raise ValueError(f"the server answered with an error: {json.dumps(found['error'])[:300]}")
     return found
 
 

@@ -156,6 +156,17 @@ def test_a_thought_in_a_field_of_its_own_is_kept_apart(tmp_path, field):
     assert (reply.text, reply.thought, reply.prompt_tokens) == ("Red.", "first, ...", None)
 
 
+def test_an_error_in_a_good_reply_is_asked_again_and_parts_of_text_are_an_answer(tmp_path):
+    parts = [{"type": "thinking", "thinking": []}, {"type": "text", "text": "A "}, {"type": "text", "text": "cat."}]
+    with Server() as server:
+        server.faults = [
+            ("raw", json.dumps({"error": {"message": "busy", "code": 429}}).encode()),
+            ("raw", json.dumps({"choices": [{"message": {"content": parts}, "finish_reason": "stop"}]}).encode()),
+        ]
+        (reply,) = desk(tmp_path, endpoint(server)).ask(requests(1))
+    assert (reply.text, reply.finish, reply.attempts) == ("A cat.", "stop", 2)
+
+
 def test_bad_addresses_are_refused():
     for url, model in (("ftp://x", "m"), ("http://x/v1", "")):
         with pytest.raises(ConfigError):
