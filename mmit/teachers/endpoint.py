@@ -152,8 +152,10 @@ class Endpoint:
         if isinstance(text, list):  # servers of reasoning models send parts
             kinds = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
             text = "".join(str(part.get("text", "")) for part in kinds)
-        text = text if isinstance(text, str) else ""
-        thought = thought.strip() if isinstance(thought, str) else ""
+        # JSON can spell half of a surrogate pair, which no file can hold: U+FFFD, as for bytes that are no UTF-8.
+        text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if isinstance(text, str) else ""
+        thought = thought if isinstance(thought, str) else ""
+        thought = thought.encode("utf-8", "surrogatepass").decode("utf-8", "replace").strip()
         read, written = counts
         return Reply("", self.name, text.strip(), finish, read, written, seconds, attempts, thought=thought)
 

@@ -19,7 +19,6 @@ def reply(text: str = "Fine.", **more: object) -> Reply:
         ("A cat.", ""),
         (" \n", "empty"),
         ("caf\ufffd", "not valid UTF-8"),
-        ("a \ud83d", "not valid UTF-8"),
         ("I'm sorry, but I cannot see it.", "a refusal"),
         ("I’m unable to see images.", "a refusal"),
         ("As an AI, I have no eyes.", "a refusal"),

@@ -167,6 +167,15 @@ def test_an_error_in_a_good_reply_is_asked_again_and_parts_of_text_are_an_answer
     assert (reply.text, reply.finish, reply.attempts) == ("A cat.", "stop", 2)
 
 
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    message = {"content": "A \ud83d", "reasoning": "b \ude00"}
+    with Server() as server:
+        server.faults = [("raw", json.dumps({"choices": [{"message": message}]}).encode())]
+        (reply,) = desk(tmp_path, endpoint(server)).ask(requests(1))
+    assert "\ufffd" in reply.text and "\ufffd" in reply.thought
+    assert (reply.text + reply.thought).encode()  # every file can hold it
+
+
 def test_bad_addresses_are_refused():
     for url, model in (("ftp://x", "m"), ("http://x/v1", "")):
         with pytest.raises(ConfigError):
