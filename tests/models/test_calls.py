@@ -119,6 +119,8 @@ def test_words_are_found_again_after_an_adapter_on_their_table_has_moved() -> No
     llm: Any = wrap(model("llama"), LoraConfig(target_modules=["embed_tokens"], task_type="CAUSAL_LM"), where="test")
     words, ids = llm.get_input_embeddings(), torch.tensor([[3, 5, 3]])
     assert token_ids(llm, words(ids).detach()).tolist() == ids.tolist()
+    before = words(ids)
     with torch.no_grad():
-        words.lora_embedding_B["default"].normal_()
+        words.lora_embedding_A["default"].normal_()  # PEFT's zeros: the other factor is random from the start
+    assert not torch.equal(words(ids), before)
     assert token_ids(llm, words(ids).detach()).tolist() == ids.tolist()
