@@ -118,7 +118,8 @@ _CONTROL = (
 )
 _ROLE_MARKER = re.compile(
     r"^(?:### ?(?:Instruction|Response|Input|Human|Assistant)|"
-    r"USER|ASSISTANT|Human|Assistant|\[?\|(?:Human|AI)\|\]?) ?:",
+    r"USER|ASSISTANT|Human|Assistant|\[?\|(?:Human|AI)\|\]?) ?:|"
+    r"\[(?:USER|ASSISTANT)\]",  # PixMo's, anywhere in a line
     re.MULTILINE,
 )
 _LEAST_PROMPT = 16  # characters; "Hello." may well be answered with "Hello."
@@ -185,7 +186,7 @@ def thought_mark(record: Record) -> str:
 def role_marker(record: Record) -> str:
     """A line that begins like a turn of a chat log."""
     for number, turn in enumerate(record.turns, 1):
-        if ":" in turn.text and (match := _ROLE_MARKER.search(turn.text)):
+        if (":" in turn.text or "[" in turn.text) and (match := _ROLE_MARKER.search(turn.text)):
             return f"'{match.group()}' in turn {number} ({turn.role})"
     return ""
 

@@ -102,6 +102,8 @@ def test_what_is_no_control_text(text):
 def test_markers_in_text():
     assert one(talk("What is in <image>?", "A cat.")) == {"image-marker"}
     assert one(talk("What?", "A cat.\nUSER: And now?")) == {"role-marker"}
+    assert one(talk("[USER] What is it? [ASSISTANT]", "A cat.")) == {"role-marker"}
+    assert one(talk("Which [user] wrote this?", "The one in [1].")) == set()
     assert not one(talk("What?", "The user: a person."))
 
 
