@@ -18,13 +18,16 @@ from mmit.data.images import fit, load_rgb
 from mmit.errors import CheckpointError, ConfigError, ImageError, RecordError
 from mmit.generate import Model, as_prompt, ask
 from mmit.models.llm import load_llm
+from mmit.models.prefix_cache import BLOCK, PrefixCache
 from mmit.models.projectors import build_projector
 from mmit.models.sampling import Sampling
 from mmit.models.vision import build_vision
 from mmit.models.vlm import VLM
+from mmit.pictures import Pictures
 from mmit.records import Image, Record, Text, Turn, read_jsonl
 from mmit.train.run import run
 from tests.data.small_tokenizers import byte_level
+from tests.models.small_llms import family
 from tests.tiny_run import two_layers as tiny_config
 
 TOKENIZER = byte_level()
@@ -428,3 +431,29 @@ def test_the_list_of_end_tokens_and_the_sampling_are_the_models_own() -> None:
     drawn = {again.generate([record], max_new_tokens=20, seed=seed)[0] for seed in range(4)}
     assert len(drawn) > 1  # sampled where nothing is said
     assert again.generate([record], max_new_tokens=20, temperature=0.0) == [plain]
+
+
+def test_layers_that_ask_for_token_ids_are_told_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by their embeddings, ids would be missed where an adapter computes these anew with each batch."""
+    config = family("gemma4_text") | {"hidden_size": 16, "vocab_size": len(TOKENIZER)}
+    model = build(config=config | {"vocab_size_per_layer_input": len(TOKENIZER), "initializer_range": 0.5})
+    records = [ask(picture(n), f"what is {n}?") for n in range(2)]
+    given: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0}
+    found = model.generate(records, **given), model.score(records, ["a", "be"])
+    told = []
+
+    def look_up(llm: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        told.append(embeddings.shape)
+        return torch.full(embeddings.shape[:2], -1)
+
+    monkeypatch.setattr("mmit.models.calls.token_ids", look_up)
+    assert (model.generate(records, **given), model.score(records, ["a", "be"])) == found and not told
+    assert "".join(model.stream(picture(0), "what is 0?", **given)).strip() == found[0][0] and not told
+    prompt = model.prompt_maker().question(records[1], 0)
+    features = model._see(Pictures(model.vlm, model.preparation, [[prompt]]), [prompt])
+    whole = model.prefill([prompt], features)[0].logits
+    store = PrefixCache(1 << 20)
+    for again in (False, True):
+        *_, done = model.prefill_in_parts(prompt, features, store=store, most=BLOCK)
+        assert (done[1] > 0) == again and not told
+        torch.testing.assert_close(done[0].logits, whole, atol=1e-4, rtol=0)

@@ -389,12 +389,10 @@ class Model(Runner):
             raise ConfigError(problem, remedy="Give the ids of one sequence, (T,).")
         prompt = self.prompt_maker().tokens(ids.tolist(), images)
         features = self._see(Pictures(self.vlm, self.preparation, [[prompt]]), [prompt])
-        row, prompts = self._row(list(prompt.samples), features)
-        at = torch.arange(len(row.input_ids), device=self.vlm.device)
-        # An image position has no token; layers that look ids up must see that.
-        tokens = row.input_ids.index_fill(0, row.image_positions, -1).to(self.vlm.device)
-        placed: dict[str, Any] = {"positions": prompts.positions, "nodes": prompts.nodes}
-        return self.vlm.row_logits(prompts.embeddings, **placed, at=at, ids=tokens)
+        prompts = self._row(list(prompt.samples), features)[1]
+        at = torch.arange(len(prompts.embeddings), device=self.vlm.device)
+        placed: dict[str, Any] = {"positions": prompts.positions, "nodes": prompts.nodes, "ids": prompts.ids}
+        return self.vlm.row_logits(prompts.embeddings, **placed, at=at)
 
     @torch.inference_mode()
     def likelihoods(self, prompts: Sequence[Prompt], *, batch_size: int) -> list[list[Likelihood]]:

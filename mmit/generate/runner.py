@@ -17,6 +17,7 @@ import torch
 from mmit.data.packing import Row, Sample, build_row, token_keys, without
 from mmit.data.preparation import splice_index
 from mmit.models import decoding
+from mmit.models.calls import asks_for_ids
 from mmit.models.decoding import Prompts
 from mmit.models.prefix_cache import BLOCK, divide
 from mmit.models.virtual import virtual_tokens
@@ -153,7 +154,8 @@ class Runner:
         known = set(division.order[: division.length])
         device = self.vlm.device
         before = store.before(division, paths, found)
-        prompts = Prompts(embeddings, row.positions.to(device), nodes, row.predict_at.to(device), before)
+        places = row.positions.to(device), nodes, row.predict_at.to(device)
+        prompts = Prompts(embeddings, *places, before, self._ids(row))
         return prompts, [sum(place in known for place in path) for path in paths]
 
     def _see(self, pictures: Pictures, batch: Sequence[Prompt]) -> Features:
@@ -171,7 +173,14 @@ class Runner:
         row = build_row(samples)
         self.usage.unshared_tokens += row.unshared_tokens
         embeddings, device = self._embedded(row, features), self.vlm.device
-        return row, Prompts(embeddings, row.positions.to(device), row.nodes, row.predict_at.to(device))
+        places = row.positions.to(device), row.nodes, row.predict_at.to(device)
+        return row, Prompts(embeddings, *places, ids=self._ids(row))
+
+    def _ids(self, row: Row) -> torch.Tensor | None:
+        """(T,) ids of a row, negative for pictures; None for a model whose layers do not ask for them."""
+        if not asks_for_ids(self.vlm.llm):
+            return None
+        return row.input_ids.index_fill(0, row.image_positions, -1).to(self.vlm.device)
 
     def _embedded(self, row: Row, features: Features, kept: torch.Tensor | None = None) -> torch.Tensor:
         """(T, D) embeddings of a row; `kept`: which of its pictures' tokens it still has, None for all."""

@@ -5,9 +5,10 @@ name and forget it: a renamed argument is then lost without a word. Takes keywor
 signature, gives the model's output. Refuses a keyword that nobody reads, unless the caller says what its absence means.
 
 Some models (Gemma 3n, Gemma 4) want in every layer, besides hidden states, embeddings of the token ids, and mmit gives
-embeddings, some of them of images. What is exactly a row of the embedding table is taken for that token, all else for
-padding, as transformers has it for positions of images. Others (Qwen4-Exp) look up n-grams of the ids themselves; an
-image is then the token that ends a text, beyond which no n-gram reaches. Known by what the model has, not by its name.
+embeddings, some of them of images, beside the ids where it has them. Without ids, what is exactly a row of the
+embedding table is taken for that token, all else for padding, as transformers has it for positions of images. Others
+(Qwen4-Exp) look up n-grams of the ids themselves; an image is then the token that ends a text, beyond which no n-gram
+reaches. Known by what the model has, not by its name.
 
 Dimensions: B sequences of T tokens, D width, V vocabulary.
 """
@@ -104,6 +105,11 @@ def _call(
     return out
 
 
+def asks_for_ids(llm: Any) -> bool:
+    """Whether layers of a causal LM or its body are given something of the token ids, besides hidden states."""
+    return takes(llm, "per_layer_inputs") or reads_ngrams(llm)
+
+
 def reads_ngrams(llm: Any) -> bool:
     """Whether layers of a causal LM or its body look up n-grams of the token ids."""
     return takes(llm, NGRAM_IDS) and bool(llm.config.get_text_config().ple_layer_ids)
@@ -181,7 +187,10 @@ def per_layer_inputs(llm: Any, embeddings: torch.Tensor, ids: torch.Tensor | Non
 
 @torch.no_grad()
 def token_ids(llm: Any, embeddings: torch.Tensor) -> torch.Tensor:
-    """(B, T) ids of the tokens whose embeddings these are, -1 where there is none."""
+    """(B, T) ids of the tokens whose embeddings these are, -1 where there is none.
+
+    Known limit: an adapter on the table computes its rows with each batch, to the last bit or not; such ids are missed.
+    """
     words = llm.get_input_embeddings()
     keys, order = _table(words)
     wanted = _key(embeddings.detach())

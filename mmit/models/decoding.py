@@ -52,6 +52,7 @@ class Prompts(NamedTuple):
     nodes: torch.Tensor  # (K, 3) first token, length, parent or -1; parents come first
     predict_at: torch.Tensor  # (B,) last token of each prompt
     before: Before | None = None  # tokens of the first nodes that were run before; T and B's places are without them
+    ids: torch.Tensor | None = None  # (T,) of the tokens, negative for pictures, where layers ask; see `calls.call`
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, support: Support, keep: Keep |
         ModelError: the model does not support rows of this kind.
     """
     # A part of a row is known only where there is no soft prompt, which would stand before all that is known.
-    rows = [row if row.before is not None else Prompts(*with_prompt(llm, *row[:4])) for row in rows]
+    rows = [row if row.before is not None else _prompted(llm, row) for row in rows]
     turn = turning_point(llm)
     kept: dict[str, Any] = {} if turn is None else {"rows": list(rows), "turn": turn}
     if not support.batched:
@@ -173,6 +174,13 @@ def prefill(llm: LLM, rows: Sequence[Prompts], *, support: Support, keep: Keep |
     return State(batch_cache(caches, paths), lengths, torch.cat(logits), **kept)
 
 
+def _prompted(llm: LLM, row: Prompts) -> Prompts:
+    """A row below the model's soft prompt, if it has one."""
+    embeddings, positions, nodes, at = with_prompt(llm, *row[:4])
+    ids = None if row.ids is None else F.pad(row.ids, (len(embeddings) - len(row.embeddings), 0), value=-1)
+    return Prompts(embeddings, positions, nodes, at, ids=ids)
+
+
 def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
     """Run a row; without `cache`, a single prompt whose model makes the cache it needs by itself."""
     if cache is None:
@@ -182,11 +190,12 @@ def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
             position_ids=row.positions[None],
             use_cache=True,
             logits_to_keep=row.predict_at,
+            ids=None if row.ids is None else row.ids[None],
             optional=("use_cache", "position_ids"),
         )
     before = Before(0 if row.before is None else row.before.length, cache)
     places: dict[str, Any] = {"positions": row.positions, "nodes": row.nodes, "at": row.predict_at}
-    return run_row(llm, row.embeddings, **places, before=before)
+    return run_row(llm, row.embeddings, **places, before=before, ids=row.ids)
 
 
 def in_parts(row: Prompts, most: int) -> list[Prompts]:
@@ -197,7 +206,9 @@ def in_parts(row: Prompts, most: int) -> list[Prompts]:
         embeddings, positions = row.embeddings[begin : begin + most], row.positions[begin : begin + most]
         size, above = len(positions), known + begin
         nodes = torch.tensor([[0, above, -1], [above, size, 0]] if above else [[0, size, -1]])
-        parts.append(Prompts(embeddings, positions, nodes, row.predict_at.new_tensor([size - 1]), Before(above, cache)))
+        ids = None if row.ids is None else row.ids[begin : begin + most]
+        last = row.predict_at.new_tensor([size - 1])
+        parts.append(Prompts(embeddings, positions, nodes, last, Before(above, cache), ids))
     return parts
 
 
@@ -351,7 +362,9 @@ def _anew(llm: LLM, state: State, place: int, answer: Sequence[int]) -> torch.Te
     more = torch.arange(1, len(answer) + 1, device=row.positions.device)
     positions = torch.cat([row.positions, row.positions[-1] + more])
     nodes = torch.tensor([[0, len(embeddings), -1]])
-    whole = Prompts(embeddings, positions, nodes, torch.tensor([len(embeddings) - 1], device=positions.device))
+    ids = None if row.ids is None else torch.cat([row.ids, row.ids.new_tensor(answer)])
+    last = torch.tensor([len(embeddings) - 1], device=positions.device)
+    whole = Prompts(embeddings, positions, nodes, last, ids=ids)
     if not isinstance(state.cache.layers[0], GrowingLayer):
         out = _run(llm, whole, None)
         state.cache = cast("Cache", cache_of(out))
@@ -396,7 +409,7 @@ def log_likelihoods(vlm: VLM, row: Prompts, *, targets: torch.Tensor, owners: to
         owners: (S,) which of the `count` continuations each belongs to.
         count: number of continuations.
     """
-    logits = vlm.row_logits(row.embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at)
+    logits = vlm.row_logits(row.embeddings, positions=row.positions, nodes=row.nodes, at=row.predict_at, ids=row.ids)
     targets, owners = send(targets, logits.device), send(owners, logits.device)
     log_probabilities = -F.cross_entropy(logits.float(), targets, reduction="none")
     missed = (logits.argmax(-1) != targets).long()
