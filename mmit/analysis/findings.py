@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmit.analysis.cells import Question, Table, chance, majority, question_of, sensitivity, table_of, with_spaces
-from mmit.analysis.config import pairs, transforms, varied
+from mmit.analysis.config import overrides, pairs, transforms, varied
 from mmit.analysis.curves import saturating, slope_per_doubling
 from mmit.analysis.data import base_records
 from mmit.analysis.kinds import ALWAYS, AMOUNTS, LIMITS
@@ -66,7 +66,7 @@ def _few_seeds(seeds: list[int]) -> list[str]:
 
 def _asked_in_training(study: Study) -> list[str]:
     """Say of each set of questions how many are also trained on: their scores hold what was learned by heart."""
-    trained = study.own_records() or _trained(study)
+    trained = _rows(study)
     seen = {(_shown(record), turn.text.strip()) for record in trained for turn in record.turns if turn.role == "user"}
     told = []
     for name in study.config.questions:
@@ -116,16 +116,16 @@ def _cost(run: Path) -> dict[str, float]:
 def _of_table(study: Study, table: Table) -> dict[str, Any]:
     if not table.questions:
         return {"n": 0, "arms": {}, "baselines": {}, "by_task": {}}
-    trained = _trained(study)
-    # A small arm may lack answers: a study's own file has them all.
-    spaces = with_spaces(table, study.own_records() or trained)
+    # Not those of an arm: a small one may lack answers, and one in a style says none of them as it is asked for.
+    rows = _rows(study)
+    spaces = with_spaces(table, rows)
     by_task = table.by("task")
     return {
         "spaces_from_answers": sorted(spaces),
         "n": len(table.questions),
         "images": len(set(table.images)),
         "arms": {arm: estimate(table.stacked(arm), table.images).to_json() for arm in table.scores},
-        "baselines": _baselines(study, table, trained),
+        "baselines": _baselines(study, table, rows),
         "by_task": {
             task: {
                 **{arm: float(table.stacked(arm)[:, places].mean()) for arm in table.scores},
@@ -141,20 +141,22 @@ def _of_table(study: Study, table: Table) -> dict[str, Any]:
     }
 
 
-def _trained(study: Study) -> list[Record]:
-    """Return the records of the first arm that has any: what the commonest answers are learned from."""
+def _rows(study: Study) -> list[Record]:
+    """Return the records that arms are made of, before an arm leaves some out or changes their answers."""
+    if study.config.build is None:
+        return study.own_records()
     for cell in study.cells:
-        folder = cell.folder / "data" / "records"
-        if cell.done and folder.is_dir():
+        folder = study.build_of(overrides(study.keys_of(cell.arm), "build"), cell.seed) / "data"
+        if (folder / "build.json").is_file():
             return base_records(folder)
     return []
 
 
-def _baselines(study: Study, table: Table, trained: list[Record]) -> dict[str, float | None]:
+def _baselines(study: Study, table: Table, given: list[Record]) -> dict[str, float | None]:
     """Return what costs no ability; None where it is not known, as the label space of open questions."""
     found: dict[str, float | None] = {
         "random in label space": chance(table),
-        "commonest answer of the task": majority(table, trained),
+        "commonest answer of the task": majority(table, given),
     }
     report = study.out / "controls" / table.name / "report.json"
     if report.is_file():
