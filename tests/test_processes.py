@@ -181,6 +181,11 @@ def test_a_worker_that_ignores_sigterm_can_be_ended() -> None:
     (worker,) = [child for child in multiprocessing.active_children() if child.pid == pid]
     worker.terminate()
     worker.join(20)
+    # The pool's own thread waits for it too. The one that comes second returns at once, perhaps before the first has
+    # written the code down.
+    end = time.monotonic() + 20
+    while worker.exitcode is None and time.monotonic() < end:
+        time.sleep(0.01)
     assert worker.exitcode == -signal.SIGKILL
     pool.shutdown(wait=True)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import transformers
+from packaging.version import Version
 from transformers import CONFIG_MAPPING
 
 from mmit.models.config_keys import config_keys
@@ -317,7 +319,9 @@ NEWER: dict[str, dict[str, Any]] = {
     "youtu": MLA,
     "zaya": {"num_experts_per_tok": 1},
 }
-FAMILIES |= {name: options for name, options in NEWER.items() if name in CONFIG_MAPPING}
+# Described as transformers 5.24 has them: 5.17 names their layers otherwise, or builds them for large heads alone.
+LATER = {"cohere_compass_text", "qwen4_exp_text"} if Version(transformers.__version__) < Version("5.24") else set()
+FAMILIES |= {name: options for name, options in NEWER.items() if name in CONFIG_MAPPING and name not in LATER}
 FIRST_LIST = tuple(FAMILIES)[:35]  # what users lead with
 
 
