@@ -204,13 +204,3 @@ def test_stages_out_of_order_and_options_that_cannot_be_used(world: World, tmp_p
     (tmp_path / "mine").write_text("x")
     with pytest.raises(ConfigError, match="holds no fit.json"):
         fit(world.start, world.patterns, world.labelled, dir=tmp_path, how=HOW)
-    for make, problem in (
-        (lambda: Fitting(repetitions=0), "fit.repetitions: is 0"),
-        (lambda: Fitting(steps="x"), "steps: is 'x'"),  # type: ignore[arg-type]
-        (lambda: Generations(factor=1.0), "generations.factor: is 1.0"),
-        (lambda: Generations(share=0), "generations.share: is 0"),
-        (lambda: Labelling(weights="acuracy"), "label.weights: is 'acuracy'"),
-        (lambda: Labelling(temperature=0), "label.temperature: is 0"),
-    ):
-        with pytest.raises(ConfigError, match=problem):
-            make()
