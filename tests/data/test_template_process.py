@@ -90,14 +90,14 @@ def test_refusals_and_mistakes() -> None:
 
 
 def _ask(number: int) -> list[str]:
-    return [render("{{ n }}", {"n": n}) for n in range(number, number + 80)]
+    return [render("{{ n }}", {"n": n}) for n in range(number, number + 200)]
 
 
 def test_forks_have_their_own() -> None:
     _ask(0)
     with multiprocessing.get_context("fork").Pool(3) as pool:
-        answers = pool.map(_ask, range(0, 1200, 80), chunksize=1)
-        assert answers == [[str(n) for n in range(first, first + 80)] for first in range(0, 1200, 80)]
+        answers = pool.map(_ask, range(0, 3000, 200), chunksize=1)
+        assert answers == [[str(n) for n in range(first, first + 200)] for first in range(0, 3000, 200)]
     assert _ask(7)[0] == "7"
 
 

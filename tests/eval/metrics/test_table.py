@@ -80,12 +80,12 @@ def test_every_metric_refuses_columns_of_different_length(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_ten_thousand_repeated_answers_are_quick(name):
-    predictions, references = columns(name, 10_000)
+def test_twenty_thousand_repeated_answers_are_quick(name):
+    predictions, references = columns(name, 20_000)
     start = time.perf_counter()
     METRICS[name](predictions, references)
-    # 60 s for a million would be 0.6 s.
-    assert time.perf_counter() - start < 0.6
+    # 60 s for a million would be 1.2 s.
+    assert time.perf_counter() - start < 1.2
 
 
 def test_unknown_metric_gets_the_nearest_name():

@@ -30,7 +30,7 @@ def test_values_arrive_while_earlier_work_is_queued(kind):
         assert int(total) == 64 * 1024 * i
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["full", "soft_prompt"])
 @pytest.mark.parametrize("kind, share", [("dpo", True), ("dpo", False), ("kto", True)])
 def test_a_plan_from_where_rows_are_made_gives_the_same_bits(tmp_path, monkeypatch, kind, share, mode, workers):
