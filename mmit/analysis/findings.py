@@ -32,6 +32,7 @@ def findings(study: Study) -> dict[str, Any]:
     config = study.config
     cells = [cell for cell in study.cells if cell.done]
     tables = {name: _table(study, name, cells) for name in config.questions}
+    given = _rows(study)
     contrasts = [
         (name, contrast(a, b, table.scores, table.images, margin=config.margin))
         for name, table in tables.items()
@@ -47,14 +48,14 @@ def findings(study: Study) -> dict[str, Any]:
         "seeds": config.seeds,
         "margin": config.margin,
         "arms": {arm: _arm(study, arm) for arm in config.arms},
-        "questions": {name: _of_table(study, table) for name, table in tables.items()},
+        "questions": {name: _of_table(study, table, given) for name, table in tables.items()},
         "contrasts": [
             {"questions": name, **result.to_json()} for (name, _), result in zip(contrasts, results, strict=True)
         ],
         "failed": [{"arm": c.arm, "seed": c.seed, **c.failed} for c in study.cells if c.failed],
         "waiting": [f"{c.arm}, seed {c.seed}" for c in study.cells if not c.done and not c.failed],
         "commands": [step.shown for step in study.steps],
-        "cannot_tell": [*_few_seeds(config.seeds), *_asked_in_training(study), LIMITS[config.study], *ALWAYS],
+        "cannot_tell": [*_few_seeds(config.seeds), *_asked_in_training(study, given), LIMITS[config.study], *ALWAYS],
     }
 
 
@@ -64,9 +65,8 @@ def _few_seeds(seeds: list[int]) -> list[str]:
     return []
 
 
-def _asked_in_training(study: Study) -> list[str]:
+def _asked_in_training(study: Study, trained: list[Record]) -> list[str]:
     """Say of each set of questions how many are also trained on: their scores hold what was learned by heart."""
-    trained = _rows(study)
     seen = {(_shown(record), turn.text.strip()) for record in trained for turn in record.turns if turn.role == "user"}
     told = []
     for name in study.config.questions:
@@ -113,19 +113,18 @@ def _cost(run: Path) -> dict[str, float]:
     return found | {key: float(sum(row[key] for row in steps)) for key in ("records", "tokens", "seconds")}
 
 
-def _of_table(study: Study, table: Table) -> dict[str, Any]:
+def _of_table(study: Study, table: Table, given: list[Record]) -> dict[str, Any]:
     if not table.questions:
         return {"n": 0, "arms": {}, "baselines": {}, "by_task": {}}
     # Not those of an arm: a small one may lack answers, and one in a style says none of them as it is asked for.
-    rows = _rows(study)
-    spaces = with_spaces(table, rows)
+    spaces = with_spaces(table, given)
     by_task = table.by("task")
     return {
         "spaces_from_answers": sorted(spaces),
         "n": len(table.questions),
         "images": len(set(table.images)),
         "arms": {arm: estimate(table.stacked(arm), table.images).to_json() for arm in table.scores},
-        "baselines": _baselines(study, table, rows),
+        "baselines": _baselines(study, table, given),
         "by_task": {
             task: {
                 **{arm: float(table.stacked(arm)[:, places].mean()) for arm in table.scores},

@@ -32,7 +32,7 @@ from mmit.models.prefix_cache import Before
 from mmit.models.sampling import Sampling, choose
 from mmit.models.sending import send
 from mmit.models.virtual import with_prompt
-from mmit.models.vlm import same_logits
+from mmit.models.vlm import CANNOT_RUN, same_logits
 
 if TYPE_CHECKING:
     from mmit.models.vlm import VLM
@@ -99,7 +99,7 @@ def _counts_by_mask(llm: LLM) -> bool:
             alone = step(llm, prefill(llm, rows[:1], support=able), [2])
     except torch.OutOfMemoryError:
         raise
-    except (ModelError, TypeError, ValueError, AttributeError, LookupError, RuntimeError):  # a cache of another kind
+    except (ModelError, *CANNOT_RUN):  # a cache of another kind
         return False
     return same_logits(beside, alone)
 

@@ -152,12 +152,9 @@ class Endpoint:
         if isinstance(text, list):  # servers of reasoning models send parts
             kinds = [part for part in text if isinstance(part, dict) and part.get("type") == "text"]
             text = "".join(str(part.get("text", "")) for part in kinds)
-        # JSON can spell half of a surrogate pair, which no file can hold: U+FFFD, as for bytes that are no UTF-8.
-        text = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace") if isinstance(text, str) else ""
-        thought = thought if isinstance(thought, str) else ""
-        thought = thought.encode("utf-8", "surrogatepass").decode("utf-8", "replace").strip()
+        text, thought = _storable(text), _storable(thought)
         read, written = counts
-        return Reply("", self.name, text.strip(), finish, read, written, seconds, attempts, thought=thought)
+        return Reply("", self.name, text, finish, read, written, seconds, attempts, thought=thought)
 
     def _post(self, body: bytes, end: float) -> tuple[int, Any, int]:
         """Return (200, the reply, attempts), or 403 or 413 where the server will not answer this one request."""
@@ -196,6 +193,12 @@ class Endpoint:
                 time.sleep(wait)
         remedy = "Is the server running? Run the same command again: it goes on where it stopped."
         raise MmitError(f"{problem}, after {attempt} attempts", where=address, remedy=remedy)
+
+
+def _storable(text: Any) -> str:
+    """Return the stripped text of a reply, "" for anything else."""
+    # JSON can spell half of a surrogate pair, which no file can hold: U+FFFD, as for bytes that are no UTF-8.
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace").strip() if isinstance(text, str) else ""
 
 
 def _read(request: urllib.request.Request, end: float) -> dict[str, Any]:
