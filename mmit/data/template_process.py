@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -62,18 +63,30 @@ class _Server:
         self._lock = threading.Lock()
 
     def ask(self, request: bytes) -> dict[str, str]:
+        """The child's answer; one that is lost without having spent its time is asked for once more.
+
+        A child that the system ends for memory of others, or that a busy machine does not let run, says nothing about
+        the template, and one such must not end a run.
+        """
         with self._lock:
-            process = self._started()
-            try:
-                answer: dict[str, str] = json.loads(_exchange(process, request))
-                return answer
-            except (TimeoutError, OSError, EOFError):
-                self._stop()
-                problem = f"it takes more than {SECONDS:g} s of processor time, or more memory than 512 MiB"
-                raise Exceeded(problem) from None
-            except BaseException:  # Ctrl-C between question and answer: the next answer would be the wrong one
-                self._stop()
-                raise
+            for _ in range(2):
+                process = self._started()
+                try:
+                    answer: dict[str, str] = json.loads(_exchange(process, request))
+                    return answer
+                except TimeoutError:
+                    self._stop()
+                    problem = f"the process that renders it gives no answer for {PATIENCE:g} s; is the machine busy?"
+                except (OSError, EOFError):
+                    code = process.wait(PATIENCE)
+                    self.forget()
+                    if code == -signal.SIGPROF:
+                        raise Exceeded(f"it takes more than {SECONDS:g} s of processor time") from None
+                    problem = f"the process that renders it ends with {code}; more than 512 MiB of memory can be why"
+                except BaseException:  # Ctrl-C between question and answer: the next answer would be the wrong one
+                    self._stop()
+                    raise
+            raise Exceeded(problem)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:

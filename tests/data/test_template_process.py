@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from mmit.data import template_process
 from mmit.data.chat_template import ChatTemplate
-from mmit.data.template_process import Failed, Refused, render
+from mmit.data.template_process import Exceeded, Failed, Refused, render
 from mmit.errors import ConfigError
 from tests.data.small_tokenizers import byte_level
 
@@ -67,6 +69,30 @@ def test_a_hostile_template_is_one_error(name: str, impatient: None) -> None:
     assert os.times().children_user - began.children_user < 1.5
     assert len(str(caught.value)) < 300
     assert render("{{ word }}", {"word": "as ever"}) == "as ever"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_something_else_ends_or_holds_is_no_mistake_of_the_template(
+    sent: signal.Signals, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = template_process._server._started
+
+    def struck(times: list[int]) -> Any:
+        def start() -> Any:
+            process = started()
+            monkeypatch.setattr(template_process, "PATIENCE", 0.05 if times else 20.0)
+            if times:
+                os.kill(process.pid, times.pop())
+            return process
+
+        return start
+
+    monkeypatch.setattr(template_process._server, "_started", struck([sent]))
+    assert render("{{ word }}", {"word": "as ever"}) == "as ever"
+    monkeypatch.setattr(template_process._server, "_started", struck([sent, sent]))
+    told = "ends with -9" if sent == signal.SIGKILL else "no answer for 0.05 s"
+    with pytest.raises(Exceeded, match=told):
+        render("{{ word }}", {"word": "as ever"})
 
 
 def test_the_error_names_the_template(impatient: None) -> None:
