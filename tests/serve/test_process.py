@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -125,58 +124,6 @@ def test_malformed_requests(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     if told and (keep := os.environ.get("MMIT_FUZZ_LOG")):
         Path(keep).write_text("".join(told))
     assert "Traceback" not in "".join(told), "libjpeg's own warnings may be there"
-
-
-def test_clients_that_send_nothing_are_cut_off() -> None:
-    with served({"tiny": build(vision=False)}, Settings(read_s=0.2)) as (url, _):
-        for start in (b"", b"POST /v1/chat/com", b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /hea"):
-            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as place:
-                place.sendall(start)
-                began = time.monotonic()
-                with suppress(ConnectionResetError):
-                    while place.recv(65536):
-                        pass
-                assert time.monotonic() - began < 8  # a connection that was used is kept for five seconds
-
-
-def test_a_body_that_turns_malformed_once_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(logging.getLogger("asyncio"), "error", lambda message, *_, **__: told.append(str(message)))
-    with served({"tiny": build(vision=False)}) as (url, _):
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as place:
-            place.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n")
-            assert place.recv(65536).startswith(b"HTTP/1.1 200")
-            place.sendall(b"zz\r\n\r\n")
-            with suppress(ConnectionResetError):
-                while place.recv(65536):
-                    pass
-        # And in one piece with its head, to an address that does not read it.
-        monkeypatch.setattr(logging.getLogger("uvicorn.error"), "error", lambda m, *_, **__: told.append(str(m)))
-        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=10) as place:
-            place.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
-            assert place.recv(65536).startswith(b"HTTP/1.1 400")
-        assert json.loads(get(int(url.rpartition(":")[2]), "/health"))["status"] == "ok"
-    assert told == []
-
-
-def test_a_client_that_does_not_read_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmit.serve.server.STALL_S", 0.2)
-    model = build(vision=False)
-    model.vlm.llm.register_forward_pre_hook(lambda *_: time.sleep(0.01))
-    with served({"tiny": model}, send_buffer=4096) as (url, engine):
-        place = socket.socket()
-        place.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        place.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-        asked = {"model": "tiny", "messages": [user()], "max_tokens": 350, "n": 8, "stream": True, "temperature": 5.0}
-        asked |= {"logprobs": True, "top_logprobs": 20}
-        body = json.dumps(asked).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        place.sendall(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        until = time.monotonic() + 30
-        while not engine.state().ended.get("cancelled", 0):
-            assert time.monotonic() < until and not engine.state().ended.get("length", 0), engine.state()
-            time.sleep(0.02)
-        place.close()
 
 
 # --- a while of mixed load ------------------------------------------------------------------------------------------
