@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmit.errors import ConfigError, MmitError
-from mmit.eval.metrics.score import Score, check_lengths, mean_score, need, split
+from mmit.eval.metrics.score import Score, check_lengths, mean_score, need, options_of, split
 from mmit.io import append
 from mmit.records import json_lines
 from mmit.teachers.desk import Account, priced
@@ -91,6 +91,13 @@ JUDGES: dict[str, Rubric] = {
 }
 
 
+def check_judged(name: str, reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference has not what the judge `name` is told of a question."""
+    need(reference, JUDGES[name].keys, where=where)
+    if "capability" in JUDGES[name].keys:
+        options_of(reference["capability"], where=f"{where}: capability")
+
+
 class Judge:
     """A metric that asks a judge; called like those in METRICS.
 
@@ -125,7 +132,7 @@ class Judge:
         keys: list[str] = []
         prompts: dict[str, str] = {}
         for prediction, reference in zip(predictions, references, strict=True):
-            need(reference, self.rubric.keys, where=self.name)
+            check_judged(self.name, reference, where=self.name)
             asked = self._asked(prediction, reference)
             keys.append(hashlib.sha256(f"{self.judge}\0{asked}".encode()).hexdigest()[:24])
             prompts[keys[-1]] = asked
@@ -181,8 +188,8 @@ def _mean(given: list[list[float]], references: Sequence[Mapping[str, Any]], *, 
     values = [scores[0] for scores in given]
     by: dict[str, list[float]] = {}
     for value, reference in zip(values, references, strict=True):
-        for capability in reference["capability"]:
-            by.setdefault(str(capability), []).append(value)
+        for capability in options_of(reference["capability"], where="judge:mmvet"):
+            by.setdefault(capability, []).append(value)
     per = {name: mean_score("judge", "mmvet", part, seed=seed) for name, part in sorted(by.items())}
     whole = mean_score("judge", "mmvet", values, seed=seed)
     return Score("judge", "mmvet", whole.value, whole.n, whole.ci95, by_group=per, details={"values": values})

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmit.errors import ConfigError, RecordError, nearest
+from mmit.eval.judges import JUDGES, check_judged
+from mmit.eval.metrics import check_reference, get_metric, together
 from mmit.records import Image, Record, Text, Turn
 from mmit.sections import brief
 
@@ -31,6 +33,8 @@ class Item:
     group: str | None = None
     choices: tuple[str, ...] = ()
     """all answers there are, where the record or the task says so"""
+    unit: Any = None
+    """questions of one unit are scored together, and so are asked together; None stands alone"""
 
     @property
     def text(self) -> str:
@@ -46,13 +50,24 @@ def prompt_text(prompt: Record) -> str:
 def sample_items(items: Sequence[Item], n: int | None, seed: int) -> list[Item]:
     """Return `n` items drawn without replacement, in their order; all if n is None or not fewer.
 
-    Depends on the number of items, n and seed alone. Raises ConfigError if n is not positive.
+    Items of one unit come together: as many units as n has room for, and at least one. Depends on the number of items,
+    their units, n and seed alone. Raises ConfigError if n is not positive.
     """
     if n is None:
         return list(items)
     if n < 1:
         raise ConfigError(f"{n} questions", where="limit", remedy="Ask at least one question.")
-    chosen = random.Random(seed).sample(range(len(items)), min(n, len(items)))
+    units: dict[Any, list[int]] = {}
+    for index, item in enumerate(items):
+        units.setdefault((index, None) if item.unit is None else (None, item.unit), []).append(index)
+    if len(units) == len(items):
+        chosen = random.Random(seed).sample(range(len(items)), min(n, len(items)))
+        return [items[index] for index in sorted(chosen)]
+    chosen = []
+    for unit in random.Random(seed).sample(list(units.values()), len(units)):
+        if chosen and len(chosen) + len(unit) > n:
+            break
+        chosen += unit
     return [items[index] for index in sorted(chosen)]
 
 
@@ -66,22 +81,38 @@ def check_ids(items: Sequence[Item]) -> None:
         seen.add(item.id)
 
 
+def check_units(items: Sequence[Item], metric: str) -> None:
+    """Raise MmitError if questions that the metric scores together are not all there."""
+    if any(item.unit is not None for item in items):
+        get_metric(metric)([""] * len(items), [item.reference for item in items])
+
+
 def record_items(record: Record, task: Task) -> Iterator[Item]:
-    """Yield one item per user turn."""
+    """Yield one item per user turn. Raises RecordError, or MmitError: a reference that the metric cannot read."""
     system = record.turns[:1] if record.turns[0].role == "system" else ()
     dialogue = record.turns[len(system) :]
     questions, answers = dialogue[::2], dialogue[1::2]
     groups = _groups(record, task, len(questions))
     references = _references(record, task, len(questions), [turn.text for turn in answers])
     choices = _choices(record, task)
+    key = _reference_key(task)
     name = record.id or str(record.row)
     shown: list[Image] = []
     for number, turn in enumerate(questions):
         item_id = name if len(questions) == 1 else f"{name}#{number + 1}"
         user = Turn("user", (*shown, *_asked(turn, task.prompt)))
         prompt = Record((*system, user), item_id, record.source, record.row, record.licence)
-        yield Item(item_id, prompt, references[number], groups[number], choices)
+        reference = references[number]
+        _check_reference(task, reference, where=f"{prompt.where}: meta key '{key}'" if key else prompt.where)
+        yield Item(item_id, prompt, reference, groups[number], choices, together(task.metric, reference))
         shown += [part for part in turn.parts if isinstance(part, Image)]
+
+
+def _check_reference(task: Task, reference: Any, *, where: str) -> None:
+    if task.metric in JUDGES:
+        check_judged(task.metric, reference, where=where)
+    else:
+        check_reference(task.metric, reference, where=where)
 
 
 def _asked(turn: Turn, template: str) -> tuple[Text | Image, ...]:
@@ -109,8 +140,13 @@ def _choices(record: Record, task: Task) -> tuple[str, ...]:
     return tuple(choices)
 
 
+def _reference_key(task: Task) -> str | None:
+    """Return the meta key of what the metric compares with; None where it is the assistant's turn."""
+    return task.reference or (REFERENCE if task.layout else None)
+
+
 def _references(record: Record, task: Task, count: int, answers: list[str]) -> list[Any]:
-    key = task.reference or (REFERENCE if task.layout else None)
+    key = _reference_key(task)
     if key is None:
         if len(answers) < count:
             remedy = "End the record with the answer, or name the meta key that has it: reference."

@@ -40,7 +40,7 @@ from mmit.eval.judges import JUDGES
 from mmit.eval.layouts.common import PREFIX as HUB
 from mmit.eval.layouts.common import local_folder
 from mmit.eval.metrics import METRICS, get_metric
-from mmit.eval.questions import QUESTION, Item, check_ids, prompt_text, record_items, sample_items
+from mmit.eval.questions import QUESTION, Item, check_ids, check_units, prompt_text, record_items, sample_items
 from mmit.plugins import is_spec
 from mmit.sections import Section, brief
 from mmit.yamlio import parse_yaml
@@ -302,6 +302,7 @@ def task_items(task: Task, limit: int | None = None, seed: int | None = None) ->
     """
     items = _items(task, task.records or "", task.split)
     check_ids(items)
+    check_units(items, task.metric)
     n = task.sample.n if limit is None and task.sample else limit
     return sample_items(items, n, task.seed if seed is None else seed)
 

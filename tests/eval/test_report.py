@@ -188,11 +188,16 @@ def test_majority_by_wording_then_overall() -> None:
         Majority([])
 
 
+def nothing(predictions: list[str], references: list[Any]) -> list[float]:
+    """A metric of one's own, whose references are its own affair."""
+    return [0.0] * len(predictions)
+
+
 def test_majority_reads_lists_and_mappings_of_answers(tmp_path: Path) -> None:
     golds: list[Any] = [["no", "yes", "yes"], {"answer": "yes", "options": ["a"]}, {"answers": ["no", "yes"]}]
     turns = Record.triple("q?", "-").turns[:1]
     write_jsonl([Record(turns, meta={"gold": gold}) for gold in golds], tmp_path / "r.jsonl")
-    task = Task(name="t", records=str(tmp_path / "r.jsonl"), metric="exact", reference="gold")
+    task = Task(name="t", records=str(tmp_path / "r.jsonl"), metric=f"{__name__}:nothing", reference="gold")
     table, note = majority(task, task_items(task))
     assert table is not None and table.answer("q?") == "yes" and "no training split" in note
     write_jsonl([Record(turns, meta={"gold": {"rules": []}})], tmp_path / "r.jsonl")

@@ -23,7 +23,7 @@ from mmit.eval.metrics.intervals import (
     paired_clusters,
     wilson,
 )
-from mmit.eval.metrics.score import Score, by_cluster, mean_score
+from mmit.eval.metrics.score import Score, by_cluster, mean_score, options_of, text_of
 from mmit.plugins import FORM, calling, is_spec, own_function
 
 __all__ = [
@@ -34,11 +34,13 @@ __all__ = [
     "bootstrap_mean",
     "by_cluster",
     "check_installed",
+    "check_reference",
     "clustered",
     "get_metric",
     "mcnemar",
     "paired_bootstrap",
     "paired_clusters",
+    "together",
     "wilson",
 ]
 
@@ -98,6 +100,40 @@ METRICS: dict[str, Metric] = {
     "ifeval:strict-nltk": partial(ifeval.ifeval, profile="strict", tokeniser="nltk"),
     "ifeval:loose-nltk": partial(ifeval.ifeval, profile="loose", tokeniser="nltk"),
 }
+
+
+# What a reference of each must be, by the name before the colon: asked before a model is, and by the metric itself.
+_REFERENCES: dict[str, Callable[..., object]] = {
+    "vqa": vqa.human_answers,
+    **dict.fromkeys(("exact", "gqa", "ai2d", "anls", "relaxed", "rouge_l", "captions"), options_of),
+    "iou": boxes.box_meant,
+    "ocrbench": text.check_ocrbench,
+    "gsm8k": text_of,
+    "pope": yesno.check_pope,
+    "mme": yesno.check_mme,
+    **dict.fromkeys(("nlvr", "nlvr2"), yesno.check_nlvr),
+    **dict.fromkeys(("choice", "seed", "scienceqa"), choice.check_choice),
+    "realworldqa": text_of,
+    "mmbench": choice.check_mmbench,
+    "mmmu": mmmu.check_mmmu,
+    "mathvista": mathvista.check_mathvista,
+    "ifeval": ifeval.check_ifeval,
+}
+# What tells questions that are scored together: a sample has all of them or none.
+_TOGETHER: dict[str, Callable[[Any], Any]] = {"mme": yesno.mme_image, "mmbench": choice.mmbench_question}
+
+
+def check_reference(name: str, reference: Any, *, where: str) -> None:
+    """Raise MmitError if the metric `name` of METRICS cannot read a reference; a metric of the user's own reads any."""
+    check = _REFERENCES.get(name.partition(":")[0]) if name in METRICS else None
+    if check is not None:
+        check(reference, where=where)
+
+
+def together(name: str, reference: Any) -> Any:
+    """Return what the metric `name` scores as one with others of the same key; None where it stands alone."""
+    key = _TOGETHER.get(name.partition(":")[0]) if name in METRICS else None
+    return None if key is None else key(reference)
 
 
 # What tells, before any question is asked, that a package is missing.

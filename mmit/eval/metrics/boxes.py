@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from mmit.errors import MmitError
 from mmit.eval.metrics.score import Score, check_lengths, mean_score, pick
+from mmit.sections import brief
 
 Box = tuple[float, float, float, float]
 # Nothing but brackets, commas and spaces lies between the numbers of one box.
@@ -32,6 +34,15 @@ def box_of(text: str) -> Box | None:
     shares = all("." in number or number in ("0", "1") for number in texts)
     left, top, right, bottom = (float(number) / (1 if shares else 1000) for number in texts)
     return (left, top, right, bottom) if left <= right <= 1 and top <= bottom <= 1 else None
+
+
+def box_meant(reference: Any, *, where: str) -> Box:
+    """Return the box of a reference. Raises MmitError if it has none."""
+    box = box_of(reference) if isinstance(reference, str) else None
+    if box is None:
+        remedy = "Write [left, top, right, bottom] of 0 to 1000, or of 0 to 1 with points."
+        raise MmitError(f"the reference has no box: {brief(reference)}", where=where, remedy=remedy)
+    return box
 
 
 def overlap(one: Box, other: Box) -> float:
@@ -74,10 +85,7 @@ def iou(
     parsed = [box_of(text) for text in predictions]
     values = []
     for row, (box, reference) in enumerate(zip(parsed, references, strict=True)):
-        meant = box_of(reference) if isinstance(reference, str) else None
-        if meant is None:
-            remedy = "Write [left, top, right, bottom] of 0 to 1000, or of 0 to 1 with points."
-            raise MmitError(f"question {row}: the reference has no box", where="iou", remedy=remedy)
+        meant = box_meant(reference, where=f"iou: question {row}")
         value = 0.0 if box is None else overlap(box, meant)
         values.append(value if least is None else float(value >= least))
     missing = [box is None for box in parsed]

@@ -12,7 +12,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from mmit.errors import MmitError
-from mmit.eval.metrics.score import Score, each, mean_score, memo, need, pick
+from mmit.eval.metrics.score import Score, each, mean_score, memo, need, pick, text_of
+from mmit.sections import brief
 
 _ANSWER_PHRASES = (
     *("the answer is", "answer is", "the correct answer is", "correct answer is", "the best answer is"),
@@ -101,7 +102,16 @@ def _letter(reference: Any, *, where: str) -> tuple[str, dict[str, str]]:
             where=where,
             remedy="Give A, B, C, ...",
         )
-    return reference.strip().upper(), options
+    answer = reference.strip().upper()
+    if options and answer not in options:
+        problem = f"the right answer is {answer}, and the options are {', '.join(options)}"
+        raise MmitError(problem, where=where, remedy="Name the letter of one of the options.")
+    return answer, options
+
+
+def check_choice(reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference has no right letter, or one that is none of its options."""
+    _letter(reference, where=where)
 
 
 def _by_rank(text: str, options: Mapping[str, str]) -> str:
@@ -216,8 +226,8 @@ def realworldqa(
     """
     letter = memo(lambda text: extract_letter(text, "ABCD"))
     values, parsed = [], []
-    for _, prediction, reference in each("realworldqa", predictions, references):
-        gold = reference.strip()
+    for where, prediction, reference in each("realworldqa", predictions, references):
+        gold = text_of(reference, where=where).strip()
         is_letter = gold.upper() in set("ABCD")
         said = letter(prediction) if is_letter else prediction.lower().strip().rstrip(".")
         values.append(float(said == (gold.upper() if is_letter else gold.lower())))
@@ -275,6 +285,22 @@ MMBENCH: dict[str, Callable[[str, Mapping[str, str]], str]] = {
 _ROTATION = 1_000_000
 
 
+def check_mmbench(reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference lacks its keys, its index is no number, or its answer none of the options."""
+    need(reference, ("index", "answer", "options"), where=where)
+    check_choice(reference, where=where)
+    try:
+        int(reference["index"])
+    except (TypeError, ValueError):
+        problem = f"the index is {brief(reference['index'])}, no number"
+        raise MmitError(problem, where=where, remedy="Give the number of the row in the benchmark's file.") from None
+
+
+def mmbench_question(reference: Mapping[str, Any]) -> int:
+    """Return the index of the question that a row is a rotation of: all of them are scored together."""
+    return int(reference["index"]) % _ROTATION
+
+
 def mmbench(
     predictions: Sequence[str],
     references: Sequence[Mapping[str, Any]],
@@ -309,13 +335,13 @@ def mmbench(
     read = pick(MMBENCH, profile, where="mmbench")
     questions: dict[int, list[int]] = {}
     right, parsed = [], []
-    keys = ("index", "answer", "options")
-    rows = each("mmbench", predictions, references, keys=keys, groups=groups, unit="row")
+    rows = each("mmbench", predictions, references, groups=groups, unit="row")
     for row, (where, prediction, reference) in enumerate(rows):
+        check_mmbench(reference, where=where)
         answer, options = _letter(reference, where=where)
         parsed.append(read(prediction, options))
         right.append(parsed[-1] == answer)
-        questions.setdefault(int(reference["index"]) % _ROTATION, []).append(row)
+        questions.setdefault(mmbench_question(reference), []).append(row)
     first = {int(r["index"]): row for row, r in enumerate(references) if int(r["index"]) < _ROTATION}
     lost = sorted(set(questions) - set(first))
     if lost:

@@ -13,7 +13,11 @@ from typing import Any
 from mmit.errors import MmitError, nearest
 from mmit.eval.metrics.ifeval_rules import NEEDS_LANGUAGE, RULES, WORD_TOOLS, Words, language
 from mmit.eval.metrics.intervals import wilson
-from mmit.eval.metrics.score import Score, each, mean_score, pick
+from mmit.eval.metrics.score import Score, each, mean_score, need, pick
+from mmit.sections import brief
+
+_KEYS = ("instruction_id_list", "kwargs")
+_UNCHANGED = "Take the reference from IFEval's input_data.jsonl unchanged."
 
 
 def loose_variants(text: str) -> list[str]:
@@ -42,16 +46,8 @@ def follows(text: str, instruction: str, *, kwargs: Mapping[str, Any], words: Wo
     Raises:
         MmitError: unknown instruction, or an argument that it needs is missing.
     """
-    if instruction not in RULES:
-        raise MmitError(f"unknown instruction '{instruction}'", where=where, remedy=nearest(instruction, RULES))
+    _check_instruction(instruction, kwargs, where=where)
     names, rule = RULES[instruction]
-    missing = [n for n in names if n not in kwargs]
-    if missing:
-        raise MmitError(
-            f"instruction '{instruction}' lacks {', '.join(missing)}",
-            where=where,
-            remedy="Take the reference from IFEval's input_data.jsonl unchanged.",
-        )
     try:
         return bool(text.strip()) and rule(text, {n: kwargs[n] for n in names}, words)
     except re.error as error:
@@ -62,11 +58,33 @@ def follows(text: str, instruction: str, *, kwargs: Mapping[str, Any], words: Wo
         ) from error
 
 
-def _obeyed(text: str, reference: Any, *, words: Words, where: str) -> list[tuple[str, bool, bool]]:
-    """Return (instruction, obeyed strictly, obeyed loosely) for each instruction of one row."""
-    names, arguments = reference["instruction_id_list"], reference["kwargs"]
+def _check_instruction(instruction: Any, kwargs: Mapping[str, Any], *, where: str) -> None:
+    if instruction not in RULES:
+        raise MmitError(f"unknown instruction '{instruction}'", where=where, remedy=nearest(str(instruction), RULES))
+    missing = [name for name in RULES[instruction][0] if name not in kwargs]
+    if missing:
+        raise MmitError(f"instruction '{instruction}' lacks {', '.join(missing)}", where=where, remedy=_UNCHANGED)
+
+
+def check_ifeval(reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference is no row of the benchmark: instructions, and the arguments of each."""
+    need(reference, _KEYS, where=where)
+    names, arguments = (reference[key] for key in _KEYS)
+    for key, value in zip(_KEYS, (names, arguments), strict=True):
+        if not isinstance(value, list):
+            raise MmitError(f"{key} is {brief(value)}, no list", where=where, remedy=_UNCHANGED)
     if len(names) != len(arguments):
         raise MmitError(f"{len(names)} instructions but {len(arguments)} kwargs", where=where, remedy="Give one each.")
+    for name, kwargs in zip(names, arguments, strict=True):
+        if not isinstance(kwargs, Mapping | None):
+            raise MmitError(f"kwargs has {brief(kwargs)}, no mapping", where=where, remedy=_UNCHANGED)
+        _check_instruction(name, _arguments(kwargs), where=where)
+
+
+def _obeyed(text: str, reference: Any, *, words: Words, where: str) -> list[tuple[str, bool, bool]]:
+    """Return (instruction, obeyed strictly, obeyed loosely) for each instruction of one row."""
+    check_ifeval(reference, where=where)
+    names, arguments = (reference[key] for key in _KEYS)
     variants = loose_variants(text)
     found = []
     for name, raw in zip(names, arguments, strict=True):
@@ -130,8 +148,7 @@ def ifeval(
     """
     mode = pick(PROFILES, profile, where="ifeval")
     words = pick(WORD_TOOLS, tokeniser, where="ifeval")()
-    keys = ("instruction_id_list", "kwargs")
-    rows = each("ifeval", predictions, references, keys=keys, unit="prompt")
+    rows = each("ifeval", predictions, references, unit="prompt")
     obeyed = [_obeyed(text, reference, words=words, where=where) for where, text, reference in rows]
     counts: dict[str, list[int]] = {}
     for name, strict, _ in (one for answer in obeyed for one in answer):

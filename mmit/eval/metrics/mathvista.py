@@ -84,6 +84,16 @@ PROFILES: dict[str, bool] = {"offline": False, "extracted": True}
 _ANSWER_TYPES = ("text", "integer", "float", "list")
 
 
+def check_mathvista(reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference lacks a key, or its type of answer is unknown."""
+    need(reference, ("question_type", "answer_type", "answer"), where=where)
+    if reference["answer_type"] not in _ANSWER_TYPES:
+        problem = f"unknown answer type {reference['answer_type']!r}"
+        raise MmitError(problem, where=where, remedy=f"valid: {', '.join(_ANSWER_TYPES)}")
+    if reference["question_type"] == "multi_choice":
+        need(reference, ("choices",), where=where)
+
+
 def mathvista(
     predictions: Sequence[str],
     references: Sequence[Mapping[str, Any]],
@@ -113,16 +123,8 @@ def mathvista(
     """
     extracted = pick(PROFILES, profile, where="mathvista")
     values, parsed = [], []
-    keys = ("question_type", "answer_type", "answer")
-    for where, prediction, reference in each("mathvista", predictions, references, keys=keys):
-        if reference["answer_type"] not in _ANSWER_TYPES:
-            raise MmitError(
-                f"unknown answer type {reference['answer_type']!r}",
-                where=where,
-                remedy=f"valid: {', '.join(_ANSWER_TYPES)}",
-            )
-        if reference["question_type"] == "multi_choice":
-            need(reference, ("choices",), where=where)
+    for where, prediction, reference in each("mathvista", predictions, references):
+        check_mathvista(reference, where=where)
         found = prediction if extracted else extract(prediction, reference)
         said = None if found is None else normalise(found, reference)
         values.append(float(said is not None and said.strip() == str(reference["answer"]).strip()))

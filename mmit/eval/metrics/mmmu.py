@@ -14,7 +14,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from mmit.errors import MmitError
-from mmit.eval.metrics.score import Score, each, mean_score, need, pick
+from mmit.eval.metrics.score import Score, each, mean_score, need, options_of, pick
 
 
 def parse_choice(text: str, options: Sequence[str]) -> str:
@@ -94,6 +94,20 @@ def open_correct(text: str, answer: str | Sequence[str]) -> bool:
 PROFILES: dict[str, bool] = {"unparsed_wrong": False, "random": True}
 
 
+_KEYS_OF_REFERENCE = ("answer", "question_type")
+
+
+def check_mmmu(reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference lacks a key, its kind is unknown or its answers are no texts."""
+    need(reference, _KEYS_OF_REFERENCE, where=where)
+    if reference["question_type"] == "multiple-choice":
+        need(reference, ("options",), where=where)
+    elif reference["question_type"] != "open":
+        problem = f"unknown question type {reference['question_type']!r}"
+        raise MmitError(problem, where=where, remedy="valid: multiple-choice, open")
+    options_of(reference["answer"], where=where)
+
+
 def mmmu(
     predictions: Sequence[str],
     references: Sequence[Mapping[str, Any]],
@@ -128,20 +142,18 @@ def mmmu(
     values: list[float] = []
     parsed: list[str | list[str | float]] = []
     missing: list[bool] = []
-    for where, prediction, reference in each("mmmu", predictions, references, keys=("answer", "question_type")):
-        kind, answer = reference["question_type"], reference["answer"]
-        if kind == "open":
+    for where, prediction, reference in each("mmmu", predictions, references):
+        check_mmmu(reference, where=where)
+        answer = reference["answer"]
+        if reference["question_type"] == "open":
             values.append(float(open_correct(prediction, answer)))
             parsed.append(parse_open(prediction))
             missing.append(not prediction.strip())
-        elif kind == "multiple-choice":
-            need(reference, ("options",), where=where)
+        else:
             said = parse_choice(prediction, reference["options"])
             missing.append(not said)
             if not said and guess:
                 said = rng.choice(ascii_uppercase[: len(reference["options"])])
             values.append(float(said == answer if isinstance(answer, str) else said in answer))
             parsed.append(said)
-        else:
-            raise MmitError(f"unknown question type {kind!r}", where=where, remedy="valid: multiple-choice, open")
     return mean_score("mmmu", profile, values, parsed=parsed, unparsed=missing, groups=groups, seed=seed)

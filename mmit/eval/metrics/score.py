@@ -14,6 +14,7 @@ import numpy as np
 
 from mmit.errors import MmitError, nearest
 from mmit.eval.metrics.intervals import bootstrap_mean, cluster_bootstrap_counts, clustered, wilson
+from mmit.sections import brief
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Counted:
         return cluster_bootstrap_counts(cells, own, self.statistic, count=self.count, seed=seed)
 
 
+_IN_QUOTES = 'Write answers as texts, numbers too: "5", not 5.'
 # Keys of `Score.details` with one entry per answer, in input order: what a report shows and `compare` pairs.
 PER_ANSWER = ("values", "parsed")
 
@@ -141,16 +143,31 @@ def each(
         yield where, prediction, reference
 
 
-def options_of(reference: str | Sequence[str], *, where: str) -> tuple[str, ...]:
+def text_of(reference: Any, *, where: str) -> str:
+    """Return a reference that must be a text.
+
+    Raises:
+        MmitError: it is none.
+    """
+    if not isinstance(reference, str):
+        raise MmitError(f"the reference is {brief(reference)}, no text", where=where, remedy=_IN_QUOTES)
+    return reference
+
+
+def options_of(reference: Any, *, where: str) -> tuple[str, ...]:
     """Return a reference as a tuple: a lone string is one accepted answer.
 
     Raises:
-        MmitError: no accepted answer.
+        MmitError: no accepted answer, or one that is no text.
     """
-    answers = (reference,) if isinstance(reference, str) else tuple(reference)
-    if not answers:
+    if isinstance(reference, str):
+        return (reference,)
+    if not isinstance(reference, (list, tuple)) or not all(isinstance(answer, str) for answer in reference):
+        problem = f"the reference is {brief(reference)}, neither a text nor a list of texts"
+        raise MmitError(problem, where=where, remedy=_IN_QUOTES)
+    if not reference:
         raise MmitError("no reference answer", where=where, remedy="Leave the question out or give an answer.")
-    return answers
+    return tuple(reference)
 
 
 def pick(table: Mapping[str, Any], profile: str, *, where: str) -> Any:

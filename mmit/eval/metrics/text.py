@@ -11,7 +11,7 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mmit.eval.metrics.score import Score, check_lengths, each, mean_score, memo, options_of, pick
+from mmit.eval.metrics.score import Score, check_lengths, each, mean_score, memo, need, options_of, pick, text_of
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LEADING_LETTER = re.compile(r"\s*([A-Z])\.")
@@ -92,8 +92,12 @@ def exact_match(
     check_lengths("exact", predictions, references=references)
     parsed = [read(p) for p in predictions]
     values = [
-        float(p == expect(r) if isinstance(r, str) else any(p == expect(x) for x in r))
-        for p, r in zip(parsed, references, strict=True)
+        float(
+            p == expect(r)
+            if isinstance(r, str)
+            else any(p == expect(x) for x in options_of(r, where=f"exact: question {row}"))
+        )
+        for row, (p, r) in enumerate(zip(parsed, references, strict=True))
     ]
     empty = [not p for p in parsed]
     return mean_score("exact", profile, values, parsed=parsed, unparsed=empty, groups=groups, seed=seed)
@@ -116,6 +120,12 @@ def _sentence(text: str) -> str:
 
 def _formula(text: str) -> str:
     return text.strip().replace("\n", " ").replace(" ", "")
+
+
+def check_ocrbench(reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference is not {"answers": text or texts, "dataset": name}."""
+    need(reference, ("answers", "dataset"), where=where)
+    options_of(reference["answers"], where=where)
 
 
 def ocrbench(
@@ -217,6 +227,7 @@ def gsm8k(
     read, bare = memo(pick(GSM8K, profile, where="gsm8k")), memo(_bare_number)
     check_lengths("gsm8k", predictions, references=references)
     parsed = [read(p) for p in predictions]
-    values = [float(bare(p) == bare(r)) for p, r in zip(parsed, references, strict=True)]
+    right = [text_of(r, where=f"gsm8k: question {row}") for row, r in enumerate(references)]
+    values = [float(bare(p) == bare(r)) for p, r in zip(parsed, right, strict=True)]
     missing = [p == _INVALID for p in parsed]
     return mean_score("gsm8k", profile, values, parsed=parsed, unparsed=missing, groups=groups, seed=seed)

@@ -11,11 +11,12 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mmit.errors import MmitError
-from mmit.eval.metrics.score import Score, check_lengths, mean_score, memo, pick
+from mmit.eval.metrics.score import Score, check_lengths, mean_score, memo, options_of, pick
 
 _PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
 _HAS_PUNCTUATION = re.compile("[" + re.escape("".join(_PUNCTUATION)) + "]")
@@ -158,6 +159,14 @@ def _leave_one_out(matches: tuple[bool, ...], average: Callable[[list[float]], f
     return average([min(1, float(hits - match) / 3) for match in matches])
 
 
+def human_answers(reference: Any, *, where: str) -> tuple[str, ...]:
+    """Return the human answers of a reference. Raises MmitError if there are fewer than two, or one is no text."""
+    if isinstance(reference, str) or len(answers := options_of(reference, where=where)) < 2:
+        remedy = "Use the metric 'exact' where a question has one answer."
+        raise MmitError("VQA accuracy needs a list of at least two human answers", where=where, remedy=remedy)
+    return answers
+
+
 def vqa_accuracy(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
@@ -185,13 +194,8 @@ def vqa_accuracy(
     scores: dict[tuple[bool, ...], float] = {}
     values: list[float] = []
     parsed: list[str] = []
-    for row, (prediction, answers) in enumerate(zip(predictions, references, strict=True)):
-        if isinstance(answers, str) or len(answers) < 2:
-            raise MmitError(
-                "VQA accuracy needs a list of at least two human answers",
-                where=f"vqa: question {row}",
-                remedy="Use the metric 'exact' where a question has one answer.",
-            )
+    for row, (prediction, reference) in enumerate(zip(predictions, references, strict=True)):
+        answers = human_answers(reference, where=f"vqa: question {row}")
         answer = always(prediction)
         human = [plain(a) for a in answers]
         if not rule.skip_unanimous or human.count(human[0]) < len(human):

@@ -14,8 +14,9 @@ import numpy as np
 
 from mmit.errors import MmitError
 from mmit.eval.metrics.intervals import bootstrap_counts, resample_counts, wilson
-from mmit.eval.metrics.score import Counted, Score, check_lengths, each, mean_score, memo, pick, split
+from mmit.eval.metrics.score import Counted, Score, check_lengths, each, mean_score, memo, need, pick, split
 from mmit.eval.metrics.vqa import vlmeval_words
+from mmit.sections import brief
 
 
 def _pope_official(text: str) -> str:
@@ -141,6 +142,11 @@ def pope(
     return part(range(len(gold)), by_group, {"values": values, "parsed": said})
 
 
+def check_pope(reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference is neither yes nor no."""
+    _binary(reference, where=where)
+
+
 MME_PERCEPTION = (
     "existence",
     "count",
@@ -174,6 +180,20 @@ def _mme_official(text: str) -> str:
 
 # Both read only the first four characters: "There is no" is other, "nothing" is no.
 MME: dict[str, Callable[[str], str]] = {"official": _mme_official, "lmms": _mme_lmms}
+
+
+def check_mme(reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference is not {"answer": yes or no, "category": name, "image": id}."""
+    need(reference, ("answer", "category", "image"), where=where)
+    _binary(reference["answer"], where=where)
+    for key in ("category", "image"):
+        if not isinstance(reference[key], (str, int)):
+            raise MmitError(f"{key} is {brief(reference[key])}", where=where, remedy="Give a name or a number.")
+
+
+def mme_image(reference: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Return what tells an image from others: its two questions are scored together."""
+    return reference["category"], reference["image"]
 
 
 def _mme_points(pairs: np.ndarray) -> np.ndarray:
@@ -238,7 +258,8 @@ def mme(
     """
     read = memo(pick(MME, profile, where="mme"))
     said, right = [], []
-    for where, prediction, reference in each("mme", predictions, references, keys=("answer", "category", "image")):
+    for where, prediction, reference in each("mme", predictions, references):
+        check_mme(reference, where=where)
         said.append(read(prediction))
         right.append(float(said[-1] == _binary(reference["answer"], where=where)))
     categories, ci95 = _mme_categories(right, references, seed=seed)
@@ -288,6 +309,14 @@ def _nlvr_words(text: str) -> str:
 NLVR: dict[str, Callable[[str], str]] = {"official": _nlvr_strict, "words": _nlvr_words}
 
 
+def check_nlvr(reference: Any, *, where: str) -> None:
+    """Raise MmitError if a reference is not {"label": true or false, "identifier": text}."""
+    need(reference, ("label", "identifier"), where=where)
+    if str(reference["label"]).lower() not in ("true", "false"):
+        problem = f"the label is {brief(reference['label'])}, neither true nor false"
+        raise MmitError(problem, where=where, remedy="Give true or false.")
+
+
 def _statements(
     name: str,
     sentence_of: Callable[[str], str],
@@ -303,7 +332,8 @@ def _statements(
     said: list[str] = []
     values: list[float] = []
     sentences: dict[str, bool] = {}
-    for _, prediction, reference in each(name, predictions, references, keys=("label", "identifier")):
+    for where, prediction, reference in each(name, predictions, references):
+        check_nlvr(reference, where=where)
         sentence = sentence_of(str(reference["identifier"]))
         said.append(read(prediction))
         values.append(float(said[-1] == str(reference["label"]).lower()))
