@@ -15,7 +15,7 @@ from mmit.text import echo, terminal
 
 if TYPE_CHECKING:
     from mmit.eval.baselines import Subject
-    from mmit.eval.tasks import Item, Task
+    from mmit.eval.tasks import Task
 
 DEFAULT_TASK = "easy_vqa"
 KEY = "OPENAI_API_KEY"
@@ -107,20 +107,24 @@ def evaluate(
     cut off goes on where it stopped; the processes of --devices, torchrun or the deepspeed launcher share the
     questions. Several tasks get a table in summary.md and summary.tex too.
     """
-    from mmit.eval.tasks import load_task
+    from mmit.eval.tasks import load_tasks
 
     run = _one_model(run, model)
-    tasks = [load_task(name, data_root=data_root) for name in _names(task)]
+    tasks = load_tasks(_names(task), where="--task", data_root=data_root)
     probes = _probes(probe)
     metric_of = _judges(tasks, url=judge_url, model=judge_model, prompt=judge_prompt, key_env=key_env)
     if devices is not None and devices > 1:
         raise typer.Exit(_on_devices(context, devices, device))
-    asked = _asked(tasks)
     from mmit.eval.baselines import Beside
     from mmit.eval.ranks import from_environment
     from mmit.eval.runner import How
-    from mmit.eval.summary import run_tasks
+    from mmit.eval.summary import check_tasks, run_tasks
+    from mmit.eval.tasks import task_items
 
+    # Before any model is loaded: a missing file, a bad row or a missing package should not cost minutes.
+    asked = [(one, task_items(one.model_copy(update={"sample": None}))) for one in tasks]
+    beside = Beside(baseline_n if baselines else 0, probes, templates)
+    check_tasks(asked, beside, sample=limit)
     told: dict[str, Any] = {"template_args": template_args_of(template_arg), "out": out}
     if run.startswith(("http://", "https://")):
         where, subject = _endpoint(run, model=endpoint_model, key_env=key_env, batch_size=batch_size, **told)
@@ -134,7 +138,7 @@ def evaluate(
         folder_of=lambda one: results_folder(where, one.name, out, alone=alone),
         summary_in=None if alone else out or results_folder(where, DEFAULT_TASK, None, alone=True),
         metric_of=metric_of,
-        beside=Beside(baseline_n if baselines else 0, probes, templates),
+        beside=beside,
         how=How(sample=limit, batch_size=batch_size, ranks=from_environment(), overwrite=overwrite),
     )
 
@@ -155,20 +159,6 @@ def _on_devices(context: typer.Context, devices: int, device: str) -> int:
 
     check_devices(devices, device=device)
     return launch(words_of_ranks(context), devices=devices, device=device)
-
-
-def _asked(tasks: list[Task]) -> list[tuple[Task, list[Item]]]:
-    """Return each task with all its questions.
-
-    Before any model is loaded: a missing file, a bad row or a missing package should not cost minutes.
-    """
-    from mmit.eval.metrics import check_installed
-    from mmit.eval.tasks import task_items
-
-    asked = [(one, task_items(one.model_copy(update={"sample": None}))) for one in tasks]
-    for one, items in asked:
-        check_installed(one.metric, [item.reference for item in items])
-    return asked
 
 
 def _names(given: list[str] | None) -> list[str]:

@@ -10,6 +10,7 @@ Letters: H height, W width.
 from __future__ import annotations
 
 import os
+import stat
 import struct
 import threading
 from collections.abc import Iterator
@@ -171,20 +172,34 @@ def _opened(source: str | bytes, where: str) -> Iterator[BinaryIO]:
     if isinstance(source, bytes):
         yield BytesIO(source)
         return
-    remedy = "Check the path; relative paths start at the data file's folder, or at its image_root."
     if not isinstance(source, str):
         problem = f"a {type(source).__name__} is no picture"
         raise ImageError(problem, where=where, remedy="Give a path, bytes or a PIL picture.")
+    check_file(source, where)
     try:
-        if os.path.exists(source) and not os.path.isfile(source):
-            # Opening a pipe or a device would wait for ever.
-            raise ImageError("not a file", where=where, remedy=remedy)
         file = open(source, "rb")
-    except (OSError, ValueError) as error:
-        cause = getattr(error, "strerror", None) or "not a valid path"
-        raise ImageError(f"cannot open the image: {cause}", where=where, remedy=remedy) from error
+    except OSError as error:
+        raise _cannot_open(error, where) from error
     with file:
         yield file
+
+
+_CHECK_PATH = "Check the path; relative paths start at the data file's folder, or at its image_root."
+
+
+def check_file(path: str, where: str) -> None:
+    """Raise ImageError if there is no file at `path`; opens nothing."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise _cannot_open(error, where) from error
+    if not stat.S_ISREG(mode):  # opening a pipe or a device would wait for ever
+        raise ImageError("not a file", where=where, remedy=_CHECK_PATH)
+
+
+def _cannot_open(error: OSError | ValueError, where: str) -> ImageError:
+    cause = getattr(error, "strerror", None) or "not a valid path"
+    return ImageError(f"cannot open the image: {cause}", where=where, remedy=_CHECK_PATH)
 
 
 def _read_header(file: BinaryIO, where: str) -> PIL.Image.Image:

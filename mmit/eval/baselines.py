@@ -136,6 +136,14 @@ class Beside:
 USUAL = Beside()
 
 
+def some_of(asked: Sequence[Item], items: Sequence[Item], *, n: int, seed: int) -> list[Item]:
+    """Return the `n` questions of the baselines: of those that were `asked`, or of all `items` if that are fewer.
+
+    Of the same questions as the tuned model, wherever these suffice: only then is the difference one of models.
+    """
+    return sample_items(asked if len(asked) >= n else items, n, seed)
+
+
 def run_baselines(
     subject: Subject,
     task: Task,
@@ -159,9 +167,7 @@ def run_baselines(
     Raises what `evaluate` does.
     """
     seed = task.seed if how.seed is None else how.seed
-    # Of the same questions as the tuned model, wherever these suffice: only then is the difference one of models.
-    pool = asked if len(asked) >= beside.n else items
-    some = sample_items(pool, beside.n, seed)
+    some = some_of(asked, items, n=beside.n, seed=seed)
     results: dict[str, Result | None] = dict.fromkeys([*LABELS, *MORE])
     notes: dict[str, str] = {}
 
@@ -238,6 +244,14 @@ def run_wordings(
         numbers = {"accuracy": found.score.value, "ci95": list(found.score.ci95), "n": found.score.n}
         each.append({"prompt": prompt, **numbers, "invalid_rate": found.invalid_rate})
     return {**sensitivity([one["accuracy"] for one in each]), "each": each}
+
+
+def check_wordings(task: Task, items: Sequence[Item], n: int) -> None:
+    """Raise ConfigError if questions of the task cannot be asked in `n` wordings."""
+    if task.bank:
+        bank_wordings(task, items, n)
+    else:
+        wordings(task, n, pictures=any(item.prompt.images for item in items))
 
 
 def _worded(task: Task, n: int, names: Container[str]) -> Iterator[tuple[Task, str, list[Item]]]:

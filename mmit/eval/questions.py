@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mmit.data.images import check_file
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.eval.judges import JUDGES, check_judged
 from mmit.eval.metrics import check_reference, get_metric, together
@@ -79,6 +80,16 @@ def check_ids(items: Sequence[Item]) -> None:
             remedy = "Answers are kept by id: give each record its own, or none (its row is taken then)."
             raise RecordError(f"the id '{item.id}' is taken already", where=item.prompt.where, remedy=remedy)
         seen.add(item.id)
+
+
+def check_pictures(items: Sequence[Item]) -> None:
+    """Raise ImageError if a picture that is named by its path is not there; opens none."""
+    found: set[str] = set()
+    for item in items:
+        for image in item.prompt.images:
+            if isinstance(image.source, str) and image.source not in found:
+                check_file(image.source, f"{item.prompt.where}: {image.source}")
+                found.add(image.source)
 
 
 def check_units(items: Sequence[Item], metric: str) -> None:

@@ -26,7 +26,7 @@ from mmit.eval.baselines import LABELS, MORE, USUAL, Baselines, Beside, Subject,
 from mmit.eval.metrics.score import PER_ANSWER
 from mmit.eval.page import section
 from mmit.eval.runner import AS_STATED, How, Result, evaluate
-from mmit.eval.tasks import Item, Task, sample_items, task_items
+from mmit.eval.tasks import Item, Task, asked_of, task_items
 from mmit.io import write_atomic
 from mmit.pages import page
 from mmit.text import plain, terminal
@@ -62,8 +62,7 @@ def run_task(
     seed = task.seed if how.seed is None else how.seed
     folder = Path(out_dir)
     items = task_items(task.model_copy(update={"sample": None})) if items is None else list(items)
-    n = task.sample.n if how.sample is None and task.sample else how.sample
-    asked = sample_items(items, n, seed)
+    asked = asked_of(task, items, sample=how.sample, seed=seed)
     console = how.console or terminal(quiet=how.ranks.rank > 0)
     count = f"{len(asked):,} of {len(items):,} questions"
     console.print(Text(f"{task.name}: {count}, the first asked as: {asked[0].text!r}"))

@@ -14,15 +14,37 @@ from typing import Any
 
 from rich.text import Text
 
-from mmit.eval.baselines import USUAL, Beside, Subject
+from mmit.eval.baselines import USUAL, Beside, Subject, check_wordings, some_of
+from mmit.eval.metrics import check_installed
+from mmit.eval.questions import check_pictures
 from mmit.eval.report import run_task, section_of
 from mmit.eval.runner import AS_STATED, How
-from mmit.eval.tasks import Item, Task, sample_items
+from mmit.eval.tasks import Item, Task, asked_of, sample_items
 from mmit.io import write_atomic
 from mmit.pages import page, table
 from mmit.text import escape, plain, terminal
 
 HEAD = ("task", "metric", "score", "95 % interval", "n", "majority", "chance", "blank", "swapped", "valid", "wordings")
+
+
+def check_tasks(tasks: Sequence[tuple[Task, Sequence[Item]]], beside: Beside, *, sample: int | None) -> None:
+    """Find what would end the evaluation later, before a model is loaded; no picture is opened.
+
+    Args:
+        tasks: each task with all its questions. beside: what will stand beside the scores.
+        sample: questions that are asked of each, as in `How`.
+
+    Raises:
+        ConfigError: a task has not so many wordings. ImageError: a picture is not there. MmitError: a package is not.
+    """
+    for task, items in tasks:
+        check_installed(task.metric, [item.reference for item in items])
+        asked = asked_of(task, items, sample=sample, seed=task.seed)
+        check_pictures(asked)
+        if beside.n:
+            check_pictures(some_of(asked, items, n=beside.n, seed=task.seed))
+        if beside.n and beside.templates:
+            check_wordings(task, items, beside.templates)
 
 
 def run_tasks(

@@ -25,7 +25,8 @@ from __future__ import annotations
 import fnmatch
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +53,9 @@ __all__ = [
     "Item",
     "SampleConfig",
     "Task",
+    "asked_of",
     "load_task",
+    "load_tasks",
     "prompt_text",
     "sample_items",
     "task_items",
@@ -62,6 +65,10 @@ __all__ = [
 SPLIT = "{split}"
 _PACKAGE = "package:"
 PACKAGES: dict[str, Callable[[str], Iterator[Record]]] = {"easy-vqa": easy_vqa}
+_TASK_FILE = (
+    "Give the path of a task's YAML, or the name of one that mmit ships, such as pope. A file of questions is named in "
+    "such a YAML, by `records` (configs/eval/custom_example.yaml)."
+)
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -240,12 +247,15 @@ def load_task(path_or_name: str | os.PathLike[str], *, data_root: str | os.PathL
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        remedy = "Give the path of a task's YAML, or the name of one that mmit ships, such as pope."
-        raise ConfigError(f"cannot read the task: {error}", where=str(path), remedy=remedy) from None
-    raw, lines = parse_yaml(text, where=str(path))
+        raise ConfigError(f"cannot read the task: {error}", where=str(path), remedy=_TASK_FILE) from None
+    try:
+        raw, lines = parse_yaml(text, where=str(path))
+    except ConfigError as error:
+        raise ConfigError(error.problem, where=error.where, remedy=_TASK_FILE) from None
     if not isinstance(raw, dict):
         keys = ", ".join(Task.model_fields)
-        raise ConfigError(f"expected a task with the keys {keys}, got {brief(raw)}", where=str(path))
+        problem = f"expected a task with the keys {keys}, got {brief(raw)}"
+        raise ConfigError(problem, where=str(path), remedy=_TASK_FILE)
     try:
         task = Task.model_validate(raw)
     except ValidationError as error:
@@ -259,6 +269,16 @@ def load_task(path_or_name: str | os.PathLike[str], *, data_root: str | os.PathL
     if task.layout:
         places["folder"] = _anchored(task.folder or task.name, base)
     return task.model_copy(update=places)
+
+
+def load_tasks(names: Sequence[str], *, where: str, data_root: str | os.PathLike[str] | None = None) -> list[Task]:
+    """Read tasks as `load_task` does. Raises ConfigError at `where` if two have one name and so one folder."""
+    tasks = [load_task(name, data_root=data_root) for name in names]
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            remedy = "Name each task once; of two YAMLs with one `name` change one."
+            raise ConfigError(f"two tasks have one name, '{name}'", where=where, remedy=remedy)
+    return tasks
 
 
 def _home(task: Task, path: Path, data_root: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
@@ -303,8 +323,13 @@ def task_items(task: Task, limit: int | None = None, seed: int | None = None) ->
     items = _items(task, task.records or "", task.split)
     check_ids(items)
     check_units(items, task.metric)
-    n = task.sample.n if limit is None and task.sample else limit
-    return sample_items(items, n, task.seed if seed is None else seed)
+    return asked_of(task, items, sample=limit, seed=task.seed if seed is None else seed)
+
+
+def asked_of(task: Task, items: Sequence[Item], *, sample: int | None, seed: int) -> list[Item]:
+    """Return those of all of a task's questions that are asked: `sample` of them, by default the task's own sample."""
+    n = task.sample.n if sample is None and task.sample else sample
+    return sample_items(items, n, seed)
 
 
 def training_items(task: Task) -> list[Item]:
@@ -332,6 +357,8 @@ def _records(task: Task, spec: str, split: str | None) -> Iterator[Record]:
     files = _files(path)
     if not files:
         lack = "such files, and there are none" if "*" in path else "this file, which does not exist"
+        if os.path.isdir(path):
+            lack = "files, and this is a folder; name its files, for instance with /*.jsonl behind it"
         remedy = "A relative path is looked for in the data root (--data-root), then in the folder of the task's YAML."
         raise ConfigError(
             f"task '{task.name}' needs {lack}",

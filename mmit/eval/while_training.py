@@ -15,9 +15,9 @@ import torch.distributed as dist
 from mmit.errors import ConfigError
 from mmit.eval.judges import JUDGES
 from mmit.eval.metrics import check_installed, get_metric
-from mmit.eval.questions import sample_items
+from mmit.eval.questions import check_pictures, sample_items
 from mmit.eval.runner import answers_to
-from mmit.eval.tasks import load_task, task_items
+from mmit.eval.tasks import load_tasks, task_items
 from mmit.generate import Model
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def task_scores(names: Sequence[str], questions: int) -> Callable[[Loaded, int],
     Raises:
         ConfigError: a task needs a judge, or two have one name. What `load_task` and `task_items` raise.
     """
-    tasks = [load_task(name) for name in names]
+    tasks = load_tasks(names, where="train.eval_tasks")
     for task in tasks:
         if task.metric in JUDGES:
             problem, remedy = (
@@ -44,12 +44,11 @@ def task_scores(names: Sequence[str], questions: int) -> Callable[[Loaded, int],
                 "Measure it on a checkpoint: mmit eval RUN --task ...",
             )
             raise ConfigError(problem, where="train.eval_tasks", remedy=remedy)
-    if len({task.name for task in tasks}) < len(tasks):
-        raise ConfigError("two tasks have one name", where="train.eval_tasks", remedy="Name each task once.")
     asked = []
     for task in tasks:
         items = sample_items(task_items(task.model_copy(update={"sample": None})), questions, task.seed)
         check_installed(task.metric, [item.reference for item in items])
+        check_pictures(items)
         asked.append((task, items))
 
     def measure(live: Loaded, step: int) -> Mapping[str, float]:

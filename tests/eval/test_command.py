@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mmit.cli import app
+from mmit.configs import shipped
 from tests.eval.benchmarks import CASES
 from tests.eval.test_judges import Stub
 
@@ -72,9 +73,12 @@ def test_an_endpoint_on_two_tasks_with_a_judge_then_compared(stub: Stub, data: P
         (["-t", "pope", "--probe", "swop"], "did you mean 'swap'"),
         (["-t", "pope"], "give --out"),
         (["-t", "pope", "--out", "x"], "no model named"),
+        (["-t", "pope", "--templates", "99", "--out", "x"], "99 wordings"),
+        (["-t", "pope,{pope}"], "two tasks have one name, 'pope'"),
         (["-t", "pope", "--model", "m"], "two models"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str, data: Path) -> None:
-    result = mmit("eval", "http://127.0.0.1:9/v1", "--data-root", data, *arguments)
+    named = [word.replace("{pope}", str(shipped("eval")["pope"])) for word in arguments]
+    result = mmit("eval", "http://127.0.0.1:9/v1", "--data-root", data, *named)
     assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.stderr

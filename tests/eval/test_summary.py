@@ -15,14 +15,14 @@ import PIL.Image
 import pytest
 from rich.console import Console
 
-from mmit.errors import ConfigError, ModelError
+from mmit.errors import ConfigError, ImageError, ModelError
 from mmit.eval.baselines import Beside, Subject
 from mmit.eval.page import mistakes, words_of, worst_answers
 from mmit.eval.probes import GENERAL, bank_wordings, chance, possible_answers, sensitivity, swapped, wordings
 from mmit.eval.questions import Item
 from mmit.eval.runner import How, Lazy
-from mmit.eval.summary import latex, run_tasks
-from mmit.eval.tasks import Task, load_task, task_items
+from mmit.eval.summary import check_tasks, latex, run_tasks
+from mmit.eval.tasks import SampleConfig, Task, asked_of, load_task, task_items
 from mmit.records import Image, Record, Text, Turn, write_jsonl
 from mmit.yamlio import dump_yaml
 from tests.eval.benchmarks import CASES
@@ -62,6 +62,28 @@ def colours(tmp_path: Path) -> Path:
         "name: colours\nrecords: r.jsonl\nmetric: exact\ngroup_by: kind\nanswers: [yes, no, red, blue, green]\n"
     )
     return path
+
+
+def test_what_would_end_an_evaluation_later_is_found_before_a_model_is_loaded(colours: Path, tmp_path: Path) -> None:
+    """Too many wordings ended it after the model and its baselines had been asked; a missing picture in the middle."""
+    task = load_task(colours)
+    items = task_items(task)
+    check_tasks([(task, items)], Beside(templates=10), sample=None)
+    with pytest.raises(ConfigError, match="11 wordings"):
+        check_tasks([(task, items)], Beside(templates=11), sample=None)
+    check_tasks([(task, items)], Beside(n=0, templates=11), sample=None)  # then no wording is asked
+    banked = task.model_copy(update={"bank": ["charts"]})
+    with pytest.raises(ConfigError, match="have no templates"):
+        check_tasks([(banked, items)], Beside(templates=2), sample=None)
+    (tmp_path / "blue-0.png").unlink()
+    with pytest.raises(ImageError, match=r"r\.jsonl:3 \(blue-0\): .*blue-0\.png: cannot open the image: No such file"):
+        check_tasks([(task, items)], Beside(), sample=None)
+    drawn = {seed: asked_of(task, items, sample=1, seed=seed) for seed in range(20)}
+    seed = next(seed for seed, (one,) in drawn.items() if "blue" not in one.id)
+    sampled = task.model_copy(update={"sample": SampleConfig(n=1, seed=seed)})
+    check_tasks([(sampled, items)], Beside(n=1), sample=None)  # nothing that is asked shows it
+    with pytest.raises(ImageError):
+        check_tasks([(sampled, items)], Beside(n=500), sample=None)  # a baseline is asked about all
 
 
 def report_of(colours: Path, out: Path, **options: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from mmit.configs import shipped
 from mmit.errors import ConfigError, MmitError, RecordError
-from mmit.eval.tasks import Item, Task, load_task, sample_items, task_items, training_items
+from mmit.eval.tasks import Item, Task, load_task, load_tasks, sample_items, task_items, training_items
 from mmit.records import Image, Record, Text, Turn, write_jsonl
 
 
@@ -161,12 +161,23 @@ def test_wrong_keys_and_values(tmp_path: Path, yaml: str, said: str) -> None:
         ("name: t\nrecords: r.jsonl\nmetric: nlvr2:official\nanswers: [yes]\n", "no closed set"),
         ("name: t\nmetric: exact\n", "records: required"),
         ("- a\n", "expected a task"),
+        ('{"name": "t"}\n{"name": "u"}\n', "A file of questions is named in such a YAML, by `records`"),
+        ("name: t\nrecords: .\nmetric: exact\n", "this is a folder; name its files, for instance with /*.jsonl"),
     ],
 )
 def test_wrong_tasks(tmp_path: Path, yaml: str, said: str) -> None:
     path = tmp_path / "task.yaml"
     path.write_text(yaml)
     assert said in fails(path)
+
+
+def test_tasks_of_one_name_would_write_one_folder(tmp_path: Path) -> None:
+    one, other = tmp_path / "task.yaml", tmp_path / "other.yaml"
+    make(tmp_path, "")
+    other.write_text(one.read_text() + "max_new_tokens: 3\n")
+    assert [task.max_new_tokens for task in load_tasks([str(one)], where="--task")] == [32]
+    with pytest.raises(ConfigError, match="--task: two tasks have one name, 't'"):
+        load_tasks([str(one), str(other)], where="--task")
 
 
 def test_names_and_paths() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmit.cli import main
-from mmit.errors import ConfigError
+from mmit.errors import ConfigError, ImageError
 from mmit.eval.while_training import task_scores
 from mmit.train.resolve import check_zero3
 from mmit.train.run import run
@@ -63,6 +63,9 @@ def test_tasks_that_cannot_be_measured_here(tmp_path):
     tiny_config(tmp_path)
     with pytest.raises(ConfigError, match="two tasks have one name"):
         task_scores([task, task], 5)
+    (tmp_path / "data" / "3.png").unlink()
+    with pytest.raises(ImageError, match="cannot open the image"):
+        task_scores([task], 99)
 
 
 def test_zero3_is_refused_before_anything_is_loaded(tmp_path):
