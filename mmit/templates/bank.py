@@ -170,12 +170,12 @@ def check_choices(choices: Sequence[str], *, where: str, error: type = ConfigErr
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a template file. Raises ConfigError."""
+    """Return the text of a file of templates, patterns or a build's config. Raises ConfigError."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
-        raise ConfigError(problem, where=str(path), remedy="Check the path of the bank.") from None
+        raise ConfigError(problem, where=str(path), remedy="Check the path.") from None
     except UnicodeDecodeError as error:
         raise ConfigError("is not UTF-8 text", where=str(path), remedy="Save it as UTF-8.") from error
 
