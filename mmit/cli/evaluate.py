@@ -183,7 +183,7 @@ def _endpoint(
     # The server's own batching is as good as ours: so many questions at a time, at most 16.
     endpoint = Endpoint(url, model or "", key_env=key_env, in_flight=min(batch_size, 16))
     name = f"{endpoint.model} at {url}"
-    return out, Subject(EndpointModel(endpoint), name, name)
+    return out, Subject(EndpointModel(endpoint), name, name, no_untuned="an endpoint shows the model alone")
 
 
 def _folder(
@@ -215,7 +215,8 @@ def _folder(
     options: dict[str, Any] = {**place, "template_args": template_args}
     if is_foreign(folder):
         other = _told(load(folder, **foreign, **options))
-        return folder, Subject(other, run, _content(folder) + told, other.number_format)
+        why = "the weights before training are not in the folder"
+        return folder, Subject(other, run, _content(folder) + told, other.number_format, no_untuned=why)
     checkpoint = find(folder, warn=lambda text: echo(text, err=True))
     options["allow_code"] = allow_code
     model = _told(load(checkpoint, **options))

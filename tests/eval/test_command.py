@@ -56,6 +56,7 @@ def test_an_endpoint_on_two_tasks_with_a_judge_then_compared(stub: Stub, data: P
     assert pope["ledger"]["m"]["requests"] == 24 and pope["ledger"]["m"]["cost"] == 0
     assert mmvet["ledger"].keys() == {"m", "judge"} and mmvet["ledger"]["judge"]["attempts"] >= 1
     assert mmvet["accuracy"] == 0.5 and (out / "mmvet" / "judgements.jsonl").exists()
+    assert pope["notes"]["untuned"] == "an endpoint shows the model alone"
     assert "| pope " in result.output and (out / "pope" / "report.html").exists()
     result = mmit("eval", "compare", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.json")
     assert "is now `mmit compare`" in result.stderr
