@@ -354,6 +354,8 @@ def _kind(value: Any) -> str:
 def _named(value: Any) -> str:
     if value is None:
         return "missing"
+    if value in ("", [], {}):
+        return "empty"
     return f"'{short(value)}'" if isinstance(value, (str, int, float)) else f"a {_kind(value)}"
 
 

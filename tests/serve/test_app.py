@@ -119,7 +119,7 @@ CASES: dict[str, tuple[dict[str, Any], str | None, str]] = {
     "no model": ({"model": None}, "model", "GET /v1/models"),
     "a model by number": ({"model": 3}, "model", "GET /v1/models"),
     "no messages": ({"messages": None}, "messages", "not a list of messages"),
-    "empty messages": ({"messages": []}, "messages", "not a list"),
+    "empty messages": ({"messages": []}, "messages", "messages is empty, not a list of messages"),
     "messages as text": ({"messages": "hello"}, "messages", "not a list"),
     "a message as text": ({"messages": ["hello"]}, "messages[0]", "not an object"),
     "an unknown role": ({"messages": [{"role": "usr", "content": "x"}]}, "messages[0].role", "did you mean 'user'"),
@@ -229,6 +229,11 @@ def test_addresses_and_methods(client: Client) -> None:
     assert client.get(CHAT).status == 405 and "GET" in client.get(CHAT).error["message"]
     found = client.send("POST", CHAT, [b"{}"], headers={"content-type": "text/plain"})
     assert found.status == 415 and "application/json" in found.error["message"]
+    packed = {"content-type": "application/json", "content-encoding": "gzip"}
+    found = client.send("POST", CHAT, [b"\x1f\x8b"], headers=packed)
+    assert found.status == 415 and "the body is compressed (gzip)" in found.error["message"]
+    plain = client.send("POST", CHAT, [b"[]"], headers={**packed, "content-encoding": "identity"})
+    assert plain.status == 400 and "not an object" in plain.error["message"]
 
 
 # --- limits ---------------------------------------------------------------------------------------------------------
