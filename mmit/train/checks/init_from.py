@@ -18,6 +18,7 @@ COMPARED = {
     "projector": ("kind", "options"),
     "llm": ("name", "revision"),
 }
+ADAPTERS = {"llm": ("adapter", "LLM"), "vision": ("vision_adapter", "encoder")}  # folder of each, and its name
 Sections = Mapping[str, Any]
 
 
@@ -41,7 +42,8 @@ def check_start(folder: Path, *, then: Sections, now: Sections, say: Callable[[s
                 remedy=f"set model.{key} as there, or start from another checkpoint",
             )
         say(f"run.init_from: model.{key} was {old} there and is {new} here")
-    _check_adapter(folder, then["tune"]["llm"]["mode"], now["tune"]["llm"]["mode"])
+    for part in ADAPTERS:
+        _check_adapter(folder, part, then=then["tune"][part]["mode"], now=now["tune"][part]["mode"])
 
 
 def differences(then: Sections, now: Sections) -> list[tuple[str, Any, Any]]:
@@ -58,15 +60,17 @@ def differences(then: Sections, now: Sections) -> list[tuple[str, Any, Any]]:
     return found
 
 
-def _check_adapter(folder: Path, then: str, now: str) -> None:
-    if not (folder / "adapter").exists() or now == "frozen":
+def _check_adapter(folder: Path, part: str, *, then: str, now: str) -> None:
+    """Raise ConfigError if a part has an adapter around it and a mode that would not train it."""
+    name, told = ADAPTERS[part]
+    if not (folder / name).exists() or now == "frozen":
         return
     kind = method_of(now).adapter
     # Of a method of the user's own nothing is known: its tensors are compared when they are read.
     if kind is None or method_of(then).adapter not in (None, kind):
         raise ConfigError(
-            f"it holds an adapter around the LLM (tune.llm.mode={then}), from which mode '{now}' cannot go on",
+            f"it holds an adapter around the {told} (tune.{part}.mode={then}), from which mode '{now}' cannot go on",
             where=f"run.init_from: {folder}",
-            remedy=f"set tune.llm.mode={then if then != 'frozen' else 'lora'}, or merge the adapter into the LLM first "
-            "(mmit merge)",
+            remedy=f"set tune.{part}.mode={then if then != 'frozen' else 'lora'}, or merge the adapter into the {told} "
+            "first (mmit merge)",
         )
