@@ -42,8 +42,11 @@ def check_start(folder: Path, *, then: Sections, now: Sections, say: Callable[[s
                 remedy=f"set model.{key} as there, or start from another checkpoint",
             )
         say(f"run.init_from: model.{key} was {old} there and is {new} here")
-    for part in ADAPTERS:
-        _check_adapter(folder, part, then=then["tune"][part]["mode"], now=now["tune"][part]["mode"])
+    for part, (name, _) in ADAPTERS.items():
+        old, new = then["tune"][part], now["tune"][part]
+        _check_adapter(folder, part, then=old["mode"], now=new["mode"])
+        if (folder / name).exists() and "frozen" not in (old["mode"], new["mode"]) and old["options"] != new["options"]:
+            say(f"run.init_from: tune.{part}.options was {old['options']} there and is {new['options']} here")
 
 
 def differences(then: Sections, now: Sections) -> list[tuple[str, Any, Any]]:

@@ -87,5 +87,13 @@ def test_another_size_is_told_and_then_refused_with_the_tensor(earlier, tmp_path
     )
 
 
+def test_an_adapter_of_another_size_is_told_too(earlier, tmp_path, capsys):
+    tune = {"llm": {"mode": "lora", "lr": 1e-2, "options": {"r": 2}}}
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors: does not fit the model"):
+        run(later(earlier, tmp_path, tune=tune))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "run.init_from: tune.llm.options was {'r': 4" in said and "there and is {'r': 2" in said
+
+
 def test_what_fits_starts(earlier, tmp_path):
     assert run(later(earlier, tmp_path)) == 0
