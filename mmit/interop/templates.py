@@ -28,11 +28,12 @@ HALVES = (
     "{%- if at.open == first -%}{{ IMAGE if part['type'] == 'image' else part['text'] }}{%- endif -%}"
     "{%- endfor -%}{%- endmacro -%}"
 )
-# The same for llama.cpp, which gives a content as one string, its images as marks such as <__media__>.
+# The same for llama.cpp, which gives a content as one string, its images as marks such as <__media__>. Of a text that
+# begins like a mark, the second "<" tells that the mark at its end is another's.
 MARKED = (
     "{%- macro half(content, first) -%}{%- set at = namespace(open=true) -%}"
     "{%- for piece in content.split('__>') -%}"
-    "{%- set mark = piece.startswith('<__media') and not loop.last -%}"
+    "{%- set mark = piece.startswith('<__media') and piece.split('<') | length == 2 and not loop.last -%}"
     "{%- if not mark -%}{%- set at.open = false -%}{%- endif -%}"
     "{%- if at.open == first -%}{{ piece + ('' if loop.last else '__>') }}{%- endif -%}"
     "{%- endfor -%}{%- endmacro -%}"

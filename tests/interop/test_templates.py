@@ -29,6 +29,7 @@ TEXTS = (
     " two ",
     'say "x"\\n',
     "__> or <__med",
+    "<__media is no mark",
     "你好 😀",
 )
 

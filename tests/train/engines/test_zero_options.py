@@ -8,7 +8,6 @@ import pytest
 
 from mmit.configs import shipped
 from mmit.errors import ConfigError
-from mmit.train.engines.deepspeed_engine import check_deepspeed
 from mmit.train.engines.zero import ELSEWHERE, complete, deepspeed_options
 
 
@@ -62,46 +61,6 @@ def test_a_norm_that_is_switched_off_is_refused():
 def test_every_value_that_mmit_decides_is_in_the_list_above():
     tried = {key for _, key, _ in test_a_contradiction_names_both_values.pytestmark[0].args[1]}
     assert tried >= set(ELSEWHERE)
-
-
-@pytest.mark.parametrize(
-    ("zero", "told"),
-    [
-        ({"stge": 2}, "did you mean 'stage'"),
-        ({"stage": 7}, "stage"),
-        ({"stage": 2, "overlap_comm": "perhaps"}, "overlap_comm"),
-        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "no such folder"),
-        ({"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/no/such/disk"}}, "/no/such/disk"),
-        ({"stage": 3, "offload_param": {"device": "floppy"}}, "device"),
-    ],
-)
-def test_what_deepspeed_would_not_take_is_told_before_anything_is_loaded(zero, told):
-    pytest.importorskip("deepspeed")
-    whole = complete({"zero_optimization": zero}, precision="bf16" if zero.get("stage") else "fp32", clip=1.0)
-    with pytest.raises(ConfigError, match=told) as error:
-        check_deepspeed(whole)
-    assert error.value.where.startswith("engine.deepspeed") and error.value.remedy
-
-
-def test_keys_that_deepspeed_knows_by_an_alias_are_taken():
-    pytest.importorskip("deepspeed")
-    zero = {"stage": 3, "stage3_max_live_parameters": 1000000, "stage3_prefetch_bucket_size": 1000}
-    check_deepspeed(complete({"zero_optimization": zero}, precision="bf16", clip=1.0))
-
-
-@pytest.mark.parametrize("name", sorted(shipped("deepspeed")))
-def test_deepspeed_reads_every_json_of_ours(name, tmp_path):
-    pytest.importorskip("deepspeed")
-    whole = complete(deepspeed_options(name), precision="fp32", clip=1.0)
-    if "nvme" not in name:
-        check_deepspeed(whole)
-        return
-    for section in ("offload_optimizer", "offload_param"):
-        whole["zero_optimization"][section]["nvme_path"] = str(tmp_path)
-    try:
-        check_deepspeed(whole)
-    except ConfigError as error:
-        assert "libaio" in error.problem  # all that this machine may lack
 
 
 def test_what_agrees_or_is_auto_is_taken():
