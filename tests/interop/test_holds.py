@@ -70,7 +70,7 @@ def test_what_every_format_holds_passes(tmp_path: Path) -> None:
         ("llava-hf", {"vision__fit": "native"}, LLAMA, "fit native"),
         ("llava-hf", {"vision__fit": "dynamic"}, LLAMA, "fit dynamic"),
         ("llava-hf", {"projector__kind": "resampler"}, LLAMA, "two linear layers"),
-        ("llava-hf", {"projector__options": {"depth": 3}}, LLAMA, "two linear layers"),
+        ("llava-hf", {"projector__options": {"depth": 3}}, LLAMA, "two linear layers .*, and this one is mlp, depth 3"),
         ("llava-hf", {}, TextFacts("opt", "model", False, True), "'opt|opt LLM"),
         ("llava-hf", {}, TextFacts("granite", "model", True, True, ("logits_scaling", 8.0)), "logits_scaling 8.0"),
         ("peft", {"llm__mode": "full", "llm__options": {}}, None, "no adapter of peft's"),

@@ -195,7 +195,7 @@ def _pictures(
 ) -> Mapping[str, Any]:
     vision = model["vision"]
     if vision is None:
-        _refuse(format, "it is text-only", where="model.vision", remedy="export with --format peft or --format mmit")
+        _refuse(format, "it is text-only", where="model.vision", remedy="export with --format peft, gguf or mmit")
     if vision["kind"] not in kinds:
         remedy = "export with --format mmit, or train with such a tower"
         told = f"a tower of kind {vision['kind']}; it holds {', '.join(kinds)}"
@@ -215,7 +215,8 @@ def _llava_hf(model: Mapping[str, Any], tune: Mapping[str, Any], facts: TextFact
         _refuse("llava-hf", f"tiles with {off[0]}: false", where="model.vision.tiles", remedy=remedy)
     kind, options = model["projector"]["kind"], model["projector"]["options"]
     if kind != "mlp" or options.get("depth", 2) != 2 or options.get("norm"):
-        problem = "its projector is two linear layers with GELU between them"
+        told = ", ".join([kind, *(f"{key} {value}" for key, value in options.items())])
+        problem = f"a projector there is two linear layers with GELU between them, and this one is {told}"
         remedy = "train with projector kind mlp, depth 2 and no norm; or export with --format mmit"
         _refuse("llava-hf", problem, where="model.projector", remedy=remedy)
     _merged("llava-hf", tune, facts)
