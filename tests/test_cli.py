@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from mmit.cli import app
 from mmit.cli.train import split_arguments
+from mmit.generate import Model
 from mmit.records import Record, Text, Turn
 from mmit.yamlio import dump_yaml, parse_yaml
 from tests.tiny_run import tiny_config, write_records
@@ -161,6 +162,30 @@ def test_eval_reports_the_score_beside_three_baselines(made, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["n"] == 6 and not any(report["baselines"].values())
     assert not (tmp_path / "out" / "answers-untuned.jsonl").exists()
+
+
+def test_eval_of_a_run_that_goes_on_and_removes_the_checkpoint(made, tmp_path, monkeypatch):
+    """The untuned model is loaded last: the checkpoint that was evaluated may be gone by then."""
+    shutil.copytree(made / "run", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
+    shutil.copytree(checkpoint, checkpoint.with_name("step-000002"))
+    real = Model.generate
+
+    def generate(self, *args, **options):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return real(self, *args, **options)
+
+    options = ("--task", write_task(made), "--limit", 4, "--baseline-n", 3, "--probe", "none")
+    good("eval", made / "run", *options, "--out", tmp_path / "kept")
+    monkeypatch.setattr(Model, "generate", generate)
+    good("eval", tmp_path / "run", *options, "--out", tmp_path / "gone")
+    assert not checkpoint.exists()
+    for name in ("tuned", "untuned"):
+        kept, gone = (
+            [json.loads(line)["answer"] for line in (folder / f"answers-{name}.jsonl").read_text().splitlines()[1:]]
+            for folder in (tmp_path / "kept", tmp_path / "gone")
+        )
+        assert kept == gone and len(kept) >= 3
 
 
 def test_chat_answers_one_prompt(made):

@@ -205,6 +205,7 @@ def _folder(
     from mmit.generate import load
     from mmit.interop.foreign import is_foreign
     from mmit.models.hub import is_hub_id, model_folder
+    from mmit.train.checkpoint.folders import staying
     from mmit.train.checkpoint.model import MANIFEST, find, no_untuned
 
     if out is None and is_hub_id(run):
@@ -219,10 +220,17 @@ def _folder(
         return folder, Subject(other, run, _content(folder) + told, other.number_format, no_untuned=why)
     checkpoint = find(folder, warn=lambda text: echo(text, err=True))
     options["allow_code"] = allow_code
+    with staying(checkpoint):
+        why = no_untuned(checkpoint)
+        fingerprint = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16] + told
     model = _told(load(checkpoint, **options))
-    why = no_untuned(checkpoint)
-    untuned = Lazy(lambda: load(checkpoint, untuned=True, **options))  # one for all tasks
-    fingerprint = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16] + told
+
+    def before() -> Any:
+        # A run that goes on may have removed this checkpoint by now; any other of it has the same model.
+        source = checkpoint if checkpoint.exists() else find(checkpoint.parents[1])
+        return load(source, untuned=True, **options)
+
+    untuned = Lazy(before)  # one for all tasks
     given: dict[str, Any] = {"no_untuned": why} if why else {"untuned": lambda: untuned}
     return Path(run), Subject(model, str(checkpoint), fingerprint, model.number_format, **given)
 

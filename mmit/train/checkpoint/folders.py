@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -168,6 +169,21 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(gone)
     folder.rename(gone)
     shutil.rmtree(gone)
+
+
+@contextmanager
+def staying(folder: Path) -> Iterator[None]:
+    """Tell an error of reading `folder` from the folder's removal: a run that goes on removes its older checkpoints."""
+    try:
+        yield
+    except Exception as error:
+        if folder.exists():
+            raise
+        raise CheckpointError(
+            "was removed while it was read; a run that goes on keeps its newest checkpoints alone",
+            where=str(folder),
+            remedy="start the command again, with a copy of a checkpoint if it takes longer than train.keep_last saves",
+        ) from error
 
 
 def sweep(parent: Path) -> None:

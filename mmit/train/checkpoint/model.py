@@ -43,7 +43,7 @@ from mmit.models.tuning.lora import put_adapter, quietly
 from mmit.models.virtual import PROMPT
 from mmit.plugins import refuse_own_code
 from mmit.precision import fast_half
-from mmit.train.checkpoint.folders import FORMAT, MANIFEST, checkpoints, find, newest, verify, write_folder
+from mmit.train.checkpoint.folders import FORMAT, MANIFEST, checkpoints, find, newest, staying, verify, write_folder
 from mmit.yamlio import parse_yaml
 
 if TYPE_CHECKING:
@@ -368,6 +368,20 @@ def load_model(
     """
     place = usable_device(device)
     path = find(folder)
+    with staying(path):
+        return _load(path, place, dtype, large=large, untuned=untuned, plain=plain, allow_code=allow_code)
+
+
+def _load(
+    path: Path,
+    place: torch.device,
+    dtype: torch.dtype | Literal["fast"] | None,
+    *,
+    large: LargeLLM,
+    untuned: bool,
+    plain: bool,
+    allow_code: bool,
+) -> Loaded:
     config = read_config(path)
     meta = json.loads((path / "mmit.json").read_text())
     refuse_own_code(own_code(config, meta), where=str(path), allowed=allow_code)  # before anything of it is imported

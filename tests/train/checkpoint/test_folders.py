@@ -48,6 +48,16 @@ def listing(folder: Path) -> dict:
     return json.loads((folder / folders.MANIFEST).read_text())["files"]
 
 
+def test_a_folder_that_is_removed_while_it_is_read_is_told_from_a_damaged_one(tmp_path):
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError), folders.staying(folder):
+        (folder / "mmit.json").read_text()
+    with pytest.raises(CheckpointError, match="step-000001: was removed while it was read"), folders.staying(folder):
+        folder.rmdir()
+        (folder / "mmit.json").read_text()
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")

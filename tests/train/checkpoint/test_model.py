@@ -12,6 +12,7 @@ import torch
 
 from mmit.config import Config, VisionConfig
 from mmit.errors import CheckpointError, ConfigError
+from mmit.train.checkpoint import model as reading
 from mmit.train.checkpoint.model import _holds_untuned_tower, compare, image_preparation, no_untuned, own_code
 
 IN_THE_FOLDER = "the encoder is in the folder, and its weights before training are not"
@@ -56,6 +57,12 @@ def test_merged_weights_are_none_of_those_before_training(tmp_path: Path) -> Non
     folder = checkpoint(tmp_path, vision="frozen", files=["vision/config.json", "vision.safetensors"], merged=True)
     assert no_untuned(folder).startswith("merged: ")
     assert not _holds_untuned_tower(config_of(), folder)  # an adapter of the encoder may have been folded in
+
+
+def test_a_model_whose_folder_is_removed_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "find", lambda folder: Path(folder))  # and then it is gone
+    with pytest.raises(CheckpointError, match="was removed while it was read"):
+        reading.load_model(tmp_path / "step-000001", device="cpu")
 
 
 def test_all_tensors_that_do_not_fit_are_in_one_error() -> None:
