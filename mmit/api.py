@@ -79,30 +79,33 @@ def train(
     Raises:
         MmitError: an argument that cannot be used, before anything is written, and whatever a run is refused for.
     """
-    config = config_of(model, data, dir=dir, tune=tune, steps=steps, epochs=epochs, resume=resume, settings=settings)
+    if steps is None and epochs is None:
+        epochs = 1.0
+    said: dict[str, Any] = {"run": {"dir": os.fspath(dir), "resume": resume}}
+    said["train"] = {"steps": steps, "epochs": epochs}
+    if tune is not None:
+        said["tune"] = {component: dict(plan) for component, plan in tune.items()}
+    config = _config(model, data, said, settings or {})
     from mmit.train.run import run  # after the arguments were checked, so that their errors come at once
 
     code = run(config)
     return Run(Path(config.run.dir), config, code == 0)
 
 
-def config_of(
+def _config(
     model: str | os.PathLike[str] | Mapping[str, Any],
     data: Data | Sequence[Data],
-    *,
-    dir: str | os.PathLike[str],
-    tune: Mapping[str, Mapping[str, Any]] | None = None,
-    steps: int | None = None,
-    epochs: float | None = None,
-    resume: str | None = None,
-    settings: Mapping[str, Any] | None = None,
+    said: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
 ) -> Config:
-    """The config that these arguments of `train` stand for; its `to_yaml` is what `mmit train` would read.
+    """The config that the arguments of `train` stand for; its `to_yaml` is what `mmit train` would read.
 
-    Records given as objects are written into `dir`, once all else is known to be sound.
+    Records given as objects are written into the run's folder, once all else is known to be sound.
 
     Args:
-        model, data, dir, tune, steps, epochs, resume, settings: as `train` takes them.
+        model, data, settings: as `train` takes them.
+        said: what its other arguments say, by section: the sections run and train keep the other keys of a model's
+            own config, tune is as it is here.
 
     Raises:
         ConfigError: a key, type or value that a config cannot have.
@@ -111,24 +114,21 @@ def config_of(
     if not isinstance(given, Sequence) or not given:
         raise _wrong("data", data, "a file, a source, a Record, or a list of these")
     raw = _start(model)
-    raw["run"] = {**raw.get("run", {}), "dir": os.fspath(dir), "resume": resume}
-    if steps is None and epochs is None:
-        epochs = 1.0
-    raw["train"] = {**raw.get("train", {}), "steps": steps, "epochs": epochs}
-    if tune is not None:
-        raw["tune"] = {component: dict(plan) for component, plan in tune.items()}
+    for section, keys in said.items():
+        raw[section] = dict(keys) if section == "tune" else {**raw.get(section, {}), **keys}
     # Checked without the data first: nothing may be written for a call that is refused.
+    folder = Path(said["run"]["dir"])
     records = [source for source in given if isinstance(source, Record)]
     sources = [_source(source) for source in given if not isinstance(source, Record)]
     if records:
-        sources.append({"path": str(Path(dir) / RECORDS), "format": "mmit"})
+        sources.append({"path": str(folder / RECORDS), "format": "mmit"})
     raw["data"] = {**raw.get("data", {}), "train": sources}
-    for key, value in (settings or {}).items():
-        keys = tuple(int(k) if k.isdigit() else k for k in key.split("."))
-        raw = set_key(raw, keys, value, where=f"{WHERE}: settings")
+    for key, value in settings.items():
+        path = tuple(int(k) if k.isdigit() else k for k in key.split("."))
+        raw = set_key(raw, path, value, where=f"{WHERE}: settings")
     config = Config.from_dict(raw, where=WHERE)
     if records:
-        _write(records, Path(dir))
+        _write(records, folder)
     return config
 
 

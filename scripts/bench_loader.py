@@ -106,6 +106,7 @@ def with_mmit(folder: Path, workers: int) -> Iterator[tuple[int, Any]]:
     from mmit.data.chat import chat_format, encode
     from mmit.data.dataset import InstructionData
     from mmit.data.loader import micro_batches
+    from mmit.data.prefetch import Ahead
     from mmit.data.preparation import ImagePreparation
     from mmit.data.sources import open_source
     from mmit.models.llm import load_tokenizer
@@ -128,7 +129,7 @@ def with_mmit(folder: Path, workers: int) -> Iterator[tuple[int, Any]]:
         scan, Ordering([1.0], mixing, seed=0, capacity=640, rows_per_step=1, epochs=1, steps=None)
     )
     rows = (row_order.row(position) or [] for position in range(row_order.steps))
-    for batch in micro_batches(data, scan, rows, load_image=image_loader(seen), workers=workers):
+    for batch in micro_batches(data, scan, rows, load_image=image_loader(seen), ahead=Ahead(workers)):
         yield len(set(batch.records)), batch.tensors["pixels"]
 
 

@@ -177,7 +177,7 @@ def mmit_arm(case: Case, *, bf16: bool = True, share: bool = True) -> Arm:
     start_alike(vlm, case.adapter)
     vlm.train()
     engine = TorchEngine(vlm, groups, device=torch.device("cpu"), precision="bf16" if bf16 else "fp32")
-    source = open_source(path=str(case.records), format="mmit", image_root=None, name=None, limit=None, options={})
+    source = open_source(case.records)
     turns = lambda t: encode(t, found.chat, found.tokenizer)  # noqa: E731
     preparation = prepare_images(found.image, tokens=vlm.image_tokens, grid=vlm.image_grid)
     data = InstructionData([source], turns, preparation=preparation, max_length=512, capacity=4096, share_prefix=share)

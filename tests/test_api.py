@@ -11,7 +11,6 @@ import torch
 from typer.testing import CliRunner
 
 import mmit
-from mmit.api import config_of
 from mmit.cli import app
 from mmit.errors import ConfigError, MmitError
 from mmit.records import Record, read_jsonl
@@ -41,8 +40,9 @@ def test_it_is_the_run_that_the_command_makes(sections, tmp_path):
     asked = {"tune": DROPOUT, "steps": 3, "settings": SETTINGS}
     run = mmit.train(model, data, dir=tmp_path / "python", **asked)
     assert run.finished and run.dir == tmp_path / "python"
-    (tmp_path / "c.yaml").write_text(config_of(model, data, dir=tmp_path / "command", **asked).to_yaml())
-    done = CliRunner().invoke(app, ["train", "--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text(run.config.to_yaml())
+    elsewhere = f"run.dir={tmp_path / 'command'}"
+    done = CliRunner().invoke(app, ["train", "--config", str(tmp_path / "c.yaml"), elsewhere])
     assert done.exit_code == 0, done.output
     a, b = (tmp_path / name / "checkpoints" / "step-000003" for name in ("python", "command"))
     # The folder of the run is in the config, and the config's hash in the manifest.
@@ -51,8 +51,7 @@ def test_it_is_the_run_that_the_command_makes(sections, tmp_path):
         [json.loads(line)["loss"] for line in (tmp_path / n / "metrics.jsonl").open()] for n in ("python", "command")
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 3
-    (tmp_path / "d.yaml").write_text(run.config.to_yaml())
-    more = ["train", "--config", str(tmp_path / "d.yaml"), "resume=auto"]
+    more = ["train", "--config", str(tmp_path / "c.yaml"), "resume=auto"]
     assert CliRunner().invoke(app, more).exit_code == 0
 
 

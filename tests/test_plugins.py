@@ -274,17 +274,17 @@ def test_a_data_format_of_ones_own(own, tmp_path):
 
 
 def test_what_is_kept_of_a_source_follows_the_code_of_its_format(own, tmp_path):
-    from mmit.data.sources import open_source
+    from mmit.data.sources import SourceSpec, open_source
 
     own("rows_b", FORMATS)
     file = tmp_path / "rows.jsonl"
     file.write_text('{"q": "one?", "a": "1"}\n')
-    first = open_source(file, format="rows_b:pairs", cache=tmp_path / "cache")
-    again = open_source(file, format="rows_b:pairs", cache=tmp_path / "cache")
+    first = open_source(SourceSpec(file, format="rows_b:pairs"), cache=tmp_path / "cache")
+    again = open_source(SourceSpec(file, format="rows_b:pairs"), cache=tmp_path / "cache")
     assert first.fingerprint == again.fingerprint
     own("rows_b", FORMATS.replace("row[ask]", '"Say: " + row[ask]'))
     del sys.modules["rows_b"]
-    changed = open_source(file, format="rows_b:pairs", cache=tmp_path / "cache")
+    changed = open_source(SourceSpec(file, format="rows_b:pairs"), cache=tmp_path / "cache")
     assert changed.fingerprint != first.fingerprint and changed[0].turns[0].parts[0].text == "Say: one?"
 
 

@@ -16,7 +16,7 @@ import torch
 
 from mmit.data.packing import Row, Sample, build_row
 from mmit.data.preference import IDLE, Compared, Compares, compared, mates, mismatch
-from mmit.data.prefetch import prefetched
+from mmit.data.prefetch import Ahead, prefetched
 from mmit.data.preparation import Spread, grids_of, splice_index
 from mmit.errors import RecordError
 from mmit.records import Image
@@ -269,10 +269,9 @@ def micro_batches(
     load_image: LoadImage | None,
     skip_bad: bool = False,
     plan_row: PlanRow | None = None,
-    workers: int = 0,
-    prefetch: int = 256 << 20,
+    ahead: Ahead = Ahead(),  # noqa: B008 - a tuple
 ) -> Generator[MicroBatch]:
-    """Yield the micro-batch of each entry of `units`, in order, prepared ahead by `workers` processes.
+    """Yield the micro-batch of each entry of `units`, in order, prepared ahead by processes of its own.
 
     Closing the generator ends the workers; a caller that stops early must, or its process cannot end.
 
@@ -281,12 +280,13 @@ def micro_batches(
         load_image: picture, place -> (C, 3, H, W) uint8; None where features are cached.
         skip_bad: leave bad records out and hand them over in `MicroBatch.bad`; else raise the first.
         plan_row: plans a row's attention where the row is made, for the model that will run it.
-        prefetch: bytes of micro-batches that may wait; one for each worker may in any case.
+        ahead: how many processes prepare, and how many bytes of micro-batches may wait.
+
+    Raises:
+        RecordError: a bad record, unless `skip_bad`. MmitError: a process that prepares was killed.
     """
     paired = mates(len(scan.length)) if data.compares == "labels" else None
     make = _Maker(data, scan, load_image, skip_bad, plan_row, paired)
-    if workers == 0:
+    if ahead.workers == 0:
         return (make(entry) for entry in units)
-    return prefetched(
-        make, units, workers=workers, budget=prefetch, expected=make.most_bytes, size=lambda batch: batch.bytes
-    )
+    return prefetched(make, units, **ahead._asdict(), expected=make.most_bytes, size=lambda batch: batch.bytes)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from mmit.errors import MmitError
 from mmit.processes import worker_pool
@@ -25,6 +25,14 @@ T = TypeVar("T")
 _MOST_PER_WORKER = 64  # small results: their number costs time to look through, not memory
 
 _job: Callable[[Any], Any] | None = None
+
+
+class Ahead(NamedTuple):
+    """How far ahead of its consumer work may be: `workers` processes (0: none, each result is made when it is asked
+    for), and `budget` bytes of results that may wait; one for each worker may in any case."""
+
+    workers: int = 0
+    budget: int = 256 << 20
 
 
 def allowed_cores() -> int:

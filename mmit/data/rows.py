@@ -17,7 +17,7 @@ from typing import Any
 from mmit.data.formats import detect_format, import_file
 from mmit.data.formats.keys import kept_keys
 from mmit.data.shards.reader import has_index
-from mmit.data.sources import Source, Subset, open_source, split_subset
+from mmit.data.sources import Source, SourceSpec, Subset, open_source, split_subset
 from mmit.errors import ConfigError, RecordError
 from mmit.records import OnBad, Record
 
@@ -47,7 +47,7 @@ def read_rows(
     path, subset = split_subset(path)
     unread: frozenset[str] | None = None  # keys that may be counted, None for all
     if format == "shards" or has_index(path):
-        source = open_source(path, format="shards")
+        source = open_source(SourceSpec(path, format="shards"))
         rows, unread = _shard_rows(source), frozenset(source.kept)
     else:
         if format != "hf" and not Path(path).is_file():

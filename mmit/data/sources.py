@@ -192,15 +192,31 @@ class SubsetSource:
         return self.whole.outline(int(self.chosen[index]))
 
 
-def open_source(  # noqa: PLR0913
-    path: str | os.PathLike[str],
+@dataclass(frozen=True)
+class SourceSpec:
+    """Which records are wanted, as an entry of `data.train` says it.
+
+    Attributes:
+        path: a file, or a folder of shards with its index, or its URL (hf://, s3://, http(s)://), opened as it is; with
+            "#N" behind it a subset of N records (of the first `limit`), see `split_subset`.
+        format: a key of FORMATS. image_root: where its relative image paths start.
+        name: in reports; None takes the file's.
+        limit: use only its first `limit` records.
+        options: the format's own options, as `import_file` takes them.
+    """
+
+    path: str | os.PathLike[str]
+    format: str = "mmit"
+    image_root: str | None = None
+    name: str | None = None
+    limit: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_source(
+    wanted: str | os.PathLike[str] | SourceSpec,
     *,
-    format: str = "mmit",
-    image_root: str | None = None,
-    name: str | None = None,
-    limit: int | None = None,
     cache: str | os.PathLike[str] | None = None,
-    options: Mapping[str, Any] | None = None,
     on_bad: OnBad | None = None,
     check_rows: bool = True,
     say: Callable[[str], Any] = lambda text: None,
@@ -208,13 +224,9 @@ def open_source(  # noqa: PLR0913
     """Open a source. A file that is no JSON list and no JSONL is first converted into a JSONL under `cache`, once.
 
     Args:
-        path: the file, or a folder of shards with its index, or its URL (hf://, s3://, http(s)://), opened as it is;
-            with "#N" behind it a subset of N records (of the first `limit`), see `split_subset`.
-        format: a key of FORMATS. image_root: where its relative image paths start.
-        limit: use only its first `limit` records.
+        wanted: what is opened; a path alone stands for all of its records in mmit's format.
         cache: folder for what need not be found out again: byte places, converted files, verdicts on rows; None
             keeps nothing, and converts into the current folder.
-        options: the format's own options, as `import_file` takes them.
         on_bad: receives rows of another format that are no records, also where an earlier opening found them; None
             raises the first.
         check_rows: off, rows that are read where they stand are not read before they are asked for: bad ones have
@@ -225,12 +237,14 @@ def open_source(  # noqa: PLR0913
     Raises:
         ConfigError: no such file, or no record in it. RecordError: a bad row.
     """
-    path, subset = split_subset(path)
-    if format == "shards" or (format == "mmit" and has_index(path)):
-        source: Source = open_shards(path, name=name or "", limit=limit, cache=cache or ".")
+    wanted = wanted if isinstance(wanted, SourceSpec) else SourceSpec(wanted)
+    path, subset = split_subset(wanted.path)
+    limit = wanted.limit
+    if wanted.format == "shards" or (wanted.format == "mmit" and has_index(path)):
+        source: Source = open_shards(path, name=wanted.name or "", limit=limit, cache=cache or ".")
     else:
         store = None if cache is None else Store(Path(cache), say)
-        opened, verdicts = _open_file(Path(path), format, image_root, options or {}, store=store, on_bad=on_bad)
+        opened, verdicts = _open_file(Path(path), wanted, store=store, on_bad=on_bad)
         # Both count records, so bad rows have to be known before any number means anything.
         if not opened.rows_checked and (check_rows or limit is not None or subset is not None):
             opened, verdicts = _usable(opened, store=store)
@@ -242,7 +256,7 @@ def open_source(  # noqa: PLR0913
         if limit is not None:
             cut = opened.table.take(slice(limit))
             opened = replace(opened, table=cut, fingerprint=f"{opened.fingerprint}-{len(cut)}")
-        source = replace(opened, name=name or opened.name, unreadable=len(bad), kept=verdicts.kept)
+        source = replace(opened, name=wanted.name or opened.name, unreadable=len(bad), kept=verdicts.kept)
     if not len(source):
         raise ConfigError("holds no record", where=os.fspath(path), remedy="check the file and its format")
     if subset is None:
@@ -252,13 +266,12 @@ def open_source(  # noqa: PLR0913
 
 def _open_file(
     path: Path,
-    format: str,
-    image_root: str | None,
-    options: Mapping[str, Any],
+    wanted: SourceSpec,
     *,
     store: Store | None,
     on_bad: OnBad | None,
 ) -> tuple[RowSource, Verdicts]:
+    format, image_root, options = wanted.format, wanted.image_root, wanted.options
     if path.is_dir():
         raise ConfigError("is a folder", where=str(path), remedy="name a file in it, each file as a source of its own")
     if not path.is_file():

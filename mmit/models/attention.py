@@ -26,7 +26,7 @@ from mmit.errors import ModelError
 from mmit.models import varlen
 from mmit.models.attention_plan import AttentionPlan, RowPlan
 from mmit.models.buckets import additive, make_layout, pick, place, small_attention
-from mmit.models.calls import ELSEWHERE, call, takes
+from mmit.models.calls import ELSEWHERE, RowInputs, call, takes
 from mmit.models.row_state import ATTENTION, RowState, current_row, running
 from mmit.models.virtual import PREFIX
 from mmit.models.visibility import Scores, Visibility, row_mask, visibility, written_out
@@ -254,13 +254,10 @@ def layer_attention(
 
 def run_row(
     llm: torch.nn.Module,
-    embeddings: torch.Tensor,
+    inputs: RowInputs,
     *,
-    positions: torch.Tensor,
-    nodes: torch.Tensor,
     at: torch.Tensor | None = None,
     before: Before | None = None,
-    ids: torch.Tensor | None = None,
     plan: RowPlan | None = None,
 ) -> Any:
     """Run one row through a causal LM, or through its body alone.
@@ -269,11 +266,10 @@ def run_row(
     function.
 
     Args:
-        embeddings: (T, D). positions: (T,). nodes: (K, 3), see `attention_plan.make_plan`.
+        inputs: the row.
         at: (S,) positions whose logits are wanted; None for a body, which has none.
-        before: a cache that keeps the row's keys and values, and how many tokens of the first of `nodes` it holds
+        before: a cache that keeps the row's keys and values, and how many tokens of the first of its nodes it holds
             already; all else counts from the next one. None keeps nothing.
-        ids: (T,) of the tokens, negative for none; see `calls.call`.
         plan: made before, of these nodes; that of others is not used.
 
     Returns:
@@ -282,6 +278,7 @@ def run_row(
     Raises:
         ModelError: no layer asked for the row, so nodes would see each other.
     """
+    embeddings, positions, nodes, ids = inputs
     row, (known, cache) = None, before or (0, None)
     if len(nodes) > 1:
         # One node needs no plan: it is ordinary causal attention, in whatever way the model has it.

@@ -19,7 +19,7 @@ import functools
 import inspect
 from collections.abc import Collection
 from inspect import signature
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -34,6 +34,15 @@ if TYPE_CHECKING:
 NGRAM_IDS = "ple_input_ids"
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")  # newest first; before 5.24 one of the other two
 ELSEWHERE = "use another architecture, or a version of transformers that `mmit env` lists as tested"
+
+
+class RowInputs(NamedTuple):
+    """A packed row of T tokens as a language model takes it."""
+
+    embeddings: torch.Tensor  # (T, D)
+    positions: torch.Tensor  # (T,) of each token on its record's path
+    nodes: torch.Tensor  # (K, 3) first token, length and parent, see `attention_plan.make_plan`
+    ids: torch.Tensor | None = None  # (T,) of the tokens, negative for none; see `call`
 
 
 def call(

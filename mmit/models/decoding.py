@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from mmit.errors import ModelError
 from mmit.models.attention import NAME, run_row
 from mmit.models.batch_cache import GrowingLayer, batch_cache
-from mmit.models.calls import cache_name, cache_of, call, takes
+from mmit.models.calls import RowInputs, cache_name, cache_of, call, takes
 from mmit.models.deepstack import as_wide
 from mmit.models.llm import input_device
 from mmit.models.modes import evaluation_mode
@@ -194,8 +194,8 @@ def _run(llm: LLM, row: Prompts, cache: Cache | None) -> Any:
             optional=("use_cache", "position_ids"),
         )
     before = Before(0 if row.before is None else row.before.length, cache)
-    places: dict[str, Any] = {"positions": row.positions, "nodes": row.nodes, "at": row.predict_at}
-    return run_row(llm, row.embeddings, **places, before=before, ids=row.ids)
+    inputs = RowInputs(row.embeddings, row.positions, row.nodes, row.ids)
+    return run_row(llm, inputs, at=row.predict_at, before=before)
 
 
 def in_parts(row: Prompts, most: int) -> list[Prompts]:

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmit.errors import ModelError
 from mmit.models.attention import run_row
+from mmit.models.calls import RowInputs
 
 MAX_LOGIT_ROWS = 8192  # supervised positions whose logits may be alive at once, where they cannot be cut into chunks
 CHUNK_LOGITS = 1 << 26  # entries of a chunk: 256 MiB in float32
@@ -49,7 +50,7 @@ def split_head(llm: Any) -> Split | None:
     # A call, since ZeRO-3 gathers the table only then.
     embeddings = llm.get_input_embeddings()(at)
     try:
-        logits = run_row(llm, embeddings, positions=at, nodes=torch.tensor([[0, 2, -1]]), at=at).logits
+        logits = run_row(llm, RowInputs(embeddings, at, torch.tensor([[0, 2, -1]])), at=at).logits
     finally:
         for hook in hooks:
             hook.remove()

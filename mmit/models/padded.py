@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from mmit.models.calls import call
+from mmit.models.calls import RowInputs, call
 from mmit.models.head import check_rows
 
 
@@ -23,21 +23,12 @@ def is_flat(nodes: torch.Tensor) -> bool:
     return len(nodes) > 1 and bool((nodes[:, 2] < 0).all())
 
 
-def run_padded(
-    llm: Any,
-    embeddings: torch.Tensor,
-    *,
-    positions: torch.Tensor,
-    nodes: torch.Tensor,
-    at: torch.Tensor | None = None,
-    ids: torch.Tensor | None = None,
-) -> torch.Tensor:
+def run_padded(llm: Any, inputs: RowInputs, *, at: torch.Tensor | None = None) -> torch.Tensor:
     """Run the records of a row through a causal LM, or through its body alone, as one padded batch.
 
     Args:
-        embeddings: (T, D). positions: (T,). nodes: (K, 3), all of them roots, one after the other.
+        inputs: the row, whose nodes are all roots, one after the other.
         at: (S,) positions whose logits are wanted; None for a body, which has none.
-        ids: (T,) of the tokens, negative for none; see `calls.call`.
 
     Returns:
         (S, V) logits, or the body's (T, D) hidden states.
@@ -45,6 +36,7 @@ def run_padded(
     Raises:
         ModelError: more logits at once than memory can be expected to hold.
     """
+    embeddings, positions, nodes, ids = inputs
     # Nodes are on the CPU, so this waits for no device.
     lengths: list[int] = nodes[:, 1].tolist()
     given: dict[str, Any] = {

@@ -19,6 +19,7 @@ from torch import nn
 
 from mmit.errors import ModelError
 from mmit.models.attention import NAME, run_row
+from mmit.models.calls import RowInputs
 from mmit.models.deepstack import as_wide
 from mmit.models.head import Split, check_rows, choice_losses, cross_entropy, split_head
 from mmit.models.llm import input_device
@@ -232,7 +233,7 @@ class VLM(nn.Module):
             losses = self.row_losses(embeddings, **learned, **given)
         # The hooks have seen tokens as they ran.
         ran, at = self._row(embeddings, **given)  # as it ran, with a soft prompt in front
-        return losses + self.routers.losses(seen, nodes=ran["nodes"], at=at, records=records, padded=self.padded)
+        return losses + self.routers.losses(seen, nodes=ran.nodes, at=at, records=records, padded=self.padded)
 
     def _idle_projector(self, idle: torch.Tensor) -> torch.Tensor:
         """() zero that hangs on every parameter of the projector, from the features of `_unseen`."""
@@ -280,11 +281,11 @@ class VLM(nn.Module):
             logits = self.row_logits(embeddings, positions=positions, nodes=nodes, at=at, ids=ids, plan=plan)
             return F.cross_entropy(logits.float(), targets, reduction="none")
         body, head = parts
-        given, at = self._row(embeddings, positions, nodes, at, ids)
+        inputs, at = self._row(embeddings, positions, nodes, at, ids)
         if self.padded and is_flat(nodes):
-            hidden = run_padded(body, **given)
+            hidden = run_padded(body, inputs)
         else:
-            hidden = run_row(body, **given, plan=plan).last_hidden_state[0]
+            hidden = run_row(body, inputs, plan=plan).last_hidden_state[0]
         return cross_entropy(hidden.index_select(0, at), head, targets)
 
     def row_logits(
@@ -316,10 +317,10 @@ class VLM(nn.Module):
             ModelError: the row has several nodes and the model cannot keep them apart.
         """
         check_rows(len(at))
-        given, at = self._row(embeddings, positions, nodes, at, ids)
+        inputs, at = self._row(embeddings, positions, nodes, at, ids)
         if self.padded and is_flat(nodes):
-            return run_padded(self.llm, **given, at=at)
-        return run_row(self.llm, **given, at=at, plan=plan).logits[0]
+            return run_padded(self.llm, inputs, at=at)
+        return run_row(self.llm, inputs, at=at, plan=plan).logits[0]
 
     def _row(
         self,
@@ -328,13 +329,13 @@ class VLM(nn.Module):
         nodes: torch.Tensor,
         at: torch.Tensor,
         ids: torch.Tensor | None,
-    ) -> tuple[dict[str, Any], torch.Tensor]:
-        """Arguments of `run_row` and `run_padded` with the soft prompt in its place, and where logits are wanted."""
+    ) -> tuple[RowInputs, torch.Tensor]:
+        """The row with the soft prompt in its place, and where logits are wanted."""
         # Ids do not fit a row that a soft prompt stands in front of: they are then found out from the embeddings.
         prompt = virtual_tokens(self.llm) > 0
         alone = prompt and is_flat(nodes) and repeats_prompt(self.llm, padded=self.padded)
         embeddings, positions, nodes, at = with_prompt(self.llm, embeddings, positions, nodes, at, repeated=alone)
-        return {"embeddings": embeddings, "positions": positions, "nodes": nodes, "ids": None if prompt else ids}, at
+        return RowInputs(embeddings, positions, nodes, None if prompt else ids), at
 
     def run_padded(self) -> None:
         """From now on records of a row run side by side as a padded batch, with the model's own attention."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmit.data.sources import open_source
+from mmit.data.sources import SourceSpec, open_source
 from mmit.errors import RecordError
 
 
@@ -22,9 +22,10 @@ def rows_file(tmp_path: Path, *, bad: tuple[int, ...] = (0, 2, 5)) -> Path:
     return path
 
 
-def opened(path: Path, tmp_path: Path, **options) -> tuple[list[str], object]:
+def opened(path: Path, tmp_path: Path, *, limit: int | None = None, **options) -> tuple[list[str], object]:
     bad: list[RecordError] = []
-    source = open_source(path, format="sharegpt", cache=tmp_path / "cache", on_bad=bad.append, **options)
+    wanted = SourceSpec(path, format="sharegpt", limit=limit)
+    source = open_source(wanted, cache=tmp_path / "cache", on_bad=bad.append, **options)
     return [error.where.rpartition(":")[2] for error in bad], source
 
 
@@ -42,7 +43,7 @@ def test_a_run_that_does_not_skip_meets_them_too(tmp_path: Path) -> None:
     path = rows_file(tmp_path)
     opened(path, tmp_path)
     with pytest.raises(RecordError, match="value of turn 2 is 'None'"):
-        open_source(path, format="sharegpt", cache=tmp_path / "cache")
+        open_source(SourceSpec(path, format="sharegpt"), cache=tmp_path / "cache")
 
 
 def test_a_refused_file_is_refused_again(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_a_refused_file_is_refused_again(tmp_path: Path) -> None:
     table.write_text("instruction,output\nAdd.,3\nAdd.,\n")
     for file, format in ((path, "sharegpt"), (table, "csv"), (path, "sharegpt"), (table, "csv")):
         with pytest.raises(RecordError):
-            open_source(file, format=format, cache=tmp_path / "cache")
+            open_source(SourceSpec(file, format=format), cache=tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.jsonl"))
 
 

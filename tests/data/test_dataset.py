@@ -12,7 +12,7 @@ from mmit.data.chat import chat_format, encode
 from mmit.data.dataset import InstructionData, split_pairs
 from mmit.data.loader import idle_batch, micro_batches
 from mmit.data.preparation import ImagePreparation
-from mmit.data.sources import open_source
+from mmit.data.sources import SourceSpec, open_source
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Image, Record, Text, Turn, write_jsonl
 from tests.tiny_run import write_records, write_tokenizer
@@ -111,10 +111,12 @@ def test_a_foreign_list_is_read_where_it_stands(tmp_path):
         {"instruction": "Say hi.", "input": "", "output": "hi"},
     ]
     (tmp_path / "alpaca.json").write_text(json.dumps(rows))
-    source = open_source(tmp_path / "alpaca.json", format="alpaca", cache=tmp_path / "cache")
+    source = open_source(SourceSpec(tmp_path / "alpaca.json", format="alpaca"), cache=tmp_path / "cache")
     assert len(source) == 2
     assert source[0].turns[0].text == "Add.\n\n1 2" and source[1].turns[1].text == "hi"
-    assert len(open_source(tmp_path / "alpaca.json", format="alpaca", cache=tmp_path / "cache", limit=1)) == 1
+    assert (
+        len(open_source(SourceSpec(tmp_path / "alpaca.json", format="alpaca", limit=1), cache=tmp_path / "cache")) == 1
+    )
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
@@ -140,8 +142,8 @@ def test_boxes_are_refused_where_pictures_are_cut(parts, tmp_path):
     PIL.Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
     row = {"instruction": "What is at <bbox>?", "output": "x", "image": "a.png", "bbox": [2, 1, 10, 5]}
     (tmp_path / "rows.json").write_text(json.dumps([row]))
-    written = {"format": "json", "options": {"boxes": "norm1000", "boxes_in": "pixels"}, "cache": tmp_path / "cache"}
-    source = open_source(tmp_path / "rows.json", **written)
+    boxes = {"boxes": "norm1000", "boxes_in": "pixels"}
+    source = open_source(SourceSpec(tmp_path / "rows.json", format="json", options=boxes), cache=tmp_path / "cache")
     options = {"max_length": 200, "capacity": 200}
     for mode in ("resize", "pad", "crop"):
         data = InstructionData([source], parts[0], preparation=replace(EYE, mode=mode), **options)

@@ -13,6 +13,7 @@ import torch
 from mmit.data.chat import chat_format, encode
 from mmit.data.dataset import InstructionData
 from mmit.data.loader import MicroBatch, _Maker, idle_batch, micro_batches
+from mmit.data.prefetch import Ahead
 from mmit.data.preparation import ImagePreparation
 from mmit.data.sources import open_source
 from mmit.errors import RecordError
@@ -64,7 +65,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(data: InstructionData) -
     scan = data.scan()
     rows = [[0, 1, 2], [3], [], [4, 0]]
     given: dict[str, Any] = {"load_image": image_loader(SIZE)}
-    alone, ahead = (list(micro_batches(data, scan, rows, **given, workers=n)) for n in (0, 2))
+    alone, ahead = (list(micro_batches(data, scan, rows, **given, ahead=Ahead(n))) for n in (0, 2))
     assert len(alone) == len(ahead) == 4
     assert all(same(a, b) for a, b in zip(alone, ahead, strict=True))
     assert not same(alone[0], alone[3])

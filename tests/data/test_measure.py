@@ -17,7 +17,7 @@ from mmit.data import marks, measure, preparation
 from mmit.data.chat import chat_format, encode
 from mmit.data.dataset import InstructionData
 from mmit.data.preparation import ImagePreparation
-from mmit.data.sources import open_source
+from mmit.data.sources import SourceSpec, open_source
 from mmit.data.store import Store
 from tests.tiny_run import write_tokenizer
 
@@ -61,7 +61,8 @@ def folder(tmp_path):
 def data_of(folder, coded, *, store=None, shown=WHOLE, key="chat", **options):
     cache = None if store is None else store.folder
     sources = [
-        open_source(folder / name, format="llava", cache=cache, check_rows=False) for name in ("a.json", "b.jsonl")
+        open_source(SourceSpec(folder / name, format="llava"), cache=cache, check_rows=False)
+        for name in ("a.json", "b.jsonl")
     ]
     given = {"max_length": 120, "capacity": 120, **options}
     return InstructionData(sources, coded, preparation=shown, key=key, **given)
@@ -96,7 +97,7 @@ def test_processes_and_cache_change_nothing(folder, coded, shown, monkeypatch):
 def test_one_source_is_mapped_not_copied(folder, coded):
     store = Store(folder / "cache")
     for _ in range(2):
-        source = open_source(folder / "a.json", format="llava", cache=store.folder, check_rows=False)
+        source = open_source(SourceSpec(folder / "a.json", format="llava"), cache=store.folder, check_rows=False)
         data = InstructionData([source], coded, preparation=WHOLE, max_length=120, capacity=120, key="chat")
         scan = data.scan(store=store)
     assert not scan.length.flags.writeable and not scan.length.flags.owndata

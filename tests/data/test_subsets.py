@@ -9,7 +9,7 @@ import pytest
 
 from mmit.data.rows import import_records, read_rows
 from mmit.data.shards.writer import build_shards
-from mmit.data.sources import Subset, open_source, split_subset
+from mmit.data.sources import SourceSpec, Subset, open_source, split_subset
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Record, write_jsonl
 
@@ -34,7 +34,7 @@ def test_every_way_to_read_takes_the_same_records(folder: Path) -> None:
     assert len(set(expected)) == 12 and expected != [f"Say {i}." for i in range(12)]
     assert expected == sorted(expected, key=lambda text: int(text[4:-1]))  # in the order of the file
     for path, format in (("shards", "shards"), ("alpaca.json", "alpaca")):
-        other = open_source(f"{folder}/{path}#12", format=format, cache=folder / "cache")
+        other = open_source(SourceSpec(f"{folder}/{path}#12", format=format), cache=folder / "cache")
         assert said(other[i] for i in range(12)) == expected
         assert said(read_rows(f"{folder}/{path}#12", format)) == expected
     assert said(read_rows(f"{folder}/a.jsonl#12")) == expected
@@ -63,7 +63,7 @@ def test_mistakes(folder: Path) -> None:
     with pytest.raises(ConfigError, match="41 records are asked for, but there are 40"):
         open_source(f"{folder}/a.jsonl#41")
     with pytest.raises(ConfigError, match="but there are 7"):
-        open_source(f"{folder}/a.jsonl#8", limit=7)
+        open_source(SourceSpec(f"{folder}/a.jsonl#8", limit=7))
     with pytest.raises(ConfigError, match="no record"):
         open_source(f"{folder}/a.jsonl#0")
     with pytest.raises(ConfigError, match="no such file"):

@@ -29,6 +29,7 @@ from mmit.data.loader import to_micro_batch
 from mmit.data.packing import Sample, build_row
 from mmit.data.preparation import Spread
 from mmit.models import attention, attention_plan, decoding
+from mmit.models.calls import RowInputs
 from mmit.models.intrinsic import find_subspace, write_subspace
 from mmit.models.llm import load_llm
 from mmit.models.planning import row_planner
@@ -306,7 +307,7 @@ def two_devices() -> dict[str, Any]:
         seen = Traffic()
         with torch.no_grad(), mode, seen:
             before = Before(0, DynamicCache())
-            out = attention.run_row(llm, embeddings, positions=positions, nodes=nodes, at=at, before=before)
+            out = attention.run_row(llm, RowInputs(embeddings, positions, nodes), at=at, before=before)
             vlm = VLM(llm, vision=None, projector=None)
             given: dict[str, Any] = {"positions": positions, "nodes": nodes, "at": at, "ids": None}
             losses = vlm.row_losses(embeddings, targets=torch.zeros_like(at), **given)

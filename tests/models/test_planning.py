@@ -47,7 +47,7 @@ def test_a_plan_is_that_of_the_row_as_it_runs(nodes, mode, rope):
     row = torch.zeros(12, 16), torch.arange(12), torch.tensor(nodes), torch.tensor([11])
     given, _ = vlm._row(*row, None)
     plan = row_planner(vlm)(row[2])
-    assert (None if plan is None else plan.nodes) == (None if len(given["nodes"]) == 1 else given["nodes"].tolist())
+    assert (None if plan is None else plan.nodes) == (None if len(given.nodes) == 1 else given.nodes.tolist())
     if plan is not None:
         assert "buckets" in vars(plan) and "segments" not in vars(plan)  # on a CPU nothing reads them
 

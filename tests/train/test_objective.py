@@ -16,6 +16,7 @@ import torch
 
 from mmit.config import Config
 from mmit.data.preference import conversations
+from mmit.data.prefetch import Ahead
 from mmit.errors import CheckpointError, ConfigError, MmitError, RecordError
 from mmit.models.tuning import apply_tuning
 from mmit.records import Record, Text, Turn
@@ -194,7 +195,7 @@ def test_the_reference_is_what_the_model_gives_now(benches):
 
 def test_batches_from_worker_processes_are_the_same(benches):
     bench = benches["kto"]
-    for mine, theirs in zip(bench.batches(ROWS[2]), bench.batches(ROWS[2], workers=2), strict=True):
+    for mine, theirs in zip(bench.batches(ROWS[2]), bench.batches(ROWS[2], ahead=Ahead(2)), strict=True):
         others = [batch.compared.mismatched for batch in (mine, theirs)]
         assert [vars(batch.compared) | {"mismatched": 0} for batch in (mine,)] == [
             vars(theirs.compared) | {"mismatched": 0}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmit.data.loader import LoadImage, MicroBatch, PlanRow, micro_batches
+from mmit.data.prefetch import Ahead
 from mmit.train.data.setup import source_names
 
 if TYPE_CHECKING:
@@ -76,8 +77,7 @@ class TrainData:
             load_image=None if self.features else self.load_image,
             skip_bad=self.skip_bad,
             plan_row=self.plan_row,
-            workers=self.workers,
-            prefetch=self.prefetch,
+            ahead=Ahead(self.workers, self.prefetch),
         )
 
     def _units(self, start: int) -> Iterator[list[int]]:

@@ -21,7 +21,7 @@ from mmit.data.chat import ChatFormat, chat_format, encode
 from mmit.data.dataset import InstructionData
 from mmit.data.loss import Loss
 from mmit.data.prefetch import allowed_cores
-from mmit.data.sources import Source, open_source
+from mmit.data.sources import Source, SourceSpec, open_source
 from mmit.data.store import Store, key_of
 from mmit.errors import ConfigError, RecordError, located, nearest
 from mmit.io import append, write_atomic
@@ -128,7 +128,7 @@ def open_data(
     """Open the sources of a run.
 
     Args:
-        sources: per source the keys path, format, image_root, name, limit and options, as `open_source` takes them.
+        sources: per source the keys of a `SourceSpec`.
         cache: see `cache_folder`.
         on_bad: receives rows that are no records and have no number; None raises the first. Others are bad records.
         key: the list of the config that they are from, for messages.
@@ -138,9 +138,8 @@ def open_data(
     opened = []
     for i, source in enumerate(sources):
         with located(f"{key}.{i}"):
-            opened.append(
-                open_source(**{k: source[k] for k in keys}, cache=cache, on_bad=on_bad, say=say, check_rows=False)
-            )
+            wanted = SourceSpec(**{k: source[k] for k in keys})
+            opened.append(open_source(wanted, cache=cache, on_bad=on_bad, say=say, check_rows=False))
     # Held-out sources may lack the names that data.loss.sources weighs: it is written for the training data.
     weights = source_weights(opened, encoding.loss.get("sources", {}), strict=key == "data.train")
     data = InstructionData(opened, encoding.encoder(), key=encoding.key(), source_weights=weights, **options)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmit.data.formats import FORMATS, detect_format, import_file
-from mmit.data.sources import open_source
+from mmit.data.sources import SourceSpec, open_source
 from mmit.errors import ConfigError, ImageError, RecordError
 from mmit.records import Image, Record, read_jsonl, write_jsonl
 from tests.data.formats.format_tools import ask, talk, write
@@ -107,13 +107,13 @@ def test_sources_take_the_options_of_a_format(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("q,a,p\nWho?,Ann,x.png\nWhat?,It,y.png\n")
     options = {"columns": {"instruction": "q", "output": "a", "image": "p"}}
-    source = open_source(path, format="csv", cache=tmp_path / "cache", options=options)
+    source = open_source(SourceSpec(path, format="csv", options=options), cache=tmp_path / "cache")
     assert [source[n].turns[1].text for n in range(len(source))] == ["Ann", "It"]
     assert source[0].images == (Image(str(tmp_path / "x.png")),) and source[1].where.endswith("t.csv:3")
-    other = open_source(path, format="csv", cache=tmp_path / "cache", options={"columns": "instruction=a"})
+    other = open_source(SourceSpec(path, format="csv", options={"columns": "instruction=a"}), cache=tmp_path / "cache")
     assert len(other[0].turns) == 1 and other.fingerprint != source.fingerprint
     with pytest.raises(ConfigError, match="did you mean 'columns'"):
-        open_source(path, format="csv", cache=tmp_path / "cache", options={"column": "instruction=a"})
+        open_source(SourceSpec(path, format="csv", options={"column": "instruction=a"}), cache=tmp_path / "cache")
 
 
 def test_a_changed_second_file_is_noticed(tmp_path: Path) -> None:
@@ -122,6 +122,6 @@ def test_a_changed_second_file_is_noticed(tmp_path: Path) -> None:
     answers, found = tmp_path / "a.json", []
     for answer in ("yes", "never"):
         write(answers, {"annotations": [{"question_id": 1, "multiple_choice_answer": answer}]})
-        source = open_source(path, format="vqav2", cache=tmp_path, options={"annotations": str(answers)})
+        source = open_source(SourceSpec(path, format="vqav2", options={"annotations": str(answers)}), cache=tmp_path)
         found.append(source[0].turns[1].text)
     assert found == ["yes", "never"]

@@ -16,7 +16,7 @@ import pytest
 from mmit.data.formats import FORMATS, detect_format, import_file
 from mmit.data.formats.keys import kept_keys
 from mmit.data.rows import read_rows
-from mmit.data.sources import open_source
+from mmit.data.sources import SourceSpec, open_source
 from mmit.errors import ConfigError, RecordError
 from mmit.records import Record, write_jsonl
 from tests.data.formats.format_tools import bad_rows, imported, texts, write
@@ -151,7 +151,7 @@ def test_packed_files_are_read_as_what_they_hold(tmp_path: Path) -> None:
         assert [isinstance(row, Record) for row in found] == [True, False, True]
         assert found[0].source == str(path)
         errors: list[RecordError] = []
-        source = open_source(path, format="messages", cache=tmp_path / "cache", on_bad=errors.append)
+        source = open_source(SourceSpec(path, format="messages"), cache=tmp_path / "cache", on_bad=errors.append)
         assert len(source) == 2 and len(errors) == 1
 
 
@@ -179,7 +179,7 @@ def test_other_packings_are_refused_by_name(name: str, head: bytes, cause: str, 
         lambda: detect_format(path),
         lambda: list(import_file(path, "messages")),
         lambda: open_source(path, cache=tmp_path / "cache"),
-        lambda: open_source(path, format="alpaca", image_root="r", cache=tmp_path / "cache"),
+        lambda: open_source(SourceSpec(path, format="alpaca", image_root="r"), cache=tmp_path / "cache"),
         lambda: list(read_rows(path)),
     ]
     for call in calls:

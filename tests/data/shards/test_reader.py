@@ -24,7 +24,7 @@ from mmit.data.shards.index import HAS_IMAGE, HAS_SYSTEM, MANY_ANSWERS, MANY_IMA
 from mmit.data.shards.reader import ShardSource, open_shards
 from mmit.data.shards.scan import index_tars
 from mmit.data.shards.writer import build_shards
-from mmit.data.sources import open_source
+from mmit.data.sources import SourceSpec, open_source
 from mmit.errors import ConfigError, ImageError, MmitError, RecordError
 from mmit.records import Image, Record, Text, Turn
 from tests.data.shards.shard_samples import Collected, picture, records, write_tar
@@ -192,13 +192,13 @@ def test_a_source_goes_to_other_processes(tmp_path: Path) -> None:
 
 def test_open_source_opens_a_folder_of_shards(tmp_path: Path) -> None:
     build_shards(records(6), tmp_path / "web")
-    source = open_source(tmp_path / "web", limit=4)
+    source = open_source(SourceSpec(tmp_path / "web", limit=4))
     assert isinstance(source, ShardSource) and len(source) == 4 and source.name == "web"
-    assert source.fingerprint != open_source(tmp_path / "web", format="shards").fingerprint
+    assert source.fingerprint != open_source(SourceSpec(tmp_path / "web", format="shards")).fingerprint
     with pytest.raises(IndexError):
         source[4]
     with pytest.raises(ConfigError, match="no index of shards"):
-        open_source(tmp_path, format="shards")
+        open_source(SourceSpec(tmp_path, format="shards"))
 
 
 def test_remote_folders_are_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mmit.data.prefetch import Ahead
 from mmit.models import attention_plan
 from mmit.models.planning import row_planner
 from mmit.train.data.batches import Upload
@@ -45,7 +46,7 @@ def test_a_plan_from_where_rows_are_made_gives_the_same_bits(tmp_path, monkeypat
     steps, rows = [], [[0, 1, 2], [3]]
     for planned in (False, True):
         torch.manual_seed(0)  # a soft prompt begins at random
-        steps.append(bench.step(Method(kind), rows, planned=planned, workers=workers))
+        steps.append(bench.step(Method(kind), rows, planned=planned, ahead=Ahead(workers)))
         steps.append(len(made))
         made.clear()
     (loss, grads, metrics), in_forward, (loss_, grads_, metrics_), again = steps
