@@ -54,7 +54,7 @@ FORKING = (
 )
 # The files that take longest, by what they were measured to take. One of them begun last would leave a core idle.
 FIRST = (
-    "models/test_tuning.py", "train/test_native_runs.py", "test_cli.py", "interop/test_llava_hf_write.py",
+    "models/test_tuning.py", "train/test_native_runs.py", "cli/test_cli.py", "interop/test_llava_hf_write.py",
     "train/test_run.py", "test_generate.py", "forecast/test_forecast.py", "pet/test_stages.py",
     "models/test_decoding.py", "data/test_content.py", "train/test_resolve.py", "test_plugins.py",
     "train/test_objective.py", "serve/test_engine.py", "templates/test_sandbox.py", "interop/test_llava_next.py",
@@ -65,7 +65,7 @@ FIRST = (
     "analysis/test_study.py", "interop/test_prismatic.py", "data/shards/test_reader.py",
     "interop/test_read_prismatic_fused.py", "interop/test_tinyllava.py", "interop/test_gguf.py",
     "serve/test_adapters.py", "test_hygiene.py", "train/data/test_batches.py", "test_precision.py",
-    "train/monitor/test_watching.py", "test_cli_data.py", "train/test_loop.py", "test_text.py",
+    "train/monitor/test_watching.py", "cli/test_data_check.py", "train/test_loop.py", "test_text.py",
 )  # fmt: skip
 
 # The same for the slow tests.

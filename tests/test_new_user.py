@@ -17,7 +17,7 @@ import pytest
 import webdataset
 
 from mmit.config import load_config
-from tests.test_cli_shards import folder as raw_files  # noqa: F401  the fixture
+from tests.cli.test_data_shards import folder as raw_files  # noqa: F401  the fixture
 from tests.test_readme import blocks
 from tests.tiny_run import tiny_config
 from tests.train.test_kill import consumed, end, start

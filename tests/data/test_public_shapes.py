@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 
 from mmit.records import read_jsonl
-from tests.test_cli import good, mmit
+from tests.cli.commands import good, mmit
 from tests.tiny_run import tiny_config
 
 

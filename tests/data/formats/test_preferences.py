@@ -14,7 +14,7 @@ from mmit.data.shards.reader import ShardSource
 from mmit.data.shards.writer import build_shards
 from mmit.errors import RecordError
 from mmit.records import Image, Record, Text, Turn, read_jsonl, write_jsonl
-from tests.test_cli import assert_one_message, good, mmit
+from tests.cli.commands import assert_one_message, good, mmit
 from tests.tiny_run import tiny_config
 
 

@@ -17,9 +17,9 @@ from mmit.data.shards.records import Limits
 from mmit.data.shards.scan import index_tars
 from mmit.errors import ConfigError, MmitError, RecordError
 from mmit.records import Image, Record
+from tests.cli.commands import good, mmit
 from tests.data.shards.shard_samples import Collected, picture, tar_bytes, write_tar
 from tests.data.shards.test_reader import caption, indexed
-from tests.test_cli import good, mmit
 
 
 def test_boxes_of_an_index_are_those_of_its_records(tmp_path: Path) -> None:

@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
-import PIL.Image
 import pytest
 
-from mmit.records import Record, read_jsonl, write_jsonl
+from mmit.records import Record, write_jsonl
 from mmit.yamlio import dump_yaml
-from tests.test_cli import assert_one_message, good, mmit
+from tests.cli.commands import assert_one_message, good, mmit
 from tests.tiny_run import tiny_config
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """A folder with config.yaml and its data, another data file as test data, and nothing trained."""
-    folder = tmp_path_factory.mktemp("data")
-    config = tiny_config(folder, data={"split_turns": True})
-    held_out = list(read_jsonl(folder / "data" / "train.jsonl"))[:2]
-    write_jsonl([replace(record, source="held out") for record in held_out], folder / "data" / "test.jsonl")
-    (folder / "config.yaml").write_text(config.to_yaml())
-    return folder
-
-
-# check
-
-
-def test_check_of_sound_data(made, tmp_path):
-    result = good("data", "check", made / "config.yaml", "--images", "--json", tmp_path / "out" / "report.json")
+def test_check_of_sound_data(untrained, tmp_path):
+    result = good("data", "check", untrained / "config.yaml", "--images", "--json", tmp_path / "out" / "report.json")
     assert "0 errors, 0 warnings" in result.stdout and "in 16 records" in result.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["records"] == 16 and set(report["not_checked"]) == {"overlap with test data"}
-    assert "no tokenizer was given" in good("data", "check", made / "data" / "train.jsonl").stdout
+    assert "no tokenizer was given" in good("data", "check", untrained / "data" / "train.jsonl").stdout
 
 
-def test_check_finds_test_data_and_says_so_in_the_exit_code(made):
-    result = mmit("data", "check", made / "data" / "train.jsonl", "--test", made / "data" / "test.jsonl")
+def test_check_finds_test_data_and_says_so_in_the_exit_code(untrained):
+    result = mmit("data", "check", untrained / "data" / "train.jsonl", "--test", untrained / "data" / "test.jsonl")
     assert result.exit_code == 1 and "test-record" in result.stdout and "picture-1" in result.stdout
     assert "4 errors" in result.stdout  # two records, two images
 
 
-def test_check_takes_the_evaluation_data_of_a_config(made, tmp_path):
-    test = {"path": str(made / "data" / "test.jsonl")}
-    train = {"path": str(made / "data" / "train.jsonl")}
-    config = tiny_config(made, data={"train": [train], "eval": [test]})
+def test_check_takes_the_evaluation_data_of_a_config(untrained, tmp_path):
+    test = {"path": str(untrained / "data" / "test.jsonl")}
+    train = {"path": str(untrained / "data" / "train.jsonl")}
+    config = tiny_config(untrained, data={"train": [train], "eval": [test]})
     (tmp_path / "c.yaml").write_text(config.to_yaml())
     assert "test-image" in mmit("data", "check", tmp_path / "c.yaml").stdout
 
@@ -58,19 +42,19 @@ def test_warnings_count_only_when_strict(tmp_path):
     assert result.exit_code == 1 and "image-marker" in result.stdout
 
 
-def test_check_measures_tokens_as_training_does(made):
-    data = made / "data" / "train.jsonl"
-    options = ["--tokenizer", made / "tokenizer", "--chat", "vicuna_v1"]
+def test_check_measures_tokens_as_training_does(untrained):
+    data = untrained / "data" / "train.jsonl"
+    options = ["--tokenizer", untrained / "tokenizer", "--chat", "vicuna_v1"]
     found = [mmit("data", "check", data, *options, "--image-tokens", m, "--max-length", 200) for m in (1, 190)]
     assert [result.exit_code for result in found] == [0, 1] and "200 fit" in found[1].stdout
     assert "an image counts as one" in " ".join(good("data", "check", data, *options).stdout.split())
     # The chat format wants one user turn: every two-question record is refused, and told once.
-    refused = mmit("data", "check", data, "--tokenizer", made / "tokenizer", "--chat", "plain")
+    refused = mmit("data", "check", data, "--tokenizer", untrained / "tokenizer", "--chat", "plain")
     assert refused.exit_code == 1 and "not-encodable" in refused.stdout
 
 
-def test_a_model_that_cannot_see(made, tmp_path):
-    blind = tiny_config(made).model_dump()
+def test_a_model_that_cannot_see(untrained, tmp_path):
+    blind = tiny_config(untrained).model_dump()
     blind["model"]["vision"] = None
     (tmp_path / "c.yaml").write_text(dump_yaml(blind))
     result = mmit("data", "check", tmp_path / "c.yaml")
@@ -85,68 +69,19 @@ def test_check_tells_the_format_it_found(tmp_path):
     assert "format:" not in mmit("data", "check", tmp_path / "rows.json", "--format", "llava").stderr
 
 
-# show
-
-
-def test_show_writes_a_page(made, tmp_path):
-    result = good("data", "show", made / "config.yaml", "--n", 3, "--out", tmp_path / "pages" / "show.html")
-    page = (tmp_path / "pages" / "show.html").read_text()
-    assert "written to" in result.stdout and page.count("<article") == 3
-    assert "3 of 16 records, drawn with seed 0" in page and "4 tokens per image" in page
-    again = good("data", "show", made / "config.yaml", "--n", 3, "--out", tmp_path / "again.html")
-    assert again and (tmp_path / "again.html").read_text() == page
-    good("data", "show", made / "config.yaml", "--n", 3, "--seed", 5, "--out", tmp_path / "again.html")
-    assert (tmp_path / "again.html").read_text() != page
-
-
-def test_show_in_the_terminal(made):
-    result = good("data", "show", made / "data" / "train.jsonl", "--text", "-n", 20)
-    assert "user: [image]What color is it?" in result.stdout and result.stdout.count("licence not stated") == 16
-    result = good("data", "show", made / "data" / "train.jsonl", "--text", "--config", made / "config.yaml", "-n", 20)
-    assert "[image x4]" in result.stdout and "«" in result.stdout
-
-
-def test_show_says_what_training_would_refuse(made, tmp_path):
-    (tmp_path / "c.yaml").write_text(tiny_config(made, data={"max_length": 10}).to_yaml())
-    assert "training refuses it" in good("data", "show", tmp_path / "c.yaml", "--text").stdout
-    data = made / "data" / "train.jsonl"
-    result = good("data", "show", data, "--tokenizer", made / "tokenizer", "--chat", "plain", "--text")
-    assert "exactly one user turn" in result.stdout
-
-
-# stats
-
-
-def test_stats_of_a_config(made, tmp_path):
-    result = good("data", "stats", made / "config.yaml", "--out", tmp_path / "stats")
-    assert "12 different images" in result.stdout and "commonest: " in result.stdout
-    data = json.loads((tmp_path / "stats" / "stats.json").read_text())
-    assert data["whole"]["records"] == 16 and data["whole"]["tokens"]["count"] == 28  # pairs are samples
-    with PIL.Image.open(tmp_path / "stats" / "lengths.png") as picture:
-        assert picture.format == "PNG"
-
-
-def test_stats_of_several_files(made):
-    files = [made / "data" / name for name in ("train.jsonl", "test.jsonl")]
-    result = good("data", "stats", *files)
-    assert "held out" in result.stdout and "│ all " in result.stdout and " 18 " in result.stdout
-    options = ["--tokenizer", made / "tokenizer", "--chat", "vicuna_v1"]
-    assert "counts as one token" in good("data", "stats", files[0], *options).stdout
-
-
 # Mistakes
 
 
 @pytest.mark.parametrize("command", ["check", "show", "stats"])
-def test_mistakes(made, tmp_path, command):
-    data = made / "data" / "train.jsonl"
+def test_mistakes(untrained, tmp_path, command):
+    data = untrained / "data" / "train.jsonl"
     assert_one_message(mmit("data", command, tmp_path / "gone.jsonl"), "gone.jsonl", "no such file")
     assert_one_message(mmit("data", command, data, "--format", "lava"), "did you mean 'llava'?")
     assert_one_message(mmit("data", command, data, "--tokenizer", "./nowhere"), "--tokenizer", "nowhere")
     for option in (["--chat", "plain"], ["--image-tokens", 4]):
         result = mmit("data", command, data, *option)
         assert result.exit_code == 2 and option[0] in result.stderr and "--tokenizer" in result.stderr
-    config = made / "config.yaml"
+    config = untrained / "config.yaml"
     for option in (["--config", config], ["--format", "mmit"], ["--image-root", tmp_path]):
         result = mmit("data", command, config, *option)
         assert result.exit_code == 2 and option[0] in result.stderr
@@ -154,15 +89,15 @@ def test_mistakes(made, tmp_path, command):
     assert mmit("data", command, tmp_path / "empty.jsonl", "--format", "mmit").exit_code == 2
 
 
-def test_mistakes_of_one_command(made, tmp_path):
-    data = made / "data" / "train.jsonl"
+def test_mistakes_of_one_command(untrained, tmp_path):
+    data = untrained / "data" / "train.jsonl"
     result = mmit("data", "show", data, "--text", "--out", tmp_path / "x.html")
     assert result.exit_code == 2 and "--out" in result.stderr
     (tmp_path / "file").write_text("")
     assert_one_message(mmit("data", "show", data, "--out", tmp_path / "file" / "x.html"), "cannot write")
     assert_one_message(mmit("data", "check", data, "--json", tmp_path / "file" / "x.json"), "cannot write")
     assert_one_message(mmit("data", "stats", data, "--out", tmp_path / "file" / "x"), "cannot write")
-    assert mmit("data", "stats", made / "config.yaml", data).exit_code == 2
+    assert mmit("data", "stats", untrained / "config.yaml", data).exit_code == 2
 
 
 def test_import_and_check_say_what_was_read_and_what_was_not(tmp_path: Path) -> None:
@@ -186,22 +121,15 @@ def test_import_and_check_say_what_was_read_and_what_was_not(tmp_path: Path) -> 
     assert (imported.exit_code, checked.exit_code) == (0, 1)
 
 
-def test_a_mixture_without_a_model_is_read_as_data(made, tmp_path):
+def test_a_mixture_without_a_model_is_read_as_data(untrained, tmp_path):
     """What `mmit build` writes where its config names no `base`."""
-    paths = {name: str(made / "data" / f"{name}.jsonl") for name in ("train", "test")}
+    paths = {name: str(untrained / "data" / f"{name}.jsonl") for name in ("train", "test")}
     mixture = tmp_path / "mixture.yaml"
     mixture.write_text(dump_yaml({"data": {"train": [{"path": paths["train"]}], "eval": [{"path": paths["test"]}]}}))
     assert "test-image" in mmit("data", "check", mixture).stdout
     assert "train" in good("data", "show", mixture, "--text").stdout
     assert "12 different images" in good("data", "stats", mixture, "--out", tmp_path / "stats").stdout
-    with_model = mmit("data", "check", mixture, "--config", made / "config.yaml")
+    with_model = mmit("data", "check", mixture, "--config", untrained / "config.yaml")
     assert "no tokenizer was given" not in with_model.stdout and "test-image" in with_model.stdout
     mixture.write_text(dump_yaml({"data": {"train": [{"paths": paths["train"]}]}}))
     assert_one_message(mmit("data", "check", mixture), "mixture.yaml:3", "paths: unknown key", "path")
-
-
-def test_a_file_in_place_of_the_format(tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
-    result = mmit("data", "import", "assets/llava_mixed.json", "--out", tmp_path / "x.jsonl")
-    assert result.exit_code and "mmit data import auto assets/llava_mixed.json" in result.output
-    assert "auto" not in mmit("data", "import", "llva", "--out", tmp_path / "x.jsonl").output.split("valid:")[0]

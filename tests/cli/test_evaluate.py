@@ -1,17 +1,18 @@
-"""`mmit eval` of an endpoint and `mmit compare`, from the command line to the files; mistakes end with one message."""
+"""`mmit eval` of endpoints and runs, and `mmit compare`, down to the files; a mistake ends with one message."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from mmit.cli import app
 from mmit.configs import shipped
+from mmit.generate import Model
+from tests.cli.commands import assert_one_message, good, mmit, write_task
 from tests.eval.benchmarks import CASES
 from tests.eval.test_judges import Stub
 
@@ -29,10 +30,6 @@ def data(tmp_path: Path) -> Path:
     for name in ("pope", "mmvet"):
         CASES[name][0](tmp_path / "data" / name)
     return tmp_path / "data"
-
-
-def mmit(*arguments: Any) -> Any:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def answer(body: dict[str, Any]) -> tuple[int, Any]:
@@ -83,3 +80,50 @@ def test_mistakes(arguments: list[str], said: str, data: Path) -> None:
     named = [word.replace("{pope}", str(shipped("eval")["pope"])) for word in arguments]
     result = mmit("eval", "http://127.0.0.1:9/v1", "--data-root", data, *named)
     assert result.exit_code == 2 and said in result.stderr and "Traceback" not in result.stderr
+
+
+# a run
+
+
+def test_eval_reports_the_score_beside_three_baselines(made, tmp_path):
+    task = write_task(made)
+    result = good("eval", made / "run", "--task", task, "--limit", 6, "--baseline-n", 3, "--batch-size", 4)
+    folder = made / "run" / "eval" / "colours"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["n"] == 6 and report["baselines"].keys() == {"majority", "untuned", "blank_image"}
+    assert all(report["baselines"].values()) and report["baselines"]["untuned"]["n"] == 3
+    for name in ("tuned model", "majority answer", "untuned model", "blank image"):
+        assert name in result.output
+    answers = [json.loads(line) for line in (folder / "answers-tuned.jsonl").read_text().splitlines()]
+    assert len(answers) == 7 and answers[1]["prompt"]
+    assert report["number_format"] == answers[0]["number_format"] == "fp32"
+    other = mmit("eval", made / "run", "--task", task, "--limit", 8, "--baseline-n", 3, "--dtype", "bf16")
+    assert_one_message(other, "number_format was 'fp32', is now 'bf16'", "--dtype fp32")
+    good("eval", made / "run", "--task", task, "--limit", 6, "--no-baselines", "--out", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["n"] == 6 and not any(report["baselines"].values())
+    assert not (tmp_path / "out" / "answers-untuned.jsonl").exists()
+
+
+def test_eval_of_a_run_that_goes_on_and_removes_the_checkpoint(made, tmp_path, monkeypatch):
+    """The untuned model is loaded last: the checkpoint that was evaluated may be gone by then."""
+    shutil.copytree(made / "run", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000003"
+    shutil.copytree(checkpoint, checkpoint.with_name("step-000002"))
+    real = Model.generate
+
+    def generate(self, *args, **options):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return real(self, *args, **options)
+
+    options = ("--task", write_task(made), "--limit", 4, "--baseline-n", 3, "--probe", "none")
+    good("eval", made / "run", *options, "--out", tmp_path / "kept")
+    monkeypatch.setattr(Model, "generate", generate)
+    good("eval", tmp_path / "run", *options, "--out", tmp_path / "gone")
+    assert not checkpoint.exists()
+    for name in ("tuned", "untuned"):
+        kept, gone = (
+            [json.loads(line)["answer"] for line in (folder / f"answers-{name}.jsonl").read_text().splitlines()[1:]]
+            for folder in (tmp_path / "kept", tmp_path / "gone")
+        )
+        assert kept == gone and len(kept) >= 3
