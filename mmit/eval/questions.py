@@ -148,6 +148,9 @@ def _choices(record: Record, task: Task) -> tuple[str, ...]:
     if isinstance(choices, str) or not all(isinstance(choice, str) for choice in choices):
         remedy = "Make the meta key 'choices' a list of texts."
         raise RecordError(f"choices are {brief(choices)}", where=record.where, remedy=remedy)
+    if task.answer_by != "generate" and not all(choice.strip() for choice in choices):
+        remedy = "Name what the model could say, or leave the choice out."
+        raise RecordError("a choice is empty, which has no likelihood", where=record.where, remedy=remedy)
     return tuple(choices)
 
 

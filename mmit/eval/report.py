@@ -29,6 +29,7 @@ from mmit.eval.runner import AS_STATED, How, Result, evaluate
 from mmit.eval.tasks import Item, Task, asked_of, task_items
 from mmit.io import write_atomic
 from mmit.pages import page
+from mmit.records import short
 from mmit.text import plain, terminal
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def run_task(
     asked = asked_of(task, items, sample=how.sample, seed=seed)
     console = how.console or terminal(quiet=how.ranks.rank > 0)
     count = f"{len(asked):,} of {len(items):,} questions"
-    console.print(Text(f"{task.name}: {count}, the first asked as: {asked[0].text!r}"))
+    console.print(Text(f"{task.name}: {count}, the first asked as: {short(asked[0].text, 400)!r}"))
     tuned = evaluate(subject.model, task, subject.arm(), items=asked, out_dir=folder, how=how)
     found = no_baselines()
     if beside.n:

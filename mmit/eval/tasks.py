@@ -170,6 +170,13 @@ class Task(Section):
             raise ValueError(f"unknown metric '{name}'; {nearest(name, [*METRICS, *JUDGES])}")
         return name
 
+    @field_validator("stop")
+    @classmethod
+    def _stops_are_texts(cls, given: list[str]) -> list[str]:
+        if "" in given:
+            raise ValueError("holds an empty text, at which every answer would end")
+        return given
+
     @field_validator("prompt", "templates")
     @classmethod
     def _prompt_asks_once(cls, given: str | list[str]) -> str | list[str]:

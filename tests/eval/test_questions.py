@@ -51,6 +51,7 @@ def test_a_lone_question_keeps_its_name_and_a_list_of_answers() -> None:
         ({"reference": "answer"}, {"answer": ["x"]}, "meta key 'answer' is .x., but the record has 2 questions"),
         ({"group_by": "kind"}, {"kind": ["a", "b", "c"]}, "but the record has 2 questions"),
         ({"answer_by": "likelihood"}, {}, "no choices whose likelihood could be compared"),
+        ({"answer_by": "likelihood"}, {"choices": ["a", " "]}, "a choice is empty"),
         ({}, {"choices": "abc"}, "choices are abc"),
         ({}, {"choices": ["a", 1]}, "choices are"),
     ],

@@ -142,6 +142,7 @@ def test_a_missing_file_tells_where_and_how_to_get_it(tmp_path: Path) -> None:
         ("max_new_tokens: 0\n", "task.yaml:4: max_new_tokens: expected whole number > 0, got 0"),
         ("prompt: hello\n", "prompt: must contain {question} exactly once, got hello"),
         ("format: lava\n", "did you mean 'llava'?"),
+        ("stop: [a, '']\n", "stop: holds an empty text"),
         ("train_split: train\n", "train_split:"),
         ("train_records: data.jsonl\n", "learned from the test itself"),
         ("split: test\n", "split: data.jsonl is one file; write {split} in its path"),
