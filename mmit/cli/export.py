@@ -238,9 +238,14 @@ def _compare_adapter(found: Loaded, folder: Path) -> None:
     from mmit.data.chat import encode
     from mmit.interop.export import TOLERANCE, compare_logits, fixed_talks, logits_of
     from mmit.models.interop.hf_parts import reload_adapter
+    from mmit.models.tuning import quantization
+    from mmit.models.tuning.structure import base_model
 
-    base = found.config.model.llm
-    again = reload_adapter(folder, base.name, revision=base.revision, random_init=base.random_init)
+    base, tune = found.config.model.llm, found.config.tune.llm
+    # The adapter of a QLoRA run was learnt on 4-bit weights: on plain ones its logits are others.
+    four_bits = getattr(base_model(found.vlm.llm), "is_quantized", False)
+    bits = quantization(tune.mode, tune.options) if four_bits else None
+    again = reload_adapter(folder, base.name, revision=base.revision, random_init=base.random_init, quantization=bits)
     if again is None:
         echo("not compared: the base was random to begin with (model.llm.random_init)")
         return

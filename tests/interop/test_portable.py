@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -16,8 +17,10 @@ from typer.testing import CliRunner
 
 import mmit
 from mmit.cli import app
+from mmit.cli.export import _compare_adapter as compare_adapter
 from mmit.config import Config
 from mmit.errors import CheckpointError
+from mmit.models.interop import hf_parts
 from mmit.train.checkpoint import model as checkpoint_model
 from mmit.train.checkpoint.model import read_config
 from mmit.train.run import run
@@ -143,6 +146,27 @@ def test_peft(trained: Path, tmp_path: Path) -> None:
     assert "largest difference of a logit" in text and "projector is not part" in text
     told = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert told["base_model_name_or_path"] == str(trained.parent / "base")
+
+
+@pytest.mark.parametrize(
+    ("quantised", "mode", "bits"),
+    [
+        (True, "qlora", {"quant": "nf4", "double_quant": True}),
+        (False, "qlora", None),  # loaded where bitsandbytes is not
+        (False, "lora", None),
+    ],
+)
+def test_an_adapter_is_compared_on_the_base_that_it_was_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantised: bool, mode: str, bits: Any
+) -> None:
+    """On the plain base the logits of a QLoRA run's adapter are others, and every such export failed."""
+    asked: list[Any] = []
+    monkeypatch.setattr(hf_parts, "reload_adapter", lambda *_, quantization, **__: asked.append(quantization))
+    config = tiny_config(tmp_path, tune={"llm": {"mode": mode, "lr": 1e-3}})
+    llm = torch.nn.Linear(2, 2)
+    llm.is_quantized = quantised  # type: ignore[assignment]
+    compare_adapter(SimpleNamespace(config=config, vlm=SimpleNamespace(llm=llm)), tmp_path)  # type: ignore[arg-type]
+    assert asked == [bits]
 
 
 def test_llava(trained: Path, tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ from collections import Counter
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from mmit.cli import app
 from mmit.data.chat import chat_format
 from mmit.errors import CheckpointError, ModelError
 from mmit.models import llm as models_llm
@@ -357,3 +359,7 @@ def test_a_qlora_run_trains_resumes_and_is_written_without_its_quantisation(fold
     torch.testing.assert_close(logits(plain.vlm), logits(small.vlm), atol=1e-4, rtol=1e-4)
     with pytest.raises(ModelError, match="rounded again"):
         merge(small.vlm)
+    told = CliRunner().invoke(
+        app, ["export", str(tmp_path / "run"), "--format", "peft", "--out", str(tmp_path / "peft")]
+    )
+    assert told.exit_code == 0 and "largest difference of a logit from the source: 0 " in told.output, told.output

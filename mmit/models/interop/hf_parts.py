@@ -105,20 +105,23 @@ def write_adapter(folder: Path, vlm: VLM, *, base: str) -> None:
     vlm.llm.save_pretrained(str(folder), save_embedding_layers=False)
 
 
-def reload_adapter(folder: Path, base: str, *, revision: str | None, random_init: Any) -> VLM | None:
+def reload_adapter(
+    folder: Path, base: str, *, revision: str | None, random_init: Any, quantization: Mapping[str, Any] | None = None
+) -> VLM | None:
     """Put a written adapter on its base with peft's own loader, in float32.
 
     Args:
         folder: what `write_adapter` wrote.
         base: name or folder of the base. revision: its commit, or None.
         random_init: the config's; a base of random weights cannot be loaded again.
+        quantization: the bits that the base was trained in, as `load_llm` takes them; None as it is.
 
     Returns:
         the adapted LLM as a composite that sees nothing; None where the base was random to begin with.
     """
     if random_init is not None:
         return None
-    llm = load_llm(base, revision=revision, dtype=torch.float32)
+    llm = load_llm(base, revision=revision, dtype=torch.float32, quantization=quantization)
     with quietly():
         adapted = PeftModel.from_pretrained(llm, str(folder))
     return VLM(adapted.eval(), vision=None, projector=None)
