@@ -82,7 +82,7 @@ def check_ids(items: Sequence[Item]) -> None:
         seen.add(item.id)
 
 
-def check_pictures(items: Sequence[Item]) -> None:
+def check_images(items: Sequence[Item]) -> None:
     """Raise ImageError if a picture that is named by its path is not there; opens none."""
     found: set[str] = set()
     for item in items:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from mmit.eval.baselines import USUAL, Beside, Subject, check_wordings, some_of
 from mmit.eval.metrics import check_installed
-from mmit.eval.questions import check_pictures
+from mmit.eval.questions import check_images
 from mmit.eval.report import run_task, section_of
 from mmit.eval.runner import AS_STATED, How
 from mmit.eval.tasks import Item, Task, asked_of, sample_items
@@ -40,9 +40,9 @@ def check_tasks(tasks: Sequence[tuple[Task, Sequence[Item]]], beside: Beside, *,
     for task, items in tasks:
         check_installed(task.metric, [item.reference for item in items])
         asked = asked_of(task, items, sample=sample, seed=task.seed)
-        check_pictures(asked)
+        check_images(asked)
         if beside.n:
-            check_pictures(some_of(asked, items, n=beside.n, seed=task.seed))
+            check_images(some_of(asked, items, n=beside.n, seed=task.seed))
         if beside.n and beside.templates:
             check_wordings(task, items, beside.templates)
 

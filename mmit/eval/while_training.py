@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mmit.errors import ConfigError
 from mmit.eval.judges import JUDGES
 from mmit.eval.metrics import check_installed, get_metric
-from mmit.eval.questions import check_pictures, sample_items
+from mmit.eval.questions import check_images, sample_items
 from mmit.eval.runner import answers_to
 from mmit.eval.tasks import load_tasks, task_items
 from mmit.generate import Model
@@ -48,7 +48,7 @@ def task_scores(names: Sequence[str], questions: int) -> Callable[[Loaded, int],
     for task in tasks:
         items = sample_items(task_items(task.model_copy(update={"sample": None})), questions, task.seed)
         check_installed(task.metric, [item.reference for item in items])
-        check_pictures(items)
+        check_images(items)
         asked.append((task, items))
 
     def measure(live: Loaded, step: int) -> Mapping[str, float]:
