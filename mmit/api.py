@@ -111,7 +111,11 @@ def _config(
         ConfigError: a key, type or value that a config cannot have.
     """
     given = [data] if isinstance(data, (str, os.PathLike, Mapping, Record)) else data
-    if not isinstance(given, Sequence) or not given:
+    if isinstance(given, Sequence) and not given:
+        raise ConfigError(
+            "no data", where=f"{WHERE}: data", remedy="give a file, a source, a Record, or a list of these"
+        )
+    if not isinstance(given, Sequence):
         raise _wrong("data", data, "a file, a source, a Record, or a list of these")
     raw = _start(model)
     for section, keys in said.items():

@@ -87,7 +87,7 @@ def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
     ("change", "told"),
     [
         ({"model": 7}, "model is a int"),
-        ({"data": []}, "data is a list"),
+        ({"data": []}, "data: no data"),
         ({"data": [3]}, "data is a int"),
         ({"steps": 0}, "train.steps"),
         ({"steps": 2, "epochs": 1.0}, "exactly one of epochs and steps"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from mmit import precision
 from mmit.errors import ConfigError, nearest
 from mmit.generate.model import Model
-from mmit.interop.foreign import Foreign, check_options, is_foreign, read_foreign, settle
+from mmit.interop.foreign import OPTIONS, Foreign, check_options, is_foreign, read_foreign, settle
 from mmit.models.hub import model_folder
 from mmit.models.llm import DTYPES, fewer_bits, usable_device
 
@@ -76,8 +76,11 @@ def load(
     """
     from mmit.train.checkpoint.model import LargeLLM, load_model  # here, so that a live model is used without it
 
-    unknown: dict[str, Any] = {name: value for name, value in loading.items() if name not in Loading.__annotations__}
-    foreign = check_options({"chat": chat, "base": base, "tower": tower, **unknown})
+    for name in loading:
+        if name not in Loading.__annotations__:
+            known = [*Loading.__annotations__, *OPTIONS, "untuned", "template_args", "allow_code"]
+            raise ConfigError(f"unknown option '{name}'", where="load", remedy=nearest(name, known))
+    foreign = check_options({"chat": chat, "base": base, "tower": tower})
     device, dtype = loading.get("device", "auto"), _number_format(loading)
     device_map, offload = loading.get("device_map"), loading.get("offload_folder")
     path = model_folder(folder)

@@ -50,7 +50,8 @@ def test_a_checkpoint_is_loaded_as_fast_as_it_can_be_unless_a_format_is_named(tm
     ("given", "told"),
     [
         ({"dtype": "fp61"}, "unknown dtype 'fp61'"),
-        ({"devise": "cpu"}, "unknown option 'devise'"),
+        ({"devise": "cpu"}, r"unknown option 'devise'\ndid you mean 'device'"),
+        ({"alow_code": True}, r"unknown option 'alow_code'\ndid you mean 'allow_code'"),
         ({"chat": "vicuna_v1"}, "chat is for folders of other projects"),
         ({"tower": "eye"}, "tower is for folders of other projects"),
     ],
