@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import PIL.Image
 import pytest
-from typer.testing import CliRunner
 
 from mmit.build.annotated import Dropped, Made, Recipe, annotated
 from mmit.build.holdout import Plan, held_out
-from mmit.cli import app
 from mmit.errors import ConfigError
-from mmit.records import Image, Record, Text, Turn, read_jsonl, write_jsonl
+from mmit.records import Image, Record, Text, Turn
 from mmit.templates.bank import Bank, Template
-from mmit.yamlio import dump_yaml
 
 COLOUR = Bank(
     "colour",
@@ -150,21 +146,3 @@ def test_images_are_set_apart_where_both_sides_ask_about_all(tmp_path):
 def test_plans_that_cannot_be_followed(records, plan, said):
     with pytest.raises(ConfigError, match=said):
         held_out(lambda: records, Plan(**plan))
-
-
-def test_the_command_writes_a_build_or_names_the_leaks(records, tmp_path):
-    (tmp_path / "in" / "records").mkdir(parents=True)
-    write_jsonl(records, tmp_path / "in" / "records" / "all.jsonl")
-    allow = {"records": ["in"], "holdout": {"clusters": ["place"]}, "allow_licences": ["MIT", "LicenseRef-unknown"]}
-    (tmp_path / "holdout.yaml").write_text(dump_yaml(allow))
-    out = tmp_path / "out"
-    command = ["build", "holdout", str(tmp_path / "holdout.yaml"), "--out", str(out)]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0 and "held out" in result.output, result.output
-    facts = json.loads((out / "build.json").read_text())
-    assert facts["in"] == len(records) and facts["held_out"] == ["side"]
-    assert len(list(read_jsonl(out / "held_out" / "side.jsonl"))) == facts["accepted"]["side"]
-    leaking = replace(records[0], id="again", meta=records[0].meta | {"task": "again", "cluster": "place"})
-    write_jsonl([*records, leaking], tmp_path / "in" / "records" / "all.jsonl")
-    result = CliRunner().invoke(app, [*command, "--dry-run"])
-    assert result.exit_code == 1 and "leak (image)" in result.output
