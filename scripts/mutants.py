@@ -815,7 +815,7 @@ MUTANTS = [
         "mmit/teachers/desk.py",
         '            if reply.finish == "unrecorded":',
         '            if reply.finish == "never":',
-        "tests/build/test_outputs.py",
+        "tests/cli/test_build_teachers.py",
     ),
     Mutant(
         "build: batches are sent after an error",
