@@ -78,9 +78,25 @@ FIRST_SLOW = (
 )  # fmt: skip
 
 
+MEMORY, ROOM = Path("/dev/shm"), 4 << 30  # bytes, of which the tests take a tenth
+
+
+def in_memory(folder: Path) -> bool:
+    """Whether the files of tests can lie in a folder of the memory: there is room, and code in it may be run."""
+    try:
+        found = os.statvfs(folder)
+    except OSError:
+        return False
+    code = not found.f_flag & getattr(os, "ST_NOEXEC", 0)
+    return code and found.f_bavail * found.f_frsize > ROOM and os.access(folder, os.W_OK)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist keep the order; its own begins with the files of most tests."""
     config.option.loadscopereorder = False
+    # On a disk both cores wait at the end, while what an earlier run left there is deleted. Long tests write too much.
+    if config.option.markexpr != "long" and in_memory(MEMORY):
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     if not getattr(config.option, "numprocesses", None):  # the process that hands out tests runs none
         examples.load("all" if config.option.markexpr == "slow" else "few")
         if "PYTEST_XDIST_WORKER" in os.environ or config.option.markexpr == "slow":  # tests of all kinds, not one file

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -314,3 +317,15 @@ def test_the_files_that_tests_begin_with_exist() -> None:
 
     tests = Path(__file__).parent
     assert [name for name in (*FORKING, *FIRST, *FIRST_SLOW) if not (tests / name).is_file()] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names a folder of Linux")
+def test_files_of_tests_lie_in_memory_where_there_is_room_and_code_may_be_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not conftest.in_memory(tmp_path / "missing")
+    room, found = conftest.ROOM, []
+    monkeypatch.setattr(os, "statvfs", lambda folder: SimpleNamespace(f_frsize=2, **found[-1]))
+    for free, flag, expected in ((room, 0, True), (room // 2, 0, False), (room, os.ST_NOEXEC, False)):
+        found.append({"f_bavail": free, "f_flag": flag})
+        assert conftest.in_memory(tmp_path) is expected
