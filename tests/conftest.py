@@ -185,6 +185,16 @@ def _no_numbers_for_tensors_without_data() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_texts_of_configs() -> Iterator[None]:
+    """transformers compares every config it reads with a new one, to write what differs into a message nobody sees."""
+    from transformers import PreTrainedConfig
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PreTrainedConfig, "__repr__", lambda config: f"<{type(config).__name__}>")
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_extension_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Compile torch extensions into a folder of this session.
 
