@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import gc
 import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,12 +93,22 @@ def in_memory(folder: Path) -> bool:
     return code and found.f_bavail * found.f_frsize > ROOM and os.access(folder, os.W_OK)
 
 
+def leave(worker: int) -> None:
+    """End a process of pytest-xdist, whose exit code means nothing. Python would first take all imports apart."""
+    if os.getpid() == worker:  # what it forked has an exit code of its own
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let pytest-xdist keep the order; its own begins with the files of most tests."""
     config.option.loadscopereorder = False
     # On a disk both cores wait at the end, while what an earlier run left there is deleted. Long tests write too much.
     if config.option.markexpr != "long" and in_memory(MEMORY):
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
+    if hasattr(config, "workerinput"):
+        atexit.register(leave, os.getpid())
     if not getattr(config.option, "numprocesses", None):  # the process that hands out tests runs none
         examples.load("all" if config.option.markexpr == "slow" else "few")
         if "PYTEST_XDIST_WORKER" in os.environ or config.option.markexpr == "slow":  # tests of all kinds, not one file
