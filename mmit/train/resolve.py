@@ -187,8 +187,7 @@ def resolve_packing(data: Mapping[str, Any], vlm: VLM, tokenizer: Any, *, measur
         update["packing"] = reason is None
     if measure:  # with the attention that the run will have
         with located("model.llm"):
-            check_embeddings(vlm)
-            check_causal(vlm)
+            check_causal(vlm, check_embeddings(vlm))
     if rules.rotary_limit and data["share_prefix"] and data["max_length"] > rules.rotary_limit:
         update["share_prefix"] = False
         say(

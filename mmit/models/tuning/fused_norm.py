@@ -10,6 +10,7 @@ Dimensions: T tokens, D channels.
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 from mmit.models.partition import is_part
 from mmit.models.tuning.fused_lora import autocast_on
 from mmit.models.tuning.structure import norms
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 
 
 class _Fused(torch.autograd.Function):
@@ -62,9 +65,15 @@ def fuse_norms(model: nn.Module) -> int:
     """Give every RMSNorm of that kind the shorter forward, in place. Returns the number of them."""
     count = 0
     made: dict[tuple[type, float], type] = {}
+    tried: dict[Hashable, float | None] = {}
     for name in list(norms(model)):
         module = model.get_submodule(name)
-        epsilon = None if isinstance(module, FusedNorm) else _epsilon(module)
+        if isinstance(module, FusedNorm):
+            continue
+        alike = _alike(module)
+        if alike not in tried:
+            tried[alike] = _epsilon(module)
+        epsilon = tried[alike]
         if epsilon is not None:
             kind = (type(module), epsilon)
             if kind not in made:
@@ -72,6 +81,19 @@ def fuse_norms(model: nn.Module) -> int:
             module.__class__ = made[kind]
             count += 1
     return count
+
+
+def _alike(module: nn.Module) -> Hashable:
+    """Equal for modules that one trial can speak for: of a class, a width and attributes; the layers of an LLM are.
+
+    Weights do not matter: the trial draws its own. A module that holds anything but plain values is like no other.
+    """
+    own = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
+    if any(type(value) not in (bool, int, float, str, tuple, type(None)) for value in own.values()):
+        return id(module)
+    weight: Any = module.weight
+    held = (tuple(module._parameters), tuple(module._buffers), type(weight), is_part(weight), tuple(weight.shape))
+    return type(module), held, tuple(own.items())
 
 
 def _epsilon(module: nn.Module) -> float | None:

@@ -95,9 +95,12 @@ def answers(vlm: VLM) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check_embeddings(vlm: VLM) -> None:
+def check_embeddings(vlm: VLM) -> torch.Tensor:
     """Compare the model's answers to token ids, as transformers asks it, with those to what mmit gives it: embeddings
     and positions from 0.
+
+    Returns:
+        (S, V) the latter, as `answers` gives them.
 
     Raises:
         ModelError: the model does something to the ids that their embeddings do not show, or counts otherwise.
@@ -119,7 +122,7 @@ def check_embeddings(vlm: VLM) -> None:
                 remedy="use another language model",
             ) from error
         if same_logits(by_embeddings, by_ids):
-            return
+            return by_embeddings
         counted = call(vlm.llm, **given, position_ids=at[None], optional=("use_cache", "position_ids")).logits[0]
         if same_logits(by_embeddings, counted):
             raise ModelError(
@@ -137,8 +140,11 @@ def check_embeddings(vlm: VLM) -> None:
 
 
 @torch.no_grad()
-def check_causal(vlm: VLM) -> None:
+def check_causal(vlm: VLM, before: torch.Tensor) -> None:
     """See that no token's answer hangs on what follows it: the loss would then be of a text that is shown.
+
+    Args:
+        vlm: to check. before: its `answers`.
 
     Raises:
         ModelError: it does.
@@ -148,8 +154,8 @@ def check_causal(vlm: VLM) -> None:
         half = len(row["ids"]) // 2
         ids = torch.cat([row["ids"][:half], row["ids"][half:].flip(0)])
         other = row | {"ids": ids, "embeddings": vlm.llm.get_input_embeddings()(ids)}
-        first, second = vlm.row_logits(**row)[:half], vlm.row_logits(**other)[:half]
-    if not same_logits(second, first):
+        changed = vlm.row_logits(**other)
+    if not same_logits(changed[:half], before[:half]):
         raise ModelError(
             f"tokens of {type(vlm.llm).__name__} see those that follow, so that it would learn no answer to write",
             where="model.llm",

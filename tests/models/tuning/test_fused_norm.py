@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from mmit.models.tuning import fused_norm
 from mmit.models.tuning.fused_norm import FusedNorm, fuse_norms
 
 
@@ -120,3 +121,16 @@ def test_names_classes_and_copies_stay_and_an_empty_model_is_known_too():
     model = nn.Sequential(fused, copy.deepcopy(plain).to("meta"))
     assert fuse_norms(model) == 1 and isinstance(model[1], FusedNorm)
     assert fuse_norms(model) == 0
+
+
+def test_layers_that_are_alike_are_tried_once_and_others_apart(monkeypatch):
+    tried = []
+    real = fused_norm._epsilon
+    monkeypatch.setattr(fused_norm, "_epsilon", lambda module: tried.append(module) or real(module))
+    near, odd = LlamaRMSNorm(32, 1e-5), LlamaRMSNorm(32, 1e-5)
+    odd.forward = lambda x: 2 * x  # of this one module alone
+    norms = [near, LlamaRMSNorm(32, 1e-5), LlamaRMSNorm(32, 1e-6), LlamaRMSNorm(16, 1e-5), Odd(32), odd]
+    assert fuse_norms(nn.ModuleList(norms)) == 4
+    assert tried == [near, *norms[2:]]
+    assert [norm.epsilon for norm in norms[:4]] == [1e-5, 1e-5, 1e-6, 1e-5]
+    assert not any(isinstance(norm, FusedNorm) for norm in (norms[4], odd))

@@ -96,7 +96,7 @@ def test_tensors_that_the_loss_does_not_reach_are_named() -> None:
 
 def test_a_model_that_looks_at_ids_themselves_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     vlm = model()
-    check_embeddings(vlm)
+    assert torch.equal(check_embeddings(vlm), answers(vlm))
     real = vlm.llm.model.forward
 
     def by_ids(*given: Any, input_ids: Any = None, **more: Any) -> Any:
@@ -116,9 +116,11 @@ def loaded(kind: str, **more: Any) -> VLM:
 
 
 def test_a_model_whose_tokens_see_what_follows_is_refused() -> None:
-    check_causal(loaded("bert", is_decoder=True))
+    decoder, encoder = loaded("bert", is_decoder=True), loaded("bert")
+    check_causal(decoder, answers(decoder))
+    before = answers(encoder)
     with pytest.raises(ModelError, match="tokens of BertLMHeadModel see those that follow, so that"):
-        check_causal(loaded("bert"))
+        check_causal(encoder, before)
 
 
 def test_a_model_that_counts_from_elsewhere_is_refused() -> None:
