@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,7 +100,7 @@ def test_ranks_get_the_words_of_the_command_without_the_option(tmp_path, monkeyp
     given = ["eval", str(tmp_path), "--limit", "5", "--device", "cpu", "--task", "custom_example"]
     for words in ([*given, "--devices", "3"], ["eval", "--devices=3", *given[1:]]):
         monkeypatch.setattr("mmit.cli.evaluate._judges", lambda *given, **options: None)
-        monkeypatch.setattr("mmit.eval.tasks.load_task", lambda name, **options: name)
+        monkeypatch.setattr("mmit.eval.tasks.load_task", lambda name, **options: SimpleNamespace(name=name))
         assert mmit(*words).exit_code == EXIT_STOPPED
     two, one, *evals = seen
     assert two == (
