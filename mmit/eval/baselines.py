@@ -140,6 +140,10 @@ def some_of(asked: Sequence[Item], items: Sequence[Item], *, n: int, seed: int) 
     """Return the `n` questions of the baselines: of those that were `asked`, or of all `items` if that are fewer.
 
     Of the same questions as the tuned model, wherever these suffice: only then is the difference one of models.
+
+    Args:
+        asked: questions of the tuned model. items: all of the task's.
+        n: most that are returned. seed: of the sample.
     """
     return sample_items(asked if len(asked) >= n else items, n, seed)
 

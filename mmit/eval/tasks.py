@@ -334,7 +334,13 @@ def task_items(task: Task, limit: int | None = None, seed: int | None = None) ->
 
 
 def asked_of(task: Task, items: Sequence[Item], *, sample: int | None, seed: int) -> list[Item]:
-    """Return those of all of a task's questions that are asked: `sample` of them, by default the task's own sample."""
+    """Return those of all of a task's questions that are asked.
+
+    Args:
+        items: all of them.
+        sample: how many are asked; None for the task's own sample, or all where it has none.
+        seed: of the sample.
+    """
     n = task.sample.n if sample is None and task.sample else sample
     return sample_items(items, n, seed)
 

@@ -337,6 +337,10 @@ class Model(Runner):
 
         Returns:
             for each record, a number per choice.
+
+        Raises:
+            ConfigError: an argument of another type, or not one list of choices for each record.
+            RecordError: a record is malformed, its picture unreadable, or its prompt too long for the model.
         """
         check_records(records)
         _check_count("batch_size", batch_size)

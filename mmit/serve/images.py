@@ -59,7 +59,12 @@ class Files:
         self._lock = threading.Lock()
 
     def put(self, content: bytes, *, owner: str, name: str, purpose: str) -> StoredFile:
-        """Keep an image."""
+        """Keep an image, and let the oldest go while there are too many.
+
+        Args:
+            content: the encoded image, which was checked before.
+            owner: who may ask for it, a stand-in for the key. name, purpose: as its uploader told them.
+        """
         made = StoredFile(f"file-{secrets.token_hex(12)}", owner, name, purpose, content, int(time.time()))
         with self._lock:
             self._files[made.id] = made

@@ -146,7 +146,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(server: Server, place: socket.socket, *, notices: Sequence[str] = (), browser: bool = False) -> None:
-    """Serve until a signal; says where, and opens a browser there if asked to."""
+    """Serve until a signal; says where.
+
+    Args:
+        server: not started yet. place: a bound socket, from `listen`.
+        notices: lines that are told before the address.
+        browser: open one at the chat page.
+    """
     host, port = place.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}"
