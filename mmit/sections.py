@@ -155,6 +155,9 @@ def _explain(item: dict[str, Any], root: type[Section], raw: Any) -> tuple[Keys,
         return path, f"unknown value '{value}'; {nearest(value, get_args(annotation))}"
     unquoted = "text" in expected and isinstance(value, (int, float))
     hint = "; put it in quotes to make it text" if unquoted else ""
+    section = _section_in(annotation)
+    if value is None and section and not any(field.is_required() for field in section.model_fields.values()):
+        hint = "; leave the key out for its defaults"
     return path, f"expected {expected}, got {brief(value)}{hint}"
 
 

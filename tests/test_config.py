@@ -136,6 +136,7 @@ def test_a_mode_is_switched_in_one_line_and_says_which_options_went(tmp_path: Pa
         (["data.packing=yes"], ["data.packing", "true or false", "yes"]),
         (["data.train=[]"], ["data.train", "non-empty list"]),
         (["data.train.0=rows.jsonl"], ["data.train.0", "expected section", "rows.jsonl"]),
+        (["model.projector=null"], ["model.projector", "got null; leave the key out for its defaults"]),
         (["data.train.2.path=x"], ["override 'data.train.2.path=x'", "'2'", "list of 1", "up to 1"]),
         (["train.betas.1=0.9"], ["list of 0", "set the whole list"]),
         (["train.steps.x=1"], ["'x'", "10", "no keys"]),
