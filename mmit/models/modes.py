@@ -32,20 +32,10 @@ def training_mode(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    if training:
-        model.train()
-    else:
-        for module, before in modes:
-            if before:
-                _set(module, False)
+    model.train(training)
     try:
         yield
     finally:
         for module, before in modes:
-            if module.training != before:
-                _set(module, before)
-
-
-def _set(module: nn.Module, training: bool) -> None:
-    # A module's own way looks among its parameters, buffers and modules first, and a start changes modes twenty times.
-    object.__setattr__(module, "training", training)
+            if module.training != before:  # setting an attribute of a module is slow
+                module.training = before
