@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 import urllib.request
 from contextlib import suppress
@@ -27,13 +28,14 @@ from tests.test_generate import build
 
 
 class Engine:
-    """Takes a while to close."""
+    """Is closed once it may be."""
 
     def __init__(self) -> None:
         self.closed: list[float] = []
+        self.may = threading.Event()
 
     def close(self, grace_s: float) -> None:
-        time.sleep(0.02)
+        assert self.may.wait(20)
         self.closed.append(grace_s)
 
 
@@ -83,23 +85,36 @@ def test_an_address_that_cannot_be_had_is_told_with_the_remedy() -> None:
 
 
 def test_the_engine_ends_before_the_server_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    engine = Engine()
+    engine, order = Engine(), list[str]()
 
     async def connections_end(self: Any, sockets: Any = None) -> None:
-        await asyncio.sleep(0)
         order.append("connections")
-        assert not engine.closed  # both at once: connections wait for the answers that they carry
+        assert not engine.closed
+        engine.may.set()  # both at once: connections wait for the answers that they carry
+        while not engine.closed:
+            await asyncio.sleep(0.001)
 
     monkeypatch.setattr(uvicorn.Server, "shutdown", connections_end)
     found = quiet(engine)
+    asyncio.run(asyncio.wait_for(found.shutdown(), 20))
+    assert engine.closed == [2.5] and order == ["connections"]
+    assert found.config.timeout_graceful_shutdown == 7  # whoever is still connected then is cut off
+
+
+def test_the_server_waits_for_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, order = Engine(), list[str]()
+
+    async def connections_end(self: Any, sockets: Any = None) -> None:
+        asyncio.get_running_loop().call_later(0.02, engine.may.set)
+        order.append("connections")
+
+    monkeypatch.setattr(uvicorn.Server, "shutdown", connections_end)
 
     async def check() -> None:
-        await found.shutdown()
+        await asyncio.wait_for(quiet(engine).shutdown(), 20)
         assert engine.closed == [2.5] and order == ["connections"]
 
     asyncio.run(check())
-    assert found.config.timeout_graceful_shutdown == 7  # whoever is still connected then is cut off
 
 
 def test_a_signal_ends_the_server_and_not_the_process() -> None:
