@@ -74,15 +74,14 @@ class _Server:
                 try:
                     answer: dict[str, str] = json.loads(_exchange(process, request))
                     return answer
-                except TimeoutError:
-                    self._stop()
-                    problem = f"the process that renders it gives no answer for {PATIENCE:g} s; is the machine busy?"
-                except (OSError, EOFError):
-                    code = process.wait(PATIENCE)
-                    self.forget()
-                    if code == -signal.SIGPROF:
+                except (OSError, EOFError) as error:
+                    self._stop()  # one that has ended keeps the code it ended with
+                    if process.returncode == -signal.SIGPROF:
                         raise Exceeded(f"it takes more than {SECONDS:g} s of processor time") from None
-                    problem = f"the process that renders it ends with {code}; more than 512 MiB of memory can be why"
+                    told = f"ends with {process.returncode}; more than 512 MiB of memory can be why"
+                    if isinstance(error, TimeoutError):
+                        told = f"gives no answer for {PATIENCE:g} s; is the machine busy?"
+                    problem = f"the process that renders it {told}"
                 except BaseException:  # Ctrl-C between question and answer: the next answer would be the wrong one
                     self._stop()
                     raise
