@@ -199,8 +199,8 @@ def export_llava_hf(
     )
     model, processor = reload(folder)
     preparation = prepare_images(image, tokens=vlm.image_tokens, grid=vlm.image_grid)
-    pixels, seen = 0.0, []
-    for talk, scores in zip(fixed_talks(chat), merged, strict=True):
+    pixels, asked = 0.0, []
+    for talk in fixed_talks(chat):
         own = encode(talk, chat, tokenizer, generate=True).ids
         theirs = processed(processor, talk)
         slots = iter([preparation.spread(Image(p)).tokens for p in pictures_of(talk)] if preparation else [])
@@ -208,11 +208,32 @@ def export_llava_hf(
         _compare_ids(ids, theirs["input_ids"][0].tolist(), processor.tokenizer)
         shown, apart = _shown(vlm, talk, preparation, theirs)
         pixels = max(pixels, apart)
-        with torch.no_grad():
-            found = model(input_ids=torch.tensor([ids]), **shown).logits[0]
-        seen.append(compare_logits(scores, found, tolerance=TOLERANCE[dtype]))
+        asked.append({"input_ids": torch.tensor([ids]), **shown})
+    found = _answers(model, asked)
+    try:
+        seen = [compare_logits(a, b, tolerance=TOLERANCE[dtype]) for a, b in zip(merged, found, strict=True)]
+    except ModelError:
+        if dtype != torch.float32:
+            raise
+        # A model can magnify float32's rounding beyond the limit. In float64 nothing of it is left, and a mistake stays
+        # what it is. Not from the start: it takes twice the memory.
+        found = _answers(model.double(), asked)
+        del model
+        merged = source_logits(vlm.double(), tokenizer, chat, image)
+        vlm.float()  # exact, for these were the values
+        seen = [compare_logits(a, b, tolerance=TOLERANCE[dtype]) for a, b in zip(merged, found, strict=True)]
     worst = max(seen, key=lambda difference: difference.logits / difference.limit)
     return Difference(worst.logits, worst.limit, pixels)
+
+
+@torch.no_grad()
+def _answers(model: Any, asked: Sequence[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    """Logits (T, V) of the exported model, by its number format, for each of the inputs."""
+    answers = []
+    for inputs in asked:
+        given = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+        answers.append(model(**given).logits[0])
+    return answers
 
 
 def _shown(

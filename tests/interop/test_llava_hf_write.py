@@ -14,10 +14,11 @@ import mmit
 from mmit.data.chat import chat_format
 from mmit.data.content import piece_tokenizer
 from mmit.errors import ModelError
+from mmit.interop import export
 from mmit.interop.export import Companions, export_llava_hf
 from mmit.models.interop.hf_towers import hf_tower
 from mmit.models.interop.llava_hf import read_llava_hf
-from mmit.models.interop.llava_hf_write import check_writable
+from mmit.models.interop.llava_hf_write import check_writable, reload
 from mmit.models.llm import load_llm
 from mmit.models.projectors import build_projector
 from mmit.models.tuning import apply_tuning
@@ -123,6 +124,30 @@ def test_several_layers_are_written_and_come_back(tmp_path: Path, name: str, sel
     assert again.vision is not None and again.vision.dim == vision.dim
     pixels = torch.randint(0, 256, (1, 3, *vision.image_size), dtype=torch.uint8)
     torch.testing.assert_close(again.encode_images(pixels), vision(pixels), atol=2e-3, rtol=1e-2)  # noise as weights
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_float64_tells_rounding_from_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: bool) -> None:
+    tokenizer = FAMILIES["byte_level"]()
+    vlm = composite(tokenizer, build_vision("open_clip", "ViT-S-32", weights=False, layer=2), spare=1)
+    before = {name: value.clone() for name, value in vlm.state_dict().items()}
+
+    def loaded(folder: Path) -> Any:
+        model, processor = reload(folder)
+        for norm in model.model.vision_tower.modules() if wrong else []:
+            if isinstance(norm, torch.nn.LayerNorm):
+                norm.eps = 1e-4
+        return model, processor
+
+    monkeypatch.setattr(export, "reload", loaded)
+    monkeypatch.setitem(export.TOLERANCE, torch.float32, 1e-8)  # float32 cannot keep it: the towers' sums differ
+    if wrong:
+        with pytest.raises(ModelError, match="differs: a logit is off by"):
+            write(tmp_path / "out", vlm, tokenizer=tokenizer, image_token="<picture>")
+    else:
+        assert write(tmp_path / "out", vlm, tokenizer=tokenizer, image_token="<picture>").logits <= 1e-7
+    after = vlm.state_dict()
+    assert all(after[name].dtype == value.dtype and torch.equal(after[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("spare", [0, 5])
