@@ -7,12 +7,15 @@ import functools
 import gc
 import io
 import os
+import random
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pytest
 import typer.testing
 
@@ -133,6 +136,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     first = FIRST_SLOW if config.option.markexpr == "slow" else FIRST
     rank = {folder / name: number for number, name in enumerate((*FORKING, *first))}
     items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give each test random numbers of its own, so that a failure comes back; MMIT_TEST_SEED gives them others."""
+    import torch
+
+    seed = zlib.crc32(f"{os.environ.get('MMIT_TEST_SEED', '')} {item.nodeid}".encode())
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture(scope="module", autouse=True)
