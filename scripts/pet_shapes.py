@@ -3,8 +3,9 @@
     pip install easy-vqa
     python scripts/pet_shapes.py --start runs/base --task shape --labelled 16 --out runs/pet-shapes
 
-`--start` is a run that has not seen the test pictures. Labelled, unlabelled and held-out rows are different pictures of
-the test split. All models take the same steps, but for the one with all labels (--full-steps). Prints a Markdown table
+`--start` is a run that has not seen the test pictures, nor the last --more pictures of the training split, which become
+unlabelled ones too. Labelled, unlabelled and held-out rows are different pictures. All models take the same steps, but
+for the students (--student-steps) and the one with all labels (--full-steps). Prints a Markdown table
 of accuracies on the held-out pictures, each the mean over seeds with the interval of the pictures; figures of every
 seed are in OUT/figures.json. What is finished is not run again.
 """
@@ -44,17 +45,23 @@ PATTERNS = {
 }
 
 
-def rows_of(task: str, seed: int, sizes: tuple[int, int, int]) -> tuple[list[str], list[list[pet.Example]]]:
+def examples_of(task: str, split: str) -> list[pet.Example]:
+    """Each picture of a split with its label."""
+    rows, licence, source = open_rows({"package": "easy-vqa-attributes", "split": split})
+    return [pet.Example({"image": row["image"]}, row[task], source, n, licence) for n, row in rows if "shape" in row]
+
+
+def rows_of(
+    task: str, seed: int, sizes: tuple[int, int, int], *, more: int = 0
+) -> tuple[list[str], list[list[pet.Example]]]:
     """The labels, and labelled, unlabelled (with labels, for the model that has all) and held-out rows."""
-    rows, licence, source = open_rows({"package": "easy-vqa-attributes", "split": "test"})
-    examples = [
-        pet.Example({"image": row["image"]}, row[task], source, n, licence) for n, row in rows if "shape" in row
-    ]
+    examples = examples_of(task, "test")
     labels = sorted({str(example.label) for example in examples})
     random.Random(0).shuffle(examples)
     held_out, rest = examples[: sizes[2]], examples[sizes[2] :]  # the same for all seeds
     random.Random(seed).shuffle(rest)
-    return labels, [rest[: sizes[0]], rest[sizes[0] : sizes[0] + sizes[1]], held_out]
+    extra = examples_of(task, "train")[-more:] if more else []
+    return labels, [rest[: sizes[0]], [*extra, *rest[sizes[0] : sizes[0] + sizes[1] - more]], held_out]
 
 
 def main() -> None:
@@ -65,14 +72,18 @@ def main() -> None:
     parser.add_argument("--task", choices=list(PATTERNS), default="shape")
     parser.add_argument("--labelled", type=int, default=16)
     parser.add_argument("--unlabelled", type=int, default=300)
+    parser.add_argument("--more", type=int, default=0, help="of the unlabelled, from the end of the training split")
     parser.add_argument("--held-out", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--student-steps", type=int, help="of PET's and iPET's students; default --steps")
     parser.add_argument("--full-steps", type=int, default=60)
     parser.add_argument("--generations", type=int, default=2, help="of iPET; 1 leaves it out")
     parser.add_argument("--lr", type=float, default=3e-4)
     given = parser.parse_args()
+    if given.more > given.unlabelled:
+        parser.error(f"--more {given.more} is more than --unlabelled {given.unlabelled}")
     figures: dict[str, dict[str, list[int]]] = {}
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         one_seed(given, seed, figures)
@@ -83,7 +94,8 @@ def main() -> None:
 def one_seed(given: argparse.Namespace, seed: int, figures: dict[str, dict[str, list[int]]]) -> None:
     """Which held-out rows each arm gets right, added to `figures`: arm -> seed -> rows."""
     folder = given.out / f"seed{seed}"
-    labels, (few, rest, held_out) = rows_of(given.task, seed, (given.labelled, given.unlabelled, given.held_out))
+    sizes = (given.labelled, given.unlabelled, given.held_out)
+    labels, (few, rest, held_out) = rows_of(given.task, seed, sizes, more=given.more)
     patterns = pet.patterns_of({"task": given.task, "labels": labels, "patterns": PATTERNS[given.task]})
     first, bare = patterns.patterns[0], [replace(row, label=None) for row in rest]
     tune = {"llm": {"mode": "lora", "lr": given.lr, "options": {"r": 16, "alpha": 32}}}
@@ -113,7 +125,8 @@ def one_seed(given: argparse.Namespace, seed: int, figures: dict[str, dict[str, 
             shutil.rmtree(folder / "task" / LABELLED, ignore_errors=True)
             shutil.rmtree(folder / "task" / STUDENT, ignore_errors=True)
             pet.label(folder / "task", patterns, bare)
-            pet.distil(given.start, folder / "task", how=replace(how, lm=0.0)).rename(student)
+            longer = replace(how, lm=0.0, steps=given.student_steps or given.steps)
+            pet.distil(given.start, folder / "task", how=longer).rename(student)
         note(arm, student)
     for arm, some, steps, kind in (
         ("one prompt, tuned", few, given.steps, "sft"),
