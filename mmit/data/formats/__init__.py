@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mmit.data.formats import captions, chat, instruct, mimicit, multimodal, pairs, tabular, vqa
+from mmit.data.formats import captions, chat, instruct, mimicit, multimodal, pairs, tabular, transcripts, vqa
 from mmit.data.formats.chat import llava, messages, mmit_row, sharegpt
 from mmit.data.formats.common import SHARED_OPTIONS, Format, Rows
 from mmit.data.formats.detect import detect
@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 # Raised whenever a row may be read differently than before: conversions are made again.
-VERSION = 5
+VERSION = 6
 _ROW_FORMATS: dict[str, Format] = {
     **chat.FORMATS,
     **instruct.FORMATS,
@@ -56,6 +56,7 @@ _ROW_FORMATS: dict[str, Format] = {
     **mimicit.FORMATS,
     **vqa.FORMATS,
     **pairs.FORMATS,
+    **transcripts.FORMATS,
 }
 # Tables last: their formats name the row formats that a mapping of columns leads to.
 FORMATS: dict[str, Format] = {**_ROW_FORMATS, **tabular.table_formats(_ROW_FORMATS)}

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from mmit.data.formats.anthropic import without_blocks
 from mmit.data.formats.boxes import PLACE
 from mmit.data.formats.common import Format, Row, by_name, id_of, images_of, objects_of, rest, text_of
 from mmit.data.formats.keys import calls_of, part_extras, turn_extras, with_spans
@@ -108,12 +109,12 @@ def messages(row: Row, *, image_root: str = "") -> Record:
     lie beside the messages, in `images`: then "<image>" marks their places in content that is text, and
     {"type": "image"} parts without a picture do in content that is a list (ms-swift, LLaMA-Factory, TRL). In a list
     {"type": "bbox", "bbox": [x1, y1, x2, y2]} is a box, as are box and point; `objects` may hold them too. A leading
-    system text may stand in `system`, schemas of tools in `tools`. Raises RecordError for http(s) URLs and if places
-    and pictures differ in number.
+    system text may stand in `system`, schemas of tools in `tools`; calls and results may be Anthropic's blocks. Raises
+    RecordError for http(s) URLs and if places and pictures differ in number.
     """
     key = next((name for name in ("messages", "conversations", "conversation") if name in row), "messages")
     beside = images_of(row, image_root) or []
-    turns, extras = _turns(objects_of(row, key), ROLES, root=image_root, beside=beside)
+    turns, extras = _turns(without_blocks(objects_of(row, key)), ROLES, root=image_root, beside=beside)
     return Record(turns, id=id_of(row), meta=_meta(rest(row, key), extras))
 
 
@@ -349,6 +350,8 @@ def conversation_format(rows: Sequence[Any]) -> tuple[str, str]:
     """Tell which format rows with 'conversations' have, from speakers and images: (name, reason)."""
     dicts = [row for row in rows if isinstance(row, dict)]
     lists = [row.get("conversations") for row in dicts]
+    if lists and isinstance(lists[0], list) and lists[0] and all(isinstance(text, str) for text in lists[0]):
+        return "lima", "'conversations' is a list of texts"
     turns = [t for value in lists if isinstance(value, list) for t in value if isinstance(t, dict)]
     # Keys decide before contents: LLaVA and ShareGPT share `conversations`, and only speakers and pictures tell them
     # apart.

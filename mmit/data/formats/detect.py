@@ -18,10 +18,12 @@ from mmit.data.formats.keys import REFUSED
 from mmit.data.formats.multimodal import M3IT_IMAGES, vision_flan_task
 from mmit.data.formats.pictures import MARKER
 from mmit.data.formats.tabular import is_parquet, is_table, table_header
+from mmit.data.formats.transcripts import is_guanaco
 from mmit.errors import RecordError
 from mmit.records import short
 
 _LOOKED_AT = 1000
+_TEMPLATES = ("<|im_start|>", "[INST]", "<|start_header_id|>", "<start_of_turn>", "<|assistant|>")
 
 
 def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
@@ -57,12 +59,14 @@ def detect(path: str, formats: Mapping[str, Format]) -> tuple[str, str]:
         return _conversations(rows, keys)
     if encoded := [name for name in M3IT_IMAGES if name != "image" and name in keys]:
         return "m3it", f"the first row has M3IT's '{encoded[0]}'"
+    if isinstance(first, dict) and is_guanaco(first):
+        return "guanaco", "the first row has 'text' with ### Human: in it"
     found = _by_keys(keys, formats)
     if found:
         return found, f"the first row has {_quoted(formats[found].detect)}"
     problem = f"cannot tell the format: the first row has the keys {short(list(keys))}" if rows else "no rows"
     wrapped = _wrapped(first) if whole and isinstance(first, dict) else ""
-    raise RecordError(problem, where=path, remedy=_unlearnable(keys) or wrapped or expected(formats))
+    raise RecordError(problem, where=path, remedy=_unlearnable(keys, first) or wrapped or expected(formats))
 
 
 def _wrapped(value: dict[str, Any]) -> str:
@@ -76,13 +80,15 @@ def _wrapped(value: dict[str, Any]) -> str:
     return f"If its rows lie under '{key}', write that list into a file of its own: {told}."
 
 
-def _unlearnable(keys: set[str]) -> str:
+def _unlearnable(keys: set[str], row: Any) -> str:
     """Say why rows with these keys are nothing to learn answers from, "" if that cannot be told."""
     if found := sorted(keys & REFUSED.keys()):
         kind, remedy = REFUSED[found[0]]
         return f"'{found[0]}' is {kind}. {remedy}"
     if "segments" in keys:
         return "'segments' is text cut for another template: write messages, whose turns may have a weight."
+    if "text" in keys and any(mark in str(row["text"]) for mark in _TEMPLATES):
+        return "'text' is a conversation written with a model's chat template: import the set that it was made from."
     if keys <= {"text", "id", "meta", "url", "timestamp", "source"} and "text" in keys:
         return "'text' alone is text for pre-training: there is no question and no answer."
     return ""

@@ -210,7 +210,15 @@ def tools_of(value: Any, what: str) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         problem = f"{what} is '{short(value)}', not a list of tools"
         raise RecordError(problem, remedy='Write [{"type": "function", "function": {"name", "parameters"}}].')
-    return tuple(tools)
+    return tuple(_schema(tool) for tool in tools)
+
+
+def _schema(tool: Row) -> Row:
+    """A tool as OpenAI describes it; Anthropic has `input_schema` for the parameters of a function."""
+    if not isinstance(tool.get("input_schema"), Mapping) or "function" in tool or "parameters" in tool:
+        return tool
+    others = {key: value for key, value in tool.items() if key != "input_schema"}
+    return {"type": "function", "function": {**others, "parameters": tool["input_schema"]}}
 
 
 def calls_of(value: Any, what: str) -> tuple[Row, ...]:

@@ -1,5 +1,5 @@
-"""Questions and answers under other names: prompt/completion, query/response, dolly, OpenOrca, UltraChat, the Cauldron,
-Self-Instruct seeds, conversations as pairs.
+"""Questions and answers under other names: prompt/completion, query/response, dolly, OpenOrca, UltraChat, LIMA, xLAM,
+the Cauldron, Self-Instruct seeds, conversations as pairs.
 
 Each function makes one Record of one row; every "<image>" of a row with pictures keeps its place. Layouts are told by
 their keys alone.
@@ -8,6 +8,7 @@ their keys alone.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mmit.data.formats.chat import Dialogue, messages, said
@@ -23,11 +24,12 @@ from mmit.data.formats.common import (
     text_of,
     with_input,
 )
-from mmit.data.formats.keys import CHOICES, UNSHOWN, turn_extras
+from mmit.data.formats.keys import CHOICES, UNSHOWN, calls_of, turn_extras
 from mmit.data.formats.pictures import images_first, place_images
 from mmit.data.formats.preferences import CHOSEN
+from mmit.data.formats.transcripts import hh_messages, is_hh
 from mmit.errors import RecordError
-from mmit.records import Record
+from mmit.records import Record, Turn
 
 _WHERE = "Give the prompt in 'prompt', as a text or a list of messages."
 ASKED = ("prompt", "query", "question", "instruction")
@@ -85,8 +87,11 @@ def preference(row: Row, *, image_root: str = "") -> Record:
 
     TRL's pairs, with a prompt or with whole conversations; RLHF-V's and RLAIF-V's {"question", "image", ...};
     UltraFeedback's conversations beside the text of their prompt; LLaMA-Factory's {"instruction", "input", ...};
-    OpenAI's {"input": {"messages"}, "preferred_output", "non_preferred_output"}. `preferences.py` reads the answers.
+    OpenAI's {"input": {"messages"}, "preferred_output", "non_preferred_output"}; hh-rlhf's whole dialogues in one text.
+    `preferences.py` reads the answers.
     """
+    if is_hh(row.get("chosen")):
+        row = {**row, **{key: hh_messages(text_of(row[key], key), key) for key in ("chosen", "rejected") if key in row}}
     chosen = next((row[key] for key in CHOSEN if row.get(key)), None)
     # One message is the answer alone; more are the conversation that it ends, as TRL writes pairs without a prompt.
     whole = isinstance(chosen, list) and len(chosen) > 1
@@ -111,16 +116,26 @@ def preference(row: Row, *, image_root: str = "") -> Record:
     return Record(place_images(dialogue, images_of(row, image_root)), id=id_of(row), meta=rest(row, *used))
 
 
-def ultrachat(row: Row, *, image_root: str = "") -> Record:
-    """UltraChat: {"id", "data": [question, answer, question, answer, ...]}, train_0.jsonl and so on."""
+def in_turn(row: Row, *, image_root: str = "", key: str = "data") -> Record:
+    """Questions and answers in turn, as texts: UltraChat's {"id", "data": [...]}, LIMA's {"conversations": [...]}."""
     # Known limit: a text is a question or an answer by its place alone, so a file that lost one would swap speakers
     # unseen.
-    texts = row.get("data")
+    texts = row.get(key)
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
-        remedy = "UltraChat's rows hold question and answer in turn, as texts."
-        raise RecordError("'data' is not a list of texts, or is empty", remedy=remedy)
+        remedy = "These rows hold question and answer in turn, as texts."
+        raise RecordError(f"'{key}' is not a list of texts, or is empty", remedy=remedy)
     turns = [said("assistant" if number % 2 else "user", text) for number, text in enumerate(texts)]
-    return Record(tuple(turns), id=id_of(row), meta=rest(row, "data"))
+    return Record(tuple(turns), id=id_of(row), meta=rest(row, key))
+
+
+def xlam(row: Row, *, image_root: str = "") -> Record:
+    """xlam-function-calling-60k: {"query", "tools", "answers"}, the last two as the JSON text of a list.
+
+    Its schemas describe each argument under its name, without JSON Schema's `properties`; they stay as they are.
+    """
+    asked = said("user", text_of(row.get("query"), "query"))
+    answer = Turn("assistant", (), tool_calls=calls_of(row.get("answers"), "'answers'"))
+    return Record((asked, answer), id=id_of(row), meta=rest(row, "query", "answers"))
 
 
 def cauldron(row: Row, *, image_root: str = "") -> Record:
@@ -215,7 +230,9 @@ FORMATS = {
     "preference_openai": Format(
         "OpenAI's preferred and non-preferred output", preference, detect=("preferred_output", "non_preferred_output")
     ),
-    "ultrachat": Format("UltraChat: questions and answers in turn", ultrachat, detect=("id", "data")),
+    "ultrachat": Format("UltraChat: questions and answers in turn", in_turn, detect=("id", "data")),
+    "lima": Format("LIMA: questions and answers in turn, under 'conversations'", partial(in_turn, key="conversations")),
+    "xlam": Format("xLAM: a query, tools and the calls that answer it", xlam, detect=("query", "tools", "answers")),
     "cauldron": Format("the Cauldron: images and texts of user and assistant", cauldron, detect=("texts",)),
     "conversation": Format("messages or pairs under 'conversation' (Mantis)", conversation, detect=("conversation",)),
     "self_instruct": Format(

@@ -16,6 +16,7 @@ from typing import Any
 from mmit.data.formats.chat import Dialogue, conversation_format, said
 from mmit.data.formats.common import Format, Row, Rows, json_rows, one_of, with_input
 from mmit.data.formats.pictures import MARKER, base64_image, image_part, images_first, place_images
+from mmit.data.formats.transcripts import is_guanaco
 from mmit.errors import ConfigError, RecordError, nearest
 from mmit.records import Image, Record, short
 
@@ -306,6 +307,8 @@ def _layout(row: Row, formats: Mapping[str, Format]) -> str | None:
     """Return the format of rows that hold turns, or a question and an answer under the names of another format."""
     if isinstance(row.get("conversations"), list):
         return conversation_format([row])[0]
+    if is_guanaco(row):
+        return "guanaco"
     mapped = any(isinstance(row.get(name), str) for name in _MAPPED) and not {"response", "completion"} & row.keys()
     # Pairs before messages: UltraFeedback's tables hold the chosen conversation under messages as well.
     fits = [] if mapped else [name for name in _COMPARED if row.keys() >= set(formats[name].detect)]
@@ -339,6 +342,8 @@ _PAIRS = (
     "instruction_response",
     "dolly",
     "inputs_targets",
+    "xlam",
+    "glaive",
 )
 _COLUMNS = f'which column is what, as "instruction=question,output=answer"; of {", ".join(ROLES)}'
 _AS = "read the rows as those of another format (llava, messages, ...)"

@@ -18,7 +18,7 @@ from mmit.data.formats.keys import kept_keys
 from mmit.data.rows import read_rows
 from mmit.data.sources import SourceSpec, open_source
 from mmit.errors import ConfigError, RecordError
-from mmit.records import Record, write_jsonl
+from mmit.records import Record, Text, write_jsonl
 from tests.data.formats.format_tools import bad_rows, imported, texts, write
 
 MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -48,6 +48,7 @@ LAYOUTS: list[tuple[dict[str, Any], str, list[list[str]]]] = [
         [["q"], ["b"]],
     ),
     ({"id": "0", "data": ["q", "a", "q2", "a2"]}, "ultrachat", [["q"], ["a"], ["q2"], ["a2"]]),
+    ({"conversations": ["q", "a", "q2", "a2"], "source": "wikihow"}, "lima", [["q"], ["a"], ["q2"], ["a2"]]),
     ({"prompt": "q", "prompt_id": "1", "messages": MESSAGES}, "messages", [["q"], ["a"]]),
     (
         {"images": ["a.png"], "texts": [{"user": "q", "assistant": "a", "source": "VQA"}]},
@@ -76,6 +77,19 @@ def test_layouts_are_told_and_read(row: dict[str, Any], name: str, wanted: list[
     record.validate()
     found = [[text.replace(f"{tmp_path}/", "") for text in parts] for parts in texts(record)]
     assert found == wanted
+
+
+def test_calls_of_xlam(tmp_path: Path) -> None:
+    tools, call = [{"name": "f", "parameters": {"n": {"type": "int"}}}], {"name": "f", "arguments": {"n": 1}}
+    row = {"id": 7, "query": "q", "answers": json.dumps([call, call]), "tools": json.dumps(tools)}
+    path = write(tmp_path / "xlam.json", [row, {**row, "answers": "[]"}, {**row, "answers": "none"}])
+    assert detect_format(path)[0] == "xlam"
+    bad: list[RecordError] = []
+    (record,) = import_file(path, "xlam", on_bad=bad.append)
+    record.validate()
+    assert record.tools == tuple(tools) and [part for turn in record.turns for part in turn.parts] == [Text("q")]
+    assert [made["function"] for made in record.turns[1].tool_calls] == [call, call]
+    assert len(bad) == 2 and all(error.remedy for error in bad)
 
 
 def test_self_instruct_seeds(tmp_path: Path) -> None:
