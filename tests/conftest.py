@@ -8,6 +8,7 @@ import gc
 import io
 import os
 import random
+import signal
 import sys
 import zlib
 from collections.abc import Iterator
@@ -159,6 +160,14 @@ def _one_thread_where_tests_fork(request: pytest.FixtureRequest) -> Iterator[Non
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT as a terminal's process has it, children too; one that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -25,15 +25,16 @@ def steps(out) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_finished_arm_is_repeated(tmp_path, number):
+def test_no_finished_arm_is_repeated(tmp_path, number, heard):
     path = write_world(tmp_path, seeds=[0])
     out = tmp_path / "out"
     command = [sys.executable, "-m", "mmit", "analyse", "templates", str(path), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for after in (1, 4):  # of eight steps, those that are done when the signal comes
+        before = len(steps(out))  # on a busy machine more may be done than was waited for
         study = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 240
-        while len(steps(out)) < after and time.monotonic() < end:
+        while len(steps(out)) < max(after, before + 1) and time.monotonic() < end:  # or it is still being imported
             time.sleep(0.05)
         time.sleep(0.3)  # into the next step
         children = psutil.Process(study.pid).children(recursive=True)

@@ -152,14 +152,6 @@ def test_a_full_disk_ends_with_one_message_and_the_build_goes_on(build, tmp_path
         assert server.served - asked <= 30 - (asked - 2)
 
 
-@pytest.fixture
-def heard():
-    """SIGINT as a terminal's process has it; one that a shell starts in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_ends_it_and_the_build_goes_on(build, tmp_path, heard):
     command, server = build
     seen: list[int] = []
