@@ -55,8 +55,8 @@ def test_the_lowest_environment_holds_the_lower_bounds(pyproject: dict[str, Any]
     [
         ("torch", "2.11.0", True),
         ("torch", "2.11.0+cpu", True),
-        ("torch", "2.14.1", True),
-        ("torch", "2.14.2", False),
+        ("torch", "2.15.0", True),
+        ("torch", "2.15.1", False),
         ("torch", "2.9.1", False),
         ("transformers", "5.40.0.dev0", False),
         ("python", "3.13.9", True),
