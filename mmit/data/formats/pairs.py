@@ -97,6 +97,9 @@ def preference(row: Row, *, image_root: str = "") -> Record:
     whole = isinstance(chosen, list) and len(chosen) > 1
     asked = next((key for key in (*ASKED, "messages", "input") if row.get(key) is not None), "")
     value = row.get(asked)
+    if is_hh(value):
+        value = hh_messages(text_of(value, asked), asked)
+        value = value if value[-1]["content"] else value[:-1]  # "Assistant:" at the end is where the answer goes
     beside = {key: item for key, item in row.items() if key != asked}
     if isinstance(value, dict) and "messages" in value:
         return messages({**beside, **value}, image_root=image_root)

@@ -43,6 +43,17 @@ def test_a_pair_of_hh_rlhf(tmp_path: Path) -> None:
     assert record.rejected is not None and record.rejected.text == "No.\n\nWhy?"
 
 
+@pytest.mark.parametrize("end", ["\n\nAssistant:", ""])
+def test_a_pair_beside_a_prompt_in_one_text(end: str) -> None:
+    asked = ASKED.removesuffix("\n\nAssistant:") + end
+    record = find_format("preference")({"prompt": asked, "chosen": " Yes.", "rejected": " No."})
+    record.validate()
+    assert [turn.role for turn in record.turns] == ["user", "assistant"] * 2
+    assert record.turns[2].text == "Sure?\nReally?" and record.turns[3].text == " Yes."
+    with pytest.raises(RecordError, match="the row has an answer, and another"):
+        find_format("preference")({"prompt": f"{ASKED} Yes.", "chosen": " No.", "rejected": " So."}).validate()
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
