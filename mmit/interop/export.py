@@ -211,7 +211,7 @@ def export_llava_hf(
         asked.append({"input_ids": torch.tensor([ids]), **shown})
     found = _answers(model, asked)
     try:
-        seen = [compare_logits(a, b, tolerance=TOLERANCE[dtype]) for a, b in zip(merged, found, strict=True)]
+        seen = _compared(merged, found, dtype)
     except ModelError:
         if dtype != torch.float32:
             raise
@@ -221,9 +221,13 @@ def export_llava_hf(
         del model
         merged = source_logits(vlm.double(), tokenizer, chat, image)
         vlm.float()  # exact, for these were the values
-        seen = [compare_logits(a, b, tolerance=TOLERANCE[dtype]) for a, b in zip(merged, found, strict=True)]
+        seen = _compared(merged, found, dtype)
     worst = max(seen, key=lambda difference: difference.logits / difference.limit)
     return Difference(worst.logits, worst.limit, pixels)
+
+
+def _compared(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor], dtype: torch.dtype) -> list[Difference]:
+    return [compare_logits(a, b, tolerance=TOLERANCE[dtype]) for a, b in zip(expected, found, strict=True)]
 
 
 @torch.no_grad()

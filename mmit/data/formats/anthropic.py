@@ -34,9 +34,13 @@ def without_blocks(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 raise RecordError(problem, remedy=f"It belongs to a message of the {role}.")
         others = [part for part in content if _kind(part) not in _BLOCKS]
         if _kind(blocks[0]) == "tool_use":
+            if item.get("tool_calls"):
+                problem = f"message {number} has calls in its content and in 'tool_calls'"
+                raise RecordError(problem, remedy="Keep one of them.")
             plain.append({**item, "content": others or None, "tool_calls": [_call(block, number) for block in blocks]})
             continue
-        plain += [_result(block) for block in blocks]
+        beside = {} if others else item  # keys of the message are those of what else the user says
+        plain += [{**beside, **_result(block)} for block in blocks]
         if others:
             plain.append({**item, "content": others})
     return plain

@@ -62,9 +62,16 @@ def test_a_call_alone_an_empty_result_and_keys_beside_it() -> None:
     assert {"is_error": True} in record.meta["turn_keys"]
 
 
+def test_keys_of_a_message_of_results_alone_are_kept() -> None:
+    asked, used = {"role": "user", "content": "q"}, {"role": "assistant", "content": [USE]}
+    told = {"role": "user", "content": [RESULT], "source": "log"}
+    assert {"source": "log"} in read(asked, used, told, {"role": "assistant", "content": "a"}).meta["turn_keys"]
+
+
 @pytest.mark.parametrize(
     ("message", "problem"),
     [
+        ({"role": "assistant", "content": [USE], "tool_calls": [CALL]}, "in its content and in 'tool_calls'"),
         ({"role": "user", "content": [USE]}, "message 1 of 'user' has a tool_use"),
         ({"role": "assistant", "content": [RESULT]}, "message 1 of 'assistant' has a tool_result"),
         ({"role": "assistant", "content": [{**USE, "input": "Rome"}]}, "a tool_use of message 1 has no name"),
